@@ -1,0 +1,1 @@
+"""The command line: what the services' flags share, and the `atserving` command."""

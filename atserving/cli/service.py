@@ -1,0 +1,66 @@
+"""How a process of the mesh is started: flags or environment variables, one line for what is wrong, an exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from atserving.errors import StartError
+
+log_level_option = click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="The least severe lines that are logged.",
+)
+
+
+def _split_addresses(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    addresses = [address.strip() for address in value.split(",") if address.strip()]
+    for address in addresses:
+        _, colon, port = address.rpartition(":")
+        if not colon or not port.isdigit():
+            raise click.BadParameter(f"{address!r} is not host:port", context, parameter)
+    if not addresses:
+        raise click.BadParameter("no address given", context, parameter)
+    return addresses
+
+
+def addresses_option(name: str, **attributes: Any) -> Callable[[Any], Any]:
+    """An option that takes ``host:port[,host:port...]`` and passes a list."""
+    return click.option(name, callback=_split_addresses, metavar="HOST:PORT[,...]", **attributes)
+
+
+def listen_option(default: str) -> Callable[[Any], Any]:
+    """``--listen``, the address of the process's gRPC server."""
+    return click.option(
+        "--listen",
+        default=default,
+        show_default=True,
+        metavar="HOST:PORT",
+        help="Where to serve gRPC; port 0: any free.",
+    )
+
+
+def run(command: click.Command, name: str) -> NoReturn:
+    """Runs a command as a program: every flag may also be the variable ``ATSERVING_<FLAG>``.
+
+    What is wrong is one line on standard error; the exit status is 2 for a wrong flag, 1 for a failed start.
+    """
+    try:
+        command.main(prog_name=name, standalone_mode=False, auto_envvar_prefix="ATSERVING")
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        print(f"{name}: {error.format_message()} (see {name} --help)", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except StartError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    sys.exit(0)

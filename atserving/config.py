@@ -1,0 +1,210 @@
+"""The config in etcd: its keys, the types of its values, and how they are read.
+
+Everything lives below ``/ava/serving/``; values are JSON. Unknown fields are ignored, so that a newer writer does not
+break an older reader; a value that can't be used raises :class:`MalformedConfig`, which names the field.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Annotated, Any, Literal, TypeVar
+
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+PREFIX = "/ava/serving/"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+"""What names an app or a version. In pydantic's patterns ``$`` is the very end of the text."""
+
+DEFAULT_APP_METADATA_KEY = f"{PREFIX}app/default/metadata"
+DEFAULT_WORKER_KEY = f"{PREFIX}worker/default"
+
+_GO_UNITS_NS = {"ns": 1, "us": 1e3, "µs": 1e3, "ms": 1e6, "s": 1e9, "m": 60e9, "h": 3600e9}
+_GO_PART = r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)"
+_MAX_DURATION = timedelta(hours=1)
+
+
+class MalformedConfig(Exception):  # noqa: N818
+    """A key or a value below ``/ava/serving/`` can't be used; the message says why."""
+
+
+def is_name(text: str) -> bool:
+    """Whether ``text`` can name an app or a version."""
+    return re.fullmatch(NAME_PATTERN, text) is not None
+
+
+def parse_duration(value: object) -> object:
+    """Nanoseconds, or Go's notation such as ``"100ms"`` or ``"1m30s"``, as a timedelta (microseconds are kept)."""
+    if isinstance(value, timedelta):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError('should be nanoseconds or a duration such as "100ms"')
+    if isinstance(value, int):
+        nanoseconds = float(value)
+    elif re.fullmatch(f"(?:{_GO_PART})+", value):
+        nanoseconds = sum(float(number) * _GO_UNITS_NS[unit] for number, unit in re.findall(_GO_PART, value))
+    else:
+        raise ValueError('should be nanoseconds or a duration such as "100ms"')
+    if not 0 <= nanoseconds <= _MAX_DURATION / timedelta(microseconds=1) * 1e3:
+        raise ValueError("should be between 0 and 1h")
+    return timedelta(microseconds=nanoseconds / 1e3)
+
+
+def _nanoseconds(value: timedelta) -> int:
+    return value // timedelta(microseconds=1) * 1000
+
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Duration = Annotated[timedelta, BeforeValidator(parse_duration), PlainSerializer(_nanoseconds, return_type=int)]
+Device = Annotated[str, Field(pattern=r"^(CPU|GPU(:\d{1,3})?)$")]
+FileUri = Annotated[str, Field(pattern=r"^(file|https?|qiniu)://.+$")]
+Phase = Literal["staging", "production"]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    def to_json(self) -> str:
+        """The value as etcd holds it; what was never set is left out."""
+        fields = self.model_dump(mode="json")
+        return orjson.dumps({name: value for name, value in fields.items() if value not in (None, {}, "")}).decode()
+
+
+class Release(_Value):
+    """One version of one app: ``/ava/serving/eval/<app>/<version>``."""
+
+    name: Name
+    version: Name
+    file: FileUri
+    phase: Phase = "staging"
+    desc: str = ""
+    lastmodified: str = ""
+    image_width: Annotated[int, Field(ge=1, le=16384)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    custom_files: dict[str, FileUri] = {}
+    custom_values: dict[str, Any] = {}
+    model_params: dict[str, Any] = {}
+    use_device: Device = "CPU"
+    weight: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] | None = None
+
+    @property
+    def key(self) -> str:
+        return release_key(self.name, self.version)
+
+
+class Owner(_Value):
+    uid: int
+
+
+class AppMetadata(_Value):
+    """Who may call an app: ``/ava/serving/app/metadata/<app>``; ``/ava/serving/app/default/metadata`` for the rest."""
+
+    public: bool | None = None
+    owner: Owner | None = None
+    user_whitelist: tuple[int, ...] | None = None
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+
+
+class WorkerConfig(_Value):
+    """How instances work: ``/ava/serving/worker/...``. The most specific key wins, field by field."""
+
+    timeout: Duration | None = None
+    max_concurrent: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    delay4batch: Duration | None = None
+
+    def over(self, general: WorkerConfig) -> WorkerConfig:
+        """This config, with what it leaves open taken from a more general one."""
+        return WorkerConfig.model_validate(
+            {**general.model_dump(exclude_none=True), **self.model_dump(exclude_none=True)}
+        )
+
+
+DEFAULT_WORKER = WorkerConfig(timeout=timedelta(seconds=30), max_concurrent=64, delay4batch=timedelta(0))
+
+
+class Instance(_Value):
+    """One ready evaluator process: ``/ava/serving/instance/<app>/<version>/<id>``, under a lease."""
+
+    app: Name
+    version: Name
+    id: Name
+    address: Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.%\w]+\]|[^\[\]\s/:]+):\d{1,5}$")]
+    capacity: Annotated[int, Field(ge=1)]
+
+    @property
+    def key(self) -> str:
+        return f"{PREFIX}instance/{self.app}/{self.version}/{self.id}"
+
+
+ConfigValue = Release | AppMetadata | WorkerConfig | Instance
+_T = TypeVar("_T", bound=_Value)
+
+
+def release_key(app: str, version: str) -> str:
+    return f"{PREFIX}eval/{app}/{version}"
+
+
+def app_metadata_key(app: str) -> str:
+    return f"{PREFIX}app/metadata/{app}"
+
+
+def worker_keys(app: str, version: str) -> tuple[str, str, str]:
+    """The keys of the worker config of one version, the most specific first."""
+    return (f"{PREFIX}worker/app/{app}/release/{version}", f"{PREFIX}worker/app/{app}/default", DEFAULT_WORKER_KEY)
+
+
+def app_of(key: str) -> str | None:
+    """The app that a key concerns; None for the defaults, which concern all. Raises MalformedConfig for other keys."""
+    match key.removeprefix(PREFIX).split("/"):
+        case ["app", "default", "metadata"] | ["worker", "default"]:
+            return None
+        case (
+            ["eval", app, _]
+            | ["app", "metadata", app]
+            | ["worker", "app", app, "default"]
+            | ["worker", "app", app, "release", _]
+            | ["instance", app, _, _]
+        ) if key.startswith(PREFIX):
+            return app
+    raise MalformedConfig("unknown key")
+
+
+def parse(key: str, value: str | bytes) -> ConfigValue:
+    """Reads the value of a key. Raises MalformedConfig for an unknown key, what is not JSON, and a wrong field."""
+    app_of(key)
+    parts = key.removeprefix(PREFIX).split("/")
+    try:
+        fields = orjson.loads(value)
+    except orjson.JSONDecodeError as error:
+        raise MalformedConfig(f"not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise MalformedConfig("not a JSON object")
+    match parts:
+        case ["eval", app, version]:
+            expected = {"name": app, "version": version}
+            return _validate(Release, fields, expected)
+        case ["instance", app, version, id_]:
+            return _validate(Instance, fields, {"app": app, "version": version, "id": id_})
+        case ["worker", *_]:
+            return _validate(WorkerConfig, fields, {})
+        case _:
+            return _validate(AppMetadata, fields, {})
+
+
+def _validate(kind: type[_T], fields: dict[str, Any], expected: dict[str, str]) -> _T:
+    for field, want in expected.items():
+        # The key says it; a value may leave it out, but may not say otherwise.
+        if fields.setdefault(field, want) != want:
+            raise MalformedConfig(f"{field}: is {fields[field]!r}, but the key says {want!r}")
+    return validate(kind, fields)
+
+
+def validate(kind: type[_T], fields: dict[str, Any]) -> _T:
+    """A value of ``kind`` from its fields. Raises MalformedConfig naming the first field that is wrong."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise MalformedConfig(f"{where}: {first['msg']}") from None

@@ -1,0 +1,177 @@
+"""The one tree of errors, each with its HTTP and its gRPC status, and the one place that translates them.
+
+A message says what was wrong with what, for the caller; it never holds a stack trace, a path on the server or a secret.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import grpc
+
+from atserving.v1 import evaluator_pb2
+
+_GRPC_STATUS = {
+    400: grpc.StatusCode.INVALID_ARGUMENT,
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    409: grpc.StatusCode.ALREADY_EXISTS,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    502: grpc.StatusCode.UNAVAILABLE,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+
+class StartError(Exception):
+    """A process can't start. The message is the one line its operator sees."""
+
+
+class ServingError(Exception):
+    """A request failed. Subclasses fix ``status``; ``code`` differs from it only where a net returned its own."""
+
+    status: int = 500
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: int | None = None,
+        retry_after_s: float | None = None,
+        refused: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = self.status if code is None else code
+        self.retry_after_s = retry_after_s
+        """When it is worth trying again, in seconds; None: not said."""
+        self.refused = refused
+        """Refused before any work was done: another instance may take the request."""
+
+    @property
+    def grpc_status(self) -> grpc.StatusCode:
+        """The gRPC status of ``status``: 4xx without one of its own is the request's fault, 57x may be tried again."""
+        if self.status in _GRPC_STATUS:
+            return _GRPC_STATUS[self.status]
+        if self.status < 500:
+            return grpc.StatusCode.INVALID_ARGUMENT
+        return grpc.StatusCode.UNAVAILABLE if 570 <= self.status <= 579 else grpc.StatusCode.INTERNAL
+
+    def to_proto(self) -> evaluator_pb2.Error:
+        """The error as it travels from evaluator to gate."""
+        return evaluator_pb2.Error(
+            code=self.code,
+            status=self.status,
+            message=self.message,
+            retry_after_ms=round((self.retry_after_s or 0) * 1000),
+            refused=self.refused,
+        )
+
+    @staticmethod
+    def from_proto(error: evaluator_pb2.Error) -> ServingError:
+        """The error that ``to_proto`` wrote."""
+        known = _BY_STATUS.get(error.status, ServingError)
+        result = known(
+            error.message,
+            code=error.code,
+            retry_after_s=error.retry_after_ms / 1000 or None,
+            refused=error.refused,
+        )
+        result.status = error.status if 400 <= error.status <= 599 else 500
+        return result
+
+
+class InvalidArgument(ServingError):  # noqa: N818 - named as its status
+    """400: the request, its resource or its image is at fault."""
+
+    status = 400
+
+
+class Unauthenticated(ServingError):  # noqa: N818
+    """401: no credentials, or bad ones."""
+
+    status = 401
+
+
+class PermissionDenied(ServingError):  # noqa: N818
+    """403: this caller may not use this app."""
+
+    status = 403
+
+
+class NotFound(ServingError):  # noqa: N818
+    """404: no such app, version or path."""
+
+    status = 404
+
+
+class AlreadyExists(ServingError):  # noqa: N818
+    """409: it exists with another content."""
+
+    status = 409
+
+
+class UnsupportedMediaType(ServingError):  # noqa: N818
+    """415: the body is neither JSON nor bytes."""
+
+    status = 415
+
+
+class ResourceExhausted(ServingError):  # noqa: N818
+    """429: the queues are full; ``retry_after_s`` says when to come back."""
+
+    status = 429
+
+
+class Internal(ServingError):  # noqa: N818
+    """500: the forward pass or the net failed."""
+
+    status = 500
+
+
+class ResourceUnreachable(ServingError):  # noqa: N818
+    """502: the resource's host could not be reached."""
+
+    status = 502
+
+
+class Unavailable(ServingError):  # noqa: N818
+    """503: nothing can serve this now."""
+
+    status = 503
+
+
+class DeadlineExceeded(ServingError):  # noqa: N818
+    """504: the deadline passed; the work was cancelled."""
+
+    status = 504
+
+
+class NetError(ServingError):
+    """The net returned a code of its own: 4xx the request or image, 5xx inference, below 300 one of Caffe's days."""
+
+    _BELOW_300: ClassVar[dict[int, int]] = {-1: 400, -2: 500, -3: 400}
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message or f"the net failed with code {code}", code=code)
+        # -1: over the batch size; -2: the forward pass failed; -3: bad image. Any other that is no HTTP error is a 500.
+        self.status = code if 400 <= code <= 599 else self._BELOW_300.get(code, 500)
+
+
+_BY_STATUS: dict[int, type[ServingError]] = {
+    cls.status: cls
+    for cls in (
+        InvalidArgument,
+        Unauthenticated,
+        PermissionDenied,
+        NotFound,
+        AlreadyExists,
+        UnsupportedMediaType,
+        ResourceExhausted,
+        Internal,
+        ResourceUnreachable,
+        Unavailable,
+        DeadlineExceeded,
+    )
+}

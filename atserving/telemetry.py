@@ -1,0 +1,42 @@
+"""Logs and request ids: JSON lines on standard error, one a request, the same fields in every process."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import sys
+from typing import Any
+
+import orjson
+import structlog
+
+_REQID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+def configure_logging(service: str, level: str = "info") -> None:
+    """Sends structlog's lines as JSON to standard error, each with ``service``; the standard library's go along."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(stream=sys.stderr, level=max(number, logging.WARNING), format="%(name)s: %(message)s")
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(serializer=_dumps),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.BytesLoggerFactory(file=sys.stderr.buffer),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(service=service)
+
+
+def _dumps(value: Any, **_: Any) -> bytes:
+    return orjson.dumps(value, default=str)
+
+
+def request_id(given: str | None) -> str:
+    """The caller's request id, or a new one where it gave none or one that is no single printable word of 128 bytes."""
+    return given if given and _REQID.fullmatch(given) else secrets.token_urlsafe(12)

@@ -1,0 +1,101 @@
+"""gRPC as every process of the mesh speaks it: the options of a channel, and a server with health and reflection."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterable
+
+import grpc.aio
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from atserving.errors import StartError
+
+MAX_MESSAGE_BYTES = 64 << 20
+"""The most one message holds: the edge takes bodies up to 20 MiB, nets may answer with more."""
+
+# A dead peer (a frozen process, a lost host) is found within 5 + 3 s. grpc.keepalive_timeout_ms alone does not bound
+# it: http2.ping_timeout_ms is what the C core waits for.
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    ("grpc.http2.ping_timeout_ms", 3_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+_SIZES = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+]
+CHANNEL_OPTIONS = [
+    *_KEEPALIVE,
+    *_SIZES,
+    # Reconnect soon: what restarts is back in a second or two.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.enable_retries", 0),
+    # Peers of the mesh are reached directly, whatever proxy the environment names.
+    ("grpc.enable_http_proxy", 0),
+]
+SERVER_OPTIONS = [
+    *_KEEPALIVE,
+    *_SIZES,
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    # A second process on the same port is a mistake to report, not a peer to share with.
+    ("grpc.so_reuseport", 0),
+]
+
+
+def channel(address: str) -> grpc.aio.Channel:
+    """A channel to ``host:port``, which finds a dead peer and reconnects soon."""
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
+class Server:
+    """A gRPC server with the standard health service and reflection.
+
+    Every service answers NOT_SERVING until :meth:`set_serving`.
+    """
+
+    def __init__(self, services: Iterable[ServiceDescriptor]) -> None:
+        self.grpc = grpc.aio.server(options=SERVER_OPTIONS)
+        self.health = HealthServicer()
+        self._names = ["", *(service.full_name for service in services)]
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc)
+        health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection([*self._names[1:], health, reflection.SERVICE_NAME], self.grpc)
+
+    async def start(self, listen: str) -> int:
+        """Listens on ``host:port`` (port 0: any free one) and returns the port. Raises StartError."""
+        await self.set_serving(False)
+        try:
+            port = self.grpc.add_insecure_port(listen)
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise StartError(f"cannot listen on {listen}: the address is in use or not this machine's")
+        await self.grpc.start()
+        return int(port)
+
+    async def set_serving(self, serving: bool) -> None:
+        """Says by the health service whether calls are welcome."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in self._names:
+            await self.health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no new calls, lets those in flight end within ``grace_s``, and cancels the rest."""
+        await self.grpc.stop(grace_s)
+
+
+def stop_signal() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set."""
+    event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, event.set)
+    return event

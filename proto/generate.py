@@ -1,0 +1,55 @@
+"""Generates the Python stubs, their type stubs and Envoy's descriptor set from the definitions in this folder.
+
+    python proto/generate.py [--out DIR]
+
+Without ``--out`` the files go to their places in the tree. A test generates into an empty folder and compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import google.api
+import grpc_tools
+from grpc_tools import protoc
+
+PROTO = Path(__file__).resolve().parent
+ROOT = PROTO.parent
+DESCRIPTOR_SET = "envoy/atserving.binpb"
+
+
+def generate(out: Path) -> None:
+    """Writes every generated file below ``out``, laid out as in the project. Raises SystemExit where protoc fails."""
+    # protoc finds its plugins (mypy-protobuf's) on PATH; they stand beside this interpreter.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    includes = [
+        f"-I{PROTO}",
+        f"-I{Path(next(iter(google.api.__path__))).parents[1]}",
+        f"-I{Path(next(iter(grpc_tools.__path__))) / '_proto'}",
+    ]
+    services = sorted(str(path.relative_to(PROTO)) for path in PROTO.glob("atserving/v1/*.proto"))
+    messages = sorted(str(path.relative_to(PROTO)) for path in PROTO.glob("evaluator/**/*.proto"))
+    python = [f"--python_out={out}", f"--mypy_out=quiet:{out}"]
+    grpc = [f"--grpc_python_out={out}", f"--mypy_grpc_out=quiet:{out}"]
+    (out / DESCRIPTOR_SET).parent.mkdir(parents=True, exist_ok=True)
+    descriptor_set = ["--include_imports", f"--descriptor_set_out={out / DESCRIPTOR_SET}"]
+    for arguments in (
+        [*python, *grpc, *services],
+        [*python, *messages] if messages else [],
+        [*descriptor_set, "atserving/v1/edge.proto", "atserving/v1/serving.proto"],
+    ):
+        if arguments and protoc.main(["protoc", *includes, *arguments]) != 0:
+            raise SystemExit(f"protoc failed: {' '.join(arguments)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=ROOT, help="the folder to write below (default: the project)")
+    generate(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()
