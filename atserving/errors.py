@@ -112,6 +112,12 @@ class AlreadyExists(ServingError):  # noqa: N818
     status = 409
 
 
+class PayloadTooLarge(ServingError):  # noqa: N818
+    """413: more than is taken at once."""
+
+    status = 413
+
+
 class UnsupportedMediaType(ServingError):  # noqa: N818
     """415: the body is neither JSON nor bytes."""
 
@@ -167,6 +173,7 @@ _BY_STATUS: dict[int, type[ServingError]] = {
         PermissionDenied,
         NotFound,
         AlreadyExists,
+        PayloadTooLarge,
         UnsupportedMediaType,
         ResourceExhausted,
         Internal,

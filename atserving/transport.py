@@ -26,13 +26,10 @@ _KEEPALIVE = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
-_SIZES = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-]
 CHANNEL_OPTIONS = [
     *_KEEPALIVE,
-    *_SIZES,
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # Reconnect soon: what restarts is back in a second or two.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -43,7 +40,7 @@ CHANNEL_OPTIONS = [
 ]
 SERVER_OPTIONS = [
     *_KEEPALIVE,
-    *_SIZES,
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     # A second process on the same port is a mistake to report, not a peer to share with.
     ("grpc.so_reuseport", 0),
@@ -58,11 +55,13 @@ def channel(address: str) -> grpc.aio.Channel:
 class Server:
     """A gRPC server with the standard health service and reflection.
 
-    Every service answers NOT_SERVING until :meth:`set_serving`.
+    Every service answers NOT_SERVING until :meth:`set_serving`. A message larger than ``max_receive_bytes`` is refused
+    with RESOURCE_EXHAUSTED.
     """
 
-    def __init__(self, services: Iterable[ServiceDescriptor]) -> None:
-        self.grpc = grpc.aio.server(options=SERVER_OPTIONS)
+    def __init__(self, services: Iterable[ServiceDescriptor], max_receive_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        sizes = [("grpc.max_receive_message_length", max_receive_bytes)]
+        self.grpc = grpc.aio.server(options=[*SERVER_OPTIONS, *sizes])
         self.health = HealthServicer()
         self._names = ["", *(service.full_name for service in services)]
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc)

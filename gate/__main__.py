@@ -1,0 +1,99 @@
+"""`python -m gate`: flags, settings, run."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import click
+import structlog
+
+from atserving import transport
+from atserving.cli import service
+from atserving.errors import StartError
+from atserving.follower import ConfigFollower
+from atserving.telemetry import configure_logging
+from atserving.v1 import edge_pb2, edge_pb2_grpc, serving_pb2, serving_pb2_grpc
+from gate.dispatch import Dispatcher
+from gate.evaluators import EvaluatorConnection
+from gate.router import Router
+from gate.server import EdgeServicer, ServingServicer
+
+log = structlog.get_logger()
+
+_TEND_S = 1.0
+
+# The edge takes bodies up to 20 MiB; the message has a few fields beside the body.
+_MAX_REQUEST_BYTES = (20 << 20) + (64 << 10)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a gate is started with."""
+
+    registries: list[str]
+    listen: str
+    wait_s: float
+    grace_s: float
+    max_batch: int
+
+
+async def serve(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT. Raises StartError."""
+    stop = transport.stop_signal()
+    router = Router(EvaluatorConnection)
+    follower = ConfigFollower(settings.registries, router.apply)
+    server = transport.Server(
+        [
+            serving_pb2.DESCRIPTOR.services_by_name["ServingService"],
+            edge_pb2.DESCRIPTOR.services_by_name["EdgeService"],
+        ],
+        _MAX_REQUEST_BYTES,
+    )
+    dispatcher = Dispatcher(router)
+    serving_pb2_grpc.add_ServingServiceServicer_to_server(ServingServicer(dispatcher, settings.max_batch), server.grpc)
+    edge_pb2_grpc.add_EdgeServiceServicer_to_server(EdgeServicer(dispatcher, settings.max_batch), server.grpc)
+    following = asyncio.create_task(follower.run())
+    tending = asyncio.create_task(_tend(router))
+    try:
+        port = await server.start(settings.listen)
+        try:
+            await asyncio.wait_for(follower.synced.wait(), settings.wait_s)
+        except TimeoutError:
+            raise StartError(f"no config within {settings.wait_s:g} s: {follower.last_error}") from None
+        await server.set_serving(True)
+        log.info("gate serves", port=port)
+        await stop.wait()
+        log.info("gate stops")
+        await server.set_serving(False)
+        await server.stop(settings.grace_s)
+    finally:
+        for task in (following, tending):
+            task.cancel()
+        await asyncio.gather(following, tending, return_exceptions=True)
+
+
+async def _tend(router: Router[EvaluatorConnection]) -> None:
+    """Closes, from time to time, the connections that the router no longer uses."""
+    while True:
+        await asyncio.sleep(_TEND_S)
+        for endpoint in router.expired():
+            await endpoint.connection.close()
+
+
+@click.command(help="Routes eval requests, by gRPC and through the edge, to the evaluators that the registry lists.")
+@service.addresses_option(
+    "--registry", default="127.0.0.1:50053", show_default=True, help="The registries, any of which will do."
+)
+@service.listen_option("0.0.0.0:50051")
+@click.option("--wait", default=10.0, show_default=True, help="Seconds to wait for a registry at start.")
+@click.option("--grace", default=30.0, show_default=True, help="Seconds that requests in flight have to end at stop.")
+@click.option("--max-batch", default=1000, show_default=True, help="The most tasks of one batch.")
+@service.log_level_option
+def main(registry: list[str], listen: str, wait: float, grace: float, max_batch: int, log_level: str) -> None:
+    configure_logging("gate", log_level)
+    asyncio.run(serve(Settings(registry, listen, wait, grace, max_batch)))
+
+
+if __name__ == "__main__":
+    service.run(main, "gate")

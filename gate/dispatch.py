@@ -1,0 +1,156 @@
+"""One eval, from request to answer: admission, deadline, an instance, and another one where the first can't take it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import structlog
+
+from atserving import config, uris
+from atserving.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    ServingError,
+    Unavailable,
+)
+from atserving.v1 import evaluator_pb2
+from gate.admission import Caller, admit
+from gate.evaluators import EvaluatorConnection, TransportError
+from gate.router import Endpoint, Router
+
+log = structlog.get_logger()
+
+MAX_LOST = 2
+"""On how many instances a request may be lost under way. An eval changes nothing, so it may run again; a request that
+takes instances down must not go round them all."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One eval: for whom it is, and the request as instances take it (which the dispatcher may change)."""
+
+    app: str
+    version: str
+    """Empty: the versions in production."""
+    request: evaluator_pb2.InferRequest
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """What belongs to a call beside its request."""
+
+    reqid: str
+    caller: Caller
+    traceparent: str | None = None
+    deadline: float | None = None
+    """The caller's own, in seconds of time.monotonic(); None: none."""
+    started: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an instance answered, and which version it was."""
+
+    response: evaluator_pb2.InferResponse
+    version: str
+
+
+class Dispatcher:
+    """Evaluates tasks on the instances that the router knows."""
+
+    def __init__(self, router: Router[EvaluatorConnection]) -> None:
+        self._router = router
+
+    async def eval(self, task: Task, call: CallContext) -> Answer:
+        """Raises a ServingError; logs one line either way."""
+        answer: Answer | None = None
+        code, message = 0, ""
+        try:
+            answer = await self._eval(task, call)
+            return answer
+        except ServingError as error:
+            code, message = error.code, error.message
+            raise
+        except asyncio.CancelledError:
+            code, message = 499, "the caller has gone"
+            raise
+        except Exception:
+            code, message = 500, "unexpected"
+            log.exception("eval failed unexpectedly", reqid=call.reqid)
+            raise Internal("the gate failed on this request") from None
+        finally:
+            log.info(
+                "eval",
+                reqid=call.reqid,
+                app=task.app,
+                version=answer.version if answer else task.version,
+                code=code,
+                message=message,
+                traceparent=call.traceparent,
+                total_ms=round((time.monotonic() - call.started) * 1e3, 2),
+            )
+
+    async def _eval(self, task: Task, call: CallContext) -> Answer:
+        self._check(task, call)
+        deadline = call.started + self._router.timeout(task.app, task.version).total_seconds()
+        if call.deadline is not None:
+            deadline = min(deadline, call.deadline)
+        try:
+            return await self._infer(task, call, deadline)
+        except TimeoutError:
+            after_s = round(time.monotonic() - call.started, 3)
+            raise DeadlineExceeded(f"app {task.app!r} did not answer within {after_s} s") from None
+
+    def _check(self, task: Task, call: CallContext) -> None:
+        if not task.app:
+            raise InvalidArgument("no app given")
+        if not config.is_name(task.app):
+            raise NotFound("unknown app: its name is not one an app can have")
+        if task.version:
+            self._router.release(task.app, task.version)
+        else:
+            self._router.versions(task.app)
+        admit(call.caller, task.app, *self._router.metadata(task.app))
+        if not task.request.data:
+            raise InvalidArgument("no data given")
+        for resource in task.request.data:
+            match resource.WhichOneof("source"):
+                case None:
+                    raise InvalidArgument("data without a uri or a body")
+                case "uri" if resource.uri[:5].lower() != "data:":
+                    resource.uri = uris.with_caller(resource.uri, call.caller.uid)
+
+    async def _infer(self, task: Task, call: CallContext, deadline: float) -> Answer:
+        """Asks instance after instance until one has taken the task. Raises TimeoutError at the deadline."""
+        passed_over: list[Endpoint[EvaluatorConnection]] = []
+        lost = 0
+        refusal: ServingError | None = None
+        while (remaining_s := deadline - time.monotonic()) > 0:
+            try:
+                endpoint = self._router.pick(task.app, task.version, passed_over)
+            except Unavailable as none_left:
+                # Where all that is ready has refused for being full, that is the reason.
+                raise (refusal if isinstance(refusal, ResourceExhausted) else none_left) from None
+            passed_over.append(endpoint)
+            try:
+                with endpoint.hold():
+                    response = await endpoint.connection.infer(task.request, remaining_s, call.traceparent)
+            except TransportError as error:
+                self._router.failed(endpoint)
+                log.warning("instance lost", reqid=call.reqid, instance=endpoint.instance.id, reason=str(error))
+                lost += error.reached
+                if lost == MAX_LOST:
+                    raise Unavailable(f"{lost} instances of app {task.app!r} were lost under this request") from None
+                continue
+            if not response.HasField("error"):
+                return Answer(response, endpoint.instance.version)
+            refusal = ServingError.from_proto(response.error)
+            if not refusal.refused:
+                raise refusal
+            self._router.refused(endpoint)
+        raise TimeoutError
