@@ -1,0 +1,183 @@
+"""Reads the weights of a caffemodel: blobs by layer name, and nothing else of it.
+
+A caffemodel repeats the net it was trained with, whose structure and parameters are not the deploy net's; only the
+blobs count. Field numbers come from `caffe.proto`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import wire
+from .caffe_pb2 import BlobProto, BlobShape, LayerParameter, NetParameter, V1LayerParameter
+from .errors import ConversionError
+
+FloatArray = NDArray[np.float32]
+
+# An ONNX file is one protocol buffer, which cannot be larger.
+MAX_BYTES = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One weight: `dims` as stored and `data`, flat float32, a view of the file where its format allows."""
+
+    dims: tuple[int, ...]
+    data: FloatArray
+
+
+Weights = dict[str, list[Blob]]
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A file's bytes. Raises ConversionError where it cannot be read or is larger than `limit`."""
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise ConversionError(f"{size} bytes are more than the {limit} that can be converted", file=path.name)
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a path"
+        raise ConversionError(f"cannot be read: {reason}", file=path.name) from error
+
+
+def parse_weights(data: bytes, file: str) -> Weights:
+    """The blobs of every layer that has any, old (V1) layers and new alike.
+
+    Args:
+        data: the bytes of a serialized NetParameter.
+        file: the name to blame.
+
+    Raises:
+        ConversionError: not a caffemodel, a blob whose dimensions do not fit its data, two layers of one name.
+    """
+    scanner = wire.Scanner(data)
+    weights: Weights = {}
+    try:
+        for field in scanner.fields(0, len(data)):
+            if field.wire_type != wire.LENGTH:
+                continue
+            if field.number == NetParameter.LAYER_FIELD_NUMBER:
+                numbers = LayerParameter.NAME_FIELD_NUMBER, LayerParameter.BLOBS_FIELD_NUMBER
+            elif field.number == NetParameter.LAYERS_FIELD_NUMBER:
+                numbers = V1LayerParameter.NAME_FIELD_NUMBER, V1LayerParameter.BLOBS_FIELD_NUMBER
+            else:
+                continue
+            name, blobs = _layer(scanner, field, *numbers)
+            if blobs and name in weights:
+                raise ConversionError("two layers of this name have weights", layer=name, file=file)
+            if blobs:
+                weights[name] = blobs
+    except wire.WireError as error:
+        raise ConversionError(f"is not a caffemodel: {error}", file=file) from error
+    return weights
+
+
+def read_blob(path: Path | str) -> FloatArray:
+    """A file that holds a single BlobProto, as `mean.binaryproto` does.
+
+    Returns:
+        float32 of the stored dimensions; for a mean usually (1, 3, H, W) in BGR planes.
+
+    Raises:
+        ConversionError: unreadable, not a BlobProto, or dimensions that do not fit the data.
+    """
+    path = Path(path)
+    data = read_bytes(path, MAX_BYTES)
+    try:
+        blob = _blob(wire.Scanner(data), 0, len(data))
+    except wire.WireError as error:
+        raise ConversionError(f"is not a BlobProto: {error}", file=path.name) from error
+    if blob.data.size == 0:
+        raise ConversionError("holds no data", file=path.name)
+    return blob.data.reshape(blob.dims)
+
+
+def _layer(scanner: wire.Scanner, layer: wire.Field, name_number: int, blobs_number: int) -> tuple[str, list[Blob]]:
+    name, blobs = "", []
+    for field in scanner.fields(layer.start, layer.stop):
+        if field.wire_type != wire.LENGTH:
+            continue
+        if field.number == name_number:
+            name = scanner.data[field.start : field.stop].decode("utf-8", "replace")
+        elif field.number == blobs_number:
+            blobs.append((field.start, field.stop))
+    try:
+        return name, [_blob(scanner, start, stop) for start, stop in blobs]
+    except wire.WireError as error:
+        raise wire.WireError(f"layer {name!r}: {error}") from error
+
+
+_LEGACY_DIMS = (
+    BlobProto.NUM_FIELD_NUMBER,
+    BlobProto.CHANNELS_FIELD_NUMBER,
+    BlobProto.HEIGHT_FIELD_NUMBER,
+    BlobProto.WIDTH_FIELD_NUMBER,
+)
+
+
+def _blob(scanner: wire.Scanner, start: int, stop: int) -> Blob:
+    legacy: dict[int, int] = {}
+    dims: tuple[int, ...] | None = None
+    parts: list[NDArray[np.float32] | NDArray[np.float64]] = []
+    position = start
+    while position < stop:
+        field = scanner.field(position, stop)
+        position = field.stop
+        if field.number in _LEGACY_DIMS and field.wire_type == wire.VARINT:
+            legacy[field.number] = wire.signed(field.value)
+        elif field.number == BlobProto.SHAPE_FIELD_NUMBER and field.wire_type == wire.LENGTH:
+            dims = _shape(scanner, field)
+        elif field.number in (BlobProto.DATA_FIELD_NUMBER, BlobProto.DOUBLE_DATA_FIELD_NUMBER):
+            part, position = _numbers(scanner, field, stop)
+            parts.append(part)
+    values = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.float32), *parts])
+    if dims is None:
+        dims = tuple(legacy.get(number, 0) for number in _LEGACY_DIMS) if legacy else (values.size,)
+    return Blob(_fitting(dims, values.size), values.astype(np.float32, copy=False))
+
+
+def _shape(scanner: wire.Scanner, shape: wire.Field) -> tuple[int, ...]:
+    dims: list[int] = []
+    for field in scanner.fields(shape.start, shape.stop):
+        if field.number != BlobShape.DIM_FIELD_NUMBER:
+            continue
+        if field.wire_type == wire.LENGTH:
+            dims += scanner.varints(field.start, field.stop)
+        elif field.wire_type == wire.VARINT:
+            dims.append(wire.signed(field.value))
+    return tuple(dims)
+
+
+def _numbers(
+    scanner: wire.Scanner, field: wire.Field, stop: int
+) -> tuple[NDArray[np.float32] | NDArray[np.float64], int]:
+    is_float = field.number == BlobProto.DATA_FIELD_NUMBER
+    size = 4 if is_float else 8
+    if field.wire_type == wire.LENGTH:
+        length = field.stop - field.start
+        if length % size:
+            raise wire.WireError(f"byte {field.start}: {length} bytes of data are no whole number of {size}-byte numbers")
+        raw, position = np.frombuffer(scanner.data, np.uint8, length, field.start), field.stop
+    elif field.wire_type == (wire.FIXED32 if is_float else wire.FIXED64):
+        raw, position = scanner.run(field, stop)
+    else:
+        raise wire.WireError(f"byte {field.start}: data has the wire type {field.wire_type}")
+    flat = np.ascontiguousarray(raw).reshape(-1)
+    return (flat.view("<f4") if is_float else flat.view("<f8")), position
+
+
+def _fitting(dims: tuple[int, ...], size: int) -> tuple[int, ...]:
+    count = 1
+    for dim in dims:
+        count *= dim
+        # A product of sizes of any kind is cheap only while it is small.
+        if dim < 0 or count > MAX_BYTES:
+            raise wire.WireError(f"a blob has the dimensions {list(dims)[:8]}")
+    if count != size:
+        raise wire.WireError(f"a blob of the dimensions {list(dims)[:8]} has {size} numbers")
+    return dims

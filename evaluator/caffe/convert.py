@@ -1,0 +1,190 @@
+"""prototxt + caffemodel -> ONNX: reading, planning, the layers one by one, passes, export."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from . import export, passes, prototxt
+from .caffemodel import MAX_BYTES, parse_weights, read_bytes
+from .errors import ConversionError
+from .graph import Graph, Node, Value
+from .layers import CONVERTERS, Blobs, LayerContext
+from .net import BlobRef, NetLayer, NetPlan, plan_net
+from .prototxt import NetSpec, parse_net
+from .shapes import BATCH, ROIS, Dim, Shape, ShapeError, Symbol, check
+from .weights import LoadedBlobs
+
+
+def convert(
+    prototxt_path: str | PathLike[str],
+    caffemodel_path: str | PathLike[str],
+    *,
+    outputs: Sequence[str] = (),
+    dynamic_size: bool = False,
+) -> onnx.ModelProto:
+    """The ONNX model (opset 22, IR 10) that computes what Caffe computes in its test phase.
+
+    Inputs and outputs are float32 and have the names of the Caffe blobs. The batch, axis 0, is symbolic: a batch of b
+    gives the b answers that its images would get alone, one after the other along that axis. An output that a layer
+    writes in place over an input is called `<blob>/<layer>`, since ONNX cannot give it the input's name.
+
+    Args:
+        prototxt_path: the net's structure and parameters.
+        caffemodel_path: its weights, matched by layer name.
+        outputs: further blobs to have as outputs, after those that the net has; by name, each in its last version.
+        dynamic_size: keep the height and width of four-dimensional inputs symbolic too, for fully convolutional nets.
+
+    Raises:
+        ConversionError: a file cannot be read, or the net cannot be converted exactly. Nothing else is raised.
+    """
+    structure, weights = Path(prototxt_path), Path(caffemodel_path)
+    text = read_bytes(structure, prototxt.MAX_BYTES)
+    data = read_bytes(weights, MAX_BYTES)
+    net = parse_net(text, structure.name)
+    plan = plan_net(net, structure.name)
+    blobs = LoadedBlobs(parse_weights(data, weights.name))
+    graph = build(net, plan, blobs, outputs=outputs, dynamic_size=dynamic_size, file=structure.name)
+    return export.model(
+        graph,
+        {
+            "caffe.net": net.name,
+            "caffe.layers": str(len(plan.layers)),
+            "caffe.prototxt.sha256": hashlib.sha256(text).hexdigest(),
+            "caffe.caffemodel.sha256": hashlib.sha256(data).hexdigest(),
+        },
+        structure.name,
+    )
+
+
+def build(
+    net: NetSpec,
+    plan: NetPlan,
+    blobs: Blobs,
+    *,
+    outputs: Sequence[str] = (),
+    dynamic_size: bool = False,
+    file: str,
+) -> Graph:
+    """The graph of a net, with all passes done. `blobs` may be any source of weights."""
+    graph = Graph(net.name)
+    values: dict[BlobRef, Value] = {}
+    # Blobs keep their names, so nothing else may have them.
+    for name in {ref.name for ref, _ in plan.inputs} | {ref.name for layer in plan.layers for ref in layer.tops}:
+        graph.unique(name)
+    batch = _add_inputs(graph, plan, values, dynamic_size, file)
+    # Numbers from a file may be anything; what Caffe makes of them is in the result and nothing to warn about.
+    with np.errstate(all="ignore"):
+        for layer in plan.layers:
+            _add_layer(graph, layer, values, batch, blobs)
+        wanted = [*plan.outputs, *_extra(plan, outputs, file)]
+        _name_values(graph, plan, values, wanted)
+        passes.run(graph)
+    return graph
+
+
+def _add_inputs(
+    graph: Graph, plan: NetPlan, values: dict[BlobRef, Value], dynamic_size: bool, file: str
+) -> int:
+    """Declares the inputs and returns the batch that the prototxt was written for."""
+    regions = {
+        layer.bottoms[1] for layer in plan.layers if layer.spec.type == "ROIPooling" and len(layer.bottoms) == 2
+    }
+    for ref, declared in plan.inputs:
+        try:
+            check(declared)
+        except ShapeError as error:
+            raise ConversionError(f"input {ref.name!r}: {error}", file=file) from error
+        if not declared:
+            raise ConversionError(f"input {ref.name!r} has no axes", file=file)
+        shape: list[Dim] = [Symbol(ROIS if ref in regions else BATCH), *declared[1:]]
+        if dynamic_size and len(declared) == 4:
+            shape[2:] = [Symbol("H"), Symbol("W")]
+        value = Value(ref.name, tuple(shape))
+        graph.inputs.append(value)
+        graph.values[ref.name] = value
+        values[ref] = value
+    return plan.inputs[0][1][0]
+
+
+def _add_layer(
+    graph: Graph, layer: NetLayer, values: dict[BlobRef, Value], batch: int, blobs: Blobs
+) -> None:
+    spec = layer.spec
+    converter = CONVERTERS.get(spec.type)
+    if converter is None:
+        raise ConversionError("this layer type is not known", layer=spec.name, layer_type=spec.type)
+    context = LayerContext(
+        spec.name, spec.type, spec.param, tuple(values[ref] for ref in layer.bottoms), spec.tops, batch, graph, blobs
+    )
+    try:
+        made = converter(context)
+    except ShapeError as error:
+        raise ConversionError(str(error), layer=spec.name, layer_type=spec.type) from error
+    except (ArithmeticError, LookupError, TypeError, ValueError, MemoryError) as error:
+        # A converter meets numbers of any size; whatever it trips over is the layer's fault and the user's to see.
+        raise ConversionError(f"cannot be converted: {error}", layer=spec.name, layer_type=spec.type) from error
+    if len(made) != len(layer.tops):
+        raise ConversionError(
+            f"has {len(layer.tops)} tops and makes {len(made)} blobs", layer=spec.name, layer_type=spec.type
+        )
+    values.update(zip(layer.tops, made, strict=True))
+
+
+def _extra(plan: NetPlan, outputs: Sequence[str], file: str) -> list[BlobRef]:
+    refs = []
+    for name in outputs:
+        if name not in plan.last:
+            raise ConversionError(f"has no blob {name!r} to make an output of", file=file)
+        if plan.last[name] not in plan.outputs and plan.last[name] not in refs:
+            refs.append(plan.last[name])
+    return refs
+
+
+def _name_values(graph: Graph, plan: NetPlan, values: dict[BlobRef, Value], outputs: Sequence[BlobRef]) -> None:
+    """Gives the values their blobs' names, and the outputs theirs even where a blob is another one's alias."""
+    inputs = {value.name for value in graph.inputs}
+    layer_of = {ref: layer.spec.name for layer in plan.layers for ref in layer.tops}
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+
+    def blob_name(ref: BlobRef) -> str:
+        if plan.last[ref.name] == ref and ref.name not in inputs:
+            return ref.name
+        return graph.unique(f"{ref.name}/{layer_of[ref]}")
+
+    for ref in outputs:
+        if ref not in layer_of:
+            raise ConversionError(f"blob {ref.name!r} is an input and cannot be an output")
+        value = values[ref]
+        if value.name in names or value.name in inputs or value.name in graph.constants:
+            value = _copy(graph, value, layer_of[ref])
+        names[value.name] = blob_name(ref)
+        taken.add(names[value.name])
+        graph.outputs.append(value.name)
+    for ref in layer_of:
+        value = values[ref]
+        if value.name in names or value.name in inputs or value.name in graph.constants:
+            continue
+        name = blob_name(ref)
+        if name not in taken:
+            names[value.name] = name
+            taken.add(name)
+    graph.rename(names)
+
+
+def _copy(graph: Graph, value: Value, layer: str) -> Value:
+    """A value of its own for an output that is an input, a constant or another output."""
+    made = graph.add_value(f"{layer}/output", value.shape, value.dtype)
+    name = graph.unique(layer)
+    constant = graph.constants.get(value.name)
+    if constant is not None:
+        graph.nodes.append(Node("Constant", name, [], [made.name], {"value": constant}))
+    else:
+        graph.nodes.append(Node("Identity", name, [value.name], [made.name]))
+    return made

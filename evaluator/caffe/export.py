@@ -1,0 +1,77 @@
+"""From the graph to an ONNX model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from .errors import ConversionError
+from .graph import Array, Graph, Node, Value
+from .shapes import BATCH, ROIS, Symbol
+
+# Stated, since the onnx package's own defaults are newer than onnxruntime accepts. Opset 22 is the first in which
+# pooling's ceil_mode has Caffe's meaning.
+OPSET = 22
+IR_VERSION = 10
+PRODUCER = "atserving-caffe"
+VERSION = "1.0.0"
+
+# A serialized protocol buffer is smaller than 2 GiB; the rest of the model needs some of that.
+_MAX_WEIGHT_BYTES = 2**31 - 2**24
+
+
+def model(graph: Graph, metadata: dict[str, str], file: str) -> onnx.ModelProto:
+    """The ONNX model of `graph`, whose constants are taken out of it one by one so as not to hold them twice.
+
+    Raises:
+        ConversionError: more weights than an ONNX file can hold.
+    """
+    if sum(array.nbytes for array in graph.constants.values()) > _MAX_WEIGHT_BYTES:
+        raise ConversionError("has more weights than the 2 GiB that an ONNX file can hold", file=file)
+    proto = onnx.ModelProto(
+        ir_version=IR_VERSION,
+        producer_name=PRODUCER,
+        producer_version=VERSION,
+        opset_import=[helper.make_opsetid("", OPSET)],
+    )
+    helper.set_model_props(proto, {"producer": f"{PRODUCER} {VERSION}", **metadata})
+    out = proto.graph
+    out.name = graph.name or "caffe"
+    out.node.extend(_node(node) for node in graph.nodes)
+    out.input.extend(_value_info(value) for value in graph.inputs)
+    out.output.extend(_value_info(graph.values[name]) for name in graph.outputs)
+    made = {name for node in graph.nodes for name in node.outputs} - set(graph.outputs)
+    out.value_info.extend(_value_info(graph.values[name]) for name in graph.values if name in made)
+    for name in list(graph.constants):
+        _tensor(out.initializer.add(), name, graph.constants.pop(name))
+    return proto
+
+
+def _node(node: Node) -> onnx.NodeProto:
+    attributes: dict[str, Any] = {}
+    for key, value in node.attributes.items():
+        attributes[key] = _tensor(onnx.TensorProto(), "", value) if isinstance(value, np.ndarray) else value
+    return helper.make_node(node.op, node.inputs, node.outputs, name=node.name, **attributes)
+
+
+def _tensor(tensor: onnx.TensorProto, name: str, array: Array) -> onnx.TensorProto:
+    tensor.name = name
+    tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+    tensor.dims.extend(array.shape)
+    tensor.raw_data = array.tobytes()
+    return tensor
+
+
+def _value_info(value: Value) -> onnx.ValueInfoProto:
+    shape = [_dim(dim) for dim in value.shape]
+    return helper.make_tensor_value_info(value.name, helper.np_dtype_to_tensor_dtype(value.dtype), shape)
+
+
+def _dim(dim: int | Symbol) -> int | str | None:
+    if isinstance(dim, int):
+        return dim
+    # Sizes computed from a symbolic height are expressions, of no use to a reader of the model.
+    return str(dim) if dim.name in (BATCH, ROIS, "H", "W") else None

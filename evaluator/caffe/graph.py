@@ -1,0 +1,126 @@
+"""The graph between Caffe and ONNX: ONNX operators, with weights as arrays, open to rewriting.
+
+Beside ONNX's there is one operator of our own, `Affine`: x * scale + shift, with `scale` and `shift` float64 in its
+attributes, either scalars or one number a channel (axis 1). BatchNorm, Scale, Bias and Power(1) are all affine, so one
+pass folds them into convolutions and one place lowers what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .shapes import Shape
+
+Array = NDArray[Any]
+FLOAT = np.dtype(np.float32)
+AFFINE = "Affine"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the graph by name; `dtype` is float32 for everything that Caffe calls a blob."""
+
+    name: str
+    shape: Shape
+    dtype: np.dtype[Any] = FLOAT
+
+
+@dataclass
+class Node:
+    """One operator. An empty name among `inputs` is an optional input left out."""
+
+    op: str
+    name: str
+    inputs: list[str]
+    outputs: list[str]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Graph:
+    """A net on its way.
+
+    Attributes:
+        inputs, outputs: in the order of the net.
+        nodes: in an order of execution.
+        constants: weights and other known tensors, by the name of the value.
+        values: every value by name.
+    """
+
+    name: str
+    inputs: list[Value] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    constants: dict[str, Array] = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)
+    _names: dict[str, int] = field(default_factory=dict)
+
+    def unique(self, name: str) -> str:
+        """`name`, or `name` with a number if it is taken; the result is taken from now on."""
+        candidate = name or "unnamed"
+        number = self._names.get(candidate, 0)
+        while candidate in self._names:
+            number += 1
+            candidate = f"{name}_{number}"
+        self._names[candidate] = 0
+        self._names[name] = number
+        return candidate
+
+    def add_value(self, name: str, shape: Shape, dtype: np.dtype[Any] = FLOAT) -> Value:
+        """A new value, under `name` if it is free."""
+        value = Value(self.unique(name), shape, dtype)
+        self.values[value.name] = value
+        return value
+
+    def add_constant(self, name: str, array: Array) -> Value:
+        """A new constant, under `name` if it is free. The array is kept, not copied."""
+        value = self.add_value(name, array.shape, array.dtype)
+        self.constants[value.name] = array
+        return value
+
+    def consumers(self) -> dict[str, list[Node]]:
+        """The nodes that read each value, one entry a reading."""
+        found: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in node.inputs:
+                found.setdefault(name, []).append(node)
+        return found
+
+    def producers(self) -> dict[str, Node]:
+        """The node that makes each value."""
+        return {name: node for node in self.nodes for name in node.outputs}
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Gives values other names, or puts other values in their place, wherever nodes and outputs speak of them."""
+        if not names:
+            return
+        for node in self.nodes:
+            node.inputs = [names.get(name, name) for name in node.inputs]
+            node.outputs = [names.get(name, name) for name in node.outputs]
+        self.outputs = [names.get(name, name) for name in self.outputs]
+        for old, new in names.items():
+            value = self.values.pop(old)
+            if new not in self.values:
+                self.values[new] = Value(new, value.shape, value.dtype)
+                if old in self.constants:
+                    self.constants[new] = self.constants.pop(old)
+
+    def remove(self, nodes: Iterable[Node]) -> None:
+        """Takes nodes out of the graph."""
+        gone = {id(node) for node in nodes}
+        self.nodes = [node for node in self.nodes if id(node) not in gone]
+
+
+def per_channel(numbers: Array, rank: int) -> Array:
+    """One number a channel, shaped to broadcast along axis 1 of a blob of `rank` axes."""
+    return numbers.reshape((-1,) + (1,) * (rank - 2)) if numbers.ndim else numbers
+
+
+def names(values: Sequence[Value]) -> list[str]:
+    """The values' names."""
+    return [value.name for value in values]

@@ -1,0 +1,15 @@
+"""Softmax."""
+
+from __future__ import annotations
+
+from ..graph import Value
+from .registry import LayerContext, converts
+
+
+@converts("Softmax", "SoftmaxWithLoss")
+def softmax(ctx: LayerContext) -> list[Value]:
+    """Caffe's Softmax along `axis` only, whatever the number of axes; a SoftmaxWithLoss serves as one."""
+    data = ctx.bottom()
+    axis = ctx.axis(ctx.param.softmax_param.axis, data)
+    ctx.refuse_batch(data, axis, "a softmax")
+    return [ctx.emit("Softmax", [data], data.shape, axis=axis)]

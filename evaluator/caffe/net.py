@@ -1,0 +1,198 @@
+"""From the layers of a prototxt to the layers that run, in single-assignment form.
+
+Caffe names blobs and lets a layer write over its input. Here every layer's top is a `BlobRef` of its own: the blob's
+name and the number of times it was written before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from .caffe_pb2 import TEST, NetState, NetStateRule
+from .errors import ConversionError
+from .prototxt import LayerSpec, NetSpec
+
+DATA_TYPES = frozenset(
+    "Data AnnotatedData HDF5Data ImageData ImageSegData DenseImageData MemoryData VideoData WindowData DummyData".split()
+)
+# Training's ends: a deploy net has no labels for them. SoftmaxWithLoss is not among them, it serves as Softmax.
+LOSS_TYPES = frozenset(
+    """Accuracy ContrastiveLoss DetectionEvaluate EuclideanLoss HDF5Output HingeLoss InfogainLoss MultiBoxLoss
+    MultinomialLogisticLoss SigmoidCrossEntropyLoss SmoothL1Loss""".split()
+)
+
+
+@dataclass(frozen=True)
+class BlobRef:
+    """The `version`-th content of the blob `name`."""
+
+    name: str
+    version: int
+
+
+@dataclass(frozen=True)
+class NetLayer:
+    """One layer that runs."""
+
+    spec: LayerSpec
+    bottoms: tuple[BlobRef, ...]
+    tops: tuple[BlobRef, ...]
+
+
+@dataclass
+class NetPlan:
+    """What to convert.
+
+    Attributes:
+        inputs: the blobs to feed with their declared shapes (batch first), in order.
+        layers: in Caffe's order, which is one of execution.
+        outputs: the blobs that no layer consumes, inputs excluded, in the order of their making.
+        last: the last content of every blob, by name.
+    """
+
+    inputs: list[tuple[BlobRef, tuple[int, ...]]] = field(default_factory=list)
+    layers: list[NetLayer] = field(default_factory=list)
+    outputs: list[BlobRef] = field(default_factory=list)
+    last: dict[str, BlobRef] = field(default_factory=dict)
+
+
+def plan_net(net: NetSpec, file: str) -> NetPlan:
+    """The layers that run at test time, with their blobs resolved.
+
+    Raises:
+        ConversionError: an unknown bottom, a top made twice, two layers of one name, nothing to run, no input shape.
+    """
+    layers = [layer for layer in net.layers if runs(layer, net.state)]
+    _check_names(layers, file)
+    _check_has_shape(net, layers, file)
+    builder = _Builder(file)
+    for name, shape in net.inputs:
+        builder.add_input(name, shape)
+    for layer in layers:
+        builder.add(layer)
+    return builder.finish()
+
+
+def runs(layer: LayerSpec, state: NetState) -> bool:
+    """Whether a layer is part of the net in phase TEST (Caffe's Net::FilterNet)."""
+    if layer.include and layer.exclude:
+        raise ConversionError("has both include and exclude rules", layer=layer.name, layer_type=layer.type)
+    if layer.include:
+        return any(_meets(rule, state) for rule in layer.include)
+    return not any(_meets(rule, state) for rule in layer.exclude)
+
+
+def _meets(rule: NetStateRule, state: NetState) -> bool:
+    if rule.HasField("phase") and rule.phase != TEST:
+        return False
+    if rule.HasField("min_level") and state.level < rule.min_level:
+        return False
+    if rule.HasField("max_level") and state.level > rule.max_level:
+        return False
+    stages = set(state.stage)
+    return stages.issuperset(rule.stage) and stages.isdisjoint(rule.not_stage)
+
+
+def _check_names(layers: Iterable[LayerSpec], file: str) -> None:
+    seen: set[str] = set()
+    for layer in layers:
+        if layer.name and layer.name in seen:
+            raise ConversionError("two layers have this name", layer=layer.name, layer_type=layer.type, file=file)
+        seen.add(layer.name)
+
+
+def _check_has_shape(net: NetSpec, layers: Sequence[LayerSpec], file: str) -> None:
+    if net.inputs or any(layer.type == "Input" for layer in layers):
+        return
+    if any(layer.type in DATA_TYPES for layer in layers):
+        raise ConversionError(
+            "has only Data layers, so its input has no shape; a deploy net has an Input layer instead", file=file
+        )
+    raise ConversionError("has no input", file=file)
+
+
+class _Builder:
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._plan = NetPlan()
+        self._consumed: set[BlobRef] = set()
+        self._made_by_data: dict[str, LayerSpec] = {}
+        self._labels: set[str] = set()
+
+    def add_input(self, name: str, shape: tuple[int, ...]) -> None:
+        if name in self._plan.last:
+            raise ConversionError(f"has two inputs named {name!r}", file=self._file)
+        ref = self._new(name)
+        self._plan.inputs.append((ref, shape))
+
+    def add(self, layer: LayerSpec) -> None:
+        if layer.type == "Input":
+            self._add_input_layer(layer)
+        elif layer.type in DATA_TYPES:
+            self._made_by_data.update((top, layer) for top in layer.tops)
+        elif layer.type in LOSS_TYPES:
+            self._labels.update(layer.bottoms)
+        else:
+            self._add_layer(layer)
+
+    def _add_input_layer(self, layer: LayerSpec) -> None:
+        shapes: Sequence[tuple[int, ...]] = [tuple(shape.dim) for shape in layer.param.input_param.shape]
+        if len(shapes) == 1:
+            shapes = shapes * len(layer.tops)
+        if len(shapes) != len(layer.tops):
+            self._fail(layer, f"has {len(shapes)} shapes for {len(layer.tops)} tops")
+        for top, shape in zip(layer.tops, shapes, strict=True):
+            if top in self._plan.last:
+                self._fail(layer, f"blob {top!r} is made by another layer too")
+            self.add_input(top, shape)
+
+    def _add_layer(self, layer: LayerSpec) -> None:
+        names, tops = layer.bottoms, layer.tops
+        if layer.type == "SoftmaxWithLoss":
+            # The label has no place in a deploy net. With two tops the second is the softmax, the first the loss.
+            self._labels.update(names[1:])
+            names, tops = names[:1], tops[1:2] or tops[:1] or (layer.name,)
+        bottoms = tuple(self._bottom(layer, name) for name in names)
+        self._consumed.update(bottoms)
+        if len(set(tops)) != len(tops):
+            self._fail(layer, "makes one blob twice")
+        for top in tops:
+            if (top in self._plan.last and top not in names) or top in self._made_by_data:
+                self._fail(layer, f"blob {top!r} is made by another layer too")
+        refs = tuple(self._new(top) for top in tops)
+        self._plan.layers.append(NetLayer(layer, bottoms, refs))
+
+    def _bottom(self, layer: LayerSpec, name: str) -> BlobRef:
+        if name in self._plan.last:
+            return self._plan.last[name]
+        if name in self._made_by_data:
+            source = self._made_by_data[name]
+            self._fail(
+                layer,
+                f"blob {name!r} comes from the {source.type} layer {source.name!r}, which gives it no shape; "
+                "a deploy net has an Input layer instead",
+            )
+        self._fail(layer, f"no layer before it makes its bottom {name!r}")
+
+    def _new(self, name: str) -> BlobRef:
+        before = self._plan.last.get(name)
+        ref = BlobRef(name, before.version + 1 if before else 0)
+        self._plan.last[name] = ref
+        return ref
+
+    def _fail(self, layer: LayerSpec, reason: str) -> NoReturn:
+        raise ConversionError(reason, layer=layer.name, layer_type=layer.type, file=self._file)
+
+    def finish(self) -> NetPlan:
+        plan = self._plan
+        # A label that only a loss reads would have to be fed and change nothing.
+        plan.inputs = [
+            (ref, shape) for ref, shape in plan.inputs if ref in self._consumed or ref.name not in self._labels
+        ]
+        made = [ref for layer in plan.layers for ref in layer.tops]
+        plan.outputs = [ref for ref in made if ref not in self._consumed]
+        if not plan.outputs:
+            raise ConversionError("has no output at test time", file=self._file)
+        return plan

@@ -1,0 +1,134 @@
+"""Folds affine maps (BatchNorm, Scale, Bias, Power) into the layer before them, and lowers the rest to ONNX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..graph import AFFINE, Graph, Node, per_channel
+
+Float64 = NDArray[np.float64]
+
+# Weights' axis that counts the outputs, for the operators that a following map can be folded into.
+_FOLDABLE = ("Conv", "ConvTranspose", "Gemm")
+
+
+def fold(graph: Graph) -> None:
+    """Folds each map into a map, convolution, deconvolution or inner product before it that nothing else reads.
+
+    Exact but for rounding: the products are made in float64.
+    """
+    readers = graph.consumers()
+    producers = graph.producers()
+    outputs = set(graph.outputs)
+    gone = []
+    for node in graph.nodes:
+        if node.op != AFFINE:
+            continue
+        source = producers.get(node.inputs[0])
+        if source is None or source.outputs[0] in outputs or len(readers[source.outputs[0]]) != 1:
+            continue
+        if source.op == AFFINE:
+            _merge(source, node)
+        elif source.op in _FOLDABLE and _owns_weights(graph, source, readers):
+            _fold_into(graph, source, node)
+        else:
+            continue
+        # The source now makes what the map made, so the next map finds it there.
+        source.outputs[0] = node.outputs[0]
+        producers[node.outputs[0]] = source
+        gone.append(node)
+    graph.remove(gone)
+
+
+def _merge(first: Node, second: Node) -> None:
+    scale, shift = first.attributes["scale"], first.attributes["shift"]
+    first.attributes["shift"] = shift * second.attributes["scale"] + second.attributes["shift"]
+    first.attributes["scale"] = scale * second.attributes["scale"]
+
+
+def _owns_weights(graph: Graph, node: Node, readers: dict[str, list[Node]]) -> bool:
+    return all(name in graph.constants and len(readers[name]) == 1 for name in node.inputs[1:])
+
+
+def _fold_into(graph: Graph, node: Node, affine: Node) -> None:
+    weight = graph.constants[node.inputs[1]]
+    scale, shift = affine.attributes["scale"], affine.attributes["shift"]
+    outputs = graph.values[node.outputs[0]].shape[1]
+    assert isinstance(outputs, int)
+    scale = np.broadcast_to(scale, (outputs,))
+    graph.constants[node.inputs[1]] = _scaled(weight, scale, node)
+    has_bias = len(node.inputs) > 2
+    bias = graph.constants[node.inputs[2]].astype(np.float64) if has_bias else np.zeros(outputs)
+    bias = np.broadcast_to(bias * scale + shift, (outputs,)).astype(np.float32)
+    if has_bias:
+        graph.constants[node.inputs[2]] = bias
+    elif bias.any():
+        node.inputs.append(graph.add_constant(f"{node.name}/bias", bias).name)
+
+
+def _scaled(weight: NDArray[Any], scale: Float64, node: Node) -> NDArray[np.float32]:
+    if node.op == "ConvTranspose":
+        # (inputs, outputs / group, ...), the inputs of a group in a row.
+        group = node.attributes.get("group", 1)
+        parts = weight.reshape(group, weight.shape[0] // group, *weight.shape[1:])
+        factors = scale.reshape(group, 1, weight.shape[1], *(1,) * (weight.ndim - 2))
+        return (parts * factors).astype(np.float32).reshape(weight.shape)
+    return (weight * scale.reshape(-1, *(1,) * (weight.ndim - 1))).astype(np.float32)
+
+
+def lower(graph: Graph) -> None:
+    """Replaces the maps that are left: by nothing, a Mul, an Add, or one BatchNormalization instead of both."""
+    nodes: list[Node] = []
+    aliases: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op != AFFINE:
+            nodes.append(node)
+            continue
+        scale, shift = node.attributes["scale"], node.attributes["shift"]
+        scales, shifts = bool(np.any(scale != 1)), bool(np.any(shift != 0))
+        rank = len(graph.values[node.inputs[0]].shape)
+        if not scales and not shifts:
+            nodes.append(Node("Identity", node.name, node.inputs, node.outputs))
+        elif scales and shifts and (scale.ndim or shift.ndim) and rank > 1:
+            nodes.append(_batch_normalization(graph, node))
+        else:
+            nodes += _mul_add(graph, node, rank, scales, shifts)
+    graph.nodes = nodes
+    graph.rename(aliases)
+
+
+def _batch_normalization(graph: Graph, node: Node) -> Node:
+    channels = graph.values[node.inputs[0]].shape[1]
+    assert isinstance(channels, int)
+    # cuDNN has a least epsilon, so it is kept and taken off the variance.
+    epsilon = 1e-5
+    numbers = {
+        "scale": np.broadcast_to(node.attributes["scale"], (channels,)),
+        "bias": np.broadcast_to(node.attributes["shift"], (channels,)),
+        "mean": np.zeros(channels),
+        "variance": np.full(channels, 1 - epsilon),
+    }
+    inputs = [
+        graph.add_constant(f"{node.name}/{what}", array.astype(np.float32)).name for what, array in numbers.items()
+    ]
+    return Node(
+        "BatchNormalization", node.name, [node.inputs[0], *inputs], node.outputs, {"epsilon": epsilon}
+    )
+
+
+def _mul_add(graph: Graph, node: Node, rank: int, scales: bool, shifts: bool) -> list[Node]:
+    steps = [("Mul", node.attributes["scale"], "scale")] * scales + [("Add", node.attributes["shift"], "shift")] * shifts
+    nodes: list[Node] = []
+    source = node.inputs[0]
+    for i, (op, numbers, what) in enumerate(steps):
+        array = per_channel(numbers, rank).astype(np.float32)
+        constant = graph.add_constant(f"{node.name}/{what}", array).name
+        last = i == len(steps) - 1
+        made = node.outputs[0] if last else graph.add_value(f"{node.name}/{op}:0", graph.values[source].shape).name
+        name = node.name if i == 0 else graph.unique(f"{node.name}/{op}")
+        nodes.append(Node(op, name, [source, constant], [made]))
+        source = made
+    return nodes

@@ -1,0 +1,31 @@
+"""Stores equal constants once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+
+from ..graph import Graph
+
+
+def share_constants(graph: Graph) -> None:
+    """Replaces every constant by the first that has the same type, shape and bytes."""
+    alike: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
+    for name, array in graph.constants.items():
+        alike[str(array.dtype), array.shape].append(name)
+    replaced: dict[str, str] = {}
+    for names in alike.values():
+        first: dict[bytes, str] = {}
+        # Hashing is for those that have a rival: the large weights of most nets have none.
+        for name in names if len(names) > 1 else ():
+            digest = hashlib.blake2b(memoryview(_contiguous(graph, name)).cast("B"), digest_size=32).digest()
+            if first.setdefault(digest, name) != name:
+                replaced[name] = first[digest]
+    for name in replaced:
+        del graph.constants[name]
+    graph.rename(replaced)
+
+
+def _contiguous(graph: Graph, name: str) -> "memoryview":
+    array = graph.constants[name]
+    return memoryview(array.tobytes() if array.size == 0 or not array.flags.c_contiguous else array)

@@ -1,0 +1,129 @@
+"""Reads a prototxt: the net's inputs and layers, old (V1) layers brought to the new form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from google.protobuf import text_format
+
+from .caffe_pb2 import LayerParameter, NetParameter, NetState, NetStateRule, V1LayerParameter
+from .errors import ConversionError
+
+# The largest published nets have a megabyte of prototxt; the text parser takes a second or so for each.
+MAX_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer of the prototxt.
+
+    Attributes:
+        name: as written; may be empty.
+        type: the Caffe type, "Convolution" also where the file says CONVOLUTION.
+        param: the layer's parameter messages, by their new names.
+    """
+
+    name: str
+    type: str
+    bottoms: tuple[str, ...]
+    tops: tuple[str, ...]
+    include: Sequence[NetStateRule]
+    exclude: Sequence[NetStateRule]
+    param: LayerParameter
+
+
+@dataclass(frozen=True)
+class NetSpec:
+    """A prototxt's content: net-level inputs with the shapes written for them, and all layers, unfiltered."""
+
+    name: str
+    inputs: tuple[tuple[str, tuple[int, ...]], ...]
+    layers: tuple[LayerSpec, ...]
+    state: NetState
+
+
+# Where the new name is not the enum's name in camel case.
+_V1_TYPES = {
+    "ABSVAL": "AbsVal",
+    "ARGMAX": "ArgMax",
+    "BNLL": "BNLL",
+    "HDF5_DATA": "HDF5Data",
+    "HDF5_OUTPUT": "HDF5Output",
+    "LRN": "LRN",
+    "MVN": "MVN",
+    "RELU": "ReLU",
+    "SOFTMAX_LOSS": "SoftmaxWithLoss",
+    "TANH": "TanH",
+}
+
+
+def parse_net(data: bytes, file: str) -> NetSpec:
+    """The net that a prototxt describes.
+
+    Fields that the format does not know are skipped, since every fork has its own; values that do not fit a known
+    field are errors.
+
+    Args:
+        data: the file's bytes, in UTF-8; other bytes do no harm in comments.
+        file: the name to blame.
+
+    Raises:
+        ConversionError: no prototxt, a layer in the format of 2013 (V0), inputs without shapes.
+    """
+    text = data.decode("utf-8-sig", "replace")
+    net = NetParameter()
+    try:
+        text_format.Parse(text, net, allow_unknown_field=True)
+    except text_format.ParseError as error:
+        raise ConversionError(f"is not a prototxt: {error}", file=file) from error
+    except RecursionError as error:
+        raise ConversionError("is not a prototxt: its messages are nested too deeply", file=file) from error
+    except ValueError as error:
+        raise ConversionError(f"is not a prototxt: {error}", file=file) from error
+    if net.layer and net.layers:
+        raise ConversionError("has both `layer` and `layers` entries", file=file)
+    layers = tuple(_layer(layer) for layer in net.layer) or tuple(_v1_layer(layer, file) for layer in net.layers)
+    if not layers:
+        raise ConversionError("has no layers", file=file)
+    return NetSpec(net.name, _inputs(net, file), layers, net.state)
+
+
+def _inputs(net: NetParameter, file: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    names = tuple(net.input)
+    if net.input_shape and net.input_dim:
+        raise ConversionError("has both input_shape and input_dim", file=file)
+    if net.input_dim:
+        dims = list(net.input_dim)
+        if len(dims) != 4 * len(names):
+            raise ConversionError(f"has {len(dims)} input_dim for {len(names)} inputs, not four each", file=file)
+        shapes = [tuple(dims[i : i + 4]) for i in range(0, len(dims), 4)]
+    else:
+        shapes = [tuple(shape.dim) for shape in net.input_shape]
+    if len(shapes) != len(names):
+        raise ConversionError(f"has {len(names)} inputs and {len(shapes)} shapes for them", file=file)
+    return tuple(zip(names, shapes, strict=True))
+
+
+def _layer(layer: LayerParameter) -> LayerSpec:
+    return LayerSpec(
+        layer.name, layer.type, tuple(layer.bottom), tuple(layer.top), layer.include, layer.exclude, layer
+    )
+
+
+def _v1_layer(layer: V1LayerParameter, file: str) -> LayerSpec:
+    if layer.HasField("layer"):
+        raise ConversionError(
+            "is in the format of 2013 (V0 layers); Caffe's upgrade_net_proto_text brings it up to date",
+            layer=layer.layer.name,
+            file=file,
+        )
+    kind = V1LayerParameter.LayerType.Name(layer.type)
+    param = LayerParameter(name=layer.name)
+    for field, value in layer.ListFields():
+        if field.name.endswith("_param"):
+            getattr(param, field.name).CopyFrom(value)
+    type_ = _V1_TYPES.get(kind) or "".join(word.capitalize() for word in kind.split("_"))
+    return LayerSpec(
+        layer.name, type_, tuple(layer.bottom), tuple(layer.top), layer.include, layer.exclude, param
+    )
