@@ -1,0 +1,216 @@
+"""One instance's life: load, warm up, listen, say so, register; serve; leave, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cv2
+import structlog
+
+from atserving import transport
+from atserving.config import Instance, WorkerConfig
+from atserving.errors import StartError
+from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
+from evaluator import nets
+from evaluator.addresses import AddressPolicy, Network
+from evaluator.batcher import Batcher
+from evaluator.contract import Config
+from evaluator.followed import FollowedConfig
+from evaluator.images import Limits
+from evaluator.pipeline import Pipeline
+from evaluator.registration import Registration
+from evaluator.release import fetch_release
+from evaluator.resources import ResourceFetcher
+from evaluator.runner import Prepared, Result, Runner
+from evaluator.server import EvaluatorServicer
+
+log = structlog.get_logger()
+
+# Gates learn within this time that an instance has left; until then it answers, if only to refuse.
+_LINGER_S = 0.5
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the flags say."""
+
+    app: str
+    version: str
+    registries: Sequence[str]
+    listen: str
+    advertise: str | None = None
+    workspace: Path | None = None
+    wait_s: float = 10.0
+    grace_s: float = 30.0
+    allow_networks: Sequence[Network] = ()
+
+
+async def run(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT. Raises StartError."""
+    stop = transport.stop_signal()
+    followed = FollowedConfig(settings.registries, settings.app, settings.version)
+    with _workspace(settings) as workspace:
+        async with _background(followed.run()) as following:
+            runner_and_cfg = await _unless(stop, _load(settings, followed, workspace))
+            if runner_and_cfg is not None:
+                await _serve(settings, followed, *runner_and_cfg, stop, following)
+
+
+async def _load(settings: Settings, followed: FollowedConfig, workspace: Path) -> tuple[Runner, Config]:
+    release = await followed.release(settings.wait_s)
+    local = await fetch_release(release, workspace)
+    cfg = local.cfg()
+    functions = nets.built_in(cfg["custom_values"].get("net", nets.DEFAULT))
+    # The decoding threads are the parallelism; OpenCV's own would only compete with them.
+    cv2.setNumThreads(1)
+    runner = await asyncio.to_thread(Runner, functions, cfg)
+    await asyncio.to_thread(runner.warm_up)
+    log.info("warm", app=settings.app, version=settings.version, batch_size=runner.batch_size, device=cfg["use_device"])
+    return runner, cfg
+
+
+async def _serve(
+    settings: Settings,
+    followed: FollowedConfig,
+    runner: Runner,
+    cfg: Config,
+    stop: asyncio.Event,
+    following: asyncio.Task[None],
+) -> None:
+    batcher = Batcher[Prepared, Result](runner.infer, runner.batch_size, **_batching(followed.worker))
+    fetcher = ResourceFetcher(Limits.of_release(cfg["custom_values"]).max_bytes, AddressPolicy(settings.allow_networks))
+    server = transport.Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
+    async with fetcher, _background(batcher.run()) as batching:
+        pipeline = Pipeline(runner, fetcher, batcher)
+        evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(
+            EvaluatorServicer(pipeline, settings.app, settings.version), server.grpc
+        )
+        port = await server.start(settings.listen)
+        address, id_ = _address(settings, port), secrets.token_hex(8)
+        registration = Registration(
+            settings.registries,
+            lambda: Instance(
+                app=settings.app,
+                version=settings.version,
+                id=id_,
+                address=address,
+                capacity=batcher.max_concurrent,
+            ),
+        )
+
+        def apply(worker: WorkerConfig) -> None:
+            batcher.configure(**_batching(worker))
+            registration.renew()
+
+        followed.on_worker = apply
+        apply(followed.worker)
+        await server.set_serving(True)
+        log.info("serving", app=settings.app, version=settings.version, port=port)
+        async with _background(registration.run()) as registering:
+            await _first(stop, batching, registering, following)
+        await _leave(settings.grace_s, registration, batcher, server)
+        pipeline.close()
+
+
+async def _leave(
+    grace_s: float, registration: Registration, batcher: Batcher[Prepared, Result], server: transport.Server
+) -> None:
+    log.info("leaving", held=batcher.held)
+    batcher.drain()
+    await server.set_serving(False)
+    try:
+        async with asyncio.timeout(grace_s):
+            await asyncio.gather(registration.deregister(), asyncio.sleep(_LINGER_S))
+            await batcher.drained()
+    except TimeoutError:
+        log.warning("the grace is over", held=batcher.held)
+    await server.stop(1.0)
+    log.info("stopped")
+
+
+def _batching(worker: WorkerConfig) -> dict[str, Any]:
+    assert worker.max_concurrent is not None
+    assert worker.delay4batch is not None
+    return {"max_concurrent": worker.max_concurrent, "delay_s": worker.delay4batch.total_seconds()}
+
+
+def _address(settings: Settings, port: int) -> str:
+    """``host:port`` for others to reach: as advertised, else as listened on, else this machine's towards a registry."""
+    host, _, given = (settings.advertise or settings.listen).rpartition(":")
+    if settings.advertise:
+        return f"{host}:{int(given) or port}"
+    if host not in ("", "0.0.0.0", "[::]", "*"):  # noqa: S104 - recognised, not bound
+        return f"{host}:{port}"
+    registry_host, _, registry_port = settings.registries[0].rpartition(":")
+    try:
+        family, kind, proto, _, target = socket.getaddrinfo(
+            registry_host.strip("[]"), int(registry_port), type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, kind, proto) as probe:
+            # A datagram socket sends nothing to connect; it only picks the route.
+            probe.connect(target)
+            own = str(probe.getsockname()[0])
+    except OSError as error:
+        raise StartError("can't tell this machine's address: give --advertise") from error
+    return f"[{own}]:{port}" if ":" in own else f"{own}:{port}"
+
+
+@contextmanager
+def _workspace(settings: Settings) -> Iterator[Path]:
+    """A folder of this process alone, removed in the end."""
+    try:
+        if settings.workspace:
+            settings.workspace.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=f"{settings.app}-{settings.version}-", dir=settings.workspace)
+    except OSError as error:
+        raise StartError(f"can't make a workspace: {error.strerror}") from error
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@asynccontextmanager
+async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.Task[None]]:
+    """Runs ``work`` meanwhile; cancels and awaits it in the end."""
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of ``work``, or None where ``stop`` comes first."""
+    task, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for each in (task, stopping):
+            each.cancel()
+        await asyncio.gather(task, stopping, return_exceptions=True)
+
+
+async def _first(stop: asyncio.Event, *tasks: asyncio.Task[None]) -> None:
+    """Returns when ``stop`` comes; raises what a task raised, which none should."""
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        stopping.cancel()

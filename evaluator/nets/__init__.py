@@ -1,0 +1,20 @@
+"""The built-in nets, by the name that a release's ``custom_values["net"]`` gives."""
+
+from __future__ import annotations
+
+from atserving.errors import StartError
+from evaluator.contract import NetFunctions
+from evaluator.nets import classify
+
+DEFAULT = "classify"
+
+BUILT_IN = {
+    "classify": NetFunctions(classify.net_init, classify.net_inference, classify.net_preprocess),
+}
+
+
+def built_in(name: object) -> NetFunctions:
+    """The built-in net of that name. Raises StartError."""
+    if not isinstance(name, str) or name not in BUILT_IN:
+        raise StartError(f"custom_values.net is {name!r}; the built-in nets are: {', '.join(sorted(BUILT_IN))}")
+    return BUILT_IN[name]

@@ -1,0 +1,143 @@
+"""Brings a release onto this machine: its tar, fetched, checked and unpacked, and its custom files."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import aiohttp
+
+from atserving.config import Release
+from atserving.errors import StartError
+from evaluator.contract import Config
+from evaluator.unpack import unpack
+
+MAX_FILE_BYTES = 4 << 30
+"""The most a tar or a custom file may measure."""
+
+_CHUNK_BYTES = 1 << 20
+_SILENCE_S = 30.0
+_REQUIRED = ("deploy.prototxt", "weight.caffemodel")
+
+
+@dataclass(frozen=True)
+class LocalRelease:
+    """A release whose files are on this machine; the mappings lead from names to paths."""
+
+    release: Release
+    workspace: Path
+    tar_files: Mapping[str, Path]
+    custom_files: Mapping[str, Path]
+
+    def cfg(self) -> Config:
+        """What ``net_init`` is given."""
+        return {
+            "tar_files": {name: str(path) for name, path in self.tar_files.items()},
+            "custom_files": {name: str(path) for name, path in self.custom_files.items()},
+            "custom_values": {**self.release.custom_values, "workspace": str(self.workspace)},
+            "model_params": dict(self.release.model_params),
+            "image_width": self.release.image_width,
+            "batch_size": self.release.batch_size,
+            "use_device": self.release.use_device,
+        }
+
+
+async def fetch_release(release: Release, workspace: Path) -> LocalRelease:
+    """Fetches and unpacks into ``workspace``, a folder of its own. Raises StartError, one line for the operator."""
+    downloads, files = workspace / "downloads", workspace / "release"
+    downloads.mkdir()
+    files.mkdir()
+    tar = await _fetch(release.file, downloads / "release.tar", "file")
+    tar_files = await asyncio.to_thread(unpack, tar, files)
+    if tar.is_relative_to(downloads):
+        tar.unlink()
+    for name in _REQUIRED:
+        if name not in tar_files:
+            raise StartError(f"the release's tar has no {name}")
+    if "net.py" in tar_files:
+        raise StartError("the release's tar has a net.py; scripts are not supported yet")
+    custom_files = {
+        name: await _fetch(uri, downloads / f"custom-{number}", f"custom_files.{name}")
+        for number, (name, uri) in enumerate(release.custom_files.items())
+    }
+    return LocalRelease(release, workspace, tar_files, custom_files)
+
+
+async def _fetch(uri: str, target: Path, what: str) -> Path:
+    """The local path of what ``uri`` names: ``target``, or the file itself where it is local. ``what`` is the field."""
+    bare, expected = _split_digest(uri, what)
+    scheme = bare.partition("://")[0]
+    if scheme == "qiniu":
+        raise StartError(f"{what} {bare}: qiniu:// is not supported yet")
+    if scheme == "file":
+        path = _local_path(bare, what)
+        digest = await asyncio.to_thread(_file_digest, path, bare, what) if expected else ""
+    else:
+        path = target
+        digest = await _download(bare, target, what)
+    if expected and digest != expected:
+        raise StartError(f"{what} {_shown(bare)}: its sha256 is {digest}, not {expected}")
+    return path
+
+
+def _split_digest(uri: str, what: str) -> tuple[str, str]:
+    bare, _, fragment = uri.partition("#")
+    if not fragment:
+        return bare, ""
+    match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
+    if not match:
+        raise StartError(f"{what} {_shown(bare)}: #{fragment[:80]} should be #sha256= and 64 hex digits")
+    return bare, match[1].lower()
+
+
+def _local_path(uri: str, what: str) -> Path:
+    parts = urlsplit(uri)
+    path = Path(unquote(parts.path))
+    if parts.netloc not in ("", "localhost") or not path.is_absolute():
+        raise StartError(f"{what} {uri}: should be file:// and an absolute path")
+    if not path.is_file():
+        raise StartError(f"{what} {uri}: there is no such file")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise StartError(f"{what} {uri}: is larger than {MAX_FILE_BYTES} bytes")
+    return path
+
+
+def _file_digest(path: Path, uri: str, what: str) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StartError(f"{what} {uri}: can't be read: {error.strerror}") from error
+
+
+async def _download(uri: str, target: Path, what: str) -> str:
+    """Streams to ``target`` and returns the sha256. A silence of 30 s ends it."""
+    digest = hashlib.sha256()
+    size = 0
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE_S, sock_read=_SILENCE_S)
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(uri) as response:
+            if response.status != 200:
+                raise StartError(f"{what} {_shown(uri)}: its host answered {response.status}")
+            with target.open("wb") as file:
+                async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+                    size += len(chunk)
+                    if size > MAX_FILE_BYTES:
+                        raise StartError(f"{what} {_shown(uri)}: is larger than {MAX_FILE_BYTES} bytes")
+                    await asyncio.to_thread(file.write, chunk)
+                    await asyncio.to_thread(digest.update, chunk)
+    except TimeoutError:
+        raise StartError(f"{what} {_shown(uri)}: its host is silent for {_SILENCE_S:g} s") from None
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise StartError(f"{what} {_shown(uri)}: can't be fetched: {type(error).__name__}") from error
+    return digest.hexdigest()
+
+
+def _shown(uri: str) -> str:
+    """Without credentials or a query, which may hold a token."""
+    return re.sub(r"(://)[^/@]*@", r"\1", uri.partition("?")[0])
