@@ -66,8 +66,8 @@ async def serve(settings: Settings) -> None:
         await stop.wait()
         log.info("gate stops")
         await server.set_serving(False)
-        await server.stop(settings.grace_s)
     finally:
+        await server.stop(settings.grace_s)
         for task in (following, tending):
             task.cancel()
         await asyncio.gather(following, tending, return_exceptions=True)

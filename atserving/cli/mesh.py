@@ -1,0 +1,267 @@
+"""The whole mesh on one machine: etcd, registry, gate, evaluators and Envoy, as processes that supervisord keeps."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import xmlrpc.client
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+import grpc.aio
+import yaml
+from supervisor.xmlrpc import SupervisorTransport
+
+from atserving import transport
+from atserving.errors import StartError
+from atserving.v1 import registry_pb2, registry_pb2_grpc
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGITS = ROOT / "examples" / "digits"
+VERSIONS = {"v1": registry_pb2.PHASE_PRODUCTION, "v2": registry_pb2.PHASE_STAGING}
+"""The versions of the app `digits`, each with the phase it is published in."""
+
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The loopback ports of a mesh."""
+
+    edge: int
+    admin: int
+    gate: int
+    registry: int
+    etcd: int
+    etcd_peer: int
+    files: int
+
+    @staticmethod
+    def free(edge: int = 0) -> Ports:
+        """Ports nobody uses now; ``edge`` is kept where it is given."""
+        with ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(7)]
+            for each in sockets:
+                each.bind(("127.0.0.1", 0))
+            first, *rest = [int(each.getsockname()[1]) for each in sockets]
+        return Ports(edge or first, *rest)
+
+
+class Mesh:
+    """A mesh serving `digits`, in a directory that holds its config, its data and its logs.
+
+    An async context manager: entering starts every process and waits until both versions answer; leaving stops them.
+    ``extra`` is passed to the processes named as flags, so that a test can shorten a lease.
+    """
+
+    def __init__(self, edge_port: int = 0, start_timeout_s: float = 90.0, extra: dict[str, list[str]] | None = None):
+        self.ports = Ports.free(edge_port)
+        self.url = f"http://127.0.0.1:{self.ports.edge}"
+        self.registry = f"127.0.0.1:{self.ports.registry}"
+        self.files_url = f"http://127.0.0.1:{self.ports.files}"
+        self._start_timeout_s = start_timeout_s
+        self._extra = extra or {}
+        self._supervisord: asyncio.subprocess.Process | None = None
+
+    async def __aenter__(self) -> Mesh:
+        for needed in (ROOT / "envoy" / "envoy.yaml", DIGITS / "digits-v1.tar"):
+            if not needed.exists():
+                raise StartError(f"{needed.relative_to(ROOT)} is not there: the local mesh runs from a checkout")
+        _check_free(self.ports.edge)
+        self.directory = Path(tempfile.mkdtemp(prefix="atserving-"))
+        self._write_envoy()
+        self._write_supervisord()
+        try:
+            self._supervisord = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "supervisor.supervisord", "-n", "-c", f"{self.directory}/supervisord.conf"),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+                # ctrl-C is for the command in the foreground, which then stops its processes in order.
+                start_new_session=True,
+            )
+            await self._wait_ready()
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._supervisord:
+            with suppress(ProcessLookupError):
+                self._supervisord.terminate()
+            await self._supervisord.wait()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    @property
+    def supervisor(self) -> Any:
+        """supervisord's own XML-RPC interface, to stop, start and look at single processes."""
+        socket_path = f"unix://{self.directory}/supervisor.sock"
+        return xmlrpc.client.ServerProxy("http://127.0.0.1", SupervisorTransport(None, None, socket_path)).supervisor
+
+    def process_id(self, name: str) -> int:
+        """The process's id now; 0 while it is down."""
+        return int(self.supervisor.getProcessInfo(name)["pid"])
+
+    def log(self, name: str) -> str:
+        """What a process has logged so far."""
+        return (self.directory / f"{name}.log").read_text(errors="replace")
+
+    async def wait_supervisor(self) -> int:
+        """Waits until supervisord itself ends, which it does not by itself."""
+        assert self._supervisord
+        return await self._supervisord.wait()
+
+    def _commands(self) -> dict[str, list[str]]:
+        ports, python = self.ports, [sys.executable, "-m"]
+        bin_ = Path(sys.executable).parent
+        etcd, peer = f"http://127.0.0.1:{ports.etcd}", f"http://127.0.0.1:{ports.etcd_peer}"
+        commands = {
+            "etcd": [
+                *(str(bin_ / "etcd"), "--data-dir", str(self.directory / "etcd"), "--log-level", "warn"),
+                *("--listen-client-urls", etcd, "--advertise-client-urls", etcd),
+                *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+                *("--initial-cluster", f"default={peer}"),
+            ],
+            "registry": [*python, "registry", "--etcd", f"127.0.0.1:{ports.etcd}", "--listen", self.registry],
+            "gate": [*python, "gate", "--registry", self.registry, "--listen", f"127.0.0.1:{ports.gate}"],
+            "envoy": [
+                *(str(bin_ / "envoy"), "-c", str(self.directory / "envoy.yaml"), "--use-dynamic-base-id"),
+                *("--concurrency", "1", "--log-level", "warning"),
+            ],
+            # The pictures by http, so that a request can name one.
+            "files": [*python, "http.server", "--bind", "127.0.0.1", "-d", str(DIGITS / "images"), str(ports.files)],
+        }
+        for version in VERSIONS:
+            commands[f"evaluator-{version}"] = [
+                *(*python, "evaluator", "--app", "digits", "--version", version, "--registry", self.registry),
+                *("--listen", "127.0.0.1:0", "--wait", "60", "--allow-network", "127.0.0.0/8"),
+            ]
+        return {name: [*command, *self._extra.get(name, [])] for name, command in commands.items()}
+
+    def _write_supervisord(self) -> None:
+        directory = self.directory
+        sections = [
+            f"[unix_http_server]\nfile={directory}/supervisor.sock\nchmod=0600",
+            f"[supervisord]\nlogfile={directory}/supervisord.log\npidfile={directory}/supervisord.pid\nnodaemon=true",
+            "[rpcinterface:supervisor]\nsupervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface",
+            f"[supervisorctl]\nserverurl=unix://{directory}/supervisor.sock",
+        ]
+        for priority, (name, command) in enumerate(self._commands().items()):
+            line = shlex.join(command).replace("%", "%%")
+            sections.append(
+                f"[program:{name}]\ncommand={line}\npriority={priority}\nautorestart=true\nstartsecs=1\n"
+                f"startretries=1000\nstopwaitsecs=20\nredirect_stderr=true\nstdout_logfile={directory}/{name}.log\n"
+                f"directory={directory}"
+            )
+        (directory / "supervisord.conf").write_text("\n\n".join(sections) + "\n")
+
+    def _write_envoy(self) -> None:
+        text = (ROOT / "envoy" / "envoy.yaml").read_text().replace("/etc/envoy/", f"{ROOT}/envoy/")
+        bootstrap = yaml.safe_load(text)
+        _set_address(bootstrap["admin"], self.ports.admin)
+        resources = bootstrap["static_resources"]
+        _set_address(resources["listeners"][0], self.ports.edge)
+        endpoint = resources["clusters"][0]["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
+        _set_address(endpoint, self.ports.gate)
+        (self.directory / "envoy.yaml").write_text(yaml.safe_dump(bootstrap))
+
+    async def _wait_ready(self) -> None:
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                await self._publish()
+                async with aiohttp.ClientSession() as session:
+                    for version in VERSIONS:
+                        await self._wait_answer(session, version)
+        except TimeoutError:
+            raise StartError(
+                f"the mesh was not ready within {self._start_timeout_s:g} s: {self._complaint()}"
+            ) from None
+
+    async def _publish(self) -> None:
+        async with transport.channel(self.registry) as channel:
+            stub = registry_pb2_grpc.ReleaseServiceStub(channel)
+            for version, phase in VERSIONS.items():
+                tar = DIGITS / f"digits-{version}.tar"
+                release = registry_pb2.Release(
+                    name="digits",
+                    version=version,
+                    file=f"{tar.as_uri()}#sha256={hashlib.sha256(tar.read_bytes()).hexdigest()}",
+                    phase=phase,
+                    desc="handwritten digits",
+                    custom_values_json='{"net": "classify"}',
+                )
+                while True:
+                    try:
+                        await stub.PublishRelease(registry_pb2.PublishReleaseRequest(release=release))
+                        break
+                    except grpc.aio.AioRpcError as error:
+                        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                            raise StartError(f"publishing digits {version}: {error.details()}") from None
+                        self._check_alive()
+                        await asyncio.sleep(_POLL_S)
+
+    async def _wait_answer(self, session: aiohttp.ClientSession, version: str) -> None:
+        image = (DIGITS / "images" / "0.png").read_bytes()
+        url = f"{self.url}/v1/eval/digits/{version}"
+        while True:
+            self._check_alive()
+            try:
+                async with session.post(
+                    url, data=image, headers={"content-type": "application/octet-stream"}
+                ) as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(_POLL_S)
+
+    def _check_alive(self) -> None:
+        assert self._supervisord
+        if self._supervisord.returncode is not None:
+            raise StartError(f"supervisord ended: {_last_line(self.directory / 'supervisord.log')}")
+
+    def _complaint(self) -> str:
+        """The last line of each process that is not running, or else where the logs are."""
+        try:
+            down = [each["name"] for each in self.supervisor.getAllProcessInfo() if each["statename"] != "RUNNING"]
+        except OSError:
+            down = []
+        said = "; ".join(f"{name}: {_last_line(self.directory / f'{name}.log')}" for name in down)
+        return said or "every process runs, but not all answer"
+
+
+def _set_address(holder: dict[str, Any], port: int) -> None:
+    holder["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": port}
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise StartError(f"port {port} is in use: choose another with --port or PORT=") from None
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+    return lines[-1] if lines else "no word"
+
+
+def kill(process_id: int) -> None:
+    """kill -9: what a crash is like."""
+    os.kill(process_id, signal.SIGKILL)

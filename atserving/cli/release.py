@@ -1,0 +1,133 @@
+"""`atserving release`: publishing, phases and listing, by calls to the registry."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import click
+import grpc
+import orjson
+from google.protobuf.json_format import MessageToDict
+
+from atserving import transport
+from atserving.cli import service
+from atserving.errors import StartError
+from atserving.v1 import registry_pb2, registry_pb2_grpc
+
+_PHASES = {"staging": registry_pb2.PHASE_STAGING, "production": registry_pb2.PHASE_PRODUCTION}
+_PHASE_NAMES = {number: name for name, number in _PHASES.items()}
+_CALL_TIMEOUT_S = 10.0
+
+_T = TypeVar("_T")
+
+_registry_option = service.addresses_option(
+    "--registry", default="127.0.0.1:50053", show_default=True, help="The registries, any of which will do."
+)
+
+
+def _call(registries: list[str], call: Callable[[registry_pb2_grpc.ReleaseServiceStub], _T]) -> _T:
+    """Calls the first registry that is there. Raises StartError with what it answered."""
+    said = ""
+    for address in registries:
+        with grpc.insecure_channel(address, options=transport.CHANNEL_OPTIONS) as channel:
+            try:
+                return call(registry_pb2_grpc.ReleaseServiceStub(channel))
+            except grpc.RpcError as error:
+                failed = cast(grpc.Call, error)
+                said = f"registry {address}: {failed.details()}"
+                if failed.code() is not grpc.StatusCode.UNAVAILABLE:
+                    break
+    raise StartError(said)
+
+
+def _json_object(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    try:
+        fields = orjson.loads(value)
+    except orjson.JSONDecodeError as error:
+        raise click.BadParameter(f"not JSON: {error}", context, parameter) from None
+    if not isinstance(fields, dict):
+        raise click.BadParameter("not a JSON object", context, parameter)
+    return value
+
+
+def _file_pairs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = [value.partition("=") for value in values]
+    if not all(name and uri for name, _, uri in pairs):
+        raise click.BadParameter("should be NAME=URI", context, parameter)
+    return {name: uri for name, _, uri in pairs}
+
+
+@click.group(help="Publish releases, change their phase, list them.")
+def release() -> None:
+    pass
+
+
+@release.command(help="Publish VERSION of APP, whose model tar is at the URI FILE (file://, http(s)://).")
+@click.argument("app")
+@click.argument("version")
+@click.argument("file")
+@click.option("--phase", type=click.Choice(list(_PHASES)), default="staging", show_default=True)
+@click.option("--desc", default="", help="For people.")
+@click.option("--device", default="CPU", show_default=True, help="CPU, GPU or GPU:<index>.")
+@click.option("--batch-size", type=int, help="The most requests run together.")
+@click.option("--image-width", type=int, help="The width images are resized to, in pixels.")
+@click.option("--weight", type=float, help="Scales the share of unversioned traffic.")
+@click.option("--custom-values", default="{}", callback=_json_object, help='A JSON object, as {"net": "classify"}.')
+@click.option("--model-params", default="{}", callback=_json_object, help="A JSON object: options of the engine.")
+@click.option("--custom-file", multiple=True, callback=_file_pairs, metavar="NAME=URI", help="A further file.")
+@_registry_option
+def publish(
+    registry: list[str], app: str, version: str, file: str, phase: str, desc: str, device: str, **options: Any
+) -> None:
+    wanted = registry_pb2.Release(
+        name=app,
+        version=version,
+        file=file,
+        phase=_PHASES[phase],
+        desc=desc,
+        use_device=device,
+        batch_size=options["batch_size"],
+        image_width=options["image_width"],
+        weight=options["weight"],
+        custom_files=options["custom_file"],
+        custom_values_json=options["custom_values"],
+        model_params_json=options["model_params"],
+    )
+    request = registry_pb2.PublishReleaseRequest(release=wanted)
+    stored = _call(registry, lambda stub: stub.PublishRelease(request, timeout=_CALL_TIMEOUT_S)).release
+    print(f"{stored.name} {stored.version} is published, in {_PHASE_NAMES[stored.phase]}")
+
+
+@release.command(help="Move VERSION of APP to PHASE.")
+@click.argument("app")
+@click.argument("version")
+@click.argument("phase", type=click.Choice(list(_PHASES)))
+@_registry_option
+def phase(registry: list[str], app: str, version: str, phase: str) -> None:
+    request = registry_pb2.SetPhaseRequest(app=app, version=version, phase=_PHASES[phase])
+    stored = _call(registry, lambda stub: stub.SetPhase(request, timeout=_CALL_TIMEOUT_S)).release
+    print(f"{stored.name} {stored.version} is in {_PHASE_NAMES[stored.phase]}")
+
+
+@release.command("list", help="List releases with their ready instances, and the keys in etcd that are malformed.")
+@click.option("--app", default="", help="Only this app's.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@_registry_option
+def list_(registry: list[str], app: str, as_json: bool) -> None:
+    request = registry_pb2.ListReleasesRequest(app=app)
+    found = _call(registry, lambda stub: stub.ListReleases(request, timeout=_CALL_TIMEOUT_S))
+    if as_json:
+        print(orjson.dumps(MessageToDict(found, preserving_proto_field_name=True), option=orjson.OPT_INDENT_2).decode())
+        return
+    rows = [("APP", "VERSION", "PHASE", "INSTANCES", "MODIFIED", "DESCRIPTION")]
+    for each in found.releases:
+        it = each.release
+        instances = str(len(each.instances))
+        rows.append((it.name, it.version, _PHASE_NAMES.get(it.phase, "?"), instances, it.lastmodified, it.desc))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for malformed in found.malformed:
+        print(f"malformed: {malformed.key}: {malformed.reason}", file=sys.stderr)

@@ -1,0 +1,147 @@
+"""The bodies of the HTTP API: what is read, what is refused, what is written."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atserving.errors import InvalidArgument, NetError, ResourceExhausted, ServingError, UnsupportedMediaType
+from atserving.v1 import evaluator_pb2
+from gate import edge
+from gate.dispatch import Answer, Task
+
+URI = {"uri": "http://host/a.png"}
+
+
+def read(fields: Any, content_type: str = edge.JSON) -> Task:
+    return edge.read_eval("app", "v1", content_type, orjson.dumps(fields))
+
+
+def answer(**outcome: Any) -> Answer:
+    return Answer(evaluator_pb2.InferResponse(**outcome), "v1")
+
+
+def test_an_object_is_one_resource_and_a_list_a_group() -> None:
+    assert [(each.uri, each.attribute_json) for each in read({"data": URI}).request.data] == [("http://host/a.png", "")]
+    assert not read({"data": URI}).request.group
+    group = read({"data": [URI, {**URI, "attribute": [1, "x"]}]}).request
+    assert group.group
+    assert group.data[1].attribute_json == '[1,"x"]'
+    assert read({"data": [URI]}).request.group
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.text()
+    | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@given(json_values)
+def test_params_and_attributes_arrive_as_they_were_sent(value: Any) -> None:
+    request = read({"data": {**URI, "attribute": value}, "params": value}).request
+    for arrived in (request.params_json, request.data[0].attribute_json):
+        again = orjson.loads(arrived) if arrived else None
+        assert again == value
+        assert type(again) is type(value)
+
+
+def test_bytes_are_one_resource() -> None:
+    request = edge.read_eval("app", "", "application/octet-stream; x=y", b"\x00\xff").request
+    assert [each.body for each in request.data] == [b"\x00\xff"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ([], "should be a JSON object"),
+        ({}, "no data given"),
+        ({"data": []}, "data is an empty list"),
+        ({"data": None}, "data should be an object"),
+        ({"data": "http://host"}, "data should be an object"),
+        ({"data": {}}, "data without a uri"),
+        ({"data": {"uri": 1}}, "uri should be a string"),
+        ({"data": [URI, {"uri": ""}]}, "uri should be a string that is not empty"),
+    ],
+)
+def test_a_malformed_request_says_what_is_wrong(fields: Any, message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        read(fields)
+
+
+@given(st.binary())
+def test_rubbish_is_refused_and_nothing_worse(body: bytes) -> None:
+    for content_type in (edge.JSON, edge.BYTES, "text/html", ""):
+        try:
+            edge.read_eval("app", "", content_type, body)
+            edge.read_batch(content_type, body)
+        except (InvalidArgument, UnsupportedMediaType):
+            pass
+
+
+def test_a_deeply_nested_body_is_refused() -> None:
+    with pytest.raises(InvalidArgument):
+        edge.read_eval("app", "", edge.JSON, b"[" * 1_000_000)
+
+
+@pytest.mark.parametrize("op", [None, 1, "", "/v1/eval", "/v1/eval/", "/v1/eval/a/", "/v1/eval/a/b/c", "v1/eval/a"])
+def test_a_bad_op_fails_its_own_task(op: Any) -> None:
+    first, second = edge.read_batch(
+        edge.JSON, orjson.dumps([{"op": op, "data": URI}, {"op": "/v1/eval/a/b", "data": URI}])
+    )
+    assert isinstance(first, InvalidArgument)
+    assert "op" in first.message
+    assert isinstance(second, Task)
+    assert (second.app, second.version) == ("a", "b")
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"1", b"", b"[1,"])
+def test_a_malformed_batch_is_refused_whole(body: bytes) -> None:
+    with pytest.raises(InvalidArgument):
+        edge.read_batch(edge.JSON, body)
+
+
+def test_answers_are_json_or_bytes_as_the_net_decides() -> None:
+    reply = edge.write_answer(answer(result_json='{"n":1}', message='a "b"'))
+    assert reply.body == b'{"code":0,"message":"a \\"b\\"","result":{"n":1}}'
+    assert (reply.status, reply.content_type, reply.headers) == (200, edge.JSON, {"x-serving-version": "v1"})
+    reply = edge.write_answer(answer(stream=b"\x00\x01"))
+    assert (reply.status, reply.content_type, reply.body) == (200, edge.BYTES, b"\x00\x01")
+
+
+def test_an_error_has_its_status_and_the_nets_own_code() -> None:
+    reply = edge.write_error(NetError(-3, "bad image"))
+    assert (reply.status, orjson.loads(reply.body)) == (400, {"code": -3, "message": "bad image"})
+    reply = edge.write_error(ResourceExhausted("full", retry_after_s=0.2))
+    assert (reply.status, reply.headers) == (429, {"retry-after": "1"})
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [(-1, 400), (-2, 500), (-3, 400), (422, 422), (512, 512), (599, 599), (7, 500), (302, 500)]
+)
+def test_a_nets_code_maps_to_a_status(code: int, status: int) -> None:
+    error = ServingError.from_proto(NetError(code, "").to_proto())
+    assert (error.code, error.status) == (code, status)
+
+
+def test_a_batch_is_an_array_with_streams_inside() -> None:
+    results: list[Answer | ServingError] = [
+        answer(result_json="[]"),
+        InvalidArgument("no"),
+        answer(stream=b"\xff" * 100),
+    ]
+    items = orjson.loads(edge.write_batch(results).body)
+    assert items[0] == {"code": 0, "message": "", "result": []}
+    assert items[1] == {"code": 400, "message": "no"}
+    header, _, data = items[2]["stream"].partition(",")
+    assert header == "data:application/octet-stream;base64"
+    assert base64.b64decode(data) == b"\xff" * 100

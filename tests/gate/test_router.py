@@ -1,0 +1,301 @@
+"""The router's promises: who answers what, in which proportion, and what happens to instances that leave."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atserving.config import AppMetadata, ConfigValue, Instance, Release, WorkerConfig, parse
+from atserving.errors import NotFound, ResourceExhausted, ServingError, Unavailable
+from gate.router import LINGER_S, SHUN_S, Endpoint, Router
+
+PORT = 1000
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Table:
+    """A router over named instances, whose connections are their addresses."""
+
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        self.router: Router[str] = Router(lambda instance: instance.address, self.clock, random.Random(7))
+
+    def put(self, *values: ConfigValue) -> None:
+        self.router.apply({_key(value): value for value in values}, set())
+
+    def delete(self, *values: ConfigValue) -> None:
+        self.router.apply({}, {_key(value) for value in values})
+
+
+def _key(value: ConfigValue) -> str:
+    assert isinstance(value, Release | Instance)
+    return value.key
+
+
+def release(version: str, phase: str = "production", app: str = "app", weight: float | None = None) -> Release:
+    return Release.model_validate(
+        {"name": app, "version": version, "file": "file:///x.tar", "phase": phase, "weight": weight}
+    )
+
+
+def instance(version: str, id_: str, capacity: int = 4, app: str = "app", port: int = PORT) -> Instance:
+    return Instance(app=app, version=version, id=id_, address=f"{id_}:{port}", capacity=capacity)
+
+
+@pytest.fixture
+def table() -> Table:
+    return Table()
+
+
+def test_a_named_version_answers_whatever_its_phase(table: Table) -> None:
+    table.put(release("v1"), release("v2", "staging"), instance("v1", "a"), instance("v2", "b"))
+    assert table.router.pick("app", "v1").instance.id == "a"
+    assert table.router.pick("app", "v2").instance.id == "b"
+
+
+def test_a_staging_version_takes_no_unversioned_traffic(table: Table) -> None:
+    table.put(release("v1"), release("v2", "staging"), instance("v1", "a"), instance("v2", "b"))
+    assert {table.router.pick("app", "").instance.id for _ in range(200)} == {"a"}
+
+
+def test_a_promotion_and_a_rollback_move_the_traffic(table: Table) -> None:
+    table.put(release("v1"), release("v2", "staging"), instance("v1", "a"), instance("v2", "b"))
+    table.put(release("v1", "staging"), release("v2"))
+    assert {table.router.pick("app", "").instance.id for _ in range(50)} == {"b"}
+    table.put(release("v1"), release("v2", "staging"))
+    assert {table.router.pick("app", "").instance.id for _ in range(50)} == {"a"}
+
+
+def test_what_does_not_exist_is_not_found(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"))
+    with pytest.raises(NotFound, match="unknown app 'nothing'"):
+        table.router.pick("nothing", "")
+    with pytest.raises(NotFound, match="app 'app' has no version 'v9'"):
+        table.router.pick("app", "v9")
+
+
+def test_an_app_without_a_ready_instance_is_unavailable(table: Table) -> None:
+    table.put(release("v1"), release("v2", "staging"), instance("v2", "b"))
+    with pytest.raises(Unavailable, match="no instance of app 'app' is ready"):
+        table.router.pick("app", "")
+    table.put(release("v1", "staging"))
+    with pytest.raises(Unavailable, match="no version in production"):
+        table.router.pick("app", "")
+
+
+def test_an_instance_without_a_release_takes_nothing(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"), instance("ghost", "b"))
+    with pytest.raises(NotFound):
+        table.router.pick("app", "ghost")
+    assert {table.router.pick("app", "").instance.id for _ in range(50)} == {"a"}
+
+
+def test_the_least_loaded_instance_of_a_version_is_taken(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "small", 2), instance("v1", "large", 8))
+    taken: Counter[str] = Counter()
+    for _ in range(10):
+        endpoint = table.router.pick("app", "v1")
+        endpoint.in_flight += 1
+        taken[endpoint.instance.id] += 1
+        shares = [each / most for each, most in ((taken["small"], 2), (taken["large"], 8))]
+        assert max(shares) - min(shares) <= 0.5
+    with pytest.raises(ResourceExhausted):
+        table.router.pick("app", "v1")
+    assert taken == {"small": 2, "large": 8}
+
+
+def test_versions_share_the_traffic_by_free_capacity_and_weight(table: Table) -> None:
+    table.put(release("v1"), release("v2", weight=0.25), instance("v1", "a", 30), instance("v2", "b", 40))
+    taken = Counter(table.router.pick("app", "").instance.version for _ in range(4000))
+    assert taken["v1"] / taken["v2"] == pytest.approx(3, rel=0.15)
+
+
+def test_weight_0_takes_no_unversioned_traffic(table: Table) -> None:
+    table.put(release("v1"), release("v2", weight=0), instance("v1", "a"), instance("v2", "b"))
+    assert {table.router.pick("app", "").instance.id for _ in range(200)} == {"a"}
+    assert table.router.pick("app", "v2").instance.id == "b"
+
+
+def test_a_full_app_is_exhausted_and_says_when_to_come_back(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a", 1))
+    with table.router.pick("app", "").hold(), pytest.raises(ResourceExhausted) as caught:
+        table.router.pick("app", "")
+    assert caught.value.retry_after_s
+    assert table.router.pick("app", "").instance.id == "a"
+
+
+def test_an_instance_that_left_is_the_last_resort_until_it_refuses(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"), instance("v1", "b"))
+    table.delete(instance("v1", "a"))
+    assert {table.router.pick("app", "").instance.id for _ in range(50)} == {"b"}
+    table.delete(instance("v1", "b"))
+    endpoints = {table.router.pick("app", "") for _ in range(50)}
+    assert {each.instance.id for each in endpoints} == {"a", "b"}
+    for endpoint in endpoints:
+        table.router.refused(endpoint)
+    with pytest.raises(Unavailable):
+        table.router.pick("app", "")
+    assert {each.connection for each in table.router.expired()} == {f"a:{PORT}", f"b:{PORT}"}
+    assert table.router.expired() == []
+
+
+def test_an_instance_that_left_is_forgotten_after_a_while_when_idle(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"))
+    endpoint = table.router.pick("app", "")
+    table.delete(instance("v1", "a"))
+    table.clock.now = LINGER_S + 1
+    with endpoint.hold():
+        assert table.router.expired() == []
+        with pytest.raises(Unavailable):
+            table.router.pick("app", "")
+    assert table.router.expired() == [endpoint]
+
+
+def test_an_instance_that_comes_back_keeps_its_connection(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"))
+    before = table.router.pick("app", "")
+    table.delete(instance("v1", "a"))
+    table.put(instance("v1", "a", 9))
+    assert table.router.pick("app", "") is before
+    assert before.free == 9
+    table.clock.now = LINGER_S + 1
+    assert table.router.expired() == []
+
+
+def test_an_instance_with_a_new_address_gets_a_new_connection(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"))
+    before = table.router.pick("app", "")
+    table.put(instance("v1", "a", port=PORT + 1))
+    assert table.router.pick("app", "").connection == f"a:{PORT + 1}"
+    assert table.router.expired() == [before]
+
+
+def test_an_instance_whose_transport_failed_is_passed_over_for_a_while(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"), instance("v1", "b"))
+    failed = table.router.pick("app", "")
+    table.router.failed(failed)
+    assert failed not in {table.router.pick("app", "") for _ in range(50)}
+    table.clock.now = SHUN_S + 0.1
+    assert failed in {table.router.pick("app", "") for _ in range(50)}
+
+
+def test_the_only_instance_is_tried_even_after_a_failure(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"))
+    table.router.failed(table.router.pick("app", ""))
+    assert table.router.pick("app", "").instance.id == "a"
+
+
+def test_the_most_specific_timeout_wins_field_by_field(table: Table) -> None:
+    def worker(key: str, value: str) -> None:
+        found = parse(key, value)
+        assert isinstance(found, WorkerConfig)
+        table.router.apply({key: found}, set())
+
+    def timeout_s(version: str = "v1") -> float:
+        return table.router.timeout("app", version).total_seconds()
+
+    table.put(release("v1"), release("v2"))
+    assert timeout_s() == 30
+    worker("/ava/serving/worker/default", '{"timeout": 5000000000}')
+    assert timeout_s() == 5
+    worker("/ava/serving/worker/app/app/default", '{"timeout": "2s"}')
+    worker("/ava/serving/worker/app/app/release/v1", '{"max_concurrent": 3}')
+    assert timeout_s() == 2
+    worker("/ava/serving/worker/app/app/release/v1", '{"timeout": "100ms"}')
+    assert timeout_s() == 0.1
+    assert timeout_s("v2") == 2
+    assert timeout_s("") == 2
+    table.router.apply({}, {"/ava/serving/worker/app/app/release/v1"})
+    assert timeout_s() == 2
+
+
+def test_metadata_is_the_apps_own_and_the_default(table: Table) -> None:
+    closed, default = AppMetadata(public=False), AppMetadata(public=True)
+    table.router.apply({"/ava/serving/app/metadata/app": closed, "/ava/serving/app/default/metadata": default}, set())
+    assert table.router.metadata("app") == (closed, default)
+    assert table.router.metadata("other") == (AppMetadata(), default)
+
+
+VERSIONS = st.sampled_from(["v1", "v2", "v3"])
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("release"), VERSIONS, st.sampled_from(["staging", "production"])),
+        st.tuples(st.just("unrelease"), VERSIONS, st.none()),
+        st.tuples(st.just("enter"), VERSIONS, st.sampled_from("abc")),
+        st.tuples(st.just("leave"), VERSIONS, st.sampled_from("abc")),
+        st.tuples(st.just("pick"), st.sampled_from(["", "v1", "v2", "v3"]), st.none()),
+        st.tuples(st.just("end"), st.just(""), st.none()),
+        st.tuples(st.just("refuse"), st.just(""), st.none()),
+        st.tuples(st.just("later"), st.just(""), st.none()),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(STEPS)
+def test_whatever_happens_only_ready_instances_of_fitting_versions_are_picked(
+    steps: list[tuple[str, str, str | None]],
+) -> None:
+    table = Table()
+    phases: dict[str, str] = {}
+    there: set[tuple[str, str]] = set()
+    under_way: list[Endpoint[str]] = []
+    closed: list[Endpoint[str]] = []
+    for what, version, detail in steps:
+        if what == "release" and detail:
+            table.put(release(version, detail))
+            phases[version] = detail
+        elif what == "unrelease":
+            table.delete(release(version))
+            phases.pop(version, None)
+        elif what == "enter" and detail:
+            table.put(instance(version, detail))
+            there.add((version, detail))
+        elif what == "leave" and detail:
+            table.delete(instance(version, detail))
+            there.discard((version, detail))
+        elif what == "end" and under_way:
+            under_way.pop().in_flight -= 1
+        elif what == "refuse" and under_way:
+            endpoint = under_way.pop()
+            endpoint.in_flight -= 1
+            table.router.refused(endpoint)
+        elif what == "later":
+            table.clock.now += LINGER_S / 2
+            gone = table.router.expired()
+            assert not set(gone) & set(closed), "a connection is handed out to be closed once"
+            assert all(each.in_flight == 0 for each in gone)
+            closed += gone
+        elif what == "pick":
+            fitting = {version} & phases.keys() if version else {v for v, p in phases.items() if p == "production"}
+            try:
+                endpoint = table.router.pick("app", version)
+            except ServingError as error:
+                ready = [each for each in there if each[0] in fitting]
+                full = all(
+                    sum(u.instance.version == v and u.instance.id == i for u in under_way) >= 4 for v, i in ready
+                )
+                assert full, f"{error.message}, but {ready} are ready"
+                continue
+            assert endpoint.instance.version in fitting
+            assert endpoint not in closed
+            assert endpoint.in_flight < endpoint.instance.capacity
+            left = (endpoint.instance.version, endpoint.instance.id) not in there
+            assert not (left and any(each[0] == endpoint.instance.version for each in there))
+            endpoint.in_flight += 1
+            under_way.append(endpoint)
