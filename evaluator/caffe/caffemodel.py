@@ -161,7 +161,7 @@ def _numbers(
     if field.wire_type == wire.LENGTH:
         length = field.stop - field.start
         if length % size:
-            raise wire.WireError(f"byte {field.start}: {length} bytes of data are no whole number of {size}-byte numbers")
+            raise wire.WireError(f"byte {field.start}: {length} bytes of data are not {size} a number")
         raw, position = np.frombuffer(scanner.data, np.uint8, length, field.start), field.stop
     elif field.wire_type == (wire.FIXED32 if is_float else wire.FIXED64):
         raw, position = scanner.run(field, stop)

@@ -17,7 +17,7 @@ from .graph import Graph, Node, Value
 from .layers import CONVERTERS, Blobs, LayerContext
 from .net import BlobRef, NetLayer, NetPlan, plan_net
 from .prototxt import NetSpec, parse_net
-from .shapes import BATCH, ROIS, Dim, Shape, ShapeError, Symbol, check
+from .shapes import BATCH, ROIS, Dim, ShapeError, Symbol, check
 from .weights import LoadedBlobs
 
 
@@ -88,13 +88,9 @@ def build(
     return graph
 
 
-def _add_inputs(
-    graph: Graph, plan: NetPlan, values: dict[BlobRef, Value], dynamic_size: bool, file: str
-) -> int:
+def _add_inputs(graph: Graph, plan: NetPlan, values: dict[BlobRef, Value], dynamic_size: bool, file: str) -> int:
     """Declares the inputs and returns the batch that the prototxt was written for."""
-    regions = {
-        layer.bottoms[1] for layer in plan.layers if layer.spec.type == "ROIPooling" and len(layer.bottoms) == 2
-    }
+    regions = {layer.bottoms[1] for layer in plan.layers if layer.spec.type == "ROIPooling" and len(layer.bottoms) == 2}
     for ref, declared in plan.inputs:
         try:
             check(declared)
@@ -112,9 +108,7 @@ def _add_inputs(
     return plan.inputs[0][1][0]
 
 
-def _add_layer(
-    graph: Graph, layer: NetLayer, values: dict[BlobRef, Value], batch: int, blobs: Blobs
-) -> None:
+def _add_layer(graph: Graph, layer: NetLayer, values: dict[BlobRef, Value], batch: int, blobs: Blobs) -> None:
     spec = layer.spec
     converter = CONVERTERS.get(spec.type)
     if converter is None:
@@ -181,7 +175,7 @@ def _name_values(graph: Graph, plan: NetPlan, values: dict[BlobRef, Value], outp
 def _copy(graph: Graph, value: Value, layer: str) -> Value:
     """A value of its own for an output that is an input, a constant or another output."""
     made = graph.add_value(f"{layer}/output", value.shape, value.dtype)
-    name = graph.unique(layer)
+    name = graph.unique_node(layer)
     constant = graph.constants.get(value.name)
     if constant is not None:
         graph.nodes.append(Node("Constant", name, [], [made.name], {"value": constant}))

@@ -58,18 +58,16 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
     constants: dict[str, Array] = field(default_factory=dict)
     values: dict[str, Value] = field(default_factory=dict)
-    _names: dict[str, int] = field(default_factory=dict)
+    _value_names: dict[str, int] = field(default_factory=dict)
+    _node_names: dict[str, int] = field(default_factory=dict)
 
     def unique(self, name: str) -> str:
-        """`name`, or `name` with a number if it is taken; the result is taken from now on."""
-        candidate = name or "unnamed"
-        number = self._names.get(candidate, 0)
-        while candidate in self._names:
-            number += 1
-            candidate = f"{name}_{number}"
-        self._names[candidate] = 0
-        self._names[name] = number
-        return candidate
+        """`name` for a value, or `name` with a number if it is taken; the result is taken from now on."""
+        return _unique(name, self._value_names)
+
+    def unique_node(self, name: str) -> str:
+        """The same for a node: nodes are called after layers, which often have the names of blobs."""
+        return _unique(name, self._node_names)
 
     def add_value(self, name: str, shape: Shape, dtype: np.dtype[Any] = FLOAT) -> Value:
         """A new value, under `name` if it is free."""
@@ -114,6 +112,18 @@ class Graph:
         """Takes nodes out of the graph."""
         gone = {id(node) for node in nodes}
         self.nodes = [node for node in self.nodes if id(node) not in gone]
+
+
+def _unique(name: str, taken: dict[str, int]) -> str:
+    stem = candidate = name or "unnamed"
+    number = taken.get(stem, 0)
+    while candidate in taken:
+        number += 1
+        candidate = f"{stem}_{number}"
+    taken[candidate] = 0
+    # Where the search ended, so that many values of one name do not take quadratic time.
+    taken[stem] = number
+    return candidate
 
 
 def per_channel(numbers: Array, rank: int) -> Array:

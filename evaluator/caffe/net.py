@@ -15,12 +15,34 @@ from .errors import ConversionError
 from .prototxt import LayerSpec, NetSpec
 
 DATA_TYPES = frozenset(
-    "Data AnnotatedData HDF5Data ImageData ImageSegData DenseImageData MemoryData VideoData WindowData DummyData".split()
+    {
+        "AnnotatedData",
+        "Data",
+        "DenseImageData",
+        "DummyData",
+        "HDF5Data",
+        "ImageData",
+        "ImageSegData",
+        "MemoryData",
+        "VideoData",
+        "WindowData",
+    }
 )
 # Training's ends: a deploy net has no labels for them. SoftmaxWithLoss is not among them, it serves as Softmax.
 LOSS_TYPES = frozenset(
-    """Accuracy ContrastiveLoss DetectionEvaluate EuclideanLoss HDF5Output HingeLoss InfogainLoss MultiBoxLoss
-    MultinomialLogisticLoss SigmoidCrossEntropyLoss SmoothL1Loss""".split()
+    {
+        "Accuracy",
+        "ContrastiveLoss",
+        "DetectionEvaluate",
+        "EuclideanLoss",
+        "HDF5Output",
+        "HingeLoss",
+        "InfogainLoss",
+        "MultiBoxLoss",
+        "MultinomialLogisticLoss",
+        "SigmoidCrossEntropyLoss",
+        "SmoothL1Loss",
+    }
 )
 
 
@@ -138,7 +160,7 @@ class _Builder:
             self._add_layer(layer)
 
     def _add_input_layer(self, layer: LayerSpec) -> None:
-        shapes: Sequence[tuple[int, ...]] = [tuple(shape.dim) for shape in layer.param.input_param.shape]
+        shapes = [tuple(shape.dim) for shape in layer.param.input_param.shape]
         if len(shapes) == 1:
             shapes = shapes * len(layer.tops)
         if len(shapes) != len(layer.tops):
@@ -167,14 +189,14 @@ class _Builder:
     def _bottom(self, layer: LayerSpec, name: str) -> BlobRef:
         if name in self._plan.last:
             return self._plan.last[name]
-        if name in self._made_by_data:
-            source = self._made_by_data[name]
-            self._fail(
-                layer,
-                f"blob {name!r} comes from the {source.type} layer {source.name!r}, which gives it no shape; "
-                "a deploy net has an Input layer instead",
-            )
-        self._fail(layer, f"no layer before it makes its bottom {name!r}")
+        source = self._made_by_data.get(name)
+        if source is None:
+            self._fail(layer, f"no layer before it makes its bottom {name!r}")
+        self._fail(
+            layer,
+            f"blob {name!r} comes from the {source.type} layer {source.name!r}, which gives it no shape; "
+            "a deploy net has an Input layer instead",
+        )
 
     def _new(self, name: str) -> BlobRef:
         before = self._plan.last.get(name)

@@ -106,9 +106,7 @@ def _inputs(net: NetParameter, file: str) -> tuple[tuple[str, tuple[int, ...]], 
 
 
 def _layer(layer: LayerParameter) -> LayerSpec:
-    return LayerSpec(
-        layer.name, layer.type, tuple(layer.bottom), tuple(layer.top), layer.include, layer.exclude, layer
-    )
+    return LayerSpec(layer.name, layer.type, tuple(layer.bottom), tuple(layer.top), layer.include, layer.exclude, layer)
 
 
 def _v1_layer(layer: V1LayerParameter, file: str) -> LayerSpec:
@@ -124,6 +122,4 @@ def _v1_layer(layer: V1LayerParameter, file: str) -> LayerSpec:
         if field.name.endswith("_param"):
             getattr(param, field.name).CopyFrom(value)
     type_ = _V1_TYPES.get(kind) or "".join(word.capitalize() for word in kind.split("_"))
-    return LayerSpec(
-        layer.name, type_, tuple(layer.bottom), tuple(layer.top), layer.include, layer.exclude, param
-    )
+    return LayerSpec(layer.name, type_, tuple(layer.bottom), tuple(layer.top), layer.include, layer.exclude, param)

@@ -55,7 +55,7 @@ def _convolve(ctx: LayerContext, group: int) -> list[Value]:
 def _emit(
     ctx: LayerContext,
     op: str,
-    window: "_Window",
+    window: _Window,
     weight: NDArray[np.float32],
     group: int,
     shape: tuple[Dim, ...],

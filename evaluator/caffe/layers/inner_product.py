@@ -31,5 +31,3 @@ def inner_product(ctx: LayerContext) -> list[Value]:
     flat = ctx.reshape(data, (rows, inner))
     made = ctx.emit("Gemm", [flat, *inputs], (rows, outputs), transB=int(not param.transpose))
     return [ctx.reshape(made, (*data.shape[:axis], outputs))]
-
-

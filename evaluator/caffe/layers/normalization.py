@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..caffe_pb2 import BNParameter, LRNParameter
-from ..graph import Value, per_channel
+from ..graph import Value
 from ..shapes import BATCH, Symbol, known, same, text
 from .registry import LayerContext, converts
 
@@ -89,9 +89,7 @@ def lrn(ctx: LayerContext) -> list[Value]:
     if size % 2 == 0 or size >= 2**31:
         ctx.fail(f"local_size is {size}, and has to be odd")
     if param.norm_region == LRNParameter.ACROSS_CHANNELS:
-        return [
-            ctx.emit("LRN", [data], data.shape, alpha=param.alpha, beta=param.beta, bias=param.k, size=size)
-        ]
+        return [ctx.emit("LRN", [data], data.shape, alpha=param.alpha, beta=param.beta, bias=param.k, size=size)]
     squares = ctx.emit("Mul", [data, data], data.shape)
     mean = ctx.emit(
         "AveragePool", [squares], data.shape, kernel_shape=[size] * 2, pads=[size // 2] * 4, count_include_pad=1
@@ -181,5 +179,5 @@ def _laid_on(ctx: LayerContext, data: Value, other: Value, axis: int) -> Value:
         return other
     stop = axis + len(other.shape)
     if not same(data.shape[axis:stop], other.shape):
-        ctx.fail(f"its second bottom has the shape {text(other.shape)}, which {text(data.shape)} has not from axis {axis}")
+        ctx.fail(f"its second bottom, {text(other.shape)}, does not lie on {text(data.shape)} from axis {axis}")
     return ctx.reshape(other, other.shape + (1,) * (len(data.shape) - stop))

@@ -39,7 +39,7 @@ def pooling(ctx: LayerContext) -> list[Value]:
     return [ctx.emit(f"{op}Pool", [data], shape, **attributes)]
 
 
-def _with_mask(ctx: LayerContext, window: "_Window", shape: tuple[Dim, ...]) -> list[Value]:
+def _with_mask(ctx: LayerContext, window: _Window, shape: tuple[Dim, ...]) -> list[Value]:
     """MAX with a second top: ONNX's indices, which count through the whole batch.
 
     MaxUnpool takes them as they are. For any other reader they become Caffe's mask, the position within the plane.
@@ -47,9 +47,7 @@ def _with_mask(ctx: LayerContext, window: "_Window", shape: tuple[Dim, ...]) -> 
     data = ctx.bottoms[0]
     if ctx.param.pooling_param.pool != PoolingParameter.MAX:
         ctx.fail("only MAX pooling has a mask for a second top")
-    pooled, indices = ctx.emit_many(
-        "MaxPool", [data], [(shape, np.float32), (shape, np.int64)], **window.attributes()
-    )
+    pooled, indices = ctx.emit_many("MaxPool", [data], [(shape, np.float32), (shape, np.int64)], **window.attributes())
     plane = known(data.shape[2], "the height under a mask") * known(data.shape[3], "the width under a mask")
     within = ctx.emit("Mod", [indices, ctx.constant(plane, "plane")], shape, np.int64)
     return [pooled, ctx.emit("Cast", [within], shape, to=1)]

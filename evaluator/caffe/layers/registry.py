@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .. import shapes
 from ..caffe_pb2 import LayerParameter
@@ -100,12 +100,12 @@ class LayerContext:
         """How many weights the caffemodel has for this layer."""
         return self.blobs.count(self.name)
 
-    def constant(self, array: Array | float | Sequence[int], suffix: str) -> Value:
+    def constant(self, array: ArrayLike, suffix: str) -> Value:
         """A constant called after the layer: floats become float32, ints int64."""
-        array = np.asarray(array)
-        if array.dtype.kind == "f":
-            array = array.astype(np.float32, copy=False)
-        return self.graph.add_constant(f"{self.name}/{suffix}", array)
+        numbers: Array = np.asarray(array)
+        if numbers.dtype.kind == "f":
+            numbers = numbers.astype(np.float32, copy=False)
+        return self.graph.add_constant(f"{self.name}/{suffix}", numbers)
 
     def emit(self, op: str, inputs: Sequence[Value], shape: Shape, dtype: Any = FLOAT, **attributes: Any) -> Value:
         """Adds a node with one output and returns that. The layer's first node has the layer's name."""
@@ -115,23 +115,21 @@ class LayerContext:
         self, op: str, inputs: Sequence[Value | None], outputs: Sequence[tuple[Shape, Any]], **attributes: Any
     ) -> list[Value]:
         """Adds a node with several outputs; an input that is None is left out."""
-        name = self.graph.unique(self.name if self._nodes == 0 else f"{self.name}/{op}")
+        name = self.graph.unique_node(self.name if self._nodes == 0 else f"{self.name}/{op}")
         self._nodes += 1
         # Blobs' names go to the layers' results at the end, so these only have to be free.
-        made = [self.graph.add_value(f"{self.name}/{op}:{i}", shape, np.dtype(dtype)) for i, (shape, dtype) in
-                enumerate(outputs)]
-        self.graph.nodes.append(
-            Node(op, name, [value.name if value else "" for value in inputs], [value.name for value in made],
-                 dict(attributes))
-        )
-        for value in made:
-            shapes.check(value.shape) if value.dtype == FLOAT else None
+        made = [
+            self.graph.add_value(f"{self.name}/{op}:{i}", shapes.check(shape), np.dtype(dtype))
+            for i, (shape, dtype) in enumerate(outputs)
+        ]
+        sources = [value.name if value else "" for value in inputs]
+        self.graph.nodes.append(Node(op, name, sources, [value.name for value in made], dict(attributes)))
         return made
 
     def affine(self, value: Value, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Value:
         """value * scale + shift; both scalars or one number a channel (axis 1)."""
-        return self.emit(AFFINE, [value], value.shape, scale=np.asarray(scale, np.float64),
-                         shift=np.asarray(shift, np.float64))
+        numbers = {"scale": np.asarray(scale, np.float64), "shift": np.asarray(shift, np.float64)}
+        return self.emit(AFFINE, [value], value.shape, **numbers)
 
     def reshape(self, value: Value, shape: Shape) -> Value:
         """`value` with its elements in the same order in `shape`, in which at most one size may be new at run time."""

@@ -50,7 +50,7 @@ def _merge(first: Node, second: Node) -> None:
 
 
 def _owns_weights(graph: Graph, node: Node, readers: dict[str, list[Node]]) -> bool:
-    return all(name in graph.constants and len(readers[name]) == 1 for name in node.inputs[1:])
+    return all(name in graph.constants and len(readers.get(name, ())) <= 1 for name in node.inputs[1:])
 
 
 def _fold_into(graph: Graph, node: Node, affine: Node) -> None:
@@ -82,7 +82,6 @@ def _scaled(weight: NDArray[Any], scale: Float64, node: Node) -> NDArray[np.floa
 def lower(graph: Graph) -> None:
     """Replaces the maps that are left: by nothing, a Mul, an Add, or one BatchNormalization instead of both."""
     nodes: list[Node] = []
-    aliases: dict[str, str] = {}
     for node in graph.nodes:
         if node.op != AFFINE:
             nodes.append(node)
@@ -97,7 +96,6 @@ def lower(graph: Graph) -> None:
         else:
             nodes += _mul_add(graph, node, rank, scales, shifts)
     graph.nodes = nodes
-    graph.rename(aliases)
 
 
 def _batch_normalization(graph: Graph, node: Node) -> Node:
@@ -114,13 +112,13 @@ def _batch_normalization(graph: Graph, node: Node) -> Node:
     inputs = [
         graph.add_constant(f"{node.name}/{what}", array.astype(np.float32)).name for what, array in numbers.items()
     ]
-    return Node(
-        "BatchNormalization", node.name, [node.inputs[0], *inputs], node.outputs, {"epsilon": epsilon}
-    )
+    return Node("BatchNormalization", node.name, [node.inputs[0], *inputs], node.outputs, {"epsilon": epsilon})
 
 
 def _mul_add(graph: Graph, node: Node, rank: int, scales: bool, shifts: bool) -> list[Node]:
-    steps = [("Mul", node.attributes["scale"], "scale")] * scales + [("Add", node.attributes["shift"], "shift")] * shifts
+    steps = [("Mul", node.attributes["scale"], "scale")] if scales else []
+    if shifts:
+        steps.append(("Add", node.attributes["shift"], "shift"))
     nodes: list[Node] = []
     source = node.inputs[0]
     for i, (op, numbers, what) in enumerate(steps):
@@ -128,7 +126,7 @@ def _mul_add(graph: Graph, node: Node, rank: int, scales: bool, shifts: bool) ->
         constant = graph.add_constant(f"{node.name}/{what}", array).name
         last = i == len(steps) - 1
         made = node.outputs[0] if last else graph.add_value(f"{node.name}/{op}:0", graph.values[source].shape).name
-        name = node.name if i == 0 else graph.unique(f"{node.name}/{op}")
+        name = node.name if i == 0 else graph.unique_node(f"{node.name}/{op}")
         nodes.append(Node(op, name, [source, constant], [made]))
         source = made
     return nodes

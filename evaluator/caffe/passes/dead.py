@@ -18,7 +18,5 @@ def remove_unused(graph: Graph) -> None:
     made = {name for node in graph.nodes for name in node.outputs}
     inputs = {value.name for value in graph.inputs}
     graph.values = {
-        name: value
-        for name, value in graph.values.items()
-        if name in made or name in graph.constants or name in inputs
+        name: value for name, value in graph.values.items() if name in made or name in graph.constants or name in inputs
     }

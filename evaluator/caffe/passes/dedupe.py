@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 
-from ..graph import Graph
+import numpy as np
+from numpy.typing import NDArray
+
+from ..graph import Array, Graph
 
 
 def share_constants(graph: Graph) -> None:
@@ -18,7 +21,7 @@ def share_constants(graph: Graph) -> None:
         first: dict[bytes, str] = {}
         # Hashing is for those that have a rival: the large weights of most nets have none.
         for name in names if len(names) > 1 else ():
-            digest = hashlib.blake2b(memoryview(_contiguous(graph, name)).cast("B"), digest_size=32).digest()
+            digest = hashlib.blake2b(_bytes(graph.constants[name]), digest_size=32).digest()
             if first.setdefault(digest, name) != name:
                 replaced[name] = first[digest]
     for name in replaced:
@@ -26,6 +29,5 @@ def share_constants(graph: Graph) -> None:
     graph.rename(replaced)
 
 
-def _contiguous(graph: Graph, name: str) -> "memoryview":
-    array = graph.constants[name]
-    return memoryview(array.tobytes() if array.size == 0 or not array.flags.c_contiguous else array)
+def _bytes(array: Array) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

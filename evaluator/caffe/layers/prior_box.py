@@ -1,0 +1,111 @@
+"""PriorBox."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..caffe_pb2 import PriorBoxParameter
+from ..graph import Value
+from ..shapes import known
+from .registry import LayerContext, converts
+
+# SSD nets have some ten thousand priors; the prototxt must not ask for any amount of memory.
+_MAX_NUMBERS = 2**24
+
+
+@converts("PriorBox")
+def prior_box(ctx: LayerContext) -> list[Value]:
+    """SSD's PriorBox: a constant (1, 2, H * W * priors * 4), corners as shares of the image and their variances.
+
+    At every position of the first bottom, and for every min_size: a square of it, a square of sqrt(min * max), then
+    the aspect ratios and with `flip` their inverses.
+    """
+    feature, image = ctx.bottom(2, 2), ctx.bottoms[1]
+    if len(feature.shape) != 4 or len(image.shape) != 4:
+        ctx.fail("its bottoms need four axes each")
+    rows, columns = (known(dim, "the size of a PriorBox's bottom") for dim in feature.shape[2:])
+    height, width = _image_size(ctx, image)
+    step_y, step_x = _steps(ctx, height / rows, width / columns)
+    sizes = _sizes(ctx)
+    if rows * columns * len(sizes) * 8 > _MAX_NUMBERS:
+        ctx.fail(f"{rows * columns * len(sizes)} priors are more than any net has")
+    x = (np.arange(columns) + ctx.param.prior_box_param.offset) * step_x
+    y = (np.arange(rows) + ctx.param.prior_box_param.offset) * step_y
+    centres = np.stack(np.meshgrid(x, y), axis=-1)[:, :, None, :]
+    half = np.asarray(sizes)[None, None] / 2
+    boxes = np.concatenate([centres - half, centres + half], axis=-1) / [width, height, width, height]
+    if ctx.param.prior_box_param.clip:
+        boxes = boxes.clip(0, 1)
+    variances = np.broadcast_to(_variance(ctx), boxes.shape)
+    return [ctx.constant(np.stack([boxes.reshape(-1), variances.reshape(-1)])[None], "priors")]
+
+
+def _image_size(ctx: LayerContext, image: Value) -> tuple[int, int]:
+    param = ctx.param.prior_box_param
+    if param.HasField("img_size") and (param.HasField("img_h") or param.HasField("img_w")):
+        ctx.fail("has both img_size and img_h or img_w")
+    height, width = param.img_size or param.img_h, param.img_size or param.img_w
+    if height and width:
+        return height, width
+    return known(image.shape[2], "the image's height"), known(image.shape[3], "the image's width")
+
+
+def _steps(ctx: LayerContext, step_y: float, step_x: float) -> tuple[float, float]:
+    param = ctx.param.prior_box_param
+    if param.HasField("step"):
+        if param.HasField("step_h") or param.HasField("step_w"):
+            ctx.fail("has both step and step_h or step_w")
+        given = (param.step, param.step)
+    else:
+        given = (param.step_h, param.step_w)
+    if min(given) < 0 or not np.isfinite(given).all():
+        ctx.fail(f"the step is {given}")
+    return (given[0], given[1]) if given[0] and given[1] else (step_y, step_x)
+
+
+def _sizes(ctx: LayerContext) -> list[tuple[float, float]]:
+    """(width, height) of the priors at one position, in pixels."""
+    param = ctx.param.prior_box_param
+    if not param.min_size or not _positive(param.min_size):
+        ctx.fail("needs min_size, greater than 0")
+    if param.max_size and len(param.max_size) != len(param.min_size):
+        ctx.fail(f"has {len(param.min_size)} min_size and {len(param.max_size)} max_size")
+    ratios = _ratios(ctx, param)
+    if len(param.min_size) * (len(ratios) + 2) > _MAX_NUMBERS:
+        ctx.fail(f"{len(param.min_size)} min_size and {len(ratios)} aspect ratios are more than any net has")
+    sizes: list[tuple[float, float]] = []
+    for i, least in enumerate(param.min_size):
+        sizes.append((least, least))
+        if param.max_size:
+            if not param.max_size[i] > least:
+                ctx.fail(f"max_size {param.max_size[i]} is not greater than min_size {least}")
+            middle = float(np.sqrt(least * param.max_size[i]))
+            sizes.append((middle, middle))
+        sizes += [(least * root, least / root) for root in np.sqrt(ratios)]
+    return sizes
+
+
+def _ratios(ctx: LayerContext, param: PriorBoxParameter) -> list[float]:
+    """The aspect ratios beside 1, each once."""
+    if not _positive(param.aspect_ratio) or len(param.aspect_ratio) > 1000:
+        ctx.fail("has an aspect_ratio that is not greater than 0, or more than 1000")
+    ratios = [1.0]
+    for ratio in param.aspect_ratio:
+        if all(abs(ratio - other) >= 1e-6 for other in ratios):
+            ratios += [ratio, 1 / ratio] if param.flip else [ratio]
+    return [ratio for ratio in ratios if abs(ratio - 1) >= 1e-6]
+
+
+def _variance(ctx: LayerContext) -> NDArray[np.float64]:
+    variance = list(ctx.param.prior_box_param.variance) or [0.1]
+    if len(variance) not in (1, 4) or not _positive(variance):
+        ctx.fail(f"needs one variance or four, greater than 0, and has {len(variance)}")
+    return np.asarray(variance)
+
+
+def _positive(numbers: Iterable[float]) -> bool:
+    array = np.array(list(numbers), np.float64)
+    return bool(np.all((array > 0) & np.isfinite(array)))

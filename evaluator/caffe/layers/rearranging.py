@@ -1,0 +1,163 @@
+"""Layers that only move numbers: Flatten, Reshape, Permute, ShuffleChannel."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+
+from ..graph import Value
+from ..shapes import BATCH, ROIS, Dim, Shape, Symbol, axis_of, known, text
+from .registry import LayerContext, converts
+
+
+@converts("Flatten")
+def flatten(ctx: LayerContext) -> list[Value]:
+    """Caffe's Flatten: the axes from `axis` to `end_axis` become one."""
+    data, param = ctx.bottom(), ctx.param.flatten_param
+    first = ctx.axis(param.axis, data)
+    last = ctx.axis(param.end_axis, data, "end_axis")
+    if last < first:
+        ctx.fail(f"end_axis {param.end_axis} is before axis {param.axis}")
+    merged = _merged(ctx, data.shape[first : last + 1])
+    return [ctx.reshape(data, (*data.shape[:first], merged, *data.shape[last + 1 :]))]
+
+
+def _merged(ctx: LayerContext, dims: Shape) -> Dim:
+    symbols = [dim for dim in dims if isinstance(dim, Symbol)]
+    count = prod(_factor(dim) for dim in dims)
+    if not symbols:
+        return count
+    if any(_is_batch(dim) for dim in dims):
+        if len(symbols) > 1 or prod(_factor(dim) for dim in dims[: dims.index(symbols[0])]) != 1:
+            ctx.fail("it would mix the images of a batch")
+        return Symbol(symbols[0].name, count)
+    return dims[0] if len(dims) == 1 else Symbol(f"flat{text(dims)}")
+
+
+@converts("Reshape")
+def reshape(ctx: LayerContext) -> list[Value]:
+    """Caffe's Reshape: `shape` replaces `num_axes` axes from `axis` on; 0 keeps a size and -1 is what is left.
+
+    A batch cannot be told from a literal number by the layer itself, so the batch goes to the first axis that has the
+    same number of elements before it: a literal 1, or the batch that the prototxt declares, is the batch; any other
+    size there is that many rows an image.
+    """
+    data = ctx.bottom()
+    wanted, before, after = _requested(ctx, data)
+    shape: list[Dim | None] = [*before, *wanted, *after]
+    if any(isinstance(dim, Symbol) and not _is_batch(dim) for dim in data.shape):
+        return [ctx.reshape(data, _with_free_sizes(ctx, data, shape))]
+    batch = next((dim for dim in data.shape if isinstance(dim, Symbol)), None)
+    total = prod(_factor(dim) for dim in data.shape)
+    if batch is not None:
+        _place_batch(ctx, data, shape, batch, total)
+    else:
+        _fill(ctx, shape, total)
+    result = tuple(dim for dim in shape if dim is not None)
+    if prod(_factor(dim) for dim in result) != total:
+        ctx.fail(f"{text(data.shape)} has not as many elements as {text(result)}")
+    return [ctx.reshape(data, result)]
+
+
+def _requested(ctx: LayerContext, data: Value) -> tuple[list[Dim | None], Shape, Shape]:
+    """The sizes asked for, None for -1, and those kept before and after them."""
+    param, rank = ctx.param.reshape_param, len(data.shape)
+    start = axis_of(param.axis, rank + 1)
+    if param.num_axes < -1:
+        ctx.fail(f"num_axes is {param.num_axes}")
+    stop = rank if param.num_axes == -1 else start + param.num_axes
+    if stop > rank:
+        ctx.fail(f"{param.num_axes} axes from axis {param.axis} are more than the bottom's {rank}")
+    sizes: list[Dim | None] = []
+    for i, size in enumerate(param.shape.dim):
+        if size == 0 and start + i >= rank:
+            ctx.fail(f"there is no axis {start + i} to keep the size of")
+        if size < -1 or size >= 2**31:
+            ctx.fail(f"a size is {size}")
+        sizes.append(data.shape[start + i] if size == 0 else None if size == -1 else size)
+    if sizes.count(None) > 1:
+        ctx.fail("has more than one -1")
+    return sizes, data.shape[:start], data.shape[stop:]
+
+
+def _place_batch(ctx: LayerContext, data: Value, shape: list[Dim | None], batch: Symbol, total: int) -> None:
+    """Fills in `shape` so that the batch stays as far out as it was. `total` is the number of elements an image."""
+    outside = prod(_factor(dim) for dim in data.shape[: data.shape.index(batch)])
+    kept = any(isinstance(dim, Symbol) for dim in shape)
+    if kept:
+        _fill(ctx, shape, total)
+    passed = 1
+    for i, dim in enumerate(shape):
+        if isinstance(dim, Symbol) and passed == outside:
+            return
+        if not kept and passed == outside:
+            literal = dim if isinstance(dim, int) else None
+            shape[i] = Symbol(batch.name, 1 if literal in (1, ctx.batch) else literal or 1)
+            if literal is None:
+                others = prod(_factor(other) for other in shape if other is not None)
+                shape[i] = Symbol(batch.name, _share(ctx, total, others))
+            _fill(ctx, shape, total)
+            return
+        if dim is None:
+            break
+        passed *= _factor(dim)
+    wanted = text([-1 if dim is None else dim for dim in shape])
+    ctx.fail(f"making {wanted} of {text(data.shape)} would mix the images of a batch")
+
+
+def _fill(ctx: LayerContext, shape: list[Dim | None], total: int) -> None:
+    if None in shape:
+        others = prod(_factor(dim) for dim in shape if dim is not None)
+        shape[shape.index(None)] = _share(ctx, total, others)
+
+
+def _share(ctx: LayerContext, total: int, others: int) -> int:
+    if others < 1 or total % others:
+        ctx.fail(f"{total} elements cannot be parted by {others}")
+    return total // others
+
+
+def _with_free_sizes(ctx: LayerContext, data: Value, shape: list[Dim | None]) -> Shape:
+    """The shape where height and width are symbols, of which -1 can take what is not kept."""
+    if shape and shape[0] in (1, ctx.batch) and data.shape[0] == Symbol(BATCH):
+        shape[0] = data.shape[0]
+    if not shape or shape[0] != data.shape[0]:
+        ctx.fail("with an unknown height and width it has to keep the batch")
+    dropped = [dim for dim in data.shape if isinstance(dim, Symbol) and dim not in shape]
+    if dropped and None not in shape:
+        ctx.fail("needs the height and width to be known, or a -1 for them")
+    return tuple(Symbol(f"reshape({ctx.name})") if dim is None else dim for dim in shape)
+
+
+@converts("Permute")
+def permute(ctx: LayerContext) -> list[Value]:
+    """SSD's Permute: the axes in the order given, those left out after them."""
+    data = ctx.bottom()
+    order = list(ctx.param.permute_param.order)
+    if len(set(order)) != len(order) or any(axis >= len(data.shape) for axis in order):
+        ctx.fail(f"the order {order[:8]} is not one of {len(data.shape)} axes")
+    order += [axis for axis in range(len(data.shape)) if axis not in order]
+    return [ctx.transpose(data, order)]
+
+
+@converts("ShuffleChannel")
+def shuffle_channel(ctx: LayerContext) -> list[Value]:
+    """ShuffleNet's ShuffleChannel: channel i of group g goes to place i * groups + g."""
+    data, groups = ctx.bottom(), ctx.param.shuffle_channel_param.group
+    if len(data.shape) < 2:
+        ctx.fail("its bottom has no channels")
+    channels = known(data.shape[1], "the number of channels")
+    if groups < 1 or channels % groups:
+        ctx.fail(f"{channels} channels cannot be parted into {groups} groups")
+    # One Gather of whole planes: it moves the data once, where Reshape, Transpose, Reshape would be three nodes.
+    order = np.arange(channels).reshape(groups, -1).T.reshape(-1)
+    return [ctx.emit("Gather", [data, ctx.constant(order, "order")], data.shape, axis=1)]
+
+
+def _factor(dim: Dim) -> int:
+    return dim.factor if isinstance(dim, Symbol) else dim
+
+
+def _is_batch(dim: Dim) -> bool:
+    return isinstance(dim, Symbol) and dim.name in (BATCH, ROIS)

@@ -1,0 +1,183 @@
+"""Faster R-CNN's ROIPooling and Proposal."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..caffe_pb2 import ProposalParameter
+from ..graph import Value
+from ..shapes import ROIS, Symbol, known, product, text
+from .registry import LayerContext, converts
+
+
+@converts("ROIPooling")
+def roi_pooling(ctx: LayerContext) -> list[Value]:
+    """Fast R-CNN's ROIPooling: the maximum in pooled_h x pooled_w parts of every region.
+
+    Bottoms: (N, C, H, W) and the regions (R, 5), rows of (image, x1, y1, x2, y2). The result is (R, C, h, w).
+    """
+    data, param = ctx.bottom(2, 2), ctx.param.roi_pooling_param
+    regions = ctx.bottoms[1]
+    if len(data.shape) != 4:
+        ctx.fail(f"its first bottom has {len(data.shape)} axes, not 4")
+    if product(regions.shape[1:]) != 5:
+        ctx.fail(f"its second bottom has the shape {text(regions.shape)}, not (R, 5)")
+    if not 1 <= param.pooled_h < 2**16 or not 1 <= param.pooled_w < 2**16:
+        ctx.fail(f"pooled_h is {param.pooled_h}, pooled_w {param.pooled_w}")
+    if not param.spatial_scale > 0:
+        ctx.fail(f"spatial_scale is {param.spatial_scale}")
+    pooled = [param.pooled_h, param.pooled_w]
+    shape = (regions.shape[0], data.shape[1], *pooled)
+    flat = ctx.reshape(regions, (regions.shape[0], 5))
+    return [ctx.emit("MaxRoiPool", [data, flat], shape, pooled_shape=pooled, spatial_scale=param.spatial_scale)]
+
+
+@converts("Python")
+def python(ctx: LayerContext) -> list[Value]:
+    """Python layers cannot be converted, but for the one that published Faster R-CNN nets have: ProposalLayer."""
+    param = ctx.param.python_param
+    if param.layer != "ProposalLayer":
+        ctx.fail(f"the Python layer {param.module}.{param.layer} cannot be converted")
+    settings = ProposalParameter()
+    # param_str is YAML; what the published layer reads of it is the stride, and scales in later versions.
+    stride = re.search(r"feat_stride'?\"?\s*:\s*(\d{1,6})\b", param.param_str)
+    if stride is None:
+        ctx.fail("its param_str has no feat_stride")
+    if "scales" in param.param_str:
+        ctx.fail("scales in its param_str are not supported")
+    settings.feat_stride = int(stride.group(1))
+    return _propose(ctx, settings)
+
+
+@converts("Proposal")
+def proposal(ctx: LayerContext) -> list[Value]:
+    """Faster R-CNN's Proposal: regions (R, 5), rows of (image, x1, y1, x2, y2), and as second top their scores (R, 1).
+
+    Bottoms: objectness (N, 2A, H, W), box deltas (N, 4A, H, W), and (N, 3) rows of (height, width, scale).
+    """
+    return _propose(ctx, ctx.param.proposal_param)
+
+
+def _propose(ctx: LayerContext, param: ProposalParameter) -> list[Value]:
+    scores, deltas, info = ctx.bottom(3, 3), ctx.bottoms[1], ctx.bottoms[2]
+    anchors = _anchors(ctx, param)
+    images = scores.shape[0]
+    number = len(anchors)
+    if len(scores.shape) != 4 or len(deltas.shape) != 4 or product(info.shape[1:]) != 3:
+        ctx.fail("its bottoms are not (N, 2A, H, W), (N, 4A, H, W) and (N, 3)")
+    rows, columns = (known(dim, "the size of a Proposal's bottom") for dim in scores.shape[2:])
+    if scores.shape[1] != 2 * number or deltas.shape != (images, 4 * number, rows, columns):
+        ctx.fail(f"its bottoms {text(scores.shape)} and {text(deltas.shape)} are not for {number} anchors")
+    every = rows * columns * number
+    if every > 2**22:
+        ctx.fail(f"{every} anchors are more than any net has")
+    info = ctx.reshape(info, (images, 3))
+    boxes = _clipped(ctx, _moved(ctx, deltas, _shifted(param, anchors, rows, columns), every), info)
+    foreground = _foreground(ctx, scores, number, every)
+    valid = _large_enough(ctx, param, boxes, info, foreground)
+    return _selected(ctx, param, boxes, valid, every)
+
+
+def _anchors(ctx: LayerContext, param: ProposalParameter) -> NDArray[np.float64]:
+    """(A, 4) corners about the first cell: every ratio by every scale, with the rounding of the published code."""
+    ratios, scales = list(param.ratio) or [0.5, 1.0, 2.0], list(param.scale) or [8.0, 16.0, 32.0]
+    numbers = np.asarray([*ratios, *scales])
+    if not np.all((numbers > 0) & np.isfinite(numbers)) or len(ratios) * len(scales) > 1000:
+        ctx.fail("has a ratio or scale that is not greater than 0, or more than 1000 of them")
+    if not 1 <= param.base_size < 2**16 or not 1 <= param.feat_stride < 2**16:
+        ctx.fail(f"base_size is {param.base_size}, feat_stride {param.feat_stride}")
+    if param.pre_nms_topn < 1 or param.post_nms_topn < 1 or not 0 <= param.nms_thresh <= 1:
+        ctx.fail("pre_nms_topn, post_nms_topn or nms_thresh is out of range")
+    centre = (param.base_size - 1) / 2
+    boxes = []
+    for ratio in ratios:
+        width = np.round(np.sqrt(param.base_size**2 / ratio))
+        height = np.round(width * ratio)
+        for scale in scales:
+            half = np.array([width * scale - 1, height * scale - 1]) / 2
+            boxes.append(np.concatenate([centre - half, centre + half]))
+    return np.array(boxes)
+
+
+def _shifted(param: ProposalParameter, anchors: NDArray[np.float64], rows: int, columns: int) -> NDArray[np.float64]:
+    """(H * W * A, 4): the anchors at every cell."""
+    x, y = np.meshgrid(np.arange(columns) * param.feat_stride, np.arange(rows) * param.feat_stride)
+    shifts = np.stack([x, y, x, y], axis=-1)[:, :, None]
+    return (shifts + anchors).reshape(-1, 4)
+
+
+def _moved(ctx: LayerContext, deltas: Value, anchors: NDArray[np.float64], every: int) -> Value:
+    """The anchors moved and stretched by the deltas: (N, H * W * A, 4)."""
+    images = deltas.shape[0]
+    listed = ctx.reshape(ctx.transpose(deltas, (0, 2, 3, 1)), (images, every, 4))
+    pair = (images, every, 2)
+    move, stretch = ctx.emit_many("Split", [listed, ctx.constant([2, 2], "halves")], [(pair, np.float32)] * 2, axis=2)
+    size = anchors[:, 2:] - anchors[:, :2] + 1
+    centre = ctx.emit("Mul", [move, ctx.constant(size, "anchor_size")], pair)
+    centre = ctx.emit("Add", [centre, ctx.constant(anchors[:, :2] + size / 2, "anchor_centre")], pair)
+    half = ctx.emit("Mul", [ctx.emit("Exp", [stretch], pair), ctx.constant(size / 2, "anchor_half")], pair)
+    corners = [ctx.emit("Sub", [centre, half], pair), ctx.emit("Add", [centre, half], pair)]
+    return ctx.emit("Concat", corners, (images, every, 4), axis=2)
+
+
+def _clipped(ctx: LayerContext, boxes: Value, info: Value) -> Value:
+    """Boxes within their image, 0 to size - 1."""
+    images = boxes.shape[0]
+    order = ctx.constant([1, 0, 1, 0], "width_height")
+    sizes = ctx.emit("Gather", [info, order], (images, 4), axis=1)
+    last = ctx.emit("Sub", [sizes, ctx.constant(1.0, "one")], (images, 4))
+    last = ctx.reshape(last, (images, 1, 4))
+    above = ctx.emit("Max", [boxes, ctx.constant(0.0, "zero")], boxes.shape)
+    return ctx.emit("Min", [above, last], boxes.shape)
+
+
+def _foreground(ctx: LayerContext, scores: Value, number: int, every: int) -> Value:
+    half = ((scores.shape[0], number, *scores.shape[2:]), np.float32)
+    front = ctx.emit_many("Split", [scores, ctx.constant([number] * 2, "classes")], [half, half], axis=1)[1]
+    return ctx.reshape(ctx.transpose(front, (0, 2, 3, 1)), (scores.shape[0], every))
+
+
+def _large_enough(ctx: LayerContext, param: ProposalParameter, boxes: Value, info: Value, scores: Value) -> Value:
+    """The scores, and -inf for boxes that are smaller than min_size in the original image."""
+    images, every = scores.shape
+    low, high = ctx.emit_many(
+        "Split", [boxes, ctx.constant([2, 2], "halves")], [((images, every, 2), np.float32)] * 2, axis=2
+    )
+    size = ctx.emit("Add", [ctx.emit("Sub", [high, low], low.shape), ctx.constant(1.0, "one")], low.shape)
+    side = ctx.emit("ReduceMin", [size, ctx.constant([2], "corners")], (images, every), keepdims=0)
+    scale = ctx.emit("Gather", [info, ctx.constant([2], "scale")], (images, 1), axis=1)
+    least = ctx.emit("Mul", [scale, ctx.constant(float(param.min_size), "min_size")], (images, 1))
+    fits = ctx.emit("GreaterOrEqual", [side, least], (images, every), np.bool_)
+    return ctx.emit("Where", [fits, scores, ctx.constant(-np.inf, "never")], (images, every))
+
+
+def _selected(ctx: LayerContext, param: ProposalParameter, boxes: Value, scores: Value, every: int) -> list[Value]:
+    images, number = boxes.shape[0], min(param.pre_nms_topn, every)
+    shape = (images, number)
+    best, places = ctx.emit_many(
+        "TopK", [scores, ctx.constant([number], "pre_nms")], [(shape, np.float32), (shape, np.int64)], axis=1
+    )
+    index = ctx.emit("Unsqueeze", [places, ctx.constant([2], "axes")], (*shape, 1), np.int64)
+    found = ctx.emit("GatherND", [boxes, index], (*shape, 4), batch_dims=1)
+    # The published code counts a box's last pixel in: its overlaps are those of boxes one larger.
+    whole = ctx.emit("Add", [found, ctx.constant([0.0, 0.0, 1.0, 1.0], "last_pixel")], found.shape)
+    inputs = [
+        whole,
+        ctx.emit("Unsqueeze", [best, ctx.constant([1], "one_class")], (images, 1, number)),
+        ctx.constant([min(param.post_nms_topn, number)], "post_nms"),
+        ctx.constant([param.nms_thresh], "overlap"),
+        ctx.constant([float(np.finfo(np.float32).min)], "threshold"),
+    ]
+    regions = Symbol(ROIS)
+    chosen = ctx.emit("NonMaxSuppression", inputs, (regions, 3), np.int64)
+    at = ctx.emit("Gather", [chosen, ctx.constant([0, 2], "image_place")], (regions, 2), np.int64, axis=1)
+    box = ctx.emit("GatherND", [found, at], (regions, 4))
+    image = ctx.emit("Gather", [chosen, ctx.constant([0], "image")], (regions, 1), np.int64, axis=1)
+    made = [ctx.emit("Concat", [ctx.emit("Cast", [image], (regions, 1), to=1), box], (regions, 5), axis=1)]
+    if len(ctx.tops) > 1:
+        score = ctx.emit("GatherND", [best, at], (regions,))
+        made.append(ctx.emit("Unsqueeze", [score, ctx.constant([1], "column")], (regions, 1)))
+    return made
