@@ -30,8 +30,9 @@ def generate(out: Path) -> None:
         f"-I{Path(next(iter(google.api.__path__))).parents[1]}",
         f"-I{Path(next(iter(grpc_tools.__path__))) / '_proto'}",
     ]
-    services = sorted(str(path.relative_to(PROTO)) for path in PROTO.glob("atserving/v1/*.proto"))
-    messages = sorted(str(path.relative_to(PROTO)) for path in PROTO.glob("evaluator/**/*.proto"))
+    definitions = sorted(PROTO.glob("atserving/v1/*.proto")) + sorted(PROTO.glob("evaluator/**/*.proto"))
+    services = [str(path.relative_to(PROTO)) for path in definitions if "\nservice " in path.read_text()]
+    messages = [str(path.relative_to(PROTO)) for path in definitions if "\nservice " not in path.read_text()]
     python = [f"--python_out={out}", f"--mypy_out=quiet:{out}"]
     grpc = [f"--grpc_python_out={out}", f"--mypy_grpc_out=quiet:{out}"]
     (out / DESCRIPTOR_SET).parent.mkdir(parents=True, exist_ok=True)

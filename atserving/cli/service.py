@@ -22,8 +22,8 @@ log_level_option = click.option(
 def _split_addresses(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
     addresses = [address.strip() for address in value.split(",") if address.strip()]
     for address in addresses:
-        _, colon, port = address.rpartition(":")
-        if not colon or not port.isdigit():
+        host, _, port = address.rpartition(":")
+        if not host or "/" in host or not (port.isdecimal() and 0 < int(port) < 65536):
             raise click.BadParameter(f"{address!r} is not host:port", context, parameter)
     if not addresses:
         raise click.BadParameter("no address given", context, parameter)

@@ -1,0 +1,160 @@
+"""``python -m registry``: flags, then the registry until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import click
+import structlog
+
+from atserving import telemetry, transport
+from atserving.cli import service
+from atserving.config import parse_duration
+from atserving.errors import StartError
+from atserving.v1 import registry_pb2, registry_pb2_grpc
+from registry.etcd import Connection, EtcdClient, Tls, User
+from registry.instances import Instances
+from registry.mirror import Mirror
+from registry.releases import Releases
+from registry.server import RegistryServicer, ReleaseServicer
+from registry.view import View
+
+log = structlog.get_logger()
+
+_GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the flags say."""
+
+    etcd: list[str]
+    listen: str
+    tls: Tls | None
+    user: User | None = field(repr=False)
+    lease_ttl_s: int
+
+
+class _LeaseTtl(click.ParamType[int]):
+    name = "duration"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Seconds, as etcd counts leases: ``10`` or ``10s``."""
+        text = str(value)
+        try:
+            ttl = parse_duration(f"{text}s" if text.isdecimal() else text)
+        except ValueError as error:
+            self.fail(f"{text!r} {error}", param, ctx)
+        assert isinstance(ttl, timedelta)
+        seconds = ttl.total_seconds()
+        if seconds < 1 or seconds != int(seconds):
+            self.fail(f"{text!r} should be whole seconds, at least 1", param, ctx)
+        return int(seconds)
+
+
+async def serve(settings: Settings) -> None:
+    """Runs the registry until SIGTERM or SIGINT. Raises StartError."""
+    stop = transport.stop_signal()
+    services = registry_pb2.DESCRIPTOR.services_by_name
+    server = transport.Server(services.values())
+    connection = Connection(settings.etcd, tls=settings.tls, user=settings.user)
+    async with EtcdClient(connection) as client:
+        view = View()
+        mirror = Mirror(client, view)
+        registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s))
+        registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server.grpc)
+        registry_pb2_grpc.add_ReleaseServiceServicer_to_server(ReleaseServicer(mirror, Releases(client)), server.grpc)
+        port = await server.start(settings.listen)
+        log.info("listening", listen=settings.listen, port=port, etcd=settings.etcd)
+        async with asyncio.TaskGroup() as tasks:
+            following = tasks.create_task(mirror.run())
+            announcing = tasks.create_task(_announce(view, server))
+            await stop.wait()
+            announcing.cancel()
+            await server.set_serving(False)
+            # Ends the watches, so that their followers go on at another registry.
+            view.close()
+            await server.stop(_GRACE_S)
+            following.cancel()
+    log.info("stopped")
+
+
+async def _announce(view: View, server: transport.Server) -> None:
+    await view.synced.wait()
+    await server.set_serving(True)
+
+
+def _tls(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
+    if ca is None and cert is None and key is None:
+        return None
+    if (cert is None) != (key is None):
+        raise click.UsageError("--etcd-cert and --etcd-key go together")
+    try:
+        # gRPC would find a bad file only when it connects, and not say which.
+        check = ssl.create_default_context(cafile=ca)
+        if cert and key:
+            check.load_cert_chain(cert, key)
+        return Tls(*(path.read_bytes() if path else None for path in (ca, cert, key)))
+    except (OSError, ssl.SSLError) as error:
+        raise StartError(f"can't use {', '.join(str(path) for path in (ca, cert, key) if path)}: {error}") from None
+
+
+def _user(name: str | None, password: str | None) -> User | None:
+    if (name is None) != (password is None):
+        raise click.UsageError("--etcd-user and --etcd-password go together")
+    return User(name, password) if name is not None and password is not None else None
+
+
+_file = click.Path(path_type=Path)
+
+
+@click.command(context_settings={"max_content_width": 100})
+@service.addresses_option("--etcd", required=True, help="The endpoints of etcd, members of one cluster.")
+@service.listen_option("0.0.0.0:50053")
+@click.option("--etcd-ca", type=_file, metavar="FILE", help="Authorities to trust with etcd (PEM); turns TLS on.")
+@click.option("--etcd-cert", type=_file, metavar="FILE", help="Certificate to show to etcd (PEM); turns TLS on.")
+@click.option("--etcd-key", type=_file, metavar="FILE", help="The certificate's key (PEM).")
+@click.option("--etcd-user", metavar="NAME", help="Whom to authenticate as with etcd.")
+@click.option("--etcd-password", metavar="TEXT", show_envvar=True, help="The user's password; better by its variable.")
+@click.option(
+    "--lease-ttl",
+    type=_LeaseTtl(),
+    default="10s",
+    show_default=True,
+    metavar="DURATION",
+    help="How long an instance stays registered after its last sign of life; seconds, or such as 1m.",
+)
+@service.log_level_option
+def main(
+    etcd: list[str],
+    listen: str,
+    etcd_ca: Path | None,
+    etcd_cert: Path | None,
+    etcd_key: Path | None,
+    etcd_user: str | None,
+    etcd_password: str | None,
+    lease_ttl: int,
+    log_level: str,
+) -> None:
+    """Serve the release config and the live instances, mirrored from etcd, and publish releases.
+
+    Any number of registries may run side by side. A registry starts without etcd, serves once it has seen it, and then
+    goes on with the last known config whenever etcd is away.
+    """
+    settings = Settings(
+        etcd=etcd,
+        listen=listen,
+        tls=_tls(etcd_ca, etcd_cert, etcd_key),
+        user=_user(etcd_user, etcd_password),
+        lease_ttl_s=lease_ttl,
+    )
+    telemetry.configure_logging("registry", log_level)
+    asyncio.run(serve(settings))
+
+
+if __name__ == "__main__":
+    service.run(main, "registry")

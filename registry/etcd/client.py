@@ -1,0 +1,182 @@
+"""Keys, transactions, leases and watches, as etcd's API has them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from atserving.v1 import etcd_pb2
+from registry.etcd.connection import Connection, Method
+from registry.etcd.errors import Compacted, EtcdUnavailable, LeaseNotFound, refusal
+
+PAGE_KEYS = 500
+"""How many keys one page of a snapshot holds."""
+
+_RANGE = Method("/etcdserverpb.KV/Range", etcd_pb2.RangeResponse)
+_PUT = Method("/etcdserverpb.KV/Put", etcd_pb2.PutResponse)
+_DELETE = Method("/etcdserverpb.KV/DeleteRange", etcd_pb2.DeleteRangeResponse)
+_TXN = Method("/etcdserverpb.KV/Txn", etcd_pb2.TxnResponse)
+_WATCH = Method("/etcdserverpb.Watch/Watch", etcd_pb2.WatchResponse, stream=True)
+_GRANT = Method("/etcdserverpb.Lease/LeaseGrant", etcd_pb2.LeaseGrantResponse)
+_REVOKE = Method("/etcdserverpb.Lease/LeaseRevoke", etcd_pb2.LeaseRevokeResponse)
+_KEEP_ALIVE = Method("/etcdserverpb.Lease/LeaseKeepAlive", etcd_pb2.LeaseKeepAliveResponse, stream=True)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All keys below a prefix at one revision, in their order."""
+
+    cluster_id: int
+    revision: int
+    kvs: Sequence[etcd_pb2.KeyValue]
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A lease and its time to live in seconds, as etcd granted it."""
+
+    id: int
+    ttl_s: int
+
+
+def written_at(key: str, mod_revision: int) -> etcd_pb2.Compare:
+    """True where the key was last written at ``mod_revision``; 0: where it doesn't exist."""
+    return etcd_pb2.Compare(
+        result=etcd_pb2.Compare.EQUAL,
+        target=etcd_pb2.Compare.MOD,
+        key=key.encode(),
+        mod_revision=mod_revision,
+    )
+
+
+def put(key: str, value: str, lease: int = 0) -> etcd_pb2.RequestOp:
+    """A write, for a transaction."""
+    return etcd_pb2.RequestOp(
+        request_put=etcd_pb2.PutRequest(key=key.encode(), value=value.encode(), lease=lease),
+    )
+
+
+def delete(key: str) -> etcd_pb2.RequestOp:
+    """A deletion, for a transaction."""
+    return etcd_pb2.RequestOp(request_delete_range=etcd_pb2.DeleteRangeRequest(key=key.encode()))
+
+
+class EtcdClient:
+    """etcd's API over one :class:`Connection`, which it closes.
+
+    Every method raises EtcdUnavailable where no member gave an answer and EtcdRefused where one refused. Writes of keys
+    are tried once; all else is harmless to repeat and is tried at every member.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    async def __aenter__(self) -> EtcdClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._connection.close()
+
+    async def get(self, key: str | bytes, revision: int = 0) -> etcd_pb2.KeyValue | None:
+        """The key as of ``revision`` (0: now), or None. Raises Compacted, FutureRevision."""
+        raw = key.encode() if isinstance(key, str) else key
+        request = etcd_pb2.RangeRequest(key=raw, revision=revision)
+        response = await self._connection.read(_RANGE, request)
+        return response.kvs[0] if response.kvs else None
+
+    async def get_all(self, *keys: str) -> list[etcd_pb2.KeyValue | None]:
+        """Several keys as of one moment."""
+        ranges = [etcd_pb2.RequestOp(request_range=etcd_pb2.RangeRequest(key=key.encode())) for key in keys]
+        response = await self._connection.read(_TXN, etcd_pb2.TxnRequest(success=ranges))
+        found = [one.response_range.kvs for one in response.responses]
+        return [kvs[0] if kvs else None for kvs in found]
+
+    async def snapshot(self, prefix: str, page_keys: int = PAGE_KEYS) -> Snapshot:
+        """All keys below ``prefix``, read in pages at the revision of the first. Raises Compacted."""
+        request = etcd_pb2.RangeRequest(key=prefix.encode(), range_end=_end(prefix), limit=page_keys)
+        kvs: list[etcd_pb2.KeyValue] = []
+        cluster_id = 0
+        while True:
+            page = await self._connection.read(_RANGE, request)
+            # Endpoints of different clusters, or a store replaced between two pages.
+            if cluster_id not in (0, page.header.cluster_id):
+                raise EtcdUnavailable("etcd's endpoints belong to different clusters")
+            cluster_id = page.header.cluster_id
+            request.revision = request.revision or page.header.revision
+            kvs.extend(page.kvs)
+            if not page.more:
+                return Snapshot(cluster_id, request.revision, kvs)
+            request.key = page.kvs[-1].key + b"\0"
+
+    async def txn(
+        self, compare: Sequence[etcd_pb2.Compare], success: Sequence[etcd_pb2.RequestOp]
+    ) -> etcd_pb2.TxnResponse:
+        """One transaction, tried once. After EtcdUnavailable read again: it may have taken effect, or may yet."""
+        return await self._connection.write(_TXN, etcd_pb2.TxnRequest(compare=compare, success=success))
+
+    async def commit(self, compare: Sequence[etcd_pb2.Compare], success: Sequence[etcd_pb2.RequestOp]) -> int | None:
+        """One transaction, tried once; returns its revision. None: read again, then decide anew.
+
+        That is so where what it compared has changed, and where no answer came: then it may have taken effect.
+        """
+        try:
+            response = await self.txn(compare, success)
+        except EtcdUnavailable:
+            return None
+        return response.header.revision if response.succeeded else None
+
+    async def put(self, key: str, value: str | bytes, lease: int = 0) -> int:
+        """Writes a key whatever it held, tried once; returns the revision."""
+        data = value.encode() if isinstance(value, str) else value
+        request = etcd_pb2.PutRequest(key=key.encode(), value=data, lease=lease)
+        return (await self._connection.write(_PUT, request)).header.revision
+
+    async def delete(self, key: str) -> int:
+        """Deletes a key whatever it held, tried once; returns the revision."""
+        request = etcd_pb2.DeleteRangeRequest(key=key.encode())
+        return (await self._connection.write(_DELETE, request)).header.revision
+
+    async def grant(self, ttl_s: int) -> Lease:
+        """A new lease. One that was granted unseen, since the answer was lost, expires by itself."""
+        response = await self._connection.read(_GRANT, etcd_pb2.LeaseGrantRequest(TTL=ttl_s))
+        return Lease(response.ID, response.TTL)
+
+    async def keep_alive(self, lease: int) -> int:
+        """Renews a lease for its time to live, and returns that, in seconds. Raises LeaseNotFound."""
+        response = await self._connection.read(_KEEP_ALIVE, etcd_pb2.LeaseKeepAliveRequest(ID=lease))
+        if response.TTL <= 0:
+            raise LeaseNotFound("the lease has expired")
+        return response.TTL
+
+    async def revoke(self, lease: int) -> None:
+        """Ends a lease and deletes its keys; one that is already gone is fine."""
+        try:
+            await self._connection.read(_REVOKE, etcd_pb2.LeaseRevokeRequest(ID=lease))
+        except LeaseNotFound:
+            return
+
+    async def watch(self, prefix: str, start_revision: int) -> AsyncGenerator[etcd_pb2.WatchResponse, None]:
+        """The changes below ``prefix`` from a revision on, in order, for ever. Raises Compacted.
+
+        The first response carries no events: its header says where the store is.
+        """
+        create = etcd_pb2.WatchCreateRequest(key=prefix.encode(), range_end=_end(prefix), start_revision=start_revision)
+        # The key is within what the user may read, and serializable: it asks whether this one member is alive.
+        probe = etcd_pb2.RangeRequest(key=prefix.encode(), keys_only=True, serializable=True)
+        request = etcd_pb2.WatchRequest(create_request=create)
+        async with aclosing(self._connection.follow(_WATCH, request, (_RANGE, probe))) as responses:
+            async for response in responses:
+                if response.compact_revision:
+                    raise Compacted(f"compacted at revision {response.compact_revision}")
+                if response.canceled:
+                    # etcd 3.5 says "permission denied" of an expired token too.
+                    self._connection.forget_token()
+                    raise refusal(response.cancel_reason or "etcd cancelled the watch")
+                yield response
+
+
+def _end(prefix: str) -> bytes:
+    # The first key after all that start with the prefix; prefixes are ASCII, so the last byte can be counted up.
+    raw = prefix.encode()
+    return raw[:-1] + bytes([raw[-1] + 1])

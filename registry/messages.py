@@ -1,0 +1,121 @@
+"""Between the messages of the API and the types of the config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from atserving.config import Instance, MalformedConfig, Phase, Release, is_name, validate
+from atserving.errors import InvalidArgument
+from atserving.v1 import registry_pb2
+from registry.view import Delta
+
+_PHASES: dict[int, Phase] = {
+    registry_pb2.PHASE_STAGING: "staging",
+    registry_pb2.PHASE_PRODUCTION: "production",
+}
+_PHASE_NUMBERS: dict[Phase, registry_pb2.Phase.ValueType] = {
+    "staging": registry_pb2.PHASE_STAGING,
+    "production": registry_pb2.PHASE_PRODUCTION,
+}
+
+
+def release_from(message: registry_pb2.Release) -> Release:
+    """The release that is to be published; only what the message gives is set. Raises InvalidArgument."""
+    fields: dict[str, Any] = {"name": message.name, "version": message.version, "file": message.file}
+    if message.phase != registry_pb2.PHASE_UNSPECIFIED:
+        fields["phase"] = phase_from(message.phase, "release.phase")
+    if message.desc:
+        fields["desc"] = message.desc
+    if message.HasField("image_width"):
+        fields["image_width"] = message.image_width
+    if message.HasField("batch_size"):
+        fields["batch_size"] = message.batch_size
+    if message.HasField("weight"):
+        fields["weight"] = message.weight
+    if message.use_device:
+        fields["use_device"] = message.use_device
+    fields["custom_files"] = dict(message.custom_files)
+    fields["custom_values"] = _object(message.custom_values_json, "release.custom_values_json")
+    fields["model_params"] = _object(message.model_params_json, "release.model_params_json")
+    try:
+        return validate(Release, fields)
+    except MalformedConfig as error:
+        raise InvalidArgument(f"release.{error}") from None
+
+
+def release_to(release: Release) -> registry_pb2.Release:
+    """The release as the API shows it."""
+    return registry_pb2.Release(
+        name=release.name,
+        version=release.version,
+        file=release.file,
+        phase=_PHASE_NUMBERS[release.phase],
+        desc=release.desc,
+        lastmodified=release.lastmodified,
+        image_width=release.image_width,
+        batch_size=release.batch_size,
+        custom_files=release.custom_files,
+        custom_values_json=_json(release.custom_values),
+        model_params_json=_json(release.model_params),
+        use_device=release.use_device,
+        weight=release.weight,
+    )
+
+
+def phase_from(phase: int, field: str) -> Phase:
+    """Raises InvalidArgument for what is no phase."""
+    if phase not in _PHASES:
+        raise InvalidArgument(f"{field}: should be PHASE_STAGING or PHASE_PRODUCTION")
+    return _PHASES[phase]
+
+
+def instance_from(message: registry_pb2.Instance) -> Instance:
+    """Raises InvalidArgument."""
+    fields = {name: getattr(message, name) for name in ("app", "version", "id", "address", "capacity")}
+    try:
+        instance = validate(Instance, fields)
+    except MalformedConfig as error:
+        raise InvalidArgument(f"instance.{error}") from None
+    if not 1 <= int(instance.address.rpartition(":")[2]) <= 65535:
+        raise InvalidArgument("instance.address: its port should be between 1 and 65535")
+    return instance
+
+
+def instance_to(instance: Instance) -> registry_pb2.Instance:
+    """The instance as the API shows it."""
+    return registry_pb2.Instance(**instance.model_dump())
+
+
+def name_from(text: str, field: str) -> str:
+    """The name of an app, a version or an instance. Raises InvalidArgument."""
+    if not is_name(text):
+        raise InvalidArgument(f"{field}: {text[:80]!r} should match [A-Za-z0-9][A-Za-z0-9._-]{{0,62}}")
+    return text
+
+
+def watch_response(delta: Delta) -> registry_pb2.WatchResponse:
+    """The step as it is streamed."""
+    return registry_pb2.WatchResponse(
+        reset=delta.reset,
+        upserts=[registry_pb2.Entry(key=key, value_json=value) for key, value in delta.upserts.items()],
+        deletes=sorted(delta.deletes),
+        revision=delta.revision,
+    )
+
+
+def _object(text: str, field: str) -> dict[str, Any]:
+    if not text:
+        return {}
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise InvalidArgument(f"{field}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"{field}: should be a JSON object")
+    return value
+
+
+def _json(value: dict[str, Any]) -> str:
+    return orjson.dumps(value).decode() if value else ""

@@ -1,0 +1,131 @@
+"""Publishing releases. Every write reads etcd itself first and takes effect only if nothing was written in between."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+
+from atserving.config import MalformedConfig, Phase, Release, parse, release_key
+from atserving.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
+from atserving.v1 import etcd_pb2
+from registry.etcd import EtcdClient, put, written_at
+
+log = structlog.get_logger()
+
+MUTABLE = ("phase", "desc", "weight")
+"""What may change once a version is published."""
+
+MAX_VALUE_BYTES = 1 << 20
+"""The most a release's JSON takes; etcd refuses requests above 1.5 MiB."""
+
+_ATTEMPTS = 4
+_SHA256 = re.compile(r"#sha256=(?![0-9A-Fa-f]{64}$)")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A release as etcd has it, and the revision it was written at."""
+
+    release: Release
+    revision: int
+
+
+class Releases:
+    """The releases in etcd."""
+
+    def __init__(self, client: EtcdClient) -> None:
+        self._client = client
+
+    async def publish(self, release: Release) -> Stored:
+        """Writes a new release; of one that exists, only its phase, desc and weight, where they are given.
+
+        Raises AlreadyExists where the version exists with another content, InvalidArgument, EtcdError.
+        """
+        _check_digests(release)
+        for _ in range(_ATTEMPTS):
+            kv = await self._client.get(release.key)
+            if kv is None:
+                new = release.model_copy(update={"lastmodified": _now()})
+                stored = await self._write(release.key, 0, new.to_json())
+            else:
+                stored = await self._amend(kv, _amendment(kv, release))
+            if stored:
+                return stored
+        raise _contended(release.name, release.version)
+
+    async def set_phase(self, app: str, version: str, phase: Phase) -> Stored:
+        """Moves a release to a phase. Raises NotFound, InvalidArgument, EtcdError."""
+        key = release_key(app, version)
+        for _ in range(_ATTEMPTS):
+            kv = await self._client.get(key)
+            if kv is None:
+                raise NotFound(f"release {app}/{version} is not published")
+            stored = await self._amend(kv, {"phase": phase})
+            if stored:
+                return stored
+        raise _contended(app, version)
+
+    async def _amend(self, kv: etcd_pb2.KeyValue, changes: Mapping[str, Any]) -> Stored | None:
+        current = _read(kv)
+        if all(getattr(current, field) == value for field, value in changes.items()):
+            return Stored(current, kv.mod_revision)
+        # The stored JSON, not the release read from it: fields that we don't know are an operator's own.
+        fields = json.loads(kv.value) | changes | {"lastmodified": _now()}
+        value = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+        return await self._write(kv.key.decode(), kv.mod_revision, value)
+
+    async def _write(self, key: str, mod_revision: int, value: str) -> Stored | None:
+        size = len(value.encode())
+        if size > MAX_VALUE_BYTES:
+            raise InvalidArgument(f"release: is {size} bytes of JSON, more than {MAX_VALUE_BYTES}")
+        revision = await self._client.commit([written_at(key, mod_revision)], [put(key, value)])
+        if revision is None:
+            return None
+        release = parse(key, value)
+        assert isinstance(release, Release)
+        log.info("release written", app=release.name, version=release.version, phase=release.phase, revision=revision)
+        return Stored(release, revision)
+
+
+def _amendment(kv: etcd_pb2.KeyValue, release: Release) -> dict[str, Any]:
+    """What ``release`` changes of the one stored, which must be the same but for what may change."""
+    current = _read(kv)
+    fixed = Release.model_fields.keys() - {*MUTABLE, "lastmodified"}
+    different = sorted(field for field in fixed if getattr(current, field) != getattr(release, field))
+    if different:
+        which = f"{release.name}/{release.version}"
+        raise AlreadyExists(f"release {which} exists with another {', '.join(different)}: publish a new version")
+    return {field: getattr(release, field) for field in MUTABLE if field in release.model_fields_set}
+
+
+def _read(kv: etcd_pb2.KeyValue) -> Release:
+    key = kv.key.decode()
+    try:
+        release = parse(key, kv.value)
+    except MalformedConfig as error:
+        raise InvalidArgument(
+            f"what etcd holds at {key} is malformed ({error}): mend or delete it with etcdctl"
+        ) from None
+    assert isinstance(release, Release)
+    return release
+
+
+def _check_digests(release: Release) -> None:
+    files = {"file": release.file} | {f"custom_files.{name}": uri for name, uri in release.custom_files.items()}
+    for field, uri in files.items():
+        if _SHA256.search(uri):
+            raise InvalidArgument(f"release.{field}: #sha256= should be followed by 64 hexadecimal digits")
+
+
+def _contended(app: str, version: str) -> Unavailable:
+    return Unavailable(f"release {app}/{version} keeps changing in etcd: try again")
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,148 @@
+"""The registry's gRPC services: translate, call, translate back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from atserving.config import Instance, MalformedConfig, Release
+from atserving.errors import ServingError, Unavailable
+from atserving.v1 import registry_pb2, registry_pb2_grpc
+from registry import messages
+from registry.etcd import EtcdError, EtcdUnavailable
+from registry.instances import Instances
+from registry.mirror import Mirror
+from registry.releases import Releases, Stored
+from registry.view import concerns
+
+_READ_YOUR_WRITES_S = 1.0
+
+
+@asynccontextmanager
+async def _translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+    try:
+        yield
+    except ServingError as error:
+        await context.abort(error.grpc_status, error.message)
+    except EtcdUnavailable as error:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, f"etcd is unreachable: {error}")
+    except EtcdError as error:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, f"etcd refuses the registry: {error}")
+
+
+def _require_synced(mirror: Mirror) -> None:
+    if not mirror.view.synced.is_set():
+        raise Unavailable(f"nothing is known of the config yet; etcd is unreachable: {mirror.reason}")
+
+
+class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
+    """What gates and evaluators call."""
+
+    def __init__(self, mirror: Mirror, instances: Instances) -> None:
+        self._mirror = mirror
+        self._instances = instances
+
+    async def Watch(  # noqa: N802
+        self, request: registry_pb2.WatchRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[registry_pb2.WatchResponse]:
+        async with _translated(context):
+            app = messages.name_from(request.app, "app") if request.app else ""
+            _require_synced(self._mirror)
+            with self._mirror.view.subscribe(app) as subscription:
+                while delta := await subscription.next():
+                    yield messages.watch_response(delta)
+            raise Unavailable("the registry is stopping")
+
+    async def RegisterInstance(  # noqa: N802
+        self, request: registry_pb2.RegisterInstanceRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> registry_pb2.RegisterInstanceResponse:
+        async with _translated(context):
+            ttl_s = await self._instances.register(messages.instance_from(request.instance))
+        return registry_pb2.RegisterInstanceResponse(ttl_ms=ttl_s * 1000)
+
+    async def DeregisterInstance(  # noqa: N802
+        self, request: registry_pb2.DeregisterInstanceRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> registry_pb2.DeregisterInstanceResponse:
+        async with _translated(context):
+            names = (
+                messages.name_from(getattr(request.instance, f), f"instance.{f}") for f in ("app", "version", "id")
+            )
+            await self._instances.deregister(*names)
+        return registry_pb2.DeregisterInstanceResponse()
+
+
+class ReleaseServicer(registry_pb2_grpc.ReleaseServiceServicer):
+    """What operators and their tools call."""
+
+    def __init__(self, mirror: Mirror, releases: Releases) -> None:
+        self._mirror = mirror
+        self._releases = releases
+
+    async def PublishRelease(  # noqa: N802
+        self, request: registry_pb2.PublishReleaseRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> registry_pb2.PublishReleaseResponse:
+        async with _translated(context):
+            stored = await self._releases.publish(messages.release_from(request.release))
+            await self._seen(stored)
+        return registry_pb2.PublishReleaseResponse(release=messages.release_to(stored.release))
+
+    async def SetPhase(  # noqa: N802
+        self, request: registry_pb2.SetPhaseRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> registry_pb2.SetPhaseResponse:
+        async with _translated(context):
+            app = messages.name_from(request.app, "app")
+            version = messages.name_from(request.version, "version")
+            stored = await self._releases.set_phase(app, version, messages.phase_from(request.phase, "phase"))
+            await self._seen(stored)
+        return registry_pb2.SetPhaseResponse(release=messages.release_to(stored.release))
+
+    async def ListReleases(  # noqa: N802
+        self, request: registry_pb2.ListReleasesRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> registry_pb2.ListReleasesResponse:
+        async with _translated(context):
+            app = messages.name_from(request.app, "app") if request.app else ""
+            _require_synced(self._mirror)
+        return self._list(app)
+
+    async def _seen(self, stored: Stored) -> None:
+        # So that who lists releases after a write finds it; the write is done, whether or not the mirror is in time.
+        try:
+            await asyncio.wait_for(self._mirror.view.reached(stored.revision), _READ_YOUR_WRITES_S)
+        except TimeoutError:
+            return
+
+    def _list(self, app: str) -> registry_pb2.ListReleasesResponse:
+        view = self._mirror.view
+        values = [entry.value for key, entry in view.entries.items() if concerns(key, app)]
+        instances = sorted((value for value in values if isinstance(value, Instance)), key=lambda one: one.id)
+        releases = sorted(
+            (value for value in values if isinstance(value, Release)), key=lambda one: (one.name, one.version)
+        )
+        by_release: dict[tuple[str, str], list[registry_pb2.Instance]] = {}
+        for instance in instances:
+            by_release.setdefault((instance.app, instance.version), []).append(messages.instance_to(instance))
+        return registry_pb2.ListReleasesResponse(
+            releases=[
+                registry_pb2.ReleaseStatus(
+                    release=messages.release_to(release), instances=by_release.get((release.name, release.version), [])
+                )
+                for release in releases
+            ],
+            malformed=[
+                registry_pb2.MalformedKey(key=key, reason=reason)
+                for key, reason in sorted(view.malformed.items())
+                if _known_to_concern(key, app)
+            ],
+        )
+
+
+def _known_to_concern(key: str, app: str) -> bool:
+    try:
+        return concerns(key, app)
+    except MalformedConfig:
+        return False
