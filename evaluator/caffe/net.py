@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 from .caffe_pb2 import TEST, NetState, NetStateRule
 from .errors import ConversionError
@@ -164,10 +163,10 @@ class _Builder:
         if len(shapes) == 1:
             shapes = shapes * len(layer.tops)
         if len(shapes) != len(layer.tops):
-            self._fail(layer, f"has {len(shapes)} shapes for {len(layer.tops)} tops")
+            raise self._error(layer, f"has {len(shapes)} shapes for {len(layer.tops)} tops")
         for top, shape in zip(layer.tops, shapes, strict=True):
             if top in self._plan.last:
-                self._fail(layer, f"blob {top!r} is made by another layer too")
+                raise self._error(layer, f"blob {top!r} is made by another layer too")
             self.add_input(top, shape)
 
     def _add_layer(self, layer: LayerSpec) -> None:
@@ -179,10 +178,10 @@ class _Builder:
         bottoms = tuple(self._bottom(layer, name) for name in names)
         self._consumed.update(bottoms)
         if len(set(tops)) != len(tops):
-            self._fail(layer, "makes one blob twice")
+            raise self._error(layer, "makes one blob twice")
         for top in tops:
             if (top in self._plan.last and top not in names) or top in self._made_by_data:
-                self._fail(layer, f"blob {top!r} is made by another layer too")
+                raise self._error(layer, f"blob {top!r} is made by another layer too")
         refs = tuple(self._new(top) for top in tops)
         self._plan.layers.append(NetLayer(layer, bottoms, refs))
 
@@ -190,13 +189,13 @@ class _Builder:
         if name in self._plan.last:
             return self._plan.last[name]
         source = self._made_by_data.get(name)
-        if source is None:
-            self._fail(layer, f"no layer before it makes its bottom {name!r}")
-        self._fail(
-            layer,
-            f"blob {name!r} comes from the {source.type} layer {source.name!r}, which gives it no shape; "
-            "a deploy net has an Input layer instead",
-        )
+        reason = f"no layer before it makes its bottom {name!r}"
+        if source is not None:
+            reason = (
+                f"its bottom {name!r} comes from the {source.type} layer {source.name!r}, which gives it no shape; "
+                "a deploy net has an Input layer instead"
+            )
+        raise self._error(layer, reason)
 
     def _new(self, name: str) -> BlobRef:
         before = self._plan.last.get(name)
@@ -204,8 +203,8 @@ class _Builder:
         self._plan.last[name] = ref
         return ref
 
-    def _fail(self, layer: LayerSpec, reason: str) -> NoReturn:
-        raise ConversionError(reason, layer=layer.name, layer_type=layer.type, file=self._file)
+    def _error(self, layer: LayerSpec, reason: str) -> ConversionError:
+        return ConversionError(reason, layer=layer.name, layer_type=layer.type, file=self._file)
 
     def finish(self) -> NetPlan:
         plan = self._plan

@@ -76,6 +76,8 @@ def _scaled(weight: NDArray[Any], scale: Float64, node: Node) -> NDArray[np.floa
         parts = weight.reshape(group, weight.shape[0] // group, *weight.shape[1:])
         factors = scale.reshape(group, 1, weight.shape[1], *(1,) * (weight.ndim - 2))
         return (parts * factors).astype(np.float32).reshape(weight.shape)
+    if node.op == "Gemm" and not node.attributes["transB"]:
+        return (weight * scale).astype(np.float32)
     return (weight * scale.reshape(-1, *(1,) * (weight.ndim - 1))).astype(np.float32)
 
 

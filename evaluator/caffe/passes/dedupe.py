@@ -6,7 +6,6 @@ import hashlib
 from collections import defaultdict
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..graph import Array, Graph
 
@@ -29,5 +28,5 @@ def share_constants(graph: Graph) -> None:
     graph.rename(replaced)
 
 
-def _bytes(array: Array) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def _bytes(array: Array) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -1,0 +1,58 @@
+"""Makes fixtures with real BVLC Caffe: `python make_fixture.py fixtures/<case> ...`, each holding a deploy.prototxt.
+
+Runs under Python 3.9 with PyPI's kendryte-caffe==1.0.0.20210829, protobuf<3.21 and numpy<1.24, apart from the project's
+own environment. Writes random weights to `weight.caffemodel` and, to `expected.npz`, inputs and outputs for a batch of
+one (`b1|in|<blob>`, `b1|out|<blob>`) and for three images, `b3|...`, each of which is run alone: that is the promise
+of the converter, also where Caffe itself would mix a batch.
+"""
+
+import sys
+import zlib
+from pathlib import Path
+
+import caffe
+import numpy as np
+
+
+def draw(net, random):
+    """Weights with which no layer's output is constant or unbounded."""
+    for name, layer in zip(net._layer_names, net.layers):
+        for i, blob in enumerate(layer.blobs):
+            if layer.type == "BatchNorm" and i > 0:
+                blob.data[...] = random.uniform(0.5, 1.5, blob.data.shape)
+            elif layer.type == "Scale" and i == 0:
+                blob.data[...] = random.uniform(0.5, 1.5, blob.data.shape)
+            else:
+                blob.data[...] = random.normal(0, 0.5, blob.data.shape)
+
+
+def run(net, feeds):
+    for name, array in feeds.items():
+        net.blobs[name].reshape(*array.shape)
+        net.blobs[name].data[...] = array
+    net.reshape()
+    net.forward()
+    return {name: np.array(net.blobs[name].data) for name in net.outputs}
+
+
+def make(folder):
+    random = np.random.RandomState(zlib.crc32(folder.name.encode()))
+    net = caffe.Net(str(folder / "deploy.prototxt"), caffe.TEST)
+    draw(net, random)
+    net.save(str(folder / "weight.caffemodel"))
+    arrays = {}
+    single = [
+        {name: random.normal(0, 1, (1,) + net.blobs[name].data.shape[1:]).astype(np.float32) for name in net.inputs}
+        for _ in range(3)
+    ]
+    outputs = [run(net, feeds) for feeds in single]
+    for key, feeds, results in (("b1", single[:1], outputs[:1]), ("b3", single, outputs)):
+        for kind, parts in (("in", feeds), ("out", results)):
+            for name in parts[0]:
+                arrays["%s|%s|%s" % (key, kind, name)] = np.concatenate([part[name] for part in parts])
+    np.savez_compressed(str(folder / "expected.npz"), **arrays)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        make(Path(argument))
