@@ -45,8 +45,9 @@ def model(graph: Graph, metadata: dict[str, str], file: str) -> onnx.ModelProto:
     out.output.extend(_value_info(graph.values[name]) for name in graph.outputs)
     made = {name for node in graph.nodes for name in node.outputs} - set(graph.outputs)
     out.value_info.extend(_value_info(graph.values[name]) for name in graph.values if name in made)
-    for name in list(graph.constants):
-        _tensor(out.initializer.add(), name, graph.constants.pop(name))
+    with np.errstate(all="ignore"):
+        for name in list(graph.constants):
+            _tensor(out.initializer.add(), name, graph.take_constant(name))
     return proto
 
 

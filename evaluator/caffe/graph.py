@@ -49,6 +49,8 @@ class Graph:
         inputs, outputs: in the order of the net.
         nodes: in an order of execution.
         constants: weights and other known tensors, by the name of the value.
+        factors: what a constant is still to be multiplied with, float64 that broadcasts to it. Multiplying when the
+            constant is exported keeps a net's weights from being in memory twice.
         values: every value by name.
     """
 
@@ -57,6 +59,7 @@ class Graph:
     outputs: list[str] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     constants: dict[str, Array] = field(default_factory=dict)
+    factors: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     values: dict[str, Value] = field(default_factory=dict)
     _value_names: dict[str, int] = field(default_factory=dict)
     _node_names: dict[str, int] = field(default_factory=dict)
@@ -80,6 +83,14 @@ class Graph:
         value = self.add_value(name, array.shape, array.dtype)
         self.constants[value.name] = array
         return value
+
+    def take_constant(self, name: str) -> Array:
+        """Removes a constant from the graph and returns it, multiplied with its factor."""
+        array, factor = self.constants.pop(name), self.factors.pop(name, None)
+        if factor is None:
+            return array
+        # In float64, but piece by piece: no float64 copy of the whole is made.
+        return np.multiply(array, factor, out=np.empty_like(array), dtype=np.float64, casting="unsafe")
 
     def consumers(self) -> dict[str, list[Node]]:
         """The nodes that read each value, one entry a reading."""
@@ -107,6 +118,8 @@ class Graph:
                 self.values[new] = Value(new, value.shape, value.dtype)
                 if old in self.constants:
                     self.constants[new] = self.constants.pop(old)
+                if old in self.factors:
+                    self.factors[new] = self.factors.pop(old)
 
     def remove(self, nodes: Iterable[Node]) -> None:
         """Takes nodes out of the graph."""

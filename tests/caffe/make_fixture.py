@@ -16,11 +16,9 @@ import numpy as np
 
 def draw(net, random):
     """Weights with which no layer's output is constant or unbounded."""
-    for name, layer in zip(net._layer_names, net.layers):
+    for layer in net.layers:
         for i, blob in enumerate(layer.blobs):
-            if layer.type == "BatchNorm" and i > 0:
-                blob.data[...] = random.uniform(0.5, 1.5, blob.data.shape)
-            elif layer.type == "Scale" and i == 0:
+            if (layer.type == "BatchNorm" and i > 0) or (layer.type == "Scale" and i == 0):
                 blob.data[...] = random.uniform(0.5, 1.5, blob.data.shape)
             else:
                 blob.data[...] = random.normal(0, 0.5, blob.data.shape)
@@ -42,14 +40,14 @@ def make(folder):
     net.save(str(folder / "weight.caffemodel"))
     arrays = {}
     single = [
-        {name: random.normal(0, 1, (1,) + net.blobs[name].data.shape[1:]).astype(np.float32) for name in net.inputs}
+        {name: random.normal(0, 1, (1, *net.blobs[name].data.shape[1:])).astype(np.float32) for name in net.inputs}
         for _ in range(3)
     ]
     outputs = [run(net, feeds) for feeds in single]
     for key, feeds, results in (("b1", single[:1], outputs[:1]), ("b3", single, outputs)):
         for kind, parts in (("in", feeds), ("out", results)):
             for name in parts[0]:
-                arrays["%s|%s|%s" % (key, kind, name)] = np.concatenate([part[name] for part in parts])
+                arrays[f"{key}|{kind}|{name}"] = np.concatenate([part[name] for part in parts])
     np.savez_compressed(str(folder / "expected.npz"), **arrays)
 
 

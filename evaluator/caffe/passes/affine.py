@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -54,12 +52,12 @@ def _owns_weights(graph: Graph, node: Node, readers: dict[str, list[Node]]) -> b
 
 
 def _fold_into(graph: Graph, node: Node, affine: Node) -> None:
-    weight = graph.constants[node.inputs[1]]
     scale, shift = affine.attributes["scale"], affine.attributes["shift"]
     outputs = graph.values[node.outputs[0]].shape[1]
     assert isinstance(outputs, int)
     scale = np.broadcast_to(scale, (outputs,))
-    graph.constants[node.inputs[1]] = _scaled(weight, scale, node)
+    weight = node.inputs[1]
+    graph.factors[weight] = graph.factors.get(weight, 1) * _over_weights(graph.constants[weight].shape, scale, node)
     has_bias = len(node.inputs) > 2
     bias = graph.constants[node.inputs[2]].astype(np.float64) if has_bias else np.zeros(outputs)
     bias = np.broadcast_to(bias * scale + shift, (outputs,)).astype(np.float32)
@@ -69,16 +67,16 @@ def _fold_into(graph: Graph, node: Node, affine: Node) -> None:
         node.inputs.append(graph.add_constant(f"{node.name}/bias", bias).name)
 
 
-def _scaled(weight: NDArray[Any], scale: Float64, node: Node) -> NDArray[np.float32]:
+def _over_weights(shape: tuple[int, ...], scale: Float64, node: Node) -> Float64:
+    """One factor an output, laid out so that it broadcasts to the weights."""
+    ones = (1,) * (len(shape) - 2)
     if node.op == "ConvTranspose":
         # (inputs, outputs / group, ...), the inputs of a group in a row.
         group = node.attributes.get("group", 1)
-        parts = weight.reshape(group, weight.shape[0] // group, *weight.shape[1:])
-        factors = scale.reshape(group, 1, weight.shape[1], *(1,) * (weight.ndim - 2))
-        return (parts * factors).astype(np.float32).reshape(weight.shape)
+        return np.repeat(scale.reshape(group, shape[1], *ones), shape[0] // group, axis=0)
     if node.op == "Gemm" and not node.attributes["transB"]:
-        return (weight * scale).astype(np.float32)
-    return (weight * scale.reshape(-1, *(1,) * (weight.ndim - 1))).astype(np.float32)
+        return scale.reshape(1, -1)
+    return scale.reshape(-1, 1, *ones)
 
 
 def lower(graph: Graph) -> None:

@@ -15,6 +15,7 @@ def remove_unused(graph: Graph) -> None:
             needed.update(node.inputs)
     graph.nodes = kept[::-1]
     graph.constants = {name: array for name, array in graph.constants.items() if name in needed}
+    graph.factors = {name: factor for name, factor in graph.factors.items() if name in needed}
     made = {name for node in graph.nodes for name in node.outputs}
     inputs = {value.name for value in graph.inputs}
     graph.values = {

@@ -20,11 +20,14 @@ def share_constants(graph: Graph) -> None:
         first: dict[bytes, str] = {}
         # Hashing is for those that have a rival: the large weights of most nets have none.
         for name in names if len(names) > 1 else ():
-            digest = hashlib.blake2b(_bytes(graph.constants[name]), digest_size=32).digest()
+            hashed = hashlib.blake2b(_bytes(graph.constants[name]), digest_size=32)
+            hashed.update(_bytes(graph.factors.get(name, np.empty(0))))
+            digest = hashed.digest()
             if first.setdefault(digest, name) != name:
                 replaced[name] = first[digest]
     for name in replaced:
         del graph.constants[name]
+        graph.factors.pop(name, None)
     graph.rename(replaced)
 
 
