@@ -97,6 +97,7 @@ class Dispatcher:
 
     async def _eval(self, task: Task, call: CallContext) -> Answer:
         self._check(task, call)
+        task.request.reqid = call.reqid
         deadline = call.started + self._router.timeout(task.app, task.version).total_seconds()
         if call.deadline is not None:
             deadline = min(deadline, call.deadline)

@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 import xmlrpc.client
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,19 +93,24 @@ class Mesh:
                 start_new_session=True,
             )
             await self._wait_ready()
-        except BaseException:
-            await self.__aexit__(None, None, None)
+        except BaseException as error:
+            await self._stop()
+            if not isinstance(error, StartError):
+                shutil.rmtree(self.directory, ignore_errors=True)
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._stop()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    async def _stop(self) -> None:
         if self._supervisord:
             with suppress(ProcessLookupError):
                 self._supervisord.terminate()
             await self._supervisord.wait()
-        shutil.rmtree(self.directory, ignore_errors=True)
 
     @property
     def supervisor(self) -> Any:
@@ -112,9 +118,17 @@ class Mesh:
         socket_path = f"unix://{self.directory}/supervisor.sock"
         return xmlrpc.client.ServerProxy("http://127.0.0.1", SupervisorTransport(None, None, socket_path)).supervisor
 
-    def process_id(self, name: str) -> int:
-        """The process's id now; 0 while it is down."""
-        return int(self.supervisor.getProcessInfo(name)["pid"])
+    def stop_process(self, name: str) -> None:
+        """Stops one process (SIGTERM) and waits until it has ended; it stays down."""
+        self.supervisor.stopProcess(_full_name(name))
+
+    def start_process(self, name: str) -> None:
+        """Starts one process that was stopped."""
+        self.supervisor.startProcess(_full_name(name), False)
+
+    def kill_process(self, name: str) -> None:
+        """Kills one process (SIGKILL), as a crash would; it is started again."""
+        os.kill(self.supervisor.getProcessInfo(_full_name(name))["pid"], signal.SIGKILL)
 
     def log(self, name: str) -> str:
         """What a process has logged so far."""
@@ -160,10 +174,13 @@ class Mesh:
             "[rpcinterface:supervisor]\nsupervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface",
             f"[supervisorctl]\nserverurl=unix://{directory}/supervisor.sock",
         ]
-        for priority, (name, command) in enumerate(self._commands().items()):
+        commands = self._commands()
+        for priority, (group, names) in enumerate(_groups(commands).items()):
+            sections.append(f"[group:{group}]\nprograms={','.join(names)}\npriority={priority}")
+        for name, command in commands.items():
             line = shlex.join(command).replace("%", "%%")
             sections.append(
-                f"[program:{name}]\ncommand={line}\npriority={priority}\nautorestart=true\nstartsecs=1\n"
+                f"[program:{name}]\ncommand={line}\nautorestart=true\nstartsecs=1\n"
                 f"startretries=1000\nstopwaitsecs=20\nredirect_stderr=true\nstdout_logfile={directory}/{name}.log\n"
                 f"directory={directory}"
             )
@@ -188,7 +205,7 @@ class Mesh:
                         await self._wait_answer(session, version)
         except TimeoutError:
             raise StartError(
-                f"the mesh was not ready within {self._start_timeout_s:g} s: {self._complaint()}"
+                f"not ready within {self._start_timeout_s:g} s: {self._complaint()} (logs: {self.directory}/*.log)"
             ) from None
 
     async def _publish(self) -> None:
@@ -244,6 +261,18 @@ class Mesh:
         return said or "every process runs, but not all answer"
 
 
+def _groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """supervisord stops a group at once, the last group first: those that serve, then the registry, then etcd."""
+    groups: dict[str, list[str]] = {"etcd": [], "registry": [], "serving": []}
+    for name in names:
+        groups[name if name in groups else "serving"].append(name)
+    return groups
+
+
+def _full_name(name: str) -> str:
+    return f"{next(iter(_groups([name]).keys() & {name}), 'serving')}:{name}"
+
+
 def _set_address(holder: dict[str, Any], port: int) -> None:
     holder["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": port}
 
@@ -260,8 +289,3 @@ def _check_free(port: int) -> None:
 def _last_line(path: Path) -> str:
     lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
     return lines[-1] if lines else "no word"
-
-
-def kill(process_id: int) -> None:
-    """kill -9: what a crash is like."""
-    os.kill(process_id, signal.SIGKILL)

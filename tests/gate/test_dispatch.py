@@ -269,10 +269,10 @@ async def test_a_batch_runs_concurrently_but_not_all_at_once(mesh: Mesh) -> None
     evaluator = Evaluator("a", hold=asyncio.Event())
     await mesh.add(evaluator)
     call = CallContext("reqid", Caller())
-    running = asyncio.create_task(run_batch(mesh.dispatcher, [task() for _ in range(30)], call, concurrency=4))
-    await evaluator.four.wait()
-    assert evaluator.hold
-    evaluator.hold.set()
-    results = await running
-    assert Counter(type(each) for each in results) == {Answer: 30}
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(run_batch(mesh.dispatcher, [task() for _ in range(30)], call, concurrency=4))
+        await evaluator.four.wait()
+        assert evaluator.hold
+        evaluator.hold.set()
+    assert Counter(type(each) for each in running.result()) == {Answer: 30}
     assert evaluator.most_at_once == 4

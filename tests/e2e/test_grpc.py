@@ -1,0 +1,124 @@
+"""The typed interface, through Envoy and at the gate itself, with health and reflection everywhere."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc.aio
+import pytest
+import pytest_asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from atserving import transport
+from atserving.cli.mesh import Mesh
+from atserving.v1 import edge_pb2, edge_pb2_grpc, registry_pb2, registry_pb2_grpc, serving_pb2, serving_pb2_grpc
+from tests.e2e.conftest import data_uri, image
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+@pytest_asyncio.fixture(loop_scope="session", params=["edge", "gate"])
+async def channel(request: pytest.FixtureRequest, mesh: Mesh) -> AsyncIterator[grpc.aio.Channel]:
+    port = mesh.ports.edge if request.param == "edge" else mesh.ports.gate
+    async with transport.channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+
+
+@pytest.fixture
+def serving(channel: grpc.aio.Channel) -> serving_pb2_grpc.ServingServiceAsyncStub:
+    return serving_pb2_grpc.ServingServiceStub(channel)
+
+
+def request(digit: int, **fields: str) -> serving_pb2.EvalRequest:
+    resource = serving_pb2.Resource(body=image(f"{digit}.png"))
+    return serving_pb2.EvalRequest(**{"app": "digits", **fields}, data=[resource])
+
+
+async def test_eval_answers_with_its_version_and_the_callers_id(
+    serving: serving_pb2_grpc.ServingServiceAsyncStub,
+) -> None:
+    for version, answered in (("", "v1"), ("v1", "v1"), ("v2", "v2")):
+        call = serving.Eval(request(7, version=version), metadata=(("x-reqid", "mine"),))
+        response = await call
+        assert (response.code, response.version) == (0, answered)
+        assert '"seven"' in response.result_json
+        metadata = dict(await call.initial_metadata())
+        assert (metadata["x-reqid"], metadata["x-serving-version"]) == ("mine", answered)
+
+
+async def test_eval_takes_uris_and_params(serving: serving_pb2_grpc.ServingServiceAsyncStub) -> None:
+    resource = serving_pb2.Resource(uri=data_uri("5.jpg")["uri"], attribute_json="[1]")
+    response = await serving.Eval(serving_pb2.EvalRequest(app="digits", data=[resource], params_json='{"limit": 2}'))
+    assert response.result_json.count('"class"') == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "code"),
+    [
+        ({"app": "cats"}, grpc.StatusCode.NOT_FOUND, "404"),
+        ({"version": "v9"}, grpc.StatusCode.NOT_FOUND, "404"),
+        ({"params_json": '{"limit": "x"}'}, grpc.StatusCode.INVALID_ARGUMENT, "400"),
+        ({"params_json": "not json"}, grpc.StatusCode.INVALID_ARGUMENT, "400"),
+    ],
+)
+async def test_a_failure_is_a_status_with_the_code_and_the_id(
+    serving: serving_pb2_grpc.ServingServiceAsyncStub, fields: dict[str, str], status: grpc.StatusCode, code: str
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await serving.Eval(request(1, **fields), metadata=(("x-reqid", "mine"),))
+    assert caught.value.code() is status
+    metadata = dict(caught.value.trailing_metadata() or ())
+    assert (metadata["x-serving-code"], metadata["x-reqid"]) == (code, "mine")
+
+
+async def test_a_callers_deadline_bounds_the_call(serving: serving_pb2_grpc.ServingServiceAsyncStub) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await serving.Eval(request(1), timeout=0.0001)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_batch_answers_in_order(serving: serving_pb2_grpc.ServingServiceAsyncStub) -> None:
+    tasks = [request(1), request(2, app="cats"), request(3, version="v2")]
+    call = serving.Batch(serving_pb2.BatchRequest(tasks=tasks), metadata=(("x-reqid", "mine"),))
+    results = (await call).results
+    assert [(each.code, each.version) for each in results] == [(0, "v1"), (404, ""), (0, "v2")]
+    assert '"three"' in results[2].result_json
+    assert dict(await call.initial_metadata())["x-reqid"] == "mine"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await serving.Batch(serving_pb2.BatchRequest())
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_many_calls_at_once_share_a_connection(serving: serving_pb2_grpc.ServingServiceAsyncStub) -> None:
+    results = await asyncio.gather(*(serving.Eval(request(n % 10)) for n in range(48)))
+    assert [each.result_json.count('"class"') for each in results] == [1] * 48
+
+
+async def test_the_edges_own_service_is_not_for_callers(mesh: Mesh) -> None:
+    async with transport.channel(f"127.0.0.1:{mesh.ports.edge}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await edge_pb2_grpc.EdgeServiceStub(channel).Eval(edge_pb2.EdgeEvalRequest(app="digits"))
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def addresses(mesh: Mesh) -> list[str]:
+    async with transport.channel(mesh.registry) as channel:
+        stub = registry_pb2_grpc.ReleaseServiceStub(channel)
+        listed = await stub.ListReleases(registry_pb2.ListReleasesRequest(app="digits"))
+    evaluators = [instance.address for release in listed.releases for instance in release.instances]
+    assert len(evaluators) == 2
+    return [f"127.0.0.1:{mesh.ports.edge}", f"127.0.0.1:{mesh.ports.gate}", mesh.registry, *evaluators]
+
+
+async def test_every_process_says_that_it_serves_and_what(mesh: Mesh) -> None:
+    for address in await addresses(mesh):
+        async with transport.channel(address) as channel:
+            health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            assert health.status == health_pb2.HealthCheckResponse.SERVING
+            ask = reflection_pb2.ServerReflectionRequest(list_services="")
+            call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([ask]))
+            said = [service.name async for reply in call for service in reply.list_services_response.service]
+            assert any(name.startswith("atserving.v1.") for name in said), said
+            assert "grpc.health.v1.Health" in said

@@ -1,0 +1,318 @@
+"""The HTTP API through the real Envoy: every row, every error, and what comes with each response."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import orjson
+import pytest
+
+from tests.e2e.conftest import JSON, Client, Response, data_uri, etcdctl, image, until
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+CLASSES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+PUBLIC_HEADERS = {
+    *("content-type", "content-length", "date", "server", "x-reqid", "x-serving-version", "retry-after", "allow"),
+    *("connection", "transfer-encoding"),
+}
+
+
+def check_error(response: Response, status: int, says: str = "", code: int | None = None) -> None:
+    """Every error has the same body, the caller's id and no internal header."""
+    assert response.status == status, response.body
+    assert response.headers["content-type"] == "application/json"
+    assert response.json.keys() == {"code", "message"}
+    assert response.json["code"] == (status if code is None else code)
+    assert says in response.json["message"]
+    assert response.headers["x-reqid"]
+    check_headers(response)
+
+
+def check_headers(response: Response) -> None:
+    assert response.headers.keys() <= PUBLIC_HEADERS, response.headers
+
+
+@pytest.mark.parametrize("digit", range(10))
+async def test_an_image_as_bytes(client: Client, digit: int) -> None:
+    response = await client.bytes("/v1/eval/digits", image(f"{digit}.png"))
+    assert response.status == 200
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-serving-version"] == "v1"
+    check_headers(response)
+    assert response.json["code"] == 0
+    assert response.json["message"] == ""
+    [best] = response.json["result"]["confidences"]
+    assert (best["index"], best["class"]) == (digit, CLASSES[digit])
+    assert 0.5 < best["score"] <= 1
+
+
+@pytest.mark.parametrize("media_type", ["application/octet-stream", "image/png"])
+async def test_an_image_as_a_data_uri(client: Client, media_type: str) -> None:
+    response = await client.json("/v1/eval/digits", {"data": data_uri("7.png", media_type)})
+    assert (response.status, response.best) == (200, "seven")
+
+
+async def test_an_image_by_http(client: Client) -> None:
+    response = await client.json("/v1/eval/digits", {"data": {**client.uri("3.png"), "attribute": {"any": ["thing"]}}})
+    assert (response.status, response.best) == (200, "three")
+
+
+async def test_a_named_version_answers_even_in_staging(client: Client) -> None:
+    for version in ("v1", "v2"):
+        response = await client.json(f"/v1/eval/digits/{version}", {"data": client.uri("4.png")})
+        assert (response.status, response.best) == (200, "four")
+        assert response.headers["x-serving-version"] == version
+        response = await client.bytes(f"/v1/eval/digits/{version}", image("4.png"))
+        assert (response.status, response.headers["x-serving-version"]) == (200, version)
+
+
+async def test_integers_stay_integers_on_their_way_to_the_net(client: Client) -> None:
+    request: dict[str, Any] = {"data": data_uri("7.png"), "params": {"limit": 3}}
+    response = await client.json("/v1/eval/digits", request)
+    scores = [each["score"] for each in response.json["result"]["confidences"]]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+    check_error(await client.json("/v1/eval/digits", {**request, "params": {"limit": 3.0}}), 400, "limit")
+
+
+async def test_unknown_fields_and_the_query_are_ignored(client: Client) -> None:
+    request = {"data": {**data_uri("7.png"), "new": 1}, "newer": {}}
+    response = await client.json("/v1/eval/digits?version=v2&body.data=x&other", request)
+    assert (response.status, response.best, response.headers["x-serving-version"]) == (200, "seven", "v1")
+
+
+async def test_a_group_is_refused_by_a_net_that_takes_one_image(client: Client) -> None:
+    check_error(
+        await client.json("/v1/eval/digits", {"data": [client.uri("1.png"), client.uri("2.png")]}), 400, "one image"
+    )
+
+
+async def test_a_batch_keeps_order_and_its_items_fail_alone(client: Client) -> None:
+    tasks: list[Any] = [
+        {"op": "/v1/eval/digits", "data": client.uri("1.png")},
+        {"op": "/v1/eval/nothing", "data": client.uri("1.png")},
+        {"op": "/v1/eval/digits/v2", "data": data_uri("2.png"), "params": {"limit": 2}},
+        {"op": "/v1/eval/digits/v9", "data": client.uri("1.png")},
+        {"op": "/v1/eval/digits", "data": client.uri("missing.png")},
+        {"op": "/v1/eval/digits"},
+        "rubbish",
+        {"op": "/v1/eval/digits", "data": data_uri("3.png")},
+    ]
+    response = await client.json("/v1/batch", tasks)
+    assert response.status == 200
+    check_headers(response)
+    items = response.json
+    assert [each["code"] for each in items] == [0, 404, 0, 404, 400, 400, 400, 0]
+    assert all(each["message"] for each in items if each["code"])
+    best = [each["result"]["confidences"][0]["class"] for each in items if not each["code"]]
+    assert best == ["one", "two", "three"]
+    assert len(items[2]["result"]["confidences"]) == 2
+
+
+async def test_a_batch_larger_than_the_instances_queue_is_spread(client: Client) -> None:
+    tasks = [{"op": "/v1/eval/digits", "data": data_uri(f"{n % 10}.png")} for n in range(200)]
+    response = await client.json("/v1/batch", tasks)
+    assert [each["result"]["confidences"][0]["index"] for each in response.json] == [n % 10 for n in range(200)]
+
+
+async def test_a_malformed_batch_is_refused_whole(client: Client) -> None:
+    for body in (b"{}", b"[]", b"[1,", b""):
+        check_error(await client.post("/v1/batch", body, JSON), 400)
+    check_error(await client.json("/v1/batch", [1] * 1001), 413, "1001 tasks")
+    check_error(await client.bytes("/v1/batch", b"x"), 415)
+
+
+async def test_what_is_malformed_is_a_400_that_says_so(client: Client) -> None:
+    async def refused(value: Any, says: str) -> None:
+        check_error(await client.json("/v1/eval/digits", value), 400, says)
+
+    check_error(await client.post("/v1/eval/digits", b'{"data":', JSON), 400, "malformed JSON")
+    check_error(await client.post("/v1/eval/digits", b"", JSON), 400, "malformed JSON")
+    check_error(await client.bytes("/v1/eval/digits", b""), 400, "empty")
+    await refused({}, "no data given")
+    await refused({"data": {"uri": "file:///etc/passwd"}}, "unsupported uri")
+    await refused({"data": {"uri": "ftp://host/x"}}, "unsupported uri")
+    await refused({"data": {"uri": "data:image/png;base64,!!!"}}, "not base64")
+    await refused({"data": {"uri": "data:image/png,abc"}}, "base64")
+    await refused({"data": client.uri("missing.png")}, "404")
+    await refused({"data": {"uri": "http://169.254.169.254/latest/meta-data"}}, "not a public address")
+    check_error(await client.bytes("/v1/eval/digits", b"this is no image"), 400, "image")
+    check_error(await client.bytes("/v1/eval/digits", image("7.png")[:200]), 400, "image")
+
+
+async def test_a_resource_whose_host_is_not_there_is_a_502(client: Client) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{unused.getsockname()[1]}/x.png"
+        check_error(await client.json("/v1/eval/digits", {"data": {"uri": uri}}), 502)
+
+
+async def test_what_does_not_exist_is_a_404(client: Client) -> None:
+    check_error(await client.bytes("/v1/eval/cats", b"x"), 404, "unknown app 'cats'")
+    check_error(await client.bytes("/v1/eval/digits/v9", b"x"), 404, "no version 'v9'")
+    check_error(await client.bytes("/v1/eval/digits%2Fv1", b"x"), 404)
+    check_error(await client.bytes("/v1/eval/digits/v1/more", b"x"), 404, "unknown path")
+    check_error(await client.bytes("/v1/eval", b"x"), 404, "unknown path")
+    check_error(await client.get("/"), 404, "unknown path")
+    check_error(await client.bytes("/atserving.v1.EdgeService/Eval", b"x"), 404, "unknown path")
+    check_error(await client.bytes("/atserving.v1.ServingService/Eval", b"x"), 404, "unknown path")
+
+
+async def test_another_method_is_a_405_that_names_the_right_one(client: Client) -> None:
+    for path in ("/v1/eval/digits", "/v1/batch"):
+        response = await client.get(path)
+        check_error(response, 405)
+        assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "image/png", "multipart/form-data", "application/jsonx"])
+async def test_another_content_type_is_a_415(client: Client, content_type: str) -> None:
+    response = await client.post("/v1/eval/digits", image("1.png"), {"content-type": content_type})
+    check_error(response, 415, "content type")
+
+
+async def test_a_body_over_20_mib_is_a_413(client: Client) -> None:
+    check_error(await client.bytes("/v1/eval/digits", bytes((20 << 20) + 1)), 413, "20 MiB")
+    # Just below, it reaches the evaluator, which has a lower limit for one image.
+    check_error(await client.bytes("/v1/eval/digits", bytes((20 << 20) - 1000)), 400, "larger than")
+
+
+async def test_a_version_without_an_instance_is_a_503(client: Client) -> None:
+    etcdctl(client.mesh, "put", "/ava/serving/eval/lonely/v1", '{"file": "file:///nowhere.tar", "phase": "production"}')
+
+    async def known() -> bool:
+        return (await client.bytes("/v1/eval/lonely", b"x")).status != 404
+
+    await until(known, "the gate knows the app")
+    check_error(await client.bytes("/v1/eval/lonely", b"x"), 503, "no instance of app 'lonely' is ready")
+    check_error(await client.bytes("/v1/eval/lonely/v1", b"x"), 503, "no instance of version 'v1'")
+    etcdctl(client.mesh, "del", "/ava/serving/eval/lonely/v1")
+
+
+async def test_an_app_that_is_not_public_is_a_401(client: Client) -> None:
+    etcdctl(client.mesh, "put", "/ava/serving/app/metadata/digits", '{"public": false, "owner": {"uid": 7}}')
+
+    async def closed() -> bool:
+        return (await client.bytes("/v1/eval/digits", image("1.png"))).status != 200
+
+    await until(closed, "the gate knows that the app is closed")
+    check_error(await client.bytes("/v1/eval/digits", image("1.png")), 401, "not public")
+    etcdctl(client.mesh, "del", "/ava/serving/app/metadata/digits")
+
+    async def open_() -> bool:
+        return not await closed()
+
+    await until(open_, "the gate knows that the app is open again")
+
+
+async def test_a_request_past_its_apps_timeout_is_a_504(client: Client) -> None:
+    etcdctl(client.mesh, "put", "/ava/serving/worker/app/digits/release/v2", '{"timeout": "1us"}')
+
+    async def late() -> bool:
+        return (await client.bytes("/v1/eval/digits/v2", image("1.png"))).status != 200
+
+    await until(late, "the gate knows the timeout")
+    check_error(await client.bytes("/v1/eval/digits/v2", image("1.png")), 504, "did not answer within")
+    assert (await client.bytes("/v1/eval/digits", image("1.png"))).status == 200
+    batch = await client.json(
+        "/v1/batch", [{"op": f"/v1/eval/digits/{version}", "data": data_uri("1.png")} for version in ("v2", "v1")]
+    )
+    assert [each["code"] for each in batch.json] == [504, 0]
+    etcdctl(client.mesh, "del", "/ava/serving/worker/app/digits/release/v2")
+
+    async def in_time() -> bool:
+        return not await late()
+
+    await until(in_time, "the gate knows that the timeout has gone")
+
+
+async def test_more_than_an_instance_holds_is_a_429_with_a_delay(client: Client) -> None:
+    key = "/ava/serving/worker/app/digits/release/v2"
+    etcdctl(client.mesh, "put", key, '{"max_concurrent": 1, "delay4batch": "300ms"}')
+    refused: list[Response] = []
+
+    async def full() -> bool:
+        both = await asyncio.gather(*(client.bytes("/v1/eval/digits/v2", image("1.png")) for _ in range(4)))
+        refused.extend(each for each in both if each.status != 200)
+        return any(each.status == 200 for each in both) and bool(refused)
+
+    await until(full, "the instance is full")
+    for response in refused:
+        check_error(response, 429)
+        assert int(response.headers["retry-after"]) >= 1
+    etcdctl(client.mesh, "del", key)
+
+    async def roomy() -> bool:
+        both = await asyncio.gather(*(client.bytes("/v1/eval/digits/v2", image("1.png")) for _ in range(4)))
+        return all(each.status == 200 for each in both)
+
+    await until(roomy, "the instance has room again")
+
+
+async def test_the_request_id_is_the_callers_everywhere(client: Client) -> None:
+    reqid = "My-id_42"
+    response = await client.bytes("/v1/eval/digits", image("1.png"), **{"x-reqid": reqid, "traceparent": TRACE})
+    assert response.headers["x-reqid"] == reqid
+    for name in ("envoy", "gate", "evaluator-v1"):
+
+        async def logged(name: str = name) -> bool:
+            return reqid in client.mesh.log(name)
+
+        await until(logged, f"{name}'s log has the id")
+        [line] = [orjson.loads(line) for line in client.mesh.log(name).splitlines() if reqid in line]
+        assert (line["reqid"], line["code"] in (0, 200), line["traceparent"]) == (reqid, True, TRACE)
+
+
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+async def test_the_request_id_comes_back_on_every_error(client: Client) -> None:
+    for path, body in (("/nothing", b""), ("/v1/eval/cats", b"x"), ("/v1/eval/digits", bytes((20 << 20) + 1))):
+        assert (await client.bytes(path, body, **{"x-reqid": "my-id"})).headers["x-reqid"] == "my-id"
+
+
+async def test_a_request_id_is_made_where_none_or_a_bad_one_is_given(client: Client) -> None:
+    made = {
+        (await client.bytes("/v1/eval/digits", image("1.png"), **given)).headers["x-reqid"]
+        for given in ({}, {"x-reqid": "two words"}, {"x-reqid": "x" * 129}, {})
+    }
+    assert len(made) == 4
+    assert all(each and len(each) <= 64 for each in made)
+
+
+async def test_internal_headers_of_a_caller_mean_nothing(client: Client) -> None:
+    response = await client.bytes("/v1/eval/digits", image("1.png"), **{"x-serving-status": "201", "grpc-status": "3"})
+    assert response.status == 200
+
+
+async def test_health_says_that_the_edge_can_serve(client: Client) -> None:
+    response = await client.get("/health")
+    assert (response.status, response.json) == (200, {"code": 0, "message": ""})
+    check_headers(response)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"RUBBISH\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"POST /v1/batch HTTP/1.1\r\nHost: x\r\nContent-Length: z\r\n\r\n"],
+)
+async def test_what_is_not_http_is_a_400(client: Client, text: bytes) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.mesh.ports.edge)
+    writer.write(text)
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    assert head.startswith(b"HTTP/1.1 400")
+    assert orjson.loads(body)["code"] == 400
+
+
+async def test_http_1_0_is_served(client: Client) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.mesh.ports.edge)
+    body = image("6.png")
+    head = ("POST /v1/eval/digits HTTP/1.0", "content-type: application/octet-stream", f"content-length: {len(body)}")
+    writer.write("\r\n".join((*head, "", "")).encode() + body)
+    answer = await reader.read()
+    writer.close()
+    assert b" 200 OK" in answer
+    assert b'"six"' in answer
