@@ -20,6 +20,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 _REFUSED: tuple[Network, ...] = (
     ipaddress.IPv4Network("100.64.0.0/10"),  # carrier-grade NAT, RFC 6598
+    ipaddress.IPv4Network("192.0.0.0/24"),  # of protocols and clouds' metadata, RFC 6890
     ipaddress.IPv4Network("168.63.129.16/32"),  # Azure's platform, a public address in form only
     ipaddress.IPv6Network("64:ff9b:1::/48"),  # NAT64 of local use, RFC 8215
     ipaddress.IPv6Network("fec0::/10"),  # site-local, RFC 3879

@@ -24,8 +24,8 @@ Pixels = NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
 
 _EXIF_ORIENTATION = 0x0112
-# Our own limits say what is too large; Pillow's warning would be a second opinion on standard error.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# What Pillow would say of an image on standard error (too large, odd EXIF) is ours to say, or does not matter.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 # What OpenCV says of a bad image goes to the caller as a 400, not to standard error.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 

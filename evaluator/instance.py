@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,6 +60,7 @@ async def run(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT. Raises StartError."""
     stop = transport.stop_signal()
     followed = FollowedConfig(settings.registries, settings.app, settings.version)
+    log.info("starting", app=settings.app, version=settings.version, registries=settings.registries)
     with _workspace(settings) as workspace:
         async with _background(followed.run()) as following:
             runner_and_cfg = await _unless(stop, _load(settings, followed, workspace))
@@ -189,8 +190,7 @@ async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.
         yield task
     finally:
         task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        await asyncio.wait({task})
 
 
 async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:

@@ -73,20 +73,22 @@ class Pipeline:
     async def evaluate(self, task: Task, stages: Stages) -> Result:
         """The net's result. A cancelled call leaves at the next step; a forward pass that runs is finished."""
         with self._batcher.hold():
-            req = _request(task)
-            with stages.timed("fetch"):
-                for data, body in zip(req["data"], await self._fetch(task.inputs), strict=True):
-                    data["body"] = body
-            if not task.group and len(task.inputs) == 1:
-                req["data"] = req["data"][0]
-            with stages.timed("decode"):
-                prepared = await asyncio.get_running_loop().run_in_executor(
-                    self._decoders, self._runner.prepare, task.reqid, req
-                )
-            answer = await self._batcher.submit(prepared)
+            answer = await self._batcher.submit(await self._prepare(task, stages))
             stages.add("queue", answer.queue_s)
             stages.add("forward", answer.forward_s)
             return answer.value
+
+    async def _prepare(self, task: Task, stages: Stages) -> Prepared:
+        req = _request(task)
+        with stages.timed("fetch"):
+            for data, body in zip(req["data"], await self._fetch(task.inputs), strict=True):
+                data["body"] = body
+        if not task.group and len(task.inputs) == 1:
+            req["data"] = req["data"][0]
+        with stages.timed("decode"):
+            return await asyncio.get_running_loop().run_in_executor(
+                self._decoders, self._runner.prepare, task.reqid, req
+            )
 
     async def _fetch(self, inputs: tuple[Input, ...]) -> list[bytes]:
         if len(inputs) == 1:

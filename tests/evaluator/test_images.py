@@ -1,0 +1,193 @@
+"""Images: what is decoded, how, and what is refused before and after a look at the pixels."""
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from atserving.errors import InvalidArgument, StartError
+from evaluator.images import Limits, Pixels, decode
+
+LIMITS = Limits()
+WIDTH, HEIGHT = 48, 32
+
+
+def picture() -> Image.Image:
+    """Smooth, so that lossy formats come close, and different in each corner and channel."""
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
+    planes = [x * 5, y * 7, 255 - x * 2 - y * 3]
+    return Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8))
+
+
+def encoded(form: str, mode: str = "RGB", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture().convert(mode).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def bgr(image: Image.Image) -> Pixels:
+    return np.asarray(image.convert("RGB"))[:, :, ::-1]
+
+
+def difference(pixels: Pixels, expected: Pixels) -> float:
+    assert pixels.shape == expected.shape
+    return float(np.abs(pixels.astype(int) - expected).mean())
+
+
+@pytest.mark.parametrize(
+    ("data", "tolerance"),
+    [
+        pytest.param(encoded("JPEG", quality=95), 3, id="jpeg"),
+        pytest.param(encoded("JPEG", quality=95, progressive=True), 3, id="progressive jpeg"),
+        pytest.param(encoded("JPEG", "CMYK", quality=95), 4, id="cmyk jpeg"),
+        pytest.param(encoded("PNG"), 0, id="png"),
+        pytest.param(encoded("PNG", "P"), 60, id="palette png"),
+        pytest.param(encoded("PNG", "RGBA"), 0, id="png with alpha"),
+        pytest.param(encoded("BMP"), 0, id="bmp"),
+        pytest.param(encoded("WEBP", lossless=True), 0, id="webp"),
+        pytest.param(encoded("WEBP", "RGBA", lossless=True), 0, id="webp with alpha"),
+        pytest.param(encoded("GIF"), 60, id="gif"),
+    ],
+)
+def test_formats_are_decoded_to_bgr(data: bytes, tolerance: float) -> None:
+    pixels = decode(data, LIMITS)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags["C_CONTIGUOUS"]
+    assert difference(pixels, bgr(picture())) <= tolerance
+    # As another decoder sees the same bytes, palettes and all.
+    assert difference(pixels, bgr(Image.open(io.BytesIO(data)))) <= 2
+
+
+def test_grey_becomes_three_equal_channels() -> None:
+    pixels = decode(encoded("JPEG", "L"), LIMITS)
+    assert (pixels[:, :, 0] == pixels[:, :, 2]).all()
+
+
+def test_sixteen_bits_keep_their_high_byte() -> None:
+    deep = (np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) * 42).astype(np.uint16)
+    pixels = decode(cv2.imencode(".png", deep)[1].tobytes(), LIMITS)
+    assert (pixels[:, :, 0] == deep >> 8).all()
+
+
+def test_alpha_is_dropped_not_blended() -> None:
+    image = picture()
+    image.putalpha(0)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    assert (decode(buffer.getvalue(), LIMITS) == bgr(picture())).all()
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG"])
+def test_the_first_frame_of_an_animation_is_taken(form: str) -> None:
+    frames = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "blue", "green")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, form, save_all=True, append_images=frames[1:])
+    assert difference(decode(buffer.getvalue(), LIMITS), bgr(frames[0])) <= 2
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(form: str, orientation: int) -> None:
+    # What each orientation asks of a viewer, by Pillow's names.
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options: dict[str, Any] = {"lossless": True} if form == "WEBP" else {"quality": 95}
+    upright = picture().transpose(turns[orientation]) if orientation in turns else picture()
+    pixels = decode(encoded(form, exif=exif, **options), LIMITS)
+    assert pixels.flags["C_CONTIGUOUS"]
+    assert difference(pixels, bgr(upright)) <= 3
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_exif_says_nothing() -> None:
+    assert decode(encoded("JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"), LIMITS).shape == (HEIGHT, WIDTH, 3)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "WEBP", "GIF"])
+def test_an_image_that_is_cut_short_is_refused(form: str, share: float) -> None:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(1).integers(0, 255, (300, 400, 3), np.uint8)
+    Image.fromarray(noise).save(buffer, form)
+    data = buffer.getvalue()
+    with pytest.raises(InvalidArgument, match="the image can't be decoded"):
+        decode(data[: int(len(data) * share)], LIMITS)
+
+
+@pytest.mark.parametrize("form", ["TIFF", "PPM", "ICO", "TGA", "JPEG2000"])
+def test_other_formats_are_refused(form: str) -> None:
+    with pytest.raises(InvalidArgument, match="not a JPEG, PNG, BMP, WebP or GIF"):
+        decode(encoded(form), LIMITS)
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\xff\xd8\xff", b"GIF89a", b"<svg/>" * 100, bytes(1000)])
+def test_what_is_no_image_is_refused(data: bytes) -> None:
+    with pytest.raises(InvalidArgument, match="the image can't be decoded"):
+        decode(data, LIMITS)
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A well-formed PNG of a few bytes whose header claims a size."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("width", "height"), [(5000, 10), (10, 5000), (20000, 20000), (2**31 - 1, 2**31 - 1)])
+def test_too_many_pixels_are_refused_from_the_header_alone(width: int, height: int) -> None:
+    with pytest.raises(InvalidArgument, match=r"more than 4999x4999|far too many pixels"):
+        decode(png_claiming(width, height), LIMITS)
+
+
+def test_a_bomb_within_the_bytes_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = cv2.imencode(".png", np.zeros((6000, 6000, 3), np.uint8))[1].tobytes()
+    assert len(bomb) < 300_000
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("was decoded"))
+    with pytest.raises(InvalidArgument, match="6000x6000 pixels, more than 4999x4999"):
+        decode(bomb, LIMITS)
+
+
+def test_the_limits_are_inclusive_and_are_the_images_not_the_turned_ones() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded("JPEG", exif=exif)
+    assert decode(data, Limits(len(data), WIDTH, HEIGHT)).shape == (WIDTH, HEIGHT, 3)
+    for limits in (Limits(len(data) - 1), Limits(max_width=WIDTH - 1), Limits(max_height=HEIGHT - 1)):
+        with pytest.raises(InvalidArgument, match=r"larger than|more than"):
+            decode(data, limits)
+
+
+def test_a_type_that_lies_is_no_matter_only_the_bytes_count() -> None:
+    jpeg = encoded("JPEG")
+    with pytest.raises(InvalidArgument):
+        decode(b"\x89PNG\r\n\x1a\n" + jpeg, LIMITS)
+    with pytest.raises(InvalidArgument):
+        decode(b"RIFF" + jpeg, LIMITS)
+
+
+def test_limits_come_from_the_release() -> None:
+    limits = Limits.of_release({"max_bytes": 1000, "max_width": 20})
+    assert limits == Limits(1000, 20, 4999)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "10", None])
+def test_wrong_limits_stop_the_start(value: object) -> None:
+    with pytest.raises(StartError, match=r"custom_values\.max_bytes is .*, should be a positive integer"):
+        Limits.of_release({"max_bytes": value})
