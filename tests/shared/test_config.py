@@ -1,0 +1,131 @@
+"""The config's keys and values: what is read, what is refused and how that is said."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import timedelta
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atserving import config
+from atserving.config import AppMetadata, Instance, MalformedConfig, Release, WorkerConfig
+
+RELEASE_KEY = "/ava/serving/eval/app/v1"
+
+
+def test_a_release_is_read_as_the_seed_writes_it() -> None:
+    value = config.parse(
+        RELEASE_KEY,
+        b"""{"name": "app", "version": "v1", "file": "http://host/model.tar", "phase": "production", "desc": "d",
+        "lastmodified": "2018-11-09T15:30:00Z", "batch_size": 4, "custom_values": {"n": 9007199254740993}, "new": 1}""",
+    )
+    assert isinstance(value, Release)
+    assert (value.phase, value.batch_size, value.custom_values) == ("production", 4, {"n": 9007199254740993})
+    assert config.parse(RELEASE_KEY, value.to_json()) == value
+
+
+def test_a_release_may_leave_out_what_its_key_says() -> None:
+    value = config.parse(RELEASE_KEY, '{"file": "file:///x.tar"}')
+    assert isinstance(value, Release)
+    assert (value.name, value.version, value.phase) == ("app", "v1", "staging")
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        ("{}", "file: Field required"),
+        ('{"file": "ftp://x"}', "file: "),
+        ('{"file": "file:///x", "name": "other"}', "name: is 'other', but the key says 'app'"),
+        ('{"file": "file:///x", "phase": "live"}', "phase: "),
+        ('{"file": "file:///x", "batch_size": 0}', "batch_size: "),
+        ('{"file": "file:///x", "weight": -1}', "weight: "),
+        ('{"file": "file:///x", "use_device": "TPU"}', "use_device: "),
+        ('{"file": "file:///x", "custom_files": {"tags": "tags.csv"}}', "custom_files.tags: "),
+    ],
+)
+def test_a_wrong_value_names_its_field(value: str, reason: str) -> None:
+    with pytest.raises(MalformedConfig) as caught:
+        config.parse(RELEASE_KEY, value)
+    assert str(caught.value).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["/ava/serving/eval/app", "/ava/serving/eval/app/v1/x", "/ava/serving/nothing", "/other/eval/app/v1", "", "/"],
+)
+def test_an_unknown_key_is_refused(key: str) -> None:
+    with pytest.raises(MalformedConfig, match="unknown key"):
+        config.parse(key, "{}")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("100ms", 0.1), ("1m30s", 90), ("1.5s", 1.5), (2_000_000, 0.002), (0, 0), ("250us", 0.00025), ("1h", 3600)],
+)
+def test_durations_are_nanoseconds_or_gos(text: str | int, seconds: float) -> None:
+    value = config.parse(config.DEFAULT_WORKER_KEY, orjson.dumps({"timeout": text}))
+    assert isinstance(value, WorkerConfig)
+    assert value.timeout == timedelta(seconds=seconds)
+    assert config.parse(config.DEFAULT_WORKER_KEY, value.to_json()) == value
+
+
+@pytest.mark.parametrize("text", ["soon", "", "1", "1 s", "-1s", -1, 1.5, True, "2h", [1], "1s1"])
+def test_what_is_no_duration_is_refused(text: object) -> None:
+    with pytest.raises(MalformedConfig, match="timeout: "):
+        config.parse(config.DEFAULT_WORKER_KEY, orjson.dumps({"timeout": text}))
+
+
+def test_the_more_specific_worker_config_wins_field_by_field() -> None:
+    general = WorkerConfig.model_validate({"timeout": "5s", "max_concurrent": 8})
+    specific = WorkerConfig.model_validate({"max_concurrent": 2, "delay4batch": 0})
+    assert specific.over(general) == WorkerConfig.model_validate(
+        {"timeout": "5s", "max_concurrent": 2, "delay4batch": 0}
+    )
+
+
+def test_an_instance_has_a_place_and_a_capacity() -> None:
+    value = Instance(app="app", version="v1", id="a", address="[::1]:50052", capacity=4)
+    assert config.parse(value.key, value.to_json()) == value
+    for address in ("host", "host:", ":1", "host:port", "host:1/x", "a b:1"):
+        with pytest.raises(MalformedConfig, match="address"):
+            config.parse(value.key, orjson.dumps({"address": address, "capacity": 4}))
+
+
+def test_metadata_may_leave_everything_open() -> None:
+    assert config.parse("/ava/serving/app/metadata/app", "{}") == AppMetadata()
+
+
+@pytest.mark.parametrize(
+    ("key", "app"),
+    [
+        ("/ava/serving/eval/a/v", "a"),
+        ("/ava/serving/app/metadata/a", "a"),
+        ("/ava/serving/worker/app/a/default", "a"),
+        ("/ava/serving/worker/app/a/release/v", "a"),
+        ("/ava/serving/instance/a/v/i", "a"),
+        ("/ava/serving/app/default/metadata", None),
+        ("/ava/serving/worker/default", None),
+    ],
+)
+def test_a_key_concerns_an_app_or_all(key: str, app: str | None) -> None:
+    assert config.app_of(key) == app
+
+
+@given(st.text(), st.binary() | st.text())
+def test_rubbish_is_malformed_and_nothing_worse(key: str, value: bytes | str) -> None:
+    for each in (key, config.PREFIX + key, RELEASE_KEY, config.DEFAULT_WORKER_KEY):
+        with suppress(MalformedConfig):
+            config.parse(each, value)
+
+
+@given(st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"))
+def test_names_are_names(name: str) -> None:
+    assert config.is_name(name)
+    assert not config.is_name(name + "\n")
+    assert not config.is_name(name + "/")
+    assert not config.is_name("." + name)
