@@ -1,6 +1,23 @@
-"""Converts Caffe networks, prototxt and caffemodel, to ONNX."""
+"""Converts Caffe networks, prototxt and caffemodel, to ONNX.
+
+    model = convert("deploy.prototxt", "weight.caffemodel")
+
+The modules in the order in which a net passes them: `prototxt` and `caffemodel` read, `net` decides what runs, `layers`
+convert one layer at a time into a `graph`, `passes` rewrite it, `export` makes the model.
+"""
 
 from .convert import convert
 from .errors import ConversionError
+from .preprocess import Preprocess, crop_mean, read_mean
+from .summary import LayerSummary, Summary, summarize
 
-__all__ = ["ConversionError", "convert"]
+__all__ = [
+    "ConversionError",
+    "LayerSummary",
+    "Preprocess",
+    "Summary",
+    "convert",
+    "crop_mean",
+    "read_mean",
+    "summarize",
+]

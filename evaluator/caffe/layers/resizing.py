@@ -52,11 +52,17 @@ def _unpool(ctx: LayerContext, scale: list[int]) -> Value:
     if size != list(pooled[2:]):
         # A mask counts through the plane that was pooled; in a plane of another size its numbers are other places.
         ctx.fail(f"its result {text(size)} is not the size {text(pooled[2:])} that its mask was made of")
+    indices_value = Value(indices, data.shape, np.dtype(np.int64))
+    # MaxUnpool's result has stride * (size - 1) + kernel rows; the indices alone say where its numbers go.
+    kernel = [factor + _excess(ctx, *pair) for factor, *pair in zip(scale, size, exact, strict=True)]
     shape = (*data.shape[:2], *size)
-    inputs: list[Value | None] = [data, Value(indices, data.shape, np.dtype(np.int64))]
-    if size != exact:
-        inputs.append(_whole_shape(ctx, data, size))
-    return ctx.emit_many("MaxUnpool", inputs, [(shape, np.float32)], kernel_shape=scale, strides=scale)[0]
+    return ctx.emit_many("MaxUnpool", [data, indices_value], [(shape, np.float32)], kernel_shape=kernel, strides=scale)[
+        0
+    ]
+
+
+def _excess(ctx: LayerContext, size: Dim, exact: Dim) -> int:
+    return 0 if size == exact else known(size, "the size") - known(exact, "the size")
 
 
 def _pooling(ctx: LayerContext, mask: Value) -> tuple[Node, str]:
@@ -71,12 +77,6 @@ def _pooling(ctx: LayerContext, mask: Value) -> tuple[Node, str]:
             return node, name
         name = node.inputs[0]
     raise AssertionError("the loop ends with the pooling")
-
-
-def _whole_shape(ctx: LayerContext, data: Value, size: list[Dim]) -> Value:
-    batch = ctx.emit("Shape", [data], (2,), np.int64, start=0, end=2)
-    rest = ctx.constant([known(dim, "the size") for dim in size], "size")
-    return ctx.emit("Concat", [batch, rest], (4,), np.int64, axis=0)
 
 
 @converts("Interp")

@@ -1,4 +1,4 @@
-"""Faster R-CNN's ROIPooling and Proposal."""
+"""Faster R-CNN's Proposal."""
 
 from __future__ import annotations
 
@@ -11,28 +11,6 @@ from ..caffe_pb2 import ProposalParameter
 from ..graph import Value
 from ..shapes import ROIS, Symbol, known, product, text
 from .registry import LayerContext, converts
-
-
-@converts("ROIPooling")
-def roi_pooling(ctx: LayerContext) -> list[Value]:
-    """Fast R-CNN's ROIPooling: the maximum in pooled_h x pooled_w parts of every region.
-
-    Bottoms: (N, C, H, W) and the regions (R, 5), rows of (image, x1, y1, x2, y2). The result is (R, C, h, w).
-    """
-    data, param = ctx.bottom(2, 2), ctx.param.roi_pooling_param
-    regions = ctx.bottoms[1]
-    if len(data.shape) != 4:
-        ctx.fail(f"its first bottom has {len(data.shape)} axes, not 4")
-    if product(regions.shape[1:]) != 5:
-        ctx.fail(f"its second bottom has the shape {text(regions.shape)}, not (R, 5)")
-    if not 1 <= param.pooled_h < 2**16 or not 1 <= param.pooled_w < 2**16:
-        ctx.fail(f"pooled_h is {param.pooled_h}, pooled_w {param.pooled_w}")
-    if not param.spatial_scale > 0:
-        ctx.fail(f"spatial_scale is {param.spatial_scale}")
-    pooled = [param.pooled_h, param.pooled_w]
-    shape = (regions.shape[0], data.shape[1], *pooled)
-    flat = ctx.reshape(regions, (regions.shape[0], 5))
-    return [ctx.emit("MaxRoiPool", [data, flat], shape, pooled_shape=pooled, spatial_scale=param.spatial_scale)]
 
 
 @converts("Python")

@@ -1,0 +1,99 @@
+"""What a converted net is, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import onnx
+
+Shape = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One node: its name, which begins with the Caffe layer's, its operator, what it makes and what it costs.
+
+    Attributes:
+        shapes: of its outputs; a size known only at run time is its name, or "?".
+        parameters: numbers in its weights; those shared with an earlier node count there.
+        multiply_adds: multiplications with a following addition for one image; only convolutions, deconvolutions
+            and inner products have any.
+    """
+
+    name: str
+    op: str
+    shapes: tuple[Shape, ...]
+    parameters: int
+    multiply_adds: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A model: inputs and outputs with their shapes by name, its nodes, and totals. `size` is in bytes."""
+
+    inputs: dict[str, Shape]
+    outputs: dict[str, Shape]
+    layers: tuple[LayerSummary, ...]
+    parameters: int
+    multiply_adds: int
+    opset: int
+    size: int
+    metadata: dict[str, str]
+
+
+def summarize(model: onnx.ModelProto) -> Summary:
+    """The summary of a model that `convert` made. Multiply-adds are those of one image."""
+    graph = model.graph
+    infos = [*graph.input, *graph.output, *graph.value_info]
+    shapes = {info.name: _shape(info) for info in infos}
+    weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    floats = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    layers = []
+    counted: set[str] = set()
+    for node in graph.node:
+        own = [name for name in dict.fromkeys(node.input) if name in floats and name not in counted]
+        counted.update(own)
+        layers.append(
+            LayerSummary(
+                node.name,
+                node.op_type,
+                tuple(shapes.get(name, ("?",)) for name in node.output),
+                sum(prod(weights[name]) for name in own),
+                _multiply_adds(node, shapes, weights),
+            )
+        )
+    return Summary(
+        inputs={info.name: shapes[info.name] for info in graph.input},
+        outputs={info.name: shapes[info.name] for info in graph.output},
+        layers=tuple(layers),
+        parameters=sum(layer.parameters for layer in layers),
+        multiply_adds=sum(layer.multiply_adds for layer in layers),
+        opset=next(entry.version for entry in model.opset_import if entry.domain == ""),
+        size=model.ByteSize(),
+        metadata={entry.key: entry.value for entry in model.metadata_props},
+    )
+
+
+def _shape(info: onnx.ValueInfoProto) -> Shape:
+    return tuple(
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in info.type.tensor_type.shape.dim
+    )
+
+
+def _multiply_adds(node: onnx.NodeProto, shapes: dict[str, Shape], weights: dict[str, tuple[int, ...]]) -> int:
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+        return 0
+    weight = weights.get(node.input[1], ())
+    if node.op_type == "Gemm":
+        return prod(weight) * _rows(shapes.get(node.output[0], ()))
+    # A convolution uses every weight once at each place of its output, a deconvolution at each of its input.
+    places = shapes.get(node.output[0] if node.op_type == "Conv" else node.input[0], ())[2:]
+    return prod(weight) * prod(dim for dim in places if isinstance(dim, int))
+
+
+def _rows(shape: Shape) -> int:
+    """The rows of a matrix that one image has: 5 of 5*N."""
+    first = str(shape[0]) if shape else ""
+    factor = first.split("*")[0]
+    return int(factor) if factor.isdigit() else 1

@@ -1,0 +1,161 @@
+"""Whole trained networks give the answers of real Caffe, and whole structures those of OpenCV."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from evaluator.caffe import ConversionError, convert
+
+from .nets import MODELS, draw_weights, error, normal, run, session, write_net
+from .oracle import opencv_outputs
+
+TOLERANCE = 1e-4
+NETWORKS = (
+    "cifar10_quick",
+    "lenet_mnist",
+    "mtcnn_det1",
+    "mtcnn_det2",
+    "retinaface_mnet25",
+    "ultraface_rfb320",
+    "yoloface_500k",
+    "yuface_ssd_v1",
+)
+# Blobs inside a net, compared because random weights leave its softmax at 0 and 1; and a smaller image where the
+# original would take long.
+STRUCTURES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "enet_deploy_final": ((), {"dim: 512": "dim: 64", "dim: 1024": "dim: 96"}),
+    "mobilenet_ssd_voc_deploy": (("mbox_loc", "mbox_conf_flatten"), {}),
+    "mobilenet_v1": (("fc7", "conv4_1/dw"), {}),
+    "resnet-50": (("fc1000", "res3d"), {}),
+    "squeezenet_v1.1": (("pool10",), {}),
+    "yolov5s": ((), {"dim: 640": "dim: 160", "dim: 80": "dim: 20", "dim: 40": "dim: 10", "dim: 20": "dim: 5"}),
+}
+
+
+def network(name: str) -> tuple[onnx.ModelProto, dict[str, dict[str, np.ndarray]]]:
+    folder = MODELS / name
+    if not folder.is_dir():
+        pytest.skip("the trained networks are not on this machine")
+    cases: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(folder / "expected.npz") as stored:
+        for key in stored.files:
+            case, blob = key.split("|", 1)
+            cases.setdefault(case, {})[blob] = stored[key]
+    return convert(folder / "deploy.prototxt", folder / "weight.caffemodel"), cases
+
+
+def rows(detections: np.ndarray) -> np.ndarray:
+    """Detections without OpenCV's padding of zeros, in an order of their own."""
+    table = detections.reshape(-1, 7)
+    table = table[table[:, 2] > 0]
+    return table[np.lexsort((-table[:, 2], table[:, 1], table[:, 0]))]
+
+
+def check_output(actual: np.ndarray, expected: np.ndarray) -> None:
+    if actual.shape[-1:] == (7,) and actual.ndim == 4:
+        actual, expected = rows(actual), rows(expected)
+    assert error(actual, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_gives_the_answers_of_caffe(name: str) -> None:
+    model, cases = network(name)
+    onnx.checker.check_model(model, full_check=True)
+    engine = session(model)
+    for case in cases.values():
+        outputs = run(engine, {engine.get_inputs()[0].name: case["in"]})
+        expected = {blob.removeprefix("out|"): array for blob, array in case.items() if blob != "in"}
+        assert outputs.keys() == expected.keys()
+        for blob, array in expected.items():
+            check_output(outputs[blob], array)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_answers_every_image_of_a_batch_as_if_it_were_alone(name: str) -> None:
+    model, cases = network(name)
+    engine = session(model)
+    feed = engine.get_inputs()[0].name
+    both = [cases["img1"]["in"], cases["rand1"]["in"]]
+    alone = [run(engine, {feed: image}) for image in both]
+    for batch in (2, 5, 16) if both[0].size < 10_000 else (2, 5):
+        together = run(engine, {feed: np.concatenate([both[i % 2] for i in range(batch)])})
+        for blob, output in together.items():
+            answers = [alone[i % 2][blob] for i in range(batch)]
+            if blob == "detection_out":
+                answers = [np.concatenate([np.full_like(a[..., :1], i), a[..., 1:]], 3) for i, a in enumerate(answers)]
+                assert error(output, np.concatenate(answers, axis=2)) < TOLERANCE
+            else:
+                assert error(output, np.concatenate(answers)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_structure_with_random_weights_gives_the_answers_of_opencv(name: str, tmp_path: Path) -> None:
+    path = MODELS / "structures" / f"{name}.prototxt"
+    if not path.is_file():
+        pytest.skip("the structures are not on this machine")
+    blobs, replacements = STRUCTURES[name]
+    prototxt = path.read_text()
+    # All at once, or a size that replaces another would be replaced in turn.
+    for i, old in enumerate(replacements):
+        prototxt = prototxt.replace(f"{old}\n", f"@{i}\n")
+    for i, new in enumerate(replacements.values()):
+        prototxt = prototxt.replace(f"@{i}\n", f"{new}\n")
+    weights = draw_weights(prototxt)
+    model = convert(*write_net(tmp_path, prototxt, weights), outputs=blobs)
+    engine = session(model)
+    image = {engine.get_inputs()[0].name: normal(1, *engine.get_inputs()[0].shape[1:])}
+    outputs = run(engine, image)
+    expected = opencv_outputs(tmp_path, prototxt, weights, image, list(outputs))
+    for blob, output in outputs.items():
+        check_output(output, expected[blob])
+
+
+def test_training_net_with_only_data_layers_is_refused_for_want_of_a_shape() -> None:
+    folder = MODELS / "lenet_mnist"
+    if not folder.is_dir():
+        pytest.skip("the trained networks are not on this machine")
+    with pytest.raises(ConversionError, match=r"train_test\.prototxt: has only Data layers, so its input has no shape"):
+        convert(folder / "train_test.prototxt", folder / "weight.caffemodel")
+
+
+def test_training_net_with_an_input_serves_its_loss_as_a_softmax(tmp_path: Path) -> None:
+    folder = MODELS / "lenet_mnist"
+    if not folder.is_dir():
+        pytest.skip("the trained networks are not on this machine")
+    prototxt = 'input: "data" input_shape { dim: 64 dim: 1 dim: 28 dim: 28 }\n'
+    text = (folder / "train_test.prototxt").read_text()
+    # The Data layers end where the first convolution begins.
+    prototxt += text[text.index('layer {\n  name: "conv1"') :]
+    (tmp_path / "deploy.prototxt").write_text(prototxt)
+    model = convert(tmp_path / "deploy.prototxt", folder / "weight.caffemodel")
+    expected = np.load(folder / "expected.npz")
+    assert error(run(model, {"data": expected["img1|in"]})["loss"], expected["img1|out|prob"]) < TOLERANCE
+
+
+def test_a_large_net_is_in_memory_at_most_three_times(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    path = MODELS / "structures" / "resnet-50.prototxt"
+    if not path.is_file():
+        pytest.skip("the structures are not on this machine")
+    structure, weights = write_net(tmp_path, path.read_text())
+    script = (
+        "import sys\n"
+        "from evaluator.caffe import convert\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"
+        "convert(*sys.argv[1:])\n"
+        "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, structure, weights],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert int(done.stdout) * 1024 < 3 * weights.stat().st_size
