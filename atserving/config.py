@@ -180,6 +180,11 @@ def parse(key: str, value: str | bytes) -> ConfigValue:
         raise MalformedConfig(f"not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise MalformedConfig("not a JSON object")
+    try:
+        # What is read must also be writable: values may be nested deeper than orjson writes.
+        orjson.dumps(fields)
+    except orjson.JSONEncodeError:
+        raise MalformedConfig("nested too deeply") from None
     match parts:
         case ["eval", app, version]:
             expected = {"name": app, "version": version}

@@ -10,7 +10,7 @@ import structlog
 from atserving.config import Instance, MalformedConfig, parse, release_key
 from atserving.errors import NotFound, Unavailable
 from atserving.v1 import etcd_pb2
-from registry.etcd import EtcdClient, LeaseNotFound, delete, put, written_at
+from registry.etcd import EtcdClient, Lease, LeaseNotFound, delete, put, written_at
 
 log = structlog.get_logger()
 
@@ -33,32 +33,36 @@ class Instances:
             release, held = await self._client.get_all(release_key(instance.app, instance.version), instance.key)
             if release is None:
                 raise NotFound(f"release {instance.app}/{instance.version} is not published")
-            if held and held.lease and _is(held, instance):
-                try:
-                    return await self._client.keep_alive(held.lease)
-                except LeaseNotFound:
-                    pass  # It has just expired: register anew.
-            ttl_s = await self._put(instance, release, held)
-            if ttl_s is not None:
+            lease = await self._renewed(held) if held and held.lease else None
+            if lease and held and _is(held, instance):
+                return lease.ttl_s
+            lease = lease or await self._client.grant(self._ttl_s)
+            if await self._put(instance, release, held, lease):
                 log.info("instance registered", **instance.model_dump())
-                return ttl_s
+                return lease.ttl_s
         raise Unavailable(
             f"instance {instance.id} of {instance.app}/{instance.version} keeps changing in etcd: try again"
         )
 
-    async def _put(self, instance: Instance, release: etcd_pb2.KeyValue, held: etcd_pb2.KeyValue | None) -> int | None:
-        lease = await self._client.grant(self._ttl_s)
+    async def _renewed(self, held: etcd_pb2.KeyValue) -> Lease | None:
+        try:
+            return Lease(held.lease, await self._client.keep_alive(held.lease))
+        except LeaseNotFound:
+            return None
+
+    async def _put(
+        self, instance: Instance, release: etcd_pb2.KeyValue, held: etcd_pb2.KeyValue | None, lease: Lease
+    ) -> bool:
         unchanged = [
             written_at(instance.key, held.mod_revision if held else 0),
             # A release deleted in this moment leaves no registration behind.
             written_at(release.key.decode(), release.mod_revision),
         ]
-        try:
-            revision = await self._client.commit(unchanged, [put(instance.key, instance.to_json(), lease.id)])
-        except LeaseNotFound:
-            return None
         # Where nothing was written, or who knows, the lease is left to expire: it may hold the key.
-        return lease.ttl_s if revision else None
+        try:
+            return await self._client.commit(unchanged, [put(instance.key, instance.to_json(), lease.id)]) is not None
+        except LeaseNotFound:
+            return False
 
     async def deregister(self, app: str, version: str, id_: str) -> None:
         """Removes an instance at once, if it is there. Raises EtcdError."""

@@ -110,8 +110,12 @@ def _object(text: str, field: str) -> dict[str, Any]:
         return {}
     try:
         value = orjson.loads(text)
+        # One level deeper, as it is stored: orjson reads deeper than it writes.
+        orjson.dumps([value])
     except orjson.JSONDecodeError as error:
         raise InvalidArgument(f"{field}: not JSON: {error}") from None
+    except orjson.JSONEncodeError:
+        raise InvalidArgument(f"{field}: nested too deeply") from None
     if not isinstance(value, dict):
         raise InvalidArgument(f"{field}: should be a JSON object")
     return value

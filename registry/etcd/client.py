@@ -80,8 +80,7 @@ class EtcdClient:
 
     async def get(self, key: str | bytes, revision: int = 0) -> etcd_pb2.KeyValue | None:
         """The key as of ``revision`` (0: now), or None. Raises Compacted, FutureRevision."""
-        raw = key.encode() if isinstance(key, str) else key
-        request = etcd_pb2.RangeRequest(key=raw, revision=revision)
+        request = etcd_pb2.RangeRequest(key=_raw(key), revision=revision)
         response = await self._connection.read(_RANGE, request)
         return response.kvs[0] if response.kvs else None
 
@@ -126,10 +125,9 @@ class EtcdClient:
             return None
         return response.header.revision if response.succeeded else None
 
-    async def put(self, key: str, value: str | bytes, lease: int = 0) -> int:
+    async def put(self, key: str | bytes, value: str | bytes, lease: int = 0) -> int:
         """Writes a key whatever it held, tried once; returns the revision."""
-        data = value.encode() if isinstance(value, str) else value
-        request = etcd_pb2.PutRequest(key=key.encode(), value=data, lease=lease)
+        request = etcd_pb2.PutRequest(key=_raw(key), value=_raw(value), lease=lease)
         return (await self._connection.write(_PUT, request)).header.revision
 
     async def delete(self, key: str) -> int:
@@ -174,6 +172,10 @@ class EtcdClient:
                     self._connection.forget_token()
                     raise refusal(response.cancel_reason or "etcd cancelled the watch")
                 yield response
+
+
+def _raw(text: str | bytes) -> bytes:
+    return text.encode() if isinstance(text, str) else text
 
 
 def _end(prefix: str) -> bytes:

@@ -42,6 +42,8 @@ _BY_WORDS: tuple[tuple[str, type[EtcdRefused]], ...] = (
     ("invalid auth token", TokenRefused),
     ("user name is empty", TokenRefused),
     ("revision of auth store is old", TokenRefused),
+    # The same from a write; it comes as UNKNOWN.
+    ("revision in header is old", TokenRefused),
 )
 
 # The answers of a member that is well; any other status means that the member, or the way to it, is not.
@@ -69,7 +71,7 @@ def refusal(words: str) -> EtcdRefused:
 def translate(address: str, error: grpc.aio.AioRpcError) -> EtcdError:
     """The failure of one call to the member at ``address``."""
     details = error.details() or ""
-    if error.code() in _ANSWERS:
+    if error.code() in _ANSWERS or any(phrase in details for phrase, _ in _BY_WORDS):
         return refusal(details or error.code().name)
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return EtcdUnavailable(f"{address}: does not answer")

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from registry.etcd import Connection, EtcdClient
+from tests.registry.processes import PATIENCE_S, POLL_S, Etcd, Process, Registry, cluster
+
+
+@pytest.fixture
+def processes() -> Iterator[Callable[[Process], Process]]:
+    """Starts a process and ends it with the test, whatever state it is in."""
+    started: list[Process] = []
+
+    def start(process: Process) -> Process:
+        started.append(process)
+        process.start()
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+async def etcd(tmp_path: Path, processes: Callable[[Process], Process]) -> Etcd:
+    """An etcd of the test's own, to be ill-treated."""
+    (member,) = cluster(tmp_path, ["one"])
+    processes(member)
+    await member.ready()
+    return member
+
+
+@pytest.fixture
+async def members(tmp_path: Path, processes: Callable[[Process], Process]) -> list[Etcd]:
+    """Three members of one cluster."""
+    three = cluster(tmp_path, ["one", "two", "three"])
+    for member in three:
+        processes(member)
+    await asyncio.gather(*(member.ready() for member in three))
+    return three
+
+
+@pytest.fixture
+async def client(etcd: Etcd) -> AsyncIterator[EtcdClient]:
+    async with EtcdClient(Connection([etcd.address])) as client:
+        yield client
+
+
+@pytest.fixture(scope="package")
+def shared_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
+    """An etcd for tests that only read and write, each below an app of its own."""
+    (member,) = cluster(tmp_path_factory.mktemp("etcd"), ["shared"])
+    member.start()
+    asyncio.run(member.ready())
+    yield member
+    member.kill()
+
+
+@pytest.fixture(scope="package")
+def registries(shared_etcd: Etcd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Registry]]:
+    """Two registries side by side, serving."""
+    directory = tmp_path_factory.mktemp("registries")
+    both = [Registry(directory, [shared_etcd.address], "--lease-ttl", "2s") for _ in range(2)]
+    for registry in both:
+        registry.start()
+    for registry in both:
+        wait_serving(registry.address)
+    yield both
+    for registry in both:
+        registry.kill()
+
+
+def wait_serving(address: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="")
+        while (
+            stub.Check(request, wait_for_ready=True, timeout=PATIENCE_S).status
+            != health_pb2.HealthCheckResponse.SERVING
+        ):
+            assert time.monotonic() < deadline, "not serving"
+            time.sleep(POLL_S)

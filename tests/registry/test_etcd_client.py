@@ -1,0 +1,270 @@
+"""What the etcd client promises, against real members: rotation, rights, TLS, leases, watches."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from atserving.config import PREFIX
+from atserving.v1 import etcd_pb2
+from registry.etcd import (
+    Compacted,
+    Connection,
+    EtcdClient,
+    EtcdRefused,
+    EtcdUnavailable,
+    FutureRevision,
+    LeaseNotFound,
+    Tls,
+    User,
+    put,
+    written_at,
+)
+from tests.registry.processes import Etcd, Process, cluster, free_ports, until_async
+
+KEY = f"{PREFIX}worker/default"
+USER = User("registry", "correct horse")
+
+
+async def test_a_commit_takes_effect_only_if_nothing_was_written_in_between(client: EtcdClient) -> None:
+    first = await client.commit([written_at(KEY, 0)], [put(KEY, "1")])
+    assert first
+    assert await client.commit([written_at(KEY, 0)], [put(KEY, "2")]) is None
+    assert await client.commit([written_at(KEY, first)], [put(KEY, "3")])
+    kv = await client.get(KEY)
+    assert kv
+    assert kv.value == b"3"
+
+
+async def test_history_is_read_until_it_is_compacted(etcd: Etcd, client: EtcdClient) -> None:
+    first = await client.put(KEY, "1")
+    second = await client.put(KEY, "2")
+    kv = await client.get(KEY, first)
+    assert kv
+    assert kv.value == b"1"
+    etcd.ctl("compact", str(second))
+    with pytest.raises(Compacted):
+        await client.get(KEY, first)
+    with pytest.raises(FutureRevision):
+        await client.get(KEY, second + 100)
+
+
+async def test_a_watch_from_a_revision_that_is_compacted_says_so(etcd: Etcd, client: EtcdClient) -> None:
+    await client.put(KEY, "1")
+    etcd.ctl("compact", str(await client.put(KEY, "2")))
+    async with aclosing(client.watch(PREFIX, 1)) as responses:
+        with pytest.raises(Compacted):
+            async for _ in responses:
+                pass
+
+
+async def test_a_lease_ends_with_its_key(client: EtcdClient) -> None:
+    lease = await client.grant(60)
+    await client.put(KEY, "1", lease.id)
+    assert await client.keep_alive(lease.id) == lease.ttl_s == 60
+    await client.revoke(lease.id)
+    assert await client.get(KEY) is None
+    with pytest.raises(LeaseNotFound):
+        await client.keep_alive(lease.id)
+    with pytest.raises(LeaseNotFound):
+        await client.put(KEY, "1", lease.id)
+    await client.revoke(lease.id)
+
+
+async def test_reads_go_to_the_member_that_answers(etcd: Etcd) -> None:
+    nobody = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    async with EtcdClient(Connection([*nobody, etcd.address])) as client:
+        assert await client.get(KEY) is None
+        # The member that answered is the one asked next, so a write comes through as well.
+        assert await client.put(KEY, "1")
+
+
+async def test_who_reaches_nobody_hears_of_every_member() -> None:
+    nobody = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    async with EtcdClient(Connection(nobody)) as client:
+        with pytest.raises(EtcdUnavailable) as failed:
+            await client.get(KEY)
+    for address in nobody:
+        assert f"{address}: " in str(failed.value)
+    assert "Connection refused" in str(failed.value)
+
+
+async def test_a_frozen_member_is_left(members: list[Etcd]) -> None:
+    async with EtcdClient(Connection([member.address for member in members], try_timeout_s=0.5)) as client:
+        await until_async(lambda: client.put(KEY, "1"), EtcdUnavailable)
+        members[0].freeze()
+        await until_async(lambda: client.get(KEY), EtcdUnavailable)
+        await until_async(lambda: client.put(KEY, "2"), EtcdUnavailable)
+
+
+async def test_a_watch_on_a_member_without_quorum_ends(members: list[Etcd]) -> None:
+    connection = Connection([members[0].address])
+    async with EtcdClient(connection) as client, aclosing(client.watch(PREFIX, 1)) as responses:
+        await anext(responses)
+        members[1].freeze()
+        members[2].kill()
+        with pytest.raises(EtcdUnavailable):
+            await anext(responses)
+
+
+async def test_a_watch_on_a_frozen_member_ends(etcd: Etcd) -> None:
+    connection = Connection([etcd.address], try_timeout_s=0.5)
+    async with EtcdClient(connection) as client, aclosing(client.watch(PREFIX, 1)) as responses:
+        await anext(responses)
+        etcd.freeze()
+        with pytest.raises(EtcdUnavailable, match="does not answer"):
+            await anext(responses)
+
+
+async def test_a_transaction_without_an_answer_is_never_repeated() -> None:
+    calls = []
+
+    async def refuse(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        calls.append(etcd_pb2.TxnRequest.FromString(request))
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "etcdserver: leader changed")
+        return b""
+
+    server = grpc.aio.server()
+    handlers = {"Txn": grpc.unary_unary_rpc_method_handler(refuse)}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("etcdserverpb.KV", handlers)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with EtcdClient(Connection([f"127.0.0.1:{port}"] * 2)) as client:
+        with pytest.raises(EtcdUnavailable, match="leader changed"):
+            await client.txn([], [put(KEY, "1")])
+        assert len(calls) == 1
+        assert await client.commit([], [put(KEY, "1")]) is None
+        assert len(calls) == 2
+    await server.stop(None)
+
+
+def enable_rights(etcd: Etcd) -> None:
+    etcd.ctl("user", "add", "root:root")
+    etcd.ctl("user", "grant-role", "root", "root")
+    etcd.ctl("user", "add", f"{USER.name}:{USER.password}")
+    etcd.ctl("role", "add", "serving")
+    etcd.ctl("role", "grant-permission", "serving", "--prefix=true", "readwrite", PREFIX)
+    etcd.ctl("user", "grant-role", USER.name, "serving")
+    etcd.ctl("auth", "enable")
+    etcd.ctl_flags = ["--user", "root:root"]
+
+
+async def test_a_user_may_do_what_its_role_permits(etcd: Etcd, client: EtcdClient) -> None:
+    async with EtcdClient(Connection([etcd.address], user=USER)) as user:
+        # Before rights are asked for, a user does no harm.
+        await user.put(KEY, "1")
+        enable_rights(etcd)
+        await user.put(KEY, "2")
+        assert len((await user.snapshot(PREFIX)).kvs) == 1
+        assert await user.keep_alive((await user.grant(60)).id) == 60
+        async with aclosing(user.watch(PREFIX, 1)) as responses:
+            await anext(responses)
+            assert len((await anext(responses)).events) == 2
+        with pytest.raises(EtcdRefused, match="permission denied"):
+            await user.put("/elsewhere", "1")
+        with pytest.raises(EtcdRefused, match="permission denied"):
+            async with aclosing(user.watch("/elsewhere", 1)) as responses:
+                await anext(responses)
+    with pytest.raises(EtcdRefused, match="user name is empty"):
+        await client.get(KEY)
+
+
+async def test_a_wrong_password_is_refused_and_not_shown(etcd: Etcd) -> None:
+    enable_rights(etcd)
+    wrong = User(USER.name, "wrong-password")
+    async with EtcdClient(Connection([etcd.address], user=wrong)) as client:
+        with pytest.raises(EtcdRefused, match="invalid user ID or password") as failed:
+            await client.get(KEY)
+    assert wrong.password not in f"{failed.value!r} {wrong!r}"
+
+
+async def test_a_token_lost_with_a_restart_is_renewed(etcd: Etcd) -> None:
+    enable_rights(etcd)
+    async with EtcdClient(Connection([etcd.address], user=USER)) as client:
+        await client.put(KEY, "1")
+        etcd.kill()
+        etcd.start()
+        await etcd.ready()
+        await until_async(lambda: client.get(KEY), EtcdUnavailable)
+        await client.put(KEY, "2")
+
+
+async def test_an_expired_token_is_renewed(tmp_path: Path, processes: Callable[[Process], Process]) -> None:
+    private, public = tmp_path / "private.pem", tmp_path / "public.pem"
+    openssl("genrsa", "-out", str(private), "2048")
+    openssl("rsa", "-in", str(private), "-pubout", "-out", str(public))
+    jwt = f"jwt,pub-key={public},priv-key={private},sign-method=RS256,ttl=1s"
+    (etcd,) = cluster(tmp_path, ["one"], "--auth-token", jwt)
+    processes(etcd)
+    await etcd.ready()
+    enable_rights(etcd)
+    connection = Connection([etcd.address], user=USER)
+    async with EtcdClient(connection) as client:
+        await client.put(KEY, "1")
+        old = connection._token
+        assert old
+
+        async def renewed() -> bool:
+            await client.put(KEY, "2")
+            return connection._token != old
+
+        await until_async(renewed)
+        # A change of rights makes every token stale.
+        etcd.ctl("role", "grant-permission", "serving", "--prefix=true", "readwrite", "/more/")
+        await client.put("/more/", "1")
+
+
+def openssl(*arguments: str) -> None:
+    subprocess.run(["openssl", *arguments], check=True, capture_output=True)
+
+
+class Authority:
+    """Signs certificates for 127.0.0.1."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self._directory = directory
+        self.ca, self._key = directory / f"{name}-ca.pem", directory / f"{name}-ca.key"
+        openssl(
+            *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"),
+            *("-keyout", str(self._key), "-out", str(self.ca)),
+        )
+
+    def issue(self, name: str) -> tuple[Path, Path]:
+        cert, key, request = (self._directory / f"{name}.{ending}" for ending in ("pem", "key", "csr"))
+        names = self._directory / f"{name}.ext"
+        names.write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+        openssl(
+            "req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-keyout", str(key), "-out", str(request)
+        )
+        openssl(
+            *("x509", "-req", "-in", str(request), "-CA", str(self.ca), "-CAkey", str(self._key), "-CAcreateserial"),
+            *("-days", "2", "-extfile", str(names), "-out", str(cert)),
+        )
+        return cert, key
+
+
+async def test_tls_with_a_client_certificate(tmp_path: Path, processes: Callable[[Process], Process]) -> None:
+    authority, stranger = Authority(tmp_path, "house"), Authority(tmp_path, "stranger")
+    cert, key = authority.issue("member")
+    own_cert, own_key = authority.issue("registry")
+    (etcd,) = cluster(
+        *(tmp_path, ["one"], "--cert-file", str(cert), "--key-file", str(key)),
+        *("--client-cert-auth", "--trusted-ca-file", str(authority.ca)),
+    )
+    etcd.ctl_flags = ["--cacert", str(authority.ca), "--cert", str(own_cert), "--key", str(own_key)]
+    processes(etcd)
+    await etcd.ready()
+    own = (own_cert.read_bytes(), own_key.read_bytes())
+    async with EtcdClient(Connection([etcd.address], tls=Tls(authority.ca.read_bytes(), *own))) as client:
+        await client.put(KEY, "1")
+        assert await client.get(KEY)
+    for refused in (Tls(stranger.ca.read_bytes(), *own), Tls(authority.ca.read_bytes()), None):
+        async with EtcdClient(Connection([etcd.address], tls=refused)) as client:
+            with pytest.raises(EtcdUnavailable):
+                await client.get(KEY)

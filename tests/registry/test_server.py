@@ -1,0 +1,355 @@
+"""The API of two registries side by side on one etcd, each test with an app of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+import pytest
+
+from atserving import transport
+from atserving.config import PREFIX, release_key
+from atserving.follower import ConfigFollower
+from atserving.v1 import registry_pb2, registry_pb2_grpc
+from registry.etcd import Connection, EtcdClient
+from tests.registry.processes import Etcd, Registry, until, until_async
+
+STAGING, PRODUCTION = registry_pb2.PHASE_STAGING, registry_pb2.PHASE_PRODUCTION
+_numbers = itertools.count()
+
+
+@dataclass
+class Api:
+    """One registry's services, and the etcd behind it."""
+
+    registry: registry_pb2_grpc.RegistryServiceAsyncStub
+    releases: registry_pb2_grpc.ReleaseServiceAsyncStub
+
+    async def publish(self, app: str, version: str = "1", **fields: object) -> registry_pb2.Release:
+        release = registry_pb2.Release(name=app, version=version, **{"file": "file:///m.tar", **fields})  # type: ignore[arg-type]
+        return (await self.releases.PublishRelease(registry_pb2.PublishReleaseRequest(release=release))).release
+
+    async def set_phase(self, app: str, phase: registry_pb2.Phase.ValueType) -> registry_pb2.Release:
+        request = registry_pb2.SetPhaseRequest(app=app, version="1", phase=phase)
+        return (await self.releases.SetPhase(request)).release
+
+    async def listed(self, app: str = "") -> registry_pb2.ListReleasesResponse:
+        return await self.releases.ListReleases(registry_pb2.ListReleasesRequest(app=app))
+
+    async def register(self, app: str, **fields: object) -> float:
+        instance = one_instance(app, **fields)
+        request = registry_pb2.RegisterInstanceRequest(instance=instance)
+        return (await self.registry.RegisterInstance(request)).ttl_ms / 1000
+
+    async def deregister(self, app: str, **fields: object) -> None:
+        instance = one_instance(app, **fields)
+        await self.registry.DeregisterInstance(registry_pb2.DeregisterInstanceRequest(instance=instance))
+
+    async def instances(self, app: str) -> list[str]:
+        return [instance.address for status in (await self.listed(app)).releases for instance in status.instances]
+
+
+def one_instance(app: str, **fields: object) -> registry_pb2.Instance:
+    known = {"app": app, "version": "1", "id": "i", "address": "10.0.0.1:50052", "capacity": 4}
+    return registry_pb2.Instance(**{**known, **fields})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+async def apis(registries: list[Registry]) -> AsyncIterator[list[Api]]:
+    async with transport.channel(registries[0].address) as one, transport.channel(registries[1].address) as two:
+        yield [
+            Api(registry_pb2_grpc.RegistryServiceStub(channel), registry_pb2_grpc.ReleaseServiceStub(channel))
+            for channel in (one, two)
+        ]
+
+
+@pytest.fixture
+def api(apis: list[Api]) -> Api:
+    return apis[0]
+
+
+@pytest.fixture
+async def etcd_client(shared_etcd: Etcd) -> AsyncIterator[EtcdClient]:
+    async with EtcdClient(Connection([shared_etcd.address])) as client:
+        yield client
+
+
+@pytest.fixture
+def app() -> str:
+    return f"app-{next(_numbers)}"
+
+
+async def stored(client: EtcdClient, key: str) -> dict[str, object]:
+    kv = await client.get(key)
+    assert kv
+    return dict(json.loads(kv.value))
+
+
+def refused(code: grpc.StatusCode, words: str) -> pytest.RaisesExc[grpc.aio.AioRpcError]:
+    """What a call that is refused raises."""
+
+    def fits(error: grpc.aio.AioRpcError) -> bool:
+        return error.code() is code and words in (error.details() or "")
+
+    return pytest.raises(grpc.aio.AioRpcError, check=fits)
+
+
+async def test_a_release_is_stored_as_json_that_etcdctl_can_read(api: Api, etcd_client: EtcdClient, app: str) -> None:
+    release = await api.publish(
+        app,
+        **{"desc": "first", "image_width": 225, "batch_size": 8, "weight": 0, "use_device": "GPU:1"},
+        custom_files={"labels": "https://host/labels.csv#sha256=" + "a" * 64},
+        custom_values_json='{"net": "classify", "limit": 9007199254740993, "deep": {"a": [1, 2.5, null]}}',
+    )
+    assert release.phase == STAGING
+    assert release.lastmodified.endswith("Z")
+    assert await stored(etcd_client, release_key(app, "1")) == {
+        **{"name": app, "version": "1", "file": "file:///m.tar", "phase": "staging", "desc": "first"},
+        **{"image_width": 225, "batch_size": 8, "weight": 0, "use_device": "GPU:1"},
+        "lastmodified": release.lastmodified,
+        "custom_files": {"labels": "https://host/labels.csv#sha256=" + "a" * 64},
+        "custom_values": {"net": "classify", "limit": 9007199254740993, "deep": {"a": [1, 2.5, None]}},
+    }
+    assert [status.release for status in (await api.listed(app)).releases] == [release]
+
+
+async def test_publishing_the_same_again_changes_nothing(apis: list[Api], etcd_client: EtcdClient, app: str) -> None:
+    await apis[0].publish(app, custom_values_json='{"a": 1}', desc="first")
+    promoted = await apis[0].set_phase(app, PRODUCTION)
+    before = await etcd_client.get(key := release_key(app, "1"))
+    # What is left open stays: publishing again does not move a release out of production.
+    assert await apis[1].publish(app, custom_values_json='{ "a" : 1 }') == promoted
+    assert await etcd_client.get(key) == before
+
+
+async def test_a_version_is_immutable_but_for_phase_desc_and_weight(api: Api, app: str) -> None:
+    await api.publish(app, custom_values_json='{"a": 1}')
+    changed = await api.publish(app, custom_values_json='{"a": 1}', phase=PRODUCTION, desc="better", weight=2)
+    assert (changed.phase, changed.desc, changed.weight) == (PRODUCTION, "better", 2)
+    with refused(grpc.StatusCode.ALREADY_EXISTS, f"release {app}/1 exists with another custom_values, file"):
+        await api.publish(app, file="file:///other.tar", custom_values_json='{"a": 2}')
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"version": ""}, "release.version: "),
+        ({"version": "../etc"}, "release.version: "),
+        ({"file": "ftp://host/x"}, "release.file: "),
+        ({"file": "http://host/x#sha256=123"}, "release.file: #sha256= should be followed by 64 hexadecimal digits"),
+        ({"custom_files": {"a": "x"}}, "release.custom_files.a: "),
+        ({"custom_values_json": "["}, "release.custom_values_json: not JSON"),
+        ({"model_params_json": "[]"}, "release.model_params_json: should be a JSON object"),
+        (
+            {"custom_values_json": '{"a":' + "[" * 300 + "]" * 300 + "}"},
+            "release.custom_values_json: nested too deeply",
+        ),
+        ({"weight": -1}, "release.weight: "),
+        ({"image_width": 0}, "release.image_width: "),
+        ({"use_device": "TPU"}, "release.use_device: "),
+        ({"phase": 9}, "release.phase: should be PHASE_STAGING or PHASE_PRODUCTION"),
+        ({"custom_values_json": json.dumps({"a": "x" * (1 << 20)})}, "bytes of JSON, more than 1048576"),
+    ],
+)
+async def test_a_wrong_field_is_named(api: Api, app: str, fields: dict[str, object], words: str) -> None:
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, words):
+        await api.publish(app, **{"version": "1", **fields})  # type: ignore[arg-type]
+
+
+async def test_a_phase_is_set_and_an_operators_own_fields_stay(api: Api, etcd_client: EtcdClient, app: str) -> None:
+    own = {"file": "file:///m.tar", "owner_team": "vision", "big": 2**70, "custom_values": {"b": 1, "a": 1.0}}
+    await etcd_client.put(release_key(app, "1"), json.dumps(own))
+    release = await api.set_phase(app, PRODUCTION)
+    assert release.phase == PRODUCTION
+    held = await stored(etcd_client, release_key(app, "1"))
+    assert held == {**own, "phase": "production", "lastmodified": release.lastmodified}
+
+
+async def test_setting_the_phase_it_has_writes_nothing(api: Api, etcd_client: EtcdClient, app: str) -> None:
+    await api.publish(app, phase=PRODUCTION)
+    before = await etcd_client.get(release_key(app, "1"))
+    await api.set_phase(app, PRODUCTION)
+    assert await etcd_client.get(release_key(app, "1")) == before
+
+
+async def test_concurrent_writers_lose_nothing(apis: list[Api], etcd_client: EtcdClient, app: str) -> None:
+    await apis[0].publish(app)
+    await asyncio.gather(
+        apis[0].set_phase(app, PRODUCTION),
+        apis[1].publish(app, desc="described"),
+        apis[0].publish(app, weight=3),
+    )
+    held = await stored(etcd_client, release_key(app, "1"))
+    assert (held["phase"], held["desc"], held["weight"]) == ("production", "described", 3)
+
+
+async def test_phases_of_what_is_not_there(api: Api, etcd_client: EtcdClient, app: str) -> None:
+    with refused(grpc.StatusCode.NOT_FOUND, f"release {app}/1 is not published"):
+        await api.set_phase(app, PRODUCTION)
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "phase: should be"):
+        await api.set_phase(app, registry_pb2.PHASE_UNSPECIFIED)
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "app: 'no/name' should match"):
+        await api.set_phase("no/name", PRODUCTION)
+    await etcd_client.put(release_key(app, "1"), "{")
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "is malformed (not JSON"):
+        await api.set_phase(app, PRODUCTION)
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "is malformed (not JSON"):
+        await api.publish(app)
+
+
+async def test_malformed_keys_are_listed_with_their_reason(api: Api, etcd_client: EtcdClient, app: str) -> None:
+    await api.publish(app)
+    await etcd_client.put(release_key(app, "2"), '{"file": "file:///m", "weight": "heavy"}')
+
+    async def listed() -> bool:
+        response = await api.listed(app)
+        assert [status.release.version for status in response.releases] == ["1"]
+        return [key.key for key in response.malformed] == [release_key(app, "2")]
+
+    await until_async(listed)
+    assert "weight: " in (await api.listed(app)).malformed[0].reason
+
+
+async def test_an_instance_stays_while_it_is_heard_of_by_any_registry(
+    apis: list[Api], etcd_client: EtcdClient, app: str
+) -> None:
+    await apis[0].publish(app)
+    ttl_s = await apis[0].register(app)
+    key = one_instance_key(app)
+    first = await etcd_client.get(key)
+    assert first
+    # Longer than a lease lives that nobody renews, by turns.
+    lease = await etcd_client.grant(round(ttl_s))
+    unrenewed = f"/unrenewed/{app}"
+    await etcd_client.put(unrenewed, "", lease.id)
+    turns = itertools.cycle(apis)
+
+    async def another_beat() -> bool:
+        assert await next(turns).register(app) == ttl_s
+        return await gone(etcd_client, unrenewed)
+
+    await until_async(another_beat)
+    assert await etcd_client.get(key) == first
+    await until_async(lambda: shown(apis, app, ["10.0.0.1:50052"]))
+    # Not heard of any more.
+    await until_async(lambda: shown(apis, app, []))
+
+
+async def shown(apis: list[Api], app: str, addresses: list[str]) -> bool:
+    return all([await api.instances(app) == addresses for api in apis])
+
+
+def one_instance_key(app: str) -> str:
+    return f"{PREFIX}instance/{app}/1/i"
+
+
+async def test_deregistering_removes_at_once_and_twice_is_fine(
+    apis: list[Api], etcd_client: EtcdClient, app: str
+) -> None:
+    await apis[0].publish(app)
+    await apis[0].register(app)
+    held = await etcd_client.get(one_instance_key(app))
+    assert held
+    await apis[1].deregister(app, address="")
+    assert await etcd_client.get(one_instance_key(app)) is None
+    await apis[0].deregister(app)
+    await until_async(lambda: shown(apis, app, []))
+    # The lease has gone with it.
+    await etcd_client.revoke(held.lease)
+
+
+async def test_an_instance_that_changed_or_was_lost_is_put_anew(api: Api, etcd_client: EtcdClient, app: str) -> None:
+    await api.publish(app)
+    await api.register(app)
+    await api.register(app, capacity=9)
+    assert (await stored(etcd_client, one_instance_key(app)))["capacity"] == 9
+    for lose in (lambda key: etcd_client.delete(key), lambda key: revoke_of(etcd_client, key)):
+        await lose(one_instance_key(app))
+        await api.register(app)
+        assert (await stored(etcd_client, one_instance_key(app)))["capacity"] == 4
+    # An operator's own, under no lease, gets one.
+    await etcd_client.put(one_instance_key(app), json.dumps({"address": "10.0.0.1:50052", "capacity": 4}))
+    await api.register(app)
+    kv = await etcd_client.get(one_instance_key(app))
+    assert kv
+    assert kv.lease
+
+
+async def revoke_of(client: EtcdClient, key: str) -> None:
+    kv = await client.get(key)
+    assert kv
+    await client.revoke(kv.lease)
+
+
+async def test_the_same_instance_by_both_registries_at_once(apis: list[Api], app: str) -> None:
+    await apis[0].publish(app)
+    await asyncio.gather(*(api.register(app) for api in apis for _ in range(4)))
+    await until_async(lambda: shown(apis, app, ["10.0.0.1:50052"]))
+
+
+async def test_only_instances_of_published_releases(api: Api, etcd_client: EtcdClient, app: str) -> None:
+    with refused(grpc.StatusCode.NOT_FOUND, f"release {app}/1 is not published"):
+        await api.register(app)
+    await api.publish(app)
+    await api.register(app)
+    await etcd_client.delete(release_key(app, "1"))
+    with refused(grpc.StatusCode.NOT_FOUND, "is not published"):
+        await api.register(app)
+    await until_async(lambda: gone(etcd_client, one_instance_key(app)))
+
+
+async def gone(client: EtcdClient, key: str) -> bool:
+    return await client.get(key) is None
+
+
+@pytest.mark.parametrize(
+    "fields", [{"id": "a/b"}, {"version": ""}, {"address": "host"}, {"address": "host:70000"}, {"capacity": 0}]
+)
+async def test_a_wrong_instance_is_refused(api: Api, app: str, fields: dict[str, object]) -> None:
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, f"instance.{next(iter(fields))}: "):
+        await api.register(app, **fields)
+
+
+async def test_a_watch_of_one_app_hears_of_it_and_of_the_defaults(
+    api: Api, etcd_client: EtcdClient, app: str, registries: list[Registry]
+) -> None:
+    other = f"{app}-other"
+    await api.publish(app)
+    await api.publish(other)
+    call = api.registry.Watch(registry_pb2.WatchRequest(app=app))
+    first = await call.read()
+    assert isinstance(first, registry_pb2.WatchResponse)
+    assert first.reset
+    assert [entry.key for entry in first.upserts if "default" not in entry.key] == [release_key(app, "1")]
+    await api.set_phase(other, PRODUCTION)
+    revision = await etcd_client.put(f"{PREFIX}worker/default", json.dumps({"timeout": "5s", "for": app}))
+    second = await call.read()
+    assert isinstance(second, registry_pb2.WatchResponse)
+    assert [entry.key for entry in second.upserts] == [f"{PREFIX}worker/default"]
+    assert (second.reset, second.revision) == (False, revision)
+    call.cancel()
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "app: 'a b' should match"):
+        await api.registry.Watch(registry_pb2.WatchRequest(app="a b")).read()
+
+
+async def test_two_registries_show_the_same(
+    apis: list[Api], registries: list[Registry], etcd_client: EtcdClient, app: str
+) -> None:
+    followers = [ConfigFollower([registry.address]) for registry in registries]
+    tasks = [asyncio.create_task(follower.run()) for follower in followers]
+    for follower in followers:
+        await follower.synced.wait()
+    for number in range(20):
+        await apis[number % 2].publish(app, str(number))
+    last = release_key(app, "19")
+    await until(lambda: all(last in follower.entries for follower in followers))
+    assert followers[0].entries == followers[1].entries
+    assert (await apis[0].listed(app)) == (await apis[1].listed(app))
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
