@@ -1,0 +1,1 @@
+"""One release of one app, served: loading, the net, batching, the gRPC server."""

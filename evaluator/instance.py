@@ -17,13 +17,12 @@ import cv2
 import structlog
 
 from atserving import transport
-from atserving.config import Instance, WorkerConfig
+from atserving.config import Instance, MalformedConfig, WorkerConfig, validate
 from atserving.errors import StartError
 from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
 from evaluator import nets
 from evaluator.addresses import AddressPolicy, Network
 from evaluator.batcher import Batcher
-from evaluator.contract import Config
 from evaluator.followed import FollowedConfig
 from evaluator.images import Limits
 from evaluator.pipeline import Pipeline
@@ -37,6 +36,8 @@ log = structlog.get_logger()
 
 # Gates learn within this time that an instance has left; until then it answers, if only to refuse.
 _LINGER_S = 0.5
+# What is not finished after the grace is cut off; this is for the last answers on their way out.
+_STOP_S = 1.0
 
 T = TypeVar("T")
 
@@ -56,6 +57,12 @@ class Settings:
     allow_networks: Sequence[Network] = ()
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    runner: Runner
+    limits: Limits
+
+
 async def run(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT. Raises StartError."""
     stop = transport.stop_signal()
@@ -63,51 +70,40 @@ async def run(settings: Settings) -> None:
     log.info("starting", app=settings.app, version=settings.version, registries=settings.registries)
     with _workspace(settings) as workspace:
         async with _background(followed.run()) as following:
-            runner_and_cfg = await _unless(stop, _load(settings, followed, workspace))
-            if runner_and_cfg is not None:
-                await _serve(settings, followed, *runner_and_cfg, stop, following)
+            loaded = await _unless(stop, _load(settings, followed, workspace))
+            if loaded:
+                await _serve(settings, followed, loaded, stop, following)
 
 
-async def _load(settings: Settings, followed: FollowedConfig, workspace: Path) -> tuple[Runner, Config]:
-    release = await followed.release(settings.wait_s)
-    local = await fetch_release(release, workspace)
-    cfg = local.cfg()
+async def _load(settings: Settings, followed: FollowedConfig, workspace: Path) -> _Loaded:
+    cfg = (await fetch_release(await followed.release(settings.wait_s), workspace)).cfg()
     functions = nets.built_in(cfg["custom_values"].get("net", nets.DEFAULT))
     # The decoding threads are the parallelism; OpenCV's own would only compete with them.
     cv2.setNumThreads(1)
     runner = await asyncio.to_thread(Runner, functions, cfg)
     await asyncio.to_thread(runner.warm_up)
     log.info("warm", app=settings.app, version=settings.version, batch_size=runner.batch_size, device=cfg["use_device"])
-    return runner, cfg
+    return _Loaded(runner, Limits.of_release(cfg["custom_values"]))
 
 
 async def _serve(
     settings: Settings,
     followed: FollowedConfig,
-    runner: Runner,
-    cfg: Config,
+    loaded: _Loaded,
     stop: asyncio.Event,
     following: asyncio.Task[None],
 ) -> None:
-    batcher = Batcher[Prepared, Result](runner.infer, runner.batch_size, **_batching(followed.worker))
-    fetcher = ResourceFetcher(Limits.of_release(cfg["custom_values"]).max_bytes, AddressPolicy(settings.allow_networks))
+    batcher = Batcher[Prepared, Result](loaded.runner.infer, loaded.runner.batch_size, **_batching(followed.worker))
+    fetcher = ResourceFetcher(loaded.limits.max_bytes, AddressPolicy(settings.allow_networks))
     server = transport.Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
     async with fetcher, _background(batcher.run()) as batching:
-        pipeline = Pipeline(runner, fetcher, batcher)
-        evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(
-            EvaluatorServicer(pipeline, settings.app, settings.version), server.grpc
-        )
+        pipeline = Pipeline(loaded.runner, fetcher, batcher)
+        servicer = EvaluatorServicer(pipeline, settings.app, settings.version)
+        evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(servicer, server.grpc)
         port = await server.start(settings.listen)
-        address, id_ = _address(settings, port), secrets.token_hex(8)
+        instance = await asyncio.to_thread(_instance, settings, port)
         registration = Registration(
-            settings.registries,
-            lambda: Instance(
-                app=settings.app,
-                version=settings.version,
-                id=id_,
-                address=address,
-                capacity=batcher.max_concurrent,
-            ),
+            settings.registries, lambda: instance.model_copy(update={"capacity": batcher.max_concurrent})
         )
 
         def apply(worker: WorkerConfig) -> None:
@@ -120,7 +116,7 @@ async def _serve(
         log.info("serving", app=settings.app, version=settings.version, port=port)
         async with _background(registration.run()) as registering:
             await _first(stop, batching, registering, following)
-        await _leave(settings.grace_s, registration, batcher, server)
+            await _leave(settings.grace_s, registration, batcher, server)
         pipeline.close()
 
 
@@ -130,20 +126,31 @@ async def _leave(
     log.info("leaving", held=batcher.held)
     batcher.drain()
     await server.set_serving(False)
+    await asyncio.gather(registration.deregister(), _drained(batcher, grace_s), asyncio.sleep(_LINGER_S))
+    await server.stop(_STOP_S)
+    log.info("stopped")
+
+
+async def _drained(batcher: Batcher[Prepared, Result], grace_s: float) -> None:
     try:
         async with asyncio.timeout(grace_s):
-            await asyncio.gather(registration.deregister(), asyncio.sleep(_LINGER_S))
             await batcher.drained()
     except TimeoutError:
         log.warning("the grace is over", held=batcher.held)
-    await server.stop(1.0)
-    log.info("stopped")
 
 
 def _batching(worker: WorkerConfig) -> dict[str, Any]:
     assert worker.max_concurrent is not None
     assert worker.delay4batch is not None
     return {"max_concurrent": worker.max_concurrent, "delay_s": worker.delay4batch.total_seconds()}
+
+
+def _instance(settings: Settings, port: int) -> Instance:
+    fields = {"app": settings.app, "version": settings.version, "id": secrets.token_hex(8), "capacity": 1}
+    try:
+        return validate(Instance, {**fields, "address": _address(settings, port)})
+    except MalformedConfig as error:
+        raise StartError(f"gates can't use this address, see --advertise: {error}") from None
 
 
 def _address(settings: Settings, port: int) -> str:

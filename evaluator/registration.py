@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import grpc.aio
 import structlog
@@ -15,7 +16,7 @@ from atserving.v1 import registry_pb2, registry_pb2_grpc
 log = structlog.get_logger()
 
 _CALL_S = 2.0
-_RETRY_S = 0.5
+_RETRY_S = (0.25, 3.0)
 
 
 class Registration:
@@ -26,53 +27,70 @@ class Registration:
         self._registries = list(registries)
         self._instance = instance
         self._renew = asyncio.Event()
+        self._reported = ""
+        self._leaving = False
+        # A heartbeat that overtook the leaving would keep the instance registered until its lease runs out.
+        self._calling = asyncio.Lock()
 
     def renew(self) -> None:
         """Registers again soon, as when the capacity has changed."""
         self._renew.set()
 
     async def run(self) -> None:
-        """Registers and repeats that every third of the lease, until cancelled. A registry that fails gives way."""
-        registered = False
+        """Registers, and again every third of the lease, until ``deregister``. A registry that fails gives way."""
+        retry_s, longest_retry_s = _RETRY_S
         while True:
             self._renew.clear()
-            ttl_s = await self._heartbeat()
-            if ttl_s and not registered:
-                log.info("registered", instance=self._instance().key, address=self._instance().address)
-            elif registered and not ttl_s:
-                log.warning("no registry takes the heartbeat, going on to serve")
-            registered = bool(ttl_s)
-            try:
-                async with asyncio.timeout(ttl_s / 3 if ttl_s else _RETRY_S):
+            async with self._calling:
+                if self._leaving:
+                    return
+                ttl_s = await self._heartbeat()
+            if ttl_s:
+                retry_s, next_s = _RETRY_S[0], ttl_s / 3
+            else:
+                retry_s, next_s = min(retry_s * 2, longest_retry_s), retry_s
+            with suppress(TimeoutError):
+                async with asyncio.timeout(next_s):
                     await self._renew.wait()
-            except TimeoutError:
-                continue
 
     async def _heartbeat(self) -> float | None:
         """The lease's time to live in seconds, from the first registry that takes the instance."""
         request = registry_pb2.RegisterInstanceRequest(instance=_proto(self._instance()))
+        reason = "none is known"
         for address in list(self._registries):
             try:
                 async with transport.channel(address) as channel:
                     stub = registry_pb2_grpc.RegistryServiceStub(channel)
                     response = await stub.RegisterInstance(request, timeout=_CALL_S)
+                self._report("registered", instance=self._instance().key, address=self._instance().address)
                 return max(response.ttl_ms, 1) / 1000
             except grpc.aio.AioRpcError as error:
-                log.warning("not registered", registry=address, reason=error.details() or error.code().name)
+                reason = f"registry {address}: {error.details() or error.code().name}"
                 self._registries.append(self._registries.pop(0))
+        self._report("not registered, going on to serve and to try", reason=reason)
         return None
 
+    def _report(self, event: str, **fields: str) -> None:
+        """Logs the first of several that say the same, as heartbeats do."""
+        if event != self._reported:
+            self._reported = event
+            log.info(event, **fields)
+
     async def deregister(self) -> None:
-        """Leaves, at the first registry that answers. Where none does, the lease runs out."""
+        """Leaves for good, at the first registry that answers. Where none does, the lease runs out."""
+        self._leaving = True
+        self._renew.set()
         request = registry_pb2.DeregisterInstanceRequest(instance=_proto(self._instance()))
-        for address in list(self._registries):
-            try:
-                async with transport.channel(address) as channel:
-                    await registry_pb2_grpc.RegistryServiceStub(channel).DeregisterInstance(request, timeout=_CALL_S)
-                log.info("deregistered", instance=self._instance().key)
-                return
-            except grpc.aio.AioRpcError as error:
-                log.warning("not deregistered", registry=address, reason=error.details() or error.code().name)
+        async with self._calling:
+            for address in list(self._registries):
+                try:
+                    async with transport.channel(address) as channel:
+                        stub = registry_pb2_grpc.RegistryServiceStub(channel)
+                        await stub.DeregisterInstance(request, timeout=_CALL_S)
+                    log.info("deregistered", instance=self._instance().key)
+                    return
+                except grpc.aio.AioRpcError as error:
+                    log.warning("not deregistered", registry=address, reason=error.details() or error.code().name)
 
 
 def _proto(instance: Instance) -> registry_pb2.Instance:

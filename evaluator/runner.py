@@ -18,7 +18,7 @@ from evaluator.contract import Config, NetFunctions, Req
 
 log = structlog.get_logger()
 
-_WARM_UP_SIDE = 256
+_WARM_UP_SIDE = 32
 
 
 @dataclass(frozen=True)

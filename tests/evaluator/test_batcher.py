@@ -191,7 +191,7 @@ async def test_a_request_that_leaves_the_queue_frees_its_place_and_never_runs() 
         successor = asyncio.create_task(ask(batcher, 4))
         await until(lambda: batcher.held == 2)
         engine.open.set()
-        assert await asyncio.gather(running_one, successor) == [10, 40]
+        assert list(await asyncio.gather(running_one, successor)) == [10, 40]
     assert engine.batches == [[1], [4]]
 
 

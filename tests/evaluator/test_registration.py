@@ -19,6 +19,7 @@ async def capacities(registry: Registry) -> list[int]:
 
 
 async def test_a_registry_that_is_away_gives_way_to_the_next(registry: Registry) -> None:
+    await asyncio.to_thread(registry.publish, "heart")
     capacity = [4]
     heart = registration(["127.0.0.1:1", registry.address], capacity)
     beating = asyncio.create_task(heart.run())
@@ -37,6 +38,7 @@ async def test_a_registry_that_is_away_gives_way_to_the_next(registry: Registry)
 
 
 async def test_an_instance_that_lapsed_is_registered_again_by_its_next_heartbeat(registry: Registry) -> None:
+    await asyncio.to_thread(registry.publish, "heart")
     heart = registration([registry.address], [4])
     beating = asyncio.create_task(heart.run())
     try:

@@ -1,0 +1,41 @@
+"""How many threads are worth having is what the container grants, not what the machine has."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from evaluator import cpus
+
+
+@pytest.fixture(autouse=True)
+def _eight_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+
+
+@pytest.mark.parametrize(
+    ("quota", "count"),
+    [
+        ("max 100000", 8),
+        ("150000 100000", 2),
+        ("400000 100000", 4),
+        ("5000 100000", 1),
+        ("3200000 100000", 8),
+        ("?", 8),
+    ],
+)
+def test_the_quota_of_a_cgroup_counts(quota: str, count: int, tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert cpus.available(tmp_path) == count
+
+
+@pytest.mark.parametrize(("quota_us", "count"), [("-1", 8), ("250000", 3)])
+def test_the_older_cgroups_quota_counts_too(quota_us: str, count: int, tmp_path: Path) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota_us)
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000")
+    assert cpus.available(tmp_path) == count
+
+
+def test_without_a_cgroup_the_affinity_counts(tmp_path: Path) -> None:
+    assert cpus.available(tmp_path) == 8
