@@ -34,6 +34,7 @@ def up(port: int) -> None:
 
 
 async def _up(port: int) -> None:
+    print("Starting etcd, registry, gate, two evaluators and Envoy ...", flush=True)
     async with Mesh(port) as mesh:
         print(
             _HELP.format(
