@@ -47,7 +47,7 @@ class Batcher(Generic[Q, A]):
     2. ``held <= max_concurrent``: ``hold`` refuses one more. (Where the maximum is lowered, those held may finish.)
     3. A batch has 1 to ``batch_size`` requests, in the order of their arrival. One batch runs at a time.
     4. A caller that goes takes its request out of ``_waiting``, so that it never runs. One that already runs is
-       finished, and its answer dropped.
+       finished and its answer dropped; its place is free at once, as the engine's batch is one in any case.
     5. The loop below waits in three places only: for a request to come, for a batch to fill (never longer than
        ``delay_s`` after its oldest request came), and for the engine.
     6. Where a batch fails, its requests run again one by one: only those to blame fail.
