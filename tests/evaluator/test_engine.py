@@ -12,7 +12,7 @@ from evaluator.engine import Engine
 
 
 def model() -> onnx.ModelProto:
-    shape = ["n", 3]
+    shape: list[str | int | None] = ["n", 3]
     graph = helper.make_graph(
         [helper.make_node("Relu", ["data"], ["prob"])],
         "net",
