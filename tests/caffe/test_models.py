@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,15 @@ def network(name: str) -> tuple[onnx.ModelProto, dict[str, dict[str, np.ndarray]
             case, blob = key.split("|", 1)
             cases.setdefault(case, {})[blob] = stored[key]
     return convert(folder / "deploy.prototxt", folder / "weight.caffemodel"), cases
+
+
+def smaller(prototxt: str, replacements: dict[str, str]) -> str:
+    """A prototxt with other sizes, all replaced at once: one that replaces another is not replaced in turn."""
+    for i, old in enumerate(replacements):
+        prototxt = prototxt.replace(f"{old}\n", f"@{i}\n")
+    for i, new in enumerate(replacements.values()):
+        prototxt = prototxt.replace(f"@{i}\n", f"{new}\n")
+    return prototxt
 
 
 def rows(detections: np.ndarray) -> np.ndarray:
@@ -98,12 +109,7 @@ def test_structure_with_random_weights_gives_the_answers_of_opencv(name: str, tm
     if not path.is_file():
         pytest.skip("the structures are not on this machine")
     blobs, replacements = STRUCTURES[name]
-    prototxt = path.read_text()
-    # All at once, or a size that replaces another would be replaced in turn.
-    for i, old in enumerate(replacements):
-        prototxt = prototxt.replace(f"{old}\n", f"@{i}\n")
-    for i, new in enumerate(replacements.values()):
-        prototxt = prototxt.replace(f"@{i}\n", f"{new}\n")
+    prototxt = smaller(path.read_text(), replacements)
     weights = draw_weights(prototxt)
     model = convert(*write_net(tmp_path, prototxt, weights), outputs=blobs)
     engine = session(model)
@@ -137,9 +143,6 @@ def test_training_net_with_an_input_serves_its_loss_as_a_softmax(tmp_path: Path)
 
 
 def test_a_large_net_is_in_memory_at_most_three_times(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     path = MODELS / "structures" / "resnet-50.prototxt"
     if not path.is_file():
         pytest.skip("the structures are not on this machine")

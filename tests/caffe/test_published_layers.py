@@ -69,6 +69,14 @@ def test_segnet_bn_is_scale_and_shift(shape: tuple[int, ...], tmp_path: Path) ->
     assert error(answer(tmp_path, prototxt, weights, data=DATA), expected) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("more", "factor"),
+    [("alpha: 0 k: 4 beta: 0.5", 0.5), ("beta: 0 k: 4", 1.0), ("alpha: 0 k: 4 norm_region: WITHIN_CHANNEL", 1.0)],
+)
+def test_lrn_without_alpha_or_beta_is_a_factor(more: str, factor: float, tmp_path: Path) -> None:
+    assert error(answer(tmp_path, NET + layer("LRN", more=f"lrn_param {{ {more} }}"), data=DATA), DATA * factor) < 1e-6
+
+
 def test_relu6_is_clipped_at_six(tmp_path: Path) -> None:
     assert error(answer(tmp_path, NET + layer("ReLU6"), data=DATA * 5), np.clip(DATA * 5, 0, 6)) < TOLERANCE
 

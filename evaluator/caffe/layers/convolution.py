@@ -26,7 +26,10 @@ def convolution(ctx: LayerContext) -> list[Value]:
 @converts("DepthwiseConvolution", "ConvolutionDepthwise", "DepthwiseConv")
 def depthwise(ctx: LayerContext) -> list[Value]:
     """The forks' depthwise layers: a Convolution with one group a channel, whatever `group` says."""
-    return _convolve(ctx, known(ctx.bottom().shape[1], "the number of channels"))
+    data = ctx.bottom()
+    if len(data.shape) < 2:
+        ctx.fail("its bottom has no channels")
+    return _convolve(ctx, known(data.shape[1], "the number of channels"))
 
 
 @converts("Deconvolution")

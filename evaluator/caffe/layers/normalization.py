@@ -88,7 +88,14 @@ def lrn(ctx: LayerContext) -> list[Value]:
         ctx.fail(f"its bottom has {len(data.shape)} axes, not 4")
     if size % 2 == 0 or size >= 2**31:
         ctx.fail(f"local_size is {size}, and has to be odd")
-    if param.norm_region == LRNParameter.ACROSS_CHANNELS:
+    if not param.alpha >= 0 or not param.beta >= 0:
+        ctx.fail(f"alpha is {param.alpha} and beta {param.beta}; onnxruntime takes no negative ones")
+    across = param.norm_region == LRNParameter.ACROSS_CHANNELS
+    if param.alpha == 0 or param.beta == 0:
+        # Nor zeros, with which only k is left of the formula.
+        constant = np.float64(param.k) ** -param.beta if across else 1.0
+        return [ctx.affine(data, np.asarray(constant), np.asarray(0.0))]
+    if across:
         return [ctx.emit("LRN", [data], data.shape, alpha=param.alpha, beta=param.beta, bias=param.k, size=size)]
     squares = ctx.emit("Mul", [data, data], data.shape)
     mean = ctx.emit(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ..graph import Graph, Node
 
 
@@ -22,8 +24,15 @@ def _join(graph: Graph) -> None:
         if node.op == "Transpose":
             node.attributes["perm"] = [before.attributes["perm"][axis] for axis in node.attributes["perm"]]
             node.inputs[0] = before.inputs[0]
-        elif node.op == "Reshape" and 0 not in graph.constants[node.inputs[1]]:
+        elif node.op == "Reshape" and _keeps_meaning(graph, node, before.inputs[0]):
             node.inputs[0] = before.inputs[0]
+
+
+def _keeps_meaning(graph: Graph, node: Node, source: str) -> bool:
+    """Whether a Reshape gives the same shape from `source`: its zeros stand for sizes of what it reads."""
+    old, new = graph.values[source].shape, graph.values[node.outputs[0]].shape
+    zeros = np.flatnonzero(graph.constants[node.inputs[1]] == 0)
+    return all(i < len(old) and old[i] == new[i] for i in zeros)
 
 
 def _idle(graph: Graph, node: Node) -> bool:

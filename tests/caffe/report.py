@@ -1,0 +1,109 @@
+"""Measures the converter and writes docs/converter-accuracy.md: `python -m tests.caffe.report`."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from evaluator.caffe import convert
+
+from .nets import FIXTURES, MODELS, draw_weights, error, normal, run, session, write_net
+from .oracle import opencv_outputs
+from .test_models import NETWORKS, STRUCTURES, rows, smaller
+
+OUTPUT = Path(__file__).parents[2] / "docs" / "converter-accuracy.md"
+HEAD = """# How exact the converter is
+
+Measured by `python -m tests.caffe.report`, which writes this page: the largest difference to the oracle, relative to
+the largest value of the output, over all outputs of all cases. Everything runs in onnxruntime on a CPU in float32.
+The tests in `tests/caffe` hold single layers to 1e-5 and whole networks to 1e-4.
+
+"""
+
+
+def compared(actual: np.ndarray, expected: np.ndarray) -> float:
+    if actual.ndim == 4 and actual.shape[-1] == 7:
+        return error(rows(actual), rows(expected))
+    return error(actual, expected)
+
+
+def fixtures() -> list[str]:
+    """One row a family of fixtures; a family is what its names begin with."""
+    errors: dict[str, list[float]] = defaultdict(list)
+    cases: dict[str, int] = defaultdict(int)
+    for folder in sorted(FIXTURES.iterdir()):
+        family = "cv_" + folder.name.split("_")[1] if folder.name.startswith("cv_") else folder.name.split("_")[0]
+        engine = session(convert(folder / "deploy.prototxt", folder / "weight.caffemodel"))
+        cases[family] += 1
+        with np.load(folder / "expected.npz") as stored:
+            for batch in ("b1", "b3"):
+                feeds = {key.split("|")[2]: stored[key] for key in stored.files if key.startswith(f"{batch}|in")}
+                outputs = run(engine, feeds) if feeds else {}
+                errors[family] += [
+                    compared(outputs[blob], stored[f"{batch}|out|{blob}"])
+                    for blob in outputs
+                    if f"{batch}|out|{blob}" in stored.files
+                ]
+    lines = ["## Layers", "", "| fixtures | cases | largest error | oracle |", "|---|---|---|---|"]
+    for family, found in errors.items():
+        oracle = "OpenCV 4" if family.startswith("cv_") else "BVLC Caffe"
+        lines.append(f"| {family.removeprefix('cv_')} | {cases[family]} | {max(found):.1e} | {oracle} |")
+    return [*lines, ""]
+
+
+def networks() -> list[str]:
+    lines = ["## Trained networks", "", "| network | nodes | largest error | oracle |", "|---|---|---|---|"]
+    for name in NETWORKS:
+        folder = MODELS / name
+        model = convert(folder / "deploy.prototxt", folder / "weight.caffemodel")
+        engine = session(model)
+        found = []
+        with np.load(folder / "expected.npz") as stored:
+            for case in ("img1", "rand1"):
+                outputs = run(engine, {engine.get_inputs()[0].name: stored[f"{case}|in"]})
+                found += [compared(array, stored[f"{case}|out|{blob}"]) for blob, array in outputs.items()]
+        oracle = "OpenCV 4, without its padding rows" if name.startswith("yuface") else "BVLC Caffe"
+        lines.append(f"| {name} | {len(model.graph.node)} | {max(found):.1e} | {oracle} |")
+    return [*lines, ""]
+
+
+def structures() -> list[str]:
+    lines = [
+        "## Structures with random weights",
+        "",
+        "ENet's and YOLOv5s's images are made smaller; blobs before a softmax are compared too.",
+        "",
+        "| structure | nodes | largest error | oracle |",
+        "|---|---|---|---|",
+    ]
+    for name, (blobs, replacements) in STRUCTURES.items():
+        prototxt = smaller((MODELS / "structures" / f"{name}.prototxt").read_text(), replacements)
+        weights = draw_weights(prototxt)
+        with tempfile.TemporaryDirectory() as folder:
+            paths = write_net(Path(folder), prototxt, weights)
+            nodes = len(convert(*paths).graph.node)
+            engine = session(convert(*paths, outputs=blobs))
+            image = {engine.get_inputs()[0].name: normal(1, *engine.get_inputs()[0].shape[1:])}
+            outputs = run(engine, image)
+            expected = opencv_outputs(Path(folder), prototxt, weights, image, list(outputs))
+        worst = max(compared(array, expected[blob]) for blob, array in outputs.items())
+        lines.append(f"| {re.sub('_deploy.*', '', name)} | {nodes} | {worst:.1e} | OpenCV 4 |")
+    return [*lines, ""]
+
+
+TAIL = """## Layers that neither oracle has
+
+Each is compared in `tests/caffe/test_published_layers.py` or `test_detection_output.py` with its published definition
+in plain numpy, to 1e-5: depthwise types, the bilinear filler, BatchNorm with a factor of 0, SegNet's BN and masked
+Upsample, ReLU6, Clip, ShuffleChannel, Axpy, Interp in every form of its size, Normalize in every form, ROIPooling,
+Proposal for a batch of two, and DetectionOutput for all code types, shared and own locations, top_k and keep_top_k,
+row for row.
+"""
+
+
+if __name__ == "__main__":
+    OUTPUT.write_text(HEAD + "\n".join([*fixtures(), *networks(), *structures()]) + "\n" + TAIL)

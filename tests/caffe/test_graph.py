@@ -1,0 +1,215 @@
+"""The converted graph is as small and as plain as it can be."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from evaluator.caffe import convert, summarize
+from evaluator.caffe.layers import CONVERTERS
+
+from .nets import FIXTURES, MODELS, draw_weights, error, input_layer, layer, normal, run, session, write_net
+
+CONV = "convolution_param { num_output: 4 kernel_size: 3 }"
+SCALE = "scale_param { bias_term: true }"
+
+
+def fixture(name: str) -> onnx.ModelProto:
+    return convert(FIXTURES / name / "deploy.prototxt", FIXTURES / name / "weight.caffemodel")
+
+
+def operators(model: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in model.graph.node]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bn_scale_inplace", ["Conv", "Relu"]),
+        ("conv_bn_scale_nobias", ["Conv"]),
+        ("deconv_group2_bn", ["ConvTranspose"]),
+        ("ip_bn_scale", ["Reshape", "Gemm"]),
+        ("ip_transpose_bn", ["Reshape", "Gemm"]),
+        ("conv_power", ["Conv"]),
+        ("bn_scale", ["BatchNormalization"]),
+        ("bn_only", ["BatchNormalization"]),
+        ("scale_nobias", ["Mul"]),
+        ("bias_layer", ["Add"]),
+        ("pool_whole", ["GlobalAveragePool"]),
+        ("crop_nothing", ["Relu"]),
+        ("concat_one", ["Relu"]),
+        ("dropout_named", ["Tanh"]),
+        ("silence", ["Tanh", "Split"]),
+        ("reshape_literal_two_steps", ["Reshape"]),
+        ("cv_priorbox", ["Constant"]),
+        ("pool_max_floor_pad", ["MaxPool"]),
+        ("ip_2d_in", ["Gemm"]),
+        ("permute", ["Transpose"]),
+    ],
+)
+def test_graph_has_only_the_nodes_it_needs(name: str, expected: list[str]) -> None:
+    assert operators(fixture(name)) == expected
+
+
+def test_batch_norm_is_not_folded_into_a_convolution_that_others_read(tmp_path: Path) -> None:
+    prototxt = (
+        input_layer(1, 3, 6, 6)
+        + layer("Convolution", tops="c", more=CONV)
+        + layer("BatchNorm", "c", "b")
+        + layer("Scale", "b", "s", SCALE)
+        + layer("Eltwise", "c s")
+    )
+    assert operators(convert(*write_net(tmp_path, prototxt))) == ["Conv", "BatchNormalization", "Add"]
+
+
+def test_an_extra_output_stops_folding_and_has_its_own_value(tmp_path: Path) -> None:
+    prototxt = (
+        input_layer(1, 3, 6, 6)
+        + layer("Convolution", tops="c", more=CONV)
+        + layer("BatchNorm", "c", "b")
+        + layer("Dropout", "b", "d")
+        + layer("ReLU", "d", "out")
+    )
+    weights = draw_weights(prototxt)
+    paths = write_net(tmp_path, prototxt, weights)
+    plain, extra = convert(*paths), convert(*paths, outputs=["c", "d", "b", "out"])
+    assert [output.name for output in extra.graph.output] == ["out", "c", "d", "b"]
+    data = {"data": normal(2, 3, 6, 6)}
+    outputs = run(extra, data)
+    assert error(outputs["out"], run(plain, data)["out"]) < 1e-5
+    mean, variance, factor = weights["the_BatchNorm"]
+    expected = (outputs["c"] - (mean / factor)[:, None, None]) / np.sqrt((variance / factor) + 1e-5)[:, None, None]
+    assert error(outputs["b"], expected) < 1e-5
+    assert error(outputs["d"], outputs["b"]) == 0
+
+
+def test_permutes_that_undo_each_other_are_gone(tmp_path: Path) -> None:
+    order = "permute_param { order: 0 order: 2 order: 3 order: 1 }"
+    back = "permute_param { order: 0 order: 3 order: 1 order: 2 }"
+    prototxt = (
+        input_layer(1, 3, 4, 5)
+        + layer("ReLU", tops="r")
+        + layer("Permute", "r", "p", order, name="there")
+        + layer("Permute", "p", "q", back, name="back")
+        + layer("TanH", "q")
+    )
+    assert operators(convert(*write_net(tmp_path, prototxt, {}))) == ["Relu", "Tanh"]
+
+
+def test_equal_weights_are_stored_once(tmp_path: Path) -> None:
+    prototxt = (
+        input_layer(1, 4, 6, 6)
+        + layer("Convolution", tops="a", more=CONV, name="one")
+        + layer("Convolution", tops="b", more=CONV, name="two")
+        + layer("Eltwise", "a b")
+    )
+    weights = [normal(4, 4, 3, 3), normal(4)]
+    model = convert(*write_net(tmp_path, prototxt, {"one": weights, "two": weights}))
+    assert len(model.graph.initializer) == 2
+    assert model.graph.node[0].input[1:] == model.graph.node[1].input[1:]
+
+
+def test_no_two_initializers_are_equal_and_none_is_unused() -> None:
+    for folder in sorted(FIXTURES.iterdir()):
+        model = fixture(folder.name)
+        stored = Counter((t.data_type, tuple(t.dims), t.raw_data) for t in model.graph.initializer)
+        assert max(stored.values(), default=1) == 1, folder.name
+        read = {name for node in model.graph.node for name in node.input}
+        assert {tensor.name for tensor in model.graph.initializer} <= read, folder.name
+
+
+def test_nodes_are_named_after_the_layers_they_come_from() -> None:
+    for folder in sorted(FIXTURES.iterdir()):
+        model = fixture(folder.name)
+        layers = {line.split('name: "')[1].split('"')[0] for line in _layer_lines(folder)}
+        names = [node.name for node in model.graph.node]
+        assert len(set(names)) == len(names), folder.name
+        for name in names:
+            assert any(name == one or name.startswith(f"{one}/") for one in layers), (folder.name, name)
+
+
+def _layer_lines(folder: Path) -> list[str]:
+    text = (folder / "deploy.prototxt").read_text().replace("\n", " ")
+    return [part for part in text.replace("layers {", "layer {").split("layer {") if 'name: "' in part]
+
+
+def test_in_place_layers_keep_their_blobs_name_for_its_last_content(tmp_path: Path) -> None:
+    prototxt = input_layer(1, 3, 4, 5) + layer("ReLU", "data", "data") + layer("TanH", "data", "data", name="t")
+    model = convert(*write_net(tmp_path, prototxt, {}))
+    assert [value.name for value in model.graph.input] == ["data"]
+    assert [value.name for value in model.graph.output] == ["data/t"]
+
+
+def test_model_says_what_it_is_made_of(tmp_path: Path) -> None:
+    prototxt, weights = write_net(tmp_path, 'name: "tiny"\n' + input_layer(1, 3, 4, 5) + layer("ReLU"), {})
+    model = convert(prototxt, weights)
+    assert (model.ir_version, model.opset_import[0].version) == (10, 22)
+    assert (model.graph.name, model.producer_name) == ("tiny", "atserving-caffe")
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["producer"] == f"{model.producer_name} {model.producer_version}"
+    assert metadata["caffe.layers"] == "1"
+    assert metadata["caffe.prototxt.sha256"] == hashlib.sha256(prototxt.read_bytes()).hexdigest()
+    assert metadata["caffe.caffemodel.sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def test_conversion_is_pure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    paths = write_net(tmp_path, input_layer(1, 3, 6, 6) + layer("Convolution", more=CONV))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    first, second = convert(*paths), convert(*paths)
+    assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_resnet_is_down_to_its_convolutions_and_runs_them_fused(tmp_path: Path) -> None:
+    path = MODELS / "structures" / "resnet-50.prototxt"
+    if not path.is_file():
+        pytest.skip("the structures are not on this machine")
+    model = convert(*write_net(tmp_path, path.read_text()))
+    # What PyTorch's exporter makes of its ResNet-50, with a Reshape for its Flatten, and a Softmax at the end.
+    assert Counter(operators(model)) == {
+        "Conv": 53,
+        "Relu": 49,
+        "Add": 16,
+        "MaxPool": 1,
+        "GlobalAveragePool": 1,
+        "Reshape": 1,
+        "Gemm": 1,
+        "Softmax": 1,
+    }
+    summary = summarize(model)
+    # 25,503,912 weights, and the 26,560 channels' biases.
+    assert summary.parameters == 25_530_472
+    assert 3.8e9 < summary.multiply_adds < 3.9e9
+    assert summary.outputs == {"prob": ("N", 1000)}
+    assert session(model).get_inputs()[0].shape == ["N", 3, 224, 224]
+
+
+def test_summary_counts_parameters_and_multiply_adds(tmp_path: Path) -> None:
+    prototxt = (
+        input_layer(1, 3, 8, 8)
+        + layer("Convolution", tops="c", more="convolution_param { num_output: 4 kernel_size: 3 }")
+        + layer("Deconvolution", "c", "d", "convolution_param { num_output: 2 kernel_size: 2 stride: 2 }")
+        + layer("InnerProduct", "d", "out", "inner_product_param { num_output: 5 }")
+    )
+    model = convert(*write_net(tmp_path, prototxt))
+    summary = summarize(model)
+    assert summary.inputs == {"data": ("N", 3, 8, 8)}
+    assert summary.outputs == {"out": ("N", 5)}
+    assert summary.parameters == (3 * 4 * 9 + 4) + (4 * 2 * 4 + 2) + (2 * 144 * 5 + 5)
+    assert summary.multiply_adds == 36 * 3 * 4 * 9 + 36 * 4 * 2 * 4 + 2 * 144 * 5
+    assert [one.name for one in summary.layers][:2] == ["the_Convolution", "the_Deconvolution"]
+    assert (summary.opset, summary.size) == (22, model.ByteSize())
+
+
+def test_every_layer_type_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "layers.md").read_text()
+    table = {cell.strip().split(" (")[0] for line in page.splitlines() for cell in line.split("|")[1:2]}
+    documented = {kind for cell in table for kind in cell.split(", ")}
+    assert set(CONVERTERS) <= documented
+    assert documented - set(CONVERTERS) <= {"Input", "Caffe type", "---"}

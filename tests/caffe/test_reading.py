@@ -1,0 +1,167 @@
+"""Prototxt and caffemodel in all the forms in which they are found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluator.caffe import ConversionError, Preprocess, convert, crop_mean, read_mean
+from evaluator.caffe.caffe_pb2 import BlobProto
+
+from .nets import MODELS, Array, delimited, error, input_layer, layer, normal, run, varint, write_net
+
+NET = input_layer(1, 3, 4, 5) + layer("InnerProduct", more="inner_product_param { num_output: 2 }")
+WEIGHT, BIAS = normal(2, 60, seed=1), normal(2, seed=2)
+DATA = normal(3, 3, 4, 5)
+EXPECTED = DATA.reshape(3, 60) @ WEIGHT.T + BIAS
+
+
+def shape_field(array: Array) -> bytes:
+    return delimited(7, delimited(1, b"".join(varint(dim) for dim in array.shape)))
+
+
+def packed(array: Array) -> bytes:
+    return shape_field(array) + delimited(5, array.astype("<f4").tobytes())
+
+
+def unpacked(array: Array) -> bytes:
+    return b"".join(b"\x2d" + number.astype("<f4").tobytes() for number in array.reshape(-1)) + shape_field(array)
+
+
+def unpacked_dims(array: Array) -> bytes:
+    dims = b"".join(b"\x08" + varint(dim) for dim in array.shape)
+    return delimited(7, dims) + delimited(5, array.astype("<f4").tobytes())
+
+
+def double(array: Array) -> bytes:
+    return shape_field(array) + delimited(8, array.astype("<f8").tobytes())
+
+
+def unpacked_double(array: Array) -> bytes:
+    return shape_field(array) + b"".join(b"\x41" + number.astype("<f8").tobytes() for number in array.reshape(-1))
+
+
+def in_pieces(array: Array) -> bytes:
+    flat = array.reshape(-1).astype("<f4")
+    one = b"\x2d" + flat[:1].tobytes()
+    return shape_field(array) + one + delimited(5, flat[1:-1].tobytes()) + b"\x2d" + flat[-1:].tobytes()
+
+
+def legacy(array: Array) -> bytes:
+    dims = (1,) * (4 - array.ndim) + array.shape
+    fields = b"".join(varint(i + 1 << 3) + varint(dim) for i, dim in enumerate(dims))
+    return fields + delimited(5, array.astype("<f4").tobytes())
+
+
+def without_shape(array: Array) -> bytes:
+    """With gradients, and fields of other forks, beside the data."""
+    return delimited(6, array.tobytes()) + delimited(99, b"?") + packed(array)
+
+
+FORMS = (packed, unpacked, unpacked_dims, double, unpacked_double, in_pieces, legacy, without_shape)
+
+
+@pytest.mark.parametrize("version", ["new", "V1"])
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_weights_are_read_from_every_form_of_blob(form: Callable[[Array], bytes], version: str, tmp_path: Path) -> None:
+    net, name, blobs = (100, 1, 7) if version == "new" else (2, 4, 6)
+    body = delimited(name, b"the_InnerProduct") + b"".join(delimited(blobs, form(array)) for array in (WEIGHT, BIAS))
+    paths = write_net(tmp_path, NET, {})
+    paths[1].write_bytes(delimited(1, b"a net") + delimited(net, delimited(name, b"other")) + delimited(net, body))
+    assert error(run(convert(*paths), {"data": DATA})["out"], EXPECTED) < 1e-5
+
+
+def test_structure_comes_from_the_prototxt_and_only_weights_from_the_caffemodel(tmp_path: Path) -> None:
+    trained = delimited(100, delimited(1, b"data") + delimited(2, b"Data"))
+    trained += delimited(
+        100,
+        delimited(1, b"the_InnerProduct")
+        + delimited(2, b"Mystery")
+        + delimited(3, b"gone")
+        + delimited(7, packed(WEIGHT))
+        + delimited(7, packed(BIAS)),
+    )
+    paths = write_net(tmp_path, NET, {})
+    paths[1].write_bytes(trained)
+    assert error(run(convert(*paths), {"data": DATA})["out"], EXPECTED) < 1e-5
+
+
+def test_fields_that_the_format_does_not_have_are_skipped(tmp_path: Path) -> None:
+    prototxt = NET.replace(
+        "inner_product_param {", 'mystery_param { a: 1 b { c: "x" } } inner_product_param { new: [1, 2] '
+    )
+    prototxt = "engine: FAST\n" + prototxt + "# a comment in another encoding: \xe9\n"
+    paths = write_net(tmp_path, prototxt, {"the_InnerProduct": [WEIGHT, BIAS]})
+    paths[0].write_bytes(b"\xef\xbb\xbf" + prototxt.encode("latin-1"))
+    assert error(run(convert(*paths), {"data": DATA})["out"], EXPECTED) < 1e-5
+
+
+def test_dynamic_size_leaves_height_and_width_open(tmp_path: Path) -> None:
+    conv = "convolution_param { num_output: 4 kernel_size: 3 pad: 1 stride: 2 }"
+    up = "convolution_param { num_output: 4 group: 4 kernel_size: 4 stride: 2 pad: 1 bias_term: false }"
+    prototxt = (
+        input_layer(1, 3, 12, 12)
+        + layer("Convolution", tops="c", more=conv)
+        + layer("Pooling", "c", "p", "pooling_param { kernel_size: 3 stride: 2 }")
+        + layer("Deconvolution", "p", "d", up)
+        + layer("Crop", "d c", "e", "crop_param { offset: 0 }")
+        + layer("Eltwise", "e c", "s")
+        + layer("Pooling", "s", "g", "pooling_param { pool: AVE global_pooling: true }", name="global")
+        + layer("Softmax", "s", "map")
+    )
+    paths = write_net(tmp_path, prototxt)
+    fixed, free = convert(*paths), convert(*paths, dynamic_size=True)
+    dims = free.graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["N", 3, "H", "W"]
+    data = normal(2, 3, 12, 12)
+    for name, array in run(fixed, {"data": data}).items():
+        assert error(run(free, {"data": data})[name], array) < 1e-6
+    other = write_net(tmp_path / "other", prototxt.replace("dim: 12 dim: 12", "dim: 28 dim: 20"))
+    data = normal(2, 3, 28, 20)
+    for name, array in run(convert(*other), {"data": data}).items():
+        assert error(run(free, {"data": data})[name], array) < 1e-6
+
+
+def test_dynamic_size_is_refused_where_a_layer_needs_the_size(tmp_path: Path) -> None:
+    paths = write_net(tmp_path, NET, {"the_InnerProduct": [WEIGHT, BIAS]})
+    with pytest.raises(ConversionError, match=r"layer 'the_InnerProduct' \(InnerProduct\): .* has to be known"):
+        convert(*paths, dynamic_size=True)
+
+
+def test_mean_file_is_an_image_and_its_middle_is_cropped(tmp_path: Path) -> None:
+    mean = normal(3, 6, 8)
+    proto = BlobProto(num=1, channels=3, height=6, width=8, data=mean.reshape(-1))
+    (tmp_path / "mean.binaryproto").write_bytes(proto.SerializeToString())
+    read = read_mean(tmp_path / "mean.binaryproto")
+    assert error(read, mean) == 0
+    assert error(crop_mean(read, 4, 4), mean[:, 1:5, 2:6]) == 0
+    with pytest.raises(ConversionError, match="smaller than the input"):
+        crop_mean(read, 7, 4)
+    (tmp_path / "short").write_bytes(proto.SerializeToString()[:-3])
+    with pytest.raises(ConversionError, match="short: is not a BlobProto"):
+        read_mean(tmp_path / "short")
+
+
+def test_mean_of_a_real_net_is_read() -> None:
+    path = MODELS / "cifar10_quick" / "mean.binaryproto"
+    if not path.is_file():
+        pytest.skip("the trained networks are not on this machine")
+    mean = read_mean(path)
+    assert mean.shape == (3, 32, 32)
+    assert 50 < mean.min() < mean.max() < 200
+
+
+def test_preprocessing_has_the_order_of_caffe() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    mean = normal(3, 8, 10)
+    steps = Preprocess(raw_scale=2, channel_swap=(2, 1, 0), mean=mean, input_scale=0.5)
+    expected = (image[:, :, ::-1].transpose(2, 0, 1) * 2.0 - mean[:, 1:7, 1:9]) * 0.5
+    assert error(steps(image), expected) < 1e-6
+    per_channel = Preprocess(mean=np.array([1, 2, 3], np.float32))
+    assert error(per_channel(image)[:, 0, 0], image[0, 0] - np.array([1.0, 2, 3])) < 1e-6
+    assert Preprocess()(image[:, :, 0]).shape == (1, 6, 8)
+    with pytest.raises(ConversionError, match="for 1 channels"):
+        Preprocess(channel_swap=(2, 1, 0))(image[:, :, 0])
