@@ -67,7 +67,7 @@ async def run(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT. Raises StartError."""
     stop = transport.stop_signal()
     followed = FollowedConfig(settings.registries, settings.app, settings.version)
-    log.info("starting", app=settings.app, version=settings.version, registries=settings.registries)
+    log.debug("starting", app=settings.app, version=settings.version, registries=settings.registries)
     with _workspace(settings) as workspace:
         async with _background(followed.run()) as following:
             loaded = await _unless(stop, _load(settings, followed, workspace))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import math
+from collections.abc import AsyncIterator
 
 import grpc
 import structlog
@@ -11,6 +11,7 @@ import structlog
 from atserving.errors import DeadlineExceeded, Internal, ServingError
 from atserving.telemetry import request_id
 from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc, serving_pb2
+from evaluator.exchange import Exchange
 from evaluator.pipeline import Input, Pipeline, Stages, Task
 from evaluator.resources import Source
 from evaluator.runner import Result
@@ -19,26 +20,30 @@ log = structlog.get_logger()
 
 _CALLER_GONE = 499
 
-Context = grpc.aio.ServicerContext[evaluator_pb2.InferRequest, evaluator_pb2.InferResponse]
+Context = grpc.aio.ServicerContext[evaluator_pb2.ExchangeRequest, evaluator_pb2.ExchangeResponse]
 
 
 class EvaluatorServicer(evaluator_pb2_grpc.EvaluatorServiceServicer):
-    """``Infer`` over a pipeline."""
+    """Calls of a pipeline."""
 
     def __init__(self, pipeline: Pipeline, app: str, version: str) -> None:
         self._pipeline = pipeline
         self._log = log.bind(app=app, version=version)
 
-    async def Infer(  # noqa: N802 - named by the interface
-        self, request: evaluator_pb2.InferRequest, context: Context
-    ) -> evaluator_pb2.InferResponse:
+    async def Exchange(  # type: ignore[override] # noqa: N802 - named by the interface; it writes by the context
+        self, request_iterator: AsyncIterator[evaluator_pb2.ExchangeRequest], context: Context
+    ) -> None:
+        await Exchange(self._infer).run(request_iterator, context.write)
+
+    async def _infer(self, call: evaluator_pb2.Call) -> evaluator_pb2.InferResponse:
+        request = call.request
         reqid = request_id(request.reqid)
         structlog.contextvars.bind_contextvars(reqid=reqid)
         stages = Stages()
         code = _CALLER_GONE
         error: ServingError | None = None
         try:
-            async with asyncio.timeout(_remaining_s(context)):
+            async with asyncio.timeout(call.timeout_us / 1e6 if call.timeout_us else None):
                 result = await self._pipeline.evaluate(_task(request, reqid), stages)
             code = 0
             return _response(result)
@@ -52,14 +57,9 @@ class EvaluatorServicer(evaluator_pb2_grpc.EvaluatorServiceServicer):
         finally:
             stages.end()
             self._log.info(
-                "request", code=error.code if error else code, **_reason(error), **stages.ms, **_trace(context)
+                "request", code=error.code if error else code, **_reason(error), **stages.ms, **_trace(call.traceparent)
             )
         return evaluator_pb2.InferResponse(error=error.to_proto())
-
-
-def _remaining_s(context: Context) -> float | None:
-    remaining = context.time_remaining()
-    return None if remaining is None or math.isinf(remaining) else max(0.0, remaining)
 
 
 def _task(request: evaluator_pb2.InferRequest, reqid: str) -> Task:
@@ -87,8 +87,5 @@ def _reason(error: ServingError | None) -> dict[str, str]:
     return {"reason": error.message} if error else {}
 
 
-def _trace(context: Context) -> dict[str, str]:
-    for key, value in context.invocation_metadata() or ():
-        if key == "traceparent" and isinstance(value, str):
-            return {"traceparent": value[:64]}
-    return {}
+def _trace(traceparent: str) -> dict[str, str]:
+    return {"traceparent": traceparent[:64]} if traceparent else {}

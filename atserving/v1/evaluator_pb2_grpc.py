@@ -35,10 +35,10 @@ class EvaluatorServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Infer = channel.unary_unary(
-                '/atserving.v1.EvaluatorService/Infer',
-                request_serializer=atserving_dot_v1_dot_evaluator__pb2.InferRequest.SerializeToString,
-                response_deserializer=atserving_dot_v1_dot_evaluator__pb2.InferResponse.FromString,
+        self.Exchange = channel.stream_stream(
+                '/atserving.v1.EvaluatorService/Exchange',
+                request_serializer=atserving_dot_v1_dot_evaluator__pb2.ExchangeRequest.SerializeToString,
+                response_deserializer=atserving_dot_v1_dot_evaluator__pb2.ExchangeResponse.FromString,
                 _registered_method=True)
 
 
@@ -46,9 +46,11 @@ class EvaluatorServiceServicer:
     """One instance: one release of one app, loaded and warm.
     """
 
-    def Infer(self, request, context):
-        """Evaluates one request. Its deadline is the call's; a cancelled call leaves the queue. Failures travel in the response,
-        so that a gRPC status always means the transport.
+    def Exchange(self, request_iterator, context):
+        """Evaluates requests, all of a gate's over one long-lived stream: each message carries what was waiting when it was
+        sent, in either direction, so that the cost of a message is shared under load. Answers come as they are ready, in any
+        order. Failures travel in the replies, so that the stream's own status always means the transport. What a gate still
+        waits for when its stream ends is cancelled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -57,10 +59,10 @@ class EvaluatorServiceServicer:
 
 def add_EvaluatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Infer': grpc.unary_unary_rpc_method_handler(
-                    servicer.Infer,
-                    request_deserializer=atserving_dot_v1_dot_evaluator__pb2.InferRequest.FromString,
-                    response_serializer=atserving_dot_v1_dot_evaluator__pb2.InferResponse.SerializeToString,
+            'Exchange': grpc.stream_stream_rpc_method_handler(
+                    servicer.Exchange,
+                    request_deserializer=atserving_dot_v1_dot_evaluator__pb2.ExchangeRequest.FromString,
+                    response_serializer=atserving_dot_v1_dot_evaluator__pb2.ExchangeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -75,7 +77,7 @@ class EvaluatorService:
     """
 
     @staticmethod
-    def Infer(request,
+    def Exchange(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -85,12 +87,12 @@ class EvaluatorService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
-            '/atserving.v1.EvaluatorService/Infer',
-            atserving_dot_v1_dot_evaluator__pb2.InferRequest.SerializeToString,
-            atserving_dot_v1_dot_evaluator__pb2.InferResponse.FromString,
+            '/atserving.v1.EvaluatorService/Exchange',
+            atserving_dot_v1_dot_evaluator__pb2.ExchangeRequest.SerializeToString,
+            atserving_dot_v1_dot_evaluator__pb2.ExchangeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -33,9 +33,11 @@ class EvaluatorServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EvaluatorServiceAsyncStub: ...
-    Infer: _grpc.UnaryUnaryMultiCallable[_evaluator_pb2.InferRequest, _evaluator_pb2.InferResponse]
-    """Evaluates one request. Its deadline is the call's; a cancelled call leaves the queue. Failures travel in the response,
-    so that a gRPC status always means the transport.
+    Exchange: _grpc.StreamStreamMultiCallable[_evaluator_pb2.ExchangeRequest, _evaluator_pb2.ExchangeResponse]
+    """Evaluates requests, all of a gate's over one long-lived stream: each message carries what was waiting when it was
+    sent, in either direction, so that the cost of a message is shared under load. Answers come as they are ready, in any
+    order. Failures travel in the replies, so that the stream's own status always means the transport. What a gate still
+    waits for when its stream ends is cancelled.
     """
 
 @_typing.type_check_only
@@ -43,22 +45,26 @@ class EvaluatorServiceAsyncStub(EvaluatorServiceStub):
     """One instance: one release of one app, loaded and warm."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    Infer: _aio.UnaryUnaryMultiCallable[_evaluator_pb2.InferRequest, _evaluator_pb2.InferResponse]  # type: ignore[assignment]
-    """Evaluates one request. Its deadline is the call's; a cancelled call leaves the queue. Failures travel in the response,
-    so that a gRPC status always means the transport.
+    Exchange: _aio.StreamStreamMultiCallable[_evaluator_pb2.ExchangeRequest, _evaluator_pb2.ExchangeResponse]  # type: ignore[assignment]
+    """Evaluates requests, all of a gate's over one long-lived stream: each message carries what was waiting when it was
+    sent, in either direction, so that the cost of a message is shared under load. Answers come as they are ready, in any
+    order. Failures travel in the replies, so that the stream's own status always means the transport. What a gate still
+    waits for when its stream ends is cancelled.
     """
 
 class EvaluatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """One instance: one release of one app, loaded and warm."""
 
     @_abc_1.abstractmethod
-    def Infer(
+    def Exchange(
         self,
-        request: _evaluator_pb2.InferRequest,
+        request_iterator: _MaybeAsyncIterator[_evaluator_pb2.ExchangeRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_evaluator_pb2.InferResponse, _abc.Awaitable[_evaluator_pb2.InferResponse]]:
-        """Evaluates one request. Its deadline is the call's; a cancelled call leaves the queue. Failures travel in the response,
-        so that a gRPC status always means the transport.
+    ) -> _typing.Union[_abc.Iterator[_evaluator_pb2.ExchangeResponse], _abc.AsyncIterator[_evaluator_pb2.ExchangeResponse]]:
+        """Evaluates requests, all of a gate's over one long-lived stream: each message carries what was waiting when it was
+        sent, in either direction, so that the cost of a message is shared under load. Answers come as they are ready, in any
+        order. Failures travel in the replies, so that the stream's own status always means the transport. What a gate still
+        waits for when its stream ends is cancelled.
         """
 
 def add_EvaluatorServiceServicer_to_server(servicer: EvaluatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

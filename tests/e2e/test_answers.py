@@ -24,12 +24,13 @@ from atserving.v1 import (
     serving_pb2,
     serving_pb2_grpc,
 )
+from evaluator.exchange import Exchange
 from tests.e2e.conftest import Client, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 STREAM = bytes(range(256)) * 1000
-Context = grpc.aio.ServicerContext[evaluator_pb2.InferRequest, evaluator_pb2.InferResponse]
+Context = grpc.aio.ServicerContext[evaluator_pb2.ExchangeRequest, evaluator_pb2.ExchangeResponse]
 
 
 class Obedient(evaluator_pb2_grpc.EvaluatorServiceServicer):
@@ -39,7 +40,13 @@ class Obedient(evaluator_pb2_grpc.EvaluatorServiceServicer):
         self.hanging = asyncio.Event()
         self.cancelled = asyncio.Event()
 
-    async def Infer(self, request: evaluator_pb2.InferRequest, context: Context) -> evaluator_pb2.InferResponse:
+    async def Exchange(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[evaluator_pb2.ExchangeRequest], context: Context
+    ) -> None:
+        await Exchange(self._infer).run(request_iterator, context.write)
+
+    async def _infer(self, call: evaluator_pb2.Call) -> evaluator_pb2.InferResponse:
+        request = call.request
         wish = orjson.loads(request.params_json or "{}")
         match wish:
             case {"stream": True}:

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import grpc.aio
 import orjson
 import pytest
 from aiohttp import web
@@ -16,9 +15,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from atserving import transport
-from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
+from atserving.config import Instance
+from atserving.v1 import evaluator_pb2
 from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
 from atserving.v1.serving_pb2 import Resource
+from gate.evaluators import EvaluatorConnection, TransportError
 from tests.evaluator.conftest import DIGITS, Process, Registry, evaluator
 
 IMAGES = DIGITS / "images"
@@ -32,14 +33,19 @@ def address(process: Process) -> str:
 
 
 @asynccontextmanager
-async def stub(process: Process) -> AsyncIterator[evaluator_pb2_grpc.EvaluatorServiceAsyncStub]:
-    async with transport.channel(address(process)) as channel:
-        yield evaluator_pb2_grpc.EvaluatorServiceStub(channel)
+async def connected(process: Process) -> AsyncIterator[EvaluatorConnection]:
+    """The process as a gate reaches it."""
+    at = address(process)
+    connection = EvaluatorConnection(Instance(app="any", version="any", id="any", address=at, capacity=1))
+    try:
+        yield connection
+    finally:
+        await connection.close()
 
 
 async def infer(process: Process, *data: Resource, timeout: float = 30, **fields: Any) -> InferResponse:
-    async with stub(process) as evaluator:
-        return await evaluator.Infer(InferRequest(data=data, **fields), timeout=timeout)
+    async with connected(process) as evaluator:
+        return await evaluator.infer(InferRequest(data=data, **fields), timeout, None)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -85,9 +91,9 @@ def digits(registry: Registry) -> Iterator[Process]:
 
 
 async def test_every_digit_is_named(digits: Process) -> None:
-    async with stub(digits) as evaluator:
+    async with connected(digits) as evaluator:
         requests = {path: InferRequest(data=[Resource(body=path.read_bytes())]) for path in sorted(IMAGES.glob("?.*"))}
-        responses = await asyncio.gather(*(evaluator.Infer(each, timeout=30) for each in requests.values()))
+        responses = await asyncio.gather(*(evaluator.infer(each, 30, None) for each in requests.values()))
     for path, response in zip(requests, responses, strict=True):
         result = orjson.loads(response.result_json)
         assert [list(result), list(result["confidences"][0])] == [["confidences"], ["index", "class", "score"]]
@@ -155,10 +161,10 @@ async def test_a_host_that_is_away_is_a_502(digits: Process) -> None:
 
 
 async def test_each_request_has_one_line_in_the_log(digits: Process) -> None:
-    async with stub(digits) as evaluator:
+    async with connected(digits) as evaluator:
         request = InferRequest(data=[DIGIT], reqid="one-line")
-        await evaluator.Infer(request, timeout=30, metadata=[("traceparent", "00-abc-def-01")])
-        await evaluator.Infer(InferRequest(data=[Resource(body=b"x")], reqid="bad-line"), timeout=30)
+        await evaluator.infer(request, 30, "00-abc-def-01")
+        await evaluator.infer(InferRequest(data=[Resource(body=b"x")], reqid="bad-line"), 30, None)
     good, bad = digits.logged(reqid="one-line"), digits.logged(reqid="bad-line")
     stages = ["fetch_ms", "decode_ms", "queue_ms", "forward_ms", "total_ms"]
     assert all(good[stage] >= 0 for stage in stages)
@@ -186,25 +192,24 @@ async def test_a_full_instance_refuses_at_once_and_a_gone_caller_frees_its_place
     registry.publish("full")
     registry.put("worker/app/full/release/v1", {"max_concurrent": 1})
     with evaluator(registry, "full", "v1", *LOOPBACK) as process:
-        async with stub(process) as full:
-            held = full.Infer(InferRequest(data=[Resource(uri=slow_host.url)], reqid="held"), timeout=30)
-            reading = asyncio.ensure_future(held)
+        async with connected(process) as full:
+            held = full.infer(InferRequest(data=[Resource(uri=slow_host.url)], reqid="held"), 30, None)
+            reading = asyncio.create_task(held)
             await slow_host.asked.wait()
-            error = (await full.Infer(InferRequest(data=[DIGIT]), timeout=30)).error
+            error = (await full.infer(InferRequest(data=[DIGIT]), 30, None)).error
             assert (error.code, error.status, error.refused) == (429, 429, True)
             assert error.retry_after_ms > 0
             reading.cancel()
             assert (await asyncio.to_thread(process.logged, reqid="held"))["code"] == 499
-            assert (await full.Infer(InferRequest(data=[DIGIT]), timeout=30)).result_json
+            assert (await full.infer(InferRequest(data=[DIGIT]), 30, None)).result_json
 
 
 async def test_a_deadline_that_passes_ends_the_work(registry: Registry, slow_host: SlowHost) -> None:
     registry.publish("late")
     registry.put("worker/app/late/release/v1", {"max_concurrent": 1})
     with evaluator(registry, "late", "v1", *LOOPBACK) as process:
-        with pytest.raises(grpc.aio.AioRpcError) as error:
+        with pytest.raises(TimeoutError):
             await infer(process, Resource(uri=slow_host.url), reqid="late", timeout=0.3)
-        assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         assert (await asyncio.to_thread(process.logged, reqid="late"))["code"] in (499, 504)
         assert (await infer(process, DIGIT)).result_json
 
@@ -225,13 +230,13 @@ async def test_worker_config_applies_live_and_a_deleted_release_is_served_on(reg
 async def test_leaving_finishes_what_is_held_and_refuses_the_rest(registry: Registry, slow_host: SlowHost) -> None:
     registry.publish("leaving")
     with evaluator(registry, "leaving", "v1", *LOOPBACK) as process:
-        async with stub(process) as leaving:
-            held = asyncio.ensure_future(leaving.Infer(InferRequest(data=[Resource(uri=slow_host.url)]), timeout=30))
+        async with connected(process) as leaving:
+            held = asyncio.ensure_future(leaving.infer(InferRequest(data=[Resource(uri=slow_host.url)]), 30, None))
             await slow_host.asked.wait()
             process.terminate()
             await asyncio.to_thread(process.logged, event="deregistered")
             assert registry.instances("leaving") == []
-            error = (await leaving.Infer(InferRequest(data=[DIGIT]), timeout=30)).error
+            error = (await leaving.infer(InferRequest(data=[DIGIT]), 30, None)).error
             assert (error.code, error.refused) == (503, True)
             slow_host.go_on.set()
             assert orjson.loads((await held).result_json)["confidences"][0]["class"] == "seven"
@@ -242,10 +247,10 @@ async def test_leaving_finishes_what_is_held_and_refuses_the_rest(registry: Regi
 async def test_the_grace_bounds_how_long_leaving_takes(registry: Registry, slow_host: SlowHost) -> None:
     registry.publish("graceless")
     with evaluator(registry, "graceless", "v1", *LOOPBACK, "--grace", "0") as process:
-        async with stub(process) as leaving:
-            held = asyncio.ensure_future(leaving.Infer(InferRequest(data=[Resource(uri=slow_host.url)]), timeout=30))
+        async with connected(process) as leaving:
+            held = asyncio.ensure_future(leaving.infer(InferRequest(data=[Resource(uri=slow_host.url)]), 30, None))
             await slow_host.asked.wait()
             process.terminate()
             assert await asyncio.to_thread(process.wait) == 0
-            with pytest.raises(grpc.aio.AioRpcError):
+            with pytest.raises(TransportError):
                 await held

@@ -24,13 +24,14 @@ from atserving.errors import (
     Unavailable,
 )
 from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc, serving_pb2
+from evaluator.exchange import Exchange
 from gate.admission import Caller
 from gate.batch import run_batch
 from gate.dispatch import Answer, CallContext, Dispatcher, Task
 from gate.evaluators import EvaluatorConnection
 from gate.router import LINGER_S, Router
 
-Context = grpc.aio.ServicerContext[evaluator_pb2.InferRequest, evaluator_pb2.InferResponse]
+Context = grpc.aio.ServicerContext[evaluator_pb2.ExchangeRequest, evaluator_pb2.ExchangeResponse]
 FULL = evaluator_pb2.Error(code=429, status=429, message="full", retry_after_ms=1500, refused=True)
 LEAVING = evaluator_pb2.Error(code=503, status=503, message="leaving", refused=True)
 
@@ -51,7 +52,13 @@ class Evaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
     most_at_once: int = 0
     port: int = 0
 
-    async def Infer(self, request: evaluator_pb2.InferRequest, context: Context) -> evaluator_pb2.InferResponse:
+    async def Exchange(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[evaluator_pb2.ExchangeRequest], context: Context
+    ) -> None:
+        await Exchange(self._infer).run(request_iterator, context.write)
+
+    async def _infer(self, call: evaluator_pb2.Call) -> evaluator_pb2.InferResponse:
+        request = call.request
         self.seen.append(request)
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
