@@ -52,6 +52,7 @@ class Graph:
         factors: what a constant is still to be multiplied with, float64 that broadcasts to it. Multiplying when the
             constant is exported keeps a net's weights from being in memory twice.
         values: every value by name.
+        masks: by the name of a Pooling's mask, the MaxPool behind it and the name of its indices.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Graph:
     constants: dict[str, Array] = field(default_factory=dict)
     factors: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     values: dict[str, Value] = field(default_factory=dict)
+    masks: dict[str, tuple[Node, str]] = field(default_factory=dict)
     _value_names: dict[str, int] = field(default_factory=dict)
     _node_names: dict[str, int] = field(default_factory=dict)
 

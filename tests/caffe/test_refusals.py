@@ -139,6 +139,16 @@ NETS = {
         input_layer(1, 3, 9000, 9000) + layer("PriorBox", "data data", more="prior_box_param { min_size: 4 }"),
         "81000000 priors",
     ),
+    "large regions": (
+        input_layer(1, 1, 2**30, 1)
+        + input_layer(1, 5, name="r")
+        + layer("ROIPooling", "data r", more="roi_pooling_param { pooled_h: 2 pooled_w: 2 }"),
+        "a feature map of 1073741824 x 1",
+    ),
+    "many channels": (
+        input_layer(1, 2**30) + layer("ShuffleChannel", more="shuffle_channel_param { group: 2 }"),
+        "1073741824 channels are more",
+    ),
     "no min_size": (NET + layer("PriorBox", "data data"), "needs min_size"),
 }
 

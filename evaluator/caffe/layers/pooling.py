@@ -49,8 +49,11 @@ def _with_mask(ctx: LayerContext, window: _Window, shape: tuple[Dim, ...]) -> li
         ctx.fail("only MAX pooling has a mask for a second top")
     pooled, indices = ctx.emit_many("MaxPool", [data], [(shape, np.float32), (shape, np.int64)], **window.attributes())
     plane = known(data.shape[2], "the height under a mask") * known(data.shape[3], "the width under a mask")
+    pool = ctx.graph.nodes[-1]
     within = ctx.emit("Mod", [indices, ctx.constant(plane, "plane")], shape, np.int64)
-    return [pooled, ctx.emit("Cast", [within], shape, to=1)]
+    mask = ctx.emit("Cast", [within], shape, to=1)
+    ctx.graph.masks[mask.name] = pool, indices.name
+    return [pooled, mask]
 
 
 class _Window:
@@ -102,6 +105,10 @@ class _Window:
                 self._ctx.fail(f"a kernel of {kernel} with a stride of {stride} needs a known size")
             return Symbol(f"pool({size},{kernel},{pad},{stride},{int(self.ceil)})")
         room = size + 2 * pad - kernel
+        if self.ceil and -stride < room < 0:
+            # Rounding up leaves one window, which Caffe ends where the padded input does.
+            self.kernel[axis] = size + 2 * pad
+            return 1
         if room < 0:
             self._ctx.fail(f"the kernel {kernel} is larger than the padded input, {size + 2 * pad}")
         outputs = (-(-room // stride) if self.ceil else room // stride) + 1

@@ -14,6 +14,7 @@ from .registry import LayerContext, converts
 
 # SSD nets have some ten thousand priors; the prototxt must not ask for any amount of memory.
 _MAX_NUMBERS = 2**24
+_MAX_AT_A_PLACE = 2**12
 
 
 @converts("PriorBox")
@@ -74,7 +75,7 @@ def _sizes(ctx: LayerContext) -> list[tuple[float, float]]:
     if param.max_size and len(param.max_size) != len(param.min_size):
         ctx.fail(f"has {len(param.min_size)} min_size and {len(param.max_size)} max_size")
     ratios = _ratios(ctx, param)
-    if len(param.min_size) * (len(ratios) + 2) > _MAX_NUMBERS:
+    if len(param.min_size) * (len(ratios) + 2) > _MAX_AT_A_PLACE:
         ctx.fail(f"{len(param.min_size)} min_size and {len(ratios)} aspect ratios are more than any net has")
     sizes: list[tuple[float, float]] = []
     for i, least in enumerate(param.min_size):

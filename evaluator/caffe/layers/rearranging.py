@@ -10,6 +10,8 @@ from ..graph import Value
 from ..shapes import BATCH, ROIS, Dim, Shape, Symbol, axis_of, known, text
 from .registry import LayerContext, converts
 
+_MAX_SHUFFLED = 2**20
+
 
 @converts("Flatten")
 def flatten(ctx: LayerContext) -> list[Value]:
@@ -148,6 +150,8 @@ def shuffle_channel(ctx: LayerContext) -> list[Value]:
     if len(data.shape) < 2:
         ctx.fail("its bottom has no channels")
     channels = known(data.shape[1], "the number of channels")
+    if channels > _MAX_SHUFFLED:
+        ctx.fail(f"{channels} channels are more than any net has")
     if groups < 1 or channels % groups:
         ctx.fail(f"{channels} channels cannot be parted into {groups} groups")
     # One Gather of whole planes: it moves the data once, where Reshape, Transpose, Reshape would be three nodes.

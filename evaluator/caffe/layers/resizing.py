@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..graph import Node, Value
+from ..graph import Value
 from ..shapes import Dim, Symbol, known, text
 from .registry import LayerContext, converts
 
@@ -40,7 +40,9 @@ def upsample(ctx: LayerContext) -> list[Value]:
 def _unpool(ctx: LayerContext, scale: list[int]) -> Value:
     """MaxUnpool with the indices of the pooling that made the mask."""
     data, param = ctx.bottoms[0], ctx.param.upsample_param
-    pool, indices = _pooling(ctx, ctx.bottoms[1])
+    if ctx.bottoms[1].name not in ctx.graph.masks:
+        ctx.fail("its second bottom is not the mask of a MAX Pooling layer")
+    pool, indices = ctx.graph.masks[ctx.bottoms[1].name]
     pooled = ctx.graph.values[pool.inputs[0]].shape
     if ctx.bottoms[1].shape != data.shape:
         ctx.fail(f"its mask has the shape {text(ctx.bottoms[1].shape)}, its bottom {text(data.shape)}")
@@ -63,20 +65,6 @@ def _unpool(ctx: LayerContext, scale: list[int]) -> Value:
 
 def _excess(ctx: LayerContext, size: Dim, exact: Dim) -> int:
     return 0 if size == exact else known(size, "the size") - known(exact, "the size")
-
-
-def _pooling(ctx: LayerContext, mask: Value) -> tuple[Node, str]:
-    """The pooling behind a mask, and the name of its indices: the mask is Cast(Mod(indices, plane))."""
-    producers = ctx.graph.producers()
-    name = mask.name
-    for op in ("Cast", "Mod", "MaxPool"):
-        node = producers.get(name)
-        if node is None or node.op != op:
-            ctx.fail("its second bottom is not the mask of a MAX Pooling layer")
-        if op == "MaxPool":
-            return node, name
-        name = node.inputs[0]
-    raise AssertionError("the loop ends with the pooling")
 
 
 @converts("Interp")

@@ -15,6 +15,8 @@ from ..graph import Value
 from ..shapes import Dim, Shape, Symbol, known, product, text
 from .registry import LayerContext, converts
 
+_MAX_SIZE = 2**12
+
 
 @converts("ROIPooling")
 def roi_pooling(ctx: LayerContext) -> list[Value]:
@@ -33,6 +35,8 @@ def roi_pooling(ctx: LayerContext) -> list[Value]:
     if not 0 < param.spatial_scale < np.inf:
         ctx.fail(f"spatial_scale is {param.spatial_scale}")
     height, width = (known(dim, "the size of a ROIPooling's bottom") for dim in data.shape[2:])
+    if max(height, width) > _MAX_SIZE:
+        ctx.fail(f"a feature map of {height} x {width} is larger than any net's")
     image, corners = _corners(ctx, ctx.reshape(regions, (regions.shape[0], 5)))
     rows = _parts(ctx, corners, 1, param.pooled_h, height)
     columns = _parts(ctx, corners, 0, param.pooled_w, width)
