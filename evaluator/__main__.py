@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 from pathlib import Path
 
 import click
+import uvloop
 
 from atserving.cli import service
 from atserving.config import is_name
@@ -90,7 +90,7 @@ def main(
     """Serves one version of one app, as one instance of the mesh."""
     configure_logging("evaluator", log_level)
     settings = Settings(app, version, registry, listen, advertise, workspace, wait_s, grace_s, allow_networks)
-    asyncio.run(run(settings))
+    uvloop.run(run(settings))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import click
 import structlog
+import uvloop
 
 from atserving import transport
 from atserving.cli import service
@@ -92,7 +93,7 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
 @service.log_level_option
 def main(registry: list[str], listen: str, wait: float, grace: float, max_batch: int, log_level: str) -> None:
     configure_logging("gate", log_level)
-    asyncio.run(serve(Settings(registry, listen, wait, grace, max_batch)))
+    uvloop.run(serve(Settings(registry, listen, wait, grace, max_batch)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import structlog
+import uvloop
 
 from atserving import telemetry, transport
 from atserving.cli import service
@@ -153,7 +154,7 @@ def main(
         lease_ttl_s=lease_ttl,
     )
     telemetry.configure_logging("registry", log_level)
-    asyncio.run(serve(settings))
+    uvloop.run(serve(settings))
 
 
 if __name__ == "__main__":
