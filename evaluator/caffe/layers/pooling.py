@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..caffe_pb2 import PoolingParameter
 from ..graph import Value
 from ..shapes import Dim, Symbol, known
 from .registry import LayerContext, converts
+
+# The shares of an image's windows are a constant; an image of such a size is none.
+_MAX_SHARES = 2**12
 
 
 @converts("Pooling")
@@ -18,7 +22,7 @@ def pooling(ctx: LayerContext) -> list[Value]:
 
     The output has ceil((H + 2p - k) / s) + 1 rows, and one less where the last would start beyond the image and its
     leading padding; ONNX's ceil_mode says the same from opset 22 on. AVE divides by the window with its padding but
-    without what lies beyond the padded image, as ONNX's count_include_pad does.
+    without what lies beyond the padded image.
     """
     data = ctx.bottom()
     param = ctx.param.pooling_param
@@ -34,9 +38,16 @@ def pooling(ctx: LayerContext) -> list[Value]:
     if window.is_global:
         return [ctx.emit(f"Global{op}Pool", [data], shape)]
     attributes = window.attributes()
-    if op == "Average" and any(window.pad):
-        attributes["count_include_pad"] = 1
-    return [ctx.emit(f"{op}Pool", [data], shape, **attributes)]
+    if op == "Max" or not any(window.pad):
+        return [ctx.emit(f"{op}Pool", [data], shape, **attributes)]
+    shares = window.shares()
+    if shares is None:
+        return [ctx.emit("AveragePool", [data], shape, count_include_pad=1, **attributes)]
+    # Where a window ends beyond the padding, Caffe counts the padding and not what is beyond it; engines that can only
+    # count all or nothing of that need not. The mean of the pixels alone is the same everywhere, and the window's share
+    # of pixels is known.
+    pixels = ctx.emit("AveragePool", [data], shape, **attributes)
+    return [ctx.emit("Mul", [pixels, ctx.constant(shares[None, None], "shares")], shape)]
 
 
 def _with_mask(ctx: LayerContext, window: _Window, shape: tuple[Dim, ...]) -> list[Value]:
@@ -128,6 +139,20 @@ class _Window:
         if self._needs_ceil():
             attributes["ceil_mode"] = 1
         return attributes
+
+    def shares(self) -> NDArray[np.float64] | None:
+        """Which share of each window is pixels, the rest being padding; None where no window ends beyond that."""
+        lines = []
+        exceeds = False
+        for axis, (size, outputs) in enumerate(zip(self._ctx.bottoms[0].shape[2:], self.outputs, strict=True)):
+            if isinstance(size, Symbol) or isinstance(outputs, Symbol) or outputs > _MAX_SHARES:
+                return None
+            start = np.arange(outputs) * self.stride[axis] - self.pad[axis]
+            stop = start + self.kernel[axis]
+            exceeds |= bool(np.any(stop > size + self.pad[axis]))
+            counted = np.minimum(stop, size + self.pad[axis]) - start
+            lines.append((np.minimum(stop, size) - np.maximum(start, 0)) / counted)
+        return np.outer(*lines) if exceeds else None
 
     def _needs_ceil(self) -> bool:
         """Whether rounding up makes a difference; without it other passes and runtimes know the node better."""
