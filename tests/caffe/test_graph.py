@@ -49,7 +49,7 @@ def operators(model: onnx.ModelProto) -> list[str]:
         ("cv_priorbox", ["Constant"]),
         ("pool_max_floor_pad", ["MaxPool"]),
         ("ip_2d_in", ["Gemm"]),
-        ("pool_grid_2", ["AveragePool"]),
+        ("pool_grid_9", ["AveragePool"]),
         ("pool_ave_ceil", ["AveragePool"]),
         ("pool_ave_pad1_k3s2", ["AveragePool", "Mul"]),
         ("permute", ["Transpose"]),
