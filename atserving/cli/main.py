@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+from importlib.metadata import EntryPoints, entry_points
 
 import click
 
@@ -10,25 +10,22 @@ from atserving import __version__
 from atserving.cli import service
 from atserving.errors import StartError
 
-# The commands by name, each in a module of its own that is imported when it is asked for: `up` and `demo` need packages
-# that a gate's or a registry's machine need not have.
-_COMMANDS = {
-    "demo": ("atserving.cli.demo", "demo"),
-    "release": ("atserving.cli.release", "release"),
-    "up": ("atserving.cli.up", "up"),
-}
+
+def _commands() -> EntryPoints:
+    """What installed packages offer as commands (setup.cfg lists ours). A service can add its own without being imported
+    here, and each is imported only when it is asked for: some need packages that a gate's machine need not have."""
+    return entry_points(group="atserving.commands")
 
 
 class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return sorted(_commands().names)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in _commands().names:
             return None
-        module, name = _COMMANDS[cmd_name]
         try:
-            command = getattr(importlib.import_module(module), name)
+            command = _commands()[cmd_name].load()
         except ModuleNotFoundError as error:
             raise StartError(f"{cmd_name} needs the package {error.name}: pip install 'atserving[local]'") from None
         assert isinstance(command, click.Command)
