@@ -12,8 +12,11 @@ from atserving.errors import StartError
 
 
 def _commands() -> EntryPoints:
-    """What installed packages offer as commands (setup.cfg lists ours). A service can add its own without being imported
-    here, and each is imported only when it is asked for: some need packages that a gate's machine need not have."""
+    """What installed packages offer as commands; setup.cfg lists ours.
+
+    So a service can add its own without being imported here, and each is imported only when it is asked for: some need
+    packages that a gate's machine need not have.
+    """
     return entry_points(group="atserving.commands")
 
 
