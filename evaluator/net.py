@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ class Blob:
 class Net:
     """``Net(prototxt, caffemodel, TEST)``, as in pycaffe. Not for use from several threads at once.
 
-    ``inputs`` and ``outputs`` are names, ``blobs`` the arrays of both. Raises StartError where the files can't be
+    ``inputs`` and ``outputs`` are names, ``blobs`` the arrays of both; the parameter ``outputs`` names inner blobs that
+    shall be outputs too. Raises StartError where the files can't be
     converted or the device can't be had.
     """
 
@@ -46,13 +47,14 @@ class Net:
         caffemodel: str | Path,
         phase: int = TEST,
         *,
+        outputs: Sequence[str] = (),
         use_device: str = "CPU",
         intra_op_threads: int | None = None,
     ) -> None:
         if phase != TEST:
             raise StartError("a net can only be loaded for testing")
         try:
-            model = convert(Path(prototxt), Path(caffemodel))
+            model = convert(Path(prototxt), Path(caffemodel), outputs=outputs)
         except ConversionError as error:
             raise StartError(f"the net can't be converted: {error}") from error
         self._engine = Engine(model, use_device, intra_op_threads)
@@ -64,13 +66,17 @@ class Net:
         }
 
     @staticmethod
-    def load(cfg: Mapping[str, Any]) -> Net:
-        """The net of a release, from the ``cfg`` of ``net_init``."""
+    def load(cfg: Mapping[str, Any], outputs: Sequence[str] = ()) -> Net:
+        """The net of a release, from the ``cfg`` of ``net_init``; see the class for ``outputs``. Raises StartError."""
         files = cfg["tar_files"]
+        for name in ("deploy.prototxt", "weight.caffemodel"):
+            if name not in files:
+                raise StartError(f"the release's tar has no {name}")
         threads = Values("model_params", cfg["model_params"]).optional_positive_int("intra_op_threads")
         return Net(
             files["deploy.prototxt"],
             files["weight.caffemodel"],
+            outputs=outputs,
             use_device=cfg["use_device"],
             intra_op_threads=threads,
         )
@@ -84,8 +90,12 @@ class Net:
         feeds = {name: np.ascontiguousarray(array, np.float32) for name, array in inputs.items()}
         return dict(zip(self.outputs, self._engine.run(self.outputs, feeds), strict=True))
 
-    def forward(self, **inputs: NDArray[Any]) -> dict[str, Array]:
-        """As pycaffe's: like :meth:`run`, with the inputs not given read from ``blobs``, and the outputs left there."""
+    def forward(self, given: Mapping[str, NDArray[Any]] | None = None, /, **named: NDArray[Any]) -> dict[str, Array]:
+        """As pycaffe's: like :meth:`run`, with the inputs not given read from ``blobs``, and the outputs left there.
+
+        Inputs come as one mapping or as keywords. Raises KeyError for one that the net does not have.
+        """
+        inputs = {**(given or {}), **named}
         for name in inputs:
             if name not in self.inputs:
                 raise KeyError(f"the net has no input {name!r}")
