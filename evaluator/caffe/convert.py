@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -20,6 +20,9 @@ from .prototxt import NetSpec, parse_net
 from .shapes import BATCH, ROIS, Dim, ShapeError, Symbol, check
 from .weights import LoadedBlobs
 
+# Told the step, "reading", "layers" or "weights", how much of it is done, and of how much.
+Progress = Callable[[str, int, int], None]
+
 
 def convert(
     prototxt_path: str | PathLike[str],
@@ -27,6 +30,7 @@ def convert(
     *,
     outputs: Sequence[str] = (),
     dynamic_size: bool = False,
+    progress: Progress | None = None,
 ) -> onnx.ModelProto:
     """The ONNX model (opset 22, IR 10) that computes what Caffe computes in its test phase.
 
@@ -39,17 +43,21 @@ def convert(
         caffemodel_path: its weights, matched by layer name.
         outputs: further blobs to have as outputs, after those that the net has; by name, each in its last version.
         dynamic_size: keep the height and width of four-dimensional inputs symbolic too, for fully convolutional nets.
+        progress: called as the conversion goes on, with the step, what is done of it, and of how much.
 
     Raises:
         ConversionError: a file cannot be read, or the net cannot be converted exactly. Nothing else is raised.
     """
     structure, weights = Path(prototxt_path), Path(caffemodel_path)
+    report = progress or _unseen
+    report("reading", 0, 1)
     text = read_bytes(structure, prototxt.MAX_BYTES)
     data = read_bytes(weights, MAX_BYTES)
     net = parse_net(text, structure.name)
     plan = plan_net(net, structure.name)
     blobs = LoadedBlobs(parse_weights(data, weights.name))
-    graph = build(net, plan, blobs, outputs=outputs, dynamic_size=dynamic_size, file=structure.name)
+    report("reading", 1, 1)
+    graph = build(net, plan, blobs, outputs=outputs, dynamic_size=dynamic_size, file=structure.name, progress=report)
     return export.model(
         graph,
         {
@@ -59,7 +67,12 @@ def convert(
             "caffe.caffemodel.sha256": hashlib.sha256(data).hexdigest(),
         },
         structure.name,
+        report,
     )
+
+
+def _unseen(step: str, done: int, of: int) -> None:
+    """The progress that nobody asked for."""
 
 
 def build(
@@ -70,6 +83,7 @@ def build(
     outputs: Sequence[str] = (),
     dynamic_size: bool = False,
     file: str,
+    progress: Progress = _unseen,
 ) -> Graph:
     """The graph of a net, with all passes done. `blobs` may be any source of weights."""
     graph = Graph(net.name)
@@ -80,8 +94,9 @@ def build(
     batch = _add_inputs(graph, plan, values, dynamic_size, file)
     # Numbers from a file may be anything; what Caffe makes of them is in the result and nothing to warn about.
     with np.errstate(all="ignore"):
-        for layer in plan.layers:
+        for done, layer in enumerate(plan.layers, 1):
             _add_layer(graph, layer, values, batch, blobs)
+            progress("layers", done, len(plan.layers))
         wanted = [*plan.outputs, *_extra(plan, outputs, file)]
         _name_values(graph, plan, values, wanted)
         passes.run(graph)

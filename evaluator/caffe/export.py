@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ VERSION = "1.0.0"
 _MAX_WEIGHT_BYTES = 2**31 - 2**24
 
 
-def model(graph: Graph, metadata: dict[str, str], file: str) -> onnx.ModelProto:
+def model(
+    graph: Graph, metadata: dict[str, str], file: str, progress: Callable[[str, int, int], None]
+) -> onnx.ModelProto:
     """The ONNX model of `graph`, whose constants are taken out of it one by one so as not to hold them twice.
 
     Raises:
@@ -46,8 +49,10 @@ def model(graph: Graph, metadata: dict[str, str], file: str) -> onnx.ModelProto:
     made = {name for node in graph.nodes for name in node.outputs} - set(graph.outputs)
     out.value_info.extend(_value_info(graph.values[name]) for name in graph.values if name in made)
     with np.errstate(all="ignore"):
-        for name in list(graph.constants):
+        names = list(graph.constants)
+        for done, name in enumerate(names, 1):
             _tensor(out.initializer.add(), name, graph.take_constant(name))
+            progress("weights", done, len(names))
     return proto
 
 
