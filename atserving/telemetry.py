@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 import structlog
 
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _REQID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -40,3 +41,8 @@ def _dumps(value: Any, **_: Any) -> bytes:
 def request_id(given: str | None) -> str:
     """The caller's request id, or a new one where it gave none or one that is no single printable word of 128 bytes."""
     return given if given and _REQID.fullmatch(given) else secrets.token_urlsafe(12)
+
+
+def trace_context(given: str | None) -> str | None:
+    """The caller's W3C `traceparent`, or None where it gave none or one that is none."""
+    return given if given and _TRACEPARENT.fullmatch(given) else None

@@ -25,6 +25,9 @@ from gate.router import Endpoint, Router
 
 log = structlog.get_logger()
 
+MAX_JSON_CHARS = 1 << 20
+"""The most that `params` and all attributes of one request take as JSON."""
+
 MAX_LOST = 2
 """On how many instances a request may be lost under way. An eval changes nothing, so it may run again; a request that
 takes instances down must not go round them all."""
@@ -119,6 +122,9 @@ class Dispatcher:
         admit(call.caller, task.app, *self._router.metadata(task.app))
         if not task.request.data:
             raise InvalidArgument("no data given")
+        # The evaluator parses them whole, and other callers wait meanwhile.
+        if len(task.request.params_json) + sum(len(each.attribute_json) for each in task.request.data) > MAX_JSON_CHARS:
+            raise InvalidArgument(f"params and attributes are longer than {MAX_JSON_CHARS} characters")
         for resource in task.request.data:
             match resource.WhichOneof("source"):
                 case None:

@@ -1,23 +1,45 @@
 """The edge's view: JSON requests read, answers and errors written as the bodies of the HTTP API. No gRPC, no routing.
 
-Spec, section 2. JSON is parsed once, here, and integers stay integers.
+Spec, section 2. JSON is parsed once, here, as far as the gate needs it: `params` and `attribute` pass as the text they
+are, so that their integers stay integers, whatever their size.
 """
 
 from __future__ import annotations
 
 import base64
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
-import orjson
+import msgspec
 
-from atserving.errors import InvalidArgument, ServingError, UnsupportedMediaType
+from atserving.errors import InvalidArgument, PayloadTooLarge, ServingError, UnsupportedMediaType
 from atserving.v1 import evaluator_pb2, serving_pb2
 from gate.dispatch import Answer, Task
 
 JSON = "application/json"
 BYTES = "application/octet-stream"
 _STREAM_URI = b"data:application/octet-stream;base64,"
+_NULL = b"null"
+
+
+class _Resource(msgspec.Struct):
+    uri: str
+    attribute: msgspec.Raw = msgspec.Raw(_NULL)
+
+
+class _Eval(msgspec.Struct):
+    data: _Resource | list[_Resource]
+    params: msgspec.Raw = msgspec.Raw(_NULL)
+
+
+class _Task(_Eval, kw_only=True):
+    op: str
+
+
+_DecodedT = TypeVar("_DecodedT")
+_EVAL = msgspec.json.Decoder(_Eval)
+_TASKS = msgspec.json.Decoder(list[msgspec.Raw])
+_TASK = msgspec.json.Decoder(_Task)
 
 
 @dataclass(frozen=True)
@@ -33,7 +55,7 @@ class Reply:
 def read_eval(app: str, version: str, content_type: str, body: bytes) -> Task:
     """The task of an eval request. Raises InvalidArgument or UnsupportedMediaType."""
     if is_json(content_type):
-        return _task(app, version, _loads(body))
+        return _task(app, version, _decode(_EVAL, body))
     if content_type.partition(";")[0].strip().lower() != BYTES:
         raise UnsupportedMediaType(f"content type {content_type[:80]!r} should be {JSON} or {BYTES}")
     if not body:
@@ -41,30 +63,33 @@ def read_eval(app: str, version: str, content_type: str, body: bytes) -> Task:
     return Task(app, version, evaluator_pb2.InferRequest(data=[serving_pb2.Resource(body=body)]))
 
 
-def read_batch(content_type: str, body: bytes) -> list[Task | ServingError]:
-    """The tasks of a batch, each by itself either read or refused. Raises where the batch itself is malformed."""
+def read_batch(content_type: str, body: bytes, most: int) -> list[Task | ServingError]:
+    """The tasks of a batch, each by itself either read or refused. Raises where the batch itself is malformed or has
+    more than ``most`` tasks."""
     if not is_json(content_type):
         raise UnsupportedMediaType(f"content type {content_type[:80]!r} should be {JSON}")
-    items = _loads(body)
-    if not isinstance(items, list):
-        raise InvalidArgument("a batch should be a JSON array of tasks")
-    if not items:
-        raise InvalidArgument("the batch is empty")
+    items = _decode(_TASKS, body)
+    check_batch(len(items), most)
     return [_batch_task(item) for item in items]
 
 
-def _batch_task(item: Any) -> Task | ServingError:
+def check_batch(tasks: int, most: int) -> None:
+    """Raises where a batch holds no task, or more than ``most``."""
+    if not tasks:
+        raise InvalidArgument("the batch is empty")
+    if tasks > most:
+        raise PayloadTooLarge(f"the batch has {tasks} tasks, at most {most} are taken")
+
+
+def _batch_task(item: msgspec.Raw) -> Task | ServingError:
     try:
-        if not isinstance(item, dict):
-            raise InvalidArgument("a task should be a JSON object")
-        return _task(*_read_op(item.get("op")), item)
+        task = _decode(_TASK, item)
+        return _task(*_read_op(task.op), task)
     except ServingError as error:
         return error
 
 
-def _read_op(op: Any) -> tuple[str, str]:
-    if not isinstance(op, str):
-        raise InvalidArgument("op should be a string such as /v1/eval/<app>[/<version>]")
+def _read_op(op: str) -> tuple[str, str]:
     match op.split("/"):
         case ["", "v1", "eval", app] if app:
             return app, ""
@@ -77,38 +102,37 @@ def is_json(content_type: str) -> bool:
     return content_type.partition(";")[0].strip().lower() == JSON
 
 
-def _loads(body: bytes) -> Any:
+def _decode(decoder: msgspec.json.Decoder[_DecodedT], body: bytes | msgspec.Raw) -> _DecodedT:
     try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise InvalidArgument(f"malformed request: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidArgument(f"malformed JSON: {error}") from None
+    except RecursionError:
+        raise InvalidArgument("malformed JSON: nested too deeply") from None
 
 
-def _task(app: str, version: str, fields: Any) -> Task:
-    if not isinstance(fields, dict):
-        raise InvalidArgument("the request should be a JSON object with data")
-    if "data" not in fields:
-        raise InvalidArgument("no data given")
-    data, params = fields["data"], fields.get("params")
-    group = isinstance(data, list)
-    resources = data if group else [data]
+def _task(app: str, version: str, fields: _Eval) -> Task:
+    group = isinstance(fields.data, list)
+    resources = fields.data if isinstance(fields.data, list) else [fields.data]
     if not resources:
         raise InvalidArgument("data is an empty list")
     request = evaluator_pb2.InferRequest(
-        data=[_resource(each) for each in resources],
+        data=[serving_pb2.Resource(uri=each.uri, attribute_json=_text(each.attribute)) for each in resources],
         group=group,
-        params_json="" if params is None else orjson.dumps(params).decode(),
+        params_json=_text(fields.params),
     )
     return Task(app, version, request)
 
 
-def _resource(fields: Any) -> serving_pb2.Resource:
-    if not isinstance(fields, dict):
-        raise InvalidArgument('data should be an object such as {"uri": "..."}, or a list of them')
-    uri, attribute = fields.get("uri"), fields.get("attribute")
-    if not isinstance(uri, str) or not uri:
-        raise InvalidArgument("data without a uri" if uri is None else "uri should be a string that is not empty")
-    return serving_pb2.Resource(uri=uri, attribute_json="" if attribute is None else orjson.dumps(attribute).decode())
+def _text(document: msgspec.Raw) -> str:
+    """The document as it was sent; nothing for null."""
+    text = bytes(document)
+    try:
+        return "" if text == _NULL else text.decode()
+    except UnicodeDecodeError:
+        raise InvalidArgument("malformed JSON: not UTF-8") from None
 
 
 def write_answer(answer: Answer) -> Reply:
@@ -140,11 +164,11 @@ def write_batch(results: list[Answer | ServingError]) -> Reply:
 
 def _item(answer: Answer) -> bytes:
     response = answer.response
-    start = b'{"code":0,"message":' + orjson.dumps(response.message)
+    start = b'{"code":0,"message":' + msgspec.json.encode(response.message)
     if response.WhichOneof("outcome") == "stream":
         return start + b',"stream":"' + _STREAM_URI + base64.b64encode(response.stream) + b'"}'
     return start + b',"result":' + (response.result_json.encode() or b"null") + b"}"
 
 
 def _error_item(error: ServingError) -> bytes:
-    return orjson.dumps({"code": error.code, "message": error.message})
+    return msgspec.json.encode({"code": error.code, "message": error.message})

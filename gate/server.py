@@ -10,8 +10,8 @@ import grpc.aio
 import structlog
 from google.api import httpbody_pb2
 
-from atserving.errors import Internal, InvalidArgument, PayloadTooLarge, ServingError
-from atserving.telemetry import request_id
+from atserving.errors import Internal, ServingError
+from atserving.telemetry import request_id, trace_context
 from atserving.v1 import edge_pb2, edge_pb2_grpc, evaluator_pb2, serving_pb2, serving_pb2_grpc
 from gate import edge
 from gate.admission import Caller
@@ -36,18 +36,10 @@ def read_call(context: Context[_RequestT, _ResponseT]) -> CallContext:
     return CallContext(
         reqid=request_id(metadata.get("x-reqid")),
         caller=Caller(),
-        traceparent=metadata.get("traceparent"),
+        traceparent=trace_context(metadata.get("traceparent")),
         deadline=None if remaining_s is None else now + remaining_s,
         started=now,
     )
-
-
-def check_size(tasks: int, most: int) -> None:
-    """Raises where a batch holds no task, or more than ``most``."""
-    if not tasks:
-        raise InvalidArgument("the batch is empty")
-    if tasks > most:
-        raise PayloadTooLarge(f"the batch has {tasks} tasks, at most {most} are taken")
 
 
 class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
@@ -77,7 +69,7 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
     ) -> serving_pb2.BatchResponse:
         call = read_call(context)
         try:
-            check_size(len(request.tasks), self._max_batch)
+            edge.check_batch(len(request.tasks), self._max_batch)
         except ServingError as error:
             await _abort(error, call, context)
         tasks = [_task(each) for each in request.tasks]
@@ -141,8 +133,7 @@ class EdgeServicer(edge_pb2_grpc.EdgeServiceServicer):
         return edge.write_answer(await self._dispatcher.eval(task, call))
 
     async def _batch(self, request: httpbody_pb2.HttpBody, call: CallContext) -> edge.Reply:
-        tasks = edge.read_batch(request.content_type, request.data)
-        check_size(len(tasks), self._max_batch)
+        tasks = edge.read_batch(request.content_type, request.data, self._max_batch)
         return edge.write_batch(await run_batch(self._dispatcher, tasks, call, BATCH_CONCURRENCY))
 
 
