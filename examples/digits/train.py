@@ -1,6 +1,6 @@
 """Trains the two versions of the example app `digits` and writes everything in this folder.
 
-    python examples/digits/train.py
+    python -m examples.digits.train
 
 The digits are scikit-learn's (`load_digits`); a fifth of them is held out, never trained on, and gives the accuracies
 in README.md and the pictures in images/. Every written net is read back by OpenCV and compared with PyTorch.
@@ -17,21 +17,14 @@ from string import Template
 import cv2
 import numpy as np
 import torch  # type: ignore[import-not-found,unused-ignore]
-from caffe_files import Array, binaryproto, caffemodel, write_tar
-from numpy.typing import NDArray
-from sklearn.datasets import load_digits  # type: ignore[import-not-found,import-untyped,unused-ignore]
-from sklearn.model_selection import train_test_split  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import nn  # type: ignore[import-not-found,unused-ignore]
 
-Pictures = NDArray[np.uint8]  # (n, height, width), grey
-Labels = NDArray[np.int64]
+from examples.caffe_files import Array, binaryproto, caffemodel, write_tar
+from examples.digit_pictures import NAMES, PICTURE_SIZE, SEED, Labels, Pictures, Split, load_split
 
 HERE = Path(__file__).parent
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PICTURE_SIZE = 64  # what a client sends
 INPUT_SIZE = 28  # what the net takes
 INPUT_SCALE = 1 / 64  # what training multiplies (pixel - mean) by; it ends up in conv1's weights
-SEED = 8
 BATCH_SIZE = 64
 TOLERANCE = 1e-5
 
@@ -52,27 +45,6 @@ VERSIONS = (
     Version("v1", conv1=12, conv2=24, hidden=64, pool_kernel=2, epochs=25),
     Version("v2", conv1=24, conv2=48, hidden=96, pool_kernel=3, epochs=50),
 )
-
-
-@dataclass(frozen=True)
-class Split:
-    train: Pictures
-    train_labels: Labels
-    test: Pictures
-    test_labels: Labels
-
-
-def load_split() -> Split:
-    """The data set as 64x64 pictures, light digits on dark, split 80:20 with the same share of each digit in both."""
-    digits = load_digits()
-    small = np.round(digits.images * 255 / 16).astype(np.uint8)
-    size = (PICTURE_SIZE, PICTURE_SIZE)
-    pictures = np.stack([cv2.resize(picture, size, interpolation=cv2.INTER_CUBIC) for picture in small])
-    labels = digits.target.astype(np.int64)
-    train, test, train_labels, test_labels = train_test_split(
-        pictures, labels, test_size=0.2, random_state=SEED, stratify=labels
-    )
-    return Split(train, train_labels, test, test_labels)
 
 
 def to_input(picture: Pictures) -> Pictures:
