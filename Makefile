@@ -9,7 +9,7 @@ PORT ?= 8080
 
 .PHONY: help
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # One environment for everything; made anew when the dependencies change.
 $(VENV)/installed: setup.cfg pyproject.toml
@@ -47,6 +47,17 @@ proto: $(VENV)/installed  ## Generate stubs and Envoy's descriptor set from prot
 .PHONY: bench
 bench: $(VENV)/installed  ## Measure the whole mesh: latency and requests a second
 	$(BIN)/python -m bench.mesh
+
+.PHONY: bench-converter
+bench-converter: $(VENV)/installed  ## Measure the converter: time, memory, and its nets beside PyTorch's
+	$(BIN)/python -m bench.converter
+
+.PHONY: fuzz
+fuzz: FUZZ_EXAMPLES ?= 4000
+fuzz: $(VENV)/installed  ## Feed the converter FUZZ_EXAMPLES (4000) broken nets a test, from new seeds
+	@echo 'Broken and random nets, $(FUZZ_EXAMPLES) a test; each has to give a valid model or one ConversionError.'
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/caffe/test_hostile.py -v --timeout 0 --durations 0 \
+		--hypothesis-show-statistics
 
 .PHONY: clean
 clean:  ## Remove the environment and what was built

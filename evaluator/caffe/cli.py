@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import click
-import onnx
 
 from . import convert as convert_net
 from .convert import Progress
 from .errors import ConversionError
 from .report import as_json, as_text
+from .saving import write
 from .summary import summarize
 from .verify import verify as verify_model
 
@@ -70,33 +68,6 @@ def convert(
         click.echo(as_text(output, summary, verification))
     if verification is not None and not verification.agrees:
         sys.exit(1)
-
-
-def write(model: onnx.ModelProto, path: Path) -> None:
-    """Writes the model to `path` all at once: whatever happens, the file is the old one or the new one.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    target = Path(os.path.realpath(path))
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
-    try:
-        with open(handle, "wb") as file:
-            # mkstemp lets nobody else read; the file shall have the rights of any other new file.
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            file.write(model.SerializeToString())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _refuse_overwriting(output: Path, *inputs: Path) -> None:

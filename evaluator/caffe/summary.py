@@ -7,6 +7,8 @@ from math import prod
 
 import onnx
 
+from .saving import size
+
 Shape = tuple[int | str, ...]
 
 
@@ -70,7 +72,7 @@ def summarize(model: onnx.ModelProto) -> Summary:
         parameters=sum(layer.parameters for layer in layers),
         multiply_adds=sum(layer.multiply_adds for layer in layers),
         opset=next(entry.version for entry in model.opset_import if entry.domain == ""),
-        size=model.ByteSize(),
+        size=size(model),
         metadata={entry.key: entry.value for entry in model.metadata_props},
     )
 

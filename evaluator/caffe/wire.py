@@ -126,3 +126,16 @@ class Scanner:
 def signed(value: int) -> int:
     """A varint's bits as a signed 64-bit integer."""
     return value - (1 << 64) if value >> 63 else value
+
+
+def length_field(number: int, length: int) -> bytes:
+    """What stands before the payload of a field of `length` bytes."""
+    return _varint_bytes(number << 3 | LENGTH) + _varint_bytes(length)
+
+
+def _varint_bytes(number: int) -> bytes:
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*encoded, number])

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import random
+import subprocess
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -160,13 +165,55 @@ def test_model_says_what_it_is_made_of(tmp_path: Path) -> None:
     assert metadata["caffe.caffemodel.sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
-def test_conversion_is_pure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    paths = write_net(tmp_path, input_layer(1, 3, 6, 6) + layer("Convolution", more=CONV))
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    first, second = convert(*paths), convert(*paths)
-    assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+def test_conversion_is_pure(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = write_net(tmp_path / "net", input_layer(1, 3, 6, 6) + layer("Convolution", more=CONV))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+
+    def state() -> tuple[object, ...]:
+        files = {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*")}
+        return files, dict(os.environ), np.geterr(), str(np.random.get_state()), random.getstate(), os.getcwd()
+
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    before = state()
+    first = convert(*paths)
+    assert state() == before
+    monkeypatch.chdir(tmp_path / "net")
+    before = state()
+    second = convert(paths[0].name, paths[1].name)
+    assert state() == before
+    assert first.SerializeToString() == second.SerializeToString()
     assert capfd.readouterr() == ("", "")
+
+
+def test_every_process_makes_the_same_bytes() -> None:
+    case = FIXTURES / "v1_many"
+    script = (
+        "import hashlib, sys; from evaluator.caffe import convert\n"
+        "print(hashlib.sha256(convert(*sys.argv[1:]).SerializeToString()).hexdigest())"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", script, case / "deploy.prototxt", case / "weight.caffemodel"],
+            check=True,
+            capture_output=True,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(said) == 1
+
+
+def test_conversions_at_once_do_not_meet() -> None:
+    cases = [FIXTURES / name for name in ("conv_basic", "v1_many", "ip_bn_scale", "slice_even3")] * 4
+
+    def converted(case: Path) -> bytes:
+        return convert(case / "deploy.prototxt", case / "weight.caffemodel").SerializeToString()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(converted, cases)) == [converted(case) for case in cases]
 
 
 def test_resnet_is_down_to_its_convolutions_and_runs_them_fused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from evaluator.caffe import ConversionError, convert
@@ -16,6 +17,7 @@ from .nets import MODELS, draw_weights, error, normal, run, session, write_net
 from .oracle import opencv_outputs
 
 TOLERANCE = 1e-4
+BATCHES = (1, 2, 5, 16)
 NETWORKS = (
     "cifar10_quick",
     "lenet_mnist",
@@ -59,6 +61,14 @@ def smaller(prototxt: str, replacements: dict[str, str]) -> str:
     return prototxt
 
 
+def structure(name: str) -> str:
+    """The prototxt of a structure with the sizes that are tested."""
+    path = MODELS / "structures" / f"{name}.prototxt"
+    if not path.is_file():
+        pytest.skip("the structures are not on this machine")
+    return smaller(path.read_text(), STRUCTURES[name][1])
+
+
 def rows(detections: np.ndarray) -> np.ndarray:
     """Detections without OpenCV's padding of zeros, in an order of their own."""
     table = detections.reshape(-1, 7)
@@ -85,31 +95,40 @@ def test_network_gives_the_answers_of_caffe(name: str) -> None:
             check_output(outputs[blob], array)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_network_answers_every_image_of_a_batch_as_if_it_were_alone(name: str) -> None:
-    model, cases = network(name)
-    engine = session(model)
+def check_batches(engine: onnxruntime.InferenceSession, images: list[np.ndarray]) -> None:
+    """Holds every batch to the answers that its images get alone; the images are repeated in turn."""
     feed = engine.get_inputs()[0].name
-    both = [cases["img1"]["in"], cases["rand1"]["in"]]
-    alone = [run(engine, {feed: image}) for image in both]
-    for batch in (2, 5, 16) if both[0].size < 10_000 else (2, 5):
-        together = run(engine, {feed: np.concatenate([both[i % 2] for i in range(batch)])})
+    alone = [run(engine, {feed: image}) for image in images]
+    for batch in BATCHES:
+        together = run(engine, {feed: np.concatenate([images[i % len(images)] for i in range(batch)])})
         for blob, output in together.items():
-            answers = [alone[i % 2][blob] for i in range(batch)]
+            answers = [alone[i % len(images)][blob] for i in range(batch)]
             if blob == "detection_out":
+                # Its first column is the image's place in the batch, and its rows lie along axis 2.
                 answers = [np.concatenate([np.full_like(a[..., :1], i), a[..., 1:]], 3) for i, a in enumerate(answers)]
                 assert error(output, np.concatenate(answers, axis=2)) < TOLERANCE
             else:
-                assert error(output, np.concatenate(answers)) < TOLERANCE
+                assert error(output, np.concatenate(answers)) < TOLERANCE, (batch, blob)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_answers_every_image_of_a_batch_as_if_it_were_alone(name: str) -> None:
+    model, cases = network(name)
+    first, second = cases["img1"]["in"], cases["rand1"]["in"]
+    check_batches(session(model), [first, second, (first + second) / 2])
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_structure_answers_every_image_of_a_batch_as_if_it_were_alone(name: str, tmp_path: Path) -> None:
+    prototxt = structure(name)
+    engine = session(convert(*write_net(tmp_path, prototxt)))
+    shape = engine.get_inputs()[0].shape[1:]
+    check_batches(engine, [normal(1, *shape, seed=seed) for seed in range(3)])
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_structure_with_random_weights_gives_the_answers_of_opencv(name: str, tmp_path: Path) -> None:
-    path = MODELS / "structures" / f"{name}.prototxt"
-    if not path.is_file():
-        pytest.skip("the structures are not on this machine")
-    blobs, replacements = STRUCTURES[name]
-    prototxt = smaller(path.read_text(), replacements)
+    prototxt, blobs = structure(name), STRUCTURES[name][0]
     weights = draw_weights(prototxt)
     model = convert(*write_net(tmp_path, prototxt, weights), outputs=blobs)
     engine = session(model)
@@ -143,10 +162,7 @@ def test_training_net_with_an_input_serves_its_loss_as_a_softmax(tmp_path: Path)
 
 
 def test_a_large_net_is_in_memory_at_most_three_times(tmp_path: Path) -> None:
-    path = MODELS / "structures" / "resnet-50.prototxt"
-    if not path.is_file():
-        pytest.skip("the structures are not on this machine")
-    structure, weights = write_net(tmp_path, path.read_text())
+    prototxt, weights = write_net(tmp_path, structure("resnet-50"))
     script = (
         "import sys\n"
         "from evaluator.caffe import convert\n"
@@ -155,10 +171,27 @@ def test_a_large_net_is_in_memory_at_most_three_times(tmp_path: Path) -> None:
         "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, structure, weights],
+        [sys.executable, "-c", script, prototxt, weights],
         check=True,
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
     )
     assert int(done.stdout) * 1024 < 3 * weights.stat().st_size
+
+
+def test_the_command_needs_no_more_memory_than_the_library_and_its_interpreter(tmp_path: Path) -> None:
+    paths = write_net(tmp_path, structure("resnet-50"))
+    script = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run([sys.executable, '-m', 'evaluator.caffe', *sys.argv[1:]], check=True, stdout=2)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *paths, "-o", tmp_path / "net.onnx"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert int(done.stdout) * 1024 < 3 * paths[1].stat().st_size

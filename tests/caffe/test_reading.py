@@ -99,6 +99,70 @@ def test_fields_that_the_format_does_not_have_are_skipped(tmp_path: Path) -> Non
     assert error(run(convert(*paths), {"data": DATA})["out"], EXPECTED) < 1e-5
 
 
+def test_every_way_to_write_a_prototxt_is_read(tmp_path: Path) -> None:
+    ways = {
+        "CRLF": NET.replace("\n", "\r\n").replace("layer {", "layer {\r\n"),
+        "old Mac": NET.replace("\n", " "),
+        "single quotes": NET.replace('"', "'"),
+        "brackets": NET.replace("{", "<").replace("}", ">"),
+        "separators": NET.replace(" type:", ", type:").replace(" top:", "; top:"),
+        "colons": NET.replace("param {", "param: {"),
+        "comments": NET.replace("\n", " # what {\n#\n"),
+        "tabs": NET.replace(" ", "\t"),
+        "list of dims": NET.replace("dim: 1 dim: 3 dim: 4 dim: 5", "dim: [1, 3, 4, 5]"),
+        "hexadecimal": NET.replace("num_output: 2", "num_output: 0x2"),
+        "strings in pieces": NET.replace('"the_InnerProduct"', "\"the_\" 'InnerProduct'"),
+        "no last line": NET.strip(),
+    }
+    for name, prototxt in ways.items():
+        paths = write_net(tmp_path, NET, {"the_InnerProduct": [WEIGHT, BIAS]})
+        paths[0].write_bytes(prototxt.encode())
+        assert error(run(convert(*paths), {"data": DATA})["out"], EXPECTED) < 1e-5, name
+
+
+def test_paths_may_be_strings_or_anything_like_a_path(tmp_path: Path) -> None:
+    class Somewhere:
+        def __init__(self, path: Path) -> None:
+            self._path = path
+
+        def __fspath__(self) -> str:
+            return str(self._path)
+
+    paths = write_net(tmp_path, NET, {"the_InnerProduct": [WEIGHT, BIAS]})
+    models = [convert(*map(kind, paths)) for kind in (Path, str, Somewhere)]
+    assert models[0] == models[1] == models[2]
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "conv 1", "été-卷积", "a:0", "x" * 300, "data", "out"])
+def test_layers_and_blobs_have_any_names(name: str, tmp_path: Path) -> None:
+    blob = f"{name}/blob"
+    prototxt = input_layer(1, 3, 4, 5)
+    prototxt += layer("InnerProduct", tops="@", more="inner_product_param { num_output: 2 }", name=name)
+    prototxt = prototxt.replace('"@"', f'"{blob}"')
+    # The input has the name of a layer already, which is no layer that runs.
+    prototxt = prototxt.replace('name: "data" type: "Input"', 'name: "the input" type: "Input"')
+    model = convert(*write_net(tmp_path, prototxt, {name: [WEIGHT, BIAS]}))
+    assert error(run(model, {"data": DATA})[blob], EXPECTED) < 1e-5
+    assert model.graph.node[0].name == name
+
+
+def test_deep_net_of_old_layers_is_read(tmp_path: Path) -> None:
+    depth = 152
+    prototxt = 'name: "deep"\ninput: "0" input_dim: 1 input_dim: 2 input_dim: 5 input_dim: 5\n'
+    weights = {}
+    expected = data = normal(2, 2, 5, 5)
+    for i in range(depth):
+        prototxt += f'layers {{ name: "conv{i}" type: CONVOLUTION bottom: "{i}" top: "{i + 1}" '
+        prototxt += "convolution_param { num_output: 2 kernel_size: 1 } }\n"
+        prototxt += f'layers {{ name: "relu{i}" type: RELU bottom: "{i + 1}" top: "{i + 1}" }}\n'
+        turn = np.array([[0.8, 0.3], [0.4, 0.7]]) if i % 2 else np.array([[0.2, 0.9], [0.8, 0.1]])
+        weights[f"conv{i}"] = [turn.reshape(2, 2, 1, 1), np.full(2, 0.01)]
+        expected = np.maximum(np.einsum("oc,nchw->nohw", turn, expected) + 0.01, 0)
+    model = convert(*write_net(tmp_path, prototxt, weights))
+    assert len(model.graph.node) == 2 * depth
+    assert error(run(model, {"0": data})[str(depth)], expected.astype(np.float32)) < 1e-4
+
+
 def test_dynamic_size_leaves_height_and_width_open(tmp_path: Path) -> None:
     conv = "convolution_param { num_output: 4 kernel_size: 3 pad: 1 stride: 2 }"
     up = "convolution_param { num_output: 4 group: 4 kernel_size: 4 stride: 2 pad: 1 bias_term: false }"
