@@ -24,6 +24,7 @@ Pixels = NDArray[np.uint8]
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
 
 _EXIF_ORIENTATION = 0x0112
+_SAMPLE_SIDE = 32
 # What Pillow would say of an image on standard error (too large, odd EXIF) is ours to say, or does not matter.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 # What OpenCV says of a bad image goes to the caller as a 400, not to standard error.
@@ -68,6 +69,11 @@ def decode(data: bytes, limits: Limits) -> Pixels:
     if pixels is None or pixels.shape != (height, width, 3):
         raise InvalidArgument("the image can't be decoded: its data is broken or cut short")
     return _upright(pixels.astype(np.uint8, copy=False), orientation)
+
+
+def sample() -> bytes:
+    """A small grey picture, as a PNG, to try a net with."""
+    return cv2.imencode(".png", np.full((_SAMPLE_SIDE, _SAMPLE_SIDE, 3), 127, np.uint8))[1].tobytes()
 
 
 def _header(data: bytes) -> tuple[int, int, int]:

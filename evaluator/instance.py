@@ -8,28 +8,27 @@ import shutil
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cv2
 import structlog
 
 from atserving import transport
 from atserving.config import Instance, MalformedConfig, WorkerConfig, validate
 from atserving.errors import StartError
 from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
-from evaluator import nets
 from evaluator.addresses import AddressPolicy, Network
 from evaluator.batcher import Batcher
 from evaluator.followed import FollowedConfig
 from evaluator.images import Limits
+from evaluator.loading import load
 from evaluator.pipeline import Pipeline
 from evaluator.registration import Registration
 from evaluator.release import fetch_release
 from evaluator.resources import ResourceFetcher
-from evaluator.runner import Prepared, Result, Runner
+from evaluator.runner import NetRunner, Prepared, Result
 from evaluator.server import EvaluatorServicer
 
 log = structlog.get_logger()
@@ -59,7 +58,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Loaded:
-    runner: Runner
+    runner: NetRunner
     limits: Limits
 
 
@@ -68,19 +67,16 @@ async def run(settings: Settings) -> None:
     stop = transport.stop_signal()
     followed = FollowedConfig(settings.registries, settings.app, settings.version)
     log.debug("starting", app=settings.app, version=settings.version, registries=settings.registries)
-    with _workspace(settings) as workspace:
+    with _workspace(settings) as workspace, ExitStack() as beside:
         async with _background(followed.run()) as following:
-            loaded = await _unless(stop, _load(settings, followed, workspace))
+            loaded = await _unless(stop, _load(settings, followed, workspace, beside))
             if loaded:
                 await _serve(settings, followed, loaded, stop, following)
 
 
-async def _load(settings: Settings, followed: FollowedConfig, workspace: Path) -> _Loaded:
+async def _load(settings: Settings, followed: FollowedConfig, workspace: Path, beside: ExitStack) -> _Loaded:
     cfg = (await fetch_release(await followed.release(settings.wait_s), workspace)).cfg()
-    functions = nets.built_in(cfg["custom_values"].get("net", nets.DEFAULT))
-    # The decoding threads are the parallelism; OpenCV's own would only compete with them.
-    cv2.setNumThreads(1)
-    runner = await asyncio.to_thread(Runner, functions, cfg)
+    runner = await load(cfg, beside)
     await asyncio.to_thread(runner.warm_up)
     log.info("warm", app=settings.app, version=settings.version, batch_size=runner.batch_size, device=cfg["use_device"])
     return _Loaded(runner, Limits.of_release(cfg["custom_values"]))

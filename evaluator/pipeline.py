@@ -15,7 +15,7 @@ from atserving.errors import InvalidArgument
 from evaluator import cpus
 from evaluator.batcher import Batcher
 from evaluator.resources import ResourceFetcher, Source
-from evaluator.runner import Prepared, Result, Runner
+from evaluator.runner import NetRunner, Prepared, Result
 
 _MAX_GROUP = 64
 
@@ -36,6 +36,8 @@ class Task:
     inputs: tuple[Input, ...]
     group: bool = False
     params_json: str = ""
+    deadline_s: float | None = None
+    """Of the monotonic clock. Who calls enforces it; it is here for those who can't be cancelled."""
 
 
 class Stages:
@@ -63,7 +65,7 @@ class Stages:
 class Pipeline:
     """Knows no transport. Every failure is a ServingError."""
 
-    def __init__(self, runner: Runner, fetcher: ResourceFetcher, batcher: Batcher[Prepared, Result]) -> None:
+    def __init__(self, runner: NetRunner, fetcher: ResourceFetcher, batcher: Batcher[Prepared, Result]) -> None:
         self._runner = runner
         self._fetcher = fetcher
         self._batcher = batcher
@@ -73,7 +75,11 @@ class Pipeline:
     async def evaluate(self, task: Task, stages: Stages) -> Result:
         """The net's result. A cancelled call leaves at the next step; a forward pass that runs is finished."""
         with self._batcher.hold():
-            answer = await self._batcher.submit(await self._prepare(task, stages))
+            prepared = await self._prepare(task, stages)
+            try:
+                answer = await self._batcher.submit(prepared)
+            finally:
+                prepared.release()
             stages.add("queue", answer.queue_s)
             stages.add("forward", answer.forward_s)
             return answer.value
@@ -87,7 +93,7 @@ class Pipeline:
             req["data"] = req["data"][0]
         with stages.timed("decode"):
             return await asyncio.get_running_loop().run_in_executor(
-                self._decoders, self._runner.prepare, task.reqid, req
+                self._decoders, self._runner.prepare, task.reqid, req, task.deadline_s
             )
 
     async def _fetch(self, inputs: tuple[Input, ...]) -> list[bytes]:

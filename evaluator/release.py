@@ -20,6 +20,9 @@ from evaluator.unpack import unpack
 MAX_FILE_BYTES = 4 << 30
 """The most a tar or a custom file may measure."""
 
+SCRIPT = "net.py"
+"""The member of a tar that makes it a release with a script of its own, which knows itself what it needs."""
+
 _CHUNK_BYTES = 1 << 20
 _SILENCE_S = 30.0
 _REQUIRED = ("deploy.prototxt", "weight.caffemodel")
@@ -56,11 +59,10 @@ async def fetch_release(release: Release, workspace: Path) -> LocalRelease:
     tar_files = await asyncio.to_thread(unpack, tar, files)
     if tar.is_relative_to(downloads):
         tar.unlink()
-    for name in _REQUIRED:
-        if name not in tar_files:
-            raise StartError(f"the release's tar has no {name}")
-    if "net.py" in tar_files:
-        raise StartError("the release's tar has a net.py; scripts are not supported yet")
+    if SCRIPT not in tar_files:
+        for name in _REQUIRED:
+            if name not in tar_files:
+                raise StartError(f"the release's tar has no {name}")
     custom_files = {
         name: await _fetch(uri, downloads / f"custom-{number}", f"custom_files.{name}")
         for number, (name, uri) in enumerate(release.custom_files.items())

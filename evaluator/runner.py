@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import cv2
 import numpy as np
 import orjson
 import structlog
 
 from atserving.errors import Internal, NetError, ServingError, StartError
-from evaluator.contract import Config, NetFunctions, Req
+from evaluator.contract import Config, Model, NetFunctions, Req
+from evaluator.images import sample
 
 log = structlog.get_logger()
 
-_WARM_UP_SIDE = 32
+MAX_RESULT_BYTES = 48 << 20
+"""The most that one answer may measure: with what goes along in its message, less than a message may."""
+
+_MAX_MESSAGE_LENGTH = 4096
+_CODES = range(-(2**31), 2**31)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that is ready for the engine."""
+    """A request that is ready for the engine. ``deadline_s``: of the monotonic clock; None where it has none."""
 
     reqid: str
     req: Req
+    deadline_s: float | None = None
+    release: Callable[[], None] = lambda: None
+    """To be called when the answer is there or nobody waits for it: removes the files that the request may have."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,26 @@ class Result:
     stream: bytes | None = None
 
 
+class NetRunner(Protocol):
+    """A net that is loaded, whatever it is and wherever it runs. All of its methods take time."""
+
+    batch_size: int
+
+    def prepare(self, reqid: str, req: Req, deadline_s: float | None = None) -> Prepared:
+        """The request, ready for a batch; for many threads. Raises ServingError."""
+
+    def infer(self, batch: Sequence[Prepared]) -> list[Result | ServingError]:
+        """One outcome a request, in order; for one thread at a time. Raises ServingError for the batch as a whole."""
+
+    def warm_up(self) -> None:
+        """Runs a picture through the net, alone and as a full batch. Raises StartError."""
+
+    def close(self) -> None:
+        """Ends what runs beside this process."""
+
+
 class Runner:
-    """Calls the net. ``prepare`` is for many threads, ``infer`` for one at a time.
+    """Calls the functions of a net in this process. ``prepare`` is for many threads, ``infer`` for one at a time.
 
     What a net raises goes to the log with its trace; the caller learns only that the net failed.
     """
@@ -48,6 +73,8 @@ class Runner:
         """Loads the net, which may take long. Raises StartError."""
         self._functions = functions
         self._workspace = Path(cfg["custom_values"]["workspace"]).resolve()
+        # What a net makes to send is removed when it is sent; what came with the release stays.
+        self._kept = {Path(path).resolve() for name in ("tar_files", "custom_files") for path in cfg[name].values()}
         try:
             self._model = functions.net_init(cfg)
         except StartError:
@@ -55,16 +82,18 @@ class Runner:
         except Exception as error:
             log.exception("net_init failed")
             raise StartError(f"net_init raised {type(error).__name__}, see the log") from error
+        if not isinstance(self._model, dict):
+            raise StartError(f"net_init returned {type(self._model).__name__}, should be a dict")
         if self._model.get("error"):
-            raise StartError(str(self._model["error"]))
-        self.batch_size = int(self._model.get("batch_size") or cfg["batch_size"] or 1)
+            raise StartError(_one_line(str(self._model["error"])))
+        self.batch_size = _batch_size(self._model, cfg)
 
-    def prepare(self, reqid: str, req: Req) -> Prepared:
+    def prepare(self, reqid: str, req: Req, deadline_s: float | None = None) -> Prepared:
         """The request after ``net_preprocess``. Raises ServingError."""
         if self._functions.net_preprocess is None:
-            return Prepared(reqid, req)
+            return Prepared(reqid, req, deadline_s)
         try:
-            return Prepared(reqid, self._functions.net_preprocess(self._model, req))
+            return Prepared(reqid, self._functions.net_preprocess(self._model, req), deadline_s)
         except ServingError:
             raise
         except Exception as error:
@@ -90,7 +119,7 @@ class Runner:
 
     def warm_up(self) -> None:
         """Runs a picture through the net, alone and as a full batch, as requests will. Raises StartError."""
-        picture = cv2.imencode(".png", np.full((_WARM_UP_SIDE, _WARM_UP_SIDE, 3), 127, np.uint8))[1].tobytes()
+        picture = sample()
         for size in sorted({1, self.batch_size}):
             try:
                 batch = [self.prepare("warm-up", {"data": {"uri": "", "body": picture}}) for _ in range(size)]
@@ -101,20 +130,25 @@ class Runner:
                 if isinstance(outcome, ServingError):
                     raise StartError(f"the net failed to warm up: {outcome}")
 
+    def close(self) -> None:
+        """Nothing runs beside this process."""
+
     def _outcome(self, ret: object, reqid: str) -> Result | ServingError:
         if not isinstance(ret, dict):
             log.error("a ret is no dict", reqid=reqid, kind=type(ret).__name__)
             return Internal("the net's result is malformed")
         code, message = ret.get("code", 0), ret.get("message") or ""
-        if isinstance(code, bool) or not isinstance(code, int) or not isinstance(message, str):
+        # Only of an integer: a range compares anything else with all that it holds.
+        if type(code) is not int or code not in _CODES or not isinstance(message, str):
             log.error("a ret's code is no integer or its message no text", reqid=reqid)
             return Internal("the net's result is malformed")
+        message = message[:_MAX_MESSAGE_LENGTH].encode(errors="replace").decode()
         if code:
             return NetError(code, message)
         try:
             if ret.get("result_file") is not None:
-                return Result(message, stream=self._stream(ret["result_file"]))
-            return Result(message, json=_to_json(ret.get("result")))
+                return Result(message, stream=_bounded(self._stream(ret["result_file"])))
+            return Result(message, json=_bounded(_to_json(ret.get("result"))))
         except (TypeError, ValueError, OSError, RecursionError) as error:
             log.error("a ret's result can't be sent", reqid=reqid, reason=str(error))
             return Internal("the net's result is malformed")
@@ -122,10 +156,37 @@ class Runner:
     def _stream(self, result_file: object) -> bytes:
         if isinstance(result_file, bytes | bytearray | memoryview):
             return bytes(result_file)
-        path = Path(str(result_file)).resolve()
+        if not isinstance(result_file, str | Path):
+            raise TypeError(f"result_file is {type(result_file).__name__}, neither bytes nor a path")
+        path = (self._workspace / result_file).resolve()
         if not path.is_relative_to(self._workspace):
             raise ValueError("result_file is outside the workspace")
-        return path.read_bytes()
+        if not path.is_file():
+            raise ValueError("result_file is no file")
+        if path.stat().st_size > MAX_RESULT_BYTES:
+            raise ValueError(f"result_file is larger than {MAX_RESULT_BYTES} bytes")
+        data = path.read_bytes()
+        if path not in self._kept:
+            path.unlink(missing_ok=True)
+        return data
+
+
+def _batch_size(model: Model, cfg: Config) -> int:
+    """What the net says, else the release, else 1."""
+    size = model.get("batch_size") or cfg["batch_size"] or 1
+    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+        raise StartError(f"the batch_size of net_init's model is {size!r}, should be a positive integer")
+    return int(size)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:_MAX_MESSAGE_LENGTH]
+
+
+def _bounded(data: bytes) -> bytes:
+    if len(data) > MAX_RESULT_BYTES:
+        raise ValueError(f"the result is larger than {MAX_RESULT_BYTES} bytes")
+    return data
 
 
 def _to_json(result: Any) -> bytes:

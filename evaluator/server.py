@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 import grpc
@@ -44,7 +45,7 @@ class EvaluatorServicer(evaluator_pb2_grpc.EvaluatorServiceServicer):
         error: ServingError | None = None
         try:
             async with asyncio.timeout(call.timeout_us / 1e6 if call.timeout_us else None):
-                result = await self._pipeline.evaluate(_task(request, reqid), stages)
+                result = await self._pipeline.evaluate(_task(call, reqid), stages)
             code = 0
             return _response(result)
         except TimeoutError:
@@ -62,8 +63,10 @@ class EvaluatorServicer(evaluator_pb2_grpc.EvaluatorServiceServicer):
         return evaluator_pb2.InferResponse(error=error.to_proto())
 
 
-def _task(request: evaluator_pb2.InferRequest, reqid: str) -> Task:
-    return Task(reqid, tuple(_input(each) for each in request.data), request.group, request.params_json)
+def _task(call: evaluator_pb2.Call, reqid: str) -> Task:
+    request = call.request
+    deadline_s = time.monotonic() + call.timeout_us / 1e6 if call.timeout_us else None
+    return Task(reqid, tuple(_input(each) for each in request.data), request.group, request.params_json, deadline_s)
 
 
 def _input(resource: serving_pb2.Resource) -> Input:

@@ -34,6 +34,15 @@ class Values:
             raise self._wrong(key, "a finite number")
         return float(value)
 
+    def positive_number(self, key: str, default: float) -> float:
+        """``default`` may be infinite; what is given may not."""
+        if key not in self._fields:
+            return default
+        value = self._fields[key]
+        if not _is_number(value) or value <= 0:
+            raise self._wrong(key, "a positive number")
+        return float(value)
+
     def numbers(self, key: str) -> list[float] | None:
         """One number, or a list of them; None where the field is absent."""
         value = self._fields.get(key)

@@ -13,7 +13,11 @@ from evaluator.runner import Prepared, Result, Runner
 
 def runner(workspace: Path, inference: Any, *, init: Any = None, preprocess: Any = None) -> Runner:
     functions = NetFunctions(init or (lambda _: {"error": "", "batch_size": 2}), inference, preprocess)
-    return Runner(functions, {"custom_values": {"workspace": str(workspace)}, "batch_size": None})
+    return Runner(functions, cfg(workspace))
+
+
+def cfg(workspace: Path) -> dict[str, Any]:
+    return {"custom_values": {"workspace": str(workspace)}, "tar_files": {}, "custom_files": {}, "batch_size": None}
 
 
 def outcome(workspace: Path, ret: Any) -> Result | ServingError:
@@ -37,6 +41,8 @@ def test_results_are_json_or_bytes_or_a_file_of_the_workspace(tmp_path: Path) ->
     )
     assert outcome(tmp_path, {"code": 0, "result_file": b"raw"}) == Result("", stream=b"raw")
     assert outcome(tmp_path, {"code": 0, "result_file": str(tmp_path / "out.bin")}) == Result("", stream=b"\x00\x01")
+    # It was the net's to make and is this request's alone.
+    assert not (tmp_path / "out.bin").exists()
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,11 @@ def digits_tar(path: Path, **members: bytes | None) -> str:
     return f"file://{path}"
 
 
+SCRIPT = b"def net_inference(model, args): ...\ndef net_init(cfg):\n"
 TARS: dict[str, tuple[dict[str, bytes | None], str]] = {
     "no-weights": ({"weight.caffemodel": None}, "the release's tar has no weight.caffemodel"),
-    "script": ({"net.py": b"def net_init(cfg): ..."}, "has a net.py; scripts are not supported yet"),
+    "script": ({"net.py": b"def net_init(cfg): ..."}, "net.py has no function net_inference"),
+    "script-error": ({"net.py": SCRIPT + b"    return {'error': 'no tags'}"}, "no tags"),
     "no-net": ({"deploy.prototxt": b"layer {"}, "the net can't be converted: deploy.prototxt: "),
     "broken-weights": ({"weight.caffemodel": b"\xff" * 99}, "the net can't be converted: weight.caffemodel: "),
     "broken-mean": ({"mean.binaryproto": b"\xff" * 99}, "mean.binaryproto: "),
