@@ -137,8 +137,7 @@ def show(row: Conversion | Comparison) -> str:
     if isinstance(row, Conversion):
         return (
             f"{row.net}: {row.weight_bytes / 1e6:.1f} MB of weights in {row.seconds:.2f} s; memory "
-            f"{row.peak_bytes / row.weight_bytes:.2f} times that in all, "
-            f"{row.own_peak_bytes / row.weight_bytes:.2f} times without the interpreter"
+            f"{row.peak_bytes / 1e6:.0f} MB, {row.own_peak_bytes / 1e6:.0f} MB of it for the conversion"
         )
     return (
         f"{row.net}, batch {row.batch}: {row.our_nodes} nodes, PyTorch's {row.their_nodes}; {row.our_ms:.1f} ms, "
@@ -156,6 +155,13 @@ def main() -> None:
         sys.exit(f"the nets to convert are not there: {structures}")
     rows: list[Conversion | Comparison] = []
     has_torch = importlib.util.find_spec("torch") and importlib.util.find_spec("onnxscript")
+    for path in sorted(structures.parent.glob("*/weight.caffemodel")):
+        rows.append(conversion(path.parent.name, (path.with_name("deploy.prototxt"), path), 3))
+        print(show(rows[-1]), flush=True)
+    for path in sorted(path for path in structures.glob("*.prototxt") if path.stem not in NETS):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(conversion(path.stem, write_net(Path(folder), path.read_text()), 3))
+        print(show(rows[-1]), flush=True)
     for name, last in NETS.items():
         prototxt = (structures / f"{name}.prototxt").read_text()
         weights = softened(prototxt, last)
