@@ -27,7 +27,8 @@ class ConfigFollower:
     """Holds what the registries say of one app, or of all.
 
     ``entries`` is always one consistent state: every step of the stream is applied whole. A registry that has gone is
-    replaced by the next of the list; meanwhile nothing is forgotten.
+    replaced by the next of the list, and so is one that has lost etcd, if there is another; meanwhile nothing is
+    forgotten.
     """
 
     def __init__(self, registries: Sequence[str], on_change: OnChange | None = None, app: str = "") -> None:
@@ -47,8 +48,7 @@ class ConfigFollower:
             began = self._steps
             try:
                 async with transport.channel(address) as channel:
-                    await self._follow(channel)
-                reason = "ended the stream"
+                    reason = await self._follow(channel)
             except grpc.aio.AioRpcError as error:
                 reason = error.details() or error.code().name
             except TimeoutError:
@@ -59,14 +59,19 @@ class ConfigFollower:
             if (turn + 1) % len(self._registries) == 0:
                 await asyncio.sleep(random.uniform(*_PAUSE_S))  # noqa: S311 - spreads reconnects
 
-    async def _follow(self, channel: grpc.aio.Channel) -> None:
+    async def _follow(self, channel: grpc.aio.Channel) -> str:
+        """Returns why this registry is left."""
         call = registry_pb2_grpc.RegistryServiceStub(channel).Watch(registry_pb2.WatchRequest(app=self._app))
         response = await asyncio.wait_for(call.read(), _FIRST_RESPONSE_S)
         while isinstance(response, registry_pb2.WatchResponse):
+            if response.stale and self.synced.is_set() and len(self._registries) > 1:
+                # What is known here may be newer than its snapshot.
+                return "has lost etcd"
             self._apply(response)
             self._steps += 1
             self.synced.set()
             response = await call.read()
+        return "ended the stream"
 
     def _apply(self, response: registry_pb2.WatchResponse) -> None:
         upserts: dict[str, ConfigValue] = {}

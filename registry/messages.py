@@ -102,6 +102,7 @@ def watch_response(delta: Delta) -> registry_pb2.WatchResponse:
         upserts=[registry_pb2.Entry(key=key, value_json=value) for key, value in delta.upserts.items()],
         deletes=sorted(delta.deletes),
         revision=delta.revision,
+        stale=delta.stale,
     )
 
 

@@ -144,6 +144,7 @@ class Mirror:
             log.warning(event, reason=str(error), serving="last known" if self.view.synced.is_set() else "nothing")
             self._log_again_at = now + _REMIND_S
         self.reason = str(error)
+        self.view.set_stale(True)
 
     def _found(self) -> None:
         if self.reason:
@@ -151,6 +152,7 @@ class Mirror:
             # The next outage is told at once, but for one that follows on the heels of this one.
             self._log_again_at = min(self._log_again_at, time.monotonic() + _PAUSE_S[1])
         self.reason = ""
+        self.view.set_stale(False)
 
 
 def _text(key: bytes) -> str:

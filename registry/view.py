@@ -52,15 +52,19 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """One atomic step to ``revision``. With ``reset`` the upserts are all there is."""
+    """One atomic step to ``revision``. With ``reset`` the upserts are all there is.
+
+    With ``stale`` the store can't be followed any more, and there may be steps nobody here knows of.
+    """
 
     upserts: Mapping[str, str]
     deletes: frozenset[str]
     revision: int
     reset: bool = False
+    stale: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.reset or self.upserts or self.deletes)
+        return bool(self.reset or self.upserts or self.deletes or self.stale)
 
 
 class View:
@@ -73,6 +77,8 @@ class View:
         self.revision = 0
         self.synced = asyncio.Event()
         """Set once the first snapshot is in; never cleared."""
+        self.stale = False
+        """Whether the store can't be followed just now."""
         self._queue_deltas = queue_deltas
         self.subscriptions: set[Subscription] = set()
         self.closed = False
@@ -109,7 +115,13 @@ class View:
     def snapshot(self, app: str = "") -> Delta:
         """Everything, or everything that concerns one app."""
         upserts = {key: entry.value_json for key, entry in self.entries.items() if concerns(key, app)}
-        return Delta(upserts, frozenset(), self.revision, reset=True)
+        return Delta(upserts, frozenset(), self.revision, reset=True, stale=self.stale)
+
+    def set_stale(self, stale: bool) -> None:
+        """Says whether the store can be followed; subscribers are told when it no longer can."""
+        if stale and not self.stale:
+            self._publish(Delta({}, frozenset(), self.revision, stale=True))
+        self.stale = stale
 
     def close(self) -> None:
         """Ends every subscription, now and to come."""
@@ -213,4 +225,5 @@ def _for_app(delta: Delta, app: str) -> Delta:
         {key: value for key, value in delta.upserts.items() if concerns(key, app)},
         frozenset(key for key in delta.deletes if concerns(key, app)),
         delta.revision,
+        stale=delta.stale,
     )

@@ -72,10 +72,13 @@ class WatchResponse(_message.Message):
     UPSERTS_FIELD_NUMBER: _builtins.int
     DELETES_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    STALE_FIELD_NUMBER: _builtins.int
     reset: _builtins.bool
     """True: what follows is all there is, and replaces what was known. Always so in a stream's first response."""
     revision: _builtins.int
     """The etcd revision this step leads to."""
+    stale: _builtins.bool
+    """True: this registry has lost etcd, and goes on with what it knows. Another may know more."""
     @_builtins.property
     def upserts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
         """Keys written."""
@@ -91,10 +94,11 @@ class WatchResponse(_message.Message):
         upserts: _abc.Iterable[Global___Entry] | None = ...,
         deletes: _abc.Iterable[_builtins.str] | None = ...,
         revision: _builtins.int = ...,
+        stale: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deletes", b"deletes", "reset", b"reset", "revision", b"revision", "upserts", b"upserts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deletes", b"deletes", "reset", b"reset", "revision", b"revision", "stale", b"stale", "upserts", b"upserts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

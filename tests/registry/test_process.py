@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -209,3 +210,70 @@ async def test_the_password_comes_by_its_variable_and_is_never_logged(
     assert "invalid user ID or password" in (await refusal(wrong.address)).details()  # type: ignore[operator]
     assert USER.password not in registry.logged()
     assert "not-the-password" not in wrong.logged()
+
+
+class Relay:
+    """A way to a port that can be cut and mended."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target.rpartition(":")
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.StreamWriter] = set()
+        self.address = f"127.0.0.1:{free_ports(1)[0]}"
+
+    async def mend(self) -> None:
+        self._server = await asyncio.start_server(self._accept, *self.address.split(":"))
+
+    async def cut(self) -> None:
+        assert self._server
+        self._server.close()
+        for writer in list(self._open):
+            writer.transport.abort()
+        await self._server.wait_closed()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(self._target[0], int(self._target[2]))
+        self._open |= {writer, back}
+        await asyncio.gather(self._copy(reader, back), self._copy(there, writer))
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+        writer.transport.abort()
+        self._open.discard(writer)
+
+
+async def test_a_follower_leaves_a_registry_that_has_lost_etcd_and_forgets_nothing(
+    tmp_path: Path, etcd: Etcd, processes: Start, client: EtcdClient
+) -> None:
+    relay = Relay(etcd.address)
+    await relay.mend()
+    cut_off, other = Registry(tmp_path, [relay.address]), Registry(tmp_path, [etcd.address])
+    for registry in (cut_off, other):
+        processes(registry)
+        await until_async(lambda registry=registry: serving(registry.address))  # type: ignore[misc]
+    await client.put(release_key("a", "1"), RELEASE)
+    deleted: set[str] = set()
+    follower = ConfigFollower([cut_off.address, other.address], lambda _, deletes: deleted.update(deletes))
+    following = asyncio.create_task(follower.run())
+    await until(lambda: release_key("a", "1") in follower.entries)
+    await relay.cut()
+    await client.put(release_key("a", "2"), RELEASE)
+    await until(lambda: release_key("a", "2") in follower.entries)
+    # With the other one gone too, what the isolated one knows is older than what is known.
+    other.kill()
+    await until(lambda: "has lost etcd" in follower.last_error)
+    assert follower.entries.keys() == {release_key("a", "1"), release_key("a", "2")}
+    # Nobody else being there, one that starts now is better off with the last known config than with none.
+    late = ConfigFollower([cut_off.address], lambda _, __: None)
+    starting = asyncio.create_task(late.run())
+    await late.synced.wait()
+    assert late.entries.keys() == {release_key("a", "1")}
+    await relay.mend()
+    await until(lambda: release_key("a", "2") in late.entries)
+    assert not deleted
+    for task in (following, starting):
+        task.cancel()
+    await asyncio.gather(following, starting, return_exceptions=True)
+    await relay.cut()
