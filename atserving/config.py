@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 PREFIX = "/ava/serving/"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
@@ -55,10 +55,17 @@ def _nanoseconds(value: timedelta) -> int:
     return value // timedelta(microseconds=1) * 1000
 
 
+def _check_port(address: str) -> str:
+    if not 0 < int(address.rpartition(":")[2]) <= 65535:
+        raise ValueError("the port should be between 1 and 65535")
+    return address
+
+
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Duration = Annotated[timedelta, BeforeValidator(parse_duration), PlainSerializer(_nanoseconds, return_type=int)]
 Device = Annotated[str, Field(pattern=r"^(CPU|GPU(:\d{1,3})?)$")]
 FileUri = Annotated[str, Field(pattern=r"^(file|https?|qiniu)://.+$")]
+Address = Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.%\w]+\]|[^\[\]\s/:]+):\d{1,5}$"), AfterValidator(_check_port)]
 Phase = Literal["staging", "production"]
 
 
@@ -129,8 +136,8 @@ class Instance(_Value):
     app: Name
     version: Name
     id: Name
-    address: Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.%\w]+\]|[^\[\]\s/:]+):\d{1,5}$")]
-    capacity: Annotated[int, Field(ge=1)]
+    address: Address
+    capacity: Annotated[int, Field(ge=1, le=1_000_000)]
 
     @property
     def key(self) -> str:

@@ -45,6 +45,9 @@ SERVER_OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     # A second process on the same port is a mistake to report, not a peer to share with.
     ("grpc.so_reuseport", 0),
+    # As much as the edge lets through: a caller's large cookie is no reason to fail its call.
+    ("grpc.max_metadata_size", 64 << 10),
+    ("grpc.absolute_max_metadata_size", 128 << 10),
 ]
 
 
@@ -99,3 +102,16 @@ def stop_signal() -> asyncio.Event:
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, event.set)
     return event
+
+
+async def until_stopped(stop: asyncio.Event, *tasks: asyncio.Task[None]) -> None:
+    """Returns when ``stop`` comes. Raises what a background task raised, or that it ended, which none should."""
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {stopping}:
+            task.result()
+            raise RuntimeError("a background task ended by itself")
+    finally:
+        stopping.cancel()
+        await asyncio.gather(stopping, return_exceptions=True)

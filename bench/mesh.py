@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from atserving.cli.mesh import DIGITS, Mesh
+from atserving.cli.up import run_until_stopped
 from atserving.errors import StartError
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -92,21 +93,19 @@ def _script(body: bytes | None) -> str:
     return f'wrk.method = "POST"\nwrk.headers["content-type"] = "application/octet-stream"\nwrk.body = "{escaped}"'
 
 
-async def run(seconds: float) -> list[Row]:
-    """Every measurement, on one mesh."""
+async def run(seconds: float, rows: list[Row]) -> None:
+    """Every measurement, on one mesh, into ``rows``."""
     image = (DIGITS / "images" / "7.png").read_bytes()
     async with Mesh() as mesh:
-        return [
-            await asyncio.to_thread(measure, mesh, name, path, body, callers, seconds)
-            for name, path, body, callers in (
-                ("edge alone", "/health", None, 1),
-                ("edge alone", "/health", None, 32),
-                ("digits", "/v1/eval/digits/v1", image, 1),
-                ("digits", "/v1/eval/digits/v1", image, 8),
-                ("digits", "/v1/eval/digits/v1", image, 32),
-                ("digits, refused by the gate", "/v1/eval/nothing", image, 32),
-            )
-        ]
+        for name, path, body, callers in (
+            ("edge alone", "/health", None, 1),
+            ("edge alone", "/health", None, 32),
+            ("digits", "/v1/eval/digits/v1", image, 1),
+            ("digits", "/v1/eval/digits/v1", image, 8),
+            ("digits", "/v1/eval/digits/v1", image, 32),
+            ("digits, refused by the gate", "/v1/eval/nothing", image, 32),
+        ):
+            rows.append(await asyncio.to_thread(measure, mesh, name, path, body, callers, seconds))
 
 
 def main() -> None:
@@ -116,8 +115,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not shutil.which("wrk"):
         raise SystemExit("the benchmark needs wrk, a load generator: apt-get install wrk")
+    rows: list[Row] = []
     try:
-        rows = asyncio.run(run(arguments.seconds))
+        run_until_stopped(run(arguments.seconds, rows))
     except StartError as error:
         raise SystemExit(str(error)) from None
     print(f"{'request':28}{'callers':>8}{'req/s':>9}{'p50 ms':>9}{'p99 ms':>9}{'errors':>8}  CPU ms a request")

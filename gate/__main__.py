@@ -35,6 +35,7 @@ class Settings:
     registries: list[str]
     listen: str
     wait_s: float
+    drain_s: float
     grace_s: float
     max_batch: int
 
@@ -57,16 +58,19 @@ async def serve(settings: Settings) -> None:
     following = asyncio.create_task(follower.run())
     tending = asyncio.create_task(_tend(router))
     try:
-        port = await server.start(settings.listen)
         try:
             await asyncio.wait_for(follower.synced.wait(), settings.wait_s)
         except TimeoutError:
             raise StartError(f"no config within {settings.wait_s:g} s: {follower.last_error}") from None
+        # Only now: a gate that listens without a config would tell callers that their app is unknown.
+        port = await server.start(settings.listen)
         await server.set_serving(True)
         log.info("gate serves", port=port)
-        await stop.wait()
+        await transport.until_stopped(stop, following, tending)
         log.info("gate stops")
         await server.set_serving(False)
+        # Goes on answering until those in front of it have seen that: what arrives meanwhile is served, not refused.
+        await asyncio.sleep(settings.drain_s)
     finally:
         await server.stop(settings.grace_s)
         for task in (following, tending):
@@ -87,13 +91,18 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
     "--registry", default="127.0.0.1:50053", show_default=True, help="The registries, any of which will do."
 )
 @service.listen_option("0.0.0.0:50051")
-@click.option("--wait", default=10.0, show_default=True, help="Seconds to wait for a registry at start.")
-@click.option("--grace", default=30.0, show_default=True, help="Seconds that requests in flight have to end at stop.")
-@click.option("--max-batch", default=1000, show_default=True, help="The most tasks of one batch.")
+@service.seconds_option("--wait", 10.0, "Seconds to wait for a registry at start.")
+@service.seconds_option("--drain", 3.0, "Seconds to go on serving at stop, until the edge has seen it.")
+@service.seconds_option("--grace", 30.0, "Seconds that requests in flight have to end after that.")
+@click.option(
+    "--max-batch", type=click.IntRange(1), default=1000, show_default=True, help="The most tasks of one batch."
+)
 @service.log_level_option
-def main(registry: list[str], listen: str, wait: float, grace: float, max_batch: int, log_level: str) -> None:
+def main(
+    registry: list[str], listen: str, wait: float, drain: float, grace: float, max_batch: int, log_level: str
+) -> None:
     configure_logging("gate", log_level)
-    uvloop.run(serve(Settings(registry, listen, wait, grace, max_batch)))
+    uvloop.run(serve(Settings(registry, listen, wait, drain, grace, max_batch)))
 
 
 if __name__ == "__main__":

@@ -175,6 +175,8 @@ class Router(Generic[ConnectionT]):
         ready = {name: self._ready(app, name, passed_over) for name in weights}
         draws = {name: weights[name] * sum(each.free for each in found) for name, found in ready.items()}
         if not any(draws.values()):
+            if not any(weights.values()):
+                raise Unavailable(f"app {app!r} has no version in production with a weight above 0")
             raise self._why_none(app, version, [each for found in ready.values() for each in found])
         drawn = self._random.choices(list(draws), list(draws.values()))[0] if len(draws) > 1 else next(iter(draws))
         candidates = [each for each in ready[drawn] if each.free]

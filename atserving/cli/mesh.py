@@ -42,21 +42,21 @@ class Ports:
 
     edge: int
     admin: int
-    gate: int
+    gates: tuple[int, ...]
     registry: int
     etcd: int
     etcd_peer: int
     files: int
 
     @staticmethod
-    def free(edge: int = 0) -> Ports:
+    def free(edge: int = 0, gates: int = 1) -> Ports:
         """Ports nobody uses now; ``edge`` is kept where it is given."""
         with ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(7)]
+            sockets = [stack.enter_context(socket.socket()) for _ in range(6 + gates)]
             for each in sockets:
                 each.bind(("127.0.0.1", 0))
-            first, *rest = [int(each.getsockname()[1]) for each in sockets]
-        return Ports(edge or first, *rest)
+            first, admin, registry, etcd, etcd_peer, files, *rest = [int(each.getsockname()[1]) for each in sockets]
+        return Ports(edge or first, admin, tuple(rest), registry, etcd, etcd_peer, files)
 
 
 class Mesh:
@@ -66,8 +66,15 @@ class Mesh:
     ``extra`` is passed to the processes named as flags, so that a test can shorten a lease.
     """
 
-    def __init__(self, edge_port: int = 0, start_timeout_s: float = 90.0, extra: dict[str, list[str]] | None = None):
-        self.ports = Ports.free(edge_port)
+    def __init__(
+        self,
+        edge_port: int = 0,
+        *,
+        gates: int = 1,
+        start_timeout_s: float = 90.0,
+        extra: dict[str, list[str]] | None = None,
+    ) -> None:
+        self.ports = Ports.free(edge_port, gates)
         self.url = f"http://127.0.0.1:{self.ports.edge}"
         self.registry = f"127.0.0.1:{self.ports.registry}"
         self.files_url = f"http://127.0.0.1:{self.ports.files}"
@@ -111,6 +118,7 @@ class Mesh:
             with suppress(ProcessLookupError):
                 self._supervisord.terminate()
             await self._supervisord.wait()
+            _kill_session(self._supervisord.pid)
 
     @property
     def supervisor(self) -> Any:
@@ -151,7 +159,6 @@ class Mesh:
                 *("--initial-cluster", f"default={peer}"),
             ],
             "registry": [*python, "registry", "--etcd", f"127.0.0.1:{ports.etcd}", "--listen", self.registry],
-            "gate": [*python, "gate", "--registry", self.registry, "--listen", f"127.0.0.1:{ports.gate}"],
             "envoy": [
                 *(str(bin_ / "envoy"), "-c", str(self.directory / "envoy.yaml"), "--use-dynamic-base-id"),
                 *("--concurrency", "1", "--log-level", "warning"),
@@ -159,10 +166,17 @@ class Mesh:
             # The pictures by http, so that a request can name one.
             "files": [*python, "http.server", "--bind", "127.0.0.1", "-d", str(DIGITS / "images"), str(ports.files)],
         }
+        for number, port in enumerate(ports.gates):
+            # Nothing stands in front of the only gate that could send callers elsewhere while it drains.
+            drain = [] if len(ports.gates) > 1 else ["--drain", "0"]
+            commands[f"gate-{number}" if number else "gate"] = [
+                *(*python, "gate", "--registry", self.registry, "--listen", f"127.0.0.1:{port}", *drain),
+            ]
         for version in VERSIONS:
             commands[f"evaluator-{version}"] = [
                 *(*python, "evaluator", "--app", "digits", "--version", version, "--registry", self.registry),
                 *("--listen", "127.0.0.1:0", "--wait", "60", "--allow-network", "127.0.0.0/8"),
+                *("--workspace", str(self.directory / "workspaces")),
             ]
         return {name: [*command, *self._extra.get(name, [])] for name, command in commands.items()}
 
@@ -192,8 +206,8 @@ class Mesh:
         _set_address(bootstrap["admin"], self.ports.admin)
         resources = bootstrap["static_resources"]
         _set_address(resources["listeners"][0], self.ports.edge)
-        endpoint = resources["clusters"][0]["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
-        _set_address(endpoint, self.ports.gate)
+        gates = resources["clusters"][0]["load_assignment"]["endpoints"][0]
+        gates["lb_endpoints"] = [{"endpoint": _set_address({}, port)} for port in self.ports.gates]
         (self.directory / "envoy.yaml").write_text(yaml.safe_dump(bootstrap))
 
     async def _wait_ready(self) -> None:
@@ -273,8 +287,18 @@ def _full_name(name: str) -> str:
     return f"{next(iter(_groups([name]).keys() & {name}), 'serving')}:{name}"
 
 
-def _set_address(holder: dict[str, Any], port: int) -> None:
-    holder["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": port}
+def _set_address(holder: dict[str, Any], port: int) -> dict[str, Any]:
+    holder["address"] = {"socket_address": {"address": "127.0.0.1", "port_value": port}}
+    return holder
+
+
+def _kill_session(session_id: int) -> None:
+    """Kills whatever supervisord left behind: its processes are in its session, even where it was killed itself."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session_id:
+                os.kill(int(stat.parent.name), signal.SIGKILL)
 
 
 def _check_free(port: int) -> None:

@@ -68,24 +68,24 @@ def release() -> None:
 @click.argument("app")
 @click.argument("version")
 @click.argument("file")
-@click.option("--phase", type=click.Choice(list(_PHASES)), default="staging", show_default=True)
+@click.option("--phase", type=click.Choice(list(_PHASES)), help="Staging unless given; published again: unchanged.")
 @click.option("--desc", default="", help="For people.")
 @click.option("--device", default="CPU", show_default=True, help="CPU, GPU or GPU:<index>.")
-@click.option("--batch-size", type=int, help="The most requests run together.")
-@click.option("--image-width", type=int, help="The width images are resized to, in pixels.")
-@click.option("--weight", type=float, help="Scales the share of unversioned traffic.")
+@click.option("--batch-size", type=click.IntRange(1, 4096), help="The most requests run together.")
+@click.option("--image-width", type=click.IntRange(1, 16384), help="The width images are resized to, in pixels.")
+@click.option("--weight", type=click.FloatRange(0, 1e6), help="Scales the share of unversioned traffic.")
 @click.option("--custom-values", default="{}", callback=_json_object, help='A JSON object, as {"net": "classify"}.')
 @click.option("--model-params", default="{}", callback=_json_object, help="A JSON object: options of the engine.")
 @click.option("--custom-file", multiple=True, callback=_file_pairs, metavar="NAME=URI", help="A further file.")
 @_registry_option
 def publish(
-    registry: list[str], app: str, version: str, file: str, phase: str, desc: str, device: str, **options: Any
+    registry: list[str], app: str, version: str, file: str, phase: str | None, desc: str, device: str, **options: Any
 ) -> None:
     wanted = registry_pb2.Release(
         name=app,
         version=version,
         file=file,
-        phase=_PHASES[phase],
+        phase=_PHASES[phase] if phase else registry_pb2.PHASE_UNSPECIFIED,
         desc=desc,
         use_device=device,
         batch_size=options["batch_size"],

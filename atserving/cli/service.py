@@ -46,6 +46,13 @@ def listen_option(default: str) -> Callable[[Any], Any]:
     )
 
 
+def seconds_option(name: str, default: float, text: str) -> Callable[[Any], Any]:
+    """A flag that takes a number of seconds, 0 or more."""
+    return click.option(
+        name, type=click.FloatRange(0), default=default, show_default=True, metavar="SECONDS", help=text
+    )
+
+
 def run(command: click.Command, name: str) -> NoReturn:
     """Runs a command as a program: every flag may also be the variable ``ATSERVING_<FLAG>``.
 

@@ -28,7 +28,9 @@ Logs: {directory}/*.log. What dies is started again. Ctrl-C stops it all."""
 
 
 @click.command(help="Run the mesh in the foreground: etcd, registry, gate, evaluators of `digits` and Envoy.")
-@click.option("--port", default=8080, show_default=True, help="The edge's port; 0: any free one.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="The edge's port; 0: any free one."
+)
 def up(port: int) -> None:
     run_until_stopped(_up(port))
 

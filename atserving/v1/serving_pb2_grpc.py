@@ -26,13 +26,14 @@ if _version_not_supported:
 
 
 class ServingServiceStub:
-    """Runs trained networks. Every call carries, as metadata: `x-reqid` (optional; made when absent, and sent back as initial
-    metadata either way) and W3C `traceparent` (optional; passed on). Every reply carries `x-serving-version`, the version
-    that answered.
+    """Runs trained networks. A call may carry, as metadata: `x-reqid` (made when absent, and sent back either way: as initial
+    metadata, and as trailing metadata of a failed call) and W3C `traceparent` (passed on). A successful Eval carries
+    `x-serving-version`, the version that answered, as initial metadata.
 
-    A failed call ends with a gRPC status and a message a caller can act on. Its trailing metadata holds `x-serving-code`:
-    the HTTP status of the same failure, or the net's own code where the net returned one. A RESOURCE_EXHAUSTED also holds
-    `retry-after`, in seconds.
+    A failed call ends with a gRPC status and a message a caller can act on. Where the gate itself ended it, its trailing
+    metadata holds `x-serving-code`: the HTTP status of the same failure, or the net's own code where the net returned one.
+    A RESOURCE_EXHAUSTED of full queues also holds `retry-after`, in seconds. A message over 20 MiB is refused by the
+    transport, with RESOURCE_EXHAUSTED.
     """
 
     def __init__(self, channel):
@@ -54,13 +55,14 @@ class ServingServiceStub:
 
 
 class ServingServiceServicer:
-    """Runs trained networks. Every call carries, as metadata: `x-reqid` (optional; made when absent, and sent back as initial
-    metadata either way) and W3C `traceparent` (optional; passed on). Every reply carries `x-serving-version`, the version
-    that answered.
+    """Runs trained networks. A call may carry, as metadata: `x-reqid` (made when absent, and sent back either way: as initial
+    metadata, and as trailing metadata of a failed call) and W3C `traceparent` (passed on). A successful Eval carries
+    `x-serving-version`, the version that answered, as initial metadata.
 
-    A failed call ends with a gRPC status and a message a caller can act on. Its trailing metadata holds `x-serving-code`:
-    the HTTP status of the same failure, or the net's own code where the net returned one. A RESOURCE_EXHAUSTED also holds
-    `retry-after`, in seconds.
+    A failed call ends with a gRPC status and a message a caller can act on. Where the gate itself ended it, its trailing
+    metadata holds `x-serving-code`: the HTTP status of the same failure, or the net's own code where the net returned one.
+    A RESOURCE_EXHAUSTED of full queues also holds `retry-after`, in seconds. A message over 20 MiB is refused by the
+    transport, with RESOURCE_EXHAUSTED.
     """
 
     def Eval(self, request, context):
@@ -104,13 +106,14 @@ def add_ServingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ServingService:
-    """Runs trained networks. Every call carries, as metadata: `x-reqid` (optional; made when absent, and sent back as initial
-    metadata either way) and W3C `traceparent` (optional; passed on). Every reply carries `x-serving-version`, the version
-    that answered.
+    """Runs trained networks. A call may carry, as metadata: `x-reqid` (made when absent, and sent back either way: as initial
+    metadata, and as trailing metadata of a failed call) and W3C `traceparent` (passed on). A successful Eval carries
+    `x-serving-version`, the version that answered, as initial metadata.
 
-    A failed call ends with a gRPC status and a message a caller can act on. Its trailing metadata holds `x-serving-code`:
-    the HTTP status of the same failure, or the net's own code where the net returned one. A RESOURCE_EXHAUSTED also holds
-    `retry-after`, in seconds.
+    A failed call ends with a gRPC status and a message a caller can act on. Where the gate itself ended it, its trailing
+    metadata holds `x-serving-code`: the HTTP status of the same failure, or the net's own code where the net returned one.
+    A RESOURCE_EXHAUSTED of full queues also holds `retry-after`, in seconds. A message over 20 MiB is refused by the
+    transport, with RESOURCE_EXHAUSTED.
     """
 
     @staticmethod

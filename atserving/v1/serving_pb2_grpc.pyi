@@ -29,13 +29,14 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ServingServiceStub:
-    """Runs trained networks. Every call carries, as metadata: `x-reqid` (optional; made when absent, and sent back as initial
-    metadata either way) and W3C `traceparent` (optional; passed on). Every reply carries `x-serving-version`, the version
-    that answered.
+    """Runs trained networks. A call may carry, as metadata: `x-reqid` (made when absent, and sent back either way: as initial
+    metadata, and as trailing metadata of a failed call) and W3C `traceparent` (passed on). A successful Eval carries
+    `x-serving-version`, the version that answered, as initial metadata.
 
-    A failed call ends with a gRPC status and a message a caller can act on. Its trailing metadata holds `x-serving-code`:
-    the HTTP status of the same failure, or the net's own code where the net returned one. A RESOURCE_EXHAUSTED also holds
-    `retry-after`, in seconds.
+    A failed call ends with a gRPC status and a message a caller can act on. Where the gate itself ended it, its trailing
+    metadata holds `x-serving-code`: the HTTP status of the same failure, or the net's own code where the net returned one.
+    A RESOURCE_EXHAUSTED of full queues also holds `retry-after`, in seconds. A message over 20 MiB is refused by the
+    transport, with RESOURCE_EXHAUSTED.
     """
 
     @_typing.overload
@@ -56,13 +57,14 @@ class ServingServiceStub:
 
 @_typing.type_check_only
 class ServingServiceAsyncStub(ServingServiceStub):
-    """Runs trained networks. Every call carries, as metadata: `x-reqid` (optional; made when absent, and sent back as initial
-    metadata either way) and W3C `traceparent` (optional; passed on). Every reply carries `x-serving-version`, the version
-    that answered.
+    """Runs trained networks. A call may carry, as metadata: `x-reqid` (made when absent, and sent back either way: as initial
+    metadata, and as trailing metadata of a failed call) and W3C `traceparent` (passed on). A successful Eval carries
+    `x-serving-version`, the version that answered, as initial metadata.
 
-    A failed call ends with a gRPC status and a message a caller can act on. Its trailing metadata holds `x-serving-code`:
-    the HTTP status of the same failure, or the net's own code where the net returned one. A RESOURCE_EXHAUSTED also holds
-    `retry-after`, in seconds.
+    A failed call ends with a gRPC status and a message a caller can act on. Where the gate itself ended it, its trailing
+    metadata holds `x-serving-code`: the HTTP status of the same failure, or the net's own code where the net returned one.
+    A RESOURCE_EXHAUSTED of full queues also holds `retry-after`, in seconds. A message over 20 MiB is refused by the
+    transport, with RESOURCE_EXHAUSTED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -79,13 +81,14 @@ class ServingServiceAsyncStub(ServingServiceStub):
     """
 
 class ServingServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Runs trained networks. Every call carries, as metadata: `x-reqid` (optional; made when absent, and sent back as initial
-    metadata either way) and W3C `traceparent` (optional; passed on). Every reply carries `x-serving-version`, the version
-    that answered.
+    """Runs trained networks. A call may carry, as metadata: `x-reqid` (made when absent, and sent back either way: as initial
+    metadata, and as trailing metadata of a failed call) and W3C `traceparent` (passed on). A successful Eval carries
+    `x-serving-version`, the version that answered, as initial metadata.
 
-    A failed call ends with a gRPC status and a message a caller can act on. Its trailing metadata holds `x-serving-code`:
-    the HTTP status of the same failure, or the net's own code where the net returned one. A RESOURCE_EXHAUSTED also holds
-    `retry-after`, in seconds.
+    A failed call ends with a gRPC status and a message a caller can act on. Where the gate itself ended it, its trailing
+    metadata holds `x-serving-code`: the HTTP status of the same failure, or the net's own code where the net returned one.
+    A RESOURCE_EXHAUSTED of full queues also holds `retry-after`, in seconds. A message over 20 MiB is refused by the
+    transport, with RESOURCE_EXHAUSTED.
     """
 
     @_abc_1.abstractmethod

@@ -37,6 +37,7 @@ class Obedient(evaluator_pb2_grpc.EvaluatorServiceServicer):
     """Answers what the request's params say."""
 
     def __init__(self) -> None:
+        self.asked = 0
         self.hanging = asyncio.Event()
         self.cancelled = asyncio.Event()
 
@@ -47,6 +48,7 @@ class Obedient(evaluator_pb2_grpc.EvaluatorServiceServicer):
 
     async def _infer(self, call: evaluator_pb2.Call) -> evaluator_pb2.InferResponse:
         request = call.request
+        self.asked += 1
         wish = orjson.loads(request.params_json or "{}")
         match wish:
             case {"stream": True}:
@@ -150,3 +152,20 @@ async def test_the_same_by_grpc(net: Obedient, mesh: Mesh) -> None:
         assert dict(caught.value.trailing_metadata() or ())["x-serving-code"] == "-3"
         [item] = (await stub.Batch(serving_pb2.BatchRequest(tasks=[request]))).results
         assert (item.code, item.message) == (-3, 'the net said "no" ✗\n')
+
+
+@pytest.mark.parametrize(("code", "status"), [(502, 502), (503, 503), (500, 500), (504, 504), (575, 575)])
+async def test_what_a_net_answered_is_asked_once(
+    net: Obedient, mesh: Mesh, client: Client, code: int, status: int
+) -> None:
+    asked = net.asked
+    assert (await client.json("/v1/eval/obedient", ask(code=code, status=status))).status == status
+    assert net.asked == asked + 1
+    async with transport.channel(f"127.0.0.1:{mesh.ports.edge}") as channel:
+        resource = serving_pb2.Resource(uri="http://host/a")
+        request = serving_pb2.EvalRequest(
+            app="obedient", data=[resource], params_json=f'{{"code": {code}, "status": {status}}}'
+        )
+        with pytest.raises(grpc.aio.AioRpcError):
+            await serving_pb2_grpc.ServingServiceStub(channel).Eval(request)
+    assert net.asked == asked + 2

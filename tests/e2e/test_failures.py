@@ -11,10 +11,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import grpc.aio
 import orjson
 import pytest
 import pytest_asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from atserving import transport
 from atserving.cli.mesh import DIGITS, Mesh
 from tests.e2e.conftest import Client, etcdctl, image, until
 
@@ -255,3 +258,44 @@ async def test_without_a_gate_the_edge_says_so_until_it_is_back(client: Client) 
     await until(says_so, "the edge is unhealthy")
     client.mesh.start_process("gate")
     await until(lambda: answers(client, "/v1/eval/digits"), "the gate is back")
+
+
+async def test_publishing_again_keeps_a_promotion(client: Client) -> None:
+    tar = (DIGITS / "digits-v1.tar").as_uri()
+    assert atserving(client.mesh, "publish", "again", "v1", tar, "--desc", "first").returncode == 0
+    assert atserving(client.mesh, "phase", "again", "v1", "production").returncode == 0
+    said = atserving(client.mesh, "publish", "again", "v1", tar, "--desc", "second")
+    assert (said.returncode, said.stdout) == (0, "again v1 is published, in production\n")
+    assert "second" in atserving(client.mesh, "list", "--app", "again").stdout
+    other = atserving(client.mesh, "publish", "again", "v1", "file:///other.tar")
+    assert other.returncode == 1
+    assert "file" in other.stderr
+    etcdctl(client.mesh, "del", "/ava/serving/eval/again/v1")
+
+
+async def serves(port: int) -> bool:
+    async with transport.channel(f"127.0.0.1:{port}") as channel:
+        try:
+            health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        except grpc.aio.AioRpcError:
+            return False
+    return bool(health.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+@pytest.mark.parametrize("stop", ["kill_process", "stop_process"])
+async def test_with_two_gates_one_may_go_at_any_time(stop: str) -> None:
+    async with Mesh(gates=2) as mesh, aiohttp.ClientSession() as session:
+        client = Client(mesh, session)
+
+        async def both_serve() -> bool:
+            async with session.get(f"http://127.0.0.1:{mesh.ports.admin}/clusters") as response:
+                healthy = (await response.text()).count("::health_flags::healthy") == 2
+            return healthy and all([await serves(port) for port in mesh.ports.gates])
+
+        async with load(client, callers=8) as running, load(client, "/v1/eval/digits/v2", callers=2):
+            for gate in ("gate", "gate-1"):
+                await until(both_serve, "both gates serve, and Envoy knows")
+                await asyncio.to_thread(getattr(mesh, stop), gate)
+                await running.more(300)
+                if stop == "stop_process":
+                    mesh.start_process(gate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 
 import grpc.aio
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 @pytest_asyncio.fixture(loop_scope="session", params=["edge", "gate"])
 async def channel(request: pytest.FixtureRequest, mesh: Mesh) -> AsyncIterator[grpc.aio.Channel]:
-    port = mesh.ports.edge if request.param == "edge" else mesh.ports.gate
+    port = mesh.ports.edge if request.param == "edge" else mesh.ports.gates[0]
     async with transport.channel(f"127.0.0.1:{port}") as channel:
         yield channel
 
@@ -109,7 +110,7 @@ async def addresses(mesh: Mesh) -> list[str]:
         listed = await stub.ListReleases(registry_pb2.ListReleasesRequest(app="digits"))
     evaluators = [instance.address for release in listed.releases for instance in release.instances]
     assert len(evaluators) == 2
-    return [f"127.0.0.1:{mesh.ports.edge}", f"127.0.0.1:{mesh.ports.gate}", mesh.registry, *evaluators]
+    return [f"127.0.0.1:{mesh.ports.edge}", f"127.0.0.1:{mesh.ports.gates[0]}", mesh.registry, *evaluators]
 
 
 async def test_every_process_says_that_it_serves_and_what(mesh: Mesh) -> None:
@@ -122,3 +123,16 @@ async def test_every_process_says_that_it_serves_and_what(mesh: Mesh) -> None:
             said = [service.name async for reply in call for service in reply.list_services_response.service]
             assert any(name.startswith("atserving.v1.") for name in said), said
             assert "grpc.health.v1.Health" in said
+
+
+@pytest.mark.parametrize("program", ["gate", "registry"])
+async def test_a_listening_address_that_can_not_be_had_is_one_line(mesh: Mesh, program: str) -> None:
+    registry = "--registry" if program == "gate" else "--etcd"
+    run = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", program, registry, mesh.registry, "--listen", "192.0.2.1:1"),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await run.communicate()
+    assert run.returncode == 1
+    expected = f"{program}: cannot listen on 192.0.2.1:1: the address is in use or not this machine's"
+    assert said.decode().splitlines()[-1] == expected

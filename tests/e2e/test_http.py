@@ -132,7 +132,7 @@ async def test_what_is_malformed_is_a_400_that_says_so(client: Client) -> None:
     check_error(await client.post("/v1/eval/digits", b'{"data":', JSON), 400, "malformed JSON")
     check_error(await client.post("/v1/eval/digits", b"", JSON), 400, "malformed JSON")
     check_error(await client.bytes("/v1/eval/digits", b""), 400, "empty")
-    await refused({}, "no data given")
+    await refused({}, "missing required field `data`")
     await refused({"data": {"uri": "file:///etc/passwd"}}, "unsupported uri")
     await refused({"data": {"uri": "ftp://host/x"}}, "unsupported uri")
     await refused({"data": {"uri": "data:image/png;base64,!!!"}}, "not base64")
@@ -316,3 +316,67 @@ async def test_http_1_0_is_served(client: Client) -> None:
     writer.close()
     assert b" 200 OK" in answer
     assert b'"six"' in answer
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/v1/eval/%ff%fe", {}, 404),
+        ("/v1/eval/digits", {"cookie": "x" * 70_000}, 431),
+        ("/v1/eval/digits", {"connection": "upgrade", "upgrade": "websocket"}, 403),
+        ("/v1/eval/%00", {}, 400),
+    ],
+)
+async def test_what_the_edge_refuses_has_the_same_body_and_an_id(
+    client: Client, path: str, headers: dict[str, str], status: int
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.mesh.ports.edge)
+    lines = [f"POST {path} HTTP/1.1", "host: x", "content-length: 0", *(f"{k}: {v}" for k, v in headers.items())]
+    writer.write("\r\n".join((*lines, "connection: close", "", "")).encode())
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    assert head.startswith(f"HTTP/1.1 {status} ".encode())
+    assert b"\r\ncontent-type: application/json" in head
+    assert b"\r\nx-reqid: " in head
+    answer = orjson.loads(body)
+    assert (answer["code"], bool(answer["message"])) == (status, True)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"grpc-timeout": "x"},
+        {"grpc-timeout": "1n"},
+        {"grpc-encoding": "rubbish"},
+        {"foo-bin": "!!!"},
+        {"traceparent": "x" * 20_000},
+        {"cookie": "x" * 30_000},
+    ],
+    ids=lambda headers: "".join(headers),
+)
+async def test_headers_that_mean_something_to_grpc_mean_nothing_by_http(
+    client: Client, headers: dict[str, str]
+) -> None:
+    response = await client.bytes("/v1/eval/digits", image("7.png"), **headers)
+    assert (response.status, response.best) == (200, "seven")
+
+
+async def test_a_body_of_very_many_values_holds_nobody_up(client: Client) -> None:
+    tasks = b"[" + b'{"op":"/v1/eval/x"},' * 900_000 + b"1]"
+    params = b'{"data":{"uri":"http://h"},"params":[' + b'{"a":[]},' * 2_000_000 + b"1]}"
+    refused = asyncio.gather(client.post("/v1/batch", tasks, JSON), client.post("/v1/eval/digits", params, JSON))
+    while not refused.done():
+        response = await client.bytes("/v1/eval/digits", image("7.png"))
+        assert response.status == 200
+    batch, single = await refused
+    check_error(batch, 413, "900001 tasks")
+    check_error(single, 400, "longer than")
+
+
+async def test_integers_of_any_size_and_deep_nesting_reach_the_net_or_fail_alone(client: Client) -> None:
+    op = b'{"op": "/v1/eval/digits", "data": {"uri": "%s"}, "params": %%s}' % data_uri("7.png")["uri"].encode()
+    deep, too_deep = (b'{"any": ' + b"[" * depth + b"]" * depth + b"}" for depth in (300, 100_000))
+    body = b"[%s,%s,%s]" % (op % deep, op % b'{"any": 123456789012345678901234567890}', op % b'{"limit": 1}')
+    response = await client.post("/v1/batch", body, JSON)
+    assert [each["code"] for each in response.json] == [0, 0, 0]
+    check_error(await client.post("/v1/eval/digits", op % too_deep, JSON), 400, "malformed JSON")

@@ -128,6 +128,9 @@ def test_weight_0_takes_no_unversioned_traffic(table: Table) -> None:
     table.put(release("v1"), release("v2", weight=0), instance("v1", "a"), instance("v2", "b"))
     assert {table.router.pick("app", "").instance.id for _ in range(200)} == {"a"}
     assert table.router.pick("app", "v2").instance.id == "b"
+    table.put(release("v1", weight=0))
+    with pytest.raises(Unavailable, match="weight above 0"):
+        table.router.pick("app", "")
 
 
 def test_a_full_app_is_exhausted_and_says_when_to_come_back(table: Table) -> None:

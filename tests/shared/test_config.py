@@ -91,9 +91,11 @@ def test_the_more_specific_worker_config_wins_field_by_field() -> None:
 def test_an_instance_has_a_place_and_a_capacity() -> None:
     value = Instance(app="app", version="v1", id="a", address="[::1]:50052", capacity=4)
     assert config.parse(value.key, value.to_json()) == value
-    for address in ("host", "host:", ":1", "host:port", "host:1/x", "a b:1"):
+    for address in ("host", "host:", ":1", "host:port", "host:1/x", "a b:1", "host:0", "host:65536"):
         with pytest.raises(MalformedConfig, match="address"):
             config.parse(value.key, orjson.dumps({"address": address, "capacity": 4}))
+    with pytest.raises(MalformedConfig, match="capacity"):
+        config.parse(value.key, '{"address": "host:1", "capacity": 2147483648000}')
 
 
 def test_metadata_may_leave_everything_open() -> None:
