@@ -62,6 +62,9 @@ def run(command: click.Command, name: str) -> NoReturn:
         command.main(prog_name=name, standalone_mode=False, auto_envvar_prefix="ATSERVING")
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         print(f"{name}: {error.format_message()} (see {name} --help)", file=sys.stderr)
         sys.exit(error.exit_code)
