@@ -85,10 +85,18 @@ class Net:
         """The sizes of an input without its batch axis; None where the net does not fix one."""
         return next(blob.shape for blob in self._engine.inputs if blob.name == name)
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Array]:
-        """All outputs by name, (n, ...) float32, for every input by name, (n, ...). Raises what onnxruntime raises."""
+    def output_shape(self, name: str) -> tuple[int | None, ...]:
+        """The sizes of an output without its first axis; None where the net does not fix one."""
+        return next(blob.shape for blob in self._engine.outputs if blob.name == name)
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """The outputs (None: all) by name, (n, ...) float32, for every input by name, (n, ...).
+
+        Raises what onnxruntime raises.
+        """
+        names = self.outputs if outputs is None else outputs
         feeds = {name: np.ascontiguousarray(array, np.float32) for name, array in inputs.items()}
-        return dict(zip(self.outputs, self._engine.run(self.outputs, feeds), strict=True))
+        return dict(zip(names, self._engine.run(names, feeds), strict=True))
 
     def forward(self, given: Mapping[str, NDArray[Any]] | None = None, /, **named: NDArray[Any]) -> dict[str, Array]:
         """As pycaffe's: like :meth:`run`, with the inputs not given read from ``blobs``, and the outputs left there.

@@ -55,6 +55,13 @@ class Transformer:
             raise StartError(f"image_width is {image_width}, less than the net's input, {self._width}")
         return image_width, round(image_width * self._height / self._width)
 
+    @property
+    def window(self) -> tuple[float, float, float, float]:
+        """The part of an image that the net sees: left, top, right and bottom as shares of its width and height."""
+        left, top = (self._resized[0] - self._width) // 2, (self._resized[1] - self._height) // 2
+        width, height = self._resized
+        return left / width, top / height, (left + self._width) / width, (top + self._height) / height
+
     def __call__(self, pixels: Pixels) -> Planes:
         """(height, width, 3) BGR uint8 of any size → (channels, height, width) float32, contiguous."""
         if self._grey:

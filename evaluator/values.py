@@ -28,6 +28,12 @@ class Values:
             raise self._wrong(key, "a positive integer")
         return value
 
+    def integer(self, key: str, default: int) -> int:
+        value = self._fields.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self._wrong(key, "an integer")
+        return value
+
     def number(self, key: str, default: float) -> float:
         value = self._fields.get(key, default)
         if not _is_number(value):
@@ -57,6 +63,13 @@ class Values:
         value = self._fields.get(key, default)
         if not isinstance(value, str):
             raise self._wrong(key, "a text")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        """A list of texts; empty where the field is absent."""
+        value = self._fields.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise self._wrong(key, "a list of texts")
         return value
 
     def _wrong(self, key: str, should_be: str) -> StartError:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from atserving.errors import StartError
 from evaluator.contract import NetFunctions
-from evaluator.nets import classify
+from evaluator.nets import classify, detect, feature, segment
 
 DEFAULT = "classify"
 
 BUILT_IN = {
     "classify": NetFunctions(classify.net_init, classify.net_inference, classify.net_preprocess),
+    "detect": NetFunctions(detect.net_init, detect.net_inference, detect.net_preprocess),
+    "feature": NetFunctions(feature.net_init, feature.net_inference, feature.net_preprocess),
+    "segment": NetFunctions(segment.net_init, segment.net_inference, segment.net_preprocess),
 }
 
 

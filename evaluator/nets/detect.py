@@ -1,0 +1,101 @@
+"""`detect`: the things on an image and where they are, the surest first; for nets that end in a DetectionOutput.
+
+Params: ``threshold``, the least score, 0 to 1 (``custom_values.threshold``, 0.5). Result: ``{"detections": [{"pts",
+"index", "class", "score"}, ...]}``; ``pts`` are the corners [x, y] clockwise from top left, in pixels of the upright
+image and inside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from atserving.errors import InvalidArgument, StartError
+from evaluator.contract import Config, Model, Req, Ret
+from evaluator.engine import Array
+from evaluator.net import Net
+from evaluator.nets import one_image
+from evaluator.values import Values
+
+_THRESHOLD = 0.5
+# Of a row: the image's place in the batch, the label, the score, and the corners as shares of the input's size.
+_ROW = 7
+
+
+@one_image.net_init
+def net_init(cfg: Config) -> Model:
+    """``error`` says why the release can't be served as a detector."""
+    threshold = Values("custom_values", cfg["custom_values"]).number("threshold", _THRESHOLD)
+    if not 0 <= threshold <= 1:
+        raise StartError(f"custom_values.threshold is {threshold}, should be 0 to 1")
+    model = one_image.load(cfg)
+    net: Net = model["net"]
+    output = one_image.output(net, cfg, "detections")
+    if net.output_shape(output)[-1:] != (_ROW,):
+        raise StartError(f"detect takes nets that end in a DetectionOutput; {output!r} is no such output")
+    return {**model, "output": output, "threshold": threshold}
+
+
+def net_preprocess(model: Model, req: Req) -> Req:
+    """``{"input": (channels, height, width) float32, "size": (width, height) of the image, "threshold"}``."""
+    threshold = one_image.params(req).get("threshold", model["threshold"])
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise InvalidArgument("params.threshold should be a number from 0 to 1")
+    pixels = one_image.pixels(model, req, "detect")
+    return {
+        "input": model["transformer"](pixels),
+        "size": (pixels.shape[1], pixels.shape[0]),
+        "threshold": threshold,
+    }
+
+
+def net_inference(model: Model, args: dict[str, Any]) -> list[Ret]:
+    """One forward pass over all requests."""
+    net: Net = model["net"]
+    reqs = args["reqs"]
+    rows = net.run({net.inputs[0]: np.stack([req["input"] for req in reqs])})[model["output"]].reshape(-1, _ROW)
+    return [_ret(model, rows[rows[:, 0] == place], req) for place, req in enumerate(reqs)]
+
+
+def _ret(model: Model, rows: Array, req: Req) -> Ret:
+    if not np.isfinite(rows).all():
+        return {"code": 500, "message": "the net's output is not finite"}
+    rows = rows[rows[:, 2] >= req["threshold"]]
+    rows = rows[np.argsort(-rows[:, 2], kind="stable")]
+    corners, inside = _corners(rows[:, 3:], model["transformer"].window, req["size"])
+    return {
+        "code": 0,
+        "message": "",
+        "result": {
+            "detections": [
+                _detection(model, int(row[1]), float(row[2]), pts)
+                for row, pts, is_inside in zip(rows, corners.tolist(), inside, strict=True)
+                if is_inside
+            ]
+        },
+    }
+
+
+def _detection(model: Model, index: int, score: float, corners: list[int]) -> dict[str, Any]:
+    left, top, right, bottom = corners
+    return {
+        "pts": [[left, top], [right, top], [right, bottom], [left, bottom]],
+        "index": index,
+        "class": one_image.class_name(model, index),
+        "score": score,
+    }
+
+
+def _corners(
+    boxes: Array, window: tuple[float, float, float, float], size: tuple[int, int]
+) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.bool_]]]:
+    """Boxes (n, 4), shares of the net's input → pixels of the image, cut to it; and which have any part in it.
+
+    ``window`` is the part of the image that the net has seen, left, top, right and bottom as shares of its size.
+    """
+    origin, extent = np.tile(window[:2], 2), np.tile(np.subtract(window[2:], window[:2]), 2)
+    cut = np.clip(origin + boxes.astype(np.float64) * extent, 0, 1)
+    inside = (cut[:, 0] < cut[:, 2]) & (cut[:, 1] < cut[:, 3])
+    last = np.tile(np.array(size) - 1, 2)
+    return np.minimum(np.rint(cut * np.tile(size, 2)), last).astype(np.int64), inside
