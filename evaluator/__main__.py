@@ -1,16 +1,21 @@
-"""`python -m evaluator`: one instance, serving one release."""
+"""`python -m evaluator`: one instance, serving one release; `python -m evaluator check`: a release, without a mesh."""
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
+import orjson
 import uvloop
 
 from atserving.cli import service
 from atserving.config import is_name
 from atserving.telemetry import configure_logging
+from evaluator import check
 from evaluator.addresses import Network
 from evaluator.instance import Settings, run
 
@@ -38,7 +43,14 @@ def _networks(context: click.Context, parameter: click.Parameter, values: tuple[
         raise click.BadParameter(str(error), ctx=context, param=parameter) from None
 
 
-@click.command()
+def _json(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
+    try:
+        return None if value is None else orjson.loads(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not JSON", ctx=context, param=parameter) from None
+
+
+@click.command(epilog="To try a release without a mesh: evaluator check RELEASE.TAR; see evaluator check --help.")
 @click.option("--app", required=True, callback=_name, help="The app to serve.")
 @click.option("--version", required=True, callback=_name, help="Its version.")
 @service.addresses_option("--registry", required=True, help="The registries, any of which will do.")
@@ -93,5 +105,50 @@ def main(
     uvloop.run(run(settings))
 
 
+@click.command()
+@click.argument("tar", type=click.Path(path_type=Path, dir_okay=False, exists=True), metavar="RELEASE.TAR")
+@click.option("--net", help="The built-in net to run, where the tar has no net.py.  [default: classify]")
+@click.option("--custom-values", callback=_json, metavar="JSON", help="The release's custom_values.")
+@click.option("--image-width", type=click.IntRange(1), help="The release's image_width.")
+@click.option("--batch-size", type=click.IntRange(1), help="The release's batch_size.")
+@click.option("--use-device", metavar="DEVICE", default="CPU", show_default=True, help="CPU, GPU or GPU:<index>.")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="An image to run it on; repeatable. Without one, a made-up one.",
+)
+@click.option("--group", is_flag=True, help="All images are one request.")
+@click.option("--params", callback=_json, metavar="JSON", help="The requests' params.")
+@click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
+def check_release(
+    tar: Path,
+    net: str | None,
+    custom_values: Any,
+    image_width: int | None,
+    batch_size: int | None,
+    use_device: str,
+    images: tuple[Path, ...],
+    group: bool,
+    params: Any,
+    as_json: bool,
+) -> None:
+    """Loads a release without a mesh, runs it on images, and reports what it answers, how fast, in how much memory.
+
+    The status is 1 where it does not load, or does not answer, and the last line says why.
+    """
+    configure_logging("evaluator", "warning")
+    if custom_values is not None and not isinstance(custom_values, dict):
+        raise click.BadParameter("--custom-values should be a JSON object")
+    values = (custom_values or {}) | ({"net": net} if net else {})
+    fields = {"custom_values": values, "use_device": use_device, "image_width": image_width, "batch_size": batch_size}
+    report = asyncio.run(check.check(check.Options(tar, fields, images, group, params)))
+    click.echo(report.to_json() if as_json else report.to_text())
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["check"]:
+        del sys.argv[1]
+        service.run(check_release, "evaluator check")
     service.run(main, "evaluator")

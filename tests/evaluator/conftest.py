@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -142,3 +144,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def digits_tar(path: Path, **members: bytes | None) -> str:
+    """The digits release with some members replaced, added or, where None, left out; its URI."""
+    with tarfile.open(DIGITS / "digits-v1.tar") as source, tarfile.open(path, "w") as target:
+        contents: dict[str, bytes | None] = {
+            info.name: file.read() for info in source if (file := source.extractfile(info))
+        }
+        for name, data in (contents | members).items():
+            if data is not None:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                target.addfile(info, io.BytesIO(data))
+    return f"file://{path}"

@@ -63,6 +63,57 @@ def test_formats_are_decoded_to_bgr(data: bytes, tolerance: float) -> None:
     assert difference(pixels, bgr(Image.open(io.BytesIO(data)))) <= 2
 
 
+@pytest.mark.parametrize(
+    ("mode", "form", "options"),
+    [
+        ("1", "PNG", {}),
+        ("1", "BMP", {}),
+        ("L", "PNG", {}),
+        ("L", "BMP", {}),
+        ("L", "GIF", {}),
+        ("LA", "PNG", {}),
+        ("P", "BMP", {}),
+        ("P", "PNG", {"transparency": 3}),
+        ("P", "GIF", {"transparency": 3}),
+        ("RGBA", "BMP", {}),
+        ("RGB", "PNG", {"interlace": 1}),
+        ("RGB", "JPEG", {"quality": 95, "subsampling": 2}),
+        ("RGB", "JPEG", {"quality": 95, "restart_marker_rows": 1}),
+    ],
+    ids=str,
+)
+def test_every_kind_of_samples_is_decoded(mode: str, form: str, options: dict[str, Any]) -> None:
+    data = encoded(form, mode, **options)
+    # Transparent pixels have a colour too; another decoder's, once transparency is set aside.
+    image = Image.open(io.BytesIO(data))
+    image.info.pop("transparency", None)
+    assert difference(decode(data, LIMITS), bgr(image)) <= 2
+
+
+def test_cmyk_as_adobe_writes_it_is_not_inverted() -> None:
+    data = encoded("JPEG", "CMYK", quality=95)
+    assert b"Adobe" in data[:200]
+    dark, light = decode(data, LIMITS)[0, 0], decode(data, LIMITS)[0, -1]
+    assert (bgr(picture())[0, 0].astype(int) - dark).max() < 20
+    assert np.abs(bgr(picture())[0, -1].astype(int) - light).max() < 20
+
+
+def test_sixteen_bits_of_colour_keep_their_high_byte() -> None:
+    deep = np.random.default_rng(1).integers(0, 65535, (HEIGHT, WIDTH, 4), np.uint16)
+    for channels in (3, 4):
+        pixels = decode(cv2.imencode(".png", deep[:, :, :channels])[1].tobytes(), LIMITS)
+        assert (pixels == deep[:, :, :3] >> 8).all()
+
+
+def test_a_first_frame_that_is_smaller_than_its_canvas_is_put_on_it() -> None:
+    data = bytearray(encoded("GIF"))
+    # The canvas, of which the frame covers the top left.
+    data[6:10] = struct.pack("<HH", WIDTH + 10, HEIGHT + 5)
+    pixels = decode(bytes(data), LIMITS)
+    assert pixels.shape == (HEIGHT + 5, WIDTH + 10, 3)
+    assert difference(pixels[:HEIGHT, :WIDTH], bgr(Image.open(io.BytesIO(encoded("GIF"))))) <= 2
+
+
 def test_grey_becomes_three_equal_channels() -> None:
     pixels = decode(encoded("JPEG", "L"), LIMITS)
     assert (pixels[:, :, 0] == pixels[:, :, 2]).all()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -20,7 +21,7 @@ from atserving.v1 import evaluator_pb2
 from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
 from atserving.v1.serving_pb2 import Resource
 from gate.evaluators import EvaluatorConnection, TransportError
-from tests.evaluator.conftest import DIGITS, Process, Registry, evaluator
+from tests.evaluator.conftest import DIGITS, Process, Registry, digits_tar, evaluator
 
 IMAGES = DIGITS / "images"
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -254,3 +255,58 @@ async def test_the_grace_bounds_how_long_leaving_takes(registry: Registry, slow_
             assert await asyncio.to_thread(process.wait) == 0
             with pytest.raises(TransportError):
                 await held
+
+
+SCRIPT = b"""
+import os, time
+
+def net_init(cfg):
+    return {"batch_size": 4}
+
+def net_inference(model, args):
+    rets = []
+    for req in args["reqs"]:
+        do = (req.get("params") or {}).get("do")
+        if do == "sleep":
+            print("asleep")
+            time.sleep(1000)
+        if do == "die":
+            os._exit(1)
+        group = isinstance(req["data"], list)
+        sizes = [os.path.getsize(each["uri"]) for each in (req["data"] if group else [req["data"]])]
+        rets.append({"code": 0, "result": {"sizes": sizes, "group": group}})
+        if do == "stream":
+            rets[-1] = {"code": 0, "message": "bytes", "result_file": bytes(3)}
+    return rets
+"""
+
+
+async def test_a_script_answers_and_what_it_does_to_itself_reaches_nobody_else(
+    registry: Registry, tmp_path: Path
+) -> None:
+    registry.publish("script", file=digits_tar(tmp_path / "release.tar", **{"net.py": SCRIPT}))
+    with evaluator(registry, "script") as process:
+        async with connected(process) as script:
+
+            async def ask(do: str, *data: Resource, timeout: float = 30, **fields: Any) -> InferResponse:
+                request = InferRequest(data=data or [DIGIT], params_json=f'{{"do": "{do}"}}', **fields)
+                return await script.infer(request, timeout, None)
+
+            size = len(DIGIT.body)
+            assert orjson.loads((await ask("answer")).result_json) == {"sizes": [size], "group": False}
+            pair = await ask("answer", DIGIT, Resource(body=b"12"), group=True)
+            assert orjson.loads(pair.result_json) == {"sizes": [size, 2], "group": True}
+            stream = await ask("stream")
+            assert (stream.stream, stream.message) == (bytes(3), "bytes")
+            died, *others = await asyncio.gather(ask("die"), *(ask("answer") for _ in range(8)))
+            assert (died.error.code, died.error.message) == (500, "the net's script died")
+            assert all(orjson.loads(other.result_json)["sizes"] == [size] for other in others)
+            stuck = asyncio.create_task(ask("sleep", timeout=2))
+            await asyncio.to_thread(process.logged, event="script", text="asleep")
+            others = await asyncio.gather(*(ask("answer") for _ in range(8)))
+            assert all(orjson.loads(other.result_json)["sizes"] == [size] for other in others)
+            # By the instance or, first, by the caller itself.
+            with suppress(TimeoutError):
+                assert (await stuck).error.code == 504
+        process.terminate()
+        assert await asyncio.to_thread(process.wait) == 0

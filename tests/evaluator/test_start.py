@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +12,7 @@ import pytest
 
 from atserving.errors import StartError
 from evaluator.instance import Settings, run
-from tests.evaluator.conftest import DIGITS, ROOT, Registry, start_evaluator
-
-
-def digits_tar(path: Path, **members: bytes | None) -> str:
-    """The digits release with some members replaced, added or, where None, left out; its URI."""
-    with tarfile.open(DIGITS / "digits-v1.tar") as source, tarfile.open(path, "w") as target:
-        contents: dict[str, bytes | None] = {
-            info.name: file.read() for info in source if (file := source.extractfile(info))
-        }
-        for name, data in (contents | members).items():
-            if data is not None:
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                target.addfile(info, io.BytesIO(data))
-    return f"file://{path}"
-
+from tests.evaluator.conftest import DIGITS, ROOT, Registry, digits_tar, start_evaluator
 
 SCRIPT = b"def net_inference(model, args): ...\ndef net_init(cfg):\n"
 TARS: dict[str, tuple[dict[str, bytes | None], str]] = {
@@ -114,6 +97,15 @@ def test_a_registry_that_is_away_is_one_line_and_a_failure() -> None:
     # Beside the log's lines, which are JSON.
     assert [line for line in process.lines if not line.startswith("{")] == process.lines[-1:]
     assert process.lines[-1].startswith("evaluator: no registry within 0.3 s: registry 127.0.0.1:1: ")
+
+
+def test_sigterm_ends_a_script_that_never_starts(registry: Registry, tmp_path: Path) -> None:
+    never = SCRIPT + b"    import sys, time\n    print('waiting')\n    time.sleep(1000)"
+    registry.publish("never-starts", file=digits_tar(tmp_path / "release.tar", **{"net.py": never}))
+    process = start_evaluator(registry.address, "never-starts")
+    process.logged(event="script", text="waiting")
+    process.terminate()
+    assert process.wait() == 0
 
 
 def test_sigterm_during_the_start_is_a_clean_end(registry: Registry) -> None:

@@ -1,0 +1,138 @@
+"""`python -m evaluator check`: what an author sees of a release, good or bad, without a mesh."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from atserving.errors import StartError
+from evaluator.check import Options, check, shape
+from tests.evaluator.conftest import DIGITS, ROOT, digits_tar
+
+SEVEN = DIGITS / "images" / "7.png"
+
+
+def tar(folder: Path, script: str) -> Path:
+    digits_tar(folder / "release.tar", **{"net.py": script.encode()})
+    return folder / "release.tar"
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "evaluator", "check", *(str(argument) for argument in arguments)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_good_release_is_reported(tmp_path: Path) -> None:
+    said = command(DIGITS / "digits-v1.tar", "--image", SEVEN, "--batch-size", 4, "--params", '{"limit": 2}')
+    assert (said.returncode, said.stderr) == (0, "")
+    lines = said.stdout.splitlines()
+    assert lines[0].startswith("classify on CPU, batch_size 4, loaded in ")
+    assert lines[1] == '7.png: {"confidences": [2 x {"index": integer, "class": text, "score": number}]}'
+    assert [line.split(":")[0] for line in lines[2:]] == ["prepare", "batch of 1", "batch of 4", "peak memory"]
+
+
+def test_the_report_comes_as_json_too() -> None:
+    said = command(DIGITS / "digits-v1.tar", "--net", "feature", "--custom-values", '{"layers": ["pool2"]}', "--json")
+    report = orjson.loads(said.stdout)
+    assert report["answers"] == [{"request": "a made-up image", "result": "a stream of 40 bytes"}]
+    assert set(report["by_batch_ms"]) == {"1", "8"}
+    assert report["peak_memory_mib"] > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([DIGITS / "digits-v1.tar", "--net", "guess"], 1, "evaluator check: custom_values.net is 'guess'"),
+        ([DIGITS / "digits-v1.tar", "--custom-values", "[1]"], 2, "--custom-values should be a JSON object"),
+        (["no-such.tar"], 2, "does not exist"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_a_status(arguments: list[Any], status: int, message: str) -> None:
+    said = command(*arguments)
+    assert (said.returncode, said.stdout, said.stderr.count("\n")) == (status, "", 1)
+    assert message in said.stderr
+
+
+SCRIPT = """
+from evaluator import scripting
+
+def net_init(cfg):
+    net = scripting.net(cfg)
+    return {"net": net, "transformer": scripting.transformer(cfg, net.blobs["data"].shape), "batch_size": 2,
+            "names": scripting.labels(cfg["tar_files"]["labels.csv"])}
+
+def net_preprocess(model, req):
+    data = req["data"] if isinstance(req["data"], list) else [req["data"]]
+    return {"inputs": [model["transformer"](scripting.read_image(each["body"])) for each in data]}
+
+def net_inference(model, args):
+    rets = []
+    for req in args["reqs"]:
+        names = []
+        for planes in req["inputs"]:
+            model["net"].blobs["data"].data[...] = planes
+            best = int(model["net"].forward()["prob"].argmax())
+            assert best == model["net"].forward({"data": planes[None]})["prob"].argmax()
+            names.append(model["names"][best])
+        rets.append({"code": 0, "message": "", "result": {"names": names}})
+    return rets
+"""
+
+
+async def test_a_script_runs_the_releases_net(tmp_path: Path) -> None:
+    report = await check(Options(tar(tmp_path, SCRIPT), {}, [SEVEN, DIGITS / "images" / "1.png"]))
+    assert (report.net, report.batch_size) == ("net.py", 2)
+    assert [answer.result for answer in report.answers] == ['{"names": [1 x text]}'] * 2
+    assert list(report.by_batch_ms) == [1, 2]
+
+
+async def test_all_images_may_be_one_group(tmp_path: Path) -> None:
+    images = [SEVEN, DIGITS / "images" / "1.png"]
+    report = await check(Options(tar(tmp_path, SCRIPT), {}, images, group=True))
+    assert [(each.request, each.result) for each in report.answers] == [
+        ("7.png, 1.png, a group", '{"names": [2 x text]}')
+    ]
+
+
+async def test_a_script_that_wants_groups_is_given_one(tmp_path: Path) -> None:
+    script = "def net_init(cfg): return {}\ndef net_inference(model, args):\n"
+    script += "    return [{'code': 0 if isinstance(r['data'], list) else 400} for r in args['reqs']]\n"
+    (answer,) = (await check(Options(tar(tmp_path, script), {}))).answers
+    assert (answer.request, answer.result) == ("a group of two made-up images", "null")
+
+
+@pytest.mark.parametrize(
+    ("ret", "message"),
+    [
+        ("[{'code': 400, 'message': 'no face'}] * len(args['reqs'])", "a made-up image: code 400: no face"),
+        ("[]", "a made-up image: code 500: the net did not return one result a request"),
+        ("1 / 0", "a made-up image: code 500: the forward pass failed"),
+        ("[{}] if len(args['reqs']) == 1 else []", "a batch failed: code 500: the net did not return one result"),
+    ],
+)
+async def test_a_script_that_does_not_answer_fails_the_check(ret: str, message: str, tmp_path: Path) -> None:
+    script = f"def net_init(cfg): return {{}}\ndef net_inference(model, args): return {ret}\n"
+    with pytest.raises(StartError) as error:
+        await check(Options(tar(tmp_path, script), {"batch_size": 2}))
+    assert message in str(error.value)
+
+
+async def test_a_malformed_field_or_image_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="the release is malformed: use_device"):
+        await check(Options(DIGITS / "digits-v1.tar", {"use_device": "TPU"}))
+    with pytest.raises(StartError, match=r"release\.tar: code 400: the image can't be decoded"):
+        await check(Options(DIGITS / "digits-v1.tar", {}, [tar(tmp_path, "")]))
+    with pytest.raises(StartError, match=r"none\.png: No such file"):
+        await check(Options(DIGITS / "digits-v1.tar", {}, [Path("none.png")]))
+
+
+def test_shapes_are_readable() -> None:
+    value = {"a": [1, 2, 3], "b": [], "c": {"d": None, "e": True, "f": "x"}, "g": [[0.5]]}
+    assert shape(value) == (
+        '{"a": [3 x integer], "b": [], "c": {"d": null, "e": boolean, "f": text}, "g": [1 x [1 x number]]}'
+    )
