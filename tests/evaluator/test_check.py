@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,13 @@ async def test_a_script_runs_the_releases_net(tmp_path: Path) -> None:
     assert (report.net, report.batch_size) == ("net.py", 2)
     assert [answer.result for answer in report.answers] == ['{"names": [1 x text]}'] * 2
     assert list(report.by_batch_ms) == [1, 2]
+
+
+async def test_the_script_of_the_documentation_works(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "nets.md").read_text()
+    block = page[page.index("    import numpy") : page.index("| function | when |")]
+    report = await check(Options(tar(tmp_path, textwrap.dedent(block)), {}, [SEVEN]))
+    assert [answer.result for answer in report.answers] == ['{"best": integer}']
 
 
 async def test_all_images_may_be_one_group(tmp_path: Path) -> None:
