@@ -39,6 +39,10 @@ function envoy_on_request(handle)
   noted:set("atserving", "native", native)
 end
 
+-- What the gate says beside a reply comes in its trailers: so all of an answer leaves the gate at once, and one that was
+-- begun and broke off can't happen. The transcoder holds the reply until its trailers are there in any case.
+local said = { "x-serving-status", "x-serving-version", "retry-after" }
+
 local internal = {
   "x-serving-status",
   "grpc-status",
@@ -47,6 +51,27 @@ local internal = {
   "grpc-encoding",
   "x-envoy-upstream-healthchecked-cluster",
 }
+
+local function read_trailers(handle)
+  handle:body() -- waits for the whole answer; what was fetched of it before is no longer valid
+  local headers, trailers = handle:headers(), handle:trailers()
+  if trailers == nil then
+    return
+  end
+  for _, name in ipairs(said) do
+    local value = trailers:get(name)
+    if value ~= nil then
+      headers:replace(name, value)
+    end
+  end
+  local found = {}
+  for name, _ in pairs(trailers) do
+    table.insert(found, name)
+  end
+  for _, name in ipairs(found) do
+    trailers:remove(name)
+  end
+end
 
 -- A gRPC status of the gate's own server means that the call itself failed, not that the gate answered so. What it says
 -- is for its developers, and is in its log.
@@ -61,13 +86,20 @@ local function write_failure(handle, headers)
 end
 
 function envoy_on_response(handle)
-  local headers = handle:headers()
   local noted = handle:streamInfo():dynamicMetadata():get("atserving")
+  local reqid, native = nil, false
   if noted ~= nil then
-    headers:replace("x-reqid", noted["reqid"])
-    if noted["native"] then
-      return -- a gRPC caller reads its status itself
-    end
+    reqid, native = noted["reqid"], noted["native"]
+  end
+  if not native then -- a gRPC caller reads status and trailers itself
+    read_trailers(handle)
+  end
+  local headers = handle:headers()
+  if reqid ~= nil then
+    headers:replace("x-reqid", reqid)
+  end
+  if native then
+    return
   end
   local failed = headers:get("grpc-status")
   if headers:get("x-serving-status") ~= nil then

@@ -149,7 +149,6 @@ async def _reply(
     except Exception:
         log.exception("request failed unexpectedly", reqid=call.reqid)
         reply = edge.write_error(Internal("the gate failed on this request"))
-    await context.send_initial_metadata(
-        (("x-reqid", call.reqid), ("x-serving-status", str(reply.status)), *reply.headers.items())
-    )
+    # Trailing, so that the whole answer is one write: nothing of it is sent if this process dies before.
+    context.set_trailing_metadata((("x-serving-status", str(reply.status)), *reply.headers.items()))
     return httpbody_pb2.HttpBody(content_type=reply.content_type, data=reply.body)

@@ -27,8 +27,9 @@ if _version_not_supported:
 
 
 class EdgeServiceStub:
-    """Called by the edge only. A failure is not a gRPC status but a reply whose body is `{"code": ..., "message": ...}` and
-    whose initial metadata `x-serving-status` is the HTTP status the edge is to answer with.
+    """Called by the edge only. A failure is not a gRPC status but a reply whose body is `{"code": ..., "message": ...}`. The
+    trailing metadata hold what becomes the response's: `x-serving-status`, the HTTP status; `x-serving-version`;
+    `retry-after`.
     """
 
     def __init__(self, channel):
@@ -50,8 +51,9 @@ class EdgeServiceStub:
 
 
 class EdgeServiceServicer:
-    """Called by the edge only. A failure is not a gRPC status but a reply whose body is `{"code": ..., "message": ...}` and
-    whose initial metadata `x-serving-status` is the HTTP status the edge is to answer with.
+    """Called by the edge only. A failure is not a gRPC status but a reply whose body is `{"code": ..., "message": ...}`. The
+    trailing metadata hold what becomes the response's: `x-serving-status`, the HTTP status; `x-serving-version`;
+    `retry-after`.
     """
 
     def Eval(self, request, context):
@@ -91,8 +93,9 @@ def add_EdgeServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EdgeService:
-    """Called by the edge only. A failure is not a gRPC status but a reply whose body is `{"code": ..., "message": ...}` and
-    whose initial metadata `x-serving-status` is the HTTP status the edge is to answer with.
+    """Called by the edge only. A failure is not a gRPC status but a reply whose body is `{"code": ..., "message": ...}`. The
+    trailing metadata hold what becomes the response's: `x-serving-status`, the HTTP status; `x-serving-version`;
+    `retry-after`.
     """
 
     @staticmethod

@@ -31,8 +31,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class EdgeServiceStub:
-    """Called by the edge only. A failure is not a gRPC status but a reply whose body is `{"code": ..., "message": ...}` and
-    whose initial metadata `x-serving-status` is the HTTP status the edge is to answer with.
+    """Called by the edge only. A failure is not a gRPC status but a reply whose body is `{"code": ..., "message": ...}`. The
+    trailing metadata hold what becomes the response's: `x-serving-status`, the HTTP status; `x-serving-version`;
+    `retry-after`.
     """
 
     @_typing.overload
@@ -48,8 +49,9 @@ class EdgeServiceStub:
 
 @_typing.type_check_only
 class EdgeServiceAsyncStub(EdgeServiceStub):
-    """Called by the edge only. A failure is not a gRPC status but a reply whose body is `{"code": ..., "message": ...}` and
-    whose initial metadata `x-serving-status` is the HTTP status the edge is to answer with.
+    """Called by the edge only. A failure is not a gRPC status but a reply whose body is `{"code": ..., "message": ...}`. The
+    trailing metadata hold what becomes the response's: `x-serving-status`, the HTTP status; `x-serving-version`;
+    `retry-after`.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -61,8 +63,9 @@ class EdgeServiceAsyncStub(EdgeServiceStub):
     """The body is a JSON array of tasks: eval requests, each with its `op`, `/v1/eval/<app>[/<version>]`."""
 
 class EdgeServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Called by the edge only. A failure is not a gRPC status but a reply whose body is `{"code": ..., "message": ...}` and
-    whose initial metadata `x-serving-status` is the HTTP status the edge is to answer with.
+    """Called by the edge only. A failure is not a gRPC status but a reply whose body is `{"code": ..., "message": ...}`. The
+    trailing metadata hold what becomes the response's: `x-serving-status`, the HTTP status; `x-serving-version`;
+    `retry-after`.
     """
 
     @_abc_1.abstractmethod

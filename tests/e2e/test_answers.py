@@ -29,7 +29,7 @@ from tests.e2e.conftest import Client, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-STREAM = bytes(range(256)) * 1000
+STREAM = bytes(range(256)) * 100_000
 Context = grpc.aio.ServicerContext[evaluator_pb2.ExchangeRequest, evaluator_pb2.ExchangeResponse]
 
 
