@@ -145,6 +145,17 @@ async def test_what_happened_while_disconnected_arrives_in_its_steps(etcd: Etcd,
         assert followed.client.snapshots == 1
 
 
+async def back(etcd: Etcd, client: EtcdClient) -> None:
+    """etcd serves again, and the client, which tries a write but once, has noticed."""
+    await etcd.ready()
+    await until_async(lambda: answered(client), EtcdUnavailable)
+
+
+async def answered(client: EtcdClient) -> bool:
+    await client.get("/any")
+    return True
+
+
 async def test_resumes_after_etcd_was_killed(etcd: Etcd, client: EtcdClient) -> None:
     await client.put(A1, release(1))
     async with following(etcd) as followed:
@@ -153,7 +164,7 @@ async def test_resumes_after_etcd_was_killed(etcd: Etcd, client: EtcdClient) -> 
             await until(lambda: followed.mirror.reason)
             assert followed.state[A1] == release(number - 1)
             etcd.start()
-            await etcd.ready()
+            await back(etcd, client)
             last = await client.put(A1, release(number))
             await followed.view.reached(last)
         assert followed.state == {A1: release(3)}
@@ -190,7 +201,7 @@ async def test_a_wiped_store_is_read_anew(
         if not same_cluster_id:
             etcd.command += ["--initial-cluster-token", "another"]
         etcd.start()
-        await etcd.ready()
+        await back(etcd, client)
         for _ in range(10 if refilled_beyond else 1):
             last = await client.put(A2, release(2))
         followed.resume()
@@ -206,7 +217,7 @@ async def test_a_store_wiped_under_the_mirror_is_read_anew(etcd: Etcd, client: E
         etcd.wipe()
         etcd.start()
         await until(lambda: not followed.state)
-        await etcd.ready()
+        await back(etcd, client)
         last = await client.put(B1, release(1))
         await until(lambda: followed.state == {B1: release(1)})
         assert followed.view.revision == last
@@ -224,7 +235,7 @@ async def test_a_store_restored_from_a_backup_is_read_anew(etcd: Etcd, client: E
         etcd.restore(backup)
         etcd.start()
         await until(lambda: followed.state == {A1: release(1)})
-        await etcd.ready()
+        await back(etcd, client)
         await client.put(B1, release(7))
         await until(lambda: followed.state == {A1: release(1), B1: release(7)})
 
