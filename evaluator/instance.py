@@ -111,7 +111,7 @@ async def _serve(
         await server.set_serving(True)
         log.info("serving", app=settings.app, version=settings.version, port=port)
         async with _background(registration.run()) as registering:
-            await _first(stop, batching, registering, following)
+            await transport.until_stopped(stop, batching, registering, following)
             await _leave(settings.grace_s, registration, batcher, server)
         pipeline.close()
 
@@ -206,14 +206,3 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None
         for each in (task, stopping):
             each.cancel()
         await asyncio.gather(task, stopping, return_exceptions=True)
-
-
-async def _first(stop: asyncio.Event, *tasks: asyncio.Task[None]) -> None:
-    """Returns when ``stop`` comes; raises what a task raised, which none should."""
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        stopping.cancel()
