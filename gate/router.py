@@ -23,6 +23,8 @@ LINGER_S = 30.0
 SHUN_S = 1.0
 """How long an instance whose transport failed is passed over, where there is another."""
 
+_NO_METADATA = AppMetadata()
+
 ConnectionT = TypeVar("ConnectionT")
 
 
@@ -76,10 +78,13 @@ class Router(Generic[ConnectionT]):
         self._endpoints: dict[tuple[str, str], dict[str, Endpoint[ConnectionT]]] = {}
         self._left: dict[tuple[str, str], dict[str, Endpoint[ConnectionT]]] = {}
         self._settings: dict[str, AppMetadata | WorkerConfig] = {}
+        # What is merged from the settings, until a step of the config changes something.
+        self._timeouts: dict[tuple[str, str], timedelta] = {}
         self._dropped: list[Endpoint[ConnectionT]] = []
 
     def apply(self, upserts: Mapping[str, ConfigValue], deletes: Set[str]) -> None:
         """One step of the config, as :class:`atserving.follower.ConfigFollower` reports it."""
+        self._timeouts.clear()
         for key in deletes:
             self._delete(key)
         for key, value in upserts.items():
@@ -133,11 +138,17 @@ class Router(Generic[ConnectionT]):
     def metadata(self, app: str) -> tuple[AppMetadata, AppMetadata]:
         """The app's own metadata and the default, each empty where there is none."""
         found = [self._settings.get(key) for key in (config.app_metadata_key(app), config.DEFAULT_APP_METADATA_KEY)]
-        own, default = (value if isinstance(value, AppMetadata) else AppMetadata() for value in found)
+        own, default = (value if isinstance(value, AppMetadata) else _NO_METADATA for value in found)
         return own, default
 
     def timeout(self, app: str, version: str) -> timedelta:
-        """What bounds one eval; without a version, the app's production versions' longest."""
+        """What bounds one eval; without a version, the app's production versions' longest. Raises NotFound."""
+        known = self._timeouts.get((app, version))
+        if known is None:
+            known = self._timeouts[app, version] = self._merged_timeout(app, version)
+        return known
+
+    def _merged_timeout(self, app: str, version: str) -> timedelta:
         versions = [version] if version else [v for v, r in self.versions(app).items() if r.phase == "production"]
         timeouts = [self._worker(app, each).timeout for each in versions or [""]]
         return max(timeout for timeout in timeouts if timeout is not None)

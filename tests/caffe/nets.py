@@ -123,7 +123,9 @@ def run(model: onnx.ModelProto | onnxruntime.InferenceSession, feeds: Mapping[st
 
 def answer(folder: Path, prototxt: str, weights: Mapping[str, Sequence[Array]] | None = None, /, **feeds: Array) -> Any:
     """The only output of a net, converted and run. A feed of the blob `data` is given as data=..."""
-    outputs = run(convert(*write_net(folder, prototxt, weights)), {k: np.asarray(v, np.float32) for k, v in feeds.items()})
+    outputs = run(
+        convert(*write_net(folder, prototxt, weights)), {k: np.asarray(v, np.float32) for k, v in feeds.items()}
+    )
     (output,) = outputs.values()
     return output
 
