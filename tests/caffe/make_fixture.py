@@ -3,7 +3,8 @@
 Runs under Python 3.9 with PyPI's kendryte-caffe==1.0.0.20210829, protobuf<3.21 and numpy<1.24, apart from the project's
 own environment. Writes random weights to `weight.caffemodel` and, to `expected.npz`, inputs and outputs for a batch of
 one (`b1|in|<blob>`, `b1|out|<blob>`) and for three images, `b3|...`, each of which is run alone: that is the promise
-of the converter, also where Caffe itself would mix a batch.
+of the converter, also where Caffe itself would mix a batch. A fixture called declared<B>... has a prototxt whose
+literal sizes hold for its own batch B only: it is run at that one, `b<B>|...`.
 """
 
 import sys
@@ -33,11 +34,24 @@ def run(net, feeds):
     return {name: np.array(net.blobs[name].data) for name in net.outputs}
 
 
+def at_declared_batch(net, random):
+    feeds = {name: random.normal(0, 1, net.blobs[name].data.shape).astype(np.float32) for name in net.inputs}
+    outputs = run(net, feeds)
+    batch = len(next(iter(feeds.values())))
+    arrays = {f"b1|in|{name}": array[:1] for name, array in feeds.items()}
+    arrays.update({f"b{batch}|in|{name}": array for name, array in feeds.items()})
+    arrays.update({f"b{batch}|out|{name}": array for name, array in outputs.items()})
+    return arrays
+
+
 def make(folder):
     random = np.random.RandomState(zlib.crc32(folder.name.encode()))
     net = caffe.Net(str(folder / "deploy.prototxt"), caffe.TEST)
     draw(net, random)
     net.save(str(folder / "weight.caffemodel"))
+    if folder.name.startswith("declared"):
+        np.savez_compressed(str(folder / "expected.npz"), **at_declared_batch(net, random))
+        return
     arrays = {}
     single = [
         {name: random.normal(0, 1, (1, *net.blobs[name].data.shape[1:])).astype(np.float32) for name in net.inputs}

@@ -128,6 +128,10 @@ NETS = {
         NET + layer("Reshape", more="reshape_param { shape { dim: 0 dim: 395 } }"),
         "(N, 4, 9, 11) has not as many elements as (N, 395)",
     ),
+    "reshape for the declared batch": (
+        input_layer(2, 6, 2) + layer("Reshape", more="reshape_param { shape { dim: 3 dim: -1 } }"),
+        "making (3, 8) of (N, 6, 2) would mix the images of a batch",
+    ),
     "permute": (NET + layer("Permute", more="permute_param { order: 0 order: 0 }"), "is not one of 4 axes"),
     "tiles": (NET + layer("Tile", more="tile_param { tiles: 2000000000 }"), "more elements than Caffe can count"),
     "lrn": (NET + layer("LRN", more="lrn_param { local_size: 4 }"), "local_size is 4, and has to be odd"),

@@ -42,8 +42,8 @@ def reshape(ctx: LayerContext) -> list[Value]:
     """Caffe's Reshape: `shape` replaces `num_axes` axes from `axis` on; 0 keeps a size and -1 is what is left.
 
     A batch cannot be told from a literal number by the layer itself, so the batch goes to the first axis that has the
-    same number of elements before it: a literal 1, or the batch that the prototxt declares, is the batch; any other
-    size there is that many rows an image.
+    same number of elements before it and whose size the declared batch B divides: a literal L written for B images is
+    L / B rows an image.
     """
     data = ctx.bottom()
     wanted, before, after = _requested(ctx, data)
@@ -87,23 +87,16 @@ def _place_batch(ctx: LayerContext, data: Value, shape: list[Dim | None], batch:
     """Fills in `shape` so that the batch stays as far out as it was. `total` is the number of elements an image."""
     outside = prod(_factor(dim) for dim in data.shape[: data.shape.index(batch)])
     kept = any(isinstance(dim, Symbol) for dim in shape)
-    if kept:
-        _fill(ctx, shape, total)
+    declared = 1 if kept or batch.name != BATCH else ctx.batch
+    _fill(ctx, shape, total * declared)
     passed = 1
     for i, dim in enumerate(shape):
         if isinstance(dim, Symbol) and passed == outside:
             return
-        if not kept and passed == outside:
-            literal = dim if isinstance(dim, int) else None
-            shape[i] = Symbol(batch.name, 1 if literal in (1, ctx.batch) else literal or 1)
-            if literal is None:
-                others = prod(_factor(other) for other in shape if other is not None)
-                shape[i] = Symbol(batch.name, _share(ctx, total, others))
-            _fill(ctx, shape, total)
+        if isinstance(dim, int) and not kept and passed == outside and dim % declared == 0:
+            shape[i] = Symbol(batch.name, dim // declared)
             return
-        if dim is None:
-            break
-        passed *= _factor(dim)
+        passed *= _factor(dim or 1)
     wanted = text([-1 if dim is None else dim for dim in shape])
     ctx.fail(f"making {wanted} of {text(data.shape)} would mix the images of a batch")
 
@@ -122,7 +115,7 @@ def _share(ctx: LayerContext, total: int, others: int) -> int:
 
 def _with_free_sizes(ctx: LayerContext, data: Value, shape: list[Dim | None]) -> Shape:
     """The shape where height and width are symbols, of which -1 can take what is not kept."""
-    if shape and shape[0] in (1, ctx.batch) and data.shape[0] == Symbol(BATCH):
+    if shape and shape[0] == ctx.batch and data.shape[0] == Symbol(BATCH):
         shape[0] = data.shape[0]
     if not shape or shape[0] != data.shape[0]:
         ctx.fail("with an unknown height and width it has to keep the batch")
