@@ -58,6 +58,7 @@ def convert(
     blobs = LoadedBlobs(parse_weights(data, weights.name))
     report("reading", 1, 1)
     graph = build(net, plan, blobs, outputs=outputs, dynamic_size=dynamic_size, file=structure.name, progress=report)
+    _refuse_surplus(plan, blobs)
     return export.model(
         graph,
         {
@@ -69,6 +70,16 @@ def convert(
         structure.name,
         report,
     )
+
+
+def _refuse_surplus(plan: NetPlan, blobs: LoadedBlobs) -> None:
+    """Fails, as Caffe does, where a layer has other weights than its type and parameters need: it is another layer."""
+    for layer in plan.layers:
+        name, have, used = layer.spec.name, blobs.count(layer.spec.name), blobs.used(layer.spec.name)
+        if have > used:
+            raise ConversionError(
+                f"has {have} weight blobs in the caffemodel, and needs {used}", layer=name, layer_type=layer.spec.type
+            )
 
 
 def _unseen(step: str, done: int, of: int) -> None:

@@ -17,10 +17,15 @@ class LoadedBlobs:
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
+        self._used: dict[str, int] = {}
 
     def count(self, layer: str) -> int:
         """How many blobs the caffemodel has for the layer."""
         return len(self._weights.get(layer, ()))
+
+    def used(self, layer: str) -> int:
+        """How many of them were asked for."""
+        return self._used.get(layer, 0)
 
     def take(self, layer: str, index: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """The layer's `index`-th blob as float32 of `shape`.
@@ -32,6 +37,7 @@ class LoadedBlobs:
             ShapeError: no such blob, or one of another shape.
         """
         blobs = self._weights.get(layer, ())
+        self._used[layer] = max(self._used.get(layer, 0), index + 1)
         if index >= len(blobs):
             have = f"only {len(blobs)} weight blobs" if blobs else "no weights"
             raise ShapeError(f"has {have} in the caffemodel, and needs one of the shape {list(shape)}")

@@ -180,6 +180,31 @@ def test_weights_that_do_not_fit_are_refused(name: str, tmp_path: Path) -> None:
     assert (caught.value.layer, caught.value.layer_type) == ("the_Convolution", "Convolution")
 
 
+SURPLUS = {
+    "bias without bias_term": (
+        layer("Convolution", more=CONV.replace("}", "bias_term: false }")),
+        [WEIGHT, BIAS],
+        "(Convolution): has 2 weight blobs in the caffemodel, and needs 1",
+    ),
+    "NVIDIA's BatchNorm": (
+        layer("BatchNorm"),
+        [np.ones(4), np.ones(4), np.ones(1), np.ones(4), np.ones(4)],
+        "(BatchNorm): has 5 weight blobs in the caffemodel, and needs 3",
+    ),
+    "ReLU": (layer("ReLU"), [np.ones(4)], "(ReLU): has 1 weight blobs in the caffemodel, and needs 0"),
+    "Dropout": (layer("Dropout"), [np.ones(4)], "(Dropout): has 1 weight blobs in the caffemodel, and needs 0"),
+}
+
+
+@pytest.mark.parametrize("name", SURPLUS)
+def test_more_weights_than_a_layer_needs_are_refused(name: str, tmp_path: Path) -> None:
+    prototxt, blobs, message = SURPLUS[name]
+    kind = message[1:].partition(")")[0]
+    with pytest.raises(ConversionError, match=re.escape(message)) as caught:
+        convert(*write_net(tmp_path, NET + prototxt, {f"the_{kind}": blobs}))
+    assert caught.value.layer == f"the_{kind}"
+
+
 def test_two_layers_with_weights_under_one_name_are_refused(tmp_path: Path) -> None:
     paths = write_net(tmp_path, NET + layer("Convolution", more=CONV), {"the_Convolution": [WEIGHT, BIAS]})
     paths[1].write_bytes(paths[1].read_bytes() * 2)
