@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from . import export, passes, prototxt
+from . import export, passes, prototxt, shapes
 from .caffemodel import MAX_BYTES, parse_weights, read_bytes
 from .errors import ConversionError
 from .graph import Graph, Node, Value
@@ -18,6 +18,7 @@ from .layers import CONVERTERS, Blobs, LayerContext
 from .net import BlobRef, NetLayer, NetPlan, plan_net
 from .prototxt import NetSpec, parse_net
 from .shapes import BATCH, ROIS, Dim, ShapeError, Symbol, check
+from .sharing import refuse_overwritten
 from .weights import LoadedBlobs
 
 # Told the step, "reading", "layers" or "weights", how much of it is done, and of how much.
@@ -42,7 +43,8 @@ def convert(
         prototxt_path: the net's structure and parameters.
         caffemodel_path: its weights, matched by layer name.
         outputs: further blobs to have as outputs, after those that the net has; by name, each in its last version.
-        dynamic_size: keep the height and width of four-dimensional inputs symbolic too, for fully convolutional nets.
+        dynamic_size: keep the height and width of four-dimensional inputs symbolic too, for fully convolutional nets;
+            inputs of one declared size share them.
         progress: called as the conversion goes on, with the step, what is done of it, and of how much.
 
     Raises:
@@ -109,6 +111,8 @@ def build(
             _add_layer(graph, layer, values, batch, blobs)
             progress("layers", done, len(plan.layers))
         wanted = [*plan.outputs, *_extra(plan, outputs, file)]
+        refuse_overwritten(plan, wanted)
+        _refuse_moved_batch(plan, values, wanted)
         _name_values(graph, plan, values, wanted)
         passes.run(graph)
     return graph
@@ -117,6 +121,7 @@ def build(
 def _add_inputs(graph: Graph, plan: NetPlan, values: dict[BlobRef, Value], dynamic_size: bool, file: str) -> int:
     """Declares the inputs and returns the batch that the prototxt was written for."""
     regions = {layer.bottoms[1] for layer in plan.layers if layer.spec.type == "ROIPooling" and len(layer.bottoms) == 2}
+    sizes: dict[tuple[int, ...], int] = {}
     for ref, declared in plan.inputs:
         try:
             check(declared)
@@ -126,7 +131,9 @@ def _add_inputs(graph: Graph, plan: NetPlan, values: dict[BlobRef, Value], dynam
             raise ConversionError(f"input {ref.name!r} has no axes", file=file)
         shape: list[Dim] = [Symbol(ROIS if ref in regions else BATCH), *declared[1:]]
         if dynamic_size and len(declared) == 4:
-            shape[2:] = [Symbol("H"), Symbol("W")]
+            # Inputs declared alike are fed alike; of others nothing is known, so they have symbols of their own.
+            number = sizes.setdefault(declared[2:], len(sizes) + 1)
+            shape[2:] = [Symbol(axis if number == 1 else f"{axis}{number}") for axis in "HW"]
         value = Value(ref.name, tuple(shape))
         graph.inputs.append(value)
         graph.values[ref.name] = value
@@ -164,6 +171,17 @@ def _extra(plan: NetPlan, outputs: Sequence[str], file: str) -> list[BlobRef]:
         if plan.last[name] not in plan.outputs and plan.last[name] not in refs:
             refs.append(plan.last[name])
     return refs
+
+
+def _refuse_moved_batch(plan: NetPlan, values: dict[BlobRef, Value], outputs: Sequence[BlobRef]) -> None:
+    """Fails where an output has the batch, but not in front: nobody could part it into images."""
+    makers = {ref: layer.spec for layer in plan.layers for ref in layer.tops}
+    for ref in outputs:
+        batches = [isinstance(dim, Symbol) and dim.name in (BATCH, ROIS) for dim in values[ref].shape]
+        if ref in makers and any(batches) and not batches[0]:
+            shape = shapes.text(values[ref].shape)
+            reason = f"output {ref.name!r} is {shape}, and an output's batch has to be on axis 0"
+            raise ConversionError(reason, layer=makers[ref].name, layer_type=makers[ref].type)
 
 
 def _name_values(graph: Graph, plan: NetPlan, values: dict[BlobRef, Value], outputs: Sequence[BlobRef]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -80,4 +81,4 @@ def _dim(dim: int | Symbol) -> int | str | None:
     if isinstance(dim, int):
         return dim
     # Sizes computed from a symbolic height are expressions, of no use to a reader of the model.
-    return str(dim) if dim.name in (BATCH, ROIS, "H", "W") else None
+    return str(dim) if dim.name in (BATCH, ROIS) or re.fullmatch("[HW][0-9]*", dim.name) else None

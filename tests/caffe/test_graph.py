@@ -109,6 +109,28 @@ def test_permutes_that_undo_each_other_are_gone(tmp_path: Path) -> None:
     assert operators(convert(*write_net(tmp_path, prototxt, {}))) == ["Relu", "Tanh"]
 
 
+def test_the_batch_may_be_on_another_axis_within_the_net(tmp_path: Path) -> None:
+    order = "permute_param { order: 1 order: 0 }"
+    prototxt = input_layer(1, 3, 4) + layer("Permute", tops="p", more=order) + layer("ReLU", "p", "r")
+    prototxt += layer("Permute", "r", "out", order, name="back")
+    data = normal(5, 3, 4)
+    assert error(run(convert(*write_net(tmp_path, prototxt, {})), {"data": data})["out"], data.clip(0)) == 0
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        # Read before it is written over, a Dropout that writes nothing, and a copy that is a layer's result.
+        layer("Split", tops="a b") + layer("TanH", "b", "c") + layer("ReLU", "a", "a") + layer("Eltwise", "a c"),
+        layer("Split", tops="a b") + layer("Dropout", "a", "a") + layer("Eltwise", "a b"),
+        layer("Split", tops="a b") + layer("TanH", "a", "c") + layer("ReLU", "c", "c") + layer("Eltwise", "c b"),
+        layer("Flatten", tops="f") + layer("ReLU", "f", "f") + layer("TanH", "f"),
+    ],
+)
+def test_memory_shared_in_caffe_is_no_matter_where_nothing_is_overwritten(layers: str, tmp_path: Path) -> None:
+    assert convert(*write_net(tmp_path, input_layer(1, 3, 4, 5) + layers, {}))
+
+
 def test_equal_weights_are_stored_once(tmp_path: Path) -> None:
     prototxt = (
         input_layer(1, 4, 6, 6)

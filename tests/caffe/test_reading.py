@@ -189,6 +189,44 @@ def test_dynamic_size_leaves_height_and_width_open(tmp_path: Path) -> None:
         assert error(run(free, {"data": data})[name], array) < 1e-6
 
 
+TWO_SIZES = input_layer(1, 3, 12, 16) + input_layer(1, 3, 6, 8, name="b")
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "reason"),
+    [
+        ("Eltwise", "", r"different shapes, \(N, 3, H, W\) and \(N, 3, H2, W2\)"),
+        ("Concat", "", r"the shapes \(N, 3, H, W\) and \(N, 3, H2, W2\)"),
+        ("Crop", "crop_param { axis: 2 offset: 1 }", "whether H2 from offset 1 is within H on axis 2 is not known"),
+    ],
+)
+def test_dynamic_sizes_of_several_inputs_are_not_taken_for_equal(
+    kind: str, more: str, reason: str, tmp_path: Path
+) -> None:
+    paths = write_net(tmp_path, TWO_SIZES + layer(kind, "data b", more=more), {})
+    with pytest.raises(ConversionError, match=rf"\({kind}\): .*{reason}"):
+        convert(*paths, dynamic_size=True)
+
+
+def test_dynamic_size_has_symbols_for_each_declared_size(tmp_path: Path) -> None:
+    net = TWO_SIZES + input_layer(1, 3, 12, 16, name="c") + layer("Eltwise", "data c", "s") + layer("ReLU", "b", "r")
+    model = convert(*write_net(tmp_path, net, {}), dynamic_size=True)
+    dims = [[dim.dim_param for dim in value.type.tensor_type.shape.dim[2:]] for value in model.graph.input]
+    assert dims == [["H", "W"], ["H2", "W2"], ["H", "W"]]
+    small, large = normal(1, 3, 5, 7), normal(1, 3, 9, 4)
+    outputs = run(model, {"data": large, "b": small, "c": large})
+    assert error(outputs["s"], 2 * large) < 1e-6
+    assert error(outputs["r"], small.clip(0)) == 0
+
+
+def test_an_open_size_is_not_taken_for_a_known_one(tmp_path: Path) -> None:
+    pool = layer("Pooling", tops="g", more="pooling_param { global_pooling: true }")
+    paths = write_net(tmp_path, input_layer(1, 3, 1, 1) + pool + layer("Eltwise", "data g"), {})
+    assert convert(*paths)
+    with pytest.raises(ConversionError, match=r"different shapes, \(N, 3, H, W\) and \(N, 3, 1, 1\)"):
+        convert(*paths, dynamic_size=True)
+
+
 def test_dynamic_size_is_refused_where_a_layer_needs_the_size(tmp_path: Path) -> None:
     paths = write_net(tmp_path, NET, {"the_InnerProduct": [WEIGHT, BIAS]})
     with pytest.raises(ConversionError, match=r"layer 'the_InnerProduct' \(InnerProduct\): .* has to be known"):

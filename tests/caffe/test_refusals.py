@@ -128,6 +128,30 @@ NETS = {
         NET + layer("Reshape", more="reshape_param { shape { dim: 0 dim: 395 } }"),
         "(N, 4, 9, 11) has not as many elements as (N, 395)",
     ),
+    "an overwritten split": (
+        NET + layer("Split", tops="a b") + layer("ReLU", "a", "a") + layer("Eltwise", "a b"),
+        "layer 'the_ReLU' (ReLU): writes in place over 'a', whose memory in Caffe is also that of 'b', which is read",
+    ),
+    "an overwritten bottom of a flatten": (
+        NET
+        + layer("TanH", tops="t")
+        + layer("Flatten", "t", "f", "flatten_param { axis: 3 }")
+        + layer("Sigmoid", "f", "f")
+        + layer("Eltwise", "t f"),
+        "layer 'the_Sigmoid' (Sigmoid): writes in place over 'f', whose memory in Caffe is also that of 't'",
+    ),
+    "an overwritten output": (
+        NET + layer("Split", tops="a b") + layer("Flatten", "a", "c") + layer("ReLU", "c", "c"),
+        "layer 'the_ReLU' (ReLU): writes in place over 'c', whose memory in Caffe is also that of 'b'",
+    ),
+    "an output with the batch within": (
+        NET + layer("Permute", more="permute_param { order: 1 order: 0 }"),
+        "layer 'the_Permute' (Permute): output 'out' is (4, N, 9, 11), and an output's batch has to be on axis 0",
+    ),
+    "an output with an axis before the batch": (
+        NET + layer("Reshape", more="reshape_param { shape { dim: 1 } axis: 0 num_axes: 0 }"),
+        "layer 'the_Reshape' (Reshape): output 'out' is (1, N, 4, 9, 11), and",
+    ),
     "reshape for the declared batch": (
         input_layer(2, 6, 2) + layer("Reshape", more="reshape_param { shape { dim: 3 dim: -1 } }"),
         "making (3, 8) of (N, 6, 2) would mix the images of a batch",

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..caffe_pb2 import EltwiseParameter
 from ..graph import Value
-from ..shapes import Dim, Symbol, same, text
+from ..shapes import Dim, Symbol, text
 from .registry import LayerContext, converts
 
 
@@ -27,7 +27,7 @@ def eltwise(ctx: LayerContext) -> list[Value]:
     """Caffe's Eltwise of two or more blobs of one shape: PROD, MAX, or SUM with a coefficient each."""
     first, param = ctx.bottom(2, None), ctx.param.eltwise_param
     for other in ctx.bottoms[1:]:
-        if not same(first.shape, other.shape):
+        if not ctx.same(first.shape, other.shape):
             ctx.fail(f"its bottoms have different shapes, {text(first.shape)} and {text(other.shape)}")
     if param.coeff and len(param.coeff) != len(ctx.bottoms):
         ctx.fail(f"has {len(param.coeff)} coefficients for {len(ctx.bottoms)} bottoms")
@@ -58,7 +58,7 @@ def _sum(ctx: LayerContext, coefficients: list[float]) -> Value:
 def axpy(ctx: LayerContext) -> list[Value]:
     """SENet's Axpy: a * x + y, a (N, C) or (N, C, 1, 1) over x and y (N, C, H, W)."""
     factor, x, y = ctx.bottom(3, 3), ctx.bottoms[1], ctx.bottoms[2]
-    if not same(x.shape, y.shape):
+    if not ctx.same(x.shape, y.shape):
         ctx.fail(f"its second and third bottoms have different shapes, {text(x.shape)} and {text(y.shape)}")
     ones = (1,) * (len(x.shape) - 2)
     if factor.shape[:2] != x.shape[:2] or factor.shape[2:] not in ((), ones):
@@ -80,7 +80,7 @@ def concat(ctx: LayerContext) -> list[Value]:
     rest = first.shape[:axis] + first.shape[axis + 1 :]
     sizes: list[Dim] = []
     for value in ctx.bottoms:
-        if len(value.shape) != len(first.shape) or not same(value.shape[:axis] + value.shape[axis + 1 :], rest):
+        if len(value.shape) != len(first.shape) or not ctx.same(value.shape[:axis] + value.shape[axis + 1 :], rest):
             ctx.fail(f"its bottoms have the shapes {text(first.shape)} and {text(value.shape)}")
         sizes.append(value.shape[axis])
     static = [dim for dim in sizes if isinstance(dim, int)]

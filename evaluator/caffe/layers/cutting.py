@@ -70,6 +70,8 @@ def _is_cut(ctx: LayerContext, size: Dim, wanted: Dim, offset: int, axis: int) -
         return False
     if axis == 0:
         ctx.fail("cropping the batch axis would mix the images of a batch")
+    if isinstance(size, int) or isinstance(wanted, int) or not ctx.one_size():
+        ctx.fail(f"whether {wanted} from offset {offset} is within {size} on axis {axis} is not known before run time")
     return True
 
 

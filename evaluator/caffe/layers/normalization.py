@@ -6,7 +6,7 @@ import numpy as np
 
 from ..caffe_pb2 import BNParameter, LRNParameter
 from ..graph import Value
-from ..shapes import BATCH, Symbol, known, same, text
+from ..shapes import BATCH, Symbol, known, text
 from .registry import LayerContext, converts
 
 
@@ -185,6 +185,6 @@ def _laid_on(ctx: LayerContext, data: Value, other: Value, axis: int) -> Value:
     if not other.shape:
         return other
     stop = axis + len(other.shape)
-    if not same(data.shape[axis:stop], other.shape):
+    if not ctx.same(data.shape[axis:stop], other.shape):
         ctx.fail(f"its second bottom, {text(other.shape)}, does not lie on {text(data.shape)} from axis {axis}")
     return ctx.reshape(other, other.shape + (1,) * (len(data.shape) - stop))

@@ -92,6 +92,21 @@ class LayerContext:
         if isinstance(value.shape[axis], shapes.Symbol) and not _spatial(value.shape[axis]):
             self.fail(f"{doing} along the batch axis {axis} would mix the images of a batch")
 
+    def same(self, left: Sequence[shapes.Dim], right: Sequence[shapes.Dim]) -> bool:
+        """Whether two shapes are known to agree.
+
+        Heights and widths that both are open are taken to, where all of them come of one size: the net was written so
+        that they do. Of several inputs' sizes nothing is known.
+        """
+        return len(left) == len(right) and all(
+            a == b or (_spatial(a) and _spatial(b) and self.one_size()) for a, b in zip(left, right, strict=True)
+        )
+
+    def one_size(self) -> bool:
+        """Whether all inputs of an open height and width have the same."""
+        sizes = {value.shape[2:] for value in self.graph.inputs if any(map(_spatial, value.shape))}
+        return len(sizes) < 2
+
     def blob(self, index: int, shape: Sequence[int]) -> NDArray[np.float32]:
         """The layer's `index`-th weight, float32 of `shape`."""
         return self.blobs.take(self.name, index, tuple(shape))
