@@ -143,12 +143,18 @@ class _Builder:
         self._labels: set[str] = set()
 
     def add_input(self, name: str, shape: tuple[int, ...]) -> None:
+        if not name:
+            raise ConversionError("has an input without a name", file=self._file)
         if name in self._plan.last:
             raise ConversionError(f"has two inputs named {name!r}", file=self._file)
         ref = self._new(name)
         self._plan.inputs.append((ref, shape))
 
     def add(self, layer: LayerSpec) -> None:
+        if not layer.name:
+            raise self._error(layer, "has no name")
+        if "" in layer.tops:
+            raise self._error(layer, "makes a blob without a name")
         if layer.type == "Input":
             self._add_input_layer(layer)
         elif layer.type in DATA_TYPES:

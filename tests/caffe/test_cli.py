@@ -164,6 +164,28 @@ def test_verify_says_which_oracle_cannot_judge_a_net_and_why(tmp_path: Path) -> 
         assert "there is no oracle to compare it with" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("prototxt", "reason"),
+    [
+        (
+            input_layer(2, 5) + input_layer(2, name="label") + layer("SoftmaxWithLoss", "data label", "loss"),
+            "Caffe is no oracle for this net: layer 'the_SoftmaxWithLoss': it gives the loss",
+        ),
+        (
+            input_layer(1, 3, 12, 12)
+            + layer("PriorBox", "data data", more="prior_box_param { min_size: 4 clip: false img_size: 30 }"),
+            "OpenCV is no oracle for this net: layer 'the_PriorBox': it leaves out img_size",
+        ),
+    ],
+)
+def test_verify_does_not_ask_what_is_answered_otherwise(prototxt: str, reason: str, tmp_path: Path) -> None:
+    body = GIVES.format("np.float32(0)") if "Caffe" in reason else "sys.exit(3)"
+    oracle = engine(tmp_path, body)
+    done = invoke(*write_net(tmp_path, prototxt, {}), "-o", tmp_path / "o", "--verify", "--caffe-python", oracle)
+    assert (done.exit_code, "DISAGREES" in done.stdout) == (0, False)
+    assert reason in done.stdout
+
+
 def engine(folder: Path, body: str) -> Path:
     """An interpreter whose Caffe does as the test says."""
     path = folder / "python"

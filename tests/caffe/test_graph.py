@@ -131,6 +131,15 @@ def test_memory_shared_in_caffe_is_no_matter_where_nothing_is_overwritten(layers
     assert convert(*write_net(tmp_path, input_layer(1, 3, 4, 5) + layers, {}))
 
 
+def test_a_permute_of_single_axes_is_a_reshape(tmp_path: Path) -> None:
+    order = "permute_param { order: 0 order: 2 order: 3 order: 1 }"
+    prototxt = input_layer(1, 6, 1, 1) + layer("ReLU", tops="r") + layer("Permute", "r", more=order)
+    model = convert(*write_net(tmp_path, prototxt, {}))
+    assert operators(model) == ["Relu", "Reshape"]
+    data = normal(3, 6, 1, 1)
+    assert error(run(model, {"data": data})["out"], data.clip(0).transpose(0, 2, 3, 1)) == 0
+
+
 def test_equal_weights_are_stored_once(tmp_path: Path) -> None:
     prototxt = (
         input_layer(1, 4, 6, 6)

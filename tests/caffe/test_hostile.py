@@ -134,6 +134,26 @@ def test_absurd_numbers(data: st.DataObject, case: Path) -> None:
     attempt(prototxt.encode(), (case / "weight.caffemodel").read_bytes())
 
 
+@st.composite
+def names_replaced(draw: st.DrawFn, prototxt: str) -> str:
+    """The same prototxt with some of what is quoted empty, odd, or another of its words."""
+    pieces = prototxt.split('"')
+    places = range(1, len(pieces), 2)
+    for place in draw(st.lists(st.sampled_from(places), min_size=1, max_size=3)):
+        odd = st.sampled_from(
+            ["", " ", "/", "N", "H", "data/shape", "out_1", "\\000", "\\n", "\u00e9", "\\377", "x" * 5000]
+        )
+        pieces[place] = draw(odd | st.sampled_from([pieces[i] for i in places]))
+    return '"'.join(pieces)
+
+
+@fuzz
+@given(data=st.data(), case=st.sampled_from(CASES))
+def test_odd_names(data: st.DataObject, case: Path) -> None:
+    prototxt = data.draw(names_replaced((case / "deploy.prototxt").read_text()))
+    attempt(prototxt.encode(), (case / "weight.caffemodel").read_bytes())
+
+
 def parameter(draw: st.DrawFn, message: str, depth: int = 0) -> str:
     """A message of any of its fields with any values that parse."""
     fields = []

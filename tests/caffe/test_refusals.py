@@ -47,6 +47,15 @@ NETS = {
     "one name twice": (NET + layer("ReLU", name="r") + layer("TanH", "out", "o", name="r"), "layer 'r' (TanH): two"),
     "one blob twice": (NET + layer("ReLU") + layer("TanH"), "layer 'the_TanH' (TanH): blob 'out' is made by another"),
     "one input twice": (NET + input_layer(1, 2).replace('name: "data"', 'name: "b"'), "'data' is made by another"),
+    "a layer without a name": (NET + layer("ReLU").replace("the_ReLU", ""), "layer '' (ReLU): has no name"),
+    "a top without a name": (
+        NET + layer("ReLU").replace('"out"', '""'),
+        "layer 'the_ReLU' (ReLU): makes a blob without a name",
+    ),
+    "an input without a name": (
+        'input: "" input_dim: 1 input_dim: 1 input_dim: 1 input_dim: 1\n' + layer("ReLU", ""),
+        "deploy.prototxt: has an input without a name",
+    ),
     "two rules": (NET + layer("ReLU", more="include { phase: TEST } exclude { phase: TRAIN }"), "both include and"),
     "empty input": (input_layer(1, 0, 3, 3) + layer("ReLU"), "the shape (1, 0, 3, 3) is empty"),
     "negative input": (input_layer(1, -4, 3, 3) + layer("ReLU"), "is empty"),

@@ -133,6 +133,10 @@ def permute(ctx: LayerContext) -> list[Value]:
     if len(set(order)) != len(order) or any(axis >= len(data.shape) for axis in order):
         ctx.fail(f"the order {order[:8]} is not one of {len(data.shape)} axes")
     order += [axis for axis in range(len(data.shape)) if axis not in order]
+    moved = [axis for axis in order if data.shape[axis] != 1]
+    if moved == sorted(moved) and sum(isinstance(dim, Symbol) for dim in data.shape) < 2:
+        # Only axes of one element change places, so the numbers stay where they are.
+        return [ctx.reshape(data, tuple(data.shape[axis] for axis in order))]
     return [ctx.transpose(data, order)]
 
 

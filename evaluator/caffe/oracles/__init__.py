@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..net import NetPlan
-from .differences import unfit
+from .differences import unfit, unfit_caffe
 
 Float32 = NDArray[np.float32]
 
@@ -59,8 +59,12 @@ class Question:
 
 
 def ask_caffe(question: Question, python: str = "") -> Answer:
-    """BVLC Caffe's answer; `python` is an interpreter that can import caffe, if this one cannot."""
-    return _ask("Caffe", python or sys.executable, question)
+    """BVLC Caffe's answer; `python` is an interpreter that can import caffe, if this one cannot.
+
+    It is not asked about a loss, in whose place the model has the softmax.
+    """
+    reason = unfit_caffe(question.plan)
+    return Answer("Caffe", {}, reason) if reason else _ask("Caffe", python or sys.executable, question)
 
 
 def ask_opencv(question: Question) -> Answer:
