@@ -6,6 +6,8 @@ blobs count. Field numbers come from `caffe.proto`.
 
 from __future__ import annotations
 
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,8 @@ FloatArray = NDArray[np.float32]
 
 # An ONNX file is one protocol buffer, which cannot be larger.
 MAX_BYTES = 2**31 - 1
+# Writers store a blob in one piece.
+_MAX_PIECES = 10_000
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,28 @@ Weights = dict[str, list[Blob]]
 
 def read_bytes(path: Path, limit: int) -> bytes:
     """A file's bytes. Raises ConversionError where it cannot be read or is larger than `limit`."""
+    name = path.name or str(path)
     try:
-        size = path.stat().st_size
-        if size > limit:
-            raise ConversionError(f"{size} bytes are more than the {limit} that can be converted", file=path.name)
-        return path.read_bytes()
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ConversionError("cannot be read: not a regular file", file=name)
+            if status.st_size > limit:
+                raise ConversionError(
+                    f"{status.st_size} bytes are more than the {limit} that can be converted", file=name
+                )
+            data = file.read(status.st_size + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a path"
-        raise ConversionError(f"cannot be read: {reason}", file=path.name) from error
+        raise ConversionError(f"cannot be read: {reason}", file=name) from error
+    if len(data) > status.st_size:
+        raise ConversionError("cannot be read: it grew meanwhile", file=name)
+    return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens without waiting for whoever would write into a FIFO."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def parse_weights(data: bytes, file: str) -> Weights:
@@ -135,6 +153,8 @@ def _blob(scanner: wire.Scanner, start: int, stop: int) -> Blob:
         elif field.number in (BlobProto.DATA_FIELD_NUMBER, BlobProto.DOUBLE_DATA_FIELD_NUMBER):
             part, position = _numbers(scanner, field, stop)
             parts.append(part)
+            if len(parts) > _MAX_PIECES:
+                raise wire.WireError(f"a blob is in more than {_MAX_PIECES} pieces")
     values = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.float32), *parts])
     if dims is None:
         dims = tuple(legacy.get(number, 0) for number in _LEGACY_DIMS) if legacy else (values.size,)

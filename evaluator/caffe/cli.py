@@ -14,7 +14,7 @@ from . import convert as convert_net
 from .convert import Progress
 from .errors import ConversionError
 from .report import as_json, as_text
-from .saving import write
+from .saving import check_target, write
 from .summary import summarize
 from .verify import verify as verify_model
 
@@ -59,6 +59,8 @@ def convert(
         verification = verify_model(model, prototxt, caffemodel, caffe_python) if verify else None
     except (ConversionError, OSError) as error:
         _stop(_said(error))
+    except MemoryError:
+        _stop(f"{prototxt.name}: needs more memory than there is")
     except ModuleNotFoundError as error:
         _stop(f"--verify needs the package {error.name}")
     summary = summarize(model)
@@ -71,8 +73,7 @@ def convert(
 
 
 def _refuse_overwriting(output: Path, *inputs: Path) -> None:
-    if output.is_dir():
-        raise ConversionError("is a folder; -o names a file", file=output.name)
+    check_target(output)
     if any(output.exists() and path.exists() and output.samefile(path) for path in inputs):
         raise ConversionError("is to be converted, and cannot be the output too", file=output.name)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -23,6 +24,9 @@ from .weights import LoadedBlobs
 
 # Told the step, "reading", "layers" or "weights", how much of it is done, and of how much.
 Progress = Callable[[str, int, int], None]
+
+# What a graph may take, besides as much as the caffemodel has bytes: names, nodes, SSD's priors, bilinear filters.
+MADE_BYTES = 64 * 2**20
 
 
 def convert(
@@ -51,7 +55,15 @@ def convert(
         ConversionError: a file cannot be read, or the net cannot be converted exactly. Nothing else is raised.
     """
     structure, weights = Path(prototxt_path), Path(caffemodel_path)
-    report = progress or _unseen
+    try:
+        return _convert(structure, weights, outputs, dynamic_size, progress or _unseen)
+    except MemoryError as error:
+        raise ConversionError("needs more memory than there is", file=structure.name) from error
+
+
+def _convert(
+    structure: Path, weights: Path, outputs: Sequence[str], dynamic_size: bool, report: Progress
+) -> onnx.ModelProto:
     report("reading", 0, 1)
     text = read_bytes(structure, prototxt.MAX_BYTES)
     data = read_bytes(weights, MAX_BYTES)
@@ -59,7 +71,16 @@ def convert(
     plan = plan_net(net, structure.name)
     blobs = LoadedBlobs(parse_weights(data, weights.name))
     report("reading", 1, 1)
-    graph = build(net, plan, blobs, outputs=outputs, dynamic_size=dynamic_size, file=structure.name, progress=report)
+    graph = build(
+        net,
+        plan,
+        blobs,
+        outputs=outputs,
+        dynamic_size=dynamic_size,
+        file=structure.name,
+        progress=report,
+        room=MADE_BYTES + len(data),
+    )
     _refuse_surplus(plan, blobs)
     return export.model(
         graph,
@@ -97,9 +118,10 @@ def build(
     dynamic_size: bool = False,
     file: str,
     progress: Progress = _unseen,
+    room: int = sys.maxsize,
 ) -> Graph:
-    """The graph of a net, with all passes done. `blobs` may be any source of weights."""
-    graph = Graph(net.name)
+    """The graph of a net, with all passes done. `blobs` may be any source of weights, `room` is how large it may be."""
+    graph = Graph(net.name, room=room)
     values: dict[BlobRef, Value] = {}
     # Blobs keep their names, so nothing else may have them.
     for name in {ref.name for ref, _ in plan.inputs} | {ref.name for layer in plan.layers for ref in layer.tops}:
@@ -111,10 +133,13 @@ def build(
             _add_layer(graph, layer, values, batch, blobs)
             progress("layers", done, len(plan.layers))
         wanted = [*plan.outputs, *_extra(plan, outputs, file)]
-        refuse_overwritten(plan, wanted)
-        _refuse_moved_batch(plan, values, wanted)
-        _name_values(graph, plan, values, wanted)
-        passes.run(graph)
+        try:
+            refuse_overwritten(plan, wanted)
+            _refuse_moved_batch(plan, values, wanted)
+            _name_values(graph, plan, values, wanted)
+            passes.run(graph)
+        except ShapeError as error:
+            raise ConversionError(str(error), file=file) from error
     return graph
 
 
@@ -153,7 +178,7 @@ def _add_layer(graph: Graph, layer: NetLayer, values: dict[BlobRef, Value], batc
         made = converter(context)
     except ShapeError as error:
         raise ConversionError(str(error), layer=spec.name, layer_type=spec.type) from error
-    except (ArithmeticError, LookupError, TypeError, ValueError, MemoryError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         # A converter meets numbers of any size; whatever it trips over is the layer's fault and the user's to see.
         raise ConversionError(f"cannot be converted: {error}", layer=spec.name, layer_type=spec.type) from error
     if len(made) != len(layer.tops):
@@ -168,6 +193,8 @@ def _extra(plan: NetPlan, outputs: Sequence[str], file: str) -> list[BlobRef]:
     for name in outputs:
         if name not in plan.last:
             raise ConversionError(f"has no blob {name!r} to make an output of", file=file)
+        if any(ref == plan.last[name] for ref, _ in plan.inputs):
+            raise ConversionError(f"blob {name!r} is an input and cannot be an output", file=file)
         if plan.last[name] not in plan.outputs and plan.last[name] not in refs:
             refs.append(plan.last[name])
     return refs
@@ -219,10 +246,5 @@ def _name_values(graph: Graph, plan: NetPlan, values: dict[BlobRef, Value], outp
 def _copy(graph: Graph, value: Value, layer: str) -> Value:
     """A value of its own for an output that is an input, a constant or another output."""
     made = graph.add_value(f"{layer}/output", value.shape, value.dtype)
-    name = graph.unique_node(layer)
-    constant = graph.constants.get(value.name)
-    if constant is not None:
-        graph.nodes.append(Node("Constant", name, [], [made.name], {"value": constant}))
-    else:
-        graph.nodes.append(Node("Identity", name, [value.name], [made.name]))
+    graph.nodes.append(Node("Identity", graph.unique_node(layer), [value.name], [made.name]))
     return made

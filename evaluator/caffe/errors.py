@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+# A name may be as long as its file; a message is one line to read.
+_MAX_TEXT = 200
+
 
 class ConversionError(Exception):
     """A Caffe net cannot be read, or cannot be converted exactly.
 
-    The message names the file, or the layer with its type, and the reason; it never shows more of a path than the
-    file's name.
+    The message names the file, or the layer with its type, and the reason, of long ones the beginning and the end; it
+    never shows more of a path than the file's name.
 
     Attributes:
         reason: what is wrong, without its place.
@@ -24,9 +27,9 @@ class ConversionError(Exception):
         layer_type: str | None = None,
         file: str | None = None,
     ) -> None:
-        self.reason = reason
-        self.layer = layer
-        self.layer_type = layer_type
+        self.reason = reason = _cut(reason)
+        self.layer = layer = None if layer is None else _cut(layer)
+        self.layer_type = layer_type = None if layer_type is None else _cut(layer_type)
         self.file = file
         place = ""
         if file is not None:
@@ -35,3 +38,8 @@ class ConversionError(Exception):
             place += f"layer {layer!r}"
             place += f" ({layer_type}): " if layer_type else ": "
         super().__init__(place + reason)
+
+
+def _cut(text: str) -> str:
+    half = _MAX_TEXT // 2
+    return text if len(text) <= _MAX_TEXT else f"{text[:half]}…{text[-half:]}"

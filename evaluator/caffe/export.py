@@ -21,8 +21,10 @@ IR_VERSION = 10
 PRODUCER = "atserving-caffe"
 VERSION = "1.0.0"
 
-# A serialized protocol buffer is smaller than 2 GiB; the rest of the model needs some of that.
-_MAX_WEIGHT_BYTES = 2**31 - 2**24
+# A serialized protocol buffer is smaller than 2 GiB.
+_MAX_BYTES = 2**31 - 1
+# Beside a tensor's numbers and name: its type, and the length of every part.
+_TENSOR_BYTES, _DIM_BYTES = 64, 11
 
 
 def model(
@@ -31,10 +33,8 @@ def model(
     """The ONNX model of `graph`, whose constants are taken out of it one by one so as not to hold them twice.
 
     Raises:
-        ConversionError: more weights than an ONNX file can hold.
+        ConversionError: the model is larger than an ONNX file can be.
     """
-    if sum(array.nbytes for array in graph.constants.values()) > _MAX_WEIGHT_BYTES:
-        raise ConversionError("has more weights than the 2 GiB that an ONNX file can hold", file=file)
     proto = onnx.ModelProto(
         ir_version=IR_VERSION,
         producer_name=PRODUCER,
@@ -49,12 +49,22 @@ def model(
     out.output.extend(_value_info(graph.values[name]) for name in graph.outputs)
     made = {name for node in graph.nodes for name in node.outputs} - set(graph.outputs)
     out.value_info.extend(_value_info(graph.values[name]) for name in graph.values if name in made)
+    if proto.ByteSize() + _constants_size(graph) > _MAX_BYTES:
+        raise ConversionError("makes a model of more than the 2 GiB that an ONNX file can hold", file=file)
     with np.errstate(all="ignore"):
         names = list(graph.constants)
         for done, name in enumerate(names, 1):
             _tensor(out.initializer.add(), name, graph.take_constant(name))
             progress("weights", done, len(names))
     return proto
+
+
+def _constants_size(graph: Graph) -> int:
+    """At least what the constants will take of the file."""
+    return sum(
+        array.nbytes + len(name.encode()) + _TENSOR_BYTES + _DIM_BYTES * array.ndim
+        for name, array in graph.constants.items()
+    )
 
 
 def _node(node: Node) -> onnx.NodeProto:
@@ -68,7 +78,10 @@ def _tensor(tensor: onnx.TensorProto, name: str, array: Array) -> onnx.TensorPro
     tensor.name = name
     tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
     tensor.dims.extend(array.shape)
-    tensor.raw_data = array.tobytes()
+    numbers = array.tobytes()
+    # An array made for this is given back before the tensor gets its copy.
+    del array
+    tensor.raw_data = numbers
     return tensor
 
 

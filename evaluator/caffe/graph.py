@@ -7,6 +7,7 @@ pass folds them into convolutions and one place lowers what is left.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .shapes import Shape
+from .shapes import Shape, ShapeError
 
 Array = NDArray[Any]
 FLOAT = np.dtype(np.float32)
 AFFINE = "Affine"
+# What a value or node is taken to need beside its numbers, here and in the model, and for every letter of its name.
+_ENTRY, _LETTER = 512, 8
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Graph:
             constant is exported keeps a net's weights from being in memory twice.
         values: every value by name.
         masks: by the name of a Pooling's mask, the MaxPool behind it and the name of its indices.
+        room: how many bytes may still be added, in constants, values and nodes.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Graph:
     factors: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     values: dict[str, Value] = field(default_factory=dict)
     masks: dict[str, tuple[Node, str]] = field(default_factory=dict)
+    room: int = sys.maxsize
     _value_names: dict[str, int] = field(default_factory=dict)
     _node_names: dict[str, int] = field(default_factory=dict)
 
@@ -72,17 +77,31 @@ class Graph:
 
     def unique_node(self, name: str) -> str:
         """The same for a node: nodes are called after layers, which often have the names of blobs."""
+        self._spend(name)
         return _unique(name, self._node_names)
+
+    def afford(self, size: int) -> None:
+        """Raises ShapeError unless a constant of `size` bytes may be added; for large ones, before they are made."""
+        if size > self.room:
+            raise ShapeError("with it the net would be larger than its files allow")
+
+    def _spend(self, name: str, size: int = 0) -> None:
+        cost = _ENTRY + _LETTER * len(name) + size
+        self.afford(cost)
+        self.room -= cost
 
     def add_value(self, name: str, shape: Shape, dtype: np.dtype[Any] = FLOAT) -> Value:
         """A new value, under `name` if it is free."""
+        self._spend(name)
         value = Value(self.unique(name), shape, dtype)
         self.values[value.name] = value
         return value
 
     def add_constant(self, name: str, array: Array) -> Value:
         """A new constant, under `name` if it is free. The array is kept, not copied."""
+        self.afford(array.nbytes)
         value = self.add_value(name, array.shape, array.dtype)
+        self.room -= array.nbytes
         self.constants[value.name] = array
         return value
 

@@ -12,6 +12,11 @@ from .errors import ConversionError
 
 # The largest published nets have a megabyte of prototxt; the text parser takes a second or so for each.
 MAX_BYTES = 4 * 2**20
+# The deepest published nets have some thousand layers of a handful of messages. A message takes a kilobyte once it is
+# parsed, an empty layer nine letters.
+MAX_LAYERS = 20_000
+_MAX_MESSAGES = 120_000
+_MAX_NAME = 512
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ def parse_net(data: bytes, file: str) -> NetSpec:
         ConversionError: no prototxt, a layer in the format of 2013 (V0), inputs without shapes.
     """
     text = data.decode("utf-8-sig", "replace")
+    if text.count("{") + text.count("<") > _MAX_MESSAGES:
+        raise ConversionError(f"has more than {_MAX_MESSAGES} messages", file=file)
     net = NetParameter()
     try:
         text_format.Parse(text, net, allow_unknown_field=True)
@@ -83,10 +90,26 @@ def parse_net(data: bytes, file: str) -> NetSpec:
         raise ConversionError(f"is not a prototxt: {error}", file=file) from error
     if net.layer and net.layers:
         raise ConversionError("has both `layer` and `layers` entries", file=file)
+    if len(net.layer) + len(net.layers) > MAX_LAYERS:
+        raise ConversionError(f"has more than {MAX_LAYERS} layers", file=file)
     layers = tuple(_layer(layer) for layer in net.layer) or tuple(_v1_layer(layer, file) for layer in net.layers)
     if not layers:
         raise ConversionError("has no layers", file=file)
+    _check_lengths(net, layers, file)
     return NetSpec(net.name, _inputs(net, file), layers, net.state)
+
+
+def _check_lengths(net: NetParameter, layers: Sequence[LayerSpec], file: str) -> None:
+    """Everything made of a layer has its name in its own, so that a long one would be there very often."""
+    for name in (net.name, *net.input):
+        if len(name) > _MAX_NAME:
+            raise ConversionError(f"has the name {name!r} of more than {_MAX_NAME} letters", file=file)
+    for layer in layers:
+        for name in (layer.name, *layer.bottoms, *layer.tops):
+            if len(name) > _MAX_NAME:
+                raise ConversionError(
+                    f"the name {name!r} has more than {_MAX_NAME} letters", layer=layer.name, layer_type=layer.type
+                )
 
 
 def _inputs(net: NetParameter, file: str) -> tuple[tuple[str, tuple[int, ...]], ...]:

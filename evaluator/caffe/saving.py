@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -24,7 +25,23 @@ def write(model: onnx.ModelProto, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    target = Path(os.path.realpath(path))
+    check_target(path)
+    try:
+        _write(model, Path(os.path.realpath(path)))
+    except OSError as error:
+        # The user knows nothing of the temporary file.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_target(path: Path) -> None:
+    """Raises OSError where something is at `path` that no file may replace: a folder, a device, a FIFO."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; -o names a file", str(path))
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "is there and is no file that could be replaced", str(path))
+
+
+def _write(model: onnx.ModelProto, target: Path) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
     try:
         with open(handle, "wb") as file:

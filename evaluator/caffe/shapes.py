@@ -6,20 +6,28 @@ image, then three of the second: the order in which Caffe lays out a batch.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 # Caffe counts a blob's elements in an int and refuses more, and it refuses more axes.
 MAX_COUNT = 2**31 - 1
 MAX_AXES = 32
+# Sizes computed of sizes are called after how, in at most so many letters.
+_MAX_SYMBOL = 80
 
 
 @dataclass(frozen=True)
 class Symbol:
-    """`factor` times a size known only at run time."""
+    """`factor` times a size known only at run time. Equal names are equal sizes; a long name is kept as its digest."""
 
     name: str
     factor: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.name) > _MAX_SYMBOL:
+            digest = hashlib.blake2b(self.name.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+            object.__setattr__(self, "name", f"size({digest})")
 
     def __str__(self) -> str:
         return self.name if self.factor == 1 else f"{self.factor}*{self.name}"

@@ -51,7 +51,7 @@ def operators(model: onnx.ModelProto) -> list[str]:
         ("dropout_named", ["Tanh"]),
         ("silence", ["Tanh", "Split"]),
         ("reshape_literal_two_steps", ["Reshape"]),
-        ("cv_priorbox", ["Constant"]),
+        ("cv_priorbox", ["Identity"]),
         ("pool_max_floor_pad", ["MaxPool"]),
         ("ip_2d_in", ["Gemm"]),
         ("pool_grid_9", ["AveragePool"]),

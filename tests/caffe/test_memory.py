@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from evaluator.caffe import ConversionError, convert
+from evaluator.caffe.shapes import Symbol
 
 from .nets import delimited, input_layer, layer, normal, varint, write_net
 
@@ -23,17 +27,16 @@ size = int(next(line for line in open("/proc/self/status") if line.startswith("V
 limit = size + int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
-    convert(*sys.argv[1:3])
+    convert(*sys.argv[1:3], dynamic_size="dynamic_size=True" in sys.argv)
     print("a model")
 except ConversionError as error:
     print("refused:", type(error.__cause__).__name__, error)
 """
 
 
-def converted_within(limit: int, paths: tuple[Path, Path]) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", _CONVERT, *paths, str(limit)], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+def converted_within(limit: int, paths: tuple[Path, Path], *options: str) -> str:
+    command = [sys.executable, "-c", _CONVERT, *map(str, paths), str(limit), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -114,3 +117,108 @@ def test_net_is_converted_in_three_times_its_size_however_its_weights_are_stored
     size = paths[1].stat().st_size
     # An allocator takes some megabytes at a time.
     assert converted_within(3 * size + 48 * 2**20, paths) == "a model\n"
+
+
+def numbered(number: int, kind: str, more: str, bottom: str = "data", least: int = 0) -> str:
+    """So many layers of one kind that read the same."""
+    return "".join(layer(kind, bottom, f"t{i}", more, f"l{i}") for i in range(least, number))
+
+
+def chained(number: int, kind: str, more: str, times: int = 1) -> str:
+    """So many layers, each of which reads the one before it, as often as is said."""
+    names = ["data", *(f"t{i}" for i in range(number))]
+    return "".join(layer(kind, " ".join([before] * times), top, more, f"l{top}") for before, top in pairwise(names))
+
+
+POOL = "pooling_param { kernel_size: 2 stride: 1 }"
+BILINEAR = 'weight_filler { type: "bilinear" } bias_term: false'
+MANY = {
+    "priors": input_layer(1, 3, 1000, 1000)
+    + numbered(60, "PriorBox", "prior_box_param { min_size: 4 min_size: 8 }", "data data"),
+    "priors for detections": input_layer(1, 3, 500, 500)
+    + layer("PriorBox", "data data", "p", "prior_box_param { min_size: 4 }")
+    + input_layer(1, 1_000_000, name="loc")
+    + input_layer(1, 500_000, name="conf")
+    + numbered(
+        60,
+        "DetectionOutput",
+        "detection_output_param { num_classes: 2 keep_top_k: 9 code_type: CENTER_SIZE "
+        "nms_param { top_k: 9 nms_threshold: 0.5 } }",
+        "loc conf p",
+    ),
+    "anchors": input_layer(1, 18, 300, 300)
+    + input_layer(1, 36, 300, 300, name="deltas")
+    + input_layer(1, 3, name="info")
+    + numbered(60, "Proposal", "proposal_param { feat_stride: 16 }", "data deltas info"),
+    "shuffles": input_layer(1, 2**20) + numbered(400, "ShuffleChannel", "shuffle_channel_param { group: 2 }"),
+    "filters": input_layer(1, 64, 9, 9)
+    + numbered(30, "Deconvolution", f"convolution_param {{ num_output: 32 kernel_size: 64 {BILINEAR} }}"),
+    "shares": input_layer(1, 1, 2049, 2049)
+    + numbered(40, "Pooling", "pooling_param { pool: AVE kernel_size: 4 pad: 2 stride: 2 }"),
+    "regions": input_layer(1, 1, 4000, 4000)
+    + input_layer(1, 5, name="r")
+    + numbered(2000, "ROIPooling", "roi_pooling_param { pooled_h: 7 pooled_w: 7 }", "data r"),
+    "nodes": input_layer(1, 3, 4, 4) + chained(19_000, "TanH", ""),
+    "nodes of long names": input_layer(1, 3, 4, 4)
+    + "".join(layer("MVN", tops=f"{'b' * 490}{i}", name=f"{'n' * 490}{i}") for i in range(3700)),
+    "a name": input_layer(1, 3, 4, 4) + layer("ReLU", name="n" * 2**21),
+    "a blob's name": input_layer(1, 3, 4, 4) + layer("ReLU", tops="n" * 2**21),
+    "the net's name": f'name: "{"n" * 2**21}"' + input_layer(1, 3, 4, 4) + layer("ReLU"),
+    "empty layers": "layer{}" * 570_000,
+    "layers": input_layer(1, 3, 4, 4) + numbered(21_000, "ReLU", ""),
+    "rules": input_layer(1, 3, 4, 4) + layer("ReLU", more="include<>" * 450_000),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_many_layers_take_bounded_memory(name: str, tmp_path: Path) -> None:
+    said = converted_within(_SMALL, write_net(tmp_path, MANY[name], {}))
+    assert said == "a model\n" or said.startswith("refused: "), said
+    assert "MemoryError" not in said, said
+    assert len(said) < 800
+
+
+DYNAMIC = {
+    "doubled": chained(28, "Concat", "concat_param { axis: 2 }", 2),
+    "pooled": chained(6000, "Pooling", POOL),
+    "flattened": chained(6000, "Tile", "tile_param { axis: 2 tiles: 2 }"),
+}
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_sizes_computed_of_symbols_take_bounded_memory(name: str, tmp_path: Path) -> None:
+    paths = write_net(tmp_path, input_layer(1, 3, 4, 4) + DYNAMIC[name], {})
+    assert "MemoryError" not in converted_within(_SMALL, paths, "dynamic_size=True")
+
+
+def test_equal_sizes_have_equal_symbols_however_long() -> None:
+    long = "+".join(["H"] * 1000)
+    assert Symbol(long) == Symbol(long) != Symbol(long + "+H")
+    assert len(Symbol(long).name) < 100
+
+
+def test_weights_in_pieces_beyond_number_are_refused(tmp_path: Path) -> None:
+    paths = write_net(tmp_path, CONV, {})
+    pieces = b"\x2a\x04\0\0\0\0" * 490_000
+    paths[1].write_bytes(delimited(100, delimited(1, b"the_Convolution") + delimited(7, pieces)))
+    assert "a blob is in more than 10000 pieces" in converted_within(64 * 2**20, paths)
+
+
+def test_nets_weights_are_no_part_of_what_a_net_may_make(tmp_path: Path) -> None:
+    many = "inner_product_param { num_output: 20000 bias_term: false }"
+    prototxt = input_layer(1, 1000) + layer("InnerProduct", more=many)
+    convert(*write_net(tmp_path, prototxt, {"the_InnerProduct": [np.ones((20000, 1000), np.float32)]}))
+
+
+def test_no_memory_is_a_conversion_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    paths = write_net(tmp_path, CONV)
+    converting = sys.modules["evaluator.caffe.convert"]
+    for place in ("read_bytes", "parse_net", "plan_net", "parse_weights", "build"):
+        with monkeypatch.context() as patch:
+            patch.setattr(converting, place, _out_of_memory)
+            with pytest.raises(ConversionError, match=r"^deploy\.prototxt: needs more memory than there is$"):
+                convert(*paths)
+
+
+def _out_of_memory(*arguments: object, **options: object) -> None:
+    raise MemoryError

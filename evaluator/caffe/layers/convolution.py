@@ -154,6 +154,7 @@ def _bilinear(ctx: LayerContext, shape: tuple[int, ...]) -> NDArray[np.float32]:
     count = int(np.prod([float(size) for size in shape]))
     if count > _MAX_FILLED:
         ctx.fail(f"the bilinear filler would make {count} weights")
+    ctx.graph.afford(4 * count)
     size = shape[3]
     factor = (size + 1) // 2
     centre = (2 * factor - 1 - factor % 2) / (2.0 * factor)

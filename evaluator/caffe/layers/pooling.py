@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..caffe_pb2 import PoolingParameter
-from ..graph import Value
+from ..graph import FLOAT, Value
 from ..shapes import Dim, Symbol, known
 from .registry import LayerContext, converts
 
@@ -140,7 +140,7 @@ class _Window:
             attributes["ceil_mode"] = 1
         return attributes
 
-    def shares(self) -> NDArray[np.float64] | None:
+    def shares(self) -> NDArray[np.float32] | None:
         """Which share of each window is pixels, the rest being padding; None where no window ends beyond that."""
         lines = []
         exceeds = False
@@ -152,7 +152,12 @@ class _Window:
             exceeds |= bool(np.any(stop > size + self.pad[axis]))
             counted = np.minimum(stop, size + self.pad[axis]) - start
             lines.append((np.minimum(stop, size) - np.maximum(start, 0)) / counted)
-        return np.outer(*lines) if exceeds else None
+        if not exceeds:
+            return None
+        self._ctx.graph.afford(lines[0].size * lines[1].size * FLOAT.itemsize)
+        # In float64, but with no float64 copy of the whole.
+        made = np.empty((lines[0].size, lines[1].size), FLOAT)
+        return np.multiply(lines[0][:, None], lines[1], out=made, dtype=np.float64, casting="unsafe")
 
     def _needs_ceil(self) -> bool:
         """Whether rounding up makes a difference; without it other passes and runtimes know the node better."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..caffe_pb2 import PriorBoxParameter
-from ..graph import Value
+from ..graph import FLOAT, Value
 from ..shapes import known
 from .registry import LayerContext, converts
 
@@ -33,15 +34,23 @@ def prior_box(ctx: LayerContext) -> list[Value]:
     sizes = _sizes(ctx)
     if rows * columns * len(sizes) * 8 > _MAX_NUMBERS:
         ctx.fail(f"{rows * columns * len(sizes)} priors are more than any net has")
+    ctx.graph.afford(rows * columns * len(sizes) * 8 * FLOAT.itemsize)
     x = (np.arange(columns) + ctx.param.prior_box_param.offset) * step_x
     y = (np.arange(rows) + ctx.param.prior_box_param.offset) * step_y
-    centres = np.stack(np.meshgrid(x, y), axis=-1)[:, :, None, :]
-    half = np.asarray(sizes)[None, None] / 2
-    boxes = np.concatenate([centres - half, centres + half], axis=-1) / [width, height, width, height]
-    if ctx.param.prior_box_param.clip:
-        boxes = boxes.clip(0, 1)
-    variances = np.broadcast_to(_variance(ctx), boxes.shape)
-    return [ctx.constant(np.stack([boxes.reshape(-1), variances.reshape(-1)])[None], "priors")]
+    half = np.asarray(sizes) / 2
+    priors = np.empty((2, rows, columns, len(sizes), 4), FLOAT)
+    for corner, sign in enumerate((-1, 1)):
+        # A row's x are every row's, a column's y every column's.
+        priors[0, ..., 2 * corner] = _edges(ctx, x, sign * half[:, 0], width)
+        priors[0, ..., 2 * corner + 1] = _edges(ctx, y, sign * half[:, 1], height)[:, None]
+    priors[1] = _variance(ctx)
+    return [ctx.constant(priors.reshape(1, 2, -1), "priors")]
+
+
+def _edges(ctx: LayerContext, centres: NDArray[Any], offsets: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+    """(centres, offsets): where the priors' edges are, as shares of the image."""
+    edges = (centres[:, None] + offsets) / size
+    return edges.clip(0, 1) if ctx.param.prior_box_param.clip else edges
 
 
 def _image_size(ctx: LayerContext, image: Value) -> tuple[int, int]:

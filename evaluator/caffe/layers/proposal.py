@@ -50,7 +50,7 @@ def _propose(ctx: LayerContext, param: ProposalParameter) -> list[Value]:
     if scores.shape[1] != 2 * number or deltas.shape != (images, 4 * number, rows, columns):
         ctx.fail(f"its bottoms {text(scores.shape)} and {text(deltas.shape)} are not for {number} anchors")
     every = rows * columns * number
-    if every > 2**22:
+    if every > 2**20:
         ctx.fail(f"{every} anchors are more than any net has")
     info = ctx.reshape(info, (images, 3))
     boxes = _clipped(ctx, _moved(ctx, deltas, _shifted(param, anchors, rows, columns), every), info)
