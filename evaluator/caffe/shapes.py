@@ -91,15 +91,6 @@ def axis_of(axis: int, rank: int, what: str = "axis") -> int:
     return axis % rank
 
 
-def same(left: Sequence[Dim], right: Sequence[Dim]) -> bool:
-    """Whether two shapes agree as far as is known: a height or width that is a symbol agrees with any other size."""
-    return len(left) == len(right) and all(a == b or _free(a) or _free(b) for a, b in zip(left, right, strict=True))
-
-
-def _free(dim: Dim) -> bool:
-    return isinstance(dim, Symbol) and dim.name not in (BATCH, ROIS)
-
-
 def text(shape: Sequence[Dim]) -> str:
     """A shape for people: (N, 3, 224, 224)."""
     return "(" + ", ".join(str(dim) for dim in shape) + ")"
