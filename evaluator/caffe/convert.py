@@ -144,7 +144,7 @@ def build(
 
 
 def _add_inputs(graph: Graph, plan: NetPlan, values: dict[BlobRef, Value], dynamic_size: bool, file: str) -> int:
-    """Declares the inputs and returns the batch that the prototxt was written for."""
+    """Declares the inputs and returns the batch that the prototxt was written for, 0 where they have several."""
     regions = {layer.bottoms[1] for layer in plan.layers if layer.spec.type == "ROIPooling" and len(layer.bottoms) == 2}
     sizes: dict[tuple[int, ...], int] = {}
     for ref, declared in plan.inputs:
@@ -163,7 +163,8 @@ def _add_inputs(graph: Graph, plan: NetPlan, values: dict[BlobRef, Value], dynam
         graph.inputs.append(value)
         graph.values[ref.name] = value
         values[ref] = value
-    return plan.inputs[0][1][0]
+    batches = {declared[0] for ref, declared in plan.inputs if ref not in regions}
+    return batches.pop() if len(batches) == 1 else 0
 
 
 def _add_layer(graph: Graph, layer: NetLayer, values: dict[BlobRef, Value], batch: int, blobs: Blobs) -> None:

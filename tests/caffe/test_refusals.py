@@ -161,6 +161,13 @@ NETS = {
         NET + layer("Reshape", more="reshape_param { shape { dim: 1 } axis: 0 num_axes: 0 }"),
         "layer 'the_Reshape' (Reshape): output 'out' is (1, N, 4, 9, 11), and",
     ),
+    "reshape for one of several declared batches": (
+        input_layer(1, 6, name="b")
+        + input_layer(2, 6)
+        + layer("Silence", "b", "")
+        + layer("Reshape", more="reshape_param { shape { dim: 2 dim: -1 } }"),
+        "(N, 6) would mix the images of a batch",
+    ),
     "reshape for the declared batch": (
         input_layer(2, 6, 2) + layer("Reshape", more="reshape_param { shape { dim: 3 dim: -1 } }"),
         "making (3, 8) of (N, 6, 2) would mix the images of a batch",

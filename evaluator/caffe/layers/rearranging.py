@@ -87,14 +87,17 @@ def _place_batch(ctx: LayerContext, data: Value, shape: list[Dim | None], batch:
     """Fills in `shape` so that the batch stays as far out as it was. `total` is the number of elements an image."""
     outside = prod(_factor(dim) for dim in data.shape[: data.shape.index(batch)])
     kept = any(isinstance(dim, Symbol) for dim in shape)
-    declared = 1 if kept or batch.name != BATCH else ctx.batch
-    _fill(ctx, shape, total * declared)
+    # Where the declared batch is not known, only a -1 says the same of every batch.
+    declared = ctx.batch if batch.name == BATCH else 0
+    inferred = shape.index(None) if None in shape else -1
+    _fill(ctx, shape, total if kept else total * (declared or 1))
     passed = 1
     for i, dim in enumerate(shape):
         if isinstance(dim, Symbol) and passed == outside:
             return
-        if isinstance(dim, int) and not kept and passed == outside and dim % declared == 0:
-            shape[i] = Symbol(batch.name, dim // declared)
+        possible = isinstance(dim, int) and (dim % declared == 0 if declared else i == inferred)
+        if isinstance(dim, int) and not kept and passed == outside and possible:
+            shape[i] = Symbol(batch.name, dim // (declared or 1))
             return
         passed *= _factor(dim or 1)
     wanted = text([-1 if dim is None else dim for dim in shape])

@@ -56,7 +56,8 @@ class LayerContext:
         param: its parameter messages.
         bottoms: its inputs.
         tops: its tops' names, for what depends on how many there are.
-        batch: the batch that the prototxt declares, by which a literal batch in a Reshape is known.
+        batch: the batch that the prototxt declares, by which a literal batch in a Reshape is known; 0 where its inputs
+            have several.
         graph: the graph to add to.
         blobs: the weights.
     """
