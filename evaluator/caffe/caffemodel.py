@@ -22,8 +22,8 @@ FloatArray = NDArray[np.float32]
 
 # An ONNX file is one protocol buffer, which cannot be larger.
 MAX_BYTES = 2**31 - 1
-# Writers store a blob in one piece.
-_MAX_PIECES = 10_000
+# No layer has more than a dozen blobs, and writers store each in one piece.
+_MAX_BLOBS, _MAX_PIECES = 1000, 10_000
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ def _layer(scanner: wire.Scanner, layer: wire.Field, name_number: int, blobs_num
             name = scanner.data[field.start : field.stop].decode("utf-8", "replace")
         elif field.number == blobs_number:
             blobs.append((field.start, field.stop))
+            if len(blobs) > _MAX_BLOBS:
+                raise wire.WireError(f"layer {name!r}: it has more than {_MAX_BLOBS} blobs")
     try:
         return name, [_blob(scanner, start, stop) for start, stop in blobs]
     except wire.WireError as error:

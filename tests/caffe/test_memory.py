@@ -204,6 +204,12 @@ def test_weights_in_pieces_beyond_number_are_refused(tmp_path: Path) -> None:
     assert "a blob is in more than 10000 pieces" in converted_within(64 * 2**20, paths)
 
 
+def test_blobs_beyond_number_are_refused(tmp_path: Path) -> None:
+    paths = write_net(tmp_path, CONV, {})
+    paths[1].write_bytes(delimited(100, delimited(1, b"x") + delimited(7, b"") * 490_000))
+    assert "layer 'x': it has more than 1000 blobs" in converted_within(64 * 2**20, paths)
+
+
 def test_nets_weights_are_no_part_of_what_a_net_may_make(tmp_path: Path) -> None:
     many = "inner_product_param { num_output: 20000 bias_term: false }"
     prototxt = input_layer(1, 1000) + layer("InnerProduct", more=many)
