@@ -151,8 +151,6 @@ class _Builder:
         self._plan.inputs.append((ref, shape))
 
     def add(self, layer: LayerSpec) -> None:
-        if not layer.name:
-            raise self._error(layer, "has no name")
         if "" in layer.tops:
             raise self._error(layer, "makes a blob without a name")
         if layer.type == "Input":

@@ -11,7 +11,7 @@ import pytest
 from evaluator.caffe import ConversionError, Preprocess, convert, crop_mean, read_mean
 from evaluator.caffe.caffe_pb2 import BlobProto
 
-from .nets import MODELS, Array, delimited, error, input_layer, layer, normal, run, varint, write_net
+from .nets import MODELS, Array, answer, delimited, error, input_layer, layer, normal, run, varint, write_net
 
 NET = input_layer(1, 3, 4, 5) + layer("InnerProduct", more="inner_product_param { num_output: 2 }")
 WEIGHT, BIAS = normal(2, 60, seed=1), normal(2, seed=2)
@@ -267,3 +267,14 @@ def test_preprocessing_has_the_order_of_caffe() -> None:
     assert Preprocess()(image[:, :, 0]).shape == (1, 6, 8)
     with pytest.raises(ConversionError, match="for 1 channels"):
         Preprocess(channel_swap=(2, 1, 0))(image[:, :, 0])
+
+
+def test_layers_need_no_names(tmp_path: Path) -> None:
+    prototxt = """
+        layer { type: "Input" top: "data" input_param { shape { dim: 1 dim: 3 dim: 4 dim: 4 } } }
+        layer { type: "ReLU" bottom: "data" top: "data" }
+        layer { type: "Power" bottom: "data" top: "x" power_param { shift: 1 scale: 2 } }
+        layer { type: "Power" bottom: "x" top: "out" power_param { shift: 3 scale: 2 } }
+    """
+    data = np.random.default_rng(1).normal(size=(2, 3, 4, 4)).astype(np.float32)
+    np.testing.assert_allclose(answer(tmp_path, prototxt, data=data), 3 + 2 * (1 + 2 * np.maximum(data, 0)), rtol=1e-6)

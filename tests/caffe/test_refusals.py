@@ -47,7 +47,6 @@ NETS = {
     "one name twice": (NET + layer("ReLU", name="r") + layer("TanH", "out", "o", name="r"), "layer 'r' (TanH): two"),
     "one blob twice": (NET + layer("ReLU") + layer("TanH"), "layer 'the_TanH' (TanH): blob 'out' is made by another"),
     "one input twice": (NET + input_layer(1, 2).replace('name: "data"', 'name: "b"'), "'data' is made by another"),
-    "a layer without a name": (NET + layer("ReLU").replace("the_ReLU", ""), "layer '' (ReLU): has no name"),
     "a top without a name": (
         NET + layer("ReLU").replace('"out"', '""'),
         "layer 'the_ReLU' (ReLU): makes a blob without a name",
