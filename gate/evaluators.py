@@ -7,13 +7,16 @@ import itertools
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc.aio
+import structlog
 
 from atserving import transport
 from atserving.config import Instance
 from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
+
+log = structlog.get_logger()
 
 _CONNECT_S = 2.0
 _PAUSE_S = 0.1
@@ -36,7 +39,7 @@ class _Open:
 
     call: evaluator_pb2.Call
     answer: asyncio.Future[evaluator_pb2.InferResponse]
-    sent: bool = field(default=False)
+    sent: bool = False
 
 
 class EvaluatorConnection:
@@ -98,8 +101,11 @@ class EvaluatorConnection:
                     reason = error.details() or error.code().name
                 except TimeoutError:
                     reason = f"no connection within {_CONNECT_S:g} s"
+                except Exception:
+                    # Whatever it was, callers must not wait on a connection that nobody tends.
+                    log.exception("the stream to an instance failed unexpectedly")
+                    reason = "the stream failed unexpectedly"
                 self._fail(reason)
-                self._down = reason
                 await asyncio.sleep(_PAUSE_S)
         finally:
             self._fail("the connection was closed")
@@ -150,6 +156,7 @@ class EvaluatorConnection:
         return frame if frame.calls or frame.cancelled else None
 
     def _fail(self, reason: str) -> None:
+        self._down = reason
         for one in self._open.values():
             if not one.answer.done():
                 one.answer.set_exception(TransportError(reason, reached=one.sent))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
 import grpc.aio
@@ -42,6 +43,16 @@ def read_call(context: Context[_RequestT, _ResponseT]) -> CallContext:
     )
 
 
+@contextmanager
+def _refusals_logged(call: CallContext) -> Iterator[None]:
+    """One line for a request that is refused before it is anybody's eval; evals write their own."""
+    try:
+        yield
+    except ServingError as error:
+        log.info("refused", reqid=call.reqid, code=error.code, message=error.message, traceparent=call.traceparent)
+        raise
+
+
 class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
     """The typed interface."""
 
@@ -69,7 +80,8 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
     ) -> serving_pb2.BatchResponse:
         call = read_call(context)
         try:
-            edge.check_batch(len(request.tasks), self._max_batch)
+            with _refusals_logged(call):
+                edge.check_batch(len(request.tasks), self._max_batch)
         except ServingError as error:
             await _abort(error, call, context)
         tasks = [_task(each) for each in request.tasks]
@@ -129,11 +141,13 @@ class EdgeServicer(edge_pb2_grpc.EdgeServiceServicer):
         return await _reply(self._batch(request, call), call, context)
 
     async def _eval(self, request: edge_pb2.EdgeEvalRequest, call: CallContext) -> edge.Reply:
-        task = edge.read_eval(request.app, request.version, request.body.content_type, request.body.data)
+        with _refusals_logged(call):
+            task = edge.read_eval(request.app, request.version, request.body.content_type, request.body.data)
         return edge.write_answer(await self._dispatcher.eval(task, call))
 
     async def _batch(self, request: httpbody_pb2.HttpBody, call: CallContext) -> edge.Reply:
-        tasks = edge.read_batch(request.content_type, request.data, self._max_batch)
+        with _refusals_logged(call):
+            tasks = edge.read_batch(request.content_type, request.data, self._max_batch)
         return edge.write_batch(await run_batch(self._dispatcher, tasks, call, BATCH_CONCURRENCY))
 
 

@@ -269,6 +269,19 @@ async def test_the_request_id_is_the_callers_everywhere(client: Client) -> None:
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
+async def test_a_request_that_can_not_be_read_is_a_line_in_the_log_too(client: Client) -> None:
+    for path, reqid in (("/v1/eval/digits", "unreadable-eval"), ("/v1/batch", "unreadable-batch")):
+        check_error(await client.json(path, 7, **{"x-reqid": reqid}), 400)
+
+        async def logged(reqid: str = reqid) -> bool:
+            return reqid in client.mesh.log("gate")
+
+        await until(logged, "the gate has logged it")
+        [line] = [orjson.loads(line) for line in client.mesh.log("gate").splitlines() if reqid in line]
+        assert (line["reqid"], line["code"]) == (reqid, 400)
+        assert "malformed request" in line["message"]
+
+
 async def test_the_request_id_comes_back_on_every_error(client: Client) -> None:
     for path, body in (("/nothing", b""), ("/v1/eval/cats", b"x"), ("/v1/eval/digits", bytes((20 << 20) + 1))):
         assert (await client.bytes(path, body, **{"x-reqid": "my-id"})).headers["x-reqid"] == "my-id"

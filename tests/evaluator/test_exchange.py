@@ -169,6 +169,9 @@ async def test_a_gate_that_goes_takes_all_its_calls_along() -> None:
         failed = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(each, TransportError) for each in failed)
         await echo.until(lambda: echo.cancelled.total() == 5)
+        # Nobody tends it any more: a call must not wait for an answer until its deadline.
+        with pytest.raises(TransportError, match="closed"):
+            await ask(connection, "late")
 
 
 async def test_large_calls_are_not_heaped_into_one_message() -> None:
