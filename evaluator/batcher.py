@@ -1,210 +1,204 @@
-"""Dynamic batching: many requests come in one by one, and go through the engine together.
+"""Dynamic batching in a worker: its threads take from the schedule what is due, do it, and answer.
 
 Knows nothing of gRPC, images or nets.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from atserving.errors import Internal, ResourceExhausted, ServingError, Unavailable
+import structlog
 
-Q = TypeVar("Q")
-A = TypeVar("A")
+from atserving.errors import DeadlineExceeded, Internal, ServingError
+from evaluator.schedule import Expired, Forward, Item, Prepare, Schedule, Wait
 
-_LEAST_RETRY_AFTER_S = 0.05
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
-class Answer(Generic[A]):
-    """An answer and where its time went, in seconds: waiting for the engine, and in it."""
+class Answer:
+    """The outcome of one request and where its time went, in seconds."""
 
-    value: A
-    queue_s: float
-    forward_s: float
-
-
-@dataclass(eq=False)
-class _Pending(Generic[Q, A]):
-    request: Q
-    arrived_s: float
-    answer: asyncio.Future[Answer[A]]
-    started_s: float = field(default=0.0)
+    item: Item
+    outcome: Any
+    """What ``infer`` gave for it, or the ServingError it failed with."""
+    queue_s: float = 0.0
+    forward_s: float = 0.0
+    postprocess_s: float = 0.0
+    batch_size: int = 0
 
 
-class Batcher(Generic[Q, A]):
-    """Holds requests, runs them in batches.
+class Work(Protocol):
+    """What there is to do with requests. Calls may take long, and may raise a ServingError."""
 
-    1. A request is in one place at a time: with its caller (between ``hold`` and ``submit``), in ``_waiting``, or in
-       ``_running``. It gets exactly one answer, its own, or its caller is gone.
-    2. ``held <= max_concurrent``: ``hold`` refuses one more. (Where the maximum is lowered, those held may finish.)
-    3. A batch has 1 to ``batch_size`` requests, in the order of their arrival. One batch runs at a time.
-    4. A caller that goes takes its request out of ``_waiting``, so that it never runs. One that already runs is
-       finished and its answer dropped; its place is free at once, as the engine's batch is one in any case.
-    5. The loop below waits in three places only: for a request to come, for a batch to fill (never longer than
-       ``delay_s`` after its oldest request came), and for the engine.
-    6. Where a batch fails, its requests run again one by one: only those to blame fail.
+    def prepare(self, item: Item) -> Any:
+        """What ``infer`` takes of a request."""
+
+    def infer(self, prepared: Sequence[Any]) -> tuple[Sequence[Any], float]:
+        """One outcome a request, in order, and the seconds that the engine itself took."""
+
+
+class Progress(Protocol):
+    """Where a thread writes down which requests it is at, for who has to find out why a process died."""
+
+    def begin(self, thread: int, ids: Sequence[int]) -> None: ...
+
+    def end(self, thread: int) -> None: ...
+
+
+class Batcher:
+    """Threads that answer requests. Each request gets one answer, whatever happens to it.
+
+    Where a batch fails as a whole, its requests run again one by one: only those to blame fail.
+
+    The threads are either lanes, each of which prepares a batch and then runs it, or some that only run batches and
+    others that only prepare.
     """
 
     def __init__(
         self,
-        forward: Callable[[Sequence[Q]], Sequence[A | ServingError]],
-        batch_size: int,
+        schedule: Schedule,
+        work: Work,
+        answer: Callable[[Sequence[Answer]], None],
+        progress: Progress,
         *,
-        max_concurrent: int,
-        delay_s: float = 0.0,
+        lanes: bool,
     ) -> None:
-        """``forward`` runs a batch, in a thread of its own, and returns one answer or error a request, in order.
+        """``answer`` is called with what is done, from any of the threads."""
+        self._schedule = schedule
+        self._work = work
+        self._answer = answer
+        self._progress = progress
+        self._items: dict[int, Item] = {}
+        self._lock = threading.Lock()
+        # Whom to wake for what has arrived, and for what is ready: the same threads where they are lanes.
+        self._preparers = threading.Condition(self._lock)
+        self._forwarders = self._preparers if lanes else threading.Condition(self._lock)
+        self._lanes = lanes
+        self._idle = 0
 
-        What it raises fails the batch as a whole.
-        """
-        self.max_concurrent = max_concurrent
-        self.held = 0
-        self._forward = forward
-        self._batch_size = batch_size
-        self._delay_s = delay_s
-        self._draining = False
-        self._waiting: deque[_Pending[Q, A]] = deque()
-        self._running: list[_Pending[Q, A]] = []
-        self._changed = asyncio.Event()
-        self._empty = asyncio.Event()
-        self._empty.set()
-        self._engine = ThreadPoolExecutor(1, "engine")
-        self._batch_s = 0.0
+    def submit(self, items: Sequence[Item]) -> None:
+        """Takes requests in; their ids are not those of others that are still unanswered."""
+        with self._lock:
+            self._items.update((item.id, item) for item in items)
+            self._schedule.arrive(items)
+            self._preparers.notify(len(items))
 
-    def configure(self, *, max_concurrent: int, delay_s: float) -> None:
+    def cancel(self, ids: Iterable[int]) -> None:
+        """Nobody waits for these any more. What waits leaves; what runs is finished."""
+        with self._lock:
+            items = [item for id_ in ids if (item := self._items.get(id_))]
+            removed = [item for item in items if self._schedule.remove(item)]
+            self._wake()
+        self._fail(removed, DeadlineExceeded("the caller has gone"))
+
+    def configure(self, *, delay_s: float) -> None:
         """Applies from now on, to what waits as well."""
-        self.max_concurrent = max_concurrent
-        self._delay_s = delay_s
-        self._changed.set()
+        with self._lock:
+            self._schedule.delay_s = delay_s
+            self._forwarders.notify_all()
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """A place for one request, from before it costs anything until it is answered.
-
-        Raises ResourceExhausted where all are taken, Unavailable while draining; both ``refused``.
-        """
-        if self._draining:
-            raise Unavailable("the instance is leaving", refused=True)
-        if self.held >= self.max_concurrent:
-            raise ResourceExhausted(
-                f"the instance holds {self.held} requests, as many as it may",
-                retry_after_s=self._retry_after_s(),
-                refused=True,
-            )
-        self.held += 1
-        self._empty.clear()
-        try:
-            yield
-        finally:
-            self.held -= 1
-            if not self.held:
-                self._empty.set()
-
-    async def submit(self, request: Q) -> Answer[A]:
-        """The answer to a request that has a place. Raises the ServingError that is its outcome.
-
-        Cancelling the call, a deadline's doing as a rule, takes the request back if it has not started.
-        """
-        loop = asyncio.get_running_loop()
-        pending: _Pending[Q, A] = _Pending(request, loop.time(), loop.create_future())
-        self._waiting.append(pending)
-        self._changed.set()
-        try:
-            return await pending.answer
-        finally:
-            if pending.answer.cancelled():
-                with suppress(ValueError):
-                    self._waiting.remove(pending)
-
-    async def run(self) -> None:
-        """Answers until cancelled. What is then still held fails with Unavailable."""
-        try:
-            while True:
-                await self._batch_is_due()
-                self._running = self._take()
-                await self._run_batch(self._running)
-                self._running = []
-        finally:
-            for pending in (*self._running, *self._waiting):
-                if not pending.answer.done():
-                    pending.answer.set_exception(Unavailable("the instance has stopped"))
-            self._waiting.clear()
-            self._engine.shutdown(wait=False, cancel_futures=True)
-
-    async def _batch_is_due(self) -> None:
-        now = asyncio.get_running_loop().time
+    def run(self, thread: int, *, forwards: bool, prepares: bool) -> None:
+        """One thread's loop; never returns. ``thread`` is its place in the progress."""
         while True:
-            self._changed.clear()
-            wait_s = math.inf
-            if self._waiting:
-                wait_s = self._waiting[0].arrived_s + self._delay_s - now()
-            if len(self._waiting) >= self._batch_size or wait_s <= 0 or (self._waiting and self._draining):
-                return
-            with suppress(TimeoutError):
-                async with asyncio.timeout(None if math.isinf(wait_s) else wait_s):
-                    await self._changed.wait()
+            match self._next(forwards=forwards, prepares=prepares):
+                case Prepare(items):
+                    for item in items:
+                        self._prepare(thread, item)
+                case Forward(items):
+                    self._forward(thread, items)
+                case Expired(items):
+                    self._fail(items, DeadlineExceeded("the deadline passed"))
 
-    def _take(self) -> list[_Pending[Q, A]]:
-        batch: list[_Pending[Q, A]] = []
-        while self._waiting and len(batch) < self._batch_size:
-            pending = self._waiting.popleft()
-            # Cancelled in this very turn of the event loop: its caller has not yet come to remove it.
-            if not pending.answer.done():
-                batch.append(pending)
-        return batch
+    def _next(self, *, forwards: bool, prepares: bool) -> Prepare | Forward | Expired:
+        with self._lock:
+            while True:
+                now_s = time.monotonic()
+                work = self._schedule.next(now_s, forwards=forwards, prepares=prepares, idle=self._idle + 1)
+                if not isinstance(work, Wait):
+                    self._wake()
+                    return work
+                mine = self._preparers if prepares else self._forwarders
+                self._idle += prepares
+                mine.wait(None if math.isinf(work.until_s) else work.until_s - now_s)
+                self._idle -= prepares
 
-    async def _run_batch(self, batch: Sequence[_Pending[Q, A]]) -> None:
-        if not batch:
-            return
-        loop = asyncio.get_running_loop()
-        began_s = loop.time()
-        for pending in batch:
-            pending.started_s = pending.started_s or began_s
+    def _wake(self) -> None:
+        """Where there is more to do, one more thread that may be idle; it will wake the next."""
+        if self._schedule.has_arrived:
+            self._preparers.notify()
+        if self._schedule.ready:
+            self._forwarders.notify()
+
+    def _prepare(self, thread: int, item: Item) -> None:
+        began_s = time.monotonic()
+        error: ServingError | None = None
+        self._progress.begin(thread, [item.id])
         try:
-            answers = await loop.run_in_executor(self._engine, self._forward, [pending.request for pending in batch])
-            if len(answers) != len(batch):
+            item.prepared = self._work.prepare(item)
+        except ServingError as failure:
+            error = failure
+        except Exception:
+            log.exception("a request could not be prepared")
+            error = Internal("the evaluator failed to prepare the request")
+        self._progress.end(thread)
+        item.prepare_s = time.monotonic() - began_s
+        with self._lock:
+            waits = self._schedule.prepared(item, fit=error is None)
+            # A lane runs a single request itself: to wake another for it would only cost.
+            if self._schedule.ready > self._lanes:
+                self._forwarders.notify()
+        if not waits:
+            self._fail([item], error or DeadlineExceeded("the caller has gone"))
+
+    def _forward(self, thread: int, items: Sequence[Item]) -> None:
+        began_s = time.monotonic()
+        self._progress.begin(thread, [item.id for item in items])
+        try:
+            outcomes, forward_s = self._work.infer([item.prepared for item in items])
+            if len(outcomes) != len(items):
                 raise Internal("the forward pass lost a request")
         except Exception as error:
-            await self._after_failure(batch, error)
+            self._progress.end(thread)
+            self._after_failure(thread, items, error)
             return
-        ended_s = loop.time()
-        self._batch_s += (ended_s - began_s - self._batch_s) / (8 if self._batch_s else 1)
-        for pending, answer in zip(batch, answers, strict=True):
-            if pending.answer.done():
-                continue
-            if isinstance(answer, ServingError):
-                pending.answer.set_exception(answer)
-            else:
-                queue_s, forward_s = pending.started_s - pending.arrived_s, ended_s - pending.started_s
-                pending.answer.set_result(Answer(answer, queue_s, forward_s))
+        self._progress.end(thread)
+        postprocess_s = time.monotonic() - began_s - forward_s
+        self._reply(
+            [
+                Answer(
+                    item,
+                    outcome,
+                    began_s - item.arrived_s - item.prepare_s,
+                    forward_s,
+                    postprocess_s,
+                    len(items),
+                )
+                for item, outcome in zip(items, outcomes, strict=True)
+            ]
+        )
 
-    async def _after_failure(self, batch: Sequence[_Pending[Q, A]], error: Exception) -> None:
-        if len(batch) == 1:
-            if not batch[0].answer.done():
-                batch[0].answer.set_exception(error)
+    def _after_failure(self, thread: int, items: Sequence[Item], error: Exception) -> None:
+        if len(items) > 1:
+            for item in items:
+                self._forward(thread, [item])
             return
-        for pending in batch:
-            if not pending.answer.done():
-                await self._run_batch([pending])
+        if not isinstance(error, ServingError):
+            log.error("a batch failed unexpectedly", exc_info=error)
+            error = Internal("the forward pass failed")
+        self._fail(items, error)
 
-    def _retry_after_s(self) -> float:
-        """About when what is held will have gone through the engine."""
-        batches = math.ceil(self.held / self._batch_size)
-        return max(batches * self._batch_s, _LEAST_RETRY_AFTER_S)
+    def _fail(self, items: Sequence[Item], error: ServingError) -> None:
+        if items:
+            self._reply([Answer(item, error) for item in items])
 
-    def drain(self) -> None:
-        """From now on ``hold`` refuses; what is held finishes, without waiting for batches to fill."""
-        self._draining = True
-        self._changed.set()
-
-    async def drained(self) -> None:
-        """Returns once nothing is held."""
-        await self._empty.wait()
+    def _reply(self, answers: Sequence[Answer]) -> None:
+        with self._lock:
+            for answer in answers:
+                del self._items[answer.item.id]
+        self._answer(answers)

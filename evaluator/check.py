@@ -9,8 +9,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ import orjson
 
 from atserving.config import MalformedConfig, Release, validate
 from atserving.errors import ServingError, StartError
-from evaluator.contract import Req
-from evaluator.loading import load
+from atserving.v1 import evaluator_pb2, serving_pb2
 from evaluator.release import SCRIPT, fetch_release
-from evaluator.runner import NetRunner, Prepared, Result
+from evaluator.worker.plan import Plan
+from evaluator.worker.worker import Worker
 
 _TIMED_S = 1.0
 _TIMED_RUNS = 20
@@ -56,7 +55,7 @@ class Report:
 
     net: str
     use_device: str
-    batch_size: int
+    plan: Plan
     load_s: float
     answers: list[Answer]
     prepare_ms: float
@@ -67,7 +66,11 @@ class Report:
         return orjson.dumps(asdict(self), option=orjson.OPT_NON_STR_KEYS | orjson.OPT_INDENT_2).decode()
 
     def to_text(self) -> str:
-        lines = [f"{self.net} on {self.use_device}, batch_size {self.batch_size}, loaded in {self.load_s:.2f} s"]
+        plan = self.plan
+        lines = [
+            f"{self.net} on {self.use_device}, loaded in {self.load_s:.2f} s",
+            f"batch size {plan.batch_size}, {plan.engines} engines of {plan.threads or 'any number of'} threads",
+        ]
         lines += [f"{answer.request}: {answer.result}" for answer in self.answers]
         lines.append(f"prepare: {self.prepare_ms:.2f} ms a request")
         lines += [f"batch of {size}: {ms:.2f} ms a request" for size, ms in self.by_batch_ms.items()]
@@ -79,23 +82,32 @@ async def check(options: Options) -> Report:
     with tempfile.TemporaryDirectory(prefix="check-") as folder:
         release = _release(options)
         began_s = time.perf_counter()
-        with ExitStack() as beside:
-            cfg = (await fetch_release(release, Path(folder))).cfg()
-            runner = await load(cfg, beside)
+        cfg = (await fetch_release(release, Path(folder))).cfg()
+        script = SCRIPT in cfg["tar_files"]
+        worker = Worker(cfg)
+        try:
+            await worker.start()
             load_s = time.perf_counter() - began_s
-            script = SCRIPT in cfg["tar_files"]
-            trial = await asyncio.to_thread(_Trial, runner, options, script)
-            prepare_ms, by_batch_ms = await asyncio.to_thread(trial.timed)
-        return Report(
-            SCRIPT if script else str(cfg["custom_values"].get("net", "classify")),
-            cfg["use_device"],
-            runner.batch_size,
-            round(load_s, 3),
-            trial.answers,
-            prepare_ms,
-            by_batch_ms,
-            _peak_memory_mib(script),
-        )
+            running = asyncio.create_task(worker.run())
+            try:
+                trial = _Trial(worker, options)
+                data = await trial.ask_each(script)
+                prepare_ms, by_batch_ms = await trial.timed(data)
+            finally:
+                running.cancel()
+                await asyncio.wait({running})
+        finally:
+            await worker.close()
+    return Report(
+        SCRIPT if script else str(cfg["custom_values"].get("net", "classify")),
+        cfg["use_device"],
+        worker.plan,
+        round(load_s, 3),
+        trial.answers,
+        prepare_ms,
+        by_batch_ms,
+        math.ceil(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+    )
 
 
 def _release(options: Options) -> Release:
@@ -109,89 +121,88 @@ def _release(options: Options) -> Release:
 class _Trial:
     """Requests to a loaded net: those that are given, or one made up."""
 
-    def __init__(self, runner: NetRunner, options: Options, script: bool) -> None:
-        """Asks each once. Raises StartError where one fails."""
-        self._runner = runner
-        self._params = options.params
-        requests = _given(options) if options.images else self._made_up(options.group, script)
-        self.answers = [Answer(name, self._shape(name, data)) for name, data in requests.items()]
-        self._data = next(iter(requests.values()))
+    def __init__(self, worker: Worker, options: Options) -> None:
+        self.answers: list[Answer] = []
+        self._worker = worker
+        self._options = options
 
-    def _made_up(self, group: bool, script: bool) -> dict[str, Any]:
+    async def ask_each(self, script: bool) -> list[bytes]:
+        """Asks each once, and returns the first one's images. Raises StartError where one fails."""
+        options = self._options
+        requests = _given(options) if options.images else await self._made_up(options.group, script)
+        for name, images in requests.items():
+            self.answers.append(Answer(name, await self._shape(name, images)))
+        return next(iter(requests.values()))
+
+    async def _made_up(self, group: bool, script: bool) -> dict[str, list[bytes]]:
         """One image, or a group of two where that is asked for, or is what a script answers."""
-        picture = _data(_picture())
-        one, two = {"a made-up image": picture}, {"a group of two made-up images": [picture, picture]}
+        picture = _picture()
+        one, two = {"a made-up image": [picture]}, {"a group of two made-up images": [picture, picture]}
         if group:
             return two
-        if script and isinstance(self._outcome(picture), ServingError):
-            return one if isinstance(self._outcome([picture, picture]), ServingError) else two
+        if script and not await self._answers(one) and await self._answers(two):
+            return two
         return one
 
-    def _shape(self, name: str, data: Any) -> str:
-        outcome = self._outcome(data)
-        if isinstance(outcome, ServingError):
-            raise StartError(f"{name}: code {outcome.code}: {outcome.message}")
-        if outcome.stream is not None:
-            return f"a stream of {len(outcome.stream)} bytes"
-        return shape(json.loads(outcome.json or b"null"))
+    async def _answers(self, requests: dict[str, list[bytes]]) -> bool:
+        try:
+            await self._ask(*requests.values())
+        except ServingError:
+            return False
+        return True
 
-    def timed(self) -> tuple[float, dict[int, float]]:
+    async def _shape(self, name: str, images: list[bytes]) -> str:
+        try:
+            response = (await self._ask(images)).response
+        except ServingError as error:
+            raise StartError(f"{name}: code {error.code}: {error.message}") from None
+        if response.WhichOneof("outcome") == "stream":
+            return f"a stream of {len(response.stream)} bytes"
+        return shape(json.loads(response.result_json))
+
+    async def timed(self, images: list[bytes]) -> tuple[float, dict[int, float]]:
         """Milliseconds a request: preparing, and in batches by their size. Raises StartError where a batch fails."""
+        prepare_ms: list[float] = []
         batches: dict[int, float] = {}
         try:
-            self._prepared(self._data, 1)[0].release()
-            prepare_ms = _median_ms(lambda: self._prepared(self._data, 1)[0].release())
-            for size in sorted({1, self._runner.batch_size}):
-                batches[size] = self._batch_ms(size)
+            for size in sorted({1, self._worker.plan.batch_size}):
+                stages = [each async for each in self._rounds(images, size)]
+                prepare_ms += [each.decode_us / 1000 for each in stages]
+                batches[size] = _median_ms([(each.forward_us + each.postprocess_us) / size for each in stages])
         except ServingError as error:
             raise StartError(f"a batch failed: code {error.code}: {error.message}") from None
-        return prepare_ms, batches
+        return round(statistics.median(prepare_ms), 3), batches
 
-    def _batch_ms(self, size: int) -> float:
-        batch = self._prepared(self._data, size)
+    async def _rounds(self, images: list[bytes], size: int) -> AsyncIterator[evaluator_pb2.Stages]:
+        """The stages of requests that came in batches of ``size``: of one request each."""
+        self._worker.configure(delay_s=0 if size == 1 else _REQUEST_S)
+        until_s = time.perf_counter() + _TIMED_S
+        for number in range(_TIMED_RUNS):
+            if number and time.perf_counter() > until_s:
+                return
+            replies = await asyncio.gather(*(self._ask(images) for _ in range(size)))
+            if replies[0].stages.batch_size != size:
+                raise StartError(f"a batch of {size} requests failed, though each alone does not, see the log")
+            yield replies[0].stages
 
-        def run() -> None:
-            for outcome in self._runner.infer(batch):
-                if isinstance(outcome, ServingError):
-                    raise outcome
-
-        try:
-            run()
-            return round(_median_ms(run) / size, 3)
-        finally:
-            for prepared in batch:
-                prepared.release()
-
-    def _outcome(self, data: Any) -> Result | ServingError:
-        try:
-            (prepared,) = self._prepared(data, 1)
-            try:
-                return self._runner.infer([prepared])[0]
-            finally:
-                prepared.release()
-        except ServingError as error:
-            return error
-
-    def _prepared(self, data: Any, size: int) -> list[Prepared]:
-        return [self._runner.prepare("check", self._request(data), time.monotonic() + _REQUEST_S) for _ in range(size)]
-
-    def _request(self, data: Any) -> Req:
-        copy = [dict(each) for each in data] if isinstance(data, list) else dict(data)
-        return {"data": copy} if self._params is None else {"data": copy, "params": self._params}
+    async def _ask(self, images: list[bytes]) -> evaluator_pb2.Reply:
+        request = evaluator_pb2.InferRequest(
+            data=[serving_pb2.Resource(body=body) for body in images],
+            group=self._options.group or len(images) > 1,
+            params_json="" if self._options.params is None else json.dumps(self._options.params),
+            reqid="check",
+        )
+        return await self._worker.infer(evaluator_pb2.Call(request=request, timeout_us=int(_REQUEST_S * 1e6)))
 
 
-def _given(options: Options) -> dict[str, Any]:
-    data: dict[str, Any] = {}
+def _given(options: Options) -> dict[str, list[bytes]]:
+    images: dict[str, list[bytes]] = {}
     for path in options.images:
         try:
-            data[path.name] = _data(path.read_bytes())
+            images[path.name] = [path.read_bytes()]
         except OSError as error:
             raise StartError(f"{path}: {error.strerror}") from None
-    return {", ".join(data) + ", a group": list(data.values())} if options.group else data
-
-
-def _data(body: bytes) -> dict[str, Any]:
-    return {"uri": "", "body": body}
+    return {", ".join(images) + ", a group": [body for (body,) in images.values()]} if options.group else images
 
 
 def _picture() -> bytes:
@@ -201,20 +212,8 @@ def _picture() -> bytes:
     return cv2.imencode(".jpg", cv2.circle(pixels, (320, 240), 120, (255, 255, 255), -1))[1].tobytes()
 
 
-def _median_ms(run: Callable[[], None]) -> float:
-    times_s: list[float] = []
-    until_s = time.perf_counter() + _TIMED_S
-    while len(times_s) < _TIMED_RUNS and (not times_s or time.perf_counter() < until_s):
-        began_s = time.perf_counter()
-        run()
-        times_s.append(time.perf_counter() - began_s)
-    return round(statistics.median(times_s) * 1000, 3)
-
-
-def _peak_memory_mib(script: bool) -> int:
-    """Of this process, or of the script's, once that has ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN if script else resource.RUSAGE_SELF)
-    return math.ceil(usage.ru_maxrss / 1024)
+def _median_ms(microseconds: Sequence[float]) -> float:
+    return round(statistics.median(microseconds) / 1000, 3)
 
 
 def shape(value: Any) -> str:

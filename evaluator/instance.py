@@ -8,8 +8,8 @@ import shutil
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,16 +20,15 @@ from atserving.config import Instance, MalformedConfig, WorkerConfig, validate
 from atserving.errors import StartError
 from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
 from evaluator.addresses import AddressPolicy, Network
-from evaluator.batcher import Batcher
 from evaluator.followed import FollowedConfig
 from evaluator.images import Limits
-from evaluator.loading import load
 from evaluator.pipeline import Pipeline
+from evaluator.places import Places
 from evaluator.registration import Registration
 from evaluator.release import fetch_release
 from evaluator.resources import ResourceFetcher
-from evaluator.runner import NetRunner, Prepared, Result
 from evaluator.server import EvaluatorServicer
+from evaluator.worker.worker import Worker
 
 log = structlog.get_logger()
 
@@ -58,7 +57,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Loaded:
-    runner: NetRunner
+    worker: Worker
     limits: Limits
 
 
@@ -67,19 +66,21 @@ async def run(settings: Settings) -> None:
     stop = transport.stop_signal()
     followed = FollowedConfig(settings.registries, settings.app, settings.version)
     log.debug("starting", app=settings.app, version=settings.version, registries=settings.registries)
-    with _workspace(settings) as workspace, ExitStack() as beside:
-        async with _background(followed.run()) as following:
+    with _workspace(settings) as workspace:
+        async with _background(followed.run()) as following, AsyncExitStack() as beside:
             loaded = await _unless(stop, _load(settings, followed, workspace, beside))
             if loaded:
                 await _serve(settings, followed, loaded, stop, following)
 
 
-async def _load(settings: Settings, followed: FollowedConfig, workspace: Path, beside: ExitStack) -> _Loaded:
+async def _load(settings: Settings, followed: FollowedConfig, workspace: Path, beside: AsyncExitStack) -> _Loaded:
     cfg = (await fetch_release(await followed.release(settings.wait_s), workspace)).cfg()
-    runner = await load(cfg, beside)
-    await asyncio.to_thread(runner.warm_up)
-    log.info("warm", app=settings.app, version=settings.version, batch_size=runner.batch_size, device=cfg["use_device"])
-    return _Loaded(runner, Limits.of_release(cfg["custom_values"]))
+    limits = Limits.of_release(cfg["custom_values"])
+    worker = Worker(cfg)
+    beside.push_async_callback(worker.close)
+    await worker.start()
+    log.info("warm", app=settings.app, version=settings.version, device=cfg["use_device"], **asdict(worker.plan))
+    return _Loaded(worker, limits)
 
 
 async def _serve(
@@ -89,21 +90,21 @@ async def _serve(
     stop: asyncio.Event,
     following: asyncio.Task[None],
 ) -> None:
-    batcher = Batcher[Prepared, Result](loaded.runner.infer, loaded.runner.batch_size, **_batching(followed.worker))
+    worker, places = loaded.worker, Places(1)
     fetcher = ResourceFetcher(loaded.limits.max_bytes, AddressPolicy(settings.allow_networks))
     server = transport.Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
-    async with fetcher, _background(batcher.run()) as batching:
-        pipeline = Pipeline(loaded.runner, fetcher, batcher)
-        servicer = EvaluatorServicer(pipeline, settings.app, settings.version)
+    async with fetcher, _background(worker.run()) as working:
+        servicer = EvaluatorServicer(Pipeline(worker, fetcher, places), settings.app, settings.version)
         evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(servicer, server.grpc)
         port = await server.start(settings.listen)
         instance = await asyncio.to_thread(_instance, settings, port)
-        registration = Registration(
-            settings.registries, lambda: instance.model_copy(update={"capacity": batcher.max_concurrent})
-        )
+        registration = Registration(settings.registries, lambda: instance.model_copy(update={"capacity": places.most}))
 
-        def apply(worker: WorkerConfig) -> None:
-            batcher.configure(**_batching(worker))
+        def apply(config: WorkerConfig) -> None:
+            assert config.max_concurrent is not None
+            assert config.delay4batch is not None
+            places.most = config.max_concurrent
+            worker.configure(delay_s=config.delay4batch.total_seconds())
             registration.renew()
 
         followed.on_worker = apply
@@ -111,34 +112,30 @@ async def _serve(
         await server.set_serving(True)
         log.info("serving", app=settings.app, version=settings.version, port=port)
         async with _background(registration.run()) as registering:
-            await transport.until_stopped(stop, batching, registering, following)
-            await _leave(settings.grace_s, registration, batcher, server)
-        pipeline.close()
+            try:
+                await transport.until_stopped(stop, working, registering, following)
+            finally:
+                # Also where the net can't be kept running: callers are sent elsewhere before this process ends.
+                followed.on_worker = lambda _: None
+                worker.configure(delay_s=0)
+                await _leave(settings.grace_s, registration, places, server)
 
 
-async def _leave(
-    grace_s: float, registration: Registration, batcher: Batcher[Prepared, Result], server: transport.Server
-) -> None:
-    log.info("leaving", held=batcher.held)
-    batcher.drain()
+async def _leave(grace_s: float, registration: Registration, places: Places, server: transport.Server) -> None:
+    log.info("leaving", held=places.held)
+    places.drain()
     await server.set_serving(False)
-    await asyncio.gather(registration.deregister(), _drained(batcher, grace_s), asyncio.sleep(_LINGER_S))
+    await asyncio.gather(registration.deregister(), _drained(places, grace_s), asyncio.sleep(_LINGER_S))
     await server.stop(_STOP_S)
     log.info("stopped")
 
 
-async def _drained(batcher: Batcher[Prepared, Result], grace_s: float) -> None:
+async def _drained(places: Places, grace_s: float) -> None:
     try:
         async with asyncio.timeout(grace_s):
-            await batcher.drained()
+            await places.drained()
     except TimeoutError:
-        log.warning("the grace is over", held=batcher.held)
-
-
-def _batching(worker: WorkerConfig) -> dict[str, Any]:
-    assert worker.max_concurrent is not None
-    assert worker.delay4batch is not None
-    return {"max_concurrent": worker.max_concurrent, "delay_s": worker.delay4batch.total_seconds()}
+        log.warning("the grace is over", held=places.held)
 
 
 def _instance(settings: Settings, port: int) -> Instance:

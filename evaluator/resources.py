@@ -62,9 +62,13 @@ class ResourceFetcher:
         data = source.body if source.uri is None else await self._fetch_uri(source.uri)
         if data is None:
             raise InvalidArgument("the request's data has neither a uri nor a body")
-        if len(data) > self._max_bytes:
-            raise self._too_large("the resource")
+        self.check_size(len(data))
         return data
+
+    def check_size(self, size: int) -> None:
+        """Raises InvalidArgument for a resource of so many bytes, where these are too many."""
+        if size > self._max_bytes:
+            raise self._too_large("the resource")
 
     async def _fetch_uri(self, uri: str) -> bytes:
         match uris.scheme(uri):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import orjson
@@ -14,7 +14,7 @@ import structlog
 
 from atserving.errors import Internal, NetError, ServingError, StartError
 from evaluator.contract import Config, Model, NetFunctions, Req
-from evaluator.images import sample
+from evaluator.requests import Files
 
 log = structlog.get_logger()
 
@@ -27,13 +27,12 @@ _CODES = range(-(2**31), 2**31)
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that is ready for the engine. ``deadline_s``: of the monotonic clock; None where it has none."""
+    """A request that is ready for the engine."""
 
     reqid: str
     req: Req
-    deadline_s: float | None = None
-    release: Callable[[], None] = lambda: None
-    """To be called when the answer is there or nobody waits for it: removes the files that the request may have."""
+    files: Files | None = None
+    """Those of its resources, which are removed once it is answered."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +44,8 @@ class Result:
     stream: bytes | None = None
 
 
-class NetRunner(Protocol):
-    """A net that is loaded, whatever it is and wherever it runs. All of its methods take time."""
-
-    batch_size: int
-
-    def prepare(self, reqid: str, req: Req, deadline_s: float | None = None) -> Prepared:
-        """The request, ready for a batch; for many threads. Raises ServingError."""
-
-    def infer(self, batch: Sequence[Prepared]) -> list[Result | ServingError]:
-        """One outcome a request, in order; for one thread at a time. Raises ServingError for the batch as a whole."""
-
-    def warm_up(self) -> None:
-        """Runs a picture through the net, alone and as a full batch. Raises StartError."""
-
-    def close(self) -> None:
-        """Ends what runs beside this process."""
-
-
 class Runner:
-    """Calls the functions of a net in this process. ``prepare`` is for many threads, ``infer`` for one at a time.
+    """Calls the functions of a net in this process. ``prepare`` is for many threads, ``infer`` for the net's engines.
 
     What a net raises goes to the log with its trace; the caller learns only that the net failed.
     """
@@ -88,12 +69,12 @@ class Runner:
             raise StartError(_one_line(str(self._model["error"])))
         self.batch_size = _batch_size(self._model, cfg)
 
-    def prepare(self, reqid: str, req: Req, deadline_s: float | None = None) -> Prepared:
+    def prepare(self, reqid: str, req: Req, files: Files | None = None) -> Prepared:
         """The request after ``net_preprocess``. Raises ServingError."""
         if self._functions.net_preprocess is None:
-            return Prepared(reqid, req, deadline_s)
+            return Prepared(reqid, req, files)
         try:
-            return Prepared(reqid, self._functions.net_preprocess(self._model, req), deadline_s)
+            return Prepared(reqid, self._functions.net_preprocess(self._model, req), files)
         except ServingError:
             raise
         except Exception as error:
@@ -116,22 +97,6 @@ class Runner:
             log.error("net_inference did not return one ret a request", reqid=reqid, batch=len(batch))
             raise Internal("the net did not return one result a request")
         return [self._outcome(ret, prepared.reqid) for ret, prepared in zip(rets, batch, strict=True)]
-
-    def warm_up(self) -> None:
-        """Runs a picture through the net, alone and as a full batch, as requests will. Raises StartError."""
-        picture = sample()
-        for size in sorted({1, self.batch_size}):
-            try:
-                batch = [self.prepare("warm-up", {"data": {"uri": "", "body": picture}}) for _ in range(size)]
-                outcomes = self.infer(batch)
-            except ServingError as error:
-                raise StartError(f"the net failed to warm up: {error}") from error
-            for outcome in outcomes:
-                if isinstance(outcome, ServingError):
-                    raise StartError(f"the net failed to warm up: {outcome}")
-
-    def close(self) -> None:
-        """Nothing runs beside this process."""
 
     def _outcome(self, ret: object, reqid: str) -> Result | ServingError:
         if not isinstance(ret, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 
 import grpc
@@ -11,11 +10,9 @@ import structlog
 
 from atserving.errors import DeadlineExceeded, Internal, ServingError
 from atserving.telemetry import request_id
-from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc, serving_pb2
+from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
 from evaluator.exchange import Exchange
-from evaluator.pipeline import Input, Pipeline, Stages, Task
-from evaluator.resources import Source
-from evaluator.runner import Result
+from evaluator.pipeline import Pipeline, Stages
 
 log = structlog.get_logger()
 
@@ -38,52 +35,28 @@ class EvaluatorServicer(evaluator_pb2_grpc.EvaluatorServiceServicer):
 
     async def _infer(self, call: evaluator_pb2.Call) -> evaluator_pb2.InferResponse:
         request = call.request
-        reqid = request_id(request.reqid)
-        structlog.contextvars.bind_contextvars(reqid=reqid)
+        request.reqid = reqid = request_id(request.reqid)
         stages = Stages()
         code = _CALLER_GONE
         error: ServingError | None = None
         try:
             async with asyncio.timeout(call.timeout_us / 1e6 if call.timeout_us else None):
-                result = await self._pipeline.evaluate(_task(call, reqid), stages)
+                response = await self._pipeline.evaluate(call, stages)
             code = 0
-            return _response(result)
+            return response
         except TimeoutError:
             error = DeadlineExceeded("the deadline passed")
         except ServingError as failure:
             error = failure
         except Exception:
-            self._log.exception("a request failed unexpectedly")
+            self._log.exception("a request failed unexpectedly", reqid=reqid)
             error = Internal("the evaluator failed")
         finally:
             stages.end()
-            self._log.info(
-                "request", code=error.code if error else code, **_reason(error), **stages.ms, **_trace(call.traceparent)
-            )
+            if error:
+                code = error.code
+            self._log.info("request", reqid=reqid, code=code, **_reason(error), **stages.ms, **_trace(call.traceparent))
         return evaluator_pb2.InferResponse(error=error.to_proto())
-
-
-def _task(call: evaluator_pb2.Call, reqid: str) -> Task:
-    request = call.request
-    deadline_s = time.monotonic() + call.timeout_us / 1e6 if call.timeout_us else None
-    return Task(reqid, tuple(_input(each) for each in request.data), request.group, request.params_json, deadline_s)
-
-
-def _input(resource: serving_pb2.Resource) -> Input:
-    match resource.WhichOneof("source"):
-        case "body":
-            source = Source(body=resource.body)
-        case "uri":
-            source = Source(uri=resource.uri)
-        case _:
-            source = Source()
-    return Input(source, resource.attribute_json)
-
-
-def _response(result: Result) -> evaluator_pb2.InferResponse:
-    if result.stream is not None:
-        return evaluator_pb2.InferResponse(stream=result.stream, message=result.message)
-    return evaluator_pb2.InferResponse(result_json=(result.json or b"null").decode(), message=result.message)
 
 
 def _reason(error: ServingError | None) -> dict[str, str]:

@@ -103,23 +103,63 @@ class Reply(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """The call's."""
     @_builtins.property
     def response(self) -> Global___InferResponse: ...
+    @_builtins.property
+    def stages(self) -> Global___Stages:
+        """Where the time went; only between an evaluator and its own worker."""
+
     def __init__(
         self,
         *,
         id: _builtins.int = ...,
         response: Global___InferResponse | None = ...,
+        stages: Global___Stages | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["response", b"response", "stages", b"stages"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "response", b"response"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "response", b"response", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Reply: _TypeAlias = Reply  # noqa: Y015
+
+@_typing.final
+class Stages(_message.Message):
+    """The stages of a request in a worker, in microseconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECODE_US_FIELD_NUMBER: _builtins.int
+    QUEUE_US_FIELD_NUMBER: _builtins.int
+    FORWARD_US_FIELD_NUMBER: _builtins.int
+    POSTPROCESS_US_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    decode_us: _builtins.int
+    queue_us: _builtins.int
+    forward_us: _builtins.int
+    postprocess_us: _builtins.int
+    batch_size: _builtins.int
+    """How many requests were in the batch; 0: it was in none."""
+    def __init__(
+        self,
+        *,
+        decode_us: _builtins.int = ...,
+        queue_us: _builtins.int = ...,
+        forward_us: _builtins.int = ...,
+        postprocess_us: _builtins.int = ...,
+        batch_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "decode_us", b"decode_us", "forward_us", b"forward_us", "postprocess_us", b"postprocess_us", "queue_us", b"queue_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stages: _TypeAlias = Stages  # noqa: Y015
 
 @_typing.final
 class InferRequest(_message.Message):

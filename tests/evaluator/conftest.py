@@ -103,11 +103,18 @@ class Registry:
 @pytest.fixture(scope="session")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     """Shared by all tests; each uses an app of its own."""
+    with running_registry(tmp_path_factory.mktemp("etcd")) as registry:
+        yield registry
+
+
+@contextmanager
+def running_registry(data: Path) -> Iterator[Registry]:
+    """A registry with its etcd, whose data are in a folder."""
     client, peer = free_port(), free_port()
     bin_ = Path(sys.executable).parent
     with ExitStack() as stack:
         etcd = Process(
-            *(str(bin_ / "etcd"), "--data-dir", str(tmp_path_factory.mktemp("etcd")), "--log-level", "warn"),
+            *(str(bin_ / "etcd"), "--data-dir", str(data), "--log-level", "warn"),
             *("--listen-client-urls", f"http://127.0.0.1:{client}"),
             *("--advertise-client-urls", f"http://127.0.0.1:{client}"),
             *("--listen-peer-urls", f"http://127.0.0.1:{peer}"),

@@ -1,327 +1,192 @@
-"""The batcher's invariants, as they stand above its loop, under any order of arrivals, departures and failures."""
+"""Real threads under the batcher: each request gets one answer, its own, whatever the others do."""
 
-import asyncio
+from __future__ import annotations
+
+import itertools
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+import time
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atserving.errors import Internal, InvalidArgument, ResourceExhausted, ServingError, Unavailable
-from evaluator.batcher import Batcher
+from atserving.errors import DeadlineExceeded, Internal, InvalidArgument, ServingError
+from evaluator.batcher import Answer, Batcher
+from evaluator.schedule import Item, Schedule
 
-POISON = -1
+WAIT_S = 30.0
 
 
-@dataclass
 class Engine:
-    """A forward pass that answers ten times the request, can be made to wait, and remembers its batches."""
+    """Answers ten times the request; a negative one fails its batch, and "bad" can't be prepared."""
 
-    batches: list[list[int]] = field(default_factory=list)
-    open: threading.Event = field(default_factory=threading.Event)
-    entered: threading.Event = field(default_factory=threading.Event)
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.open = threading.Event()
+        self.entered = threading.Event()
+        self.open.set()
 
-    def __call__(self, requests: Sequence[int]) -> list[int | ServingError]:
-        self.batches.append(list(requests))
+    def prepare(self, item: Item) -> Any:
+        if item.request == "bad":
+            raise InvalidArgument("bad")
+        if item.request == "worse":
+            raise ValueError("worse")
+        return item.request
+
+    def infer(self, prepared: Sequence[int]) -> tuple[list[int | ServingError], float]:
+        self.batches.append(list(prepared))
         self.entered.set()
-        assert self.open.wait(30)
-        if any(request < 0 for request in requests):
+        assert self.open.wait(WAIT_S)
+        if any(request < 0 for request in prepared):
             raise Internal("poisoned")
-        return [request * 10 for request in requests]
+        if 777 in prepared:
+            return [1], 0.0
+        return [InvalidArgument("its own") if each == 666 else each * 10 for each in prepared], 0.001
 
 
-@asynccontextmanager
-async def running(
-    forward: Callable[[Sequence[int]], Sequence[int | ServingError]],
-    batch_size: int = 4,
-    max_concurrent: int = 1000,
-    delay_s: float = 0.0,
-) -> AsyncIterator[Batcher[int, int]]:
-    batcher: Batcher[int, int] = Batcher(forward, batch_size, max_concurrent=max_concurrent, delay_s=delay_s)
-    loop = asyncio.create_task(batcher.run())
-    try:
-        yield batcher
-    finally:
-        loop.cancel()
-        await asyncio.wait({loop})
+class Books:
+    """A batcher with threads of its own, the answers that came, and who is written down as at work."""
+
+    ids = itertools.count(1)
+
+    def __init__(self, *, lanes: int = 0, batch_size: int = 4, delay_s: float = 0.0) -> None:
+        self.engine = Engine()
+        self.answers: dict[int, list[Answer]] = {}
+        self.at_work: dict[int, list[int]] = {}
+        self.changed = threading.Condition()
+        schedule = Schedule(batch_size=batch_size, engines=max(lanes, 1), delay_s=delay_s)
+        self.batcher = Batcher(schedule, self.engine, self.answered, self, lanes=bool(lanes))
+        roles = [(True, True)] * lanes or [(True, False), (False, True), (False, True)]
+        for number, (forwards, prepares) in enumerate(roles):
+            arguments = {"forwards": forwards, "prepares": prepares}
+            threading.Thread(target=self.batcher.run, args=(number,), kwargs=arguments, daemon=True).start()
+
+    def begin(self, thread: int, ids: Sequence[int]) -> None:
+        assert thread not in self.at_work
+        self.at_work[thread] = list(ids)
+
+    def end(self, thread: int) -> None:
+        del self.at_work[thread]
+
+    def answered(self, answers: Sequence[Answer]) -> None:
+        with self.changed:
+            for answer in answers:
+                self.answers.setdefault(answer.item.id, []).append(answer)
+            self.changed.notify_all()
+
+    def submit(self, *requests: Any, lives_s: float = 1000.0) -> list[Item]:
+        now_s = time.monotonic()
+        items = [Item(next(self.ids), request, now_s, now_s + lives_s) for request in requests]
+        self.batcher.submit(items)
+        return items
+
+    def outcomes(self, items: Sequence[Item]) -> list[Any]:
+        with self.changed:
+            assert self.changed.wait_for(lambda: all(item.id in self.answers for item in items), WAIT_S)
+        for item in items:
+            assert len(self.answers[item.id]) == 1
+        return [self.answers[item.id][0].outcome for item in items]
+
+    def ask(self, *requests: Any) -> list[Any]:
+        return self.outcomes(self.submit(*requests))
 
 
-async def ask(batcher: Batcher[int, int], request: int) -> int:
-    with batcher.hold():
-        return (await batcher.submit(request)).value
+@pytest.fixture(scope="module", params=["lanes", "specialists"])
+def books(request: pytest.FixtureRequest) -> Books:
+    return Books(lanes=2 if request.param == "lanes" else 0)
 
 
-async def until(condition: Callable[[], object]) -> None:
-    """Returns once it holds; the test's own timeout bounds it."""
-    while not condition():  # noqa: ASYNC110 - what is waited for has no event
-        await asyncio.sleep(0)
-
-
-@dataclass(frozen=True)
-class Ask:
-    """Several requests at once, some of them poisoned."""
-
-    poisoned: tuple[bool, ...]
-
-
-@dataclass(frozen=True)
-class Leave:
-    who: int
-
-
-STEPS = st.lists(
-    st.one_of(
-        st.builds(Ask, st.lists(st.sampled_from([False, False, False, True]), min_size=2, max_size=8).map(tuple)),
-        st.builds(Leave, st.integers(0, 30)),
-        st.sampled_from(["turn", "open", "close", "engine"]),
-    ),
-    min_size=5,
-    max_size=30,
-)
-
-
-class Play:
-    """Plays steps against a batcher and keeps the books."""
-
-    def __init__(self, batcher: Batcher[int, int], engine: Engine) -> None:
-        self.batcher = batcher
-        self.engine = engine
-        self.tasks: dict[int, asyncio.Task[int]] = {}
-        self.left_waiting: set[int] = set()
-
-    async def step(self, step: object) -> None:
-        match step:
-            case Ask(poisoned):
-                for bad in poisoned:
-                    number = len(self.tasks) + 1
-                    request = -number if bad else number
-                    self.tasks[request] = asyncio.create_task(ask(self.batcher, request))
-            case Leave(who) if self.tasks:
-                request = list(self.tasks)[who % len(self.tasks)]
-                # With the engine shut and a batch in it, what it has not been given is known to wait.
-                shut = self.engine.entered.is_set() and not self.engine.open.is_set()
-                if shut and all(request not in batch for batch in self.engine.batches):
-                    self.left_waiting.add(request)
-                self.tasks[request].cancel()
-            case "turn":
-                await asyncio.sleep(0)
-            case "open":
-                self.engine.open.set()
-            case "close":
-                self.engine.open.clear()
-                self.engine.entered.clear()
-            case "engine" if self.engine.open.is_set() and self.tasks:
-                await asyncio.wait(self.tasks.values(), return_when=asyncio.FIRST_COMPLETED)
+REQUESTS = st.lists(st.one_of(st.integers(0, 99), st.sampled_from([-1, -2, 666, "bad", "worse"])), max_size=12)
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    steps=STEPS, batch_size=st.integers(1, 5), max_concurrent=st.integers(1, 12), delay_ms=st.sampled_from([0, 0, 1])
-)
-async def test_nothing_is_lost_mixed_up_or_over_its_bounds(
-    steps: list[object], batch_size: int, max_concurrent: int, delay_ms: int
-) -> None:
-    engine = Engine()
-    async with running(engine, batch_size, max_concurrent, delay_ms / 1000) as batcher:
-        play = Play(batcher, engine)
-        for step in steps:
-            await play.step(step)
-            assert 0 <= batcher.held <= max_concurrent
-        engine.open.set()
-        outcomes = await asyncio.gather(*play.tasks.values(), return_exceptions=True)
-        assert batcher.held == 0
-
-    refused = 0
-    for request, outcome in zip(play.tasks, outcomes, strict=True):
-        runs = [batch for batch in engine.batches if request in batch]
-        if isinstance(outcome, ResourceExhausted):
-            refused += 1
-            assert outcome.refused
-            assert (outcome.retry_after_s or 0) > 0
-            assert runs == []
-        elif isinstance(outcome, asyncio.CancelledError):
-            assert request not in play.left_waiting or runs == []
-        elif request < 0:
-            assert isinstance(outcome, Internal)
-            assert runs[-1] == [request]
-        else:
-            assert outcome == request * 10
-            # Once, or in a batch that failed and then once more, alone.
-            assert len(runs) == 1 or (min(runs[0]) < 0 and runs[1:] == [[request]])
-    assert refused == 0 or len(play.tasks) > max_concurrent
-    assert all(1 <= len(batch) <= batch_size for batch in engine.batches)
+@given(bursts=st.lists(REQUESTS, max_size=4), gone=st.sets(st.integers(0, 40)))
+def test_nothing_is_lost_or_mixed_up(books: Books, bursts: list[list[Any]], gone: set[int]) -> None:
+    books.engine.batches.clear()
+    items = [item for burst in bursts for item in books.submit(*burst)]
+    left = {items[who].id for who in gone if who < len(items)}
+    books.batcher.cancel(left)
+    for item, outcome in zip(items, books.outcomes(items), strict=True):
+        if item.id in left and isinstance(outcome, DeadlineExceeded):
+            continue
+        match item.request:
+            case "bad" | 666:
+                assert isinstance(outcome, InvalidArgument)
+            case "worse":
+                assert isinstance(outcome, Internal)
+            case request if request < 0:
+                assert isinstance(outcome, Internal)
+                assert [request] in books.engine.batches
+            case request:
+                assert outcome == request * 10
+    assert all(1 <= len(batch) <= 4 for batch in books.engine.batches)
+    # A batch that failed ran again one by one, and nothing else ran twice.
+    assert books.at_work == {} or all(books.at_work.values())
 
 
-async def test_a_free_engine_takes_what_has_queued_in_order_and_never_more_than_a_batch() -> None:
-    engine = Engine()
-    async with running(engine, batch_size=4) as batcher:
-        first = asyncio.create_task(ask(batcher, 1))
-        await until(engine.entered.is_set)
-        rest = [asyncio.create_task(ask(batcher, number)) for number in range(2, 8)]
-        await asyncio.sleep(0)
-        engine.open.set()
-        assert await asyncio.gather(first, *rest) == [10, 20, 30, 40, 50, 60, 70]
-    assert engine.batches == [[1], [2, 3, 4, 5], [6, 7]]
+def test_a_forward_pass_that_loses_a_request_is_an_error_not_another_ones_answer() -> None:
+    books = Books(batch_size=2, delay_s=60)
+    assert [type(outcome) for outcome in books.ask(777, 5)] == [int, int]
+    # Alone each is answered: only together did they come to one answer.
+    assert books.engine.batches == [[777, 5], [777], [5]]
 
 
-async def test_the_event_loop_runs_on_during_a_forward_pass() -> None:
-    engine = Engine()
-    async with running(engine) as batcher:
-        asking = asyncio.create_task(ask(batcher, 1))
-        await until(engine.entered.is_set)
-        engine.open.set()
-        assert await asking == 10
+def test_a_batch_is_what_gathered_while_the_engine_was_busy() -> None:
+    books = Books(batch_size=4)
+    books.engine.open.clear()
+    first = books.submit(1)
+    assert books.engine.entered.wait(WAIT_S)
+    rest = books.submit(2, 3, 4)
+    deadline_s = time.monotonic() + WAIT_S
+    while books.batcher._schedule.ready < 3:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
+    books.engine.open.set()
+    assert books.outcomes([*first, *rest]) == [10, 20, 30, 40]
+    assert [sorted(batch) for batch in books.engine.batches] == [[1], [2, 3, 4]]
 
 
-async def test_a_request_that_leaves_the_queue_frees_its_place_and_never_runs() -> None:
-    engine = Engine()
-    async with running(engine, batch_size=1, max_concurrent=2) as batcher:
-        running_one = asyncio.create_task(ask(batcher, 1))
-        await until(engine.entered.is_set)
-        waiting = asyncio.create_task(ask(batcher, 2))
-        await until(lambda: batcher.held == 2)
-        with pytest.raises(ResourceExhausted):
-            await ask(batcher, 3)
-        waiting.cancel()
-        await asyncio.wait({waiting})
-        assert batcher.held == 1
-        successor = asyncio.create_task(ask(batcher, 4))
-        await until(lambda: batcher.held == 2)
-        engine.open.set()
-        assert list(await asyncio.gather(running_one, successor)) == [10, 40]
-    assert engine.batches == [[1], [4]]
+def test_the_next_batch_is_prepared_while_one_runs() -> None:
+    books = Books(batch_size=4)
+    books.engine.open.clear()
+    running = books.submit(1)
+    assert books.engine.entered.wait(WAIT_S)
+    bad = books.submit("bad")
+    assert isinstance(books.outcomes(bad)[0], InvalidArgument)
+    books.engine.open.set()
+    books.outcomes(running)
 
 
-async def test_a_deadline_that_passes_in_the_queue_takes_the_request_out() -> None:
-    engine = Engine()
-    async with running(engine, batch_size=1) as batcher:
-        running_one = asyncio.create_task(ask(batcher, 1))
-        await until(engine.entered.is_set)
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.001):
-                await ask(batcher, 2)
-        engine.open.set()
-        await running_one
-    assert engine.batches == [[1]]
+@pytest.mark.parametrize("lanes", [0, 1])
+def test_what_has_expired_or_left_never_runs(lanes: int) -> None:
+    books = Books(lanes=lanes, batch_size=1)
+    books.engine.open.clear()
+    running = books.submit(1)
+    assert books.engine.entered.wait(WAIT_S)
+    gone = books.submit(2)
+    expired = books.submit(3, lives_s=0)
+    books.batcher.cancel([gone[0].id])
+    books.engine.open.set()
+    assert books.outcomes(running) == [10]
+    assert [type(each) for each in books.outcomes([*gone, *expired])] == [DeadlineExceeded] * 2
+    assert books.engine.batches == [[1]]
 
 
-async def test_an_answer_to_a_caller_that_left_during_its_pass_is_dropped_and_the_others_are_answered() -> None:
-    engine = Engine()
-    async with running(engine, batch_size=2, delay_s=60) as batcher:
-        tasks = [asyncio.create_task(ask(batcher, number)) for number in (1, 2)]
-        await until(engine.entered.is_set)
-        tasks[0].cancel()
-        engine.open.set()
-        assert await tasks[1] == 20
-    assert engine.batches == [[1, 2]]
+def test_a_shorter_delay_applies_to_what_already_waits() -> None:
+    books = Books(batch_size=3, delay_s=3600)
+    items = books.submit(1)
+    books.batcher.configure(delay_s=0)
+    assert books.outcomes(items) == [10]
 
 
-async def test_with_a_delay_an_idle_engine_waits_for_a_full_batch() -> None:
-    engine = Engine()
-    engine.open.set()
-    async with running(engine, batch_size=3, delay_s=60) as batcher:
-        tasks = [asyncio.create_task(ask(batcher, number)) for number in (1, 2)]
-        await until(lambda: batcher.held == 2)
-        assert engine.batches == []
-        assert await ask(batcher, 3) == 30
-        await asyncio.gather(*tasks)
-    assert engine.batches == [[1, 2, 3]]
-
-
-async def test_with_a_delay_a_batch_that_does_not_fill_runs_in_the_end() -> None:
-    engine = Engine()
-    engine.open.set()
-    async with running(engine, batch_size=3, delay_s=0.01) as batcher:
-        assert await ask(batcher, 1) == 10
-
-
-async def test_a_shorter_delay_applies_to_what_already_waits() -> None:
-    engine = Engine()
-    engine.open.set()
-    async with running(engine, batch_size=3, delay_s=3600) as batcher:
-        task = asyncio.create_task(ask(batcher, 1))
-        await until(lambda: batcher.held == 1)
-        batcher.configure(max_concurrent=5, delay_s=0)
-        assert await task == 10
-
-
-async def test_places_can_be_made_more_and_fewer() -> None:
-    engine = Engine()
-    async with running(engine, batch_size=1, max_concurrent=1) as batcher:
-        tasks = [asyncio.create_task(ask(batcher, 1))]
-        await until(engine.entered.is_set)
-        with pytest.raises(ResourceExhausted):
-            await ask(batcher, 2)
-        batcher.configure(max_concurrent=2, delay_s=0)
-        tasks.append(asyncio.create_task(ask(batcher, 3)))
-        await until(lambda: batcher.held == 2)
-        batcher.configure(max_concurrent=1, delay_s=0)
-        with pytest.raises(ResourceExhausted):
-            await ask(batcher, 4)
-        engine.open.set()
-        assert await asyncio.gather(*tasks) == [10, 30]
-
-
-async def test_a_request_at_fault_fails_alone_with_its_own_error() -> None:
-    def forward(requests: Sequence[int]) -> list[int | ServingError]:
-        return [InvalidArgument(f"not {request}") if request == 2 else request for request in requests]
-
-    async with running(forward, batch_size=3, delay_s=60) as batcher:
-        one, two, three = await asyncio.gather(*(ask(batcher, n) for n in (1, 2, 3)), return_exceptions=True)
-    assert [one, three] == [1, 3]
-    assert isinstance(two, InvalidArgument)
-    assert str(two) == "not 2"
-
-
-async def test_a_forward_pass_that_loses_a_request_is_an_error_not_another_ones_answer() -> None:
-    async with running(lambda requests: list(requests)[1:], batch_size=2, delay_s=60) as batcher:
-        outcomes = await asyncio.gather(ask(batcher, 1), ask(batcher, 2), return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes] == [Internal, Internal]
-
-
-async def test_what_is_said_of_when_to_come_back_grows_with_the_queue() -> None:
-    engine = Engine()
-    engine.open.set()
-    async with running(engine, batch_size=1, max_concurrent=0) as batcher:
-
-        async def retry_after_s(places: int) -> float:
-            batcher.configure(max_concurrent=places, delay_s=0)
-            engine.open.clear()
-            tasks = [asyncio.create_task(ask(batcher, 1)) for _ in range(places)]
-            await until(lambda: batcher.held == places)
-            with pytest.raises(ResourceExhausted) as refusal:
-                await ask(batcher, 2)
-            engine.open.set()
-            await asyncio.gather(*tasks)
-            return refusal.value.retry_after_s or 0
-
-        batcher.configure(max_concurrent=1, delay_s=0)
-        assert await ask(batcher, 1) == 10
-        assert 0 < await retry_after_s(1) <= await retry_after_s(5000)
-
-
-async def test_draining_refuses_new_requests_and_finishes_those_held_without_waiting_for_a_batch() -> None:
-    engine = Engine()
-    engine.open.set()
-    async with running(engine, batch_size=4, delay_s=3600) as batcher:
-        task = asyncio.create_task(ask(batcher, 1))
-        await until(lambda: batcher.held == 1)
-        batcher.drain()
-        with pytest.raises(Unavailable) as refusal:
-            await ask(batcher, 2)
-        assert refusal.value.refused
-        await batcher.drained()
-        assert await task == 10
-
-
-async def test_what_is_held_when_the_batcher_stops_is_told_so() -> None:
-    engine = Engine()
-    async with running(engine, batch_size=1) as batcher:
-        tasks = [asyncio.create_task(ask(batcher, number)) for number in (1, 2)]
-        await until(engine.entered.is_set)
-    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    engine.open.set()
-    assert [type(outcome) for outcome in outcomes] == [Unavailable, Unavailable]
+def test_stages_add_up() -> None:
+    books = Books(batch_size=2, delay_s=60)
+    items = books.submit(1, 2)
+    books.outcomes(items)
+    for item in items:
+        (answer,) = books.answers[item.id]
+        assert (answer.batch_size, answer.forward_s) == (2, 0.001)
+        assert answer.queue_s >= 0
+        assert item.prepare_s >= 0

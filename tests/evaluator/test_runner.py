@@ -116,16 +116,3 @@ def test_a_net_that_says_it_can_not_start_does_not(tmp_path: Path) -> None:
         runner(tmp_path, lambda *_: [], init=lambda _: {"error": "no weights"})
     with pytest.raises(StartError, match="net_init raised OSError, see the log"):
         runner(tmp_path, lambda *_: [], init=raises)
-
-
-@pytest.mark.parametrize("ret", [{"code": -2, "message": "out of memory"}, {"code": 500, "message": "out of memory"}])
-def test_a_net_that_can_not_answer_does_not_start(ret: Any, tmp_path: Path) -> None:
-    sizes = []
-
-    def inference(model: Model, args: dict[str, Any]) -> list[Any]:
-        sizes.append(len(args["reqs"]))
-        return [ret if len(args["reqs"]) == 2 else {"code": 0, "result": {}}] * len(args["reqs"])
-
-    with pytest.raises(StartError, match="failed to warm up: out of memory"):
-        runner(tmp_path, inference).warm_up()
-    assert sizes == [1, 2]

@@ -299,7 +299,7 @@ async def test_a_script_answers_and_what_it_does_to_itself_reaches_nobody_else(
             stream = await ask("stream")
             assert (stream.stream, stream.message) == (bytes(3), "bytes")
             died, *others = await asyncio.gather(ask("die"), *(ask("answer") for _ in range(8)))
-            assert (died.error.code, died.error.message) == (500, "the net's script died")
+            assert (died.error.code, died.error.message) == (500, "the net's process died")
             assert all(orjson.loads(other.result_json)["sizes"] == [size] for other in others)
             stuck = asyncio.create_task(ask("sleep", timeout=2))
             await asyncio.to_thread(process.logged, event="script", text="asleep")

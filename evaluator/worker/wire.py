@@ -1,0 +1,53 @@
+"""What goes between the evaluator and its worker over a socket: frames of protobuf or JSON.
+
+The worker may be a release's script: what comes from it is only ever parsed, never unpickled. Calls and replies are the
+messages that gates and evaluators exchange (`evaluator.proto`); how a worker starts and is set is JSON.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from enum import IntEnum
+
+HEAD = struct.Struct("<BI")
+"""Before each frame: its kind, and its length in bytes."""
+
+MAX_FRAME_BYTES = (1 << 32) - 1
+
+
+class Kind(IntEnum):
+    """What a frame holds."""
+
+    START = 1
+    """To the worker: JSON, the `cfg` of the net and what else it needs to start. Back: how it went."""
+    SETTINGS = 2
+    """To the worker: JSON, what may change while it runs."""
+    CALLS = 3
+    """To the worker: an ExchangeRequest."""
+    REPLIES = 4
+    """From the worker: an ExchangeResponse. Each call gets one reply, be it cancelled."""
+
+
+def send(lane: socket.socket, kind: Kind, payload: bytes) -> None:
+    """Raises OSError where the other end has gone."""
+    head = HEAD.pack(kind, len(payload))
+    if len(payload) < 1 << 16:
+        lane.sendall(head + payload)
+    else:
+        lane.sendall(head)
+        lane.sendall(payload)
+
+
+def receive(lane: socket.socket) -> tuple[int, bytes]:
+    """One frame. Raises OSError, and EOFError where the other end has closed."""
+    kind, length = HEAD.unpack(_exactly(lane, HEAD.size))
+    return kind, _exactly(lane, length)
+
+
+def _exactly(lane: socket.socket, length: int) -> bytes:
+    # One call and no copy for all that fits into the socket's buffer.
+    data = lane.recv(length, socket.MSG_WAITALL) if length else b""
+    if len(data) < length:
+        raise EOFError
+    return data

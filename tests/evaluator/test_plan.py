@@ -1,0 +1,123 @@
+"""How a net is to run: what the release says, or what was measured; and that it runs before it is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atserving.errors import StartError
+from evaluator import cpus
+from evaluator.contract import Config, Model, NetFunctions, Req, Ret
+from evaluator.worker import plan as module
+from evaluator.worker.plan import Plan, for_built_in
+
+
+class Net:
+    """A net that remembers the sizes of its batches and the threads it was loaded for, and fails as it is told."""
+
+    def __init__(self, fails_at: int = 0, ret: Ret | None = None) -> None:
+        self.sizes: list[int] = []
+        self.threads: list[Any] = []
+        self._fails_at = fails_at
+        self._ret = ret or {"code": 0, "result": {}}
+
+    def init(self, cfg: Config) -> Model:
+        self.threads.append(cfg["model_params"].get("intra_op_threads"))
+        return {"error": ""}
+
+    def prepare(self, model: Model, req: Req) -> Req:
+        assert req["data"]["body"]
+        return req
+
+    def infer(self, model: Model, args: dict[str, Any]) -> list[Ret]:
+        self.sizes.append(len(args["reqs"]))
+        ok: Ret = {"code": 0, "result": {}}
+        return [self._ret if len(args["reqs"]) == self._fails_at else ok] * len(args["reqs"])
+
+    @property
+    def functions(self) -> NetFunctions:
+        return NetFunctions(self.init, self.infer, self.prepare)
+
+
+def cfg(workspace: Path, *, batch_size: int | None = None, use_device: str = "CPU", **params: Any) -> Config:
+    values = {"workspace": str(workspace)}
+    files: Config = {"tar_files": {}, "custom_files": {}}
+    return {
+        **files,
+        "custom_values": values,
+        "model_params": params,
+        "batch_size": batch_size,
+        "use_device": use_device,
+    }
+
+
+@pytest.mark.parametrize(
+    ("params", "engines", "threads"),
+    [
+        ({"engines": 3}, 3, 1),
+        ({"intra_op_threads": 2}, 2, 2),
+        ({"intra_op_threads": 4}, 1, 4),
+        ({"engines": 2, "intra_op_threads": 5}, 2, 5),
+    ],
+)
+def test_what_a_release_says_is_not_measured(
+    params: dict[str, int], engines: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpus, "available", lambda: 4)
+    net = Net()
+    _, plan = for_built_in(net.functions, cfg(tmp_path, batch_size=5, **params))
+    assert (plan.engines, plan.threads, plan.batch_size, plan.measured) == (engines, threads, 5, {})
+    assert net.threads == [threads]
+    # Every bucket of batches, once: it is warm.
+    assert net.sizes == [1, 2, 4, 5]
+
+
+def test_a_net_runs_as_is_cheapest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpus, "available", lambda: 4)
+    costs = {(1, 4, 1): 9.0, (2, 2, 1): 8.0, (4, 1, 1): 5.0, (4, 1, 2): 4.0, (4, 1, 4): 3.0, (4, 1, 8): 2.95}
+
+    def cost_s(self: Any, size: int) -> float:
+        return costs[self.engines, self.threads, size]
+
+    monkeypatch.setattr(module._Candidate, "_cost_s", cost_s)
+    _, plan = for_built_in(Net().functions, cfg(tmp_path))
+    # Twice as large a batch is hardly cheaper: it would only make requests wait for each other.
+    assert (plan.engines, plan.threads, plan.batch_size, plan.preparers) == (4, 1, 4, 0)
+    assert plan.measured["4x1 batch 4"] == 3000
+    assert len(plan.measured) == 6
+
+
+def test_what_was_measured_once_is_not_measured_again(tmp_path: Path) -> None:
+    known = Plan(2, 1, 4, measured={"2x1 batch 1": 1.0})
+    net = Net()
+    assert for_built_in(net.functions, cfg(tmp_path), known)[1] is known
+    assert net.sizes == [1, 2, 4]
+
+
+def test_a_real_measurement_ends_in_a_plan_that_uses_every_cpu(tmp_path: Path) -> None:
+    _, plan = for_built_in(Net().functions, cfg(tmp_path))
+    assert plan.engines * plan.threads == cpus.available()
+    assert plan.measured
+    assert all(cost_ms > 0 for cost_ms in plan.measured.values())
+    assert plan.lanes == (plan.threads == 1)
+
+
+def test_a_gpu_has_one_engine_and_threads_that_prepare(tmp_path: Path) -> None:
+    _, plan = for_built_in(Net().functions, cfg(tmp_path, use_device="GPU"))
+    assert (plan.engines, plan.batch_size, plan.preparers) == (1, 32, cpus.available())
+
+
+@pytest.mark.parametrize("ret", [{"code": -2, "message": "out of memory"}, {"code": 500, "message": "out of memory"}])
+def test_a_net_that_can_not_answer_a_batch_does_not_start(ret: Ret, tmp_path: Path) -> None:
+    net = Net(fails_at=2, ret=ret)
+    with pytest.raises(StartError, match="failed to warm up: out of memory"):
+        for_built_in(net.functions, cfg(tmp_path, batch_size=2, engines=1))
+    assert net.sizes == [1, 2]
+
+
+@pytest.mark.parametrize(("key", "value"), [("engines", 0), ("engines", 1000), ("intra_op_threads", "2")])
+def test_wrong_params_are_named(key: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(StartError, match=f"model_params.{key} is "):
+        for_built_in(Net().functions, cfg(tmp_path, **{key: value}))
