@@ -1,5 +1,6 @@
-"""`detect`: the things on an image and where they are, the surest first; for nets that end in a DetectionOutput.
+"""`detect`: the things on an image and where they are, the surest first.
 
+For nets that end in a DetectionOutput, and those that ``custom_values.head`` describes (:mod:`evaluator.nets.heads`).
 Params: ``threshold``, the least score, 0 to 1 (``custom_values.threshold``, 0.5). Result: ``{"detections": [{"pts",
 "index", "class", "score"}, ...]}``; ``pts`` are the corners [x, y] clockwise from top left, in pixels of the upright
 image and inside it.
@@ -7,15 +8,18 @@ image and inside it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from atserving.errors import InvalidArgument, StartError
 from evaluator.contract import Config, Model, Req, Ret
 from evaluator.engine import Array
 from evaluator.net import Net
-from evaluator.nets import one_image
+from evaluator.nets import heads, one_image
 from evaluator.values import Values
 
 _THRESHOLD = 0.5
@@ -23,18 +27,36 @@ _THRESHOLD = 0.5
 _ROW = 7
 
 
+@dataclass(frozen=True)
+class DetectionOutput:
+    """Reads that layer's rows, as :class:`heads.Head` reads grids."""
+
+    name: str
+
+    def rows(self, outputs: Mapping[str, Array], place: int, threshold: float) -> NDArray[Any]:
+        """As (n, 6): the label, the score, and left, top, right and bottom as shares of the net's input."""
+        rows = outputs[self.name].reshape(-1, _ROW)
+        rows = rows[rows[:, 0] == place, 1:]
+        # What is no number is kept, to be seen.
+        return rows[~(rows[:, 1] < threshold)]
+
+
 @one_image.net_init
 def net_init(cfg: Config) -> Model:
     """``error`` says why the release can't be served as a detector."""
-    threshold = Values("custom_values", cfg["custom_values"]).number("threshold", _THRESHOLD)
-    if not 0 <= threshold <= 1:
-        raise StartError(f"custom_values.threshold is {threshold}, should be 0 to 1")
+    values = Values("custom_values", cfg["custom_values"])
+    threshold = values.share("threshold", _THRESHOLD)
     model = one_image.load(cfg)
     net: Net = model["net"]
+    if "head" in cfg["custom_values"]:
+        return {**model, "head": heads.read(values.object("head"), net, model["input_size"]), "threshold": threshold}
     output = one_image.output(net, cfg, "detections")
     if net.output_shape(output)[-1:] != (_ROW,):
-        raise StartError(f"detect takes nets that end in a DetectionOutput; {output!r} is no such output")
-    return {**model, "output": output, "threshold": threshold}
+        raise StartError(
+            f"detect takes nets that end in a DetectionOutput; {output!r} is no such output, "
+            "and there is no custom_values.head"
+        )
+    return {**model, "head": DetectionOutput(output), "threshold": threshold}
 
 
 def net_preprocess(model: Model, req: Req) -> Req:
@@ -54,22 +76,21 @@ def net_inference(model: Model, args: dict[str, Any]) -> list[Ret]:
     """One forward pass over all requests."""
     net: Net = model["net"]
     reqs = args["reqs"]
-    rows = net.run({net.inputs[0]: np.stack([req["input"] for req in reqs])})[model["output"]].reshape(-1, _ROW)
-    return [_ret(model, rows[rows[:, 0] == place], req) for place, req in enumerate(reqs)]
+    outputs = net.run({net.inputs[0]: np.stack([req["input"] for req in reqs])})
+    return [_ret(model, model["head"].rows(outputs, place, req["threshold"]), req) for place, req in enumerate(reqs)]
 
 
-def _ret(model: Model, rows: Array, req: Req) -> Ret:
+def _ret(model: Model, rows: NDArray[Any], req: Req) -> Ret:
     if not np.isfinite(rows).all():
         return {"code": 500, "message": "the net's output is not finite"}
-    rows = rows[rows[:, 2] >= req["threshold"]]
-    rows = rows[np.argsort(-rows[:, 2], kind="stable")]
-    corners, inside = _corners(rows[:, 3:], model["transformer"].window, req["size"])
+    rows = rows[np.argsort(-rows[:, 1], kind="stable")]
+    corners, inside = _corners(rows[:, 2:], model["transformer"].window, req["size"])
     return {
         "code": 0,
         "message": "",
         "result": {
             "detections": [
-                _detection(model, int(row[1]), float(row[2]), pts)
+                _detection(model, int(row[0]), float(row[1]), pts)
                 for row, pts, is_inside in zip(rows, corners.tolist(), inside, strict=True)
                 if is_inside
             ]
@@ -88,7 +109,7 @@ def _detection(model: Model, index: int, score: float, corners: list[int]) -> di
 
 
 def _corners(
-    boxes: Array, window: tuple[float, float, float, float], size: tuple[int, int]
+    boxes: NDArray[Any], window: tuple[float, float, float, float], size: tuple[int, int]
 ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.bool_]]]:
     """Boxes (n, 4), shares of the net's input → pixels of the image, cut to it; and which have any part in it.
 

@@ -32,7 +32,7 @@ def net_init(init: Callable[[Config], Model]) -> Callable[[Config], Model]:
 def load(cfg: Config, outputs: Sequence[str] = ()) -> Model:
     """A model with ``net``, ``batch_size``, ``transformer``, ``limits`` and ``synset_list``. Raises StartError.
 
-    ``outputs`` names inner blobs to have as outputs too.
+    ``input_size`` is the width and height of the net's input. ``outputs`` names inner blobs to have as outputs too.
     """
     net = Net.load(cfg, outputs)
     if len(net.inputs) != 1 or len(net.input_shape(net.inputs[0])) != 3 or None in net.input_shape(net.inputs[0]):
@@ -46,6 +46,7 @@ def load(cfg: Config, outputs: Sequence[str] = ()) -> Model:
         "net": net,
         "batch_size": cfg["batch_size"] or (_BATCH_SIZE_CPU if cfg["use_device"] == "CPU" else _BATCH_SIZE_GPU),
         "transformer": preprocess.transformer(cfg, (channels, height, width)),
+        "input_size": (width, height),
         "limits": images.Limits.of_release(cfg["custom_values"]),
         "synset_list": labels.read(cfg["tar_files"].get("labels.csv")),
     }

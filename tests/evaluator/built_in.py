@@ -38,7 +38,7 @@ def files(
 
 def loaded(net: str, config: dict[str, Any]) -> Model:
     model = nets.built_in(net).net_init(config)
-    assert model["error"] == ""
+    assert model["error"] == "", model["error"]
     return model
 
 

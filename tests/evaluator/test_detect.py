@@ -146,7 +146,12 @@ class WholeImage:
 
 
 def detections(*rows: list[float], requests: int = 1) -> list[Any]:
-    model: Model = {"net": Rows(*rows), "output": "out", "transformer": WholeImage(), "synset_list": {}}
+    model: Model = {
+        "net": Rows(*rows),
+        "head": detect.DetectionOutput("out"),
+        "transformer": WholeImage(),
+        "synset_list": {},
+    }
     req = {"input": np.zeros((3, 2, 2), np.float32), "size": (100, 50), "threshold": 0.0}
     return detect.net_inference(model, {"reqid": "r", "reqs": [req] * requests})
 
