@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from atserving.errors import InvalidArgument
+from atserving.errors import InvalidArgument, StartError
 from evaluator.contract import Config, Model, Req, Ret
 from evaluator.net import Net
 from evaluator.nets import one_image
@@ -20,7 +20,13 @@ from evaluator.nets import one_image
 def net_init(cfg: Config) -> Model:
     """``error`` says why the release can't be served as a classifier."""
     model = one_image.load(cfg)
-    return {**model, "output": one_image.output(model["net"], cfg, "classes")}
+    net: Net = model["net"]
+    output = one_image.output(net, cfg, "classes")
+    shape = net.output_shape(output)
+    # One score a class, with or without the axes of a global pooling.
+    if not shape or any(size not in (1, None) for size in shape[1:]):
+        raise StartError(f"classify takes nets that give one score a class; {output!r} is {shape}")
+    return {**model, "output": output}
 
 
 def net_preprocess(model: Model, req: Req) -> Req:

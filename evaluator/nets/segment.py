@@ -116,9 +116,8 @@ def _from_scores(model: Model, scores: Array, size: tuple[int, int]) -> tuple[La
     part, part_best = labels[box], best[box]
     for index in np.unique(scores.argmax(axis=0)).tolist():
         score = cv2.resize(scores[index], (part.shape[1], part.shape[0]), interpolation=cv2.INTER_LINEAR)
-        better = score > part_best
-        part[better] = index
-        part_best[better] = score[better]
+        np.copyto(part, index, where=score > part_best)
+        np.maximum(part_best, score, out=part_best)
     return labels, best
 
 
@@ -134,8 +133,11 @@ def _detections(model: Model, labels: Labels, scores: Array | None) -> list[dict
 def _regions(model: Model, index: int, of_class: NDArray[np.uint8], scores: Array | None) -> list[tuple[int, Any]]:
     """The size in pixels and the detection of each region of pixels that touch, be it at a corner."""
     count, numbered = cv2.connectedComponents(of_class, connectivity=8)
-    areas = np.bincount(numbered.ravel(), minlength=count)
-    sums = areas if scores is None else np.bincount(numbered.ravel(), weights=scores.ravel(), minlength=count)
+    # Of the pixels of this class alone: all classes together then cost one pass over the image.
+    inside = of_class.view(np.bool_)
+    numbers = numbered[inside]
+    areas = np.bincount(numbers, minlength=count)
+    sums = areas if scores is None else np.bincount(numbers, weights=scores[inside], minlength=count)
     # The first level of CCOMP: the outer border of every region, be it in another's hole; one a region.
     borders, levels = cv2.findContours(of_class, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     color = model["colors"][index % len(model["colors"])].tolist()

@@ -11,6 +11,8 @@ from evaluator import labels, nets
 from evaluator.net import Net
 from evaluator.nets import classify
 from evaluator.unpack import unpack
+from tests.caffe.nets import input_layer, layer
+from tests.evaluator.built_in import files as files_of
 from tests.evaluator.conftest import DIGITS
 
 
@@ -72,6 +74,17 @@ def test_a_class_without_a_label_is_named_by_its_index() -> None:
 @pytest.mark.parametrize("scores", [[[0.1, np.nan]], [[np.inf, 0]], np.zeros((1, 2, 3)), np.zeros((2, 2))])
 def test_an_output_that_is_no_scores_is_the_nets_failure(scores: Any) -> None:
     assert [ret["code"] for ret in rets(scores, 1)] == [500]
+
+
+@pytest.mark.parametrize(
+    ("more", "shape"),
+    [("", "(3, 4, 4)"), (layer("Reduction", "data", "out", "reduction_param { axis: 1 }"), "()")],
+    ids=["map", "number"],
+)
+def test_a_net_without_scores_of_classes_does_not_start(tmp_path: Path, more: str, shape: str) -> None:
+    net = files_of(tmp_path, input_layer(1, 3, 4, 4) + (more or layer("Sigmoid")))
+    error = classify.net_init(cfg({name: str(path) for name, path in net.items()}))["error"]
+    assert error == f"classify takes nets that give one score a class; 'out' is {shape}"
 
 
 def test_the_batch_size_is_the_releases_or_the_devices(files: dict[str, str]) -> None:

@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from atserving.errors import InvalidArgument
 from evaluator import nets
 from evaluator.contract import Model
 from evaluator.nets import detect
+from evaluator.preprocess import Transformer
 from tests.caffe.nets import MODELS, input_layer, layer
 from tests.evaluator.built_in import Array, cfg, evaluate, files, loaded
 
@@ -145,14 +148,12 @@ class WholeImage:
     window = (0.0, 0.0, 1.0, 1.0)
 
 
-def detections(*rows: list[float], requests: int = 1) -> list[Any]:
-    model: Model = {
-        "net": Rows(*rows),
-        "head": detect.DetectionOutput("out"),
-        "transformer": WholeImage(),
-        "synset_list": {},
-    }
-    req = {"input": np.zeros((3, 2, 2), np.float32), "size": (100, 50), "threshold": 0.0}
+def detections(
+    *rows: list[float], requests: int = 1, size: tuple[int, int] = (100, 50), transformer: Any = WholeImage
+) -> list[Any]:
+    head = detect.DetectionOutput("out")
+    model: Model = {"net": Rows(*rows), "head": head, "transformer": transformer, "synset_list": {}}
+    req = {"input": np.zeros((3, 2, 2), np.float32), "size": size, "threshold": 0.0}
     return detect.net_inference(model, {"reqid": "r", "reqs": [req] * requests})
 
 
@@ -169,6 +170,23 @@ def test_boxes_are_cut_to_the_image_and_those_outside_of_it_left_out() -> None:
     assert found[0]["pts"] == [[0, 0], [99, 0], [99, 49], [0, 49]]
     assert found[1]["pts"] == [[25, 25], [50, 25], [50, 49], [25, 49]]
     assert found[0]["class"] == "1"
+
+
+@given(
+    size=st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
+    seen=st.tuples(st.integers(1, 400), st.integers(1, 400)),
+    cut=st.integers(0, 400),
+    box=st.tuples(*[st.floats(-3, 3, width=32)] * 4),
+)
+def test_corners_are_clockwise_from_top_left_within_images_of_any_size(
+    size: tuple[int, int], seen: tuple[int, int], cut: int, box: tuple[float, ...]
+) -> None:
+    transformer = Transformer((3, *seen), image_width=seen[1] + cut)
+    for each in detections([0, 1, 0.9, *box], size=size, transformer=transformer)[0]["result"]["detections"]:
+        (left, top), _, (right, bottom), _ = each["pts"]
+        assert each["pts"] == [[left, top], [right, top], [right, bottom], [left, bottom]]
+        assert 0 <= left <= right < size[0]
+        assert 0 <= top <= bottom < size[1]
 
 
 def test_rows_of_no_image_and_no_rows_are_no_detections() -> None:

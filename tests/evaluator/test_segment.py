@@ -9,11 +9,14 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from atserving.errors import InvalidArgument
 from evaluator import nets
 from evaluator.nets import segment
 from evaluator.nets.palette import palette
+from evaluator.preprocess import Transformer
 from tests.caffe.nets import input_layer, layer
 from tests.evaluator.built_in import Array, cfg, evaluate, files, loaded
 
@@ -165,10 +168,10 @@ class WholeImage:
     window = (0.0, 0.0, 1.0, 1.0)
 
 
-def of_map(given: Array, **fields: Any) -> dict[str, Any]:
-    """The ret for a net's output, of an image of the same size."""
-    model = {"net": Maps(given), "output": "out", "transformer": WholeImage(), "synset_list": {}, "background": 0}
-    req = {"input": np.zeros((3, 2, 2), np.float32), "size": given.shape[:-3:-1]}
+def of_map(output: Array, size: tuple[int, ...] = (), **fields: Any) -> dict[str, Any]:
+    """The ret for a net's output, of an image of that width and height, or of the same size."""
+    model = {"net": Maps(output), "output": "out", "transformer": WholeImage(), "synset_list": {}, "background": 0}
+    req = {"input": np.zeros((3, 2, 2), np.float32), "size": size or output.shape[:-3:-1]}
     (ret,) = segment.net_inference(model | {"colors": palette()} | fields, {"reqid": "r", "reqs": [req]})
     return ret
 
@@ -194,6 +197,30 @@ def test_a_regions_score_is_its_mean() -> None:
     # What does not add up to one goes through a softmax.
     found = of_map(np.stack([np.zeros((2, 2)), np.full((2, 2), np.log(3))]))["result"]["detections"]
     assert [round(each["score"], 4) for each in found] == [0.75]
+
+
+@given(
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    seen=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    cut=st.integers(0, 40),
+    classes=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None)
+def test_masks_and_outlines_fit_images_of_any_size(
+    size: tuple[int, int], seen: tuple[int, int], cut: int, classes: int, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    shape = (classes, *random.integers(1, 9, 2))
+    output = random.normal(0, 3, shape) if classes > 1 else random.integers(0, 4, shape)
+    transformer = Transformer((3, *seen), image_width=seen[1] + cut)
+    ret = of_map(output, size=size, transformer=transformer, background=int(random.integers(-1, 2)))
+    painted = mask(ret)
+    assert painted.shape == (size[1], size[0], 3)
+    for each in ret["result"]["detections"]:
+        assert all(0 <= x < size[0] and 0 <= y < size[1] for x, y in each["pts"])
+        assert all(painted[y, x].tolist() == each["color"] for x, y in each["pts"])
+        assert 0 <= each["score"] <= 1
 
 
 def test_noise_gives_the_largest_regions_only() -> None:
