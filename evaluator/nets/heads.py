@@ -197,13 +197,13 @@ def _grids(head: Values, size: tuple[int, int], *outputs: str) -> tuple[list[Val
 
 
 def _per_anchor(
-    levels: Sequence[Values], grids: Sequence[Grid], key: str, net: Net, least: int, most: int | None = None
+    levels: Sequence[Values], grids: Sequence[Grid], key: str, net: Net, least: int, exactly: int | None = None
 ) -> int:
     """How many numbers the outputs of all levels have for an anchor. Raises StartError where one has others."""
-    numbers = most or 0
+    numbers = exactly or 0
     for level, grid in zip(levels, grids, strict=True):
         shape, anchors = net.output_shape(level.choice(key, net.outputs)), len(grid.anchors)
-        numbers = numbers or max((shape[0] or 0) // anchors, least)
+        numbers = numbers or max(((shape or (0,))[0] or 0) // anchors, least)
         expected = (numbers * anchors, grid.rows, grid.columns)
         if shape != expected:
             raise level.wrong(key, f"an output of shape {expected}, not {shape}")

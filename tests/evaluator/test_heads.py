@@ -345,6 +345,12 @@ def test_a_head_that_is_none_or_does_not_fit_does_not_start(yolo: dict[str, Path
     assert message in detect.net_init(cfg(yolo, head=head))["error"]
 
 
+def test_an_output_without_a_grid_is_no_level(tmp_path: Path) -> None:
+    net = files(tmp_path, YOLO + layer("Reduction", "data", "sum", "reduction_param { axis: 1 }"))
+    head = {"kind": "yolo", "levels": [{**COARSE, "output": "sum"}]}
+    assert "should be an output of shape (12, 2, 4), not ()" in detect.net_init(cfg(net, head=head))["error"]
+
+
 def test_a_retinaface_head_has_to_fit_its_net(tmp_path: Path) -> None:
     net = files(tmp_path, RETINAFACE, RETINAFACE_WEIGHTS)
     (level,) = RETINAFACE_HEAD["levels"]
