@@ -18,7 +18,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	@touch $@
 
 .PHONY: demo
-demo: $(VENV)/installed  ## Start the whole mesh, play the HTTP API with curl, stop it
+demo: $(VENV)/installed  ## Start the whole mesh, play the HTTP API and the examples with curl, stop it
 	@$(BIN)/atserving demo
 
 .PHONY: up
@@ -61,4 +61,4 @@ fuzz: $(VENV)/installed  ## Feed the converter FUZZ_EXAMPLES (4000) broken nets 
 
 .PHONY: clean
 clean:  ## Remove the environment and what was built
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -20,7 +20,8 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from atserving.cli.mesh import DIGITS, Mesh
+from atserving.cli import examples
+from atserving.cli.mesh import Mesh
 from atserving.cli.up import run_until_stopped
 from atserving.errors import StartError
 
@@ -95,7 +96,7 @@ def _script(body: bytes | None) -> str:
 
 async def run(seconds: float, rows: list[Row]) -> None:
     """Every measurement, on one mesh, into ``rows``."""
-    image = (DIGITS / "images" / "7.png").read_bytes()
+    image = (examples.FOLDER / "digits" / "images" / "7.png").read_bytes()
     async with Mesh() as mesh:
         for name, path, body, callers in (
             ("edge alone", "/health", None, 1),

@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 import xmlrpc.client
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +21,15 @@ from typing import Any
 
 import aiohttp
 import grpc.aio
+import orjson
 import yaml
 from supervisor.xmlrpc import SupervisorTransport
 
 from atserving import transport
+from atserving.cli import examples
+from atserving.cli.examples import ROOT, Example
 from atserving.errors import StartError
 from atserving.v1 import registry_pb2, registry_pb2_grpc
-
-ROOT = Path(__file__).resolve().parents[2]
-DIGITS = ROOT / "examples" / "digits"
-VERSIONS = {"v1": registry_pb2.PHASE_PRODUCTION, "v2": registry_pb2.PHASE_STAGING}
-"""The versions of the app `digits`, each with the phase it is published in."""
 
 _POLL_S = 0.05
 
@@ -60,20 +58,24 @@ class Ports:
 
 
 class Mesh:
-    """A mesh serving `digits`, in a directory that holds its config, its data and its logs.
+    """A mesh serving example releases, in a directory that holds its config, its data and its logs.
 
-    An async context manager: entering starts every process and waits until both versions answer; leaving stops them.
-    ``extra`` is passed to the processes named as flags, so that a test can shorten a lease.
+    An async context manager: entering starts every process and waits until each release answers; leaving stops them.
+    The processes are named ``etcd``, ``registry``, ``gate``, ``gate-1``, ..., ``envoy``, ``files``, which serves the
+    examples' folder at ``files_url``, and ``evaluator-<app>-<version>``. ``extra`` is passed to the processes named as
+    flags, so that a test can shorten a lease.
     """
 
     def __init__(
         self,
         edge_port: int = 0,
+        serves: Sequence[Example] = examples.DIGITS,
         *,
         gates: int = 1,
         start_timeout_s: float = 90.0,
         extra: dict[str, list[str]] | None = None,
     ) -> None:
+        self.serves = serves
         self.ports = Ports.free(edge_port, gates)
         self.url = f"http://127.0.0.1:{self.ports.edge}"
         self.registry = f"127.0.0.1:{self.ports.registry}"
@@ -83,7 +85,7 @@ class Mesh:
         self._supervisord: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Mesh:
-        for needed in (ROOT / "envoy" / "envoy.yaml", DIGITS / "digits-v1.tar"):
+        for needed in (ROOT / "envoy" / "envoy.yaml", *(each.path for each in self.serves)):
             if not needed.exists():
                 raise StartError(f"{needed.relative_to(ROOT)} is not there: the local mesh runs from a checkout")
         _check_free(self.ports.edge)
@@ -117,7 +119,13 @@ class Mesh:
         if self._supervisord:
             with suppress(ProcessLookupError):
                 self._supervisord.terminate()
-            await self._supervisord.wait()
+            while self._supervisord.returncode is None:
+                # It looks for what has ended once a second, or as soon as somebody connects.
+                with suppress(OSError):
+                    _, writer = await asyncio.open_unix_connection(f"{self.directory}/supervisor.sock")
+                    writer.close()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._supervisord.wait(), _POLL_S)
             _kill_session(self._supervisord.pid)
 
     @property
@@ -164,7 +172,7 @@ class Mesh:
                 *("--concurrency", "1", "--log-level", "warning"),
             ],
             # The pictures by http, so that a request can name one.
-            "files": [*python, "http.server", "--bind", "127.0.0.1", "-d", str(DIGITS / "images"), str(ports.files)],
+            "files": [*python, "http.server", "--bind", "127.0.0.1", "-d", str(examples.FOLDER), str(ports.files)],
         }
         for number, port in enumerate(ports.gates):
             # Nothing stands in front of the only gate that could send callers elsewhere while it drains.
@@ -172,9 +180,9 @@ class Mesh:
             commands[f"gate-{number}" if number else "gate"] = [
                 *(*python, "gate", "--registry", self.registry, "--listen", f"127.0.0.1:{port}", *drain),
             ]
-        for version in VERSIONS:
-            commands[f"evaluator-{version}"] = [
-                *(*python, "evaluator", "--app", "digits", "--version", version, "--registry", self.registry),
+        for each in self.serves:
+            commands[f"evaluator-{each.app}-{each.version}"] = [
+                *(*python, "evaluator", "--app", each.app, "--version", each.version, "--registry", self.registry),
                 *("--listen", "127.0.0.1:0", "--wait", "60", "--allow-network", "127.0.0.0/8"),
                 *("--workspace", str(self.directory / "workspaces")),
             ]
@@ -215,8 +223,8 @@ class Mesh:
             async with asyncio.timeout(self._start_timeout_s):
                 await self._publish()
                 async with aiohttp.ClientSession() as session:
-                    for version in VERSIONS:
-                        await self._wait_answer(session, version)
+                    for each in self.serves:
+                        await self._wait_answer(session, each)
         except TimeoutError:
             raise StartError(
                 f"not ready within {self._start_timeout_s:g} s: {self._complaint()} (logs: {self.directory}/*.log)"
@@ -225,15 +233,14 @@ class Mesh:
     async def _publish(self) -> None:
         async with transport.channel(self.registry) as channel:
             stub = registry_pb2_grpc.ReleaseServiceStub(channel)
-            for version, phase in VERSIONS.items():
-                tar = DIGITS / f"digits-{version}.tar"
+            for each in self.serves:
                 release = registry_pb2.Release(
-                    name="digits",
-                    version=version,
-                    file=f"{tar.as_uri()}#sha256={hashlib.sha256(tar.read_bytes()).hexdigest()}",
-                    phase=phase,
-                    desc="handwritten digits",
-                    custom_values_json='{"net": "classify"}',
+                    name=each.app,
+                    version=each.version,
+                    file=f"{each.path.as_uri()}#sha256={hashlib.sha256(each.path.read_bytes()).hexdigest()}",
+                    phase=each.phase,
+                    desc=each.desc,
+                    custom_values_json=orjson.dumps(each.custom_values).decode(),
                 )
                 while True:
                     try:
@@ -241,19 +248,18 @@ class Mesh:
                         break
                     except grpc.aio.AioRpcError as error:
                         if error.code() is not grpc.StatusCode.UNAVAILABLE:
-                            raise StartError(f"publishing digits {version}: {error.details()}") from None
+                            raise StartError(f"publishing {each.app} {each.version}: {error.details()}") from None
                         self._check_alive()
                         await asyncio.sleep(_POLL_S)
 
-    async def _wait_answer(self, session: aiohttp.ClientSession, version: str) -> None:
-        image = (DIGITS / "images" / "0.png").read_bytes()
-        url = f"{self.url}/v1/eval/digits/{version}"
+    async def _wait_answer(self, session: aiohttp.ClientSession, example: Example) -> None:
+        data = [{"uri": f"{self.files_url}/{image}"} for image in example.images]
+        request = {"data": data if len(data) > 1 else data[0]}
+        url = f"{self.url}/v1/eval/{example.app}/{example.version}"
         while True:
             self._check_alive()
             try:
-                async with session.post(
-                    url, data=image, headers={"content-type": "application/octet-stream"}
-                ) as response:
+                async with session.post(url, json=request) as response:
                     if response.status == 200:
                         return
             except aiohttp.ClientError:

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
 
 import click
 
-from atserving.cli.mesh import DIGITS, ROOT, Mesh
+from atserving.cli import examples
+from atserving.cli.examples import Example
+from atserving.cli.mesh import Mesh
 from atserving.errors import StartError
 
 _HELP = """\
-The mesh serves at {url}. Try, in another terminal:
+The mesh serves {apps} at {url}. Try, in another terminal:
 
-  curl -s {url}/v1/eval/digits -H 'content-type: application/octet-stream' --data-binary @{images}/7.png
+  curl -s {url}/v1/eval/digits -H 'content-type: application/octet-stream' --data-binary @examples/digits/images/7.png
   curl -s {url}/v1/eval/digits/v2 -H 'content-type: application/json' \\
-      -d '{{"data": {{"uri": "{files}/3.png"}}, "params": {{"limit": 3}}}}'
-  curl -s {url}/v1/batch -H 'content-type: application/json' \\
-      -d '[{{"op": "/v1/eval/digits", "data": {{"uri": "{files}/1.png"}}}}, {{"op": "/v1/eval/nothing", "data": {{}}}}]'
+      -d '{{"data": {{"uri": "{files}/digits/images/3.png"}}, "params": {{"limit": 3}}}}'
+  curl -s {url}/v1/batch -H 'content-type: application/json' -d '[
+      {{"op": "/v1/eval/digits-detect", "data": {{"uri": "{files}/detect/images/1.png"}}}},
+      {{"op": "/v1/eval/nothing", "data": {{}}}}]'
   {atserving} release list --registry {registry}
   {atserving} release phase digits v2 production --registry {registry}
 
 Logs: {directory}/*.log. What dies is started again. Ctrl-C stops it all."""
 
 
-@click.command(help="Run the mesh in the foreground: etcd, registry, gate, evaluators of `digits` and Envoy.")
+@click.command(help="Run the mesh in the foreground: etcd, registry, gate, evaluators of the examples and Envoy.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="The edge's port; 0: any free one."
 )
@@ -35,14 +38,19 @@ def up(port: int) -> None:
     run_until_stopped(_up(port))
 
 
+def starting(serves: Sequence[Example]) -> str:
+    """What is said before a mesh starts."""
+    return f"Starting etcd, registry, gate, {len(serves)} evaluators and Envoy ..."
+
+
 async def _up(port: int) -> None:
-    print("Starting etcd, registry, gate, two evaluators and Envoy ...", flush=True)
-    async with Mesh(port) as mesh:
+    print(starting(examples.ALL), flush=True)
+    async with Mesh(port, examples.ALL) as mesh:
         print(
             _HELP.format(
+                apps=", ".join(dict.fromkeys(each.app for each in mesh.serves)),
                 url=mesh.url,
                 files=mesh.files_url,
-                images=(DIGITS / "images").relative_to(ROOT),
                 registry=mesh.registry,
                 directory=mesh.directory,
                 atserving=".venv/bin/atserving",

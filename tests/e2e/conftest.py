@@ -16,9 +16,10 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from atserving.cli.mesh import DIGITS, Mesh
+from atserving.cli import examples
+from atserving.cli.mesh import Mesh
 
-IMAGES = DIGITS / "images"
+IMAGES = examples.FOLDER / "digits" / "images"
 JSON = {"content-type": "application/json"}
 BYTES = {"content-type": "application/octet-stream"}
 
@@ -64,7 +65,7 @@ class Client:
 
     def uri(self, name: str) -> dict[str, str]:
         """A resource by http, from the mesh's own file server."""
-        return {"uri": f"{self.mesh.files_url}/{name}"}
+        return {"uri": f"{self.mesh.files_url}/digits/images/{name}"}
 
 
 async def _read(response: aiohttp.ClientResponse) -> Response:

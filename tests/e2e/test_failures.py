@@ -18,7 +18,8 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from atserving import transport
-from atserving.cli.mesh import DIGITS, Mesh
+from atserving.cli import examples
+from atserving.cli.mesh import Mesh
 from tests.e2e.conftest import Client, etcdctl, image, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -96,7 +97,7 @@ async def check_config_flows(client: Client, app: str) -> None:
     """A release published now reaches the gate."""
 
     async def published() -> bool:
-        tar = (DIGITS / "digits-v1.tar").as_uri()
+        tar = examples.DIGITS[0].path.as_uri()
         run = await asyncio.to_thread(atserving, client.mesh, "publish", app, "v1", tar, "--phase", "production")
         return run.returncode == 0
 
@@ -236,7 +237,7 @@ async def test_an_instance_that_crashes_under_load_loses_nothing(client: Client)
 
 
 async def test_without_an_instance_callers_get_a_503_until_it_is_back(client: Client) -> None:
-    client.mesh.kill_process("evaluator-v1")
+    client.mesh.kill_process("evaluator-digits-v1")
 
     async def refused() -> bool:
         response = await client.bytes("/v1/eval/digits/v1", image("1.png"))
@@ -261,7 +262,7 @@ async def test_without_a_gate_the_edge_says_so_until_it_is_back(client: Client) 
 
 
 async def test_publishing_again_keeps_a_promotion(client: Client) -> None:
-    tar = (DIGITS / "digits-v1.tar").as_uri()
+    tar = examples.DIGITS[0].path.as_uri()
     assert atserving(client.mesh, "publish", "again", "v1", tar, "--desc", "first").returncode == 0
     assert atserving(client.mesh, "phase", "again", "v1", "production").returncode == 0
     said = atserving(client.mesh, "publish", "again", "v1", tar, "--desc", "second")

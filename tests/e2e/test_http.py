@@ -256,7 +256,7 @@ async def test_the_request_id_is_the_callers_everywhere(client: Client) -> None:
     reqid = "My-id_42"
     response = await client.bytes("/v1/eval/digits", image("1.png"), **{"x-reqid": reqid, "traceparent": TRACE})
     assert response.headers["x-reqid"] == reqid
-    for name in ("envoy", "gate", "evaluator-v1"):
+    for name in ("envoy", "gate", "evaluator-digits-v1"):
 
         async def logged(name: str = name) -> bool:
             return reqid in client.mesh.log(name)
