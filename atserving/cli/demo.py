@@ -161,7 +161,7 @@ async def _demo(out: Path) -> None:
 async def play(scene: Scene, out: Path) -> Path | None:
     """Runs a scene and prints it; the picture that its answer was drawn into.
 
-    Raises StartError where it is answered with another status than the scene has.
+    Raises StartError where it is answered with another status than the scene has, or with nothing to draw.
     """
     print(f"# {scene.title}\n$ {scene.line}")
     status, version, body = await asyncio.to_thread(ask, scene.line)
@@ -170,13 +170,16 @@ async def play(scene: Scene, out: Path) -> Path | None:
     )
     if status != scene.status:
         raise StartError(f"{scene.title!r} was answered with HTTP {status}, not {scene.status}")
-    path = None
-    if scene.drawing:
-        path = out / scene.drawing.file
-        image = (ROOT / scene.drawing.image).read_bytes()
-        path.write_bytes(scene.drawing.draw(image, orjson.loads(body)["result"]))
-        print(f"-> {path}")
-    print()
+    path = _draw(scene.title, scene.drawing, orjson.loads(body)["result"], out) if scene.drawing else None
+    print(f"-> {path}\n" if path else "")
+    return path
+
+
+def _draw(title: str, what: Drawing, result: dict[str, Any], out: Path) -> Path:
+    if not result.get("detections"):
+        raise StartError(f"{title!r} has no detections to draw")
+    path = out / what.file
+    path.write_bytes(what.draw((ROOT / what.image).read_bytes(), result))
     return path
 
 

@@ -1,0 +1,18 @@
+"""What the demo prints of an answer."""
+
+from __future__ import annotations
+
+import orjson
+
+from atserving.cli.demo import shortened
+
+
+def test_only_what_is_long_is_shortened() -> None:
+    short = '{"a": [1, 2.50, "x"], "b": {"c": []}}'
+    assert shortened(short) == short
+    assert shortened("0000040 not JSON") == "0000040 not JSON"
+    long = orjson.dumps({"uri": "u" * 200, "pts": [[each] for each in range(20)]}).decode()
+    assert orjson.loads(shortened(long)) == {
+        "uri": "u" * 50 + "... 200 characters",
+        "pts": [[0], [1], [2], "... 17 more"],
+    }
