@@ -120,13 +120,16 @@ class Mesh:
             with suppress(ProcessLookupError):
                 self._supervisord.terminate()
             while self._supervisord.returncode is None:
-                # It looks for what has ended once a second, or as soon as somebody connects.
-                with suppress(OSError):
-                    _, writer = await asyncio.open_unix_connection(f"{self.directory}/supervisor.sock")
-                    writer.close()
+                await self._wake_supervisor()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._supervisord.wait(), _POLL_S)
             _kill_session(self._supervisord.pid)
+
+    async def _wake_supervisor(self) -> None:
+        """supervisord starts what is to start, and sees what has ended, once a second or when somebody connects."""
+        with suppress(OSError):
+            _, writer = await asyncio.open_unix_connection(f"{self.directory}/supervisor.sock")
+            writer.close()
 
     @property
     def supervisor(self) -> Any:
@@ -250,6 +253,7 @@ class Mesh:
                         if error.code() is not grpc.StatusCode.UNAVAILABLE:
                             raise StartError(f"publishing {each.app} {each.version}: {error.details()}") from None
                         self._check_alive()
+                        await self._wake_supervisor()
                         await asyncio.sleep(_POLL_S)
 
     async def _wait_answer(self, session: aiohttp.ClientSession, example: Example) -> None:
