@@ -8,10 +8,10 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from atserving.errors import InvalidArgument, StartError
-from evaluator.images import Limits, Pixels, decode
+from evaluator.images import Limits, Pixels, decode, read
 
 LIMITS = Limits()
 WIDTH, HEIGHT = 48, 32
@@ -163,6 +163,23 @@ def test_exif_orientation_is_applied(form: str, orientation: int) -> None:
     assert difference(pixels, bgr(upright)) <= 3
 
 
+def test_a_png_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("Pillow decodes too"))
+    assert decode(encoded("PNG"), LIMITS).shape == (HEIGHT, WIDTH, 3)
+
+
+@pytest.mark.parametrize("kind", [b"eXIf", b"iTXt"])
+def test_a_png_may_have_its_orientation_behind_its_pixels(kind: bytes) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b"XML:com.adobe.xmp\0\0\0\0\0" + b'<x:xmpmeta xmlns:tiff="t" tiff:Orientation="6"/>'
+    payload = exif.tobytes()[6:] if kind == b"eXIf" else xmp
+    plain = encoded("PNG")
+    end = plain.rindex(b"IEND") - 4
+    data = plain[:end] + png_chunk(kind, payload) + plain[end:]
+    assert (decode(data, LIMITS) == bgr(picture().transpose(Image.Transpose.ROTATE_270))).all()
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_says_nothing() -> None:
     assert decode(encoded("JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"), LIMITS).shape == (HEIGHT, WIDTH, 3)
@@ -191,14 +208,14 @@ def test_what_is_no_image_is_refused(data: bytes) -> None:
         decode(data, LIMITS)
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png_claiming(width: int, height: int) -> bytes:
     """A well-formed PNG of a few bytes whose header claims a size."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(b"")) + png_chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(("width", "height"), [(5000, 10), (10, 5000), (20000, 20000), (2**31 - 1, 2**31 - 1)])
@@ -211,6 +228,7 @@ def test_a_bomb_within_the_bytes_is_refused_before_it_is_unpacked(monkeypatch: p
     bomb = cv2.imencode(".png", np.zeros((6000, 6000, 3), np.uint8))[1].tobytes()
     assert len(bomb) < 300_000
     monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("was decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("was decoded"))
     with pytest.raises(InvalidArgument, match="6000x6000 pixels, more than 4999x4999"):
         decode(bomb, LIMITS)
 
@@ -242,3 +260,71 @@ def test_limits_come_from_the_release() -> None:
 def test_wrong_limits_stop_the_start(value: object) -> None:
     with pytest.raises(StartError, match=r"custom_values\.max_bytes is .*, should be a positive integer"):
         Limits.of_release({"max_bytes": value})
+
+
+def large(form: str, width: int, height: int, orientation: int = 1) -> bytes:
+    """The picture, enlarged."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    picture().resize((width, height), Image.Resampling.BICUBIC).save(buffer, form, exif=exif)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("size", "least", "expected"),
+    [
+        ((640, 480), (640, 480), (640, 480)),
+        ((640, 480), (321, 100), (640, 480)),
+        ((640, 480), (320, 240), (320, 240)),
+        ((640, 480), (320, 241), (640, 480)),
+        ((640, 480), (224, 224), (320, 240)),
+        ((640, 480), (28, 28), (80, 60)),
+        ((640, 480), (1, 1), (80, 60)),
+        ((639, 479), (320, 240), (320, 240)),
+        ((641, 481), (81, 61), (81, 61)),
+        ((4000, 100), (20, 60), (4000, 100)),
+        ((16, 16), (28, 28), (16, 16)),
+    ],
+)
+def test_a_jpeg_is_decoded_smaller_but_never_below_what_is_needed(
+    size: tuple[int, int], least: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    read_smaller = read(large("JPEG", *size), LIMITS, least)
+    assert (read_smaller.pixels.shape, read_smaller.size) == ((expected[1], expected[0], 3), size)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_smaller_jpeg_is_upright_too_and_knows_its_whole_size(orientation: int) -> None:
+    data = large("JPEG", 640, 240, orientation)
+    whole = decode(data, LIMITS)
+    height, width = whole.shape[:2]
+    # A quarter is enough where it lies, only a half where it stands.
+    smaller = read(data, LIMITS, (100, 60))
+    assert smaller.size == (width, height)
+    assert smaller.pixels.shape[:2] == ((60, 160) if orientation < 5 else (320, 120))
+    shown = cv2.resize(whole, smaller.pixels.shape[1::-1], interpolation=cv2.INTER_AREA)
+    assert difference(smaller.pixels, shown.astype(np.uint8)) < 2
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_what_is_no_jpeg_is_decoded_whole(form: str) -> None:
+    assert read(large(form, 640, 480), LIMITS, (28, 28)).pixels.shape == (480, 640, 3)
+
+
+def test_limits_are_those_of_the_whole_image() -> None:
+    with pytest.raises(InvalidArgument, match="640x480 pixels, more than 639x4999"):
+        read(large("JPEG", 640, 480), Limits(max_width=639), (28, 28))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_smaller_jpeg_that_is_cut_short_is_refused(share: float) -> None:
+    data = large("JPEG", 640, 480)
+    with pytest.raises(InvalidArgument, match="its data is broken or cut short"):
+        read(data[: int(len(data) * share)], LIMITS, (80, 60))
+
+
+def test_a_jpeg_is_whole_unless_it_may_be_smaller() -> None:
+    data = large("JPEG", 640, 480)
+    np.testing.assert_array_equal(read(data, LIMITS).pixels, decode(data, LIMITS))
+    assert decode(data, LIMITS).shape == (480, 640, 3)
