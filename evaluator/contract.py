@@ -6,6 +6,9 @@ They are those a release's own script may define::
     net_preprocess(model, req) -> req           # optional; one request at a time, in several threads
     net_inference(model, args) -> [ret, ...]    # args = {"reqid", "reqs"}: a batch; one ret a request, in order
 
+A built-in net's ``net_inference`` may be called from several threads at once, for one model, which it leaves as it is.
+A script's gets one call at a time.
+
 ``cfg`` holds ``tar_files`` and ``custom_files`` (local paths by name), ``custom_values``, ``model_params``,
 ``use_device``, ``image_width`` and ``batch_size`` (None where the release leaves them open).
 """

@@ -18,6 +18,7 @@ from evaluator import cpus
 
 Array = NDArray[np.float32]
 
+_DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(uint8)": np.dtype(np.uint8)}
 _CUDA = "CUDAExecutionProvider"
 
 _spent = threading.local()
@@ -34,10 +35,11 @@ class Blob:
 
     name: str
     shape: tuple[int | None, ...]
+    dtype: np.dtype[Any]
 
 
 class Engine:
-    """One onnxruntime session. Safe to run from several threads; the batcher uses one."""
+    """One onnxruntime session, for several threads at once."""
 
     def __init__(self, model: onnx.ModelProto, use_device: str = "CPU", intra_op_threads: int | None = None) -> None:
         """``use_device`` is ``CPU``, ``GPU`` or ``GPU:<index>``. Raises StartError where the device can't be had."""
@@ -60,8 +62,8 @@ class Engine:
         self.inputs = [_blob(value) for value in self._session.get_inputs()]
         self.outputs = [_blob(value) for value in self._session.get_outputs()]
 
-    def run(self, outputs: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
-        """The named outputs for inputs (n, ...) float32. Raises what onnxruntime raises."""
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[Array]:
+        """The named outputs for inputs (n, ...) of their dtype. Raises what onnxruntime raises."""
         began_s = time.perf_counter()
         results: list[Array] = self._session.run(list(outputs), dict(feeds))
         _spent.seconds = spent_s() + time.perf_counter() - began_s
@@ -78,7 +80,8 @@ def _providers(use_device: str) -> list[Any]:
 
 
 def _blob(value: Any) -> Blob:
-    return Blob(value.name, tuple(size if isinstance(size, int) else None for size in value.shape[1:]))
+    shape = tuple(size if isinstance(size, int) else None for size in value.shape[1:])
+    return Blob(value.name, shape, _DTYPES[value.type])
 
 
 def _first_line(error: Exception) -> str:

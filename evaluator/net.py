@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from atserving.errors import StartError
@@ -21,7 +22,7 @@ TEST = 1
 class Blob:
     """An input's or output's array, as ``net.blobs[name].data``."""
 
-    def __init__(self, data: Array) -> None:
+    def __init__(self, data: NDArray[Any]) -> None:
         self.data = data
 
     @property
@@ -30,15 +31,40 @@ class Blob:
 
     def reshape(self, *shape: int) -> None:
         """Makes the blob that large; what it held is lost."""
-        self.data = np.zeros(shape, np.float32)
+        self.data = np.zeros(shape, self.data.dtype)
+
+
+def converted(cfg: Mapping[str, Any], outputs: Sequence[str] = ()) -> onnx.ModelProto:
+    """The net of a release as an ONNX model, from the ``cfg`` of ``net_init``; see Net for ``outputs``.
+
+    Raises StartError.
+    """
+    files = cfg["tar_files"]
+    for name in ("deploy.prototxt", "weight.caffemodel"):
+        if name not in files:
+            raise StartError(f"the release's tar has no {name}")
+    return _converted(files["deploy.prototxt"], files["weight.caffemodel"], outputs)
+
+
+def opened(cfg: Mapping[str, Any], model: onnx.ModelProto) -> Net:
+    """A model on the device that a release asks for. Raises StartError where that can't be had."""
+    threads = Values("model_params", cfg["model_params"]).optional_positive_int("intra_op_threads")
+    return Net.of(Engine(model, cfg["use_device"], threads))
+
+
+def _converted(prototxt: str | Path, caffemodel: str | Path, outputs: Sequence[str]) -> onnx.ModelProto:
+    try:
+        return convert(Path(prototxt), Path(caffemodel), outputs=outputs)
+    except ConversionError as error:
+        raise StartError(f"the net can't be converted: {error}") from error
 
 
 class Net:
-    """``Net(prototxt, caffemodel, TEST)``, as in pycaffe. Not for use from several threads at once.
+    """``Net(prototxt, caffemodel, TEST)``, as in pycaffe.
 
     ``inputs`` and ``outputs`` are names, ``blobs`` the arrays of both; the parameter ``outputs`` names inner blobs that
-    shall be outputs too. Raises StartError where the files can't be
-    converted or the device can't be had.
+    shall be outputs too. ``run`` is for several threads at once; ``forward`` and ``blobs``, which it changes, are for
+    one. Raises StartError where the files can't be converted or the device can't be had.
     """
 
     def __init__(
@@ -53,33 +79,29 @@ class Net:
     ) -> None:
         if phase != TEST:
             raise StartError("a net can only be loaded for testing")
-        try:
-            model = convert(Path(prototxt), Path(caffemodel), outputs=outputs)
-        except ConversionError as error:
-            raise StartError(f"the net can't be converted: {error}") from error
-        self._engine = Engine(model, use_device, intra_op_threads)
-        self.inputs = [blob.name for blob in self._engine.inputs]
-        self.outputs = [blob.name for blob in self._engine.outputs]
-        sizes = {blob.name: blob.shape for blob in (*self._engine.inputs, *self._engine.outputs)}
-        self.blobs = {
-            name: Blob(np.zeros((1, *(size or 1 for size in shape)), np.float32)) for name, shape in sizes.items()
-        }
+        self._use(Engine(_converted(prototxt, caffemodel, outputs), use_device, intra_op_threads))
+
+    @classmethod
+    def of(cls, engine: Engine) -> Net:
+        """The net that an engine holds."""
+        net = cls.__new__(cls)
+        net._use(engine)
+        return net
 
     @staticmethod
     def load(cfg: Mapping[str, Any], outputs: Sequence[str] = ()) -> Net:
         """The net of a release, from the ``cfg`` of ``net_init``; see the class for ``outputs``. Raises StartError."""
-        files = cfg["tar_files"]
-        for name in ("deploy.prototxt", "weight.caffemodel"):
-            if name not in files:
-                raise StartError(f"the release's tar has no {name}")
-        threads = Values("model_params", cfg["model_params"]).optional_positive_int("intra_op_threads")
-        return Net(
-            files["deploy.prototxt"],
-            files["weight.caffemodel"],
-            outputs=outputs,
-            use_device=cfg["use_device"],
-            intra_op_threads=threads,
-        )
+        return opened(cfg, converted(cfg, outputs))
+
+    def _use(self, engine: Engine) -> None:
+        self._engine = engine
+        self.inputs = [blob.name for blob in engine.inputs]
+        self.outputs = [blob.name for blob in engine.outputs]
+        self._dtypes = {blob.name: blob.dtype for blob in engine.inputs}
+        self.blobs = {
+            blob.name: Blob(np.zeros((1, *(size or 1 for size in blob.shape)), blob.dtype))
+            for blob in (*engine.inputs, *engine.outputs)
+        }
 
     def input_shape(self, name: str) -> tuple[int | None, ...]:
         """The sizes of an input without its batch axis; None where the net does not fix one."""
@@ -92,10 +114,11 @@ class Net:
     def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """The outputs (None: all) by name, (n, ...) float32, for every input by name, (n, ...).
 
-        Raises what onnxruntime raises.
+        An input that is contiguous and of its blob's dtype is not copied. For several threads at once. Raises
+        KeyError for one that the net does not have, and what onnxruntime raises.
         """
         names = self.outputs if outputs is None else outputs
-        feeds = {name: np.ascontiguousarray(array, np.float32) for name, array in inputs.items()}
+        feeds = {name: np.ascontiguousarray(array, self._dtypes[name]) for name, array in inputs.items()}
         return dict(zip(names, self._engine.run(names, feeds), strict=True))
 
     def forward(self, given: Mapping[str, NDArray[Any]] | None = None, /, **named: NDArray[Any]) -> dict[str, Array]:

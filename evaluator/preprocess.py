@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,38 @@ from evaluator.values import Values
 Planes = NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class Arithmetic:
+    """What is left to do once the pixels are there: (x * raw_scale - mean) * input_scale, its constants multiplied out.
+
+    ``order`` says which channel of the pixels is the net's first, second, ...; None leaves them. ``shift`` broadcasts
+    to (channels, height, width), in the net's order; None is 0.
+    """
+
+    scale: np.float32
+    order: tuple[int, ...] | None
+    shift: Planes | None
+
+    def __call__(self, pixels: Pixels) -> Planes:
+        """(height, width, channels) uint8 → (channels, height, width) float32, contiguous."""
+        planes = pixels.transpose(2, 0, 1)
+        if self.order:
+            planes = planes[list(self.order)]
+        out = np.empty(planes.shape, np.float32)
+        # One or two passes over the pixels.
+        scaled = np.multiply(planes, self.scale, out=out) if self.scale != 1 else planes
+        if self.shift is None:
+            np.copyto(out, scaled)
+        else:
+            np.subtract(scaled, self.shift, out=out)
+        return out
+
+
 class Transformer:
-    """Makes the input of a net of shape (n, channels, height, width), channels 3 (BGR) or 1 (grey)."""
+    """Makes the input of a net of shape (n, channels, height, width), channels 3 (BGR) or 1 (grey).
+
+    In two steps: ``pixels`` resizes, crops and makes grey, ``arithmetic`` does the rest.
+    """
 
     def __init__(
         self,
@@ -40,12 +71,12 @@ class Transformer:
         if channels not in (1, 3):
             raise StartError(f"the net's input has {channels} channels, an image has 3 or, grey, 1")
         self._grey = channels == 1
-        self._swap = None if channel_swap is None or self._grey else list(channel_swap)
-        self._resized = self._resize_to(image_width)
-        # (x * raw_scale - mean) * input_scale, with what is constant multiplied out: one or two passes over the pixels.
-        self._scale = np.float32(raw_scale * input_scale)
-        self._shift = (
-            None if mean is None else np.broadcast_to(mean * np.float32(input_scale), shape).astype(np.float32)
+        self.resized = self._resize_to(image_width)
+        """The width and height that an image is resized to; the net sees the middle of it."""
+        self.arithmetic = Arithmetic(
+            np.float32(raw_scale * input_scale),
+            None if self._grey else channel_swap,
+            None if mean is None else mean * np.float32(input_scale),
         )
 
     def _resize_to(self, image_width: int | None) -> tuple[int, int]:
@@ -58,27 +89,24 @@ class Transformer:
     @property
     def window(self) -> tuple[float, float, float, float]:
         """The part of an image that the net sees: left, top, right and bottom as shares of its width and height."""
-        left, top = (self._resized[0] - self._width) // 2, (self._resized[1] - self._height) // 2
-        width, height = self._resized
+        left, top = (self.resized[0] - self._width) // 2, (self.resized[1] - self._height) // 2
+        width, height = self.resized
         return left / width, top / height, (left + self._width) / width, (top + self._height) / height
+
+    def pixels(self, image: Pixels) -> Pixels:
+        """(height, width, 3) BGR uint8 of any size → what the net sees of it, (height, width, channels) uint8.
+
+        A view where it is the middle of something larger.
+        """
+        if self._grey:
+            image = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY).astype(np.uint8, copy=False)
+        resized = np.atleast_3d(cv2.resize(image, self.resized, interpolation=cv2.INTER_LINEAR))
+        left, top = (self.resized[0] - self._width) // 2, (self.resized[1] - self._height) // 2
+        return resized[top : top + self._height, left : left + self._width].astype(np.uint8, copy=False)
 
     def __call__(self, pixels: Pixels) -> Planes:
         """(height, width, 3) BGR uint8 of any size → (channels, height, width) float32, contiguous."""
-        if self._grey:
-            pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY).astype(np.uint8, copy=False)
-        resized = np.atleast_3d(cv2.resize(pixels, self._resized, interpolation=cv2.INTER_LINEAR))
-        left, top = (self._resized[0] - self._width) // 2, (self._resized[1] - self._height) // 2
-        planes = resized[top : top + self._height, left : left + self._width].transpose(2, 0, 1)
-        if self._swap:
-            planes = planes[self._swap]
-        out = np.empty(planes.shape, np.float32)
-        if self._scale != 1:
-            planes = np.multiply(planes, self._scale, out=out)
-        if self._shift is None:
-            np.copyto(out, planes)
-        else:
-            np.subtract(planes, self._shift, out=out)
-        return out
+        return self.arithmetic(self.pixels(pixels))
 
 
 def transformer(cfg: Mapping[str, Any], shape: tuple[int, int, int]) -> Transformer:

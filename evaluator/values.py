@@ -39,6 +39,12 @@ class Values:
             raise self.wrong(key, "an integer")
         return value
 
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self._fields.get(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, "true or false")
+        return value
+
     def number(self, key: str, default: float) -> float:
         value = self._fields.get(key, default)
         if not _is_number(value):

@@ -30,9 +30,10 @@ def net_init(cfg: Config) -> Model:
 
 
 def net_preprocess(model: Model, req: Req) -> Req:
-    """``{"input": (channels, height, width) float32, "limit": int}``. Raises InvalidArgument."""
+    """``{"input": (height, width, channels) uint8, "limit": int}``. Raises InvalidArgument."""
     limit = _limit(one_image.params(req))
-    return {"input": model["transformer"](one_image.pixels(model, req, "classify")), "limit": limit}
+    pixels, _ = one_image.image(model, req, "classify")
+    return {"input": pixels, "limit": limit}
 
 
 def net_inference(model: Model, args: dict[str, Any]) -> list[Ret]:

@@ -60,16 +60,12 @@ def net_init(cfg: Config) -> Model:
 
 
 def net_preprocess(model: Model, req: Req) -> Req:
-    """``{"input": (channels, height, width) float32, "size": (width, height) of the image, "threshold"}``."""
+    """``{"input": (height, width, channels) uint8, "size": (width, height) of the image, "threshold"}``."""
     threshold = one_image.params(req).get("threshold", model["threshold"])
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise InvalidArgument("params.threshold should be a number from 0 to 1")
-    pixels = one_image.pixels(model, req, "detect")
-    return {
-        "input": model["transformer"](pixels),
-        "size": (pixels.shape[1], pixels.shape[0]),
-        "threshold": threshold,
-    }
+    pixels, size = one_image.image(model, req, "detect")
+    return {"input": pixels, "size": size, "threshold": threshold}
 
 
 def net_inference(model: Model, args: dict[str, Any]) -> list[Ret]:

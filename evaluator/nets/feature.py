@@ -34,11 +34,12 @@ def net_init(cfg: Config) -> Model:
 
 
 def net_preprocess(model: Model, req: Req) -> Req:
-    """``{"input": (channels, height, width) float32, "layer": name of an output}``. Raises InvalidArgument."""
+    """``{"input": (height, width, channels) uint8, "layer": name of an output}``. Raises InvalidArgument."""
     layer = one_image.params(req).get("layer", model["output"])
     if layer not in model["net"].outputs:
         raise InvalidArgument(f"params.layer should be one of: {', '.join(model['net'].outputs)}")
-    return {"input": model["transformer"](one_image.pixels(model, req, "feature")), "layer": layer}
+    pixels, _ = one_image.image(model, req, "feature")
+    return {"input": pixels, "layer": layer}
 
 
 def net_inference(model: Model, args: dict[str, Any]) -> list[Ret]:

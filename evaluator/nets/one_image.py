@@ -6,10 +6,12 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import onnx
+
 from atserving.errors import InvalidArgument, StartError
-from evaluator import images, labels, preprocess
+from evaluator import images, labels, preprocess, prologue
 from evaluator.contract import Config, Model, Req
-from evaluator.net import Net
+from evaluator.net import Net, converted, opened
 from evaluator.values import Values
 
 _BATCH_SIZE_GPU = 32
@@ -30,26 +32,39 @@ def net_init(init: Callable[[Config], Model]) -> Callable[[Config], Model]:
 
 
 def load(cfg: Config, outputs: Sequence[str] = ()) -> Model:
-    """A model with ``net``, ``batch_size``, ``transformer``, ``limits`` and ``synset_list``. Raises StartError.
+    """A model with ``net``, ``batch_size``, ``transformer``, ``limits``, ``least`` and ``synset_list``.
 
-    ``input_size`` is the width and height of the net's input. ``outputs`` names inner blobs to have as outputs too.
+    ``input_size`` is the width and height of the net's input, which is (n, height, width, channels) uint8: the rest of what
+    the release does to pixels is in its graph. ``outputs`` names inner blobs to have as outputs too. Raises StartError.
     """
-    net = Net.load(cfg, outputs)
-    if len(net.inputs) != 1 or len(net.input_shape(net.inputs[0])) != 3 or None in net.input_shape(net.inputs[0]):
-        raise StartError(
-            f"{cfg['custom_values'].get('net', 'classify')} takes nets with one image input of a fixed size; "
-            f"this one has {net.inputs}"
-        )
-    channels, height, width = (int(size or 0) for size in net.input_shape(net.inputs[0]))
+    graph = converted(cfg, outputs)
+    shape = _image_shape(graph, cfg)
+    transformer = preprocess.transformer(cfg, shape)
+    prologue.add(graph, transformer.arithmetic, on_cpu=cfg["use_device"] == "CPU")
+    reduced = Values("custom_values", cfg["custom_values"]).boolean("reduced_decode", False)
     return {
         "error": "",
-        "net": net,
+        "net": opened(cfg, graph),
         "batch_size": cfg["batch_size"] or (_BATCH_SIZE_CPU if cfg["use_device"] == "CPU" else _BATCH_SIZE_GPU),
-        "transformer": preprocess.transformer(cfg, (channels, height, width)),
-        "input_size": (width, height),
+        "transformer": transformer,
+        "input_size": (shape[2], shape[1]),
         "limits": images.Limits.of_release(cfg["custom_values"]),
+        "least": transformer.resized if reduced else None,
         "synset_list": labels.read(cfg["tar_files"].get("labels.csv")),
     }
+
+
+def _image_shape(graph: onnx.ModelProto, cfg: Config) -> tuple[int, int, int]:
+    """(channels, height, width) of the only input. Raises StartError."""
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in graph.graph.input}
+    sizes = next(iter(shapes.values()), [])[1:]
+    if len(shapes) != 1 or len(sizes) != 3 or 0 in sizes:
+        raise StartError(
+            f"{cfg['custom_values'].get('net', 'classify')} takes nets with one image input of a fixed size; "
+            f"this one has {list(shapes)}"
+        )
+    channels, height, width = sizes
+    return channels, height, width
 
 
 def output(net: Net, cfg: Config, holds: str) -> str:
@@ -60,12 +75,16 @@ def output(net: Net, cfg: Config, holds: str) -> str:
     return name
 
 
-def pixels(model: Model, req: Req, net: str) -> images.Pixels:
-    """The request's image, (height, width, 3) uint8 in BGR, upright. ``net``: whose it is. Raises InvalidArgument."""
+def image(model: Model, req: Req, net: str) -> tuple[images.Pixels, tuple[int, int]]:
+    """What the net sees of the request's image, (height, width, channels) uint8, and the size of the whole image.
+
+    That is (width, height) once it is upright. ``net``: whose image it is. Raises InvalidArgument.
+    """
     data = req["data"]
     if isinstance(data, list):
         raise InvalidArgument(f"{net} takes one image, not a list of them")
-    return images.decode(data["body"], model["limits"])
+    picture = images.read(data["body"], model["limits"], model["least"])
+    return model["transformer"].pixels(picture.pixels), picture.size
 
 
 def params(req: Req) -> dict[str, Any]:

@@ -51,10 +51,10 @@ def net_init(cfg: Config) -> Model:
 
 
 def net_preprocess(model: Model, req: Req) -> Req:
-    """``{"input": (channels, height, width) float32, "size": (width, height)}``. Raises InvalidArgument."""
+    """``{"input": (height, width, channels) uint8, "size": (width, height)}``. Raises InvalidArgument."""
     one_image.params(req)
-    pixels = one_image.pixels(model, req, "segment")
-    return {"input": model["transformer"](pixels), "size": (pixels.shape[1], pixels.shape[0])}
+    pixels, size = one_image.image(model, req, "segment")
+    return {"input": pixels, "size": size}
 
 
 def net_inference(model: Model, args: dict[str, Any]) -> list[Ret]:
