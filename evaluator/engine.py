@@ -14,12 +14,12 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from atserving.errors import StartError
-from evaluator import cpus
+from evaluator import cpus, gpu
+from evaluator.device import CPU, Device
 
 Array = NDArray[np.float32]
 
 _DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(uint8)": np.dtype(np.uint8)}
-_CUDA = "CUDAExecutionProvider"
 
 _spent = threading.local()
 
@@ -41,42 +41,54 @@ class Blob:
 class Engine:
     """One onnxruntime session, for several threads at once."""
 
-    def __init__(self, model: onnx.ModelProto, use_device: str = "CPU", intra_op_threads: int | None = None) -> None:
-        """``use_device`` is ``CPU``, ``GPU`` or ``GPU:<index>``. Raises StartError where the device can't be had."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = intra_op_threads or cpus.available()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Threads that spin while they wait would take the CPU from decoding.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=_providers(use_device)
-            )
-        except Exception as error:
-            # onnxruntime's errors have no common type worth naming; all mean that the graph or the device is unusable.
-            raise StartError(f"onnxruntime can't load the net on {use_device}: {_first_line(error)}") from error
-        # Where CUDA's libraries or the device are missing, onnxruntime only warns and goes on with the CPU.
-        if use_device != "CPU" and self._session.get_providers()[0] != _CUDA:
-            raise StartError(f"use_device is {use_device}, but onnxruntime can't use CUDA here (driver or libraries)")
+    def __init__(self, model: onnx.ModelProto, device: Device = CPU) -> None:
+        """Raises StartError where the graph can't be loaded or the device can't be had; nothing falls back."""
+        self._session = _session(model, device)
+        self._on_cpu = device.is_cpu
         self.inputs = [_blob(value) for value in self._session.get_inputs()]
         self.outputs = [_blob(value) for value in self._session.get_outputs()]
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[Array]:
-        """The named outputs for inputs (n, ...) of their dtype. Raises what onnxruntime raises."""
+        """The named outputs for inputs (n, ...) of their dtype, contiguous. Raises what onnxruntime raises."""
         began_s = time.perf_counter()
+        try:
+            return self._run(outputs, feeds)
+        finally:
+            _spent.seconds = spent_s() + time.perf_counter() - began_s
+
+    def _run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[Array]:
+        if not self._on_cpu:
+            return gpu.run(self._session, outputs, feeds)
+        # This reads the arrays where they are, and answers with views of its own.
         results: list[Array] = self._session.run(list(outputs), dict(feeds))
-        _spent.seconds = spent_s() + time.perf_counter() - began_s
         return results
 
 
-def _providers(use_device: str) -> list[Any]:
-    if use_device == "CPU":
-        return ["CPUExecutionProvider"]
-    if _CUDA not in onnxruntime.get_available_providers():
-        raise StartError(f"use_device is {use_device}, but this onnxruntime has no CUDA (install atserving[gpu])")
-    index = int(use_device.partition(":")[2] or 0)
-    return [(_CUDA, {"device_id": index}), "CPUExecutionProvider"]
+def _session(model: onnx.ModelProto, device: Device) -> onnxruntime.InferenceSession:
+    providers = ["CPUExecutionProvider"] if device.is_cpu else gpu.providers(device, model)
+    try:
+        # Without fallback, which would go on with the CPU, at the start or when a batch fails.
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), _options(device), providers=providers, enable_fallback=0
+        )
+    except Exception as error:
+        # onnxruntime's errors have no common type worth naming; all mean that the graph or the device is unusable.
+        missing = None if device.is_cpu else gpu.missing(device, error)
+        raise StartError(missing or f"onnxruntime can't load the net on {device.name}: {_first_line(error)}") from error
+    if not device.is_cpu:
+        gpu.refuse_less(device, session.get_providers())
+    return session
+
+
+def _options(device: Device) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = device.intra_op_threads or cpus.available()
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = device.arena
+    options.log_severity_level = 3
+    # Threads that spin while they wait take the CPU from decoding.
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(device.spinning)))
+    return options
 
 
 def _blob(value: Any) -> Blob:

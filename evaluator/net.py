@@ -11,9 +11,10 @@ import onnx
 from numpy.typing import NDArray
 
 from atserving.errors import StartError
+from evaluator import gpu
 from evaluator.caffe import ConversionError, convert
+from evaluator.device import Device
 from evaluator.engine import Array, Engine
-from evaluator.values import Values
 
 TEST = 1
 """pycaffe's name for the only phase there is here."""
@@ -34,22 +35,17 @@ class Blob:
         self.data = np.zeros(shape, self.data.dtype)
 
 
-def converted(cfg: Mapping[str, Any], outputs: Sequence[str] = ()) -> onnx.ModelProto:
+def converted(cfg: Mapping[str, Any], device: Device, outputs: Sequence[str] = ()) -> onnx.ModelProto:
     """The net of a release as an ONNX model, from the ``cfg`` of ``net_init``; see Net for ``outputs``.
 
-    Raises StartError.
+    Its inputs and outputs are float32, whatever ``device`` wants inside. Raises StartError.
     """
     files = cfg["tar_files"]
     for name in ("deploy.prototxt", "weight.caffemodel"):
         if name not in files:
             raise StartError(f"the release's tar has no {name}")
-    return _converted(files["deploy.prototxt"], files["weight.caffemodel"], outputs)
-
-
-def opened(cfg: Mapping[str, Any], model: onnx.ModelProto) -> Net:
-    """A model on the device that a release asks for. Raises StartError where that can't be had."""
-    threads = Values("model_params", cfg["model_params"]).optional_positive_int("intra_op_threads")
-    return Net.of(Engine(model, cfg["use_device"], threads))
+    model = _converted(files["deploy.prototxt"], files["weight.caffemodel"], outputs)
+    return gpu.halved(model) if device.halves_graph else model
 
 
 def _converted(prototxt: str | Path, caffemodel: str | Path, outputs: Sequence[str]) -> onnx.ModelProto:
@@ -79,7 +75,8 @@ class Net:
     ) -> None:
         if phase != TEST:
             raise StartError("a net can only be loaded for testing")
-        self._use(Engine(_converted(prototxt, caffemodel, outputs), use_device, intra_op_threads))
+        device = Device(use_device, intra_op_threads=intra_op_threads)
+        self._use(Engine(_converted(prototxt, caffemodel, outputs), device))
 
     @classmethod
     def of(cls, engine: Engine) -> Net:
@@ -91,7 +88,8 @@ class Net:
     @staticmethod
     def load(cfg: Mapping[str, Any], outputs: Sequence[str] = ()) -> Net:
         """The net of a release, from the ``cfg`` of ``net_init``; see the class for ``outputs``. Raises StartError."""
-        return opened(cfg, converted(cfg, outputs))
+        device = Device.of_release(cfg)
+        return Net.of(Engine(converted(cfg, device, outputs), device))
 
     def _use(self, engine: Engine) -> None:
         self._engine = engine

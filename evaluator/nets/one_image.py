@@ -11,11 +11,10 @@ import onnx
 from atserving.errors import InvalidArgument, StartError
 from evaluator import images, labels, preprocess, prologue
 from evaluator.contract import Config, Model, Req
-from evaluator.net import Net, converted, opened
+from evaluator.device import Device
+from evaluator.engine import Engine
+from evaluator.net import Net, converted
 from evaluator.values import Values
-
-_BATCH_SIZE_GPU = 32
-_BATCH_SIZE_CPU = 8
 
 
 def net_init(init: Callable[[Config], Model]) -> Callable[[Config], Model]:
@@ -37,15 +36,16 @@ def load(cfg: Config, outputs: Sequence[str] = ()) -> Model:
     ``input_size`` is the width and height of the net's input, which is (n, height, width, channels) uint8: the rest of what
     the release does to pixels is in its graph. ``outputs`` names inner blobs to have as outputs too. Raises StartError.
     """
-    graph = converted(cfg, outputs)
+    device = Device.of_release(cfg)
+    graph = converted(cfg, device, outputs)
     shape = _image_shape(graph, cfg)
     transformer = preprocess.transformer(cfg, shape)
-    prologue.add(graph, transformer.arithmetic, on_cpu=cfg["use_device"] == "CPU")
+    prologue.add(graph, transformer.arithmetic, on_cpu=device.is_cpu)
     reduced = Values("custom_values", cfg["custom_values"]).boolean("reduced_decode", False)
     return {
         "error": "",
-        "net": opened(cfg, graph),
-        "batch_size": cfg["batch_size"] or (_BATCH_SIZE_CPU if cfg["use_device"] == "CPU" else _BATCH_SIZE_GPU),
+        "net": Net.of(Engine(graph, device)),
+        "batch_size": device.batch_size,
         "transformer": transformer,
         "input_size": (shape[2], shape[1]),
         "limits": images.Limits.of_release(cfg["custom_values"]),
