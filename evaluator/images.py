@@ -6,6 +6,7 @@ JPEG, PNG, BMP, WebP and GIF (the first frame) are decoded; nothing else is. Pil
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ _EXIF_ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)
 # As cv2.flip has it: around the horizontal axis, the vertical one, or both.
 _FLIPS = {4: 0, 8: 0, 2: 1, 6: 1, 3: -1, 7: -1}
-# What names EXIF, or the XMP that may have an orientation too, in a PNG.
-_PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+_PNG_HEADER_BYTES = 8
+# How the text chunks of a PNG begin that hold EXIF, or XMP, which may have an orientation too.
+_PNG_EXIF_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 _JPEG = b"\xff\xd8"
 _READ = {
     1: cv2.IMREAD_COLOR,
@@ -143,13 +145,24 @@ def _header(data: bytes, limits: Limits) -> _Header:
 
 def _orientation(image: Image.Image, data: bytes) -> int:
     # To find the EXIF that a PNG may have behind its pixels, Pillow decodes them all; few have any.
-    if image.format == "PNG" and not any(mark in data for mark in _PNG_EXIF):
+    if image.format == "PNG" and not _png_has_exif(data):
         return 1
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:
         return 1
     return orientation if isinstance(orientation, int) else 1
+
+
+def _png_has_exif(data: bytes) -> bool:
+    """Whether a chunk may hold EXIF; a chunk is its length, its type, so many bytes and a checksum (PNG, 5.3)."""
+    place = _PNG_HEADER_BYTES
+    while place + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        if kind == b"eXIf" or data.startswith(_PNG_EXIF_TEXTS, place + 8):
+            return True
+        place += length + 12
+    return False
 
 
 def _divisor(header: _Header, least: tuple[int, int] | None) -> int:
