@@ -42,7 +42,7 @@ class Values:
     def boolean(self, key: str, default: bool) -> bool:
         value = self._fields.get(key, default)
         if not isinstance(value, bool):
-            raise self._wrong(key, "true or false")
+            raise self.wrong(key, "true or false")
         return value
 
     def number(self, key: str, default: float) -> float:

@@ -33,8 +33,9 @@ def net_init(init: Callable[[Config], Model]) -> Callable[[Config], Model]:
 def load(cfg: Config, outputs: Sequence[str] = ()) -> Model:
     """A model with ``net``, ``batch_size``, ``transformer``, ``limits``, ``least`` and ``synset_list``.
 
-    ``input_size`` is the width and height of the net's input, which is (n, height, width, channels) uint8: the rest of what
-    the release does to pixels is in its graph. ``outputs`` names inner blobs to have as outputs too. Raises StartError.
+    ``input_size`` is the width and height of the net's input, which is (n, height, width, channels) uint8: the rest of
+    what the release does to pixels is in its graph. ``outputs`` names inner blobs to have as outputs too. Raises
+    StartError.
     """
     device = Device.of_release(cfg)
     graph = converted(cfg, device, outputs)

@@ -26,7 +26,6 @@ from evaluator.worker.progress import MAX_THREADS
 
 log = structlog.get_logger()
 
-GPU_BATCH_SIZE = 32
 _MAX_MEASURED_BATCH_SIZE = 32
 _MEASURE_S = 0.04
 # Of two that cost about the same, the smaller batch and the fewer engines: less latency.
@@ -67,8 +66,8 @@ def for_built_in(functions: NetFunctions, cfg: Config, known: Plan | None = None
         chosen = _Candidate(functions, cfg, known.engines, known.threads)
         plan = known
     elif cfg["use_device"] != "CPU":
-        plan = Plan(engines or 1, 0, cfg["batch_size"] or GPU_BATCH_SIZE, _preparers(engines or 1))
-        chosen = _Candidate(functions, cfg, plan.engines, 0)
+        chosen = _Candidate(functions, cfg, engines or 1, 0)
+        plan = Plan(chosen.engines, 0, chosen.runner.batch_size, _preparers(chosen.engines))
     else:
         chosen, plan = _on_cpu(functions, cfg, engines, values.optional_positive_int("intra_op_threads"))
     chosen.warm_up(plan.batch_size)

@@ -25,7 +25,7 @@ class Net:
 
     def init(self, cfg: Config) -> Model:
         self.threads.append(cfg["model_params"].get("intra_op_threads"))
-        return {"error": ""}
+        return {"error": "", "batch_size": cfg["batch_size"] or 32}
 
     def prepare(self, model: Model, req: Req) -> Req:
         assert req["data"]["body"]
