@@ -74,5 +74,5 @@ def shown(uri: str) -> str:
     head = uri[:512]
     if head[:5].lower() == "data:":
         head = head.partition(",")[0]
-    head = re.sub(r"(://)[^/@]*@", r"\1", head.partition("?")[0].partition("#")[0])
+    head = re.sub(r"(://)[^/]*@", r"\1", head.partition("?")[0].partition("#")[0])
     return repr(head if len(head) <= 80 else head[:77] + "...")

@@ -48,6 +48,7 @@ def test_the_uid_of_a_stored_resource_is_the_callers() -> None:
 def test_what_is_shown_holds_no_secret_and_no_data() -> None:
     shown = uris.shown("https://user:secret@host/path?token=secret#secret")
     assert shown == "'https://host/path'"
+    assert uris.shown("https://user:sec@ret@host/a@b") == "'https://host/a@b'"
     assert "AAAA" not in uris.shown("data:image/png;base64," + "A" * 1000)
     assert len(uris.shown("http://host/" + "x" * 10_000)) < 100
 
