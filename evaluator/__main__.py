@@ -18,6 +18,7 @@ from atserving.telemetry import configure_logging
 from evaluator import check
 from evaluator.addresses import Network
 from evaluator.instance import Settings, run
+from evaluator.qiniu import read_config
 
 
 def _name(context: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -86,6 +87,12 @@ def _json(context: click.Context, parameter: click.Parameter, value: str | None)
     metavar="CIDR",
     help="A network that resources may come from though it is not public; repeatable.",
 )
+@click.option(
+    "--qiniu",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="The app owner's keys for qiniu:// resources, and the buckets requests may read, in JSON.",
+)
 @service.log_level_option
 def main(
     app: str,
@@ -97,11 +104,13 @@ def main(
     wait_s: float,
     grace_s: float,
     allow_networks: list[Network],
+    qiniu: Path | None,
     log_level: str,
 ) -> None:
     """Serves one version of one app, as one instance of the mesh."""
     configure_logging("evaluator", log_level)
-    settings = Settings(app, version, registry, listen, advertise, workspace, wait_s, grace_s, allow_networks)
+    keys = read_config(qiniu) if qiniu else None
+    settings = Settings(app, version, registry, listen, advertise, workspace, wait_s, grace_s, allow_networks, keys)
     uvloop.run(run(settings))
 
 

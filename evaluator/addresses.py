@@ -1,6 +1,7 @@
 """Which addresses resources may be fetched from: public ones, and the networks an operator allows.
 
 A request must not reach what only this machine can reach: its own services, its network, a cloud's metadata service.
+Every connection passes ``AddressPolicy.socket``, whatever led to it; ``PolicyResolver`` sees to names before that.
 """
 
 from __future__ import annotations
@@ -9,10 +10,8 @@ import ipaddress
 import socket
 from collections.abc import Iterator, Sequence
 
+from aiohttp import AddrInfoType
 from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.resolver import ThreadedResolver
-
-from atserving.errors import InvalidArgument
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -25,6 +24,14 @@ _REFUSED: tuple[Network, ...] = (
     ipaddress.IPv6Network("64:ff9b:1::/48"),  # NAT64 of local use, RFC 8215
     ipaddress.IPv6Network("fec0::/10"),  # site-local, RFC 3879
 )
+
+
+class AddressRefused(Exception):  # noqa: N818
+    """``host``, a name or an address, may not be connected to."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(f"{host!r} is not a public address")
+        self.host = host
 
 
 class AddressPolicy:
@@ -41,6 +48,17 @@ class AddressPolicy:
         except ValueError:
             return False
         return all(self._allows(each) for each in _with_embedded(address))
+
+    def socket(self, info: AddrInfoType) -> socket.socket:
+        """A socket that is about to be connected to ``info``; the ``socket_factory`` of aiohttp's connector.
+
+        Raises AddressRefused.
+        """
+        family, kind, protocol, _, address = info
+        host = str(address[0])
+        if not self.allows(host):
+            raise AddressRefused(host)
+        return socket.socket(family, kind, protocol)
 
     def _allows(self, address: Address) -> bool:
         if any(address in network for network in self._allowed):
@@ -74,20 +92,19 @@ def _with_embedded(address: Address) -> Iterator[Address]:
 class PolicyResolver(AbstractResolver):
     """Resolves names for aiohttp, which connects to just what this returns: nothing is resolved a second time.
 
-    A name with an address that the policy refuses raises InvalidArgument.
+    A name with an address that the policy refuses, be it one of several, raises AddressRefused.
     """
 
-    def __init__(self, policy: AddressPolicy) -> None:
+    def __init__(self, policy: AddressPolicy, resolver: AbstractResolver) -> None:
         self._policy = policy
-        self._resolver = ThreadedResolver()
+        self._resolver = resolver
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
         results = await self._resolver.resolve(host, port, family)
-        for result in results:
-            if not self._policy.allows(result["host"]):
-                raise InvalidArgument(f"resources may not be fetched from {host!r}: not a public address")
+        if not all(self._policy.allows(result["host"]) for result in results):
+            raise AddressRefused(host)
         return results
 
     async def close(self) -> None:

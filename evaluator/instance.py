@@ -24,6 +24,7 @@ from evaluator.followed import FollowedConfig
 from evaluator.images import Limits
 from evaluator.pipeline import Pipeline
 from evaluator.places import Places
+from evaluator.qiniu import QiniuConfig
 from evaluator.registration import Registration
 from evaluator.release import fetch_release
 from evaluator.resources import ResourceFetcher
@@ -53,6 +54,7 @@ class Settings:
     wait_s: float = 10.0
     grace_s: float = 30.0
     allow_networks: Sequence[Network] = ()
+    qiniu: QiniuConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ async def run(settings: Settings) -> None:
 
 
 async def _load(settings: Settings, followed: FollowedConfig, workspace: Path, beside: AsyncExitStack) -> _Loaded:
-    cfg = (await fetch_release(await followed.release(settings.wait_s), workspace)).cfg()
+    cfg = (await fetch_release(await followed.release(settings.wait_s), workspace, settings.qiniu)).cfg()
     limits = Limits.of_release(cfg["custom_values"])
     worker = Worker(cfg)
     beside.push_async_callback(worker.close)
@@ -91,7 +93,7 @@ async def _serve(
     following: asyncio.Task[None],
 ) -> None:
     worker, places = loaded.worker, Places(1)
-    fetcher = ResourceFetcher(loaded.limits.max_bytes, AddressPolicy(settings.allow_networks))
+    fetcher = ResourceFetcher(loaded.limits.max_bytes, AddressPolicy(settings.allow_networks), settings.qiniu)
     server = transport.Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
     async with fetcher, _background(worker.run()) as working:
         servicer = EvaluatorServicer(Pipeline(worker, fetcher, places), settings.app, settings.version)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import aiohttp
+from aiohttp.abc import AbstractResolver
+from aiohttp.resolver import AsyncResolver
 from yarl import URL
 
 from atserving import __version__, uris
 from atserving.errors import InvalidArgument, ResourceUnreachable
-from evaluator.addresses import AddressPolicy, PolicyResolver
+from atserving.uris import QiniuUri
+from evaluator.addresses import AddressPolicy, AddressRefused, PolicyResolver
+from evaluator.qiniu import Buckets, QiniuConfig, is_refusal
 
 _TOTAL_S = 10.0
 _CONNECT_S = 3.0
 _MAX_REDIRECTS = 3
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK_BYTES = 256 << 10
-_CONNECTIONS = 100
+_CONNECTIONS = 256
 _CONNECTIONS_PER_HOST = 16
 
 
@@ -35,27 +40,50 @@ class ResourceFetcher:
     Used as an async context manager, on the event loop that it is entered on.
     """
 
-    def __init__(self, max_bytes: int, policy: AddressPolicy) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        policy: AddressPolicy,
+        qiniu: QiniuConfig | None = None,
+        resolver: AbstractResolver | None = None,
+    ) -> None:
+        """``qiniu``: without it, ``qiniu://`` is refused. ``resolver``: of names; None: as this machine is set up."""
         self._max_bytes = max_bytes
         self._policy = policy
+        self._qiniu = qiniu
+        self._resolver = resolver
         self._session: aiohttp.ClientSession | None = None
+        self._buckets: Buckets | None = None
 
     async def __aenter__(self) -> ResourceFetcher:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                resolver=PolicyResolver(self._policy), limit=_CONNECTIONS, limit_per_host=_CONNECTIONS_PER_HOST
-            ),
-            # One caller's cookies are not another's; proxies of the environment would resolve names themselves.
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
-            headers={"User-Agent": f"atserving/{__version__}", "Accept-Encoding": "identity"},
-        )
+        async with AsyncExitStack() as stack:
+            # Not in threads: names that nobody answers for would take all that there are, and hold them.
+            resolver = PolicyResolver(self._policy, self._resolver or AsyncResolver())
+            stack.push_async_callback(resolver.close)
+            connector = aiohttp.TCPConnector(
+                resolver=resolver,
+                socket_factory=self._policy.socket,
+                limit=_CONNECTIONS,
+                limit_per_host=_CONNECTIONS_PER_HOST,
+            )
+            self._session = await stack.enter_async_context(
+                aiohttp.ClientSession(
+                    connector=connector,
+                    # One caller's cookies are not another's; proxies of the environment would resolve names themselves.
+                    cookie_jar=aiohttp.DummyCookieJar(),
+                    trust_env=False,
+                    timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
+                    headers={"User-Agent": f"atserving/{__version__}", "Accept-Encoding": "identity"},
+                )
+            )
+            if self._qiniu:
+                self._buckets = Buckets(self._qiniu, self._session)
+                stack.push_async_callback(self._buckets.close)
+            self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._session:
-            await self._session.close()
+        await self._stack.aclose()
 
     async def fetch(self, source: Source) -> bytes:
         """The bytes. Raises InvalidArgument for what is the request's fault, ResourceUnreachable for a host's."""
@@ -71,25 +99,30 @@ class ResourceFetcher:
             raise self._too_large("the resource")
 
     async def _fetch_uri(self, uri: str) -> bytes:
-        match uris.scheme(uri):
-            case "data":
-                return uris.decode_data(uri)
-            case "qiniu":
-                raise InvalidArgument(f"{uris.shown(uri)}: qiniu resources are not supported yet")
-            case _:
-                return await self._fetch_http(uri)
-
-    async def _fetch_http(self, uri: str) -> bytes:
+        if uris.scheme(uri) == "data":
+            return uris.decode_data(uri)
         shown = f"resource {uris.shown(uri)}"
         try:
             async with asyncio.timeout(_TOTAL_S):
-                return await self._follow(self._checked(uri, shown), shown)
+                return await self._follow(await self._locate(uri, shown), shown)
         except TimeoutError:
             raise ResourceUnreachable(f"{shown} did not come within {_TOTAL_S:g} s") from None
+        except AddressRefused as refused:
+            raise InvalidArgument(f"{shown} may not be fetched: {refused}") from None
         except aiohttp.InvalidURL:
             raise InvalidArgument(f"{shown}: bad url") from None
         except (aiohttp.ClientError, OSError) as error:
             raise ResourceUnreachable(f"{shown} could not be reached: {_reason(error)}") from None
+
+    async def _locate(self, uri: str, shown: str) -> URL:
+        if uris.scheme(uri) != "qiniu":
+            return _http_url(uri, shown)
+        named = QiniuUri.parse(uri)
+        if not (self._qiniu and self._buckets):
+            raise InvalidArgument(f"{shown}: qiniu resources are not set up for this app")
+        if named.bucket not in self._qiniu.buckets:
+            raise InvalidArgument(f"{shown}: requests may not read from this bucket")
+        return await self._buckets.url(named, shown)
 
     async def _follow(self, url: URL, shown: str) -> bytes:
         assert self._session
@@ -98,22 +131,11 @@ class ResourceFetcher:
                 location = response.headers.get("Location")
                 if response.status not in _REDIRECTS or location is None:
                     return await self._read(response, shown)
-                url = self._checked(str(url.join(_url(location, shown))), shown)
+                url = _http_url(str(url.join(_url(location, shown))), shown)
         raise InvalidArgument(f"{shown} redirects more than {_MAX_REDIRECTS} times")
 
-    def _checked(self, uri: str, shown: str) -> URL:
-        """The URL, where its scheme and, if it is no name, its address may be fetched from."""
-        url = _url(uri, shown)
-        if url.scheme not in ("http", "https") or not url.host:
-            raise InvalidArgument(f"{shown} leads to {uris.shown(uri)}, which is no http url")
-        # What aiohttp takes for an address never comes to the resolver, which checks names.
-        looks_like_address = ":" in url.host or url.host.replace(".", "").isdigit()
-        if looks_like_address and not self._policy.allows(url.host):
-            raise InvalidArgument(f"resources may not be fetched from {url.host!r}: not a public address")
-        return url
-
     async def _read(self, response: aiohttp.ClientResponse, shown: str) -> bytes:
-        if 400 <= response.status < 500:
+        if is_refusal(response.status):
             raise InvalidArgument(f"{shown}: its host answered {response.status}")
         if not 200 <= response.status < 300:
             raise ResourceUnreachable(f"{shown}: its host answered {response.status}")
@@ -130,6 +152,13 @@ class ResourceFetcher:
 
     def _too_large(self, shown: str) -> InvalidArgument:
         return InvalidArgument(f"{shown} is larger than {self._max_bytes} bytes")
+
+
+def _http_url(uri: str, shown: str) -> URL:
+    url = _url(uri, shown)
+    if url.scheme not in ("http", "https") or not url.host:
+        raise InvalidArgument(f"{shown} leads to {uris.shown(uri)}, which is no http url")
+    return url
 
 
 def _url(text: str, shown: str) -> URL:

@@ -1,11 +1,12 @@
 """Which addresses a resource may come from."""
 
 import ipaddress
+import socket
 
 import pytest
 
-from atserving.errors import InvalidArgument
-from evaluator.addresses import AddressPolicy, PolicyResolver
+from evaluator.addresses import AddressPolicy, AddressRefused, PolicyResolver
+from tests.evaluator.names import name_server
 
 PUBLIC = ["8.8.8.8", "151.101.1.140", "2606:4700::6810:85e5", "::ffff:8.8.8.8", "64:ff9b::808:808"]
 REFUSED = {
@@ -17,6 +18,7 @@ REFUSED = {
     "unspecified": ["0.0.0.0", "0.1.2.3", "::"],
     "multicast": ["224.0.0.1", "239.255.255.250", "ff02::1", "ff0e::1"],
     "reserved": ["240.0.0.1", "255.255.255.255", "192.0.2.1", "198.18.0.1", "2001:db8::1", "fec0::1", "::8.8.8.8"],
+    "translated": ["::ffff:0:127.0.0.1", "::127.0.0.1", "64:ff9b:1::7f00:1"],
     "6to4": ["2002:7f00:1::", "2002:a00:1::1"],
     "nat64": ["64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::8.8.8.8"],
     "teredo": ["2001:0:a00:1:0:0:f7f7:f7f7", "2001::1"],
@@ -40,9 +42,28 @@ def test_an_operator_may_allow_a_network_in_any_notation(address: str) -> None:
     assert not AddressPolicy([ipaddress.ip_network("10.2.0.0/16")]).allows(address)
 
 
-async def test_a_name_is_refused_by_the_address_it_resolves_to() -> None:
-    resolver = PolicyResolver(AddressPolicy())
-    with pytest.raises(InvalidArgument, match="'localhost': not a public address"):
-        await resolver.resolve("localhost", 80)
-    allowed = PolicyResolver(AddressPolicy([ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128")]))
-    assert {result["port"] for result in await allowed.resolve("localhost", 80)} == {80}
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "169.254.169.254", "2130706433", "127.1"])
+def test_no_socket_is_made_for_what_is_refused(address: str) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with pytest.raises(AddressRefused, match="is not a public address"):
+        AddressPolicy().socket((family, socket.SOCK_STREAM, 0, "", (address, 80)))
+    with AddressPolicy().socket((socket.AF_INET, socket.SOCK_STREAM, 0, "", ("8.8.8.8", 80))) as made:
+        assert made.family == socket.AF_INET
+
+
+async def test_a_name_is_refused_by_the_addresses_it_resolves_to() -> None:
+    async with name_server() as names:
+        names.addresses = {
+            "public.test": [["8.8.8.8", "1.1.1.1"]],
+            "private.test": [["10.0.0.1"]],
+            "both.test": [["8.8.8.8", "10.0.0.1"]],
+        }
+        closed = PolicyResolver(AddressPolicy(), names.resolver())
+        for name in ("private.test", "both.test", "localhost"):
+            with pytest.raises(AddressRefused, match=f"'{name}' is not a public address"):
+                await closed.resolve(name, 80)
+        assert {each["host"] for each in await closed.resolve("public.test", 80)} == {"8.8.8.8", "1.1.1.1"}
+        allowed = PolicyResolver(AddressPolicy([ipaddress.ip_network("10.0.0.0/8")]), names.resolver())
+        assert {each["host"] for each in await allowed.resolve("both.test", 80)} == {"8.8.8.8", "10.0.0.1"}
+        for resolver in (closed, allowed):
+            await resolver.close()

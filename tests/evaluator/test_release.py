@@ -99,7 +99,7 @@ async def test_a_digest_that_differs_stops_the_start(scheme: str, host: str, tar
         ("file:///no/such.tar", "file file:///no/such.tar: there is no such file"),
         ("file://relative/x.tar", "should be file:// and an absolute path"),
         ("file:///tmp#sha256=12", "#sha256=12 should be #sha256= and 64 hex digits"),
-        ("qiniu://z0/bucket/key", "qiniu:// is not supported yet"),
+        ("qiniu://z0/bucket/key", "file qiniu://z0/bucket/key: needs the keys of its owner, see --qiniu"),
         ("http://127.0.0.1:1/x?token=secret", "file http://127.0.0.1:1/x: can't be fetched"),
         ("http://[", "can't be fetched"),
     ],

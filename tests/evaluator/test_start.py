@@ -38,7 +38,10 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "threads": ({"model_params": {"intra_op_threads": 0}}, "model_params.intra_op_threads is 0, should be a positive"),
     "digest": ({"file": f"file://{DIGITS / 'digits-v1.tar'}#sha256={'0' * 64}"}, f"not {'0' * 64}"),
     "no-file": ({"file": "file:///no/such.tar"}, "there is no such file"),
-    "qiniu": ({"file": "qiniu://z0/models/digits.tar"}, "qiniu:// is not supported yet"),
+    "qiniu": (
+        {"file": "qiniu://z0/models/digits.tar"},
+        "file qiniu://z0/models/digits.tar: needs the keys of its owner, see --qiniu",
+    ),
 }
 
 
