@@ -21,7 +21,8 @@ import orjson
 from atserving.config import MalformedConfig, Release, validate
 from atserving.errors import ServingError, StartError
 from atserving.v1 import evaluator_pb2, serving_pb2
-from evaluator.release import SCRIPT, fetch_release
+from evaluator.contract import SCRIPT
+from evaluator.release import fetch_release
 from evaluator.worker.plan import Plan
 from evaluator.worker.worker import Worker
 

@@ -19,6 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+SCRIPT = "net.py"
+"""The member of a tar that makes it a release with a script of its own, which knows itself what it needs."""
+
 Config = dict[str, Any]
 Model = dict[str, Any]
 Req = dict[str, Any]

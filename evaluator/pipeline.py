@@ -8,7 +8,7 @@ import time
 from atserving.errors import InvalidArgument
 from atserving.v1 import evaluator_pb2, serving_pb2
 from evaluator.places import Places
-from evaluator.resources import ResourceFetcher, Source
+from evaluator.resources import ResourceFetcher
 from evaluator.worker.worker import Worker
 
 _MAX_GROUP = 64
@@ -59,21 +59,22 @@ class Pipeline:
             raise InvalidArgument("the request has no data")
         if len(request.data) > _MAX_GROUP:
             raise InvalidArgument(f"the request has {len(request.data)} resources, more than {_MAX_GROUP}")
-        elsewhere = [each for each in request.data if not self._is_here(each)]
+        elsewhere = []
+        for resource in request.data:
+            match resource.WhichOneof("source"):
+                case "body":
+                    self._fetcher.check_size(len(resource.body))
+                case "uri":
+                    elsewhere.append(resource)
+                case _:
+                    raise InvalidArgument("the request's data has neither a uri nor a body")
         if len(elsewhere) == 1:
-            elsewhere[0].body = await self._fetcher.fetch(_source(elsewhere[0]))
+            elsewhere[0].body = await self._fetcher.fetch(elsewhere[0].uri)
         elif elsewhere:
             await self._fetch_all(elsewhere)
 
-    def _is_here(self, resource: serving_pb2.Resource) -> bool:
-        """Whether the bytes came along, and are not too many. Raises InvalidArgument."""
-        if resource.WhichOneof("source") != "body":
-            return False
-        self._fetcher.check_size(len(resource.body))
-        return True
-
     async def _fetch_all(self, resources: list[serving_pb2.Resource]) -> None:
-        tasks = [asyncio.create_task(self._fetcher.fetch(_source(each))) for each in resources]
+        tasks = [asyncio.create_task(self._fetcher.fetch(each.uri)) for each in resources]
         try:
             for resource, body in zip(resources, await asyncio.gather(*tasks), strict=True):
                 resource.body = body
@@ -82,7 +83,3 @@ class Pipeline:
             for each in tasks:
                 each.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _source(resource: serving_pb2.Resource) -> Source:
-    return Source(uri=resource.uri if resource.WhichOneof("source") == "uri" else None)

@@ -16,15 +16,13 @@ from yarl import URL
 from atserving.config import Release
 from atserving.errors import ServingError, StartError
 from atserving.uris import QiniuUri
-from evaluator.contract import Config
+from evaluator.contract import SCRIPT, Config
 from evaluator.qiniu import Buckets, QiniuConfig
 from evaluator.unpack import unpack
 
 MAX_FILE_BYTES = 4 << 30
 """The most a tar or a custom file may measure."""
 
-SCRIPT = "net.py"
-"""The member of a tar that makes it a release with a script of its own, which knows itself what it needs."""
 
 _CHUNK_BYTES = 1 << 20
 _SILENCE_S = 30.0

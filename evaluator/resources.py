@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
@@ -24,14 +23,6 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK_BYTES = 256 << 10
 _CONNECTIONS = 256
 _CONNECTIONS_PER_HOST = 16
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a resource's bytes are: in ``body``, or at ``uri``. Exactly one is not None."""
-
-    uri: str | None = None
-    body: bytes | None = None
 
 
 class ResourceFetcher:
@@ -85,22 +76,12 @@ class ResourceFetcher:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    async def fetch(self, source: Source) -> bytes:
+    async def fetch(self, uri: str) -> bytes:
         """The bytes. Raises InvalidArgument for what is the request's fault, ResourceUnreachable for a host's."""
-        data = source.body if source.uri is None else await self._fetch_uri(source.uri)
-        if data is None:
-            raise InvalidArgument("the request's data has neither a uri nor a body")
-        self.check_size(len(data))
-        return data
-
-    def check_size(self, size: int) -> None:
-        """Raises InvalidArgument for a resource of so many bytes, where these are too many."""
-        if size > self._max_bytes:
-            raise self._too_large("the resource")
-
-    async def _fetch_uri(self, uri: str) -> bytes:
         if uris.scheme(uri) == "data":
-            return uris.decode_data(uri)
+            data = uris.decode_data(uri)
+            self.check_size(len(data))
+            return data
         shown = f"resource {uris.shown(uri)}"
         try:
             async with asyncio.timeout(_TOTAL_S):
@@ -113,6 +94,11 @@ class ResourceFetcher:
             raise InvalidArgument(f"{shown}: bad url") from None
         except (aiohttp.ClientError, OSError) as error:
             raise ResourceUnreachable(f"{shown} could not be reached: {_reason(error)}") from None
+
+    def check_size(self, size: int) -> None:
+        """Raises InvalidArgument for a resource of so many bytes, where these are too many."""
+        if size > self._max_bytes:
+            raise self._too_large("the resource")
 
     async def _locate(self, uri: str, shown: str) -> URL:
         if uris.scheme(uri) != "qiniu":

@@ -27,8 +27,7 @@ from atserving.telemetry import configure_logging
 from atserving.v1 import evaluator_pb2
 from evaluator import engine, nets, requests, scripting
 from evaluator.batcher import Answer, Batcher
-from evaluator.contract import Config
-from evaluator.release import SCRIPT
+from evaluator.contract import SCRIPT, Config
 from evaluator.runner import Prepared, Result, Runner
 from evaluator.schedule import Item, Schedule
 from evaluator.worker import plan as planning

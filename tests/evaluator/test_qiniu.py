@@ -30,7 +30,7 @@ from evaluator import qiniu
 from evaluator.addresses import AddressPolicy
 from evaluator.qiniu import QiniuConfig, read_config
 from evaluator.release import fetch_release
-from evaluator.resources import ResourceFetcher, Source
+from evaluator.resources import ResourceFetcher
 from tests.evaluator.conftest import DIGITS, ROOT, Registry, evaluator
 from tests.evaluator.names import NameServer, name_server
 from tests.evaluator.test_serving import connected
@@ -157,7 +157,7 @@ async def fetcher(kodo: Kodo, names: NameServer) -> AsyncIterator[ResourceFetche
 
 async def refused(fetcher: ResourceFetcher, uri: str, kind: type[ServingError], message: str) -> None:
     with pytest.raises(kind) as error:
-        await fetcher.fetch(Source(uri=uri))
+        await fetcher.fetch(uri)
     assert error.value.message == f"resource {message}"
     # Not even the traceback that a log might show says more.
     assert error.value.__cause__ is None
@@ -170,7 +170,7 @@ async def test_a_private_object_is_read_with_the_owners_keys(kodo: Kodo, fetcher
     async with aiohttp.ClientSession() as session, session.get(f"{kodo.service}/7.png") as response:
         assert response.status == 401
     for uri in ("qiniu://z0/photos/7.png", "qiniu://42@z0/photos/7.png"):
-        assert await fetcher.fetch(Source(uri=uri)) == b"seven"
+        assert await fetcher.fetch(uri) == b"seven"
     await refused(
         fetcher, "qiniu://z0/photos/large", InvalidArgument, "'qiniu://z0/photos/large' is larger than 100000 bytes"
     )
@@ -185,7 +185,7 @@ async def test_a_private_object_is_read_with_the_owners_keys(kodo: Kodo, fetcher
 )
 async def test_a_key_is_taken_as_it_is_written(kodo: Kodo, fetcher: ResourceFetcher, key: str) -> None:
     kodo.objects["photos", key] = b"found"
-    assert await fetcher.fetch(Source(uri=f"qiniu://z0/photos/{key}")) == b"found"
+    assert await fetcher.fetch(f"qiniu://z0/photos/{key}") == b"found"
 
 
 async def test_requests_read_only_from_the_buckets_that_are_named(kodo: Kodo, names: NameServer) -> None:
@@ -196,7 +196,7 @@ async def test_requests_read_only_from_the_buckets_that_are_named(kodo: Kodo, na
             await refused(fetcher, uri, InvalidArgument, f"'{uri}': requests may not read from this bucket")
     assert kodo.lookups == kodo.downloads == []
     async with fetching(kodo, names, buckets=["models"]) as fetcher:
-        assert await fetcher.fetch(Source(uri=uri)) == b"the owner's"
+        assert await fetcher.fetch(uri) == b"the owner's"
 
 
 async def test_without_keys_there_are_no_objects(names: NameServer) -> None:
@@ -249,7 +249,7 @@ async def test_a_bucket_service_that_fails_is_not_the_requests_fault(
     await refused(fetcher, uri, ResourceUnreachable, f"'{uri}': {reason}")
     # Nothing of that is kept.
     kodo.answer, kodo.objects = None, {("photos", "x"): b"x"}
-    assert await fetcher.fetch(Source(uri=uri)) == b"x"
+    assert await fetcher.fetch(uri) == b"x"
 
 
 @pytest.mark.parametrize("domain", ["http://", "a/b", "a:b", "me@a", "a?b", ""])
@@ -293,14 +293,14 @@ async def test_the_rules_of_addresses_hold_for_the_bucket_service_and_for_downlo
     kodo.io_src = [f"{host}:{kodo.port}"]
     async with fetching(kodo, names) as fetcher:
         with pytest.raises(InvalidArgument, match="is not a public address"):
-            await fetcher.fetch(Source(uri=uri))
+            await fetcher.fetch(uri)
     assert kodo.downloads == []
 
 
 async def test_many_requests_for_a_bucket_make_one_lookup(kodo: Kodo, fetcher: ResourceFetcher) -> None:
     kodo.objects = {("photos", str(number)): str(number).encode() for number in range(50)}
     kodo.go_on.clear()
-    sources = [Source(uri=f"qiniu://z0/photos/{number}") for number in range(50)]
+    sources = [f"qiniu://z0/photos/{number}" for number in range(50)]
     impatient = asyncio.create_task(fetcher.fetch(sources[0]))
     while not kodo.lookups:  # noqa: ASYNC110 - what is waited for has no event
         await asyncio.sleep(0)
@@ -319,7 +319,7 @@ async def test_many_requests_share_a_lookup_that_fails_each_by_its_own_name(
 ) -> None:
     kodo.go_on.clear()
     uris = [f"qiniu://z0/gone/{number}" for number in range(20)]
-    tasks = [asyncio.create_task(fetcher.fetch(Source(uri=uri))) for uri in uris]
+    tasks = [asyncio.create_task(fetcher.fetch(uri)) for uri in uris]
     while not kodo.lookups:  # noqa: ASYNC110 - what is waited for has no event
         await asyncio.sleep(0)
     kodo.go_on.set()
@@ -337,7 +337,7 @@ async def test_what_was_looked_up_is_forgotten_in_time(
     kodo.objects["photos", "x"] = b"x"
     async with fetching(kodo, names) as fetcher:
         for _ in range(10_000):
-            assert await fetcher.fetch(Source(uri="qiniu://z0/photos/x")) == b"x"
+            assert await fetcher.fetch("qiniu://z0/photos/x") == b"x"
             if len(kodo.lookups) > 1:
                 break
     assert len(kodo.lookups) == 2
@@ -348,13 +348,13 @@ async def test_where_a_bucket_is_may_be_said_instead_of_looked_up(kodo: Kodo, na
     kodo.objects["photos", "x"] = b"x"
     domains = {"photos": f"http://photos.kodo.test:{kodo.port}/"}
     async with fetching(kodo, names, domains=domains, service="http://no.test") as fetcher:
-        assert await fetcher.fetch(Source(uri="qiniu://any/photos/x")) == b"x"
+        assert await fetcher.fetch("qiniu://any/photos/x") == b"x"
     assert kodo.lookups == []
 
 
 async def test_no_redirect_takes_the_token_along(kodo: Kodo, fetcher: ResourceFetcher) -> None:
     kodo.moved_to = f"http://other.test:{kodo.port}/moved?a=b"
-    assert await fetcher.fetch(Source(uri="qiniu://z0/photos/x")) == b"moved"
+    assert await fetcher.fetch("qiniu://z0/photos/x") == b"moved"
     (request,) = kodo.elsewhere
     assert request.raw_path == "/moved?a=b"
     assert not {"Referer", "Authorization", "Cookie"} & set(request.headers)

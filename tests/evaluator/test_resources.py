@@ -21,7 +21,7 @@ from multidict import CIMultiDictProxy
 from atserving.errors import InvalidArgument, ResourceUnreachable
 from evaluator import resources
 from evaluator.addresses import AddressPolicy
-from evaluator.resources import ResourceFetcher, Source
+from evaluator.resources import ResourceFetcher
 from tests.evaluator.names import NameServer, name_server
 
 MAX_BYTES = 100_000
@@ -29,11 +29,11 @@ ZIPPED = {"fair": gzip.compress(bytes(MAX_BYTES)), "bomb": gzip.compress(bytes(6
 FETCH = """
 import asyncio, ipaddress, sys
 from evaluator.addresses import AddressPolicy
-from evaluator.resources import ResourceFetcher, Source
+from evaluator.resources import ResourceFetcher
 
 async def fetch():
     async with ResourceFetcher(100, AddressPolicy([ipaddress.ip_network("127.0.0.0/8")])) as fetcher:
-        sys.stdout.buffer.write(await fetcher.fetch(Source(uri=sys.argv[1])))
+        sys.stdout.buffer.write(await fetcher.fetch(sys.argv[1]))
 
 asyncio.run(fetch())
 """
@@ -138,32 +138,26 @@ async def fetcher(names: NameServer) -> AsyncIterator[ResourceFetcher]:
         yield fetcher
 
 
-async def test_bodies_and_data_uris_are_what_they_hold(fetcher: ResourceFetcher) -> None:
-    assert await fetcher.fetch(Source(body=b"abc")) == b"abc"
+async def test_a_data_uri_is_what_it_holds(fetcher: ResourceFetcher) -> None:
     uri = "data:image/png;base64," + base64.b64encode(b"\x00\xff").decode()
-    assert await fetcher.fetch(Source(uri=uri)) == b"\x00\xff"
+    assert await fetcher.fetch(uri) == b"\x00\xff"
 
 
 async def test_a_resource_is_fetched(fetcher: ResourceFetcher, site: Site) -> None:
-    assert await fetcher.fetch(Source(uri=site.url("/bytes/100000"))) == bytes(100_000)
+    assert await fetcher.fetch(site.url("/bytes/100000")) == bytes(100_000)
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        Source(body=bytes(MAX_BYTES + 1)),
-        Source(uri="data:;base64," + base64.b64encode(bytes(MAX_BYTES + 1)).decode()),
-    ],
-)
-async def test_given_bytes_have_the_same_limit(fetcher: ResourceFetcher, source: Source) -> None:
+async def test_given_bytes_have_the_same_limit(fetcher: ResourceFetcher) -> None:
     with pytest.raises(InvalidArgument, match="larger than 100000 bytes"):
-        await fetcher.fetch(source)
+        fetcher.check_size(MAX_BYTES + 1)
+    with pytest.raises(InvalidArgument, match="larger than 100000 bytes"):
+        await fetcher.fetch("data:;base64," + base64.b64encode(bytes(MAX_BYTES + 1)).decode())
 
 
 @pytest.mark.parametrize("path", ["/bytes/100001", "/endless"])
 async def test_what_is_too_large_is_left_early(fetcher: ResourceFetcher, site: Site, path: str) -> None:
     with pytest.raises(InvalidArgument, match="larger than 100000 bytes"):
-        await fetcher.fetch(Source(uri=site.url(path)))
+        await fetcher.fetch(site.url(path))
 
 
 @pytest.mark.parametrize(
@@ -173,24 +167,24 @@ async def test_a_hosts_refusal_is_the_requests_fault_its_failure_is_not(
     fetcher: ResourceFetcher, site: Site, status: int, kind: type[Exception]
 ) -> None:
     with pytest.raises(kind, match=f"its host answered {status}") as error:
-        await fetcher.fetch(Source(uri=site.url(f"/status/{status}?token=secret")))
+        await fetcher.fetch(site.url(f"/status/{status}?token=secret"))
     assert "secret" not in str(error.value)
     assert "what the host says" not in str(error.value)
 
 
 async def test_a_connection_that_breaks_is_the_hosts_fault(fetcher: ResourceFetcher, site: Site) -> None:
     with pytest.raises(ResourceUnreachable, match="the connection broke"):
-        await fetcher.fetch(Source(uri=site.url("/broken")))
+        await fetcher.fetch(site.url("/broken"))
 
 
 async def test_a_host_that_does_not_listen_is_unreachable(fetcher: ResourceFetcher) -> None:
     with pytest.raises(ResourceUnreachable, match="cannot connect"):
-        await fetcher.fetch(Source(uri=f"http://{ALLOWED}:1/"))
+        await fetcher.fetch(f"http://{ALLOWED}:1/")
 
 
 async def test_an_unknown_host_is_unreachable(fetcher: ResourceFetcher) -> None:
     with pytest.raises(ResourceUnreachable, match="unknown host"):
-        await fetcher.fetch(Source(uri="http://no-such-host.invalid/"))
+        await fetcher.fetch("http://no-such-host.invalid/")
 
 
 async def test_a_host_that_does_not_answer_in_time_is_unreachable(
@@ -198,20 +192,20 @@ async def test_a_host_that_does_not_answer_in_time_is_unreachable(
 ) -> None:
     monkeypatch.setattr(resources, "_TOTAL_S", 0.05)
     with pytest.raises(ResourceUnreachable, match=r"did not come within 0\.05 s"):
-        await fetcher.fetch(Source(uri=site.url("/wait")))
+        await fetcher.fetch(site.url("/wait"))
 
 
 async def test_the_callers_deadline_is_not_taken_for_the_hosts(fetcher: ResourceFetcher, site: Site) -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
-            await fetcher.fetch(Source(uri=site.url("/wait")))
+            await fetcher.fetch(site.url("/wait"))
 
 
 async def test_up_to_three_redirects_are_followed(fetcher: ResourceFetcher, site: Site) -> None:
-    assert await fetcher.fetch(Source(uri=site.url("/hops/3"))) == bytes(7)
+    assert await fetcher.fetch(site.url("/hops/3")) == bytes(7)
     for path in ("/hops/4", "/loop"):
         with pytest.raises(InvalidArgument, match="redirects more than 3 times"):
-            await fetcher.fetch(Source(uri=site.url(path)))
+            await fetcher.fetch(site.url(path))
 
 
 async def test_no_redirect_leads_where_a_request_may_not(fetcher: ResourceFetcher, site: Site) -> None:
@@ -230,7 +224,7 @@ async def test_no_redirect_leads_where_a_request_may_not(fetcher: ResourceFetche
     ]
     for target in targets:
         with pytest.raises(InvalidArgument):
-            await fetcher.fetch(Source(uri=site.url("/to") + f"?url={target}"))
+            await fetcher.fetch(site.url("/to") + f"?url={target}")
     assert set(site.hits) == {"/to"}
 
 
@@ -266,37 +260,36 @@ async def test_forbidden_addresses_are_refused_in_every_notation(
     fetcher: ResourceFetcher, site: Site, host: str
 ) -> None:
     with pytest.raises((InvalidArgument, ResourceUnreachable)) as error:
-        await fetcher.fetch(Source(uri=site.url("/bytes/5", host)))
+        await fetcher.fetch(site.url("/bytes/5", host))
     assert isinstance(error.value, InvalidArgument) or "unknown host" in str(error.value)
     assert site.hits == []
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("uri", "message"),
     [
-        (Source(uri="qiniu://z0/bucket/key"), "'qiniu://z0/bucket/key': qiniu resources are not set up"),
-        (Source(uri="file:///etc/passwd"), "unsupported uri"),
-        (Source(uri="ftp://host/x"), "unsupported uri"),
-        (Source(uri=""), "unsupported uri"),
-        (Source(uri="http://"), "no http url"),
-        (Source(uri="http://host:port/"), "bad url"),
-        (Source(uri="data:text/plain,abc"), "a data uri should start with"),
-        (Source(), "neither a uri nor a body"),
+        ("qiniu://z0/bucket/key", "'qiniu://z0/bucket/key': qiniu resources are not set up"),
+        ("file:///etc/passwd", "unsupported uri"),
+        ("ftp://host/x", "unsupported uri"),
+        ("", "unsupported uri"),
+        ("http://", "no http url"),
+        ("http://host:port/", "bad url"),
+        ("data:text/plain,abc", "a data uri should start with"),
     ],
 )
-async def test_what_is_no_resource_is_refused(fetcher: ResourceFetcher, source: Source, message: str) -> None:
+async def test_what_is_no_resource_is_refused(fetcher: ResourceFetcher, uri: str, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
-        await fetcher.fetch(source)
+        await fetcher.fetch(uri)
 
 
 async def test_cookies_are_not_kept(fetcher: ResourceFetcher, site: Site) -> None:
     # By a name: from an address no client would keep one anyway.
     for _ in range(2):
-        assert await fetcher.fetch(Source(uri=site.url("/cookie", "good.test"))) == b"none"
+        assert await fetcher.fetch(site.url("/cookie", "good.test")) == b"none"
 
 
 async def test_a_host_is_asked_for_only_so_many_at_once(fetcher: ResourceFetcher, site: Site) -> None:
-    tasks = [asyncio.create_task(fetcher.fetch(Source(uri=site.url("/wait")))) for _ in range(40)]
+    tasks = [asyncio.create_task(fetcher.fetch(site.url("/wait"))) for _ in range(40)]
     while site.running < 16:  # noqa: ASYNC110 - what is waited for has no event
         await asyncio.sleep(0)
     site.gate.set()
@@ -305,10 +298,10 @@ async def test_a_host_is_asked_for_only_so_many_at_once(fetcher: ResourceFetcher
 
 
 async def test_one_slow_host_does_not_keep_others_waiting(fetcher: ResourceFetcher, site: Site) -> None:
-    tasks = [asyncio.create_task(fetcher.fetch(Source(uri=site.url("/wait")))) for _ in range(300)]
+    tasks = [asyncio.create_task(fetcher.fetch(site.url("/wait"))) for _ in range(300)]
     while site.running < 16:  # noqa: ASYNC110 - what is waited for has no event
         await asyncio.sleep(0)
-    assert await fetcher.fetch(Source(uri=site.url("/bytes/5", "good.test"))) == bytes(5)
+    assert await fetcher.fetch(site.url("/bytes/5", "good.test")) == bytes(5)
     assert not any(task.done() for task in tasks)
     for task in tasks:
         task.cancel()
@@ -318,12 +311,12 @@ async def test_one_slow_host_does_not_keep_others_waiting(fetcher: ResourceFetch
 async def test_waiting_for_a_connection_is_part_of_the_time_a_fetch_has(
     fetcher: ResourceFetcher, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tasks = [asyncio.create_task(fetcher.fetch(Source(uri=site.url("/wait")))) for _ in range(16)]
+    tasks = [asyncio.create_task(fetcher.fetch(site.url("/wait"))) for _ in range(16)]
     while site.running < 16:  # noqa: ASYNC110 - what is waited for has no event
         await asyncio.sleep(0)
     monkeypatch.setattr(resources, "_TOTAL_S", 0.05)
     with pytest.raises(ResourceUnreachable, match=r"did not come within 0\.05 s"):
-        await fetcher.fetch(Source(uri=site.url("/bytes/5")))
+        await fetcher.fetch(site.url("/bytes/5"))
     assert "/bytes/5" not in site.hits
     site.gate.set()
     assert await asyncio.gather(*tasks) == [b"waited"] * 16
@@ -334,7 +327,7 @@ async def test_a_host_that_drips_has_no_more_time(
 ) -> None:
     monkeypatch.setattr(resources, "_TOTAL_S", 0.1)
     with pytest.raises(ResourceUnreachable, match=r"did not come within 0\.1 s"):
-        await fetcher.fetch(Source(uri=site.url("/drip")))
+        await fetcher.fetch(site.url("/drip"))
 
 
 async def test_a_name_is_resolved_once_and_what_it_resolved_to_is_connected_to(
@@ -342,10 +335,10 @@ async def test_a_name_is_resolved_once_and_what_it_resolved_to_is_connected_to(
 ) -> None:
     names.addresses["rebound.test"] = [[ALLOWED], [FORBIDDEN]]
     names.addresses["late.test"] = [[FORBIDDEN], [ALLOWED]]
-    assert await fetcher.fetch(Source(uri=site.url("/host", "rebound.test"))) == f"rebound.test:{site.port}".encode()
+    assert await fetcher.fetch(site.url("/host", "rebound.test")) == f"rebound.test:{site.port}".encode()
     assert names.asked["rebound.test"] == 1
     with pytest.raises(InvalidArgument, match=r"'late\.test' is not a public address"):
-        await fetcher.fetch(Source(uri=site.url("/bytes/5", "late.test")))
+        await fetcher.fetch(site.url("/bytes/5", "late.test"))
     assert names.asked["late.test"] == 1
     assert site.hits == ["/host"]
 
@@ -354,7 +347,7 @@ async def test_a_refused_name_and_an_unknown_one_are_so_for_each_request_that_as
     fetcher: ResourceFetcher, site: Site
 ) -> None:
     hosts = ["bad.test", "unknown.test", "good.test"] * 10
-    sources = [Source(uri=site.url(f"/bytes/{number}", host)) for number, host in enumerate(hosts)]
+    sources = [site.url(f"/bytes/{number}", host) for number, host in enumerate(hosts)]
     outcomes = await asyncio.gather(*(fetcher.fetch(source) for source in sources), return_exceptions=True)
     for number, (host, outcome) in enumerate(zip(hosts, outcomes, strict=True)):
         resource = f"resource '{site.url(f'/bytes/{number}', host)}'"
@@ -374,8 +367,8 @@ async def test_names_that_nobody_answers_for_keep_no_other_waiting(
 ) -> None:
     silent = [f"silent-{number}.test" for number in range(100)]
     names.addresses |= {name: [] for name in silent}
-    tasks = [asyncio.create_task(fetcher.fetch(Source(uri=site.url("/", name)))) for name in silent]
-    assert await fetcher.fetch(Source(uri=site.url("/bytes/5", "good.test"))) == bytes(5)
+    tasks = [asyncio.create_task(fetcher.fetch(site.url("/", name))) for name in silent]
+    assert await fetcher.fetch(site.url("/bytes/5", "good.test")) == bytes(5)
     assert not any(task.done() for task in tasks)
     for task in tasks:
         task.cancel()
@@ -391,7 +384,7 @@ async def test_proxies_and_passwords_of_the_environment_are_not_used(
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, f"http://{ALLOWED}:1")
     async with ResourceFetcher(MAX_BYTES, AddressPolicy([ipaddress.ip_network("127.0.0.0/8")])) as fetcher:
-        assert await fetcher.fetch(Source(uri=site.url("/host"))) == f"{ALLOWED}:{site.port}".encode()
+        assert await fetcher.fetch(site.url("/host")) == f"{ALLOWED}:{site.port}".encode()
     assert "Authorization" not in site.headers[0]
 
 
@@ -400,19 +393,19 @@ async def test_credentials_are_for_their_host_alone_and_in_no_message(fetcher: R
     for password in ("secret", "se@cret"):
         uri = site.url(f"/to?url={target}").replace("://", f"://me:{password}@", 1)
         with pytest.raises(InvalidArgument, match="answered 404") as error:
-            await fetcher.fetch(Source(uri=uri))
+            await fetcher.fetch(uri)
         assert error.value.message == f"resource '{site.url('/to')}': its host answered 404"
     assert ["Authorization" in headers for headers in site.headers] == [True, False] * 2
     assert not any("Referer" in headers for headers in site.headers)
 
 
 async def test_what_comes_compressed_is_measured_unpacked(fetcher: ResourceFetcher, site: Site) -> None:
-    assert await fetcher.fetch(Source(uri=site.url("/gzip/fair"))) == bytes(MAX_BYTES)
+    assert await fetcher.fetch(site.url("/gzip/fair")) == bytes(MAX_BYTES)
     assert site.headers[0]["Accept-Encoding"] == "identity"
     tracemalloc.start()
     try:
         with pytest.raises(InvalidArgument, match="larger than 100000 bytes"):
-            await fetcher.fetch(Source(uri=site.url("/gzip/bomb")))
+            await fetcher.fetch(site.url("/gzip/bomb"))
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
@@ -448,7 +441,7 @@ async def test_https_is_for_hosts_that_can_prove_who_they_are(
     await site.listen(ALLOWED, secure)
     url = site.url("/bytes/5").replace("http://", "https://")
     with pytest.raises(ResourceUnreachable, match="TLS failed"):
-        await fetcher.fetch(Source(uri=url))
+        await fetcher.fetch(url)
     assert site.hits == []
     # Which certificates are trusted is read once in a process.
     trusting = await asyncio.create_subprocess_exec(
