@@ -48,6 +48,10 @@ proto: $(VENV)/installed  ## Generate stubs and Envoy's descriptor set from prot
 bench: $(VENV)/installed  ## Measure the whole mesh: latency and requests a second
 	$(BIN)/python -m bench.mesh
 
+.PHONY: bench-evaluator
+bench-evaluator: $(VENV)/installed  ## Measure one evaluator beside a bare loop; JSON=file writes the figures too
+	$(BIN)/python -m bench.evaluator $(if $(JSON),--json $(JSON))
+
 .PHONY: bench-converter
 bench-converter: $(VENV)/installed  ## Measure the converter: time, memory, and its nets beside PyTorch's
 	$(BIN)/python -m bench.converter

@@ -59,15 +59,11 @@ class Pipeline:
             raise InvalidArgument("the request has no data")
         if len(request.data) > _MAX_GROUP:
             raise InvalidArgument(f"the request has {len(request.data)} resources, more than {_MAX_GROUP}")
-        elsewhere = []
-        for resource in request.data:
-            match resource.WhichOneof("source"):
-                case "body":
-                    self._fetcher.check_size(len(resource.body))
-                case "uri":
-                    elsewhere.append(resource)
-                case _:
-                    raise InvalidArgument("the request's data has neither a uri nor a body")
+        sources = [each.WhichOneof("source") for each in request.data]
+        if None in sources:
+            raise InvalidArgument("the request's data has neither a uri nor a body")
+        # What is here already is checked where it is read, and not copied out of the message for that.
+        elsewhere = [each for each, source in zip(request.data, sources, strict=True) if source == "uri"]
         if len(elsewhere) == 1:
             elsewhere[0].body = await self._fetcher.fetch(elsewhere[0].uri)
         elif elsewhere:

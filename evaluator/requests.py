@@ -17,17 +17,19 @@ from evaluator.contract import Req
 log = structlog.get_logger()
 
 
-def read(request: evaluator_pb2.InferRequest) -> Req:
-    """The request, whose resources have been fetched. Raises InvalidArgument."""
-    data = [_data(resource) for resource in request.data]
+def read(request: evaluator_pb2.InferRequest, max_bytes: int) -> Req:
+    """The request, whose resources have been fetched, ``max_bytes`` each at most. Raises InvalidArgument."""
+    data = [_data(resource, max_bytes) for resource in request.data]
     req: Req = {"data": data if request.group or len(data) != 1 else data[0]}
     if request.params_json:
         req["params"] = _json(request.params_json, "params")
     return req
 
 
-def _data(resource: serving_pb2.Resource) -> dict[str, Any]:
+def _data(resource: serving_pb2.Resource, max_bytes: int) -> dict[str, Any]:
     data: dict[str, Any] = {"uri": "", "body": resource.body}
+    if len(data["body"]) > max_bytes:
+        raise InvalidArgument(f"the resource is larger than {max_bytes} bytes")
     if resource.attribute_json:
         data["attribute"] = _json(resource.attribute_json, "attribute")
     return data

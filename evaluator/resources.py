@@ -80,7 +80,8 @@ class ResourceFetcher:
         """The bytes. Raises InvalidArgument for what is the request's fault, ResourceUnreachable for a host's."""
         if uris.scheme(uri) == "data":
             data = uris.decode_data(uri)
-            self.check_size(len(data))
+            if len(data) > self._max_bytes:
+                raise self._too_large("the resource")
             return data
         shown = f"resource {uris.shown(uri)}"
         try:
@@ -94,11 +95,6 @@ class ResourceFetcher:
             raise InvalidArgument(f"{shown}: bad url") from None
         except (aiohttp.ClientError, OSError) as error:
             raise ResourceUnreachable(f"{shown} could not be reached: {_reason(error)}") from None
-
-    def check_size(self, size: int) -> None:
-        """Raises InvalidArgument for a resource of so many bytes, where these are too many."""
-        if size > self._max_bytes:
-            raise self._too_large("the resource")
 
     async def _locate(self, uri: str, shown: str) -> URL:
         if uris.scheme(uri) != "qiniu":

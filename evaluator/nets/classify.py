@@ -52,7 +52,7 @@ def _ret(model: Model, scores: np.ndarray[Any, np.dtype[np.float32]], limit: int
     if not np.isfinite(scores).all():
         return {"code": 500, "message": "the net's output is not finite"}
     # Stable, so that equal scores come in the order of their index.
-    best = np.argsort(-scores, kind="stable")[:limit].tolist()
+    best = [int(scores.argmax())] if limit == 1 else np.argsort(-scores, kind="stable")[:limit].tolist()
     confidences = [
         {"index": index, "class": one_image.class_name(model, index), "score": float(scores[index])} for index in best
     ]

@@ -28,6 +28,7 @@ from atserving.v1 import evaluator_pb2
 from evaluator import engine, nets, requests, scripting
 from evaluator.batcher import Answer, Batcher
 from evaluator.contract import SCRIPT, Config
+from evaluator.images import Limits
 from evaluator.runner import Prepared, Result, Runner
 from evaluator.schedule import Item, Schedule
 from evaluator.worker import plan as planning
@@ -64,7 +65,7 @@ class Host:
 
     def _serve(self, runner: Runner, plan: Plan, delay_s: float, cfg: Config) -> None:
         schedule = Schedule(batch_size=plan.batch_size, engines=plan.engines, delay_s=delay_s)
-        work = NetWork(runner, _folder(cfg))
+        work = NetWork(runner, _folder(cfg), Limits.of_release(cfg["custom_values"]).max_bytes)
         batcher = Batcher(schedule, work, self._answer, self._progress, lanes=plan.lanes)
         threading.Thread(target=self._read, args=(batcher,), name="reader", daemon=True).start()
         for number in range(1, plan.engines + plan.preparers):
@@ -78,15 +79,14 @@ class Host:
         try:
             while True:
                 kind, payload = wire.receive(self._lane)
-                if kind == wire.Kind.SETTINGS:
-                    batcher.configure(delay_s=orjson.loads(payload)["delay_s"])
-                    continue
-                frame = evaluator_pb2.ExchangeRequest.FromString(payload)
-                now_s = time.monotonic()
-                if frame.cancelled:
-                    batcher.cancel(frame.cancelled)
-                if frame.calls:
-                    batcher.submit([_item(call, now_s) for call in frame.calls])
+                match kind:
+                    case wire.Kind.CALLS:
+                        now_s = time.monotonic()
+                        batcher.submit([_item(call, now_s) for call in wire.read_calls(payload)])
+                    case wire.Kind.CANCELLED:
+                        batcher.cancel(orjson.loads(payload))
+                    case wire.Kind.SETTINGS:
+                        batcher.configure(delay_s=orjson.loads(payload)["delay_s"])
         except (EOFError, OSError):
             end()
         except BaseException:
@@ -112,15 +112,16 @@ class Host:
 class NetWork:
     """What a batcher's threads do: the net's functions."""
 
-    def __init__(self, runner: Runner, folder: Path | None) -> None:
+    def __init__(self, runner: Runner, folder: Path | None, max_bytes: int) -> None:
         """``folder``: where requests' resources are files meanwhile; None where the net wants no files."""
         self._runner = runner
         self._folder = folder
+        self._max_bytes = max_bytes
 
     def prepare(self, item: Item) -> Prepared:
         """Raises ServingError."""
         request: evaluator_pb2.InferRequest = item.request
-        req = requests.read(request)
+        req = requests.read(request, self._max_bytes)
         if not self._folder:
             return self._runner.prepare(request.reqid, req)
         files = requests.Files(self._folder)

@@ -1,16 +1,17 @@
 """How a net runs on the hardware there is: how many engines, with how many threads each, and how large a batch may be.
 
-On a CPU that is measured when the net is loaded, where the release does not say it: what takes the least CPU time a
-request, which is what bounds a machine that is fully used, and tells the same on one that is busy with other things.
-On a GPU there is one engine.
+An engine is a thread that runs batches. On a CPU the plan is measured when the net is loaded, where the release does
+not say it. What takes the least CPU time a request wins: that is what bounds a machine in use, and unlike requests a
+second it can be measured on a machine that others use too. On a GPU there is one engine.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -27,9 +28,14 @@ from evaluator.worker.progress import MAX_THREADS
 log = structlog.get_logger()
 
 _MAX_MEASURED_BATCH_SIZE = 32
-_MEASURE_S = 0.04
-# Of two that cost about the same, the smaller batch and the fewer engines: less latency.
-_WORTH = 1.05
+_LONGEST_BATCH_S = 0.05
+_ROUNDS, _ROUND_S = 5, 0.01
+# What goes with a batch whatever its size: messages, and threads that wake each other.
+_PER_BATCH_S = 0.0004
+# So much more CPU time a request, and engines only wait for each other's Python.
+_IN_THE_WAY = 1.25
+# Several threads an engine have to be that much cheaper: they wait for each other, and others decode for them.
+_WORTH = 1.1
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Plan:
     preparers: int = 0
     """Threads that only prepare requests; 0 where each engine prepares its own."""
     measured: dict[str, float] = field(default_factory=dict)
-    """Milliseconds of CPU a request, without decoding, by ``<engines>x<threads> batch <size>``; empty: none was."""
+    """Milliseconds of CPU a request (of a small picture) by ``<engines>x<threads> batch <size>``; empty: none were."""
 
     @property
     def lanes(self) -> bool:
@@ -59,51 +65,52 @@ def for_script(runner: Runner, folder: Path) -> tuple[Runner, Plan]:
 def for_built_in(functions: NetFunctions, cfg: Config, known: Plan | None = None) -> tuple[Runner, Plan]:
     """A warm net and its plan: ``known``, what the release says, or what measures best. Raises StartError."""
     values = Values("model_params", cfg["model_params"])
-    engines = values.optional_positive_int("engines")
+    engines, threads = values.optional_positive_int("engines"), values.optional_positive_int("intra_op_threads")
     if engines and engines > MAX_THREADS // 2:
         raise StartError(f"model_params.engines is {engines}, should be at most {MAX_THREADS // 2}")
     if known:
-        chosen = _Candidate(functions, cfg, known.engines, known.threads)
-        plan = known
+        net, plan = _Net(functions, cfg, known.threads), known
     elif cfg["use_device"] != "CPU":
-        chosen = _Candidate(functions, cfg, engines or 1, 0)
-        plan = Plan(chosen.engines, 0, chosen.runner.batch_size, _preparers(chosen.engines))
+        net = _Net(functions, cfg, 0)
+        plan = Plan(engines or 1, 0, net.runner.batch_size, _preparers(engines or 1))
     else:
-        chosen, plan = _on_cpu(functions, cfg, engines, values.optional_positive_int("intra_op_threads"))
-    chosen.warm_up(plan.batch_size)
-    return chosen.runner, plan
+        net, plan = _on_cpu(functions, cfg, engines, threads)
+    net.warm_up(plan.batch_size)
+    return net.runner, plan
 
 
 def _preparers(engines: int) -> int:
     return min(cpus.available(), MAX_THREADS - engines)
 
 
-def _on_cpu(functions: NetFunctions, cfg: Config, engines: int | None, threads: int | None) -> tuple[_Candidate, Plan]:
-    shapes = _shapes(engines, threads)
-    sizes = [cfg["batch_size"]] if cfg["batch_size"] else _sizes(_MAX_MEASURED_BATCH_SIZE)
-    measured: dict[str, float] = {}
-    best: _Candidate | None = None
-    for shape in shapes:
-        candidate = _Candidate(functions, cfg, *shape)
-        if len(shapes) > 1:
-            measured |= candidate.measure(sizes[:1])
-        if best is None or candidate.least_s * _WORTH < best.least_s:
-            best = candidate
-    assert best
-    if len(sizes) > 1:
-        measured |= best.measure(sizes)
-    size = best.smallest_worth_it(sizes)
-    plan = Plan(best.engines, best.threads, size, 0 if best.threads == 1 else _preparers(best.engines))
-    return best, replace(plan, measured={name: round(cost_s * 1000, 4) for name, cost_s in measured.items()})
-
-
-def _shapes(engines: int | None, threads: int | None) -> list[tuple[int, int]]:
-    """Engines and threads each that use the CPUs there are; fewer engines first."""
+def _on_cpu(functions: NetFunctions, cfg: Config, engines: int | None, threads: int | None) -> tuple[_Net, Plan]:
     available = cpus.available()
-    if threads or engines:
-        return [(engines or max(available // (threads or 1), 1), threads or max(available // (engines or 1), 1))]
-    splits = {max(available >> shift, 1) for shift in range(available.bit_length())}
-    return [(available // each, each) for each in sorted(splits, reverse=True)]
+    measured: dict[str, float] = {}
+    if engines or threads:
+        engines = engines or max(available // (threads or 1), 1)
+        net = _Net(functions, cfg, threads or max(available // engines, 1))
+    else:
+        net = _Net(functions, cfg, 1)
+        engines = net.scales_to(min(available, MAX_THREADS // 2), measured)
+        if engines == available > 1:
+            net, engines = _split(functions, cfg, net, measured)
+    size = cfg["batch_size"] or net.best_batch_size(engines, measured)
+    preparers = 0 if net.threads == 1 else _preparers(engines)
+    in_ms = {name: round(cost_s * 1000, 4) for name, cost_s in measured.items()}
+    return net, Plan(engines, net.threads, size, preparers, in_ms)
+
+
+def _split(functions: NetFunctions, cfg: Config, net: _Net, measured: dict[str, float]) -> tuple[_Net, int]:
+    """How all CPUs are best split: into engines of one thread (``net``), or fewer of more. Raises StartError."""
+    available = cpus.available()
+    best, engines, least_s = net, available, net.cost_s(available, 1, measured)
+    for shift in range(1, available.bit_length()):
+        threads = min(1 << shift, available)
+        other = _Net(functions, cfg, threads)
+        cost_s = other.cost_s(available // threads, 1, measured)
+        if cost_s * _WORTH < least_s:
+            best, engines, least_s = other, available // threads, cost_s
+    return best, engines
 
 
 def _sizes(most: int) -> list[int]:
@@ -111,60 +118,71 @@ def _sizes(most: int) -> list[int]:
     return sorted({1 << shift for shift in range(most.bit_length())} | {most})
 
 
-class _Candidate:
-    """A net loaded for some engines with some threads each, and how fast it is in batches of each size."""
+class _Net:
+    """A net loaded for some threads an engine, and what it costs."""
 
-    def __init__(self, functions: NetFunctions, cfg: Config, engines: int, threads: int) -> None:
+    def __init__(self, functions: NetFunctions, cfg: Config, threads: int) -> None:
         """Raises StartError."""
-        self.engines, self.threads = engines, threads
+        self.threads = threads
         params = cfg["model_params"] | ({"intra_op_threads": threads} if threads else {})
         self.runner = Runner(functions, {**cfg, "model_params": params})
-        self._costs_s: dict[int, float] = {}
-
-    @property
-    def least_s(self) -> float:
-        return min(self._costs_s.values(), default=0.0)
-
-    def smallest_worth_it(self, sizes: Sequence[int]) -> int:
-        """The smallest batch that costs about the least a request; the first where nothing was measured."""
-        return next((size for size, cost_s in self._costs_s.items() if cost_s <= self.least_s * _WORTH), sizes[0])
-
-    def measure(self, sizes: Sequence[int]) -> dict[str, float]:
-        """CPU seconds a request by size, up to where larger batches no longer help. Raises StartError."""
-        for size in sizes:
-            if size in self._costs_s:
-                continue
-            least_s = self.least_s
-            self._costs_s[size] = cost_s = self._cost_s(size)
-            if least_s and cost_s * _WORTH > least_s:
-                break
-        return {f"{self.engines}x{self.threads} batch {size}": cost_s for size, cost_s in self._costs_s.items()}
-
-    def _cost_s(self, size: int) -> float:
-        batch = self._batch(size)
-        self._infer(batch)
-        counts = [0] * self.engines
-        until_s = time.perf_counter() + _MEASURE_S
-
-        def loop(engine: int) -> None:
-            while not counts[engine] or time.perf_counter() < until_s:
-                self._infer(batch)
-                counts[engine] += 1
-
-        began_s = time.process_time()
-        with ThreadPoolExecutor(self.engines) as engines:
-            list(engines.map(loop, range(self.engines)))
-        return (time.process_time() - began_s) / (sum(counts) * size)
 
     def warm_up(self, most: int) -> None:
         """Runs batches of each size bucket, as requests will. Raises StartError."""
         for size in _sizes(most):
-            _raise_any(self._infer(self._batch(size)))
+            for outcome in self._infer(self._batch(size)):
+                if isinstance(outcome, ServingError):
+                    raise StartError(f"the net failed to warm up: {outcome}")
+
+    def scales_to(self, most: int, measured: dict[str, float]) -> int:
+        """How many engines can run at once before they get in each other's way. Raises StartError.
+
+        Where a request is mostly Python, more engines only pass the interpreter to and fro.
+        """
+        engines, alone_s = 1, self.cost_s(1, 1, measured)
+        for more in _sizes(most)[1:]:
+            if self.cost_s(more, 1, measured) > alone_s * _IN_THE_WAY:
+                break
+            engines = more
+        return engines
+
+    def best_batch_size(self, engines: int, measured: dict[str, float]) -> int:
+        """The cheapest, with what goes with each batch; none that takes long. Raises StartError."""
+        best, least_s = 1, float("inf")
+        for size in _sizes(_MAX_MEASURED_BATCH_SIZE):
+            cost_s = self.cost_s(engines, size, measured)
+            if size > 1 and cost_s * size / self.threads > _LONGEST_BATCH_S:
+                break
+            if cost_s + _PER_BATCH_S / size < least_s:
+                best, least_s = size, cost_s + _PER_BATCH_S / size
+        return best
+
+    def cost_s(self, engines: int, size: int, measured: dict[str, float]) -> float:
+        """CPU seconds a request where engines run batches of ``size``; goes into ``measured``. Raises StartError."""
+        name = f"{engines}x{self.threads} batch {size}"
+        if name not in measured:
+            self._infer(self._batch(size))
+            with ThreadPoolExecutor(engines) as pool:
+                measured[name] = statistics.median(self._round_s(pool, engines, size) for _ in range(_ROUNDS))
+        return measured[name]
+
+    def _round_s(self, pool: ThreadPoolExecutor, engines: int, size: int) -> float:
+        until_s = time.perf_counter() + _ROUND_S
+
+        def loop(_: int) -> int:
+            count = 0
+            while not count or time.perf_counter() < until_s:
+                self._infer(self._batch(size))
+                count += size
+            return count
+
+        began_s = time.process_time()
+        count = sum(pool.map(loop, range(engines)))
+        return (time.process_time() - began_s) / count
 
     def _batch(self, size: int) -> list[Prepared]:
-        req = {"data": {"uri": "", "body": sample()}}
         try:
-            return [self.runner.prepare("warm-up", dict(req)) for _ in range(size)]
+            return [self.runner.prepare("warm-up", {"data": {"uri": "", "body": sample()}}) for _ in range(size)]
         except ServingError as error:
             raise StartError(f"the net failed to warm up: {error}") from error
 
@@ -173,12 +191,6 @@ class _Candidate:
             return self.runner.infer(batch)
         except ServingError as error:
             raise StartError(f"the net failed to warm up: {error}") from error
-
-
-def _raise_any(outcomes: Sequence[Result | ServingError]) -> None:
-    for outcome in outcomes:
-        if isinstance(outcome, ServingError):
-            raise StartError(f"the net failed to warm up: {outcome}")
 
 
 def _warm_up_script(runner: Runner, folder: Path) -> None:

@@ -78,11 +78,10 @@ class WorkerProcess(asyncio.Protocol):
             raise StartError(str(error))
         return said
 
-    def send(self, kind: wire.Kind, payload: bytes) -> None:
-        """Never waits: what is sent is bounded by who sends."""
+    def send(self, kind: wire.Kind, *payload: bytes) -> None:
+        """Never waits: what is sent is bounded by who sends. The payload may be in parts."""
         if self._transport and not self._transport.is_closing():
-            self._transport.write(wire.HEAD.pack(kind, len(payload)))
-            self._transport.write(payload)
+            self._transport.writelines([wire.HEAD.pack(kind, sum(map(len, payload))), *payload])
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no subclasses of asyncio's.

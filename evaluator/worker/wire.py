@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
+from typing import cast
+
+from atserving.v1 import evaluator_pb2
 
 HEAD = struct.Struct("<BI")
 """Before each frame: its kind, and its length in bytes."""
 
-MAX_FRAME_BYTES = (1 << 32) - 1
+_LENGTH = struct.Struct("<I")
 
 
 class Kind(IntEnum):
@@ -24,8 +28,10 @@ class Kind(IntEnum):
     SETTINGS = 2
     """To the worker: JSON, what may change while it runs."""
     CALLS = 3
-    """To the worker: an ExchangeRequest."""
-    REPLIES = 4
+    """To the worker: Calls, see :func:`calls`."""
+    CANCELLED = 4
+    """To the worker: ids of calls, as JSON, that nobody waits for any more."""
+    REPLIES = 5
     """From the worker: an ExchangeResponse. Each call gets one reply, be it cancelled."""
 
 
@@ -43,6 +49,21 @@ def receive(lane: socket.socket) -> tuple[int, bytes]:
     """One frame. Raises OSError, and EOFError where the other end has closed."""
     kind, length = HEAD.unpack(_exactly(lane, HEAD.size))
     return kind, _exactly(lane, length)
+
+
+def calls(serialized: Sequence[bytes]) -> list[bytes]:
+    """The payload of a frame of calls, in parts, which may be large and are not copied: each after its length."""
+    return [part for each in serialized for part in (_LENGTH.pack(len(each)), each)]
+
+
+def read_calls(payload: bytes) -> Iterator[evaluator_pb2.Call]:
+    """The calls of a frame."""
+    view, start = memoryview(payload), 0
+    while start < len(view):
+        (length,) = _LENGTH.unpack_from(view, start)
+        start += _LENGTH.size
+        yield evaluator_pb2.Call.FromString(cast(bytes, view[start : start + length]))
+        start += length
 
 
 def _exactly(lane: socket.socket, length: int) -> bytes:

@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,21 +159,25 @@ class Worker:
         self._flushing = False
         if self._process is None or self._suspects:
             return
-        frame = evaluator_pb2.ExchangeRequest(cancelled=self._gone)
-        self._gone.clear()
+        if self._gone:
+            self._process.send(wire.Kind.CANCELLED, orjson.dumps(self._gone))
+            self._gone.clear()
         window = 2 * self.plan.batch_size * self.plan.engines + self.plan.preparers
-        while self._waiting and self._sent < window:
+        calls: list[_Open] = []
+        while self._waiting and self._sent + len(calls) < window:
             one = self._waiting.popleft()
             if one.call.id in self._open:
-                self._add(frame, one)
-        if frame.calls or frame.cancelled:
-            self._process.send(wire.Kind.CALLS, frame.SerializeToString())
+                calls.append(one)
+        if calls:
+            self._send(self._process, calls)
 
-    def _add(self, frame: evaluator_pb2.ExchangeRequest, one: _Open) -> None:
-        one.sent = True
-        self._sent += 1
-        one.call.timeout_us = max(1, round((one.deadline_s - time.monotonic()) * 1e6))
-        frame.calls.append(one.call)
+    def _send(self, process: WorkerProcess, calls: Sequence[_Open]) -> None:
+        now_s = time.monotonic()
+        for one in calls:
+            one.sent = True
+            one.call.timeout_us = max(1, round((one.deadline_s - now_s) * 1e6))
+        self._sent += len(calls)
+        process.send(wire.Kind.CALLS, *wire.calls([one.call.SerializeToString() for one in calls]))
 
     def _replies(self, frame: evaluator_pb2.ExchangeResponse) -> None:
         for reply in frame.replies:
@@ -210,9 +214,7 @@ class Worker:
             one = self._suspects[0]
             if one.call.id in self._open and not one.answer.done():
                 log.warning("a call during which the net's process died runs again, alone")
-                frame = evaluator_pb2.ExchangeRequest()
-                self._add(frame, one)
-                process.send(wire.Kind.CALLS, frame.SerializeToString())
+                self._send(process, [one])
                 ends: list[asyncio.Future[Any]] = [one.answer, process.ended]
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
                 if process.ended.done():

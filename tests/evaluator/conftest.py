@@ -31,6 +31,7 @@ class Process:
         self._grown = threading.Condition()
         self._ended = False
         self._popen = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        self.pid = self._popen.pid
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 

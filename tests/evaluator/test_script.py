@@ -36,7 +36,7 @@ def test_net_init_is_given_the_cfg_of_the_contract(script: Served, workspace: Pa
 
 
 def test_a_req_has_the_bytes_and_a_file_of_them_meanwhile(script: Served, workspace: Path) -> None:
-    data = Resource(body=bytes(5000), attribute_json=f'{{"n": {2**62 + 1}}}')
+    data = Resource(body=bytes(500), attribute_json=f'{{"n": {2**62 + 1}}}')
 
     def ask(*data: Resource, **options: Any) -> Any:
         return result(script.ask(*data, do="args", **options))
@@ -50,6 +50,13 @@ def test_a_req_has_the_bytes_and_a_file_of_them_meanwhile(script: Served, worksp
     assert single["prepared"] is group["prepared"] is True
     assert single["data"][0]["attribute"] == {"n": 2**62 + 1}
     assert not any(Path(uri).exists() for uri in uris)
+
+
+def test_a_body_has_the_limit_of_a_resource(script: Served) -> None:
+    assert result(script.ask(Resource(body=bytes(1000))))
+    error = script.ask(Resource(body=bytes(1001)))
+    assert isinstance(error, InvalidArgument)
+    assert error.message == "the resource is larger than 1000 bytes"
 
 
 def test_a_group_of_one_is_a_list(script: Served) -> None:
