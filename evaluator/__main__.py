@@ -93,6 +93,19 @@ def _json(context: click.Context, parameter: click.Parameter, value: str | None)
     metavar="FILE",
     help="The app owner's keys for qiniu:// resources, and the buckets requests may read, in JSON.",
 )
+@click.option(
+    "--http",
+    default="127.0.0.1:0",
+    show_default=True,
+    callback=_host_and_port,
+    metavar="HOST:PORT",
+    help="Where to serve /metrics and /status; port 0: any free.",
+)
+@click.option(
+    "--status-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A file that says what /status does, and says it still when this process has ended.",
+)
 @service.log_level_option
 def main(
     app: str,
@@ -105,12 +118,17 @@ def main(
     grace_s: float,
     allow_networks: list[Network],
     qiniu: Path | None,
+    http: str,
+    status_file: Path | None,
     log_level: str,
 ) -> None:
     """Serves one version of one app, as one instance of the mesh."""
     configure_logging("evaluator", log_level)
     keys = read_config(qiniu) if qiniu else None
-    settings = Settings(app, version, registry, listen, advertise, workspace, wait_s, grace_s, allow_networks, keys)
+    settings = Settings(
+        *(app, version, registry, listen, advertise, workspace, wait_s, grace_s),
+        *(allow_networks, keys, http, status_file),
+    )
     uvloop.run(run(settings))
 
 

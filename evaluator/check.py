@@ -193,7 +193,10 @@ class _Trial:
             params_json="" if self._options.params is None else json.dumps(self._options.params),
             reqid="check",
         )
-        return await self._worker.infer(evaluator_pb2.Call(request=request, timeout_us=int(_REQUEST_S * 1e6)))
+        reply = await self._worker.infer(evaluator_pb2.Call(request=request, timeout_us=int(_REQUEST_S * 1e6)))
+        if reply.response.HasField("error"):
+            raise ServingError.from_proto(reply.response.error)
+        return reply
 
 
 def _given(options: Options) -> dict[str, list[bytes]]:

@@ -21,7 +21,9 @@ from atserving.errors import StartError
 from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
 from evaluator.addresses import AddressPolicy, Network
 from evaluator.followed import FollowedConfig
+from evaluator.http import HttpServer
 from evaluator.images import Limits
+from evaluator.metrics import Metrics
 from evaluator.pipeline import Pipeline
 from evaluator.places import Places
 from evaluator.qiniu import QiniuConfig
@@ -29,6 +31,7 @@ from evaluator.registration import Registration
 from evaluator.release import fetch_release
 from evaluator.resources import ResourceFetcher
 from evaluator.server import EvaluatorServicer
+from evaluator.status import State, Status
 from evaluator.worker.worker import Worker
 
 log = structlog.get_logger()
@@ -55,89 +58,117 @@ class Settings:
     grace_s: float = 30.0
     allow_networks: Sequence[Network] = ()
     qiniu: QiniuConfig | None = None
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    worker: Worker
-    limits: Limits
+    http: str = "127.0.0.1:0"
+    status_file: Path | None = None
 
 
 async def run(settings: Settings) -> None:
-    """Serves until SIGTERM or SIGINT. Raises StartError."""
-    stop = transport.stop_signal()
-    followed = FollowedConfig(settings.registries, settings.app, settings.version)
-    log.debug("starting", app=settings.app, version=settings.version, registries=settings.registries)
-    with _workspace(settings) as workspace:
-        async with _background(followed.run()) as following, AsyncExitStack() as beside:
-            loaded = await _unless(stop, _load(settings, followed, workspace, beside))
-            if loaded:
-                await _serve(settings, followed, loaded, stop, following)
-
-
-async def _load(settings: Settings, followed: FollowedConfig, workspace: Path, beside: AsyncExitStack) -> _Loaded:
-    cfg = (await fetch_release(await followed.release(settings.wait_s), workspace, settings.qiniu)).cfg()
-    limits = Limits.of_release(cfg["custom_values"])
-    worker = Worker(cfg)
-    beside.push_async_callback(worker.close)
-    await worker.start()
-    log.info("warm", app=settings.app, version=settings.version, device=cfg["use_device"], **asdict(worker.plan))
-    return _Loaded(worker, limits)
-
-
-async def _serve(
-    settings: Settings,
-    followed: FollowedConfig,
-    loaded: _Loaded,
-    stop: asyncio.Event,
-    following: asyncio.Task[None],
-) -> None:
-    worker, places = loaded.worker, Places(1)
-    fetcher = ResourceFetcher(loaded.limits.max_bytes, AddressPolicy(settings.allow_networks), settings.qiniu)
-    server = transport.Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
-    async with fetcher, _background(worker.run()) as working:
-        servicer = EvaluatorServicer(Pipeline(worker, fetcher, places), settings.app, settings.version)
-        evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(servicer, server.grpc)
-        port = await server.start(settings.listen)
-        instance = await asyncio.to_thread(_instance, settings, port)
-        registration = Registration(settings.registries, lambda: instance.model_copy(update={"capacity": places.most}))
-
-        def apply(config: WorkerConfig) -> None:
-            assert config.max_concurrent is not None
-            assert config.delay4batch is not None
-            places.most = config.max_concurrent
-            worker.configure(delay_s=config.delay4batch.total_seconds())
-            registration.renew()
-
-        followed.on_worker = apply
-        apply(followed.worker)
-        await server.set_serving(True)
-        log.info("serving", app=settings.app, version=settings.version, port=port)
-        async with _background(registration.run()) as registering:
-            try:
-                await transport.until_stopped(stop, working, registering, following)
-            finally:
-                # Also where the net can't be kept running: callers are sent elsewhere before this process ends.
-                followed.on_worker = lambda _: None
-                worker.configure(delay_s=0)
-                await _leave(settings.grace_s, registration, places, server)
-
-
-async def _leave(grace_s: float, registration: Registration, places: Places, server: transport.Server) -> None:
-    log.info("leaving", held=places.held)
-    places.drain()
-    await server.set_serving(False)
-    await asyncio.gather(registration.deregister(), _drained(places, grace_s), asyncio.sleep(_LINGER_S))
-    await server.stop(_STOP_S)
-    log.info("stopped")
-
-
-async def _drained(places: Places, grace_s: float) -> None:
+    """Serves until SIGTERM or SIGINT. Raises StartError, which the status says too."""
+    status = Status(settings.app, settings.version, settings.status_file)
+    status.set(State.LOADING)
     try:
-        async with asyncio.timeout(grace_s):
-            await places.drained()
-    except TimeoutError:
-        log.warning("the grace is over", held=places.held)
+        await _Life(settings, status).run()
+    except StartError as error:
+        status.set(State.FAILED, str(error))
+        raise
+    except BaseException:
+        status.set(State.FAILED, "it failed unexpectedly, see the log")
+        raise
+    status.set(State.STOPPED)
+
+
+class _Life:
+    """What an instance consists of, and the order in which it comes and goes."""
+
+    def __init__(self, settings: Settings, status: Status) -> None:
+        self._settings = settings
+        self._status = status
+        self._metrics = Metrics()
+        self._places = Places(1)
+        self._followed = FollowedConfig(settings.registries, settings.app, settings.version)
+        self._stop = transport.stop_signal()
+
+    async def run(self) -> None:
+        settings = self._settings
+        log.debug("starting", app=settings.app, version=settings.version, registries=settings.registries)
+        with _workspace(settings) as workspace:
+            async with (
+                HttpServer(settings.http, self._metrics, self._status) as http,
+                _background(self._followed.run()) as following,
+                AsyncExitStack() as beside,
+            ):
+                worker = await _unless(self._stop, self._load(workspace, beside, http.port))
+                if worker:
+                    await self._serve(worker, following)
+
+    async def _load(self, workspace: Path, beside: AsyncExitStack, http_port: int) -> Worker:
+        settings = self._settings
+        release = await self._followed.release(settings.wait_s)
+        log.info("loading", app=settings.app, version=settings.version, http_port=http_port)
+        cfg = (await fetch_release(release, workspace, settings.qiniu)).cfg()
+        self._limits = Limits.of_release(cfg["custom_values"])
+        worker = Worker(cfg)
+        beside.push_async_callback(worker.close)
+        await worker.start()
+        self._status.device, self._status.plan = cfg["use_device"], worker.plan
+        log.info("warm", app=settings.app, version=settings.version, device=cfg["use_device"], **asdict(worker.plan))
+        return worker
+
+    async def _serve(self, worker: Worker, following: asyncio.Task[None]) -> None:
+        settings, places = self._settings, self._places
+        self._metrics.of_worker(worker)
+        self._metrics.of_places(lambda: places.held, lambda: places.most)
+        policy = AddressPolicy(settings.allow_networks)
+        server = transport.Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
+        async with (
+            ResourceFetcher(self._limits.max_bytes, policy, settings.qiniu) as fetcher,
+            _background(worker.run()) as working,
+        ):
+            pipeline = Pipeline(worker, fetcher, places)
+            servicer = EvaluatorServicer(pipeline, self._metrics, settings.app, settings.version)
+            evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(servicer, server.grpc)
+            port = await server.start(settings.listen)
+            instance = await asyncio.to_thread(_instance, settings, port)
+            registration = Registration(
+                settings.registries, lambda: instance.model_copy(update={"capacity": places.most})
+            )
+
+            def apply(config: WorkerConfig) -> None:
+                assert config.max_concurrent is not None
+                assert config.delay4batch is not None
+                places.most = config.max_concurrent
+                worker.configure(delay_s=config.delay4batch.total_seconds())
+                registration.renew()
+
+            self._followed.on_worker = apply
+            apply(self._followed.worker)
+            await server.set_serving(True)
+            self._status.set(State.SERVING, address=instance.address)
+            log.info("serving", app=settings.app, version=settings.version, port=port)
+            async with _background(registration.run()) as registering:
+                try:
+                    await transport.until_stopped(self._stop, working, registering, following)
+                finally:
+                    # Also where the net can't be kept running: callers are sent elsewhere before this process ends.
+                    self._followed.on_worker = lambda _: None
+                    worker.configure(delay_s=0)
+                    await self._leave(registration, server)
+
+    async def _leave(self, registration: Registration, server: transport.Server) -> None:
+        log.info("leaving", held=self._places.held)
+        self._status.set(State.LEAVING)
+        self._places.drain()
+        await server.set_serving(False)
+        await asyncio.gather(registration.deregister(), self._drained(), asyncio.sleep(_LINGER_S))
+        await server.stop(_STOP_S)
+        log.info("stopped")
+
+    async def _drained(self) -> None:
+        try:
+            async with asyncio.timeout(self._settings.grace_s):
+                await self._places.drained()
+        except TimeoutError:
+            log.warning("the grace is over", held=self._places.held)
 
 
 def _instance(settings: Settings, port: int) -> Instance:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from atserving.errors import InvalidArgument
+from atserving.errors import InvalidArgument, ServingError
 from atserving.v1 import evaluator_pb2, serving_pb2
 from evaluator.places import Places
 from evaluator.resources import ResourceFetcher
@@ -19,17 +19,18 @@ class Stages:
 
     def __init__(self) -> None:
         self.ms: dict[str, float] = {}
-        self.batch_size = 0
         self._began_s = time.perf_counter()
 
     def add(self, name: str, seconds: float) -> None:
         self.ms[f"{name}_ms"] = round(seconds * 1000, 3)
 
     def of_worker(self, stages: evaluator_pb2.Stages) -> None:
-        """What the worker measured."""
-        self.batch_size = stages.batch_size
-        for name in ("decode", "queue", "forward", "postprocess"):
-            self.ms[f"{name}_ms"] = getattr(stages, f"{name}_us") / 1000
+        """What the worker measured: all of it for a request that ran, less for one that did not come so far."""
+        self.ms["decode_ms"] = stages.decode_us / 1000
+        if stages.batch_size:
+            self.ms["queue_ms"] = stages.queue_us / 1000
+            self.ms["forward_ms"] = stages.forward_us / 1000
+            self.ms["postprocess_ms"] = stages.postprocess_us / 1000
 
     def end(self) -> None:
         self.add("total", time.perf_counter() - self._began_s)
@@ -51,6 +52,8 @@ class Pipeline:
             stages.add("fetch", time.perf_counter() - began_s)
             reply = await self._worker.infer(call)
             stages.of_worker(reply.stages)
+            if reply.response.HasField("error"):
+                raise ServingError.from_proto(reply.response.error)
             return reply.response
 
     async def _fetch(self, request: evaluator_pb2.InferRequest) -> None:

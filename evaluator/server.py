@@ -12,6 +12,7 @@ from atserving.errors import DeadlineExceeded, Internal, ServingError
 from atserving.telemetry import request_id
 from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
 from evaluator.exchange import Exchange
+from evaluator.metrics import Metrics
 from evaluator.pipeline import Pipeline, Stages
 
 log = structlog.get_logger()
@@ -24,8 +25,9 @@ Context = grpc.aio.ServicerContext[evaluator_pb2.ExchangeRequest, evaluator_pb2.
 class EvaluatorServicer(evaluator_pb2_grpc.EvaluatorServiceServicer):
     """Calls of a pipeline."""
 
-    def __init__(self, pipeline: Pipeline, app: str, version: str) -> None:
+    def __init__(self, pipeline: Pipeline, metrics: Metrics, app: str, version: str) -> None:
         self._pipeline = pipeline
+        self._metrics = metrics
         self._log = log.bind(app=app, version=version)
 
     async def Exchange(  # type: ignore[override] # noqa: N802 - named by the interface; it writes by the context
@@ -37,12 +39,12 @@ class EvaluatorServicer(evaluator_pb2_grpc.EvaluatorServiceServicer):
         request = call.request
         request.reqid = reqid = request_id(request.reqid)
         stages = Stages()
-        code = _CALLER_GONE
+        code = status = _CALLER_GONE
         error: ServingError | None = None
         try:
             async with asyncio.timeout(call.timeout_us / 1e6 if call.timeout_us else None):
                 response = await self._pipeline.evaluate(call, stages)
-            code = 0
+            code, status = 0, 200
             return response
         except TimeoutError:
             error = DeadlineExceeded("the deadline passed")
@@ -54,7 +56,8 @@ class EvaluatorServicer(evaluator_pb2_grpc.EvaluatorServiceServicer):
         finally:
             stages.end()
             if error:
-                code = error.code
+                code, status = error.code, error.status
+            self._metrics.observe(status, stages.ms)
             self._log.info("request", reqid=reqid, code=code, **_reason(error), **stages.ms, **_trace(call.traceparent))
         return evaluator_pb2.InferResponse(error=error.to_proto())
 

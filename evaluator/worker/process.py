@@ -39,6 +39,11 @@ class WorkerProcess(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._popen: subprocess.Popen[bytes] | None = None
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process, once it is started."""
+        return self._popen.pid if self._popen else None
+
     async def start(self, start: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """Starts the process with what it is to load; what it says of that. Raises StartError."""
         ours, theirs = socket.socketpair()

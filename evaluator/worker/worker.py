@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,10 @@ class Worker:
         """Raises StartError where ``model_params`` are wrong. Starts nothing yet."""
         values = Values("model_params", cfg["model_params"])
         self.plan = Plan(1, 0, 1)
+        self.on_batch: Callable[[int], None] = lambda _: None
+        """Called with the size of each batch that ran."""
+        self.on_restart: Callable[[], None] = lambda: None
+        """Called when the process is to be started again."""
         self._cfg = cfg
         self._init_timeout_s = values.positive_number("init_timeout_s", _INIT_TIMEOUT_S)
         self._timeout_s = values.positive_number("script_timeout_s", math.inf)
@@ -81,7 +85,7 @@ class Worker:
         self._sent = 0
         self._flushing = False
         self._suspects: deque[_Open] = deque()
-        self._started = False
+        self._started = self._stopped = False
         self._stuck: Running | None = None
         self._longest_s = 0.0
 
@@ -100,12 +104,14 @@ class Worker:
             while True:
                 if self._process is None:
                     log.info("starting the net's process again")
+                    self.on_restart()
                 await self._serve(self._process or await self._begin())
                 self._after_death()
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
-            self._fail(list(self._open.values()), Unavailable("the instance has stopped", refused=True))
+            self._stopped = True
+            self._fail(list(self._open.values()), _stopped())
 
     async def close(self) -> None:
         """Ends the process for good."""
@@ -121,10 +127,12 @@ class Worker:
             self._process.send(wire.Kind.SETTINGS, orjson.dumps({"delay_s": delay_s}))
 
     async def infer(self, call: evaluator_pb2.Call) -> evaluator_pb2.Reply:
-        """The reply to a call whose resources are bodies. Raises the ServingError that is its outcome.
+        """The reply to a call whose resources are bodies, be it an error. Raises the ServingError that kept one away.
 
         The call's id is set here. Cancelling it takes the request back if it has not started.
         """
+        if self._stopped:
+            raise _stopped()
         call.id = next(self._ids)
         timeout_s = call.timeout_us / 1e6 or _LONGEST_WITHOUT_DEADLINE_S
         one = _Open(call, time.monotonic() + timeout_s)
@@ -132,13 +140,20 @@ class Worker:
         self._waiting.append(one)
         self._flush_soon()
         try:
-            reply = await one.answer
+            return await one.answer
         except asyncio.CancelledError:
             self._leave(one)
             raise
-        if reply.response.HasField("error"):
-            raise ServingError.from_proto(reply.response.error)
-        return reply
+
+    @property
+    def queued(self) -> int:
+        """How many calls nothing in the worker is at."""
+        return max(0, len(self._open) - sum(len(each.ids) for each in self._progress.running()))
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, while there is one."""
+        return self._process.pid if self._process else None
 
     def _leave(self, one: _Open) -> None:
         if one.sent:
@@ -180,6 +195,9 @@ class Worker:
         process.send(wire.Kind.CALLS, *wire.calls([one.call.SerializeToString() for one in calls]))
 
     def _replies(self, frame: evaluator_pb2.ExchangeResponse) -> None:
+        # The worker sends a batch's replies together.
+        if size := frame.replies[0].stages.batch_size:
+            self.on_batch(size)
         for reply in frame.replies:
             one = self._open.pop(reply.id, None)
             if one:
@@ -274,3 +292,7 @@ class Worker:
         calls = [one for id_ in running.ids if (one := self._open.get(id_))]
         patience_s = max(_LEAST_PATIENCE_S, _PATIENCE * self._longest_s)
         return took_s > patience_s and any(one.deadline_s <= now_s for one in calls)
+
+
+def _stopped() -> Unavailable:
+    return Unavailable("the instance has stopped", refused=True)

@@ -189,7 +189,8 @@ class Served:
             try:
                 async with asyncio.timeout(timeout_s or None):
                     reply: Reply = await self.worker.infer(Call(request=request, timeout_us=int(timeout_s * 1e6)))
-                return reply.response
+                failed = reply.response.HasField("error")
+                return ServingError.from_proto(reply.response.error) if failed else reply.response
             except ServingError as error:
                 return error
 
@@ -216,8 +217,7 @@ class Served:
 
     def worker_pid(self) -> int:
         """Of the process that there is now, answering or not; 0: none."""
-        process = self.worker._process
-        return process._popen.pid if process and process._popen and not process.ended.done() else 0
+        return self.worker.pid or 0
 
     def hang_up(self) -> None:
         """Closes this end of the worker's socket, as the end of this process would."""
