@@ -15,9 +15,14 @@ import uvloop
 from atserving.cli import service
 from atserving.config import is_name
 from atserving.telemetry import configure_logging
-from evaluator import check
 from evaluator.addresses import Network
-from evaluator.instance import Settings, run
+
+try:
+    from evaluator.instance import Settings, run
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"evaluator: {missing.name} is not installed: pip install 'atserving[cpu]', or 'atserving[gpu]' for a GPU"
+    ) from None
 from evaluator.qiniu import read_config
 
 
@@ -165,6 +170,9 @@ def check_release(
 
     The status is 1 where it does not load, or does not answer, and the last line says why.
     """
+    # Here, as an instance needs none of what it imports.
+    from evaluator import check
+
     configure_logging("evaluator", "warning")
     if custom_values is not None and not isinstance(custom_values, dict):
         raise click.BadParameter("--custom-values should be a JSON object")

@@ -8,9 +8,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
@@ -18,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from atserving.errors import InvalidArgument
-from evaluator.values import Values
+from evaluator.limits import Limits
 
 Pixels = NDArray[np.uint8]
 
@@ -44,25 +42,6 @@ _SAMPLE_SIDE = 32
 warnings.filterwarnings("ignore", module=r"PIL\.")
 # What OpenCV says of a bad image goes to the caller as a 400, not to standard error.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an image may measure. The defaults are the contract's (section 4); a release may set its own."""
-
-    max_bytes: int = 10 << 20
-    max_width: int = 4999
-    max_height: int = 4999
-
-    @staticmethod
-    def of_release(custom_values: Mapping[str, Any]) -> Limits:
-        """Those that ``max_bytes``, ``max_width`` and ``max_height`` set. Raises StartError."""
-        values = Values("custom_values", custom_values)
-        return Limits(
-            values.positive_int("max_bytes", Limits.max_bytes),
-            values.positive_int("max_width", Limits.max_width),
-            values.positive_int("max_height", Limits.max_height),
-        )
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
 from evaluator.addresses import AddressPolicy, Network
 from evaluator.followed import FollowedConfig
 from evaluator.http import HttpServer
-from evaluator.images import Limits
+from evaluator.limits import Limits
 from evaluator.metrics import Metrics
 from evaluator.pipeline import Pipeline
 from evaluator.places import Places

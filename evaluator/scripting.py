@@ -18,7 +18,8 @@ from typing import Any
 from atserving.errors import InvalidArgument, StartError
 from evaluator import labels as labels_csv
 from evaluator import preprocess
-from evaluator.images import Limits, Pixels, decode
+from evaluator.images import Pixels, decode
+from evaluator.limits import Limits
 from evaluator.net import TEST, Blob, Net
 from evaluator.preprocess import Transformer, read_mean
 

@@ -13,6 +13,7 @@ from evaluator import images, labels, preprocess, prologue
 from evaluator.contract import Config, Model, Req
 from evaluator.device import Device
 from evaluator.engine import Engine
+from evaluator.limits import Limits
 from evaluator.net import Net, converted
 from evaluator.values import Values
 
@@ -49,7 +50,7 @@ def load(cfg: Config, outputs: Sequence[str] = ()) -> Model:
         "batch_size": device.batch_size,
         "transformer": transformer,
         "input_size": (shape[2], shape[1]),
-        "limits": images.Limits.of_release(cfg["custom_values"]),
+        "limits": Limits.of_release(cfg["custom_values"]),
         "least": transformer.resized if reduced else None,
         "synset_list": labels.read(cfg["tar_files"].get("labels.csv")),
     }

@@ -28,11 +28,10 @@ from atserving.v1 import evaluator_pb2
 from evaluator import engine, nets, requests, scripting
 from evaluator.batcher import Answer, Batcher
 from evaluator.contract import SCRIPT, Config
-from evaluator.images import Limits
+from evaluator.limits import Limits
 from evaluator.runner import Prepared, Result, Runner
 from evaluator.schedule import Item, Schedule
-from evaluator.worker import plan as planning
-from evaluator.worker import script, wire
+from evaluator.worker import planning, script, wire
 from evaluator.worker.plan import Plan
 from evaluator.worker.progress import Progress
 

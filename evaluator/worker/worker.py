@@ -49,7 +49,7 @@ class _Open:
     )
     sent: bool = False
     deaths: int = 0
-    """How many processes died while they had it."""
+    """How many processes died while they were at it, or might have been."""
 
 
 class Worker:
@@ -255,10 +255,12 @@ class Worker:
             log.error("the net's process died of a call")
             self._fail(at_work, Internal(_DIED))
             self._suspects = deque(one for one in self._suspects if one not in at_work)
+        # Where nothing was at work, what was sent may have been too much to read.
+        for one in at_work or [one for one in self._open.values() if one.sent]:
+            one.deaths += 1
         for one in self._open.values():
-            one.deaths += one.sent
             one.sent = False
-        self._fail([one for one in self._open.values() if one.deaths == _MOST_DEATHS], Internal(_DIED))
+        self._fail([one for one in self._open.values() if one.deaths >= _MOST_DEATHS], Internal(_DIED))
         # A caller that has gone is no reason to run its request again.
         for one in [one for one in self._open.values() if one.answer.done()]:
             del self._open[one.call.id]

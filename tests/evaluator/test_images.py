@@ -11,7 +11,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from atserving.errors import InvalidArgument, StartError
-from evaluator.images import Limits, Pixels, decode, read
+from evaluator.images import Pixels, decode, read
+from evaluator.limits import Limits
 
 LIMITS = Limits()
 WIDTH, HEIGHT = 48, 32

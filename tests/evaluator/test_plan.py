@@ -10,8 +10,9 @@ import pytest
 from atserving.errors import StartError
 from evaluator import cpus
 from evaluator.contract import Config, Model, NetFunctions, Req, Ret
-from evaluator.worker import plan as module
-from evaluator.worker.plan import Plan, for_built_in
+from evaluator.worker import planning as module
+from evaluator.worker.plan import Plan
+from evaluator.worker.planning import for_built_in
 
 
 class Net:
