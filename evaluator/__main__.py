@@ -15,15 +15,15 @@ import uvloop
 from atserving.cli import service
 from atserving.config import is_name
 from atserving.telemetry import configure_logging
-from evaluator.addresses import Network
 
 try:
+    from evaluator.addresses import Network
     from evaluator.instance import Settings, run
+    from evaluator.qiniu import read_config
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"evaluator: {missing.name} is not installed: pip install 'atserving[cpu]', or 'atserving[gpu]' for a GPU"
     ) from None
-from evaluator.qiniu import read_config
 
 
 def _name(context: click.Context, parameter: click.Parameter, value: str) -> str:
