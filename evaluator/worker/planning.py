@@ -31,7 +31,7 @@ _MAX_MEASURED_BATCH_SIZE = 32
 _LONGEST_BATCH_S = 0.05
 _ROUNDS, _ROUND_S = 5, 0.01
 # What goes with a batch whatever its size: messages, and threads that wake each other.
-_PER_BATCH_S = 0.0004
+_PER_BATCH_S = 0.0006
 # So much more CPU time a request, and engines only wait for each other's Python.
 _IN_THE_WAY = 1.25
 # Several threads an engine have to be that much cheaper: they wait for each other, and others decode for them.
