@@ -37,6 +37,8 @@ from evaluator.worker.progress import Progress
 
 log = structlog.get_logger()
 
+_MANY_BYTES = 16 << 20
+
 
 class Host:
     """A loaded net, and the evaluator at the other end of the socket."""
@@ -97,8 +99,18 @@ class Host:
         for answer in answers:
             if answer.item.prepared and answer.item.prepared.files:
                 answer.item.prepared.files.remove()
-        replies = evaluator_pb2.ExchangeResponse(replies=[_reply(answer) for answer in answers])
-        self._send(wire.Kind.REPLIES, replies.SerializeToString())
+        replies: list[evaluator_pb2.Reply] = []
+        size = 0
+        for answer in answers:
+            if size > _MANY_BYTES:
+                self._send_replies(replies)
+                replies, size = [], 0
+            replies.append(_reply(answer))
+            size += len(answer.outcome.json or answer.outcome.stream or "") if isinstance(answer.outcome, Result) else 0
+        self._send_replies(replies)
+
+    def _send_replies(self, replies: Sequence[evaluator_pb2.Reply]) -> None:
+        self._send(wire.Kind.REPLIES, evaluator_pb2.ExchangeResponse(replies=replies).SerializeToString())
 
     def _send(self, kind: wire.Kind, payload: bytes) -> None:
         try:

@@ -98,6 +98,9 @@ class WorkerProcess(asyncio.Protocol):
         while len(self._buffer) - start >= wire.HEAD.size:
             kind, length = wire.HEAD.unpack_from(self._buffer, start)
             end = start + wire.HEAD.size + length
+            if length > wire.MAX_BYTES_BACK:
+                self.kill()
+                return
             if len(self._buffer) < end:
                 break
             payload = bytes(memoryview(self._buffer)[start + wire.HEAD.size : end])
@@ -138,10 +141,9 @@ class WorkerProcess(asyncio.Protocol):
             self._transport.abort()
         self._end()
 
-    async def gone(self) -> None:
-        """Returns once the process, which was killed or has ended, is no more."""
-        if self._popen:
-            await asyncio.to_thread(self._popen.wait)
+    async def gone(self) -> int | None:
+        """Returns once the process, which was killed or has ended, is no more: its status, as subprocess has it."""
+        return await asyncio.to_thread(self._popen.wait) if self._popen else None
 
     def _kill_group(self) -> None:
         # Its id can't be another's before it has been waited for.

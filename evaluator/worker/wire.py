@@ -17,6 +17,9 @@ from atserving.v1 import evaluator_pb2
 HEAD = struct.Struct("<BI")
 """Before each frame: its kind, and its length in bytes."""
 
+MAX_BYTES_BACK = 128 << 20
+"""The longest frame that is taken from a worker: replies are sent before they come to so much together."""
+
 _LENGTH = struct.Struct("<I")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import orjson
 import structlog
 
-from atserving.errors import DeadlineExceeded, Internal, ServingError, Unavailable
+from atserving.errors import DeadlineExceeded, Internal, ServingError, StartError, Unavailable
 from atserving.v1 import evaluator_pb2
 from evaluator.contract import Config
 from evaluator.values import Values
@@ -60,8 +61,9 @@ class Worker:
     2. No more are sent than the worker can use: the rest waits here, where it leaves at no cost when its caller goes.
     3. The process is killed when a call is stuck: a deadline has passed (or ``model_params.script_timeout_s``), and it
        has been run for far longer than calls are. That call fails for it.
-    4. When the process dies, what it was at tells who is to blame: one call fails for it; where there were several,
-       each of them runs again alone. All others go to the next process as if nothing had been.
+    4. When the process dies, what it was at tells who is to blame: one call fails for it. Where there were several, or
+       it was killed (which is how a machine out of memory ends whom it likes), each of them runs again alone first. All
+       others go to the next process as if nothing had been.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -105,8 +107,10 @@ class Worker:
                 if self._process is None:
                     log.info("starting the net's process again")
                     self.on_restart()
-                await self._serve(self._process or await self._begin())
-                self._after_death()
+                process = self._process or await self._begin()
+                await self._serve(process)
+                # Not before it is really gone: it writes down what it is at until then.
+                self._after_death(killed=await process.gone() == -signal.SIGKILL)
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
@@ -148,7 +152,8 @@ class Worker:
     @property
     def queued(self) -> int:
         """How many calls nothing in the worker is at."""
-        return max(0, len(self._open) - sum(len(each.ids) for each in self._progress.running()))
+        running = [] if self._stopped else self._progress.running()
+        return max(0, len(self._open) - sum(len(each.ids) for each in running))
 
     @property
     def pid(self) -> int | None:
@@ -218,11 +223,13 @@ class Worker:
         delay_s = 0 if self._suspects else self._delay_s
         start = {"cfg": self._cfg, "plan": self.plan if self._started else None, "delay_s": delay_s}
         try:
-            said = await process.start(start, self._init_timeout_s)
+            self.plan = Plan(**(await process.start(start, self._init_timeout_s))["plan"])
+        except (TypeError, KeyError):
+            process.kill()
+            raise StartError("the net's process says what none would") from None
         except BaseException:
             process.kill()
             raise
-        self.plan = Plan(**said["plan"])
         return process
 
     async def _serve(self, process: WorkerProcess) -> None:
@@ -242,16 +249,17 @@ class Worker:
         self._flush_soon()
         await process.ended
 
-    def _after_death(self) -> None:
+    def _after_death(self, *, killed: bool) -> None:
         self._process = None
         stuck, self._stuck = self._stuck, None
         running = [stuck] if stuck else self._progress.running()
         at_work = [one for each in running for id_ in each.ids if (one := self._open.get(id_))]
         late = [one for one in at_work if stuck and (one.deadline_s <= time.monotonic() or len(at_work) == 1)]
+        again = set(self._suspects)
         self._suspects.extend(one for one in at_work if one not in late and one not in self._suspects)
         if late:
             self._fail(late, DeadlineExceeded("the net did not answer in time"))
-        elif len(at_work) == 1:
+        elif len(at_work) == 1 and (at_work[0] in again or not killed):
             log.error("the net's process died of a call")
             self._fail(at_work, Internal(_DIED))
             self._suspects = deque(one for one in self._suspects if one not in at_work)
@@ -266,8 +274,8 @@ class Worker:
             del self._open[one.call.id]
         self._sent = 0
         self._gone.clear()
-        again = set(self._suspects)
-        self._waiting = deque(one for one in self._open.values() if one not in again)
+        suspects = set(self._suspects)
+        self._waiting = deque(one for one in self._open.values() if one not in suspects)
 
     def _fail(self, calls: Iterable[_Open], error: ServingError) -> None:
         for one in calls:

@@ -257,3 +257,13 @@ def test_a_wrong_timeout_stops_the_start(value: Any, tmp_path: Path) -> None:
 
 def test_config_is_what_a_release_gives(tmp_path: Path) -> None:
     assert set(config(tmp_path, "")) >= {"tar_files", "custom_values", "model_params"}
+
+
+def test_a_batch_of_large_answers_comes_back_whole(tmp_path: Path) -> None:
+    script = "def net_init(cfg): return {'batch_size': 4}\ndef net_inference(model, args):\n"
+    script += "    return [{'code': 0, 'result_file': bytes([n]) * (40 << 20)} for n, _ in enumerate(args['reqs'])]\n"
+    with started(tmp_path, script) as served:
+        outcomes = served.together({}, {}, {}, {})
+    streams = [outcome.stream for outcome in outcomes if isinstance(outcome, InferResponse)]
+    assert [len(stream) for stream in streams] == [40 << 20] * 4
+    assert sorted(stream[0] for stream in streams) == [0, 1, 2, 3]
