@@ -46,7 +46,7 @@ class Work(Protocol):
 class Progress(Protocol):
     """Where a thread writes down which requests it is at, for who has to find out why a process died."""
 
-    def begin(self, thread: int, ids: Sequence[int]) -> None: ...
+    def begin(self, thread: int, ids: Sequence[int], *, preparing: bool) -> None: ...
 
     def end(self, thread: int) -> None: ...
 
@@ -138,7 +138,7 @@ class Batcher:
     def _prepare(self, thread: int, item: Item) -> None:
         began_s = time.monotonic()
         error: ServingError | None = None
-        self._progress.begin(thread, [item.id])
+        self._progress.begin(thread, [item.id], preparing=True)
         try:
             item.prepared = self._work.prepare(item)
         except ServingError as failure:
@@ -158,7 +158,7 @@ class Batcher:
 
     def _forward(self, thread: int, items: Sequence[Item]) -> None:
         began_s = time.monotonic()
-        self._progress.begin(thread, [item.id for item in items])
+        self._progress.begin(thread, [item.id for item in items], preparing=False)
         try:
             outcomes, forward_s = self._work.infer([item.prepared for item in items])
             if len(outcomes) != len(items):

@@ -21,7 +21,7 @@ import orjson
 from atserving.config import MalformedConfig, Release, validate
 from atserving.errors import ServingError, StartError
 from atserving.v1 import evaluator_pb2, serving_pb2
-from evaluator.contract import SCRIPT
+from evaluator.contract import DEFAULT_NET, SCRIPT
 from evaluator.release import fetch_release
 from evaluator.worker.plan import Plan
 from evaluator.worker.worker import Worker
@@ -100,7 +100,7 @@ async def check(options: Options) -> Report:
         finally:
             await worker.close()
     return Report(
-        SCRIPT if script else str(cfg["custom_values"].get("net", "classify")),
+        SCRIPT if script else str(cfg["custom_values"].get("net", DEFAULT_NET)),
         cfg["use_device"],
         worker.plan,
         round(load_s, 3),

@@ -22,6 +22,9 @@ from typing import Any
 SCRIPT = "net.py"
 """The member of a tar that makes it a release with a script of its own, which knows itself what it needs."""
 
+DEFAULT_NET = "classify"
+"""The built-in net of a release that has no script and names none."""
+
 Config = dict[str, Any]
 Model = dict[str, Any]
 Req = dict[str, Any]

@@ -20,6 +20,7 @@ from atserving.config import Instance, MalformedConfig, WorkerConfig, validate
 from atserving.errors import StartError
 from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
 from evaluator.addresses import AddressPolicy, Network
+from evaluator.contract import DEFAULT_NET, SCRIPT
 from evaluator.followed import FollowedConfig
 from evaluator.http import HttpServer
 from evaluator.limits import Limits
@@ -107,6 +108,7 @@ class _Life:
         log.info("loading", app=settings.app, version=settings.version, http_port=http_port)
         cfg = (await fetch_release(release, workspace, settings.qiniu)).cfg()
         self._limits = Limits.of_release(cfg["custom_values"])
+        self._built_in = None if SCRIPT in cfg["tar_files"] else str(cfg["custom_values"].get("net", DEFAULT_NET))
         worker = Worker(cfg)
         beside.push_async_callback(worker.close)
         await worker.start()
@@ -124,7 +126,7 @@ class _Life:
             ResourceFetcher(self._limits.max_bytes, policy, settings.qiniu) as fetcher,
             _background(worker.run()) as working,
         ):
-            pipeline = Pipeline(worker, fetcher, places)
+            pipeline = Pipeline(worker, fetcher, places, self._limits, self._built_in)
             servicer = EvaluatorServicer(pipeline, self._metrics, settings.app, settings.version)
             evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(servicer, server.grpc)
             port = await server.start(settings.listen)

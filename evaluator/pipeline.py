@@ -7,6 +7,7 @@ import time
 
 from atserving.errors import InvalidArgument, ServingError
 from atserving.v1 import evaluator_pb2, serving_pb2
+from evaluator.limits import Budget, Limits
 from evaluator.places import Places
 from evaluator.resources import ResourceFetcher
 from evaluator.worker.worker import Worker
@@ -39,10 +40,15 @@ class Stages:
 class Pipeline:
     """Knows no transport. Every failure is a ServingError."""
 
-    def __init__(self, worker: Worker, fetcher: ResourceFetcher, places: Places) -> None:
+    def __init__(
+        self, worker: Worker, fetcher: ResourceFetcher, places: Places, limits: Limits, built_in: str | None
+    ) -> None:
+        """``built_in``: the net's name, if it is a built-in one, all of which take one image; None: a script."""
         self._worker = worker
         self._fetcher = fetcher
         self._places = places
+        self._limits = limits
+        self._built_in = built_in
 
     async def evaluate(self, call: evaluator_pb2.Call, stages: Stages) -> evaluator_pb2.InferResponse:
         """The net's result. A cancelled call leaves at the next step; a forward pass that runs is finished."""
@@ -62,18 +68,22 @@ class Pipeline:
             raise InvalidArgument("the request has no data")
         if len(request.data) > _MAX_GROUP:
             raise InvalidArgument(f"the request has {len(request.data)} resources, more than {_MAX_GROUP}")
+        if self._built_in and (request.group or len(request.data) > 1):
+            # The net would say so too, but only once everything has been fetched.
+            raise InvalidArgument(f"{self._built_in} takes one image, not a list of them")
         sources = [each.WhichOneof("source") for each in request.data]
         if None in sources:
             raise InvalidArgument("the request's data has neither a uri nor a body")
         # What is here already is checked where it is read, and not copied out of the message for that.
         elsewhere = [each for each, source in zip(request.data, sources, strict=True) if source == "uri"]
+        budget = Budget(self._limits.max_request_bytes)
         if len(elsewhere) == 1:
-            elsewhere[0].body = await self._fetcher.fetch(elsewhere[0].uri)
+            elsewhere[0].body = await self._fetcher.fetch(elsewhere[0].uri, budget)
         elif elsewhere:
-            await self._fetch_all(elsewhere)
+            await self._fetch_all(elsewhere, budget)
 
-    async def _fetch_all(self, resources: list[serving_pb2.Resource]) -> None:
-        tasks = [asyncio.create_task(self._fetcher.fetch(each.uri)) for each in resources]
+    async def _fetch_all(self, resources: list[serving_pb2.Resource], budget: Budget) -> None:
+        tasks = [asyncio.create_task(self._fetcher.fetch(each.uri, budget)) for each in resources]
         try:
             for resource, body in zip(resources, await asyncio.gather(*tasks), strict=True):
                 resource.body = body

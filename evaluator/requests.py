@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,15 +37,23 @@ def _data(resource: serving_pb2.Resource, max_bytes: int) -> dict[str, Any]:
 
 
 def _json(text: str, what: str) -> Any:
-    """The value, with integers of any size; the gate has sent one document, but a direct caller might not."""
+    """The value, integers as they are; the gate has sent one document, but a direct caller might not."""
     try:
         return json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
+    except (json.JSONDecodeError, _NoConstant, RecursionError):
         raise InvalidArgument(f"{what} is not JSON") from None
+    except ValueError:
+        # Python's own bound, as reading takes the square of the digits.
+        digits = sys.get_int_max_str_digits()
+        raise InvalidArgument(f"{what} has an integer of more than {digits} digits") from None
+
+
+class _NoConstant(Exception):  # noqa: N818 - caught where it is raised
+    """NaN or an infinity, which Python reads and JSON has not."""
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    raise _NoConstant
 
 
 @dataclass

@@ -14,13 +14,15 @@ from atserving import __version__, uris
 from atserving.errors import InvalidArgument, ResourceUnreachable
 from atserving.uris import QiniuUri
 from evaluator.addresses import AddressPolicy, AddressRefused, PolicyResolver
+from evaluator.limits import Budget
 from evaluator.qiniu import Buckets, QiniuConfig, is_refusal
 
 _TOTAL_S = 10.0
 _CONNECT_S = 3.0
 _MAX_REDIRECTS = 3
 _REDIRECTS = (301, 302, 303, 307, 308)
-_CHUNK_BYTES = 256 << 10
+# What a host sends in tiny pieces costs far more to read than its bytes.
+_MAX_CHUNKS = 1 << 16
 _CONNECTIONS = 256
 _CONNECTIONS_PER_HOST = 16
 
@@ -76,17 +78,22 @@ class ResourceFetcher:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    async def fetch(self, uri: str) -> bytes:
-        """The bytes. Raises InvalidArgument for what is the request's fault, ResourceUnreachable for a host's."""
+    async def fetch(self, uri: str, budget: Budget | None = None) -> bytes:
+        """The bytes, which ``budget`` has to allow as they come (None: it is alone).
+
+        Raises InvalidArgument for what is the request's fault, ResourceUnreachable for a host's.
+        """
+        budget = budget or Budget(self._max_bytes)
         if uris.scheme(uri) == "data":
             data = uris.decode_data(uri)
             if len(data) > self._max_bytes:
                 raise self._too_large("the resource")
+            budget.take(len(data))
             return data
         shown = f"resource {uris.shown(uri)}"
         try:
             async with asyncio.timeout(_TOTAL_S):
-                return await self._follow(await self._locate(uri, shown), shown)
+                return await self._follow(await self._locate(uri, shown), shown, budget)
         except TimeoutError:
             raise ResourceUnreachable(f"{shown} did not come within {_TOTAL_S:g} s") from None
         except AddressRefused as refused:
@@ -106,31 +113,35 @@ class ResourceFetcher:
             raise InvalidArgument(f"{shown}: requests may not read from this bucket")
         return await self._buckets.url(named, shown)
 
-    async def _follow(self, url: URL, shown: str) -> bytes:
+    async def _follow(self, url: URL, shown: str, budget: Budget) -> bytes:
         assert self._session
         for _ in range(_MAX_REDIRECTS + 1):
             async with self._session.get(url, allow_redirects=False) as response:
                 location = response.headers.get("Location")
                 if response.status not in _REDIRECTS or location is None:
-                    return await self._read(response, shown)
+                    return await self._read(response, shown, budget)
                 url = _http_url(str(url.join(_url(location, shown))), shown)
         raise InvalidArgument(f"{shown} redirects more than {_MAX_REDIRECTS} times")
 
-    async def _read(self, response: aiohttp.ClientResponse, shown: str) -> bytes:
+    async def _read(self, response: aiohttp.ClientResponse, shown: str, budget: Budget) -> bytes:
         if is_refusal(response.status):
             raise InvalidArgument(f"{shown}: its host answered {response.status}")
         if not 200 <= response.status < 300:
             raise ResourceUnreachable(f"{shown}: its host answered {response.status}")
         if (response.content_length or 0) > self._max_bytes:
             raise self._too_large(shown)
-        chunks: list[bytes] = []
-        size = 0
-        async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
-            size += len(chunk)
+        parts: list[bytes] = []
+        size = chunks = 0
+        async for part, ends_chunk in response.content.iter_chunks():
+            size += len(part)
+            chunks += ends_chunk
             if size > self._max_bytes:
                 raise self._too_large(shown)
-            chunks.append(chunk)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            if chunks > _MAX_CHUNKS:
+                raise InvalidArgument(f"{shown} comes in more than {_MAX_CHUNKS} chunks")
+            budget.take(len(part))
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _too_large(self, shown: str) -> InvalidArgument:
         return InvalidArgument(f"{shown} is larger than {self._max_bytes} bytes")

@@ -6,8 +6,6 @@ from atserving.errors import StartError
 from evaluator.contract import NetFunctions
 from evaluator.nets import classify, detect, feature, segment
 
-DEFAULT = "classify"
-
 BUILT_IN = {
     "classify": NetFunctions(classify.net_init, classify.net_inference, classify.net_preprocess),
     "detect": NetFunctions(detect.net_init, detect.net_inference, detect.net_preprocess),

@@ -27,7 +27,7 @@ from atserving.telemetry import configure_logging
 from atserving.v1 import evaluator_pb2
 from evaluator import engine, nets, requests, scripting
 from evaluator.batcher import Answer, Batcher
-from evaluator.contract import SCRIPT, Config
+from evaluator.contract import DEFAULT_NET, SCRIPT, Config
 from evaluator.limits import Limits
 from evaluator.runner import Prepared, Result, Runner
 from evaluator.schedule import Item, Schedule
@@ -162,7 +162,7 @@ def load(cfg: Config, known: Plan | None) -> tuple[Runner, Plan]:
         for path in folder.iterdir():
             path.unlink()
         return planning.for_script(Runner(functions, cfg), folder)
-    functions = nets.built_in(cfg["custom_values"].get("net", nets.DEFAULT))
+    functions = nets.built_in(cfg["custom_values"].get("net", DEFAULT_NET))
     return planning.for_built_in(functions, cfg, known)
 
 

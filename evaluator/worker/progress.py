@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 MAX_THREADS = 256
 _MAX_IDS = 1022
-_HEAD = struct.Struct("<Qd")
+_HEAD = struct.Struct("<IId")
 _SLOT_BYTES = _HEAD.size + 8 * _MAX_IDS
 
 
@@ -21,6 +21,7 @@ class Running:
 
     ids: tuple[int, ...]
     since_s: float
+    preparing: bool
 
 
 class Progress:
@@ -33,25 +34,25 @@ class Progress:
             os.ftruncate(self.descriptor, MAX_THREADS * _SLOT_BYTES)
         self._memory = mmap.mmap(self.descriptor, MAX_THREADS * _SLOT_BYTES)
 
-    def begin(self, thread: int, ids: Sequence[int]) -> None:
-        """The thread is at these requests (of very many, at the first)."""
+    def begin(self, thread: int, ids: Sequence[int], *, preparing: bool) -> None:
+        """The thread is at these requests (of very many, at the first): it prepares or runs them."""
         ids = ids[:_MAX_IDS]
         start = thread * _SLOT_BYTES
         struct.pack_into(f"<{len(ids)}Q", self._memory, start + _HEAD.size, *ids)
-        _HEAD.pack_into(self._memory, start, len(ids), time.monotonic())
+        _HEAD.pack_into(self._memory, start, len(ids), preparing, time.monotonic())
 
     def end(self, thread: int) -> None:
         """The thread is at nothing."""
-        _HEAD.pack_into(self._memory, thread * _SLOT_BYTES, 0, 0.0)
+        _HEAD.pack_into(self._memory, thread * _SLOT_BYTES, 0, 0, 0.0)
 
     def running(self) -> list[Running]:
         """What all threads are at."""
         found = []
         for start in range(0, MAX_THREADS * _SLOT_BYTES, _SLOT_BYTES):
-            count, since_s = _HEAD.unpack_from(self._memory, start)
+            count, preparing, since_s = _HEAD.unpack_from(self._memory, start)
             if 0 < count <= _MAX_IDS:
                 ids = struct.unpack_from(f"<{count}Q", self._memory, start + _HEAD.size)
-                found.append(Running(ids, since_s))
+                found.append(Running(ids, since_s, bool(preparing)))
         return found
 
     def clear(self) -> None:

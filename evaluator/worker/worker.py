@@ -30,8 +30,8 @@ _INIT_TIMEOUT_S = 300.0
 _LONGEST_WITHOUT_DEADLINE_S = 60.0
 _LOOK_S = 0.1
 # A call is not stuck before it has taken so many times the longest that was answered, and at least so long: a caller
-# in a hurry must not get a script killed that is only at work.
-_PATIENCE, _LEAST_PATIENCE_S = 10.0, 1.0
+# in a hurry must not get a script killed that is only at work. Nor may one slow call buy others for ever.
+_PATIENCE, _LEAST_PATIENCE_S, _MOST_PATIENCE_S = 10.0, 1.0, 20.0
 
 # However innocent a call may seem, it does not see more processes die.
 _MOST_DEATHS = 3
@@ -89,7 +89,8 @@ class Worker:
         self._suspects: deque[_Open] = deque()
         self._started = self._stopped = False
         self._stuck: Running | None = None
-        self._longest_s = 0.0
+        # Of a preparation (True), and of a batch.
+        self._longest_s = {True: 0.0, False: 0.0}
 
     async def start(self) -> None:
         """Starts the process and its net, which may take long. Raises StartError."""
@@ -208,13 +209,15 @@ class Worker:
             if one:
                 self._sent -= one.sent
                 stages = reply.stages
-                self._longest_s = max(
-                    self._longest_s, stages.decode_us / 1e6, (stages.forward_us + stages.postprocess_us) / 1e6
-                )
+                self._took(stages.decode_us, preparing=True)
+                self._took(stages.forward_us + stages.postprocess_us, preparing=False)
                 if not one.answer.done():
                     one.answer.set_result(reply)
         if self._waiting:
             self._flush_soon()
+
+    def _took(self, microseconds: int, *, preparing: bool) -> None:
+        self._longest_s[preparing] = max(self._longest_s[preparing], microseconds / 1e6)
 
     async def _begin(self) -> WorkerProcess:
         self._progress.clear()
@@ -300,7 +303,8 @@ class Worker:
         if took_s > self._timeout_s:
             return True
         calls = [one for id_ in running.ids if (one := self._open.get(id_))]
-        patience_s = max(_LEAST_PATIENCE_S, _PATIENCE * self._longest_s)
+        longest_s = self._longest_s[running.preparing]
+        patience_s = max(_LEAST_PATIENCE_S, min(_PATIENCE * longest_s, longest_s + _MOST_PATIENCE_S))
         return took_s > patience_s and any(one.deadline_s <= now_s for one in calls)
 
 

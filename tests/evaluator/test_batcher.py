@@ -63,7 +63,7 @@ class Books:
             arguments = {"forwards": forwards, "prepares": prepares}
             threading.Thread(target=self.batcher.run, args=(number,), kwargs=arguments, daemon=True).start()
 
-    def begin(self, thread: int, ids: Sequence[int]) -> None:
+    def begin(self, thread: int, ids: Sequence[int], *, preparing: bool) -> None:
         assert thread not in self.at_work
         self.at_work[thread] = list(ids)
 

@@ -21,6 +21,7 @@ from multidict import CIMultiDictProxy
 from atserving.errors import InvalidArgument, ResourceUnreachable
 from evaluator import resources
 from evaluator.addresses import AddressPolicy
+from evaluator.limits import Budget
 from evaluator.resources import ResourceFetcher
 from tests.evaluator.names import NameServer, name_server
 
@@ -84,6 +85,12 @@ class Site:
                 return response
             case "endless":
                 return await self._endless(request, bytes(10_000))
+            case "crumbs":
+                response = web.StreamResponse()
+                await response.prepare(request)
+                for _ in range(int(rest)):
+                    await response.write(b"1")
+                return response
             case "drip":
                 return await self._endless(request, b"1", 0.001)
             case "host":
@@ -150,6 +157,23 @@ async def test_a_resource_is_fetched(fetcher: ResourceFetcher, site: Site) -> No
 async def test_a_data_uri_has_the_same_limit(fetcher: ResourceFetcher) -> None:
     with pytest.raises(InvalidArgument, match="larger than 100000 bytes"):
         await fetcher.fetch("data:;base64," + base64.b64encode(bytes(MAX_BYTES + 1)).decode())
+
+
+async def test_all_of_a_request_is_bounded_together(fetcher: ResourceFetcher, site: Site) -> None:
+    budget = Budget(250_000)
+    assert len(await fetcher.fetch(site.url("/bytes/100000"), budget)) == 100_000
+    await fetcher.fetch("data:;base64," + base64.b64encode(bytes(90_000)).decode(), budget)
+    with pytest.raises(InvalidArgument, match="the request's resources are larger than 250000 bytes together"):
+        await fetcher.fetch(site.url("/bytes/60001"), budget)
+
+
+async def test_crumbs_are_bounded_by_their_number(
+    fetcher: ResourceFetcher, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "_MAX_CHUNKS", 100)
+    assert await fetcher.fetch(site.url("/crumbs/99")) == b"1" * 99
+    with pytest.raises(InvalidArgument, match="comes in more than 100 chunks"):
+        await fetcher.fetch(site.url("/crumbs/1000"))
 
 
 @pytest.mark.parametrize("path", ["/bytes/100001", "/endless"])

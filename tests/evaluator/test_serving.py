@@ -126,6 +126,7 @@ async def test_limit_says_how_many_classes_come_best_first(digits: Process, limi
         ([DIGIT], {"params_json": "[]"}, "params should be an object"),
         ([DIGIT], {"params_json": "{"}, "params is not JSON"),
         ([DIGIT], {"params_json": '{"limit": NaN}'}, "params is not JSON"),
+        ([DIGIT], {"params_json": '{"x": ' + "1" * 4301 + "}"}, "params has an integer of more than 4300 digits"),
         ([DIGIT], {"params_json": "[" * 100_000}, "params is not JSON"),
         ([Resource(body=DIGIT.body, attribute_json="x")], {}, "attribute is not JSON"),
         ([DIGIT, DIGIT], {}, "classify takes one image, not a list of them"),
@@ -146,6 +147,12 @@ async def test_a_bad_request_is_told_what_is_wrong(
     assert response.WhichOneof("outcome") == "error"
     assert (response.error.code, response.error.status, response.error.refused) == (400, 400, False)
     assert message in response.error.message
+
+
+async def test_what_a_built_in_net_does_not_take_is_not_even_fetched(digits: Process, slow_host: SlowHost) -> None:
+    response = await infer(digits, *[Resource(uri=slow_host.url)] * 2)
+    assert response.error.message == "classify takes one image, not a list of them"
+    assert not slow_host.asked.is_set()
 
 
 async def test_resources_come_by_uri(digits: Process, slow_host: SlowHost) -> None:
