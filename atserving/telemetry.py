@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import secrets
@@ -35,7 +36,11 @@ def configure_logging(service: str, level: str = "info") -> None:
 
 
 def _dumps(value: Any, **_: Any) -> bytes:
-    return orjson.dumps(value, default=str)
+    try:
+        return orjson.dumps(value, default=str)
+    except TypeError:
+        # Text that is none in UTF-8, numbers beyond 64 bits: a line in the log must not be what fails.
+        return json.dumps(value, default=str, skipkeys=True).encode()
 
 
 def request_id(given: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,17 @@ def _json(context: click.Context, parameter: click.Parameter, value: str | None)
         return None if value is None else orjson.loads(value)
     except ValueError:
         raise click.BadParameter(f"{value!r} is not JSON", ctx=context, param=parameter) from None
+
+
+def _named_files(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """``name=path`` each, as URIs by name."""
+    files = {}
+    for value in values:
+        name, _, path = value.partition("=")
+        if not name or not Path(path).is_file():
+            raise click.BadParameter(f"{value!r} is not NAME=PATH of a file", ctx=context, param=parameter)
+        files[name] = Path(path).resolve().as_uri()
+    return files
 
 
 @click.command(epilog="To try a release without a mesh: evaluator check RELEASE.TAR; see evaluator check --help.")
@@ -153,6 +165,15 @@ def main(
 )
 @click.option("--group", is_flag=True, help="All images are one request.")
 @click.option("--params", callback=_json, metavar="JSON", help="The requests' params.")
+@click.option("--model-params", callback=_json, metavar="JSON", help="The release's model_params.")
+@click.option(
+    "--custom-file",
+    "custom_files",
+    multiple=True,
+    callback=_named_files,
+    metavar="NAME=PATH",
+    help="One of the release's custom_files; repeatable.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def check_release(
     tar: Path,
@@ -164,6 +185,8 @@ def check_release(
     images: tuple[Path, ...],
     group: bool,
     params: Any,
+    model_params: Any,
+    custom_files: dict[str, str],
     as_json: bool,
 ) -> None:
     """Loads a release without a mesh, runs it on images, and reports what it answers, how fast, in how much memory.
@@ -174,10 +197,14 @@ def check_release(
     from evaluator import check
 
     configure_logging("evaluator", "warning")
-    if custom_values is not None and not isinstance(custom_values, dict):
-        raise click.BadParameter("--custom-values should be a JSON object")
+    for flag, given in (("--custom-values", custom_values), ("--model-params", model_params)):
+        if given is not None and not isinstance(given, dict):
+            raise click.BadParameter(f"{flag} should be a JSON object")
+    # So that what runs beside this process ends with it, and nothing is left.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     values = (custom_values or {}) | ({"net": net} if net else {})
     fields = {"custom_values": values, "use_device": use_device, "image_width": image_width, "batch_size": batch_size}
+    fields |= {"model_params": model_params or {}, "custom_files": custom_files}
     report = asyncio.run(check.check(check.Options(tar, fields, images, group, params)))
     click.echo(report.to_json() if as_json else report.to_text())
 

@@ -19,6 +19,9 @@ from evaluator.schedule import Expired, Forward, Item, Prepare, Schedule, Wait
 
 log = structlog.get_logger()
 
+# What takes less is mostly Python, which threads only take from each other.
+_WORTH_HELP_S = 0.0005
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -56,8 +59,8 @@ class Batcher:
 
     Where a batch fails as a whole, its requests run again one by one: only those to blame fail.
 
-    The threads are either lanes, each of which prepares a batch and then runs it, or some that only run batches and
-    others that only prepare.
+    The threads are either lanes, each of which prepares a batch and then runs it, or some that only run batches. Others
+    that only prepare are beside them; beside lanes they help only where preparing takes long enough to be worth it.
     """
 
     def __init__(
@@ -76,18 +79,19 @@ class Batcher:
         self._progress = progress
         self._items: dict[int, Item] = {}
         self._lock = threading.Lock()
-        # Whom to wake for what has arrived, and for what is ready: the same threads where they are lanes.
+        # Whom to wake for what is ready, and for what has arrived.
+        self._forwarders = threading.Condition(self._lock)
         self._preparers = threading.Condition(self._lock)
-        self._forwarders = self._preparers if lanes else threading.Condition(self._lock)
         self._lanes = lanes
-        self._idle = 0
+        self._idle_lanes = self._idle_preparers = 0
+        self._prepare_s = 0.0
 
     def submit(self, items: Sequence[Item]) -> None:
         """Takes requests in; their ids are not those of others that are still unanswered."""
         with self._lock:
             self._items.update((item.id, item) for item in items)
             self._schedule.arrive(items)
-            self._preparers.notify(len(items))
+            self._wake(len(items))
 
     def cancel(self, ids: Iterable[int]) -> None:
         """Nobody waits for these any more. What waits leaves; what runs is finished."""
@@ -109,7 +113,7 @@ class Batcher:
             match self._next(forwards=forwards, prepares=prepares):
                 case Prepare(items):
                     for item in items:
-                        self._prepare(thread, item)
+                        self._prepare(thread, item, forwards)
                 case Forward(items):
                     self._forward(thread, items)
                 case Expired(items):
@@ -119,39 +123,59 @@ class Batcher:
         with self._lock:
             while True:
                 now_s = time.monotonic()
-                work = self._schedule.next(now_s, forwards=forwards, prepares=prepares, idle=self._idle + 1)
+                idle = 1 + self._idle_lanes + (self._idle_preparers if self._preparers_help else 0)
+                work = self._schedule.next(now_s, forwards=forwards, prepares=prepares, idle=idle)
                 if not isinstance(work, Wait):
                     self._wake()
                     return work
-                mine = self._preparers if prepares else self._forwarders
-                self._idle += prepares
-                mine.wait(None if math.isinf(work.until_s) else work.until_s - now_s)
-                self._idle -= prepares
+                self._wait(None if math.isinf(work.until_s) else work.until_s - now_s, forwards)
 
-    def _wake(self) -> None:
-        """Where there is more to do, one more thread that may be idle; it will wake the next."""
+    def _wait(self, seconds: float | None, forwards: bool) -> None:
+        if forwards:
+            self._idle_lanes += self._lanes
+            self._forwarders.wait(seconds)
+            self._idle_lanes -= self._lanes
+        else:
+            self._idle_preparers += 1
+            self._preparers.wait(seconds)
+            self._idle_preparers -= 1
+
+    @property
+    def _preparers_help(self) -> bool:
+        return not self._lanes or self._prepare_s >= _WORTH_HELP_S
+
+    def _wake(self, count: int = 1) -> None:
+        """Where there is more to do, as many threads as may be idle; each wakes the next."""
         if self._schedule.has_arrived:
-            self._preparers.notify()
+            if self._lanes:
+                self._forwarders.notify(count)
+            if self._preparers_help:
+                self._preparers.notify(count)
         if self._schedule.ready:
             self._forwarders.notify()
 
-    def _prepare(self, thread: int, item: Item) -> None:
+    def _prepare(self, thread: int, item: Item, forwards: bool) -> None:
         began_s = time.monotonic()
         error: ServingError | None = None
-        self._progress.begin(thread, [item.id], preparing=True)
-        try:
-            item.prepared = self._work.prepare(item)
-        except ServingError as failure:
-            error = failure
-        except Exception:
-            log.exception("a request could not be prepared")
-            error = Internal("the evaluator failed to prepare the request")
-        self._progress.end(thread)
-        item.prepare_s = time.monotonic() - began_s
+        if item.gone or item.expires_s <= began_s:
+            error = DeadlineExceeded("the deadline passed, or the caller has gone")
+        else:
+            self._progress.begin(thread, [item.id], preparing=True)
+            try:
+                item.prepared = self._work.prepare(item)
+            except ServingError as failure:
+                error = failure
+            except Exception:
+                log.exception("a request could not be prepared")
+                error = Internal("the evaluator failed to prepare the request")
+            finally:
+                self._progress.end(thread)
+            item.prepare_s = time.monotonic() - began_s
         with self._lock:
+            self._prepare_s += (item.prepare_s - self._prepare_s) / 8
             waits = self._schedule.prepared(item, fit=error is None)
             # A lane runs a single request itself: to wake another for it would only cost.
-            if self._schedule.ready > self._lanes:
+            if self._schedule.ready > forwards:
                 self._forwarders.notify()
         if not waits:
             self._fail([item], error or DeadlineExceeded("the caller has gone"))

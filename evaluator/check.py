@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 
 from atserving.config import MalformedConfig, Release, validate
-from atserving.errors import ServingError, StartError
+from atserving.errors import DeadlineExceeded, ServingError, StartError
 from atserving.v1 import evaluator_pb2, serving_pb2
 from evaluator.contract import DEFAULT_NET, SCRIPT
 from evaluator.release import fetch_release
@@ -193,7 +193,11 @@ class _Trial:
             params_json="" if self._options.params is None else json.dumps(self._options.params),
             reqid="check",
         )
-        reply = await self._worker.infer(evaluator_pb2.Call(request=request, timeout_us=int(_REQUEST_S * 1e6)))
+        try:
+            async with asyncio.timeout(_REQUEST_S):
+                reply = await self._worker.infer(evaluator_pb2.Call(request=request, timeout_us=int(_REQUEST_S * 1e6)))
+        except TimeoutError:
+            raise DeadlineExceeded(f"no answer within {_REQUEST_S:g} s") from None
         if reply.response.HasField("error"):
             raise ServingError.from_proto(reply.response.error)
         return reply

@@ -1,27 +1,47 @@
-"""How many CPUs this process may use: its affinity, less what its cgroup grants."""
+"""How many CPUs this process may use: its affinity, less what its cgroups grant."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN = Path("/proc/self/cgroup")
 
 
-def available(cgroup: Path = _CGROUP) -> int:
+def available(cgroups: Path = _CGROUPS, own: Path = _OWN) -> int:
     """At least 1. A container's quota of 1.5 CPUs counts as 2."""
-    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), _quota(cgroup))))
+    quotas = [_quota(folder) for folder in _folders(cgroups, own)]
+    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), *quotas, math.inf)))
 
 
-def _quota(cgroup: Path) -> float:
+def _folders(cgroups: Path, own: Path) -> Iterator[Path]:
+    """The process's own cgroup and all above it, each of which may have a quota; in a container that is the root."""
+    yield cgroups
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        # "0::/path" of version 2, "4:cpu,cpuacct:/path" of version 1.
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "cpu" in controllers.split(","):
+            folder = (cgroups / "cpu" if controllers else cgroups) / path.lstrip("/")
+            yield from (each for each in (folder, *folder.parents) if each.is_relative_to(cgroups))
+
+
+def _quota(folder: Path) -> float:
     try:  # cgroup v2: "max 100000" or "150000 100000", microseconds
-        quota, period = (cgroup / "cpu.max").read_text().split()
+        quota, period = (folder / "cpu.max").read_text().split()
         return math.inf if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         pass
-    try:  # cgroup v1; -1: no quota
-        quota_us = int((cgroup / "cpu/cpu.cfs_quota_us").read_text())
-        return quota_us / int((cgroup / "cpu/cpu.cfs_period_us").read_text()) if quota_us > 0 else math.inf
-    except (OSError, ValueError):
-        return math.inf
+    for cpu in (folder, folder / "cpu"):
+        try:  # cgroup v1; -1: no quota
+            quota_us = int((cpu / "cpu.cfs_quota_us").read_text())
+            return quota_us / int((cpu / "cpu.cfs_period_us").read_text()) if quota_us > 0 else math.inf
+        except (OSError, ValueError):
+            pass
+    return math.inf

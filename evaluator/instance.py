@@ -161,16 +161,16 @@ class _Life:
         self._status.set(State.LEAVING)
         self._places.drain()
         await server.set_serving(False)
-        await asyncio.gather(registration.deregister(), self._drained(), asyncio.sleep(_LINGER_S))
-        await server.stop(_STOP_S)
-        log.info("stopped")
-
-    async def _drained(self) -> None:
+        # The last answers are on their way within the grace too.
+        grace_s = self._settings.grace_s
+        stop_s = min(_STOP_S, grace_s / 2)
         try:
-            async with asyncio.timeout(self._settings.grace_s):
-                await self._places.drained()
+            async with asyncio.timeout(grace_s - stop_s):
+                await asyncio.gather(registration.deregister(), self._places.drained(), asyncio.sleep(_LINGER_S))
         except TimeoutError:
             log.warning("the grace is over", held=self._places.held)
+        await server.stop(stop_s)
+        log.info("stopped")
 
 
 def _instance(settings: Settings, port: int) -> Instance:

@@ -119,6 +119,9 @@ class Net:
         feeds = {name: np.ascontiguousarray(array, self._dtypes[name]) for name, array in inputs.items()}
         return dict(zip(names, self._engine.run(names, feeds), strict=True))
 
+    def reshape(self) -> None:
+        """As pycaffe's, where it makes room for inputs of other sizes: here that needs nothing."""
+
     def forward(self, given: Mapping[str, NDArray[Any]] | None = None, /, **named: NDArray[Any]) -> dict[str, Array]:
         """As pycaffe's: like :meth:`run`, with the inputs not given read from ``blobs``, and the outputs left there.
 

@@ -45,7 +45,8 @@ class Places:
             yield
         finally:
             self.held -= 1
-            self._each_s += ((time.monotonic() - began_s) / ahead - self._each_s) / 8
+            each_s = (time.monotonic() - began_s) / ahead
+            self._each_s += (each_s - self._each_s) / (8 if self._each_s else 1)
             if not self.held:
                 self._empty.set()
 

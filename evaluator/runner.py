@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,47 +53,56 @@ class Runner:
 
     def __init__(self, functions: NetFunctions, cfg: Config) -> None:
         """Loads the net, which may take long. Raises StartError."""
+        self.longest_prepare_s = self.longest_infer_s = 0.0
+        """The longest that a call of ``net_preprocess`` and of ``net_inference`` took so far."""
         self._functions = functions
         self._workspace = Path(cfg["custom_values"]["workspace"]).resolve()
         # What a net makes to send is removed when it is sent; what came with the release stays.
         self._kept = {Path(path).resolve() for name in ("tar_files", "custom_files") for path in cfg[name].values()}
         try:
             self._model = functions.net_init(cfg)
-        except StartError:
-            raise
+        except StartError as error:
+            raise StartError(_one_line(str(error))) from error
         except Exception as error:
             log.exception("net_init failed")
             raise StartError(f"net_init raised {type(error).__name__}, see the log") from error
         if not isinstance(self._model, dict):
             raise StartError(f"net_init returned {type(self._model).__name__}, should be a dict")
-        if self._model.get("error"):
-            raise StartError(_one_line(str(self._model["error"])))
+        said = self._model.get("error")
+        if said is not None and str(said) not in ("", "False", "0"):
+            raise StartError(_one_line(str(said)))
         self.batch_size = _batch_size(self._model, cfg)
 
     def prepare(self, reqid: str, req: Req, files: Files | None = None) -> Prepared:
         """The request after ``net_preprocess``. Raises ServingError."""
         if self._functions.net_preprocess is None:
             return Prepared(reqid, req, files)
+        began_s = time.perf_counter()
         try:
             return Prepared(reqid, self._functions.net_preprocess(self._model, req), files)
-        except ServingError:
-            raise
+        except ServingError as error:
+            raise _sendable(error) from error
         except Exception as error:
             log.exception("net_preprocess failed", reqid=reqid)
             raise Internal("the net failed to prepare the request") from error
+        finally:
+            self.longest_prepare_s = max(self.longest_prepare_s, time.perf_counter() - began_s)
 
     def infer(self, batch: Sequence[Prepared]) -> list[Result | ServingError]:
         """One outcome a request, in order. Raises ServingError where the batch as a whole failed."""
         reqid = ",".join(prepared.reqid for prepared in batch)
+        began_s = time.perf_counter()
         try:
             rets = self._functions.net_inference(
                 self._model, {"reqid": reqid, "reqs": [prepared.req for prepared in batch]}
             )
-        except ServingError:
-            raise
+        except ServingError as error:
+            raise _sendable(error) from error
         except Exception as error:
             log.exception("net_inference failed", reqid=reqid, batch=len(batch))
             raise Internal("the forward pass failed") from error
+        finally:
+            self.longest_infer_s = max(self.longest_infer_s, time.perf_counter() - began_s)
         if not isinstance(rets, list) or len(rets) != len(batch):
             log.error("net_inference did not return one ret a request", reqid=reqid, batch=len(batch))
             raise Internal("the net did not return one result a request")
@@ -103,11 +113,12 @@ class Runner:
             log.error("a ret is no dict", reqid=reqid, kind=type(ret).__name__)
             return Internal("the net's result is malformed")
         code, message = ret.get("code", 0), ret.get("message") or ""
+        code = int(code) if isinstance(code, np.integer) else code
         # Only of an integer: a range compares anything else with all that it holds.
         if type(code) is not int or code not in _CODES or not isinstance(message, str):
             log.error("a ret's code is no integer or its message no text", reqid=reqid)
             return Internal("the net's result is malformed")
-        message = message[:_MAX_MESSAGE_LENGTH].encode(errors="replace").decode()
+        message = _text(message)
         if code:
             return NetError(code, message)
         try:
@@ -144,6 +155,22 @@ def _batch_size(model: Model, cfg: Config) -> int:
     return int(size)
 
 
+def _sendable(error: ServingError) -> ServingError:
+    """An error that a script may have raised, with whatever in it, as one that can be sent."""
+    error.message = _text(str(error.message))
+    if type(error.status) is not int or not 400 <= error.status <= 599:
+        error.status = Internal.status
+    if type(error.code) is not int or error.code not in _CODES:
+        error.code = error.status
+    # Only the instance itself sends a request elsewhere.
+    error.refused, error.retry_after_s = False, None
+    return error
+
+
+def _text(message: str) -> str:
+    return message[:_MAX_MESSAGE_LENGTH].encode(errors="replace").decode()
+
+
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:_MAX_MESSAGE_LENGTH]
 
@@ -163,6 +190,8 @@ def _to_json(result: Any) -> bytes:
 
 
 def _refuse_not_finite(value: Any) -> None:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {each.name: getattr(value, each.name) for each in fields(value)}
     if isinstance(value, dict):
         for item in value.values():
             _refuse_not_finite(item)

@@ -93,7 +93,7 @@ class Schedule:
     def next(self, now_s: float, *, forwards: bool, prepares: bool, idle: int = 1) -> Work:
         """What a thread is to do that can run batches (``forwards``), prepare (``prepares``), or both.
 
-        ``idle``: how many such threads have nothing to do, the one that asks included.
+        ``idle``: how many threads that prepare have nothing to do, the one that asks included.
         """
         if expired := self._expired(now_s):
             return Expired(expired)

@@ -17,10 +17,11 @@ from typing import Any
 
 from atserving.errors import InvalidArgument, StartError
 from evaluator import labels as labels_csv
+from evaluator import net as net_module
 from evaluator import preprocess
 from evaluator.images import Pixels, decode
 from evaluator.limits import Limits
-from evaluator.net import TEST, Blob, Net
+from evaluator.net import TEST, Blob
 from evaluator.preprocess import Transformer, read_mean
 
 __all__ = [
@@ -34,26 +35,60 @@ __all__ = [
     "net",
     "read_image",
     "read_mean",
+    "set_device",
+    "set_mode_cpu",
+    "set_mode_gpu",
     "transformer",
 ]
 
 _limits = Limits()
+_device = "CPU"
 
 
 def begin(cfg: Mapping[str, Any]) -> None:
-    """Makes the release's limits those of :func:`read_image`; called before ``net_init``. Raises StartError."""
-    global _limits
+    """Makes the release's limits those of :func:`read_image`, and its device that of :class:`Net`.
+
+    Called before ``net_init``. Raises StartError.
+    """
+    global _limits, _device
     _limits = Limits.of_release(cfg["custom_values"])
+    _device = cfg["use_device"]
 
 
-def net(cfg: Mapping[str, Any], outputs: Sequence[str] = ()) -> Net:
+class Net(net_module.Net):
+    """Any net of the tar, ``Net(prototxt, caffemodel, TEST)``, on the device that the release asks for."""
+
+    def __init__(self, prototxt: str | Path, caffemodel: str | Path, phase: int = TEST, **options: Any) -> None:
+        """See :class:`evaluator.net.Net`."""
+        super().__init__(prototxt, caffemodel, phase, **{"use_device": _device, **options})
+
+
+def set_mode_cpu() -> None:
+    """As pycaffe's. The release has the say: where it asks for a GPU, this raises StartError."""
+    if _device != "CPU":
+        raise StartError(f"the script asks for the CPU, but use_device is {_device}")
+
+
+def set_mode_gpu() -> None:
+    """As pycaffe's. The release has the say: where it asks for the CPU, this raises StartError."""
+    if _device == "CPU":
+        raise StartError("the script asks for a GPU, but use_device is CPU")
+
+
+def set_device(index: int) -> None:
+    """As pycaffe's. The release has the say: where it asks for another GPU, or none, this raises StartError."""
+    if _device != f"GPU:{index}" and (_device != "GPU" or index):
+        raise StartError(f"the script asks for GPU {index}, but use_device is {_device}")
+
+
+def net(cfg: Mapping[str, Any], outputs: Sequence[str] = ()) -> net_module.Net:
     """The release's net, from ``deploy.prototxt`` and ``weight.caffemodel``, on the device it asks for.
 
     ``outputs`` names inner blobs that shall be outputs too. Has ``inputs`` and ``outputs`` (names),
     ``forward({name: array}) -> {name: array}``, float32 with the batch first, and pycaffe's ``blobs``. Raises
     StartError, which becomes the one line that says why the release does not start.
     """
-    return Net.load(cfg, outputs)
+    return net_module.Net.load(cfg, outputs)
 
 
 def read_image(body: bytes) -> Pixels:

@@ -138,12 +138,15 @@ class Stages(_message.Message):
     FORWARD_US_FIELD_NUMBER: _builtins.int
     POSTPROCESS_US_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    LEADS_FIELD_NUMBER: _builtins.int
     decode_us: _builtins.int
     queue_us: _builtins.int
     forward_us: _builtins.int
     postprocess_us: _builtins.int
     batch_size: _builtins.int
     """How many requests were in the batch; 0: it was in none."""
+    leads: _builtins.bool
+    """It is the first of its batch."""
     def __init__(
         self,
         *,
@@ -152,10 +155,11 @@ class Stages(_message.Message):
         forward_us: _builtins.int = ...,
         postprocess_us: _builtins.int = ...,
         batch_size: _builtins.int = ...,
+        leads: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "decode_us", b"decode_us", "forward_us", b"forward_us", "postprocess_us", b"postprocess_us", "queue_us", b"queue_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "decode_us", b"decode_us", "forward_us", b"forward_us", "leads", b"leads", "postprocess_us", b"postprocess_us", "queue_us", b"queue_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import math
 import os
+import select
 import signal
 import socket
 import sys
@@ -56,12 +57,15 @@ class Host:
             start = orjson.loads(payload)
         except (EOFError, OSError):
             return
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
         try:
             runner, plan = load(start["cfg"], Plan(**start["plan"]) if start["plan"] else None)
         except StartError as error:
             self._send(wire.Kind.START, orjson.dumps({"error": str(error)}))
             return
-        self._send(wire.Kind.START, orjson.dumps({"plan": plan}))
+        # How long calls take, for who has to tell what is stuck.
+        longest_s = [runner.longest_prepare_s, runner.longest_infer_s]
+        self._send(wire.Kind.START, orjson.dumps({"plan": plan, "longest_s": longest_s}))
         self._serve(runner, plan, start["delay_s"], start["cfg"])
 
     def _serve(self, runner: Runner, plan: Plan, delay_s: float, cfg: Config) -> None:
@@ -70,10 +74,25 @@ class Host:
         batcher = Batcher(schedule, work, self._answer, self._progress, lanes=plan.lanes)
         threading.Thread(target=self._read, args=(batcher,), name="reader", daemon=True).start()
         for number in range(1, plan.engines + plan.preparers):
-            forwards = number < plan.engines
-            arguments = {"forwards": forwards, "prepares": plan.lanes or not forwards}
-            threading.Thread(target=batcher.run, args=(number,), kwargs=arguments, daemon=True).start()
-        batcher.run(0, forwards=True, prepares=plan.lanes)
+            threading.Thread(target=self._work, args=(batcher, number, plan), daemon=True).start()
+        self._work(batcher, 0, plan)
+
+    @staticmethod
+    def _work(batcher: Batcher, number: int, plan: Plan) -> None:
+        """A thread's life, which is the process's: with fewer threads than planned it would only seem to be well."""
+        forwards = number < plan.engines
+        try:
+            batcher.run(number, forwards=forwards, prepares=plan.lanes or not forwards)
+        except BaseException:
+            log.exception("a thread of the worker failed")
+        end()
+
+    def _watch(self) -> None:
+        """Ends the process when the evaluator has gone, be it while the net is loaded, which reads nothing."""
+        poll = select.poll()
+        poll.register(self._lane, select.POLLRDHUP)
+        poll.poll()
+        end()
 
     def _read(self, batcher: Batcher) -> None:
         """Takes calls in until the evaluator has gone, and then ends the process."""
@@ -105,7 +124,7 @@ class Host:
             if size > _MANY_BYTES:
                 self._send_replies(replies)
                 replies, size = [], 0
-            replies.append(_reply(answer))
+            replies.append(_reply(answer, leads=answer is answers[0]))
             size += len(answer.outcome.json or answer.outcome.stream or "") if isinstance(answer.outcome, Result) else 0
         self._send_replies(replies)
 
@@ -176,7 +195,7 @@ def _item(call: evaluator_pb2.Call, now_s: float) -> Item:
     return Item(call.id, call.request, now_s, expires_s)
 
 
-def _reply(answer: Answer) -> evaluator_pb2.Reply:
+def _reply(answer: Answer, leads: bool) -> evaluator_pb2.Reply:
     return evaluator_pb2.Reply(
         id=answer.item.id,
         response=_response(answer.outcome),
@@ -186,6 +205,7 @@ def _reply(answer: Answer) -> evaluator_pb2.Reply:
             forward_us=_us(answer.forward_s),
             postprocess_us=_us(answer.postprocess_s),
             batch_size=answer.batch_size,
+            leads=leads,
         ),
     )
 
@@ -203,7 +223,7 @@ def _response(outcome: Any) -> evaluator_pb2.InferResponse:
 
 
 def end() -> NoReturn:
-    """Ends the process, along with what a script may have started: the group is this process's own."""
+    """Ends the process, along with what a script has started in its group, which is this process's own."""
     os.killpg(0, signal.SIGKILL)
     raise SystemExit
 

@@ -16,11 +16,8 @@ class Plan:
     threads: int
     batch_size: int
     preparers: int = 0
-    """Threads that only prepare requests; 0 where each engine prepares its own."""
+    """Threads that only prepare requests."""
+    lanes: bool = False
+    """Whether engines prepare what they run; preparers then help where that takes long."""
     measured: dict[str, float] = field(default_factory=dict)
     """Milliseconds of CPU a request (of a small picture) by ``<engines>x<threads> batch <size>``; empty: none were."""
-
-    @property
-    def lanes(self) -> bool:
-        """Whether engines prepare what they run."""
-        return not self.preparers

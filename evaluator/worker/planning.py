@@ -32,8 +32,9 @@ _LONGEST_BATCH_S = 0.05
 _ROUNDS, _ROUND_S = 5, 0.01
 # What goes with a batch whatever its size: messages, and threads that wake each other.
 _PER_BATCH_S = 0.0006
-# So much more CPU time a request, and engines only wait for each other's Python.
-_IN_THE_WAY = 1.25
+# A request that costs less is mostly Python; so much more CPU time, and engines only wait for each other's.
+_MOSTLY_PYTHON_S, _IN_THE_WAY = 0.0003, 1.25
+_MOST_HELP = 16
 # Several threads an engine have to be that much cheaper: they wait for each other, and others decode for them.
 _WORTH = 1.1
 
@@ -77,9 +78,11 @@ def _on_cpu(functions: NetFunctions, cfg: Config, engines: int | None, threads: 
         if engines == available > 1:
             net, engines = _split(functions, cfg, net, measured)
     size = cfg["batch_size"] or net.best_batch_size(engines, measured)
-    preparers = 0 if net.threads == 1 else _preparers(engines)
+    lanes = net.threads == 1
+    # Lanes on every CPU need no help; an engine of several threads leaves CPUs idle now and then.
+    preparers = min(max(available - engines, 0), _MOST_HELP) if lanes else _preparers(engines)
     in_ms = {name: round(cost_s * 1000, 4) for name, cost_s in measured.items()}
-    return net, Plan(engines, net.threads, size, preparers, in_ms)
+    return net, Plan(engines, net.threads, size, preparers, lanes, in_ms)
 
 
 def _split(functions: NetFunctions, cfg: Config, net: _Net, measured: dict[str, float]) -> tuple[_Net, int]:
@@ -119,9 +122,12 @@ class _Net:
     def scales_to(self, most: int, measured: dict[str, float]) -> int:
         """How many engines can run at once before they get in each other's way. Raises StartError.
 
-        Where a request is mostly Python, more engines only pass the interpreter to and fro.
+        Where a request is mostly Python, more engines only pass the interpreter to and fro. Of a small net that is
+        known without a measurement, which would be one of chance.
         """
         engines, alone_s = 1, self.cost_s(1, 1, measured)
+        if alone_s < _MOSTLY_PYTHON_S:
+            return engines
         for more in _sizes(most)[1:]:
             if self.cost_s(more, 1, measured) > alone_s * _IN_THE_WAY:
                 break

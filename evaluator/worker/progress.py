@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import struct
@@ -29,9 +30,11 @@ class Progress:
 
     def __init__(self, descriptor: int | None = None) -> None:
         """New memory, or that of a descriptor that came from another process."""
-        self.descriptor = os.memfd_create("progress") if descriptor is None else descriptor
+        self.descriptor = os.memfd_create("progress", os.MFD_ALLOW_SEALING) if descriptor is None else descriptor
         if descriptor is None:
             os.ftruncate(self.descriptor, MAX_THREADS * _SLOT_BYTES)
+            # Memory that the other process could cut off would end whoever reads it.
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self._memory = mmap.mmap(self.descriptor, MAX_THREADS * _SLOT_BYTES)
 
     def begin(self, thread: int, ids: Sequence[int], *, preparing: bool) -> None:

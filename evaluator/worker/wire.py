@@ -70,8 +70,11 @@ def read_calls(payload: bytes) -> Iterator[evaluator_pb2.Call]:
 
 
 def _exactly(lane: socket.socket, length: int) -> bytes:
-    # One call and no copy for all that fits into the socket's buffer.
+    # One call and no copy, but where a signal cuts it short.
     data = lane.recv(length, socket.MSG_WAITALL) if length else b""
-    if len(data) < length:
-        raise EOFError
+    while len(data) < length:
+        more = lane.recv(length - len(data), socket.MSG_WAITALL)
+        if not more:
+            raise EOFError
+        data += more
     return data

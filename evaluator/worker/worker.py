@@ -201,10 +201,9 @@ class Worker:
         process.send(wire.Kind.CALLS, *wire.calls([one.call.SerializeToString() for one in calls]))
 
     def _replies(self, frame: evaluator_pb2.ExchangeResponse) -> None:
-        # The worker sends a batch's replies together.
-        if size := frame.replies[0].stages.batch_size:
-            self.on_batch(size)
         for reply in frame.replies:
+            if reply.stages.leads and reply.stages.batch_size:
+                self.on_batch(reply.stages.batch_size)
             one = self._open.pop(reply.id, None)
             if one:
                 self._sent -= one.sent
@@ -226,8 +225,11 @@ class Worker:
         delay_s = 0 if self._suspects else self._delay_s
         start = {"cfg": self._cfg, "plan": self.plan if self._started else None, "delay_s": delay_s}
         try:
-            self.plan = Plan(**(await process.start(start, self._init_timeout_s))["plan"])
-        except (TypeError, KeyError):
+            said = await process.start(start, self._init_timeout_s)
+            self.plan = Plan(**said["plan"])
+            for preparing, longest_s in zip((True, False), said["longest_s"], strict=True):
+                self._longest_s[preparing] = max(self._longest_s[preparing], float(longest_s))
+        except (TypeError, KeyError, ValueError):
             process.kill()
             raise StartError("the net's process says what none would") from None
         except BaseException:
@@ -292,11 +294,19 @@ class Worker:
             await asyncio.sleep(_LOOK_S)
             if self._process and not self._process.ended.done() and self._sent:
                 now_s = time.monotonic()
-                stuck = next((each for each in self._progress.running() if self._is_stuck(each, now_s)), None)
+                running = self._progress.running()
+                stuck = next((each for each in running if self._is_stuck(each, now_s)), None)
                 if stuck:
                     log.error("the net is stuck and its process is killed", seconds=round(now_s - stuck.since_s, 3))
                     self._stuck = stuck
                     self._process.kill()
+                elif not running and self._is_silent(now_s):
+                    log.error("the net's process does nothing about what it was sent, and is killed")
+                    self._process.kill()
+
+    def _is_silent(self, now_s: float) -> bool:
+        """Whether a call is long overdue that nothing in the process is at: it was stopped, or has lost the thread."""
+        return any(one.sent and one.deadline_s + _LEAST_PATIENCE_S <= now_s for one in self._open.values())
 
     def _is_stuck(self, running: Running, now_s: float) -> bool:
         took_s = now_s - running.since_s

@@ -51,7 +51,7 @@ class Books:
 
     ids = itertools.count(1)
 
-    def __init__(self, *, lanes: int = 0, batch_size: int = 4, delay_s: float = 0.0) -> None:
+    def __init__(self, *, lanes: int = 0, helpers: int = 0, batch_size: int = 4, delay_s: float = 0.0) -> None:
         self.engine = Engine()
         self.answers: dict[int, list[Answer]] = {}
         self.at_work: dict[int, list[int]] = {}
@@ -59,6 +59,7 @@ class Books:
         schedule = Schedule(batch_size=batch_size, engines=max(lanes, 1), delay_s=delay_s)
         self.batcher = Batcher(schedule, self.engine, self.answered, self, lanes=bool(lanes))
         roles = [(True, True)] * lanes or [(True, False), (False, True), (False, True)]
+        roles += [(False, True)] * helpers
         for number, (forwards, prepares) in enumerate(roles):
             arguments = {"forwards": forwards, "prepares": prepares}
             threading.Thread(target=self.batcher.run, args=(number,), kwargs=arguments, daemon=True).start()
@@ -93,9 +94,17 @@ class Books:
         return self.outcomes(self.submit(*requests))
 
 
-@pytest.fixture(scope="module", params=["lanes", "specialists"])
+@pytest.fixture(scope="module", params=["lanes", "specialists", "a lane and its help"])
 def books(request: pytest.FixtureRequest) -> Books:
-    return Books(lanes=2 if request.param == "lanes" else 0)
+    match request.param:
+        case "lanes":
+            return Books(lanes=2)
+        case "specialists":
+            return Books()
+    books = Books(lanes=1, helpers=2)
+    # As if every preparation took long.
+    books.batcher._prepare_s = 1e6
+    return books
 
 
 REQUESTS = st.lists(st.one_of(st.integers(0, 99), st.sampled_from([-1, -2, 666, "bad", "worse"])), max_size=12)
@@ -190,3 +199,41 @@ def test_stages_add_up() -> None:
         assert (answer.batch_size, answer.forward_s) == (2, 0.001)
         assert answer.queue_s >= 0
         assert item.prepare_s >= 0
+
+
+def test_those_that_only_prepare_help_a_lane_where_that_takes_long() -> None:
+    books = Books(lanes=1, helpers=1)
+    books.engine.open.clear()
+    running = books.submit(1)
+    assert books.engine.entered.wait(WAIT_S)
+    quick = books.submit("bad")
+    books.batcher._prepare_s = 1e6
+    slow = books.submit("bad")
+    # The lane runs its batch all the while.
+    assert [type(each) for each in books.outcomes([*slow, *quick])] == [InvalidArgument] * 2
+    books.engine.open.set()
+    assert books.outcomes(running) == [10]
+
+
+def test_what_goes_while_a_lane_prepares_others_is_not_prepared() -> None:
+    books = Books(lanes=1, batch_size=8)
+    asked: list[object] = []
+    going = threading.Event()
+
+    def prepare(item: Item) -> object:
+        asked.append(item.request)
+        going.set()
+        assert books.engine.open.wait(WAIT_S)
+        return item.request
+
+    books.engine.prepare = prepare  # type: ignore[method-assign]
+    books.engine.open.clear()
+    items = books.submit(1, 2, 3)
+    assert going.wait(WAIT_S)
+    books.batcher.cancel([items[1].id])
+    items[2].expires_s = 0
+    books.engine.open.set()
+    outcomes = books.outcomes(items)
+    assert outcomes[0] == 10
+    assert [type(each) for each in outcomes[1:]] == [DeadlineExceeded] * 2
+    assert asked == [1]

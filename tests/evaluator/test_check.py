@@ -38,6 +38,17 @@ def test_a_good_release_is_reported(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in lines[3:]] == ["prepare", "batch of 1", "batch of 4", "peak memory"]
 
 
+def test_all_of_a_release_can_be_given(tmp_path: Path) -> None:
+    (tmp_path / "tags.txt").write_text("cat")
+    script = "def net_init(cfg):\n    return {'tags': open(cfg['custom_files']['taglist_file']).read(), **cfg}\n"
+    script += "def net_inference(model, args):\n"
+    script += "    return [{'result': [model['tags'], model['model_params']['x']]} for _ in args['reqs']]\n"
+    arguments = ["--custom-file", f"taglist_file={tmp_path / 'tags.txt'}", "--model-params", '{"x": 5}', "--json"]
+    said = command(tar(tmp_path, script), *arguments)
+    assert orjson.loads(said.stdout)["answers"][0]["result"] == "[2 x text]"
+    assert command(tar(tmp_path, script), "--custom-file", "taglist_file=none").returncode == 2
+
+
 def test_the_report_comes_as_json_too() -> None:
     said = command(DIGITS / "digits-v1.tar", "--net", "feature", "--custom-values", '{"layers": ["pool2"]}', "--json")
     report = orjson.loads(said.stdout)

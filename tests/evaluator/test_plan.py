@@ -115,13 +115,19 @@ def test_fewer_engines_of_more_threads_have_to_be_much_cheaper(tmp_path: Path, m
 def test_where_engines_are_in_each_others_way_there_are_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    costs_ms = {(1, 1, 1): 0.1, (2, 1, 1): 0.11, (4, 1, 1): 0.2} | {(2, 1, 2**n): 0.1 for n in range(1, 6)}
+    costs_ms = {(1, 1, 1): 1.0, (2, 1, 1): 1.1, (4, 1, 1): 2.0} | {(2, 1, 2**n): 1.0 for n in range(1, 6)}
     plan = planned(costs_ms, tmp_path, monkeypatch)
-    assert (plan.engines, plan.threads, plan.batch_size) == (2, 1, 32)
+    # The other CPUs help where pictures take long to decode.
+    assert (plan.engines, plan.threads, plan.batch_size, plan.preparers, plan.lanes) == (2, 1, 32, 2, True)
+
+
+def test_what_is_mostly_python_has_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned({(1, 1, 2**n): 0.1 for n in range(6)}, tmp_path, monkeypatch)
+    assert (plan.engines, plan.threads, plan.batch_size, plan.preparers, plan.lanes) == (1, 1, 32, 3, True)
 
 
 def test_what_was_measured_once_is_not_measured_again(tmp_path: Path) -> None:
-    known = Plan(2, 1, 4, measured={"2x1 batch 1": 1.0})
+    known = Plan(2, 1, 4, lanes=True, measured={"2x1 batch 1": 1.0})
     net = Net()
     assert for_built_in(net.functions, cfg(tmp_path), known)[1] is known
     assert net.sizes == [1, 2, 4]

@@ -1,5 +1,6 @@
 """What the net's answers mean, good and bad."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ import pytest
 from atserving.errors import Internal, InvalidArgument, NetError, ServingError, StartError
 from evaluator.contract import Model, NetFunctions, Req
 from evaluator.runner import Prepared, Result, Runner
+
+
+@dataclass
+class Holds:
+    number: float
 
 
 def runner(workspace: Path, inference: Any, *, init: Any = None, preprocess: Any = None) -> Runner:
@@ -67,6 +73,7 @@ def test_a_nets_own_code_is_kept_and_has_a_status(code: int, status: int, tmp_pa
         {"code": 0, "result": [None, {"x": [np.float32("inf")]}]},
         {"code": 0, "result": {"x": object()}},
         {"code": 0, "result": {1: 2}},
+        {"code": 0, "result": Holds(float("nan"))},
         {"code": 0, "result": {"x": 2**70}},
         {"code": 0, "result_file": "/etc/passwd"},
         {"code": 0, "result_file": "../outside"},

@@ -185,6 +185,8 @@ def test_the_net_and_its_init_are_the_main_threads(tmp_path: Path) -> None:
         ("sys.exit(3)", "net_init raised RuntimeError, see the log"),
         ("os._exit(3)", "the net's process ended while the net was loaded"),
         ("time.sleep(1000)", "net_init did not return within 0.2 s"),
+        ("from evaluator import scripting; raise scripting.StartError('one\\ntwo')", "one two"),
+        ("import numpy; return {'error': numpy.array([1, 2])}", "[1 2]"),
         ("return None", "net_init returned NoneType, should be a dict"),
         ("return {'batch_size': 'x'}", "the batch_size of net_init's model is 'x', should be a positive integer"),
         ("from evaluator import scripting; scripting.net(cfg)", "the release's tar has no deploy.prototxt"),

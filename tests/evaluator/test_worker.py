@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from atserving.errors import DeadlineExceeded, Internal, StartError, Unavailable
+from atserving.errors import DeadlineExceeded, Internal, ServingError, StartError, Unavailable
 from atserving.v1.evaluator_pb2 import InferResponse
+from atserving.v1.serving_pb2 import Resource
 from evaluator.worker import worker as module
+from tests.evaluator.conftest import ROOT, digits_tar
 from tests.evaluator.scripts import OBEDIENT, Served, result, started, wait_for
 
 
@@ -163,3 +167,120 @@ def test_the_evaluators_end_is_the_workers_end(tmp_path: Path) -> None:
         its = served.pid()
         served.hang_up()
         wait_for(lambda: not Path(f"/proc/{its}").exists() or "Z" in Path(f"/proc/{its}/stat").read_text())
+
+
+ODD = """
+import os, time
+from pathlib import Path
+from evaluator import scripting
+from atserving.errors import ServingError
+
+def net_init(cfg):
+    return {"pid": os.getpid(), "batch_size": 4}
+
+def net_preprocess(model, req):
+    if "prepare" in req["params"]: raise eval(req["params"]["prepare"])
+    return req
+
+def net_inference(model, args):
+    for req in args["reqs"]:
+        if "infer" in req["params"]: raise eval(req["params"]["infer"])
+        if "cut" in req["params"]:
+            memory = [each for each in Path("/proc/self/fd").iterdir() if "progress" in os.readlink(each)]
+            os.ftruncate(int(memory[0].name), 0)
+    return [{"code": 0, "result": {"pid": model["pid"]}} for _ in args["reqs"]]
+"""
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with started(tmp_path_factory.mktemp("odd").resolve(), ODD) as served:
+        yield served
+
+
+@pytest.mark.parametrize("where", ["prepare", "infer"])
+@pytest.mark.parametrize(
+    ("what", "status", "message"),
+    [
+        ("scripting.InvalidArgument(ValueError('no face'))", 400, "no face"),
+        ("scripting.InvalidArgument('\\ud800 odd')", 400, "? odd"),
+        ("scripting.InvalidArgument('x' * (70 << 20))", 400, "x" * 4096),
+        ("scripting.InvalidArgument('no face', code=2**40)", 400, "no face"),
+        ("scripting.InvalidArgument('no face', refused=True)", 400, "no face"),
+        ("type('Odd', (ServingError,), {'status': 'odd'})('no face')", 500, "no face"),
+        ("ValueError('\\ud800 odd')", 500, None),
+    ],
+)
+def test_whatever_a_script_raises_comes_to_its_caller_alone(
+    odd: Served, where: str, what: str, status: int, message: str | None
+) -> None:
+    before = odd.pid()
+    # More often than there are threads.
+    for _ in range(4):
+        error = odd.ask(**{where: what})
+        assert isinstance(error, ServingError)
+        assert (error.status, error.code, error.refused) == (status, status, False)
+        assert message is None or error.message == message
+    assert odd.pid() == before
+
+
+def test_a_script_can_not_take_the_memory_away_that_tells_what_it_is_at(odd: Served) -> None:
+    error = odd.ask(cut=True)
+    assert isinstance(error, Internal)
+    assert error.message == "the forward pass failed"
+    assert odd.pid()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_process_that_is_at_nothing_and_answers_nothing_is_killed(odd: Served) -> None:
+    before = odd.pid()
+    os.kill(before, signal.SIGSTOP)
+    with pytest.raises(TimeoutError):
+        odd.ask(timeout_s=0.2)
+    assert odd.pid() != before
+
+
+def test_a_pause_is_no_end(odd: Served) -> None:
+    before = odd.pid()
+    later = [odd.ask_later(Resource(body=bytes(8 << 20))) for _ in range(12)]
+    for _ in range(10):
+        os.kill(before, signal.SIGSTOP)
+        os.kill(before, signal.SIGCONT)
+    assert [result(each.result())["pid"] for each in later] == [before] * 12
+
+
+def test_the_warm_up_tells_how_long_calls_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LEAST_PATIENCE_S", 0.05)
+    script = "import os, time\ndef net_init(cfg): return {}\ndef net_inference(model, args):\n    time.sleep(0.3)\n"
+    script += "    return [{'code': 0, 'result': {'pid': os.getpid()}} for _ in args['reqs']]\n"
+    with started(tmp_path, script) as served:
+        before = served.worker_pid()
+        with pytest.raises(TimeoutError):
+            served.ask(timeout_s=0.1)
+        assert served.pid() == before
+
+
+def test_a_worker_ends_with_its_evaluator_even_while_it_loads(tmp_path: Path) -> None:
+    script = "import os, time\nfrom pathlib import Path\ndef net_init(cfg):\n"
+    script += f"    Path('{tmp_path}/pid').write_text(str(os.getpid()))\n    time.sleep(1000)\n"
+    script += "def net_inference(model, args): ...\n"
+    digits_tar(tmp_path / "release.tar", **{"net.py": script.encode()})
+    command = [sys.executable, "-m", "evaluator", "check", str(tmp_path / "release.tar")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as check:
+        wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        check.kill()
+    pid = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_a_check_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
+    script = "import time\nfrom pathlib import Path\ndef net_init(cfg):\n"
+    script += f"    Path('{tmp_path}/folder').write_text(cfg['custom_values']['workspace'])\n    time.sleep(1000)\n"
+    script += "def net_inference(model, args): ...\n"
+    digits_tar(tmp_path / "release.tar", **{"net.py": script.encode()})
+    command = [sys.executable, "-m", "evaluator", "check", str(tmp_path / "release.tar")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as check:
+        wait_for(lambda: (tmp_path / "folder").exists() and (tmp_path / "folder").read_text())
+        check.terminate()
+        assert check.wait(60) == 130
+    assert not Path((tmp_path / "folder").read_text()).exists()
