@@ -27,7 +27,8 @@ from evaluator.worker.progress import MAX_THREADS
 
 log = structlog.get_logger()
 
-_MAX_MEASURED_BATCH_SIZE = 32
+# Of small nets: what is larger makes front and worker wait for each other more than it saves.
+_MAX_MEASURED_BATCH_SIZE = 16
 _LONGEST_BATCH_S = 0.05
 _ROUNDS, _ROUND_S = 5, 0.01
 # What goes with a batch whatever its size: messages, and threads that wake each other.
