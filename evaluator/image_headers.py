@@ -12,12 +12,13 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from PIL import Image
 
 from atserving.errors import InvalidArgument
+from evaluator import png_data
 from evaluator.limits import Limits
 
 _UNKNOWN = "it is not a JPEG, PNG, BMP, WebP or GIF"
@@ -32,23 +33,10 @@ _MAX_PROFILE_BYTES = 1 << 20
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNKS = 10_000
-_MAX_CHUNK_BYTES = (1 << 31) - 1
 _HEADER_BYTES = 13
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-# Where each pass of an interlaced PNG begins, and its steps: x, y, dx, dy (PNG, 8.2).
-_PASSES = (
-    (0, 0, 8, 8),
-    (4, 0, 8, 8),
-    (0, 4, 4, 8),
-    (2, 0, 4, 4),
-    (0, 2, 2, 4),
-    (1, 0, 2, 2),
-    (0, 1, 1, 2),
-)
-# Deflate packs at most 1032 bytes into one, so that this much, 1 GiB unpacked, takes libpng two seconds at worst.
-_FEW_PNG_BYTES = 1 << 20
-_MAX_SURPLUS_BYTES = 1 << 20
-_PIECE_BYTES = 1 << 16
+# Of packed data that libpng may unpack before anyone knows to how much: with deflate's 1032 bytes for one, in a second.
+_FEW_PNG_BYTES = 1 << 19
 # How the text chunks of a PNG begin that hold EXIF, or XMP, which may have an orientation too.
 _PNG_PROFILES = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 _MAX_PROFILES = 3
@@ -116,69 +104,49 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
 
 
 def _png(data: bytes, limits: Limits) -> Header:
-    """A chunk is its length, its type, so many bytes and a checksum; the first is IHDR, the last IEND (PNG, 5.3)."""
+    """OpenCV gets the chunks without which there is no image; what others do to its pixels is nothing."""
     if data[8:16] != b"\0\0\0\x0dIHDR" or len(data) < len(_PNG) + 12 + _HEADER_BYTES:
         raise undecodable("the PNG does not begin with its header")
     width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
     _check_size(width, height, limits)
-    critical: list[bytes] = []
-    pixels: list[tuple[int, int]] = []
+    before, pixels, after = [_PNG], list[bytes](), list[bytes]()
     profiles: list[bytes] = []
-    place, chunks, packed = len(_PNG), 0, 0
-    kind = b""
-    while kind != b"IEND":
-        chunks += 1
-        if chunks > _MAX_CHUNKS:
-            raise undecodable(f"the PNG has more than {_MAX_CHUNKS} chunks")
+    packed = 0
+    for kind, chunk in _chunks(data):
+        if kind == b"IDAT":
+            pixels.append(chunk)
+            packed += len(chunk)
+        # The fifth bit of a type is set in all that one can do without (PNG, 5.4).
+        elif not kind[0] & 0x20:
+            (after if pixels else before).append(chunk)
+        elif len(profiles) < _MAX_PROFILES and (kind == b"eXIf" or chunk.startswith(_PNG_PROFILES, 8)):
+            profiles.append(chunk)
+    if packed > _FEW_PNG_BYTES:
+        rows = png_data.row_bytes(width, height, depth * _SAMPLES.get(colour, 0), bool(interlaced))
+        try:
+            kept = png_data.stored((part[8:-4] for part in pixels), rows)
+        except ValueError as error:
+            raise undecodable(str(error)) from None
+        if kept is not None:
+            pixels = [kept]
+    return Header("PNG", width, height, _png_orientation(profiles), b"".join([*before, *pixels, *after]))
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """A PNG's chunks, each with its type: a length, the type, so many bytes and a checksum, up to IEND (PNG, 5.3)."""
+    place = len(_PNG)
+    for _ in range(_MAX_CHUNKS):
         if place + 12 > len(data):
             raise undecodable()
         length, kind = struct.unpack_from(">I4s", data, place)
         end = place + 12 + length
-        if length > _MAX_CHUNK_BYTES or end > len(data):
+        if end > len(data):
             raise undecodable("a chunk of the PNG is longer than what is left of it")
-        if kind == b"IDAT":
-            pixels.append((place + 8, end - 4))
-            packed += length
-        # The fifth bit of a type is set in all that one can do without (PNG, 5.4).
-        if not kind[0] & 0x20:
-            critical.append(data[place:end])
-        elif len(profiles) < _MAX_PROFILES and (kind == b"eXIf" or data.startswith(_PNG_PROFILES, place + 8)):
-            profiles.append(data[place:end])
+        yield kind, data[place:end]
+        if kind == b"IEND":
+            return
         place = end
-    if packed > _FEW_PNG_BYTES:
-        most = _unpacked_bytes(width, height, depth * _SAMPLES.get(colour, 0), bool(interlaced)) + _MAX_SURPLUS_BYTES
-        if _unpack_to_more((data[start:stop] for start, stop in pixels), most):
-            raise undecodable("the PNG has far more data than pixels")
-    if len(critical) < chunks:
-        data = _PNG + b"".join(critical)
-    return Header("PNG", width, height, _png_orientation(profiles), data)
-
-
-def _unpacked_bytes(width: int, height: int, bits: int, interlaced: bool) -> int:
-    """How many bytes a PNG's rows are, each with its filter's one; ``bits`` are those of a pixel."""
-    total = 0
-    for x, y, dx, dy in _PASSES if interlaced else ((0, 0, 1, 1),):
-        columns, rows = -(-(width - x) // dx), -(-(height - y) // dy)
-        if columns > 0 and rows > 0:
-            total += rows * (1 + (columns * bits + 7) // 8)
-    return total
-
-
-def _unpack_to_more(parts: Iterable[bytes], most: int) -> bool:
-    """Whether a zlib stream, in parts, unpacks to more than so many bytes; what is wrong with it is libpng's to say."""
-    stream, total = zlib.decompressobj(), 0
-    try:
-        for part in parts:
-            for start in range(0, len(part), _PIECE_BYTES):
-                piece = part[start : start + _PIECE_BYTES]
-                while piece and not stream.eof:
-                    total += len(stream.decompress(piece, 16 * _PIECE_BYTES))
-                    if total > most:
-                        return True
-                    piece = stream.unconsumed_tail
-    except zlib.error:
-        pass
-    return False
+    raise undecodable(f"the PNG has more than {_MAX_CHUNKS} chunks")
 
 
 def _png_orientation(profiles: list[bytes]) -> int:
@@ -296,12 +264,8 @@ def _orientation_of(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-def _png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-_PIXEL_HEADER = _PNG + _png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
-_PIXEL = _PIXEL_HEADER + _png_chunk(b"IDAT", zlib.compress(b"\0\0")) + _png_chunk(b"IEND", b"")
+_PIXEL_HEADER = _PNG + png_data.chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
+_PIXEL = _PIXEL_HEADER + png_data.chunk(b"IDAT", zlib.compress(b"\0\0")) + png_data.chunk(b"IEND", b"")
 _PIXEL_DATA = len(_PIXEL_HEADER)
 _STARTS = ((_JPEG, "JPEG"), (_PNG, "PNG"), (b"RIFF", "WEBP"), (b"GIF87a", "GIF"), (b"GIF89a", "GIF"), (b"BM", "BMP"))
 _READERS: dict[str, Callable[[bytes, Limits], Header]] = {
