@@ -47,8 +47,8 @@ _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _TEM, _SOI, _EOI, _SOS, _APP1 = 0x01, 0xD8, 0xD9, 0xDA, 0xE1
 _FIRST_FRAME = 0xC0
 _FRAMES = frozenset(range(_FIRST_FRAME, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# A JPEG of many scans takes 10 ms each at 25 million pixels; encoders write about 10, and few write 20.
-_MAX_SCANS = 100
+# At 25 million pixels a scan of next to no bytes takes 10 to 20 ms. Encoders write about 10, and few write 20.
+_MAX_SCANS = 50
 _MAX_SEGMENTS = 1000
 _JPEG_PROFILES = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")
 
