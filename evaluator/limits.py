@@ -18,9 +18,9 @@ class Limits:
     """
 
     max_bytes: int = 10 << 20
-    max_request_bytes: int = 64 << 20
     max_width: int = 4999
     max_height: int = 4999
+    max_request_bytes: int = 64 << 20
 
     @staticmethod
     def of_release(custom_values: Mapping[str, Any]) -> Limits:
@@ -28,9 +28,9 @@ class Limits:
         values = Values("custom_values", custom_values)
         return Limits(
             values.positive_int("max_bytes", Limits.max_bytes),
-            values.positive_int("max_request_bytes", Limits.max_request_bytes),
             values.positive_int("max_width", Limits.max_width),
             values.positive_int("max_height", Limits.max_height),
+            values.positive_int("max_request_bytes", Limits.max_request_bytes),
         )
 
 

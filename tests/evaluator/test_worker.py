@@ -154,7 +154,9 @@ def test_closing_ends_a_start_that_would_never_end(tmp_path: Path) -> None:
 def test_a_worker_that_can_not_start_again_sends_callers_elsewhere_and_ends(tmp_path: Path) -> None:
     with started(tmp_path) as served:
         (tmp_path / "release" / "net.py").write_text("broken(")
-        guilty, other = served.ask_later(do="os._exit"), served.ask_later(do="slow")
+        other = served.ask_later(prepare="wait")
+        wait_for((tmp_path / "waiting").exists)
+        guilty = served.ask_later(do="os._exit")
         assert isinstance(served.ended(), StartError)
         assert isinstance(guilty.result(), Internal | Unavailable)
         error = other.result()
