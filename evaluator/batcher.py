@@ -79,11 +79,11 @@ class Batcher:
         self._progress = progress
         self._items: dict[int, Item] = {}
         self._lock = threading.Lock()
-        # Whom to wake for what is ready, and for what has arrived.
-        self._forwarders = threading.Condition(self._lock)
-        self._preparers = threading.Condition(self._lock)
+        # Who waits for what is ready, or is a lane, and who for what has arrived. The last to come is woken first: what
+        # it worked with is still in its CPU's cache.
+        self._forwarders: list[threading.Condition] = []
+        self._preparers: list[threading.Condition] = []
         self._lanes = lanes
-        self._idle_lanes = self._idle_preparers = 0
         self._prepare_s = 0.0
 
     def submit(self, items: Sequence[Item]) -> None:
@@ -105,7 +105,7 @@ class Batcher:
         """Applies from now on, to what waits as well."""
         with self._lock:
             self._schedule.delay_s = delay_s
-            self._forwarders.notify_all()
+            _wake(self._forwarders, len(self._forwarders))
 
     def run(self, thread: int, *, forwards: bool, prepares: bool) -> None:
         """One thread's loop; never returns. ``thread`` is its place in the progress."""
@@ -123,22 +123,17 @@ class Batcher:
         with self._lock:
             while True:
                 now_s = time.monotonic()
-                idle = 1 + self._idle_lanes + (self._idle_preparers if self._preparers_help else 0)
+                idle = 1 + len(self._forwarders) + (len(self._preparers) if self._preparers_help else 0)
                 work = self._schedule.next(now_s, forwards=forwards, prepares=prepares, idle=idle)
                 if not isinstance(work, Wait):
                     self._wake()
                     return work
-                self._wait(None if math.isinf(work.until_s) else work.until_s - now_s, forwards)
-
-    def _wait(self, seconds: float | None, forwards: bool) -> None:
-        if forwards:
-            self._idle_lanes += self._lanes
-            self._forwarders.wait(seconds)
-            self._idle_lanes -= self._lanes
-        else:
-            self._idle_preparers += 1
-            self._preparers.wait(seconds)
-            self._idle_preparers -= 1
+                mine = threading.Condition(self._lock)
+                idlers = self._forwarders if forwards else self._preparers
+                idlers.append(mine)
+                # Woken, it has been taken out; by the time, it is still there.
+                if not mine.wait(None if math.isinf(work.until_s) else work.until_s - now_s) and mine in idlers:
+                    idlers.remove(mine)
 
     @property
     def _preparers_help(self) -> bool:
@@ -148,11 +143,11 @@ class Batcher:
         """Where there is more to do, as many threads as may be idle; each wakes the next."""
         if self._schedule.has_arrived:
             if self._lanes:
-                self._forwarders.notify(count)
+                _wake(self._forwarders, count)
             if self._preparers_help:
-                self._preparers.notify(count)
+                _wake(self._preparers, count)
         if self._schedule.ready:
-            self._forwarders.notify()
+            _wake(self._forwarders)
 
     def _prepare(self, thread: int, item: Item, forwards: bool) -> None:
         began_s = time.monotonic()
@@ -176,7 +171,7 @@ class Batcher:
             waits = self._schedule.prepared(item, fit=error is None)
             # A lane runs a single request itself: to wake another for it would only cost.
             if self._schedule.ready > forwards:
-                self._forwarders.notify()
+                _wake(self._forwarders)
         if not waits:
             self._fail([item], error or DeadlineExceeded("the caller has gone"))
 
@@ -226,3 +221,8 @@ class Batcher:
             for answer in answers:
                 del self._items[answer.item.id]
         self._answer(answers)
+
+
+def _wake(idlers: list[threading.Condition], count: int = 1) -> None:
+    for _ in range(min(count, len(idlers))):
+        idlers.pop().notify()
