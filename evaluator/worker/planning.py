@@ -7,7 +7,6 @@ others use too. On a GPU there is one engine.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -152,7 +151,7 @@ class _Net:
         if name not in measured:
             self._infer(self._batch(size))
             with ThreadPoolExecutor(engines) as pool:
-                measured[name] = statistics.median(self._round_s(pool, engines, size) for _ in range(_ROUNDS))
+                measured[name] = min(self._round_s(pool, engines, size) for _ in range(_ROUNDS))
         return measured[name]
 
     def _round_s(self, pool: ThreadPoolExecutor, engines: int, size: int) -> float:
