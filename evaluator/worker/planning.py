@@ -31,7 +31,7 @@ _MAX_MEASURED_BATCH_SIZE = 16
 _LONGEST_BATCH_S = 0.05
 _ROUNDS, _ROUND_S = 5, 0.01
 # What goes with a batch whatever its size: messages, and threads that wake each other.
-_PER_BATCH_S = 0.0006
+_PER_BATCH_S = 0.001
 # A request that costs less is mostly Python; so much more CPU time, and engines only wait for each other's.
 _MOSTLY_PYTHON_S, _IN_THE_WAY = 0.0003, 1.25
 _MOST_HELP = 16
