@@ -70,7 +70,7 @@ class Report:
         plan = self.plan
         lines = [
             f"{self.net} on {self.use_device}, loaded in {self.load_s:.2f} s",
-            f"batch size {plan.batch_size}, {plan.engines} engines of {plan.threads or 'any number of'} threads",
+            f"batch size {plan.batch_size}, engines: {plan.engines}, threads each: {plan.threads or 'its own choice'}",
         ]
         lines += [f"{answer.request}: {answer.result}" for answer in self.answers]
         lines.append(f"prepare: {self.prepare_ms:.2f} ms a request")
