@@ -5,6 +5,7 @@ JPEG, PNG, BMP, WebP and GIF (the first frame) are decoded; nothing else is. Ope
 
 from __future__ import annotations
 
+import functools
 import io
 from dataclasses import dataclass
 
@@ -76,6 +77,7 @@ def read(data: bytes, limits: Limits, least: tuple[int, int] | None = None) -> P
     return Picture(_upright(pixels, header), header.upright_size)
 
 
+@functools.cache
 def sample() -> bytes:
     """A small grey picture, as a PNG, to try a net with."""
     return cv2.imencode(".png", np.full((_SAMPLE_SIDE, _SAMPLE_SIDE, 3), 127, np.uint8))[1].tobytes()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -22,7 +22,7 @@ class Item:
     expires_s: float = math.inf
     prepared: Any = None
     prepare_s: float = 0.0
-    gone: bool = field(default=False)
+    gone: bool = False
     """Nobody waits for it any more: set while it is being prepared, when it can't be taken out."""
 
 
@@ -35,7 +35,7 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Forward:
-    """Run these as one batch, and then say so by :meth:`Schedule.done`."""
+    """Run these as one batch: they are out of the schedule."""
 
     items: list[Item]
 
@@ -61,7 +61,8 @@ class Schedule:
     """The requests that a worker holds.
 
     1. A request is in one place at a time: ``_arrived``, being prepared, ``_ready``, or running. It leaves once.
-    2. A batch has 1 to ``batch_size`` requests, in the order in which they became ready. At most ``engines`` run.
+    2. A batch has 1 to ``batch_size`` requests, in the order in which they became ready. No more than ``engines`` run:
+       no more threads ask for them.
     3. A free engine takes what is ready at once. Only ``delay_s`` makes it wait for a batch to fill, and never longer
        than that after the oldest arrived.
     4. No more is prepared ahead than every engine's next batch. What has not been taken costs nothing.

@@ -1,7 +1,7 @@
 """The process that holds a release's net: ``python -m evaluator.worker.host <socket> <progress memory>``.
 
 Its main thread is an engine, and the only one of a script; others run batches beside it, or prepare requests, as the
-plan says. The evaluator's end of the socket closing ends the process, and all that a script may have started.
+plan says. The evaluator's end of the socket closing ends the process, and what a script has started in its group.
 """
 
 from __future__ import annotations

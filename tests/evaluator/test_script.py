@@ -12,7 +12,7 @@ import pytest
 from atserving.errors import Internal, InvalidArgument, ServingError, StartError
 from atserving.v1.evaluator_pb2 import InferResponse
 from atserving.v1.serving_pb2 import Resource
-from tests.evaluator.scripts import Served, config, result, started, wait_for
+from tests.evaluator.scripts import Served, result, started, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -255,10 +255,6 @@ def test_a_wrong_timeout_stops_the_start(value: Any, tmp_path: Path) -> None:
         started(tmp_path, model_params={"script_timeout_s": value}),
     ):
         pass
-
-
-def test_config_is_what_a_release_gives(tmp_path: Path) -> None:
-    assert set(config(tmp_path, "")) >= {"tar_files", "custom_values", "model_params"}
 
 
 def test_a_batch_of_large_answers_comes_back_whole(tmp_path: Path) -> None:
