@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
+from contextlib import asynccontextmanager
 
 import grpc.aio
 import structlog
@@ -18,9 +18,27 @@ log = structlog.get_logger()
 
 _FIRST_RESPONSE_S = 3.0
 _PAUSE_S = (0.1, 0.5)
+_REMIND_S = 10.0
 
 OnChange = Callable[[Mapping[str, ConfigValue], Set[str]], None]
 """Called with the keys written and the keys deleted by one step; never with an empty step."""
+
+
+@asynccontextmanager
+async def reminding(reason: Callable[[], str]) -> AsyncIterator[None]:
+    """Logs, while the block takes long, what it waits for."""
+
+    async def remind() -> None:
+        while True:
+            await asyncio.sleep(_REMIND_S)
+            log.warning("waiting", reason=reason())
+
+    task = asyncio.create_task(remind())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 class ConfigFollower:
@@ -28,7 +46,7 @@ class ConfigFollower:
 
     ``entries`` is always one consistent state: every step of the stream is applied whole. A registry that has gone is
     replaced by the next of the list, and so is one that has lost etcd, if there is another; meanwhile nothing is
-    forgotten.
+    forgotten. A name may stand for several registries.
     """
 
     def __init__(self, registries: Sequence[str], on_change: OnChange | None = None, app: str = "") -> None:
@@ -43,28 +61,28 @@ class ConfigFollower:
 
     async def run(self) -> None:
         """Follows until cancelled, one registry after the other, with a pause once all were tried."""
-        for turn in itertools.count():
-            address = self._registries[turn % len(self._registries)]
-            began = self._steps
-            try:
-                async with transport.channel(address) as channel:
-                    reason = await self._follow(channel)
-            except grpc.aio.AioRpcError as error:
-                reason = error.details() or error.code().name
-            except TimeoutError:
-                reason = "does not answer"
-            self.last_error = f"registry {address}: {reason}"
-            if self._steps > began:
-                log.warning("registry lost, going on with the last known config", reason=self.last_error)
-            if (turn + 1) % len(self._registries) == 0:
-                await asyncio.sleep(random.uniform(*_PAUSE_S))  # noqa: S311 - spreads reconnects
+        while True:
+            addresses = await transport.resolve(self._registries)
+            for address in addresses:
+                began = self._steps
+                try:
+                    async with transport.channel(address) as channel:
+                        reason = await self._follow(channel, alone=len(addresses) == 1)
+                except grpc.aio.AioRpcError as error:
+                    reason = error.details() or error.code().name
+                except TimeoutError:
+                    reason = "does not answer"
+                self.last_error = f"registry {address}: {reason}"
+                if self._steps > began:
+                    log.warning("registry lost, going on with the last known config", reason=self.last_error)
+            await asyncio.sleep(random.uniform(*_PAUSE_S))  # noqa: S311 - spreads reconnects
 
-    async def _follow(self, channel: grpc.aio.Channel) -> str:
+    async def _follow(self, channel: grpc.aio.Channel, alone: bool) -> str:
         """Returns why this registry is left."""
         call = registry_pb2_grpc.RegistryServiceStub(channel).Watch(registry_pb2.WatchRequest(app=self._app))
         response = await asyncio.wait_for(call.read(), _FIRST_RESPONSE_S)
         while isinstance(response, registry_pb2.WatchResponse):
-            if response.stale and self.synced.is_set() and len(self._registries) > 1:
+            if response.stale and self.synced.is_set() and not alone:
                 # What is known here may be newer than its snapshot.
                 return "has lost etcd"
             self._apply(response)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
-from collections.abc import Iterable
+import socket
+from collections.abc import Iterable, Sequence
 
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
@@ -16,6 +18,12 @@ from atserving.errors import StartError
 
 MAX_MESSAGE_BYTES = 64 << 20
 """The most one message holds: the edge takes bodies up to 20 MiB, nets may answer with more."""
+
+LIVE = "live"
+"""What the health service is asked for by those who would restart a process: SERVING for as long as it answers at all.
+
+Whether calls are welcome is another question, the one for the empty name.
+"""
 
 # A dead peer (a frozen process, a lost host) is found within 5 + 3 s. grpc.keepalive_timeout_ms alone does not bound
 # it: http2.ping_timeout_ms is what the C core waits for.
@@ -56,11 +64,31 @@ def channel(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
+async def resolve(addresses: Sequence[str]) -> list[str]:
+    """Each ``host:port`` as all the addresses its name stands for, in a random order, so that many spread over them.
+
+    A name that can't be resolved now stays as it is.
+    """
+    loop = asyncio.get_running_loop()
+    resolved: list[str] = []
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        try:
+            found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        except OSError:
+            resolved.append(address)
+            continue
+        hosts = list(dict.fromkeys(str(target[0]) for *_, target in found))
+        random.shuffle(hosts)
+        resolved += [f"[{each}]:{port}" if ":" in each else f"{each}:{port}" for each in hosts]
+    return resolved
+
+
 class Server:
     """A gRPC server with the standard health service and reflection.
 
-    Every service answers NOT_SERVING until :meth:`set_serving`. A message larger than ``max_receive_bytes`` is refused
-    with RESOURCE_EXHAUSTED.
+    Every service answers NOT_SERVING until :meth:`set_serving`; ``LIVE`` is SERVING from the start. A message larger
+    than ``max_receive_bytes`` is refused with RESOURCE_EXHAUSTED.
     """
 
     def __init__(self, services: Iterable[ServiceDescriptor], max_receive_bytes: int = MAX_MESSAGE_BYTES) -> None:
@@ -75,6 +103,7 @@ class Server:
     async def start(self, listen: str) -> int:
         """Listens on ``host:port`` (port 0: any free one) and returns the port. Raises StartError."""
         await self.set_serving(False)
+        await self.health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
         try:
             port = self.grpc.add_insecure_port(listen)
         except RuntimeError:

@@ -80,22 +80,8 @@ def _named_files(context: click.Context, parameter: click.Parameter, values: tup
     help="Where gates reach this instance; port 0: the one listened on.",
 )
 @click.option("--workspace", type=click.Path(path_type=Path, file_okay=False), help="Where files are kept meanwhile.")
-@click.option(
-    "--wait",
-    "wait_s",
-    type=click.FloatRange(0),
-    default=10.0,
-    show_default=True,
-    help="Seconds to wait for a registry and for the release to be published.",
-)
-@click.option(
-    "--grace",
-    "grace_s",
-    type=click.FloatRange(0),
-    default=30.0,
-    show_default=True,
-    help="Seconds that what is held may take after SIGTERM.",
-)
+@service.wait_option("Seconds to wait for a registry and for the release to be published.")
+@service.seconds_option("--grace", 30.0, "Seconds that what is held may take after SIGTERM.")
 @click.option(
     "--allow-network",
     "allow_networks",
@@ -131,8 +117,8 @@ def main(
     listen: str,
     advertise: str | None,
     workspace: Path | None,
-    wait_s: float,
-    grace_s: float,
+    wait: float,
+    grace: float,
     allow_networks: list[Network],
     qiniu: Path | None,
     http: str,
@@ -143,7 +129,7 @@ def main(
     configure_logging("evaluator", log_level)
     keys = read_config(qiniu) if qiniu else None
     settings = Settings(
-        *(app, version, registry, listen, advertise, workspace, wait_s, grace_s),
+        *(app, version, registry, listen, advertise, workspace, wait, grace),
         *(allow_networks, keys, http, status_file),
     )
     uvloop.run(run(settings))

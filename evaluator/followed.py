@@ -9,7 +9,7 @@ import structlog
 
 from atserving.config import DEFAULT_WORKER, ConfigValue, Release, WorkerConfig, release_key, worker_keys
 from atserving.errors import StartError
-from atserving.follower import ConfigFollower
+from atserving.follower import ConfigFollower, reminding
 
 log = structlog.get_logger()
 
@@ -31,9 +31,12 @@ class FollowedConfig:
         await self._follower.run()
 
     async def release(self, wait_s: float) -> Release:
-        """The release, waited for. Raises StartError where no registry answers, or it is not published."""
+        """The release, waited for; 0: for as long as it takes.
+
+        Raises StartError where no registry answers, or it is not published.
+        """
         try:
-            async with asyncio.timeout(wait_s):
+            async with reminding(self._missing), asyncio.timeout(wait_s or None):
                 await self._published.wait()
         except TimeoutError:
             if not self._follower.synced.is_set():
@@ -44,6 +47,11 @@ class FollowedConfig:
                 f"{self._app} {self._version} was not published within {wait_s:g} s, or its release is malformed"
             )
         return release
+
+    def _missing(self) -> str:
+        if not self._follower.synced.is_set():
+            return f"no registry: {self._follower.last_error}"
+        return f"{self._app} {self._version} is not published, or its release is malformed"
 
     @property
     def worker(self) -> WorkerConfig:

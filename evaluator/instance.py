@@ -1,4 +1,4 @@
-"""One instance's life: load, warm up, listen, say so, register; serve; leave, drain, stop."""
+"""One instance's life: listen, load, warm up, register, say so; serve; leave, drain, stop."""
 
 from __future__ import annotations
 
@@ -87,6 +87,9 @@ class _Life:
         self._metrics = Metrics()
         self._places = Places(1)
         self._followed = FollowedConfig(settings.registries, settings.app, settings.version)
+        self._server = transport.Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
+        self._servicer = EvaluatorServicer(self._metrics, settings.app, settings.version)
+        evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(self._servicer, self._server.grpc)
         self._stop = transport.stop_signal()
 
     async def run(self) -> None:
@@ -98,9 +101,12 @@ class _Life:
                 _background(self._followed.run()) as following,
                 AsyncExitStack() as beside,
             ):
+                # From the start, so that one can see that this process lives, however long the net takes to load.
+                port = await self._server.start(settings.listen)
+                beside.push_async_callback(self._server.stop, 0)
                 worker = await _unless(self._stop, self._load(workspace, beside, http.port))
                 if worker:
-                    await self._serve(worker, following)
+                    await self._serve(worker, port, following)
 
     async def _load(self, workspace: Path, beside: AsyncExitStack, http_port: int) -> Worker:
         settings = self._settings
@@ -116,20 +122,16 @@ class _Life:
         log.info("warm", app=settings.app, version=settings.version, device=cfg["use_device"], **asdict(worker.plan))
         return worker
 
-    async def _serve(self, worker: Worker, following: asyncio.Task[None]) -> None:
+    async def _serve(self, worker: Worker, port: int, following: asyncio.Task[None]) -> None:
         settings, places = self._settings, self._places
         self._metrics.of_worker(worker)
         self._metrics.of_places(lambda: places.held, lambda: places.most)
         policy = AddressPolicy(settings.allow_networks)
-        server = transport.Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
         async with (
             ResourceFetcher(self._limits.max_bytes, policy, settings.qiniu) as fetcher,
             _background(worker.run()) as working,
         ):
-            pipeline = Pipeline(worker, fetcher, places, self._limits, self._built_in)
-            servicer = EvaluatorServicer(pipeline, self._metrics, settings.app, settings.version)
-            evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(servicer, server.grpc)
-            port = await server.start(settings.listen)
+            self._servicer.pipeline = Pipeline(worker, fetcher, places, self._limits, self._built_in)
             instance = await asyncio.to_thread(_instance, settings, port)
             registration = Registration(
                 settings.registries, lambda: instance.model_copy(update={"capacity": places.most})
@@ -144,23 +146,28 @@ class _Life:
 
             self._followed.on_worker = apply
             apply(self._followed.worker)
-            await server.set_serving(True)
-            self._status.set(State.SERVING, address=instance.address)
-            log.info("serving", app=settings.app, version=settings.version, port=port)
             async with _background(registration.run()) as registering:
                 try:
-                    await transport.until_stopped(self._stop, working, registering, following)
+                    async with _background(self._announce(registration.registered, instance)):
+                        await transport.until_stopped(self._stop, working, registering, following)
                 finally:
                     # Also where the net can't be kept running: callers are sent elsewhere before this process ends.
                     self._followed.on_worker = lambda _: None
                     worker.configure(delay_s=0)
-                    await self._leave(registration, server)
+                    await self._leave(registration)
 
-    async def _leave(self, registration: Registration, server: transport.Server) -> None:
+    async def _announce(self, registered: asyncio.Event, instance: Instance) -> None:
+        # Not before gates can know of it: who waits for this to stop another instance would leave them without any.
+        await registered.wait()
+        await self._server.set_serving(True)
+        self._status.set(State.SERVING, address=instance.address)
+        log.info("serving", app=instance.app, version=instance.version, address=instance.address)
+
+    async def _leave(self, registration: Registration) -> None:
         log.info("leaving", held=self._places.held)
         self._status.set(State.LEAVING)
         self._places.drain()
-        await server.set_serving(False)
+        await self._server.set_serving(False)
         # The last answers are on their way within the grace too.
         grace_s = self._settings.grace_s
         stop_s = min(_STOP_S, grace_s / 2)
@@ -169,7 +176,7 @@ class _Life:
                 await asyncio.gather(registration.deregister(), self._places.drained(), asyncio.sleep(_LINGER_S))
         except TimeoutError:
             log.warning("the grace is over", held=self._places.held)
-        await server.stop(stop_s)
+        await self._server.stop(stop_s)
         log.info("stopped")
 
 

@@ -24,7 +24,10 @@ class Registration:
 
     def __init__(self, registries: Sequence[str], instance: Callable[[], Instance]) -> None:
         """``instance`` says what to register now; its capacity may change."""
+        self.registered = asyncio.Event()
+        """Set once a registry has taken the instance; never cleared."""
         self._registries = list(registries)
+        self._failed: set[str] = set()
         self._instance = instance
         self._renew = asyncio.Event()
         self._reported = ""
@@ -57,18 +60,26 @@ class Registration:
         """The lease's time to live in seconds, from the first registry that takes the instance."""
         request = registry_pb2.RegisterInstanceRequest(instance=_proto(self._instance()))
         reason = "none is known"
-        for address in list(self._registries):
+        for address in await self._addresses():
             try:
                 async with transport.channel(address) as channel:
                     stub = registry_pb2_grpc.RegistryServiceStub(channel)
                     response = await stub.RegisterInstance(request, timeout=_CALL_S)
+                self.registered.set()
+                self._failed.discard(address)
                 self._report("registered", instance=self._instance().key, address=self._instance().address)
                 return max(response.ttl_ms, 1) / 1000
             except grpc.aio.AioRpcError as error:
                 reason = f"registry {address}: {error.details() or error.code().name}"
-                self._registries.append(self._registries.pop(0))
+                self._failed.add(address)
         self._report("not registered, going on to serve and to try", reason=reason)
         return None
+
+    async def _addresses(self) -> list[str]:
+        """Of all registries, those last that failed last."""
+        addresses = await transport.resolve(self._registries)
+        self._failed &= set(addresses)
+        return sorted(addresses, key=self._failed.__contains__)
 
     def _report(self, event: str, **fields: str) -> None:
         """Logs the first of several that say the same, as heartbeats do."""
@@ -82,7 +93,7 @@ class Registration:
         self._renew.set()
         request = registry_pb2.DeregisterInstanceRequest(instance=_proto(self._instance()))
         async with self._calling:
-            for address in list(self._registries):
+            for address in await self._addresses():
                 try:
                     async with transport.channel(address) as channel:
                         stub = registry_pb2_grpc.RegistryServiceStub(channel)

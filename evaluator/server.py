@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 
 import grpc
 import structlog
@@ -23,19 +24,21 @@ Context = grpc.aio.ServicerContext[evaluator_pb2.ExchangeRequest, evaluator_pb2.
 
 
 class EvaluatorServicer(evaluator_pb2_grpc.EvaluatorServiceServicer):
-    """Calls of a pipeline."""
+    """Calls of a pipeline, once there is one."""
 
-    def __init__(self, pipeline: Pipeline, metrics: Metrics, app: str, version: str) -> None:
-        self._pipeline = pipeline
+    def __init__(self, metrics: Metrics, app: str, version: str) -> None:
+        self.pipeline: Pipeline | None = None
         self._metrics = metrics
         self._log = log.bind(app=app, version=version)
 
     async def Exchange(  # type: ignore[override] # noqa: N802 - named by the interface; it writes by the context
         self, request_iterator: AsyncIterator[evaluator_pb2.ExchangeRequest], context: Context
     ) -> None:
-        await Exchange(self._infer).run(request_iterator, context.write)
+        if self.pipeline is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the net is still being loaded")
+        await Exchange(partial(self._infer, self.pipeline)).run(request_iterator, context.write)
 
-    async def _infer(self, call: evaluator_pb2.Call) -> evaluator_pb2.InferResponse:
+    async def _infer(self, pipeline: Pipeline, call: evaluator_pb2.Call) -> evaluator_pb2.InferResponse:
         request = call.request
         request.reqid = reqid = request_id(request.reqid)
         stages = Stages()
@@ -43,7 +46,7 @@ class EvaluatorServicer(evaluator_pb2_grpc.EvaluatorServiceServicer):
         error: ServingError | None = None
         try:
             async with asyncio.timeout(call.timeout_us / 1e6 if call.timeout_us else None):
-                response = await self._pipeline.evaluate(call, stages)
+                response = await pipeline.evaluate(call, stages)
             code, status = 0, 200
             return response
         except TimeoutError:

@@ -12,7 +12,7 @@ import uvloop
 from atserving import transport
 from atserving.cli import service
 from atserving.errors import StartError
-from atserving.follower import ConfigFollower
+from atserving.follower import ConfigFollower, reminding
 from atserving.telemetry import configure_logging
 from atserving.v1 import edge_pb2, edge_pb2_grpc, serving_pb2, serving_pb2_grpc
 from gate.dispatch import Dispatcher
@@ -52,18 +52,15 @@ async def serve(settings: Settings) -> None:
         ],
         _MAX_REQUEST_BYTES,
     )
-    dispatcher = Dispatcher(router)
+    dispatcher = Dispatcher(router, follower.synced)
     serving_pb2_grpc.add_ServingServiceServicer_to_server(ServingServicer(dispatcher, settings.max_batch), server.grpc)
     edge_pb2_grpc.add_EdgeServiceServicer_to_server(EdgeServicer(dispatcher, settings.max_batch), server.grpc)
     following = asyncio.create_task(follower.run())
     tending = asyncio.create_task(_tend(router))
     try:
-        try:
-            await asyncio.wait_for(follower.synced.wait(), settings.wait_s)
-        except TimeoutError:
-            raise StartError(f"no config within {settings.wait_s:g} s: {follower.last_error}") from None
-        # Only now: a gate that listens without a config would tell callers that their app is unknown.
         port = await server.start(settings.listen)
+        if not await _synced(follower, settings.wait_s, stop):
+            return
         await server.set_serving(True)
         log.info("gate serves", port=port)
         await transport.until_stopped(stop, following, tending)
@@ -76,6 +73,21 @@ async def serve(settings: Settings) -> None:
         for task in (following, tending):
             task.cancel()
         await asyncio.gather(following, tending, return_exceptions=True)
+
+
+async def _synced(follower: ConfigFollower, wait_s: float, stop: asyncio.Event) -> bool:
+    """Waits for the config; False where ``stop`` came first. Raises StartError."""
+    waiting = [asyncio.create_task(event.wait()) for event in (follower.synced, stop)]
+    try:
+        async with reminding(lambda: follower.last_error):
+            await asyncio.wait(waiting, timeout=wait_s or None, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+    if not follower.synced.is_set() and not stop.is_set():
+        raise StartError(f"no config within {wait_s:g} s: {follower.last_error}")
+    return not stop.is_set()
 
 
 async def _tend(router: Router[EvaluatorConnection]) -> None:
@@ -91,7 +103,7 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
     "--registry", default="127.0.0.1:50053", show_default=True, help="The registries, any of which will do."
 )
 @service.listen_option("0.0.0.0:50051")
-@service.seconds_option("--wait", 10.0, "Seconds to wait for a registry at start.")
+@service.wait_option("Seconds to wait for a registry at start.")
 @service.seconds_option("--drain", 3.0, "Seconds to go on serving at stop, until the edge has seen it.")
 @service.seconds_option("--grace", 30.0, "Seconds that requests in flight have to end after that.")
 @click.option(

@@ -66,8 +66,10 @@ class Answer:
 class Dispatcher:
     """Evaluates tasks on the instances that the router knows."""
 
-    def __init__(self, router: Router[EvaluatorConnection]) -> None:
+    def __init__(self, router: Router[EvaluatorConnection], synced: asyncio.Event) -> None:
+        """``synced`` is set once the router has a config; until then every task is refused."""
         self._router = router
+        self._synced = synced
 
     async def eval(self, task: Task, call: CallContext) -> Answer:
         """Raises a ServingError; logs one line either way."""
@@ -111,6 +113,8 @@ class Dispatcher:
             raise DeadlineExceeded(f"app {task.app!r} did not answer within {after_s} s") from None
 
     def _check(self, task: Task, call: CallContext) -> None:
+        if not self._synced.is_set():
+            raise Unavailable("this gate has no config yet")
         if not task.app:
             raise InvalidArgument("no app given")
         if not config.is_name(task.app):

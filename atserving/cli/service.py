@@ -53,6 +53,11 @@ def seconds_option(name: str, default: float, text: str) -> Callable[[Any], Any]
     )
 
 
+def wait_option(text: str) -> Callable[[Any], Any]:
+    """``--wait``, how long a start may wait for others."""
+    return seconds_option("--wait", 10.0, f"{text} 0: for as long as it takes.")
+
+
 def run(command: click.Command, name: str) -> NoReturn:
     """Runs a command as a program: every flag may also be the variable ``ATSERVING_<FLAG>``.
 

@@ -88,7 +88,9 @@ class Mesh:
         self._stack = stack
         self.later_s = 0.0
         self.router = Router(EvaluatorConnection, clock=lambda: time.monotonic() + self.later_s)
-        self.dispatcher = Dispatcher(self.router)
+        self.synced = asyncio.Event()
+        self.synced.set()
+        self.dispatcher = Dispatcher(self.router, self.synced)
         self.put(release_key("app", "v1"), Release(name="app", version="v1", file="file:///x", phase="production"))
 
     def put(self, key: str, value: ConfigValue) -> None:

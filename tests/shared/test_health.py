@@ -1,0 +1,130 @@
+"""What the health service says of each process: alive from the start, ready only once it can serve."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from atserving import transport
+from atserving.cli import examples
+from atserving.v1 import registry_pb2, registry_pb2_grpc, serving_pb2, serving_pb2_grpc
+from tests.registry.processes import Process, Registry, cluster, free_ports, until, until_async
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+NOWHERE = "127.0.0.1:1"
+
+
+async def health(address: str, service: str = "") -> int:
+    async with transport.channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        answer = await health_pb2_grpc.HealthStub(channel).Check(request, wait_for_ready=True, timeout=30)
+        return int(answer.status)
+
+
+@asynccontextmanager
+async def running(process: Process) -> AsyncIterator[Process]:
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def service(directory: Path, name: str, *flags: str) -> tuple[Process, str]:
+    (port,) = free_ports(1)
+    address = f"127.0.0.1:{port}"
+    return Process([sys.executable, "-m", name, "--listen", address, *flags], directory / f"{name}.log"), address
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("registry", ["--etcd", NOWHERE]),
+        ("gate", ["--registry", NOWHERE, "--wait", "0"]),
+        ("evaluator", ["--app", "a", "--version", "v1", "--registry", NOWHERE, "--wait", "0"]),
+    ],
+)
+async def test_what_waits_for_others_lives_is_not_ready_and_stops_when_told(
+    name: str, flags: list[str], tmp_path: Path
+) -> None:
+    process, address = service(tmp_path, name, *flags)
+    async with running(process):
+        assert await health(address, transport.LIVE) == SERVING
+        assert await health(address) == NOT_SERVING
+        process.send(signal.SIGTERM)
+        assert await process.wait() == 0
+
+
+async def test_a_gate_without_a_config_says_so_instead_of_that_apps_are_unknown(tmp_path: Path) -> None:
+    process, address = service(tmp_path, "gate", "--registry", NOWHERE, "--wait", "0")
+    async with running(process):
+        await health(address)
+        async with transport.channel(address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError, match="this gate has no config yet") as refused:
+                await serving_pb2_grpc.ServingServiceStub(channel).Eval(serving_pb2.EvalRequest(app="digits"))
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_an_instance_is_ready_once_it_is_registered_and_stays_so_without_etcd(tmp_path: Path) -> None:
+    (etcd,) = cluster(tmp_path, ["one"])
+    registry = Registry(tmp_path, [etcd.address])
+    process, address = service(
+        tmp_path, "evaluator", "--app", "digits", "--version", "v1", "--registry", registry.address
+    )
+    async with running(etcd), running(registry):
+        await etcd.ready()
+        etcd.ctl("put", "/ava/serving/eval/digits/v1", f'{{"file": "{examples.DIGITS[0].path.as_uri()}"}}')
+        await until_async(lambda: is_listed(registry.address), grpc.aio.AioRpcError)
+        etcd.kill()
+        async with running(process):
+            await until(lambda: "not registered, going on to serve and to try" in process.logged())
+            assert await health(address, transport.LIVE) == SERVING
+            assert await health(address) == NOT_SERVING
+            etcd.start()
+            await until_async(lambda: ready(address))
+            etcd.kill()
+            await until(lambda: process.logged().count("not registered, going on to serve and to try") == 2)
+            assert await health(address) == SERVING
+
+
+async def ready(address: str) -> bool:
+    return await health(address) == SERVING
+
+
+async def is_listed(registry: str) -> bool:
+
+    async with transport.channel(registry) as channel:
+        listed = await registry_pb2_grpc.ReleaseServiceStub(channel).ListReleases(registry_pb2.ListReleasesRequest())
+    return len(listed.releases) == 1
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, list[str]]], None]:
+    """Names for this process alone, in place of a DNS server's."""
+
+    def know(hosts: dict[str, list[str]]) -> None:
+        async def getaddrinfo(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+            if host not in hosts:
+                raise OSError("unknown name")
+            return [(None, None, None, "", (each, port)) for each in hosts[host]]
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo, raising=False)
+
+    return know
+
+
+async def test_a_name_stands_for_all_its_addresses(names: Callable[[dict[str, list[str]]], None]) -> None:
+    names({"registry": ["10.0.0.1", "10.0.0.2", "fd00::1"], "10.0.0.9": ["10.0.0.9"]})
+    resolved = await transport.resolve(["registry:50053", "10.0.0.9:1", "nobody:7"])
+    assert sorted(resolved[:3]) == ["10.0.0.1:50053", "10.0.0.2:50053", "[fd00::1]:50053"]
+    assert resolved[3:] == ["10.0.0.9:1", "nobody:7"]
