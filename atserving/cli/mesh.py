@@ -39,6 +39,7 @@ class Ports:
     """The loopback ports of a mesh."""
 
     edge: int
+    ops: int
     admin: int
     gates: tuple[int, ...]
     registry: int
@@ -50,11 +51,13 @@ class Ports:
     def free(edge: int = 0, gates: int = 1) -> Ports:
         """Ports nobody uses now; ``edge`` is kept where it is given."""
         with ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(6 + gates)]
+            sockets = [stack.enter_context(socket.socket()) for _ in range(7 + gates)]
             for each in sockets:
                 each.bind(("127.0.0.1", 0))
-            first, admin, registry, etcd, etcd_peer, files, *rest = [int(each.getsockname()[1]) for each in sockets]
-        return Ports(edge or first, admin, tuple(rest), registry, etcd, etcd_peer, files)
+            first, ops, admin, registry, etcd, etcd_peer, files, *rest = [
+                int(each.getsockname()[1]) for each in sockets
+            ]
+        return Ports(edge or first, ops, admin, tuple(rest), registry, etcd, etcd_peer, files)
 
 
 class Mesh:
@@ -216,9 +219,12 @@ class Mesh:
         bootstrap = yaml.safe_load(text)
         _set_address(bootstrap["admin"], self.ports.admin)
         resources = bootstrap["static_resources"]
-        _set_address(resources["listeners"][0], self.ports.edge)
-        gates = resources["clusters"][0]["load_assignment"]["endpoints"][0]
-        gates["lb_endpoints"] = [{"endpoint": _set_address({}, port)} for port in self.ports.gates]
+        for listener in resources["listeners"]:
+            _set_address(listener, {"edge": self.ports.edge, "ops": self.ports.ops}[listener["name"]])
+        for cluster in resources["clusters"]:
+            ports = {"gate": self.ports.gates, "admin": (self.ports.admin,)}[cluster["name"]]
+            endpoints = cluster["load_assignment"]["endpoints"][0]
+            endpoints["lb_endpoints"] = [{"endpoint": _set_address({}, port)} for port in ports]
         (self.directory / "envoy.yaml").write_text(yaml.safe_dump(bootstrap))
 
     async def _wait_ready(self) -> None:

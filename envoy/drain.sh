@@ -1,0 +1,28 @@
+# Before an Envoy is stopped: sends callers elsewhere, and waits until what is under way has been answered.
+#
+#   bash drain.sh ADMIN AWAY_S MOST_S
+#
+# ADMIN is the address of the admin interface, host:port.
+#
+# /health fails from here on, and every answer asks its caller to connect anew. AWAY_S seconds are for those that choose
+# among Envoys to see it; after that it waits until nothing is under way, for MOST_S seconds at most. SIGTERM, which
+# follows, ends Envoy at once.
+set -eu
+host=${1%:*} port=${1##*:} away_s=$2 most_s=$3
+
+admin() {
+    exec 3<>"/dev/tcp/$host/$port"
+    printf '%s HTTP/1.1\r\nhost: admin\r\nconnection: close\r\ncontent-length: 0\r\n\r\n' "$1" >&3
+    cat <&3
+    exec 3>&-
+}
+
+admin 'POST /healthcheck/fail' >/dev/null
+sleep "$away_s"
+for ((second = 0; second < most_s; second++)); do
+    active=$(admin 'GET /stats?filter=^http.edge.downstream_rq_active$')
+    case $active in
+        *'downstream_rq_active: 0'*) break ;;
+    esac
+    sleep 1
+done
