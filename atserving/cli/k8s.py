@@ -1,0 +1,162 @@
+"""`atserving k8s`: the manifests of evaluators, from the template in ``k8s/evaluator/``."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+import sys
+from importlib import metadata
+from string import Template
+from typing import Any
+
+import click
+import jsonpatch
+import yaml
+
+from atserving.cli.examples import ROOT
+from atserving.config import is_name
+from atserving.errors import StartError
+
+_TEMPLATE = ("deployment.yaml", "disruption.yaml", "autoscaler.yaml")
+_GPU_PATCH = "components/gpu/evaluator.yaml"
+
+# A label's value has 63 characters; a pod's name has its Deployment's and 17 more.
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+_OBJECT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,44}[a-z0-9])?")
+# Not by a tag that moves: an undo would find another image behind it.
+_IMAGE = re.compile(r"[A-Za-z0-9][\w./:-]*?(:(?!latest$)[\w][\w.-]*|@sha256:[0-9a-f]{64})")
+_QUANTITY = re.compile(r"\d+(\.\d+)?(m|[kMGT]i?)?")
+_DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+class _Matching(click.ParamType[str]):
+    """Text of a certain form."""
+
+    def __init__(self, name: str, pattern: re.Pattern[str], form: str) -> None:
+        self.name = name
+        self._pattern = pattern
+        self._form = form
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if not self._pattern.fullmatch(text):
+            self.fail(f"{text!r} {self._form}", param, ctx)
+        return text
+
+
+class _Name(click.ParamType[str]):
+    name = "name"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not is_name(str(value)):
+            self.fail(f"{value!r} should match [A-Za-z0-9][A-Za-z0-9._-]{{0,62}}", param, ctx)
+        return str(value)
+
+
+@click.group(help="Print manifests for Kubernetes, for kubectl and for git.")
+def k8s() -> None:
+    pass
+
+
+_quantity = _Matching("quantity", _QUANTITY, "is not a quantity such as 2, 500m or 4Gi")
+_object = _Matching("name", _DNS_LABEL, "is not a name of small letters, digits and -")
+
+
+@k8s.command()
+@click.argument("app", type=_Name())
+@click.argument("version", type=_Name())
+@click.option("--replicas", type=click.IntRange(1), default=2, show_default=True, help="How many instances at least.")
+@click.option("--max-replicas", type=click.IntRange(1), help="How many at most.  [default: four times --replicas]")
+@click.option("--gpu", is_flag=True, help="A GPU for each, and the image for it.")
+@click.option(
+    "--image", type=_Matching("image", _IMAGE, "has no tag, or one that moves"), help="The evaluators' image."
+)
+@click.option("--cpu", type=_quantity, metavar="QUANTITY", help="CPUs of each.  [default: 2; 4 at most with --gpu]")
+@click.option("--memory", type=_quantity, metavar="QUANTITY", help="Memory of each.  [default: 1Gi, 2Gi at most]")
+@click.option(
+    "--qiniu", type=_object, metavar="SECRET", help="The Secret that has the keys for qiniu://, as qiniu.json."
+)
+@click.option("--namespace", type=_object, default="atserving", show_default=True, help="The mesh's namespace.")
+def evaluator(
+    app: str,
+    version: str,
+    replicas: int,
+    max_replicas: int | None,
+    gpu: bool,
+    image: str | None,
+    cpu: str | None,
+    memory: str | None,
+    qiniu: str | None,
+    namespace: str,
+) -> None:
+    """Print the Deployment, PodDisruptionBudget and HorizontalPodAutoscaler of one version of an app.
+
+    \b
+      atserving k8s evaluator digits v1 | kubectl apply -f -
+    """
+    most = 4 * replicas if max_replicas is None else max_replicas
+    if most < replicas:
+        raise click.UsageError(f"--max-replicas {most} is less than --replicas {replicas}")
+    names = {
+        "NAME": _fitted(f"{app}-{version}", _OBJECT_NAME, 46, f"{app}/{version}", unambiguous="-" not in version),
+        "APP": app,
+        "VERSION": version,
+        "APP_LABEL": _fitted(app, _LABEL, 63, app),
+        "VERSION_LABEL": _fitted(version, _LABEL, 63, version),
+    }
+    deployment, disruption, autoscaler = (_filled(_read(f"evaluator/{each}"), names) for each in _TEMPLATE)
+    if gpu:
+        deployment = jsonpatch.apply_patch(deployment, _read(_GPU_PATCH))
+    for each in (deployment, disruption, autoscaler):
+        each["metadata"]["namespace"] = namespace
+    autoscaler["spec"] |= {"minReplicas": replicas, "maxReplicas": most}
+    _customise(deployment["spec"]["template"], image, {"cpu": cpu, "memory": memory}, qiniu)
+    # As a comment, so that the file says how to make it again.
+    click.echo(f"# atserving {shlex.join(sys.argv[1:])}")
+    click.echo(yaml.safe_dump_all([deployment, disruption, autoscaler], sort_keys=False, width=120), nl=False)
+
+
+def _customise(pod: dict[str, Any], image: str | None, resources: dict[str, str | None], qiniu: str | None) -> None:
+    (container,) = pod["spec"]["containers"]
+    if image:
+        container["image"] = image
+    for kind in ("requests", "limits"):
+        container["resources"][kind] |= {name: amount for name, amount in resources.items() if amount}
+    if qiniu:
+        pod["metadata"]["annotations"]["atserving/secrets-from-outside"] = qiniu
+        pod["spec"]["volumes"].append({"name": "qiniu", "secret": {"secretName": qiniu}})
+        container["volumeMounts"].append({"name": "qiniu", "mountPath": "/etc/qiniu", "readOnly": True})
+        container["args"].append("--qiniu=/etc/qiniu/qiniu.json")
+
+
+def _fitted(text: str, form: re.Pattern[str], longest: int, whole: str, unambiguous: bool = True) -> str:
+    """``text`` where it has the form and stands for ``whole`` alone, else something near, with a hash of ``whole``."""
+    if unambiguous and form.fullmatch(text):
+        return text
+    near = re.sub(r"[^a-z0-9-]+", "-", text.lower())[: longest - 9].rstrip("-")
+    return f"{near}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+
+
+def _filled(value: Any, names: dict[str, str]) -> Any:
+    """A template's value with its ``${NAME}``s replaced. ``$(NAME)`` is Kubernetes' own, and stays."""
+    match value:
+        case str():
+            return Template(value).safe_substitute(names)
+        case list():
+            return [_filled(each, names) for each in value]
+        case dict():
+            return {key: _filled(each, names) for key, each in value.items()}
+        case _:
+            return value
+
+
+def _read(name: str) -> Any:
+    """A file of ``k8s/``: a checkout's, or the one that was installed. Raises StartError."""
+    path = ROOT / "k8s" / name
+    if not path.is_file():
+        installed = [file for file in metadata.files("atserving") or () if file.match(f"share/atserving/k8s/{name}")]
+        if not installed:
+            raise StartError(f"k8s/{name} is neither in a checkout nor installed")
+        return yaml.safe_load(installed[0].read_text())
+    return yaml.safe_load(path.read_text())

@@ -1,0 +1,121 @@
+"""`atserving k8s evaluator`: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+BIN = Path(sys.executable).parent
+LABELS = ("atserving/app", "atserving/version")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([BIN / "atserving", "k8s", "evaluator", *arguments], capture_output=True, text=True)
+
+
+def printed(*arguments: str) -> dict[str, Any]:
+    """What is printed, by kind."""
+    said = run(*arguments)
+    assert said.returncode == 0, said.stderr
+    return {each["kind"]: each for each in yaml.safe_load_all(said.stdout)}
+
+
+def container(manifests: dict[str, Any]) -> Any:
+    (only,) = manifests["Deployment"]["spec"]["template"]["spec"]["containers"]
+    return only
+
+
+def test_a_version_is_a_deployment_a_budget_and_an_autoscaler_of_one_name() -> None:
+    manifests = printed("digits", "201811091530", "--replicas", "3", "--namespace", "nets")
+    assert set(manifests) == {"Deployment", "PodDisruptionBudget", "HorizontalPodAutoscaler"}
+    for each in manifests.values():
+        assert (each["metadata"]["name"], each["metadata"]["namespace"]) == ("digits-201811091530", "nets")
+        assert [each["metadata"]["labels"][label] for label in LABELS] == ["digits", "201811091530"]
+        assert each["metadata"]["labels"]["app.kubernetes.io/component"] == "evaluator"
+    assert manifests["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == "digits-201811091530"
+    assert manifests["HorizontalPodAutoscaler"]["spec"]["minReplicas"] == 3
+    assert manifests["HorizontalPodAutoscaler"]["spec"]["maxReplicas"] == 12
+    assert {"--app=digits", "--version=201811091530"} <= set(container(manifests)["args"])
+    assert "replicas" not in manifests["Deployment"]["spec"], "they are the autoscaler's"
+    metrics = {each["type"]: each for each in manifests["HorizontalPodAutoscaler"]["spec"]["metrics"]}
+    assert metrics["Pods"]["pods"]["metric"]["name"] == "atserving_evaluator_requests_held"
+    assert metrics["Resource"]["resource"]["name"] == "cpu"
+
+
+def test_flags_are_put_where_they_belong() -> None:
+    manifests = printed(
+        *("digits", "v1", "--image", "registry.example/nets/evaluator:1.2", "--cpu", "500m", "--memory", "3Gi"),
+        *("--qiniu", "digits-keys", "--max-replicas", "2"),
+    )
+    made = container(manifests)
+    assert made["image"] == "registry.example/nets/evaluator:1.2"
+    assert made["resources"] == {kind: {"cpu": "500m", "memory": "3Gi"} for kind in ("requests", "limits")}
+    assert "--qiniu=/etc/qiniu/qiniu.json" in made["args"]
+    pod = manifests["Deployment"]["spec"]["template"]["spec"]
+    assert {"name": "qiniu", "secret": {"secretName": "digits-keys"}} in pod["volumes"]
+    assert manifests["HorizontalPodAutoscaler"]["spec"]["maxReplicas"] == 2
+
+
+def test_a_gpu_comes_with_its_image_and_what_lets_it_onto_such_nodes() -> None:
+    manifests = printed("digits", "v1", "--gpu", "--memory", "6Gi")
+    made = container(manifests)
+    assert made["image"].startswith("atserving/evaluator-gpu:")
+    for kind in ("requests", "limits"):
+        assert made["resources"][kind]["nvidia.com/gpu"] == "1"
+        assert made["resources"][kind]["memory"] == "6Gi"
+    (toleration,) = manifests["Deployment"]["spec"]["template"]["spec"]["tolerations"]
+    assert toleration["key"] == "nvidia.com/gpu"
+    assert container(printed("digits", "v1", "--gpu", "--image", "own/gpu:7"))["image"] == "own/gpu:7"
+
+
+def test_what_is_no_kubernetes_name_gets_one_of_its_own() -> None:
+    names = [
+        ("a-b", "c"),
+        ("a", "b-c"),
+        ("A", "c"),
+        ("a", "C"),
+        ("a", "c."),
+        ("a", "c_"),
+        ("a", "c"),
+        ("x" * 63, "1"),
+        ("x" * 63, "2"),
+    ]
+    seen = set()
+    for app, version in names:
+        manifests = printed(app, version)
+        deployment = manifests["Deployment"]
+        seen.add((deployment["metadata"]["name"], *map(deployment["metadata"]["labels"].get, LABELS)))
+        assert {f"--app={app}", f"--version={version}"} <= set(container(manifests)["args"])
+        assert len(deployment["metadata"]["name"]) <= 46
+        for label in LABELS:
+            value = deployment["metadata"]["labels"][label]
+            assert len(value) <= 63
+            assert value[-1].isalnum()
+    assert len({name for name, *_ in seen}) == len(names)
+    assert len({tuple(labels) for _, *labels in seen}) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a b", "v1"], "'a b' should match"),
+        (["digits", "$(reboot)"], "'$(reboot)' should match"),
+        (["digits", "v1", "--replicas", "0"], "--replicas"),
+        (["digits", "v1", "--replicas", "3", "--max-replicas", "2"], "--max-replicas 2 is less than --replicas 3"),
+        (["digits", "v1", "--image", "evaluator"], "'evaluator' has no tag, or one that moves"),
+        (["digits", "v1", "--image", "evaluator:latest"], "'evaluator:latest' has no tag, or one that moves"),
+        (["digits", "v1", "--memory", "much"], "'much' is not a quantity"),
+        (["digits", "v1", "--namespace", "No_Name"], "'No_Name' is not a name"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments: list[str], message: str) -> None:
+    refused = run(*arguments)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert not refused.stdout
