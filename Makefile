@@ -4,6 +4,9 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 PORT ?= 8080
+ENGINE ?= docker
+IMAGES ?= gate registry evaluator evaluator-gpu
+VERSION := $(shell sed -n 's/^version = //p' setup.cfg)
 
 .DEFAULT_GOAL := help
 
@@ -62,6 +65,26 @@ fuzz: $(VENV)/installed  ## Feed the converter FUZZ_EXAMPLES (4000) broken nets 
 	@echo 'Broken and random nets, $(FUZZ_EXAMPLES) a test; each has to give a valid model or one ConversionError.'
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/caffe/test_hostile.py -v --timeout 0 --durations 0 \
 		--hypothesis-show-statistics
+
+.PHONY: images
+images:  ## Build the images with ENGINE (docker, podman, buildah); IMAGES='gate registry' for some
+	for image in $(IMAGES); do \
+		$(ENGINE) build --target $$image --tag atserving/$$image:$(VERSION) \
+			--label org.opencontainers.image.version=$(VERSION) \
+			--label org.opencontainers.image.revision=$$(git rev-parse HEAD) . || exit; \
+	done
+
+# A file for each environment of the Dockerfile: every package in it, by version and hash.
+PINS ?= docker
+PIN = $(BIN)/uv pip compile --quiet $(UPGRADE) --generate-hashes --python-platform linux \
+	--custom-compile-command 'make pins' --output-file
+.PHONY: pins
+pins: UPGRADE ?= --upgrade
+pins: $(VENV)/installed  ## Renew what the images install, docker/*.txt
+	sed -n 's/^requires = \["\(.*\)"\]/\1/p' pyproject.toml | $(PIN) $(PINS)/build.txt --python-version 3.11 -
+	$(PIN) $(PINS)/core.txt --python-version 3.11 setup.cfg
+	$(PIN) $(PINS)/cpu.txt --python-version 3.11 --extra cpu setup.cfg
+	$(PIN) $(PINS)/gpu.txt --python-version 3.12 --extra gpu setup.cfg
 
 .PHONY: clean
 clean:  ## Remove the environment and what was built

@@ -1,0 +1,118 @@
+# The images of the services, a target each: gate, registry, evaluator, evaluator-gpu. docs/images.md tells how to build them.
+#
+# Bases are pinned by their full tag. To pin one by its content too, append the digest that
+# `docker buildx imagetools inspect <image>` prints: FROM <image>@sha256:<digest>.
+
+FROM python:3.11.15-slim-bookworm AS base
+# Nothing can be written where the code is, and no module is taken from the folder a process happens to be in.
+ENV PATH=/opt/atserving/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONSAFEPATH=1
+
+FROM base AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_ROOT_USER_ACTION=ignore
+WORKDIR /opt/source
+
+# The project's wheel, which is the same for all. What .dockerignore lets through is what it is built from.
+FROM build AS wheel
+COPY docker/build.txt docker/
+RUN python -m venv /opt/build \
+    && /opt/build/bin/pip install --require-hashes --only-binary :all: --requirement docker/build.txt
+COPY . .
+RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /opt/wheels .
+
+# What gate and registry need. The environment is filled from outside: it has no pip.
+FROM build AS core-packages
+COPY docker/core.txt docker/
+RUN python -m venv --without-pip /opt/atserving \
+    && pip --python /opt/atserving/bin/python install --require-hashes --only-binary :all: --requirement docker/core.txt
+
+# What the evaluator needs on a CPU.
+FROM build AS cpu-packages
+COPY docker/cpu.txt docker/
+RUN python -m venv --without-pip /opt/atserving \
+    && pip --python /opt/atserving/bin/python install --require-hashes --only-binary :all: --requirement docker/cpu.txt
+
+# The project beside the packages, not among them: a change of code is a layer of its own, and a small one.
+FROM core-packages AS project
+COPY --from=wheel /opt/wheels /opt/wheels
+RUN pip --python /opt/atserving/bin/python install --no-deps --no-warn-script-location --prefix /opt/project /opt/wheels/*.whl
+
+FROM base AS service
+LABEL org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.vendor="AtServing"
+COPY --from=core-packages /opt/atserving /opt/atserving
+COPY --from=project /opt/project /opt/atserving
+USER 10001:10001
+
+FROM service AS gate
+LABEL org.opencontainers.image.title="AtServing gate" \
+      org.opencontainers.image.description="Routes evals by app and version to the evaluators that serve them"
+EXPOSE 50051
+ENTRYPOINT ["python", "-m", "gate"]
+
+FROM service AS registry
+LABEL org.opencontainers.image.title="AtServing registry" \
+      org.opencontainers.image.description="Mirrors release config and instances from etcd, and publishes releases"
+EXPOSE 50053
+ENTRYPOINT ["python", "-m", "registry"]
+
+FROM base AS evaluator
+LABEL org.opencontainers.image.title="AtServing evaluator" \
+      org.opencontainers.image.description="Serves one release of a Caffe network, on CPUs" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.vendor="AtServing"
+COPY --from=cpu-packages /opt/atserving /opt/atserving
+COPY --from=project /opt/project /opt/atserving
+USER 10001:10001
+# Outside of an image the ports are any free ones, and the second is for this machine alone. onnxruntime would report to
+# its maker.
+ENV ATSERVING_LISTEN=0.0.0.0:50052 \
+    ATSERVING_HTTP=0.0.0.0:9090 \
+    ORT_DISABLE_TELEMETRY=1
+EXPOSE 50052 9090
+ENTRYPOINT ["python", "-m", "evaluator"]
+
+# CUDA 13 and cuDNN 9 are what the onnxruntime-gpu of docker/gpu.txt is built for. Python is Ubuntu's, 3.12. Its packages
+# are not pinned: the archive keeps only the newest of each.
+FROM nvidia/cuda:13.2.1-cudnn-runtime-ubuntu24.04 AS gpu-base
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates python3 \
+    && rm -rf /var/lib/apt/lists/*
+ENV PATH=/opt/atserving/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONSAFEPATH=1
+
+FROM gpu-base AS gpu-packages
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_ROOT_USER_ACTION=ignore
+WORKDIR /opt/source
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3-pip \
+    && rm -rf /var/lib/apt/lists/*
+COPY docker/gpu.txt docker/
+RUN python3 -m venv --without-pip /opt/atserving \
+    && pip --python /opt/atserving/bin/python install --require-hashes --only-binary :all: --requirement docker/gpu.txt
+
+FROM gpu-packages AS gpu-project
+COPY --from=wheel /opt/wheels /opt/wheels
+RUN pip --python /opt/atserving/bin/python install --no-deps --no-warn-script-location --prefix /opt/project /opt/wheels/*.whl
+
+FROM gpu-base AS evaluator-gpu
+LABEL org.opencontainers.image.title="AtServing evaluator for GPUs" \
+      org.opencontainers.image.description="Serves one release of a Caffe network, on NVIDIA GPUs by CUDA" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.vendor="AtServing"
+COPY --from=gpu-packages /opt/atserving /opt/atserving
+COPY --from=gpu-project /opt/project /opt/atserving
+USER 10001:10001
+ENV ATSERVING_LISTEN=0.0.0.0:50052 \
+    ATSERVING_HTTP=0.0.0.0:9090 \
+    ORT_DISABLE_TELEMETRY=1
+EXPOSE 50052 9090
+ENTRYPOINT ["python", "-m", "evaluator"]
