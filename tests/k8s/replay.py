@@ -32,12 +32,12 @@ class Image:
     environment: dict[str, str]
     entrypoint: list[str]
 
-    def popen(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+    def popen(self, *arguments: str) -> subprocess.Popen[str]:
         """Runs the entry point in a folder that nobody can write to."""
         return subprocess.Popen(
             [*self.entrypoint, *arguments],
             cwd="/proc",
-            env=self.environment | variables,
+            env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
