@@ -12,7 +12,7 @@ VERSION := $(shell sed -n 's/^version = //p' setup.cfg)
 
 .PHONY: help
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # One environment for everything; made anew when the dependencies change.
 $(VENV)/installed: setup.cfg pyproject.toml
@@ -46,6 +46,14 @@ format: $(VENV)/installed  ## Format the code and mend what can be mended
 .PHONY: proto
 proto: $(VENV)/installed  ## Generate stubs and Envoy's descriptor set from proto/
 	$(BIN)/python proto/generate.py
+
+.PHONY: k8s-render
+k8s-render: $(VENV)/installed  ## Render the overlays and the examples' evaluators into docs/kubernetes/
+	$(BIN)/python -m tests.k8s.rendered
+
+.PHONY: k8s-test
+k8s-test: $(VENV)/installed  ## Play the playbook on the cluster that KUBECONFIG names (IMAGE_PREFIX=, IMAGE_TAG=)
+	IMAGE_PREFIX=$(IMAGE_PREFIX) IMAGE_TAG=$(IMAGE_TAG) $(BIN)/python -m pytest -v tests/k8s/test_cluster.py
 
 .PHONY: bench
 bench: $(VENV)/installed  ## Measure the whole mesh: latency and requests a second

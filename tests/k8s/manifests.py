@@ -30,6 +30,12 @@ def kustomizations() -> list[Path]:
     return [each for each in found if K8S / "components" not in each.parents]
 
 
+def uses(kustomization: Path, component: Path) -> bool:
+    """Whether a kustomization has a component already."""
+    used = yaml.safe_load((kustomization / "kustomization.yaml").read_text()).get("components", [])
+    return component in [(kustomization / each).resolve() for each in used]
+
+
 def components() -> list[Path]:
     """The folders that are rendered as a part of others only."""
     return sorted(each.parent for each in (K8S / "components").rglob("kustomization.yaml"))
@@ -50,11 +56,11 @@ def kustomize(folder: Path) -> list[Document]:
     return read(run.stdout)
 
 
-def with_component(component: Path, more: list[Document], folder: Path) -> list[Document]:
-    """What the base and more documents become with a component, by a kustomization that is written into a folder."""
+def with_component(base: Path, component: Path, more: list[Document], folder: Path) -> list[Document]:
+    """What a base and more documents become with a component, by a kustomization that is written into a folder."""
     (folder / "more.yaml").write_text(yaml.safe_dump_all(more))
-    base, used = (os.path.relpath(each, folder.resolve()) for each in (K8S / "base", component))
-    kustomization = {"resources": [base, *(["more.yaml"] if more else [])], "components": [used]}
+    below, used = (os.path.relpath(each, folder.resolve()) for each in (base, component))
+    kustomization = {"resources": [below, *(["more.yaml"] if more else [])], "components": [used]}
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
     return kustomize(folder)
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from . import rendered
 from .checks import RULES
 from .checks.model import Document, title
-from .manifests import K8S, VERSIONS, components, evaluator, kustomizations, kustomize, with_component, wrong
+from .manifests import (
+    K8S,
+    VERSIONS,
+    components,
+    evaluator,
+    kustomizations,
+    kustomize,
+    read,
+    uses,
+    with_component,
+    wrong,
+)
 
 Passes = Callable[[list[Document]], None]
 
@@ -65,10 +78,14 @@ def test_two_versions_pass_side_by_side(passes: Passes) -> None:
     passes(kustomize(K8S / "base") + evaluators)
 
 
-@pytest.mark.parametrize("component", components(), ids=_name)
+@pytest.mark.parametrize(
+    ("folder", "component"),
+    [(folder, each) for folder in kustomizations() for each in components() if not uses(folder, each)],
+    ids=_name,
+)
 @pytest.mark.parametrize("evaluators", [False, True], ids=["alone", "with-an-evaluator"])
-def test_a_component_passes(component: Path, evaluators: bool, tmp_path: Path, passes: Passes) -> None:
-    passes(with_component(component, evaluator("digits", "v1") if evaluators else [], tmp_path))
+def test_a_component_passes(folder: Path, component: Path, evaluators: bool, tmp_path: Path, passes: Passes) -> None:
+    passes(with_component(folder, component, evaluator("digits", "v1") if evaluators else [], tmp_path))
 
 
 def test_nothing_is_left_out() -> None:
@@ -76,3 +93,11 @@ def test_nothing_is_left_out() -> None:
     found = {each.parent for each in K8S.rglob("kustomization.yaml")}
     assert K8S / "base" in found
     assert found == {*kustomizations(), *components()}
+
+
+@pytest.mark.parametrize("name", rendered.COMMANDS)
+def test_what_the_docs_keep_is_what_is_rendered(name: str) -> None:
+    if not shutil.which(rendered.COMMANDS[name][0]):
+        pytest.skip("kubectl is not installed")
+    # As documents: versions of kubectl write the same ones in other words.
+    assert read((rendered.FOLDER / name).read_text()) == read(rendered.render(name)), "run `make k8s-render`"
