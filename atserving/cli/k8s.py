@@ -6,7 +6,8 @@ import hashlib
 import re
 import shlex
 import sys
-from importlib import metadata
+import sysconfig
+from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -152,11 +153,10 @@ def _filled(value: Any, names: dict[str, str]) -> Any:
 
 
 def _read(name: str) -> Any:
-    """A file of ``k8s/``: a checkout's, or the one that was installed. Raises StartError."""
-    path = ROOT / "k8s" / name
-    if not path.is_file():
-        installed = [file for file in metadata.files("atserving") or () if file.match(f"share/atserving/k8s/{name}")]
-        if not installed:
-            raise StartError(f"k8s/{name} is neither in a checkout nor installed")
-        return yaml.safe_load(installed[0].read_text())
-    return yaml.safe_load(path.read_text())
+    """A file of ``k8s/``: a checkout's, or the one that was installed, for all or for this user. Raises StartError."""
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    shares = [Path(sysconfig.get_path("data", each), "share", "atserving") for each in schemes]
+    for path in (folder / "k8s" / name for folder in (ROOT, *shares)):
+        if path.is_file():
+            return yaml.safe_load(path.read_text())
+    raise StartError(f"k8s/{name} is neither in a checkout nor installed")
