@@ -12,8 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -219,6 +221,17 @@ def test_its_command_is_there_too(image: Image) -> None:
     done = image.run("--version", entrypoint=["atserving"])
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("atserving, version ")
+
+
+def test_its_command_fills_the_template_that_was_installed(replay: Replay) -> None:
+    arguments = ["k8s", "evaluator", "digits", "v1", "--gpu"]
+    expected = subprocess.run([_BIN / "atserving", *arguments], capture_output=True, text=True, check=True).stdout
+    with replay.image("gate") as image:
+        assert image.run(*arguments, entrypoint=["atserving"]).stderr.startswith("atserving: k8s needs the package ")
+        # With what the command needs beside the project, and without the checkout.
+        packages = image.environment | {"PYTHONPATH": sysconfig.get_path("purelib")}
+        done = replace(image, environment=packages).run(*arguments, entrypoint=["atserving"])
+    assert (done.stdout, done.stderr) == (expected, "")
 
 
 @pytest.mark.parametrize(

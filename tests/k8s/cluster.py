@@ -1,0 +1,206 @@
+"""A stand-in for a cluster: runs rendered manifests as processes of this machine, and rolls Deployments out.
+
+It has what the manifests rely on: controllers that start pods and replace them as a Deployment's strategy says,
+kubelets that probe them and stop them (pods.py), Services that know who is ready, and a DNS server (names.py). It
+schedules nothing, limits nothing, and enforces no policy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import re
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.k8s.names import Names
+from tests.k8s.pods import Pod, config_map_files
+
+PATIENCE_S = 90.0
+_POLL_S = 0.05
+
+# Appended to Envoy's bootstrap: asks the stand-in's DNS server, where a pod's resolv.conf names the cluster's.
+_RESOLVER = """
+typed_dns_resolver_config:
+  name: envoy.network.dns_resolver.cares
+  typed_config:
+    "@type": type.googleapis.com/envoy.extensions.network.dns_resolver.cares.v3.CaresDnsResolverConfig
+    resolvers: [{{socket_address: {{address: {address}, port_value: {port}}}}}]
+    dns_resolver_options: {{no_default_search_domain: true}}
+"""
+
+WORKLOADS = ("StatefulSet", "Deployment")
+
+Document = dict[str, Any]
+Secrets = Mapping[str, Mapping[str, bytes]]
+"""Their files, by their names."""
+
+
+class Cluster:
+    """The pods of some manifests. ``secrets`` are those provided from outside."""
+
+    def __init__(self, folder: Path, secrets: Secrets, network: str | None = None) -> None:
+        self.documents: dict[tuple[str, str], Document] = {}
+        """By kind and name."""
+        self.pods: dict[str, list[Pod]] = {}
+        """By the workload's name, those that are terminating too."""
+        self._folder = folder
+        self._secrets = secrets
+        self._network = network or free_network()
+        self._free = (f"{self._network}.{number}" for number in itertools.count(1))
+        self._numbers = itertools.count()
+        self._addresses: dict[str, list[str]] = {}
+        self._unused: dict[str, list[str]] = {}
+        self._names = Names(f"{self._network}.254", self.endpoints)
+
+    def endpoints(self, service: str) -> list[str]:
+        """The addresses of the pods that a Service has ready."""
+        manifest = self.documents.get(("Service", service))
+        if manifest is None:
+            return []
+        selector = manifest["spec"]["selector"].items()
+        pods = [pod for pods in list(self.pods.values()) for pod in list(pods)]
+        return [pod.ip for pod in pods if selector <= pod.labels.items() and pod.ready and not pod.terminating]
+
+    async def apply(self, documents: list[Document]) -> None:
+        """Starts all their workloads at once, as `kubectl apply` does, and waits until every pod is ready."""
+        self.documents |= {(each["kind"], each["metadata"]["name"]): each for each in documents}
+        names = [each["metadata"]["name"] for each in documents if each["kind"] in WORKLOADS]
+        for name in names:
+            # Of all pods that it is going to have: whoever asks for them by name, but for Envoy, is given them all.
+            self._addresses[name] = [next(self._free) for _ in range(2 * self._replicas(name))]
+            self._unused[name] = list(self._addresses[name])
+        pods = [await self._start_pod(name) for name in names for _ in range(self._replicas(name))]
+        await asyncio.gather(*(pod.wait_ready(PATIENCE_S) for pod in pods))
+
+    async def rollout(self, name: str) -> None:
+        """Replaces every pod of a Deployment, as its strategy says, and waits until the last has gone."""
+        workload = self._workload(name)
+        strategy, wanted = workload["spec"]["strategy"]["rollingUpdate"], self._replicas(name)
+        assert strategy["maxUnavailable"] == 0
+        old = list(self.pods[name])
+        new: list[Pod] = []
+        stopping: list[asyncio.Task[None]] = []
+        while old:
+            surge = wanted + strategy["maxSurge"] - len(old) - len(new)
+            new += [await self._start_pod(name) for _ in range(min(surge, wanted - len(new)))]
+            await asyncio.gather(*(self._wait_available(pod, workload) for pod in new))
+            while old and len(old) + len(new) > wanted:
+                stopping.append(asyncio.create_task(old.pop(0).stop()))
+        await asyncio.gather(*stopping)
+        self.pods[name] = new
+
+    async def restart(self, name: str) -> None:
+        """Starts each pod of a StatefulSet anew, the last first, and waits until it is ready before the next."""
+        for pod in reversed(self.pods[name]):
+            await pod.stop()
+            await pod.start()
+            await pod.wait_ready(PATIENCE_S)
+
+    async def _wait_available(self, pod: Pod, workload: Document) -> None:
+        await pod.wait_ready(PATIENCE_S)
+        since = asyncio.get_running_loop().time() - pod.ready_since
+        await asyncio.sleep(max(0, workload["spec"].get("minReadySeconds", 0) - since))
+
+    def arrows(self) -> set[tuple[str, str, int]]:
+        """Which component is connected to which just now, and to which of its ports."""
+        pods = [pod for pods in self.pods.values() for pod in pods if not pod.terminating]
+        by_address = {pod.ip: pod for pod in pods}
+        return {
+            (pod.component, by_address[address].component, port)
+            for pod in pods
+            for address, port in pod.connections()
+            # Not with itself, and not with a caller's end of a connection.
+            if address in by_address and address != pod.ip and by_address[address].listens_on(port)
+        }
+
+    def check(self) -> None:
+        """Raises PodError where a pod would have been restarted."""
+        for pods in self.pods.values():
+            for pod in pods:
+                if not pod.terminating:
+                    pod.check()
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(pod.kill() for pods in self.pods.values() for pod in pods))
+        self._names.stop()
+
+    async def _start_pod(self, name: str) -> Pod:
+        workload = self._workload(name)
+        number = next(self._numbers)
+        ordinal = len(self.pods.get(name, []))
+        pod_name = f"{name}-{ordinal}" if workload["kind"] == "StatefulSet" else f"{name}-{number:05x}"
+        folder = self._folder / pod_name
+        folder.mkdir()
+        manifest = deepcopy(workload["spec"]["template"])
+        pod = Pod(manifest, pod_name, self._unused[name].pop(0), folder, self._value, self._files, self._rewrite)
+        self.pods.setdefault(name, []).append(pod)
+        await pod.start()
+        return pod
+
+    def _workload(self, name: str) -> Document:
+        return next(self.documents[kind, name] for kind in WORKLOADS if (kind, name) in self.documents)
+
+    def _replicas(self, name: str) -> int:
+        """How many pods there are at first: the autoscaler's minimum, where there is one."""
+        autoscaler = self.documents.get(("HorizontalPodAutoscaler", name))
+        return int(autoscaler["spec"]["minReplicas"] if autoscaler else self._workload(name)["spec"]["replicas"])
+
+    def _value(self, reference: Document) -> str:
+        return str(self.documents["ConfigMap", reference["name"]]["data"][reference["key"]])
+
+    def _files(self, volume: Document) -> Mapping[str, bytes]:
+        match volume:
+            case {"configMap": {"name": name}}:
+                files = config_map_files(self.documents["ConfigMap", name])
+                if "envoy.yaml" in files:
+                    files["envoy.yaml"] += _RESOLVER.format(address=self._names.address, port=self._names.port).encode()
+                return files
+            case {"secret": {"secretName": name}}:
+                return self._secrets[name]
+        return {}
+
+    def _rewrite(self, text: str) -> str:
+        """Names of Services, but for those that Envoy asks the DNS server for, as the addresses of their pods."""
+        for name, addresses in self._addresses.items():
+            for ordinal, address in enumerate(addresses):
+                text = re.sub(rf"(?<![\w.-]){name}-{ordinal}\.{name}(?![\w.-])", address, text)
+            listed = partial(_listed, addresses)
+            text = re.sub(rf"(?<![\w./-]){name}:(\d+)", listed, text)
+        return text
+
+
+def _listed(addresses: list[str], found: re.Match[str]) -> str:
+    return ",".join(f"{each}:{found[1]}" for each in addresses)
+
+
+@asynccontextmanager
+async def running(
+    documents: list[Document], folder: Path, secrets: Secrets | None = None, network: str | None = None
+) -> AsyncIterator[Cluster]:
+    """A cluster with these manifests, once every pod is ready."""
+    cluster = Cluster(folder, secrets or {}, network)
+    try:
+        await cluster.apply(documents)
+        yield cluster
+        cluster.check()
+    finally:
+        await cluster.stop()
+
+
+def free_network() -> str:
+    """The first three numbers of loopback addresses that nobody uses now; pods have ``.1``, ``.2``, ... of them."""
+    while True:
+        network = f"127.{random.randint(1, 254)}.{random.randint(1, 254)}"
+        with socket.socket() as probe:
+            try:
+                probe.bind((f"{network}.1", 50051))
+            except OSError:
+                continue
+        return network

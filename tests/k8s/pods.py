@@ -1,0 +1,290 @@
+"""A pod as a local process: its manifest's own command, arguments, environment, files, ports and probes.
+
+What a container has to itself is mapped: its addresses to one loopback address, its paths to a folder. All else is as
+the manifest says; a flag, a path or a probe that is wrong there fails here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.k8s.dockerfile import chain, read
+from tests.k8s.probes import passes
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+Files = Mapping[str, bytes]
+Volumes = Callable[[dict[str, Any]], Files]
+"""The files of a volume of a pod's spec, by name."""
+
+
+class PodError(AssertionError):
+    """A pod did what a cluster would restart it for, or kill it."""
+
+
+class Pod:
+    """One pod of one container."""
+
+    def __init__(
+        self,
+        manifest: dict[str, Any],
+        name: str,
+        ip: str,
+        folder: Path,
+        values: Callable[[dict[str, Any]], str],
+        volumes: Volumes,
+        rewrite: Callable[[str], str],
+    ) -> None:
+        """``values`` looks up ``configMapKeyRef``s; ``rewrite`` maps what is the cluster's: its names."""
+        self.name, self.ip, self.labels = name, ip, manifest["metadata"]["labels"]
+        self.ready = self.terminating = False
+        self.ready_since = 0.0
+        self._spec = manifest["spec"]
+        (self._container,) = self._spec["containers"]
+        self._folder = folder
+        self._rewrite = rewrite
+        self._ports = {each["name"]: int(each["containerPort"]) for each in self._container["ports"]}
+        self._environment = self._read_environment(values)
+        self._paths = self._mount(volumes)
+        self._process: asyncio.subprocess.Process | None = None
+        self._probing: asyncio.Task[None] | None = None
+        self._changed = asyncio.Condition()
+        self.failure: PodError | None = None
+
+    @property
+    def component(self) -> str:
+        return str(self.labels["app.kubernetes.io/component"])
+
+    def connections(self) -> list[tuple[str, int]]:
+        """The other ends of the process's TCP connections."""
+        assert self._process
+        connections = psutil.Process(self._process.pid).net_connections("tcp")
+        return [(each.raddr.ip.removeprefix("::ffff:"), each.raddr.port) for each in connections if each.raddr]
+
+    def listens_on(self, port: int) -> bool:
+        """Whether the manifest says so."""
+        return port in self._ports.values()
+
+    async def start(self) -> None:
+        """Starts the container's process and its probes; again, with its files as they are, once it has stopped."""
+        self.ready = self.terminating = False
+        environment = {name: self._here(value) for name, value in self._environment.items()}
+        with self.log_path.open("wb") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command(),
+                cwd=self._folder,
+                env={"PATH": f"{BIN}:/usr/bin:/bin", "HOME": str(self._folder), **environment},
+                stdout=log,
+                stderr=log,
+            )
+        self._probing = asyncio.create_task(self._probe())
+
+    def _command(self) -> list[str]:
+        given = self._container.get("command") or image_config(self._container["image"])[0]
+        command = [*given, *self._container.get("args", [])]
+        program = sys.executable if command[0] == "python" else command[0]
+        return [program, *(self._here(expanded(each, self._environment)) for each in command[1:])]
+
+    async def wait_ready(self, patience_s: float) -> None:
+        """Raises PodError where a probe or the process failed for good."""
+        async with asyncio.timeout(patience_s), self._changed:
+            await self._changed.wait_for(lambda: self.ready or self.failure)
+        self.check()
+
+    def check(self) -> None:
+        """Raises PodError where a cluster would have restarted it."""
+        if self.failure:
+            raise self.failure
+
+    async def stop(self) -> None:
+        """What a kubelet does: the hook, SIGTERM, and the wait, all within the grace. Raises PodError."""
+        self.terminating = True
+        self.check()
+        try:
+            async with asyncio.timeout(self._spec["terminationGracePeriodSeconds"]):
+                await self._pre_stop()
+                self.check()
+                await self._end_probing()
+                assert self._process
+                self._process.terminate()
+                status = await self._process.wait()
+        except TimeoutError:
+            raise self._error("did not stop within its terminationGracePeriodSeconds") from None
+        finally:
+            await self.kill()
+        # Ours end with 0; others may end of the signal.
+        if status != 0 and not (status == -signal.SIGTERM and "command" in self._container):
+            raise self._error(f"ended with status {status}")
+
+    async def _pre_stop(self) -> None:
+        match self._container.get("lifecycle", {}).get("preStop"):
+            case {"sleep": {"seconds": seconds}}:
+                await asyncio.sleep(seconds)
+            case {"exec": {"command": [program, *arguments]}}:
+                hook = await asyncio.create_subprocess_exec(
+                    program, *map(self._here, arguments), stderr=asyncio.subprocess.PIPE, cwd=self._folder
+                )
+                _, said = await hook.communicate()
+                if hook.returncode or said:
+                    raise self._error(f"its preStop hook failed: {said.decode()}")
+            case None:
+                pass
+            case other:
+                raise self._error(f"has a hook that is unknown here: {other}")
+
+    async def kill(self) -> None:
+        """Ends it at once, if it hasn't ended."""
+        await self._end_probing()
+        if self._process and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+
+    async def _end_probing(self) -> None:
+        if self._probing:
+            self._probing.cancel()
+            await asyncio.gather(self._probing, return_exceptions=True)
+
+    async def _probe(self) -> None:
+        assert self._process
+        ended = asyncio.create_task(self._process.wait())
+        probes = asyncio.create_task(self._probes())
+        try:
+            await asyncio.wait({ended, probes}, return_when=asyncio.FIRST_COMPLETED)
+            failure = self._error(f"ended by itself with status {ended.result()}") if ended.done() else probes.result()
+            await self._set(ready=False, failure=failure)
+        finally:
+            ended.cancel()
+            probes.cancel()
+            await asyncio.gather(ended, probes, return_exceptions=True)
+
+    async def _probes(self) -> PodError:
+        """Probes until one says that the container is to be restarted."""
+        started = self._container["startupProbe"]
+        for _ in range(started["failureThreshold"]):
+            if await passes(started, self.ip, self._ports):
+                break
+            await asyncio.sleep(started["periodSeconds"])
+        else:
+            return self._error("failed its start-up probe")
+        readiness = asyncio.create_task(self._watch_readiness())
+        try:
+            return await self._watch_liveness()
+        finally:
+            readiness.cancel()
+            await asyncio.gather(readiness, return_exceptions=True)
+
+    async def _watch_readiness(self) -> None:
+        probe, failures = self._container["readinessProbe"], 0
+        while True:
+            good = await passes(probe, self.ip, self._ports)
+            failures = 0 if good else failures + 1
+            if good or failures >= probe["failureThreshold"]:
+                await self._set(ready=good)
+            await asyncio.sleep(probe["periodSeconds"])
+
+    async def _watch_liveness(self) -> PodError:
+        probe, failures = self._container["livenessProbe"], 0
+        while failures < probe["failureThreshold"]:
+            good = await passes(probe, self.ip, self._ports)
+            failures = 0 if good else failures + 1
+            await asyncio.sleep(probe["periodSeconds"])
+        return self._error("failed its liveness probe")
+
+    async def _set(self, ready: bool, failure: PodError | None = None) -> None:
+        async with self._changed:
+            if ready and not self.ready:
+                self.ready_since = asyncio.get_running_loop().time()
+            self.ready, self.failure = ready, failure or self.failure
+            self._changed.notify_all()
+
+    def _error(self, what: str) -> PodError:
+        lines = self.log_path.read_text(errors="replace").splitlines() if self.log_path.exists() else []
+        return PodError("\n".join([f"pod {self.name} {what}; the end of its log:", *lines[-15:]]))
+
+    @property
+    def log_path(self) -> Path:
+        return self._folder / "log"
+
+    def _read_environment(self, values: Callable[[dict[str, Any]], str]) -> dict[str, str]:
+        _, environment = image_config(self._container["image"])
+        fields = {"metadata.name": self.name, "status.podIP": self.ip}
+        for each in self._container.get("env", []):
+            match each:
+                case {"value": value}:
+                    environment[each["name"]] = expanded(value, environment)
+                case {"valueFrom": {"fieldRef": {"fieldPath": field}}}:
+                    environment[each["name"]] = fields[field]
+                case {"valueFrom": {"configMapKeyRef": reference}}:
+                    environment[each["name"]] = values(reference)
+        return environment
+
+    def _mount(self, volumes: Volumes) -> dict[str, Path]:
+        """Lays the volumes' files out; where each path of the container is here."""
+        by_name = {each["name"]: each for each in self._spec.get("volumes", [])}
+        paths = {"/dev/termination-log": self._folder / "termination-log"}
+        for mount in self._container.get("volumeMounts", []):
+            paths[mount["mountPath"]] = self._folder / mount["mountPath"].lstrip("/")
+        self._paths = paths
+        for mount in self._container.get("volumeMounts", []):
+            here = paths[mount["mountPath"]]
+            here.mkdir(parents=True)
+            for name, content in volumes(by_name.get(mount["name"], {"name": mount["name"]})).items():
+                (here / name).write_bytes(self._file(content))
+        return paths
+
+    def _file(self, content: bytes) -> bytes:
+        try:
+            return self._here(content.decode()).encode()
+        except UnicodeDecodeError:
+            return content
+
+    def _here(self, text: str) -> str:
+        """What a container's text is here: its own addresses and paths, in one pass, and the cluster's names."""
+        paths = sorted(self._paths, key=len, reverse=True)
+        pattern = (
+            rf"(?<![\w.])(0\.0\.0\.0|127\.0\.0\.1)(?![\w.])|(?<![\w./-])({'|'.join(map(re.escape, paths))})(?![\w.-])"
+        )
+        here = re.sub(pattern, lambda found: self.ip if found[1] else str(self._paths[found[2]]), text)
+        return self._rewrite(here)
+
+
+def expanded(text: str, environment: Mapping[str, str]) -> str:
+    """``$(NAME)`` as Kubernetes has it: from the environment, as it is where there is no such name; ``$$`` is ``$``."""
+    return re.sub(
+        r"\$(\$|\(([A-Za-z_][\w.-]*)\))",
+        lambda found: "$" if found[1] == "$" else environment.get(found[2], found[0]),
+        text,
+    )
+
+
+def image_config(image: str) -> tuple[list[str], dict[str, str]]:
+    """The ENTRYPOINT and the ENV of one of our images, which are targets of the Dockerfile; of others, nothing."""
+    stages = read((ROOT / "Dockerfile").read_text())
+    name, _, _ = image.removeprefix("atserving/").partition(":")
+    if not image.startswith("atserving/"):
+        return [], {}
+    inherited = chain(stages, name)
+    (*_, entry_point) = [each.words() for stage in inherited for each in stage.all("ENTRYPOINT")]
+    environment = {
+        key: value for stage in inherited for each in stage.all("ENV") for key, value in each.pairs().items()
+    }
+    # Where its programs are is another matter here.
+    return entry_point, {key: value for key, value in environment.items() if key != "PATH"}
+
+
+def config_map_files(config_map: dict[str, Any]) -> dict[str, bytes]:
+    """A ConfigMap's files by name."""
+    text = {name: content.encode() for name, content in config_map.get("data", {}).items()}
+    return text | {name: base64.b64decode(content) for name, content in config_map.get("binaryData", {}).items()}
