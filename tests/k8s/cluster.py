@@ -23,7 +23,6 @@ from tests.k8s.names import Names
 from tests.k8s.pods import Pod, config_map_files
 
 PATIENCE_S = 90.0
-_POLL_S = 0.05
 
 # Appended to Envoy's bootstrap: asks the stand-in's DNS server, where a pod's resolv.conf names the cluster's.
 _RESOLVER = """

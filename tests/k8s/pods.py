@@ -135,7 +135,11 @@ class Pod:
                 hook = await asyncio.create_subprocess_exec(
                     program, *map(self._here, arguments), stderr=asyncio.subprocess.PIPE, cwd=self._folder
                 )
-                _, said = await hook.communicate()
+                try:
+                    _, said = await hook.communicate()
+                finally:
+                    if hook.returncode is None:
+                        hook.kill()
                 if hook.returncode or said:
                     raise self._error(f"its preStop hook failed: {said.decode()}")
             case None:
