@@ -35,6 +35,7 @@ class Settings:
 
     etcd: list[str]
     listen: str
+    listen_releases: str | None
     tls: Tls | None
     user: User | None = field(repr=False)
     lease_ttl_s: int
@@ -61,32 +62,39 @@ async def serve(settings: Settings) -> None:
     """Runs the registry until SIGTERM or SIGINT. Raises StartError."""
     stop = transport.stop_signal()
     services = registry_pb2.DESCRIPTOR.services_by_name
-    server = transport.Server(services.values())
+    apart = settings.listen_releases
+    server = transport.Server([services["RegistryService"]] if apart else services.values())
+    releases = transport.Server([services["ReleaseService"]]) if apart else server
+    servers = [server, releases] if apart else [server]
     connection = Connection(settings.etcd, tls=settings.tls, user=settings.user)
     async with EtcdClient(connection) as client:
         view = View()
         mirror = Mirror(client, view)
         registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s))
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server.grpc)
-        registry_pb2_grpc.add_ReleaseServiceServicer_to_server(ReleaseServicer(mirror, Releases(client)), server.grpc)
-        port = await server.start(settings.listen)
-        log.info("listening", listen=settings.listen, port=port, etcd=settings.etcd)
+        registry_pb2_grpc.add_ReleaseServiceServicer_to_server(ReleaseServicer(mirror, Releases(client)), releases.grpc)
+        ports = [
+            await each.start(listen) for each, listen in zip(servers, (settings.listen, apart or ""), strict=False)
+        ]
+        log.info("listening", listen=settings.listen, port=ports[0], releases_port=ports[-1], etcd=settings.etcd)
         async with asyncio.TaskGroup() as tasks:
             following = tasks.create_task(mirror.run())
-            announcing = tasks.create_task(_announce(view, server))
+            announcing = tasks.create_task(_announce(view, servers))
             await stop.wait()
             announcing.cancel()
-            await server.set_serving(False)
+            for each in servers:
+                await each.set_serving(False)
             # Ends the watches, so that their followers go on at another registry.
             view.close()
-            await server.stop(_GRACE_S)
+            await asyncio.gather(*(each.stop(_GRACE_S) for each in servers))
             following.cancel()
     log.info("stopped")
 
 
-async def _announce(view: View, server: transport.Server) -> None:
+async def _announce(view: View, servers: list[transport.Server]) -> None:
     await view.synced.wait()
-    await server.set_serving(True)
+    for each in servers:
+        await each.set_serving(True)
 
 
 def _tls(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
@@ -116,6 +124,12 @@ _file = click.Path(path_type=Path)
 @click.command(context_settings={"max_content_width": 100})
 @service.addresses_option("--etcd", required=True, help="The endpoints of etcd, members of one cluster.")
 @service.listen_option("0.0.0.0:50053")
+@click.option(
+    "--listen-releases",
+    metavar="HOST:PORT",
+    help="Where to serve the ReleaseService, by which releases are published, apart from the rest; "
+    "otherwise it is where the rest is.",
+)
 @click.option("--etcd-ca", type=_file, metavar="FILE", help="Authorities to trust with etcd (PEM); turns TLS on.")
 @click.option("--etcd-cert", type=_file, metavar="FILE", help="Certificate to show to etcd (PEM); turns TLS on.")
 @click.option("--etcd-key", type=_file, metavar="FILE", help="The certificate's key (PEM).")
@@ -133,6 +147,7 @@ _file = click.Path(path_type=Path)
 def main(
     etcd: list[str],
     listen: str,
+    listen_releases: str | None,
     etcd_ca: Path | None,
     etcd_cert: Path | None,
     etcd_key: Path | None,
@@ -149,6 +164,7 @@ def main(
     settings = Settings(
         etcd=etcd,
         listen=listen,
+        listen_releases=listen_releases,
         tls=_tls(etcd_ca, etcd_cert, etcd_key),
         user=_user(etcd_user, etcd_password),
         lease_ttl_s=lease_ttl,
