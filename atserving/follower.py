@@ -54,7 +54,7 @@ class ConfigFollower:
         self.synced = asyncio.Event()
         """Set once the first snapshot has been applied; never cleared."""
         self.last_error = "not yet tried"
-        self._registries = list(registries)
+        self._registries = transport.Addresses(registries)
         self._on_change = on_change
         self._app = app
         self._steps = 0
@@ -62,7 +62,7 @@ class ConfigFollower:
     async def run(self) -> None:
         """Follows until cancelled, one registry after the other, with a pause once all were tried."""
         while True:
-            addresses = await transport.resolve(self._registries)
+            addresses = await self._registries.resolve()
             for address in addresses:
                 began = self._steps
                 try:

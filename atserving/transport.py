@@ -25,6 +25,8 @@ LIVE = "live"
 Whether calls are welcome is another question, the one for the empty name.
 """
 
+_RESOLVE_S = 2.0
+
 # A dead peer (a frozen process, a lost host) is found within 5 + 3 s. grpc.keepalive_timeout_ms alone does not bound
 # it: http2.ping_timeout_ms is what the C core waits for.
 _KEEPALIVE = [
@@ -64,24 +66,33 @@ def channel(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
-async def resolve(addresses: Sequence[str]) -> list[str]:
-    """Each ``host:port`` as all the addresses its name stands for, in a random order, so that many spread over them.
+class Addresses:
+    """Some ``host:port``, each as all the addresses that its name stands for."""
 
-    A name that can't be resolved now stays as it is.
-    """
-    loop = asyncio.get_running_loop()
-    resolved: list[str] = []
-    for address in addresses:
-        host, _, port = address.rpartition(":")
-        try:
-            found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        except OSError:
-            resolved.append(address)
-            continue
-        hosts = list(dict.fromkeys(str(target[0]) for *_, target in found))
-        random.shuffle(hosts)
-        resolved += [f"[{each}]:{port}" if ":" in each else f"{each}:{port}" for each in hosts]
-    return resolved
+    def __init__(self, addresses: Sequence[str]) -> None:
+        # A name that was never resolved stands for itself.
+        self._known = {address: [address] for address in addresses}
+
+    async def resolve(self) -> list[str]:
+        """All of them, those of one name in a random order, so that many spread over them.
+
+        A name that can't be resolved now stands for what it last did: a name server that is away stops nobody.
+        """
+        for address in self._known:
+            try:
+                async with asyncio.timeout(_RESOLVE_S):
+                    self._known[address] = await _resolve(address)
+            except (OSError, UnicodeError, TimeoutError):
+                random.shuffle(self._known[address])
+        return [each for known in self._known.values() for each in known]
+
+
+async def _resolve(address: str) -> list[str]:
+    host, _, port = address.rpartition(":")
+    found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    hosts = list(dict.fromkeys(str(target[0]) for *_, target in found))
+    random.shuffle(hosts)
+    return [f"[{each}]:{port}" if ":" in each else f"{each}:{port}" for each in hosts]
 
 
 class Server:

@@ -104,7 +104,7 @@ class _Life:
                 # From the start, so that one can see that this process lives, however long the net takes to load.
                 port = await self._server.start(settings.listen)
                 beside.push_async_callback(self._server.stop, 0)
-                worker = await _unless(self._stop, self._load(workspace, beside, http.port))
+                worker = await _unless(self._stop, following, self._load(workspace, beside, http.port))
                 if worker:
                     await self._serve(worker, port, following)
 
@@ -235,12 +235,15 @@ async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.
         await asyncio.wait({task})
 
 
-async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of ``work``, or None where ``stop`` comes first."""
-    task, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+async def _unless(stop: asyncio.Event, following: asyncio.Task[None], work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of ``work``, or None where ``stop`` comes first. Raises what ``following`` raised too."""
+    task, stopping = asyncio.create_task(work), asyncio.create_task(transport.until_stopped(stop, following))
     try:
         await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
+        if task.done():
+            return task.result()
+        stopping.result()
+        return None
     finally:
         for each in (task, stopping):
             each.cancel()

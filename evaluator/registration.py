@@ -26,7 +26,7 @@ class Registration:
         """``instance`` says what to register now; its capacity may change."""
         self.registered = asyncio.Event()
         """Set once a registry has taken the instance; never cleared."""
-        self._registries = list(registries)
+        self._registries = transport.Addresses(registries)
         self._failed: set[str] = set()
         self._instance = instance
         self._renew = asyncio.Event()
@@ -77,7 +77,7 @@ class Registration:
 
     async def _addresses(self) -> list[str]:
         """Of all registries, those last that failed last."""
-        addresses = await transport.resolve(self._registries)
+        addresses = await self._registries.resolve()
         self._failed &= set(addresses)
         return sorted(addresses, key=self._failed.__contains__)
 

@@ -59,7 +59,7 @@ async def serve(settings: Settings) -> None:
     tending = asyncio.create_task(_tend(router))
     try:
         port = await server.start(settings.listen)
-        if not await _synced(follower, settings.wait_s, stop):
+        if not await _synced(follower, settings.wait_s, stop, following):
             return
         await server.set_serving(True)
         log.info("gate serves", port=port)
@@ -75,19 +75,23 @@ async def serve(settings: Settings) -> None:
         await asyncio.gather(following, tending, return_exceptions=True)
 
 
-async def _synced(follower: ConfigFollower, wait_s: float, stop: asyncio.Event) -> bool:
-    """Waits for the config; False where ``stop`` came first. Raises StartError."""
-    waiting = [asyncio.create_task(event.wait()) for event in (follower.synced, stop)]
+async def _synced(follower: ConfigFollower, wait_s: float, stop: asyncio.Event, following: asyncio.Task[None]) -> bool:
+    """Waits for the config; False where ``stop`` came first. Raises StartError, and what ``following`` raised."""
+    synced = asyncio.create_task(follower.synced.wait())
+    stopped = asyncio.create_task(transport.until_stopped(stop, following))
     try:
         async with reminding(lambda: follower.last_error):
-            await asyncio.wait(waiting, timeout=wait_s or None, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({synced, stopped}, timeout=wait_s or None, return_when=asyncio.FIRST_COMPLETED)
+        if stopped.done():
+            stopped.result()
+            return False
     finally:
-        for task in waiting:
+        for task in (synced, stopped):
             task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-    if not follower.synced.is_set() and not stop.is_set():
+        await asyncio.gather(synced, stopped, return_exceptions=True)
+    if not follower.synced.is_set():
         raise StartError(f"no config within {wait_s:g} s: {follower.last_error}")
-    return not stop.is_set()
+    return True
 
 
 async def _tend(router: Router[EvaluatorConnection]) -> None:

@@ -44,7 +44,7 @@ def test_a_mistyped_flag_is_one_line_and_status_2(program: list[str]) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        ["-m", "gate", "--wait", "0.2", "--registry", "127.0.0.1:1"],
+        ["-m", "gate", "--wait", "0.2", "--registry", "127.0.0.1:1", "--listen", "127.0.0.1:0"],
         ["-m", "evaluator", "--app", "a", "--version", "v", "--wait", "0.2", "--registry", "127.0.0.1:1"],
     ],
     ids=["gate", "evaluator"],
@@ -71,6 +71,8 @@ def test_an_address_that_is_none_is_named(address: str) -> None:
 
 
 def test_a_flag_may_be_a_variable() -> None:
-    said = run(sys.executable, "-m", "gate", "--wait", "0.2", ATSERVING_REGISTRY="127.0.0.1:7")
+    said = run(
+        *(sys.executable, "-m", "gate", "--wait", "0.2", "--listen", "127.0.0.1:0"), ATSERVING_REGISTRY="127.0.0.1:7"
+    )
     assert said.returncode == 1
     assert "127.0.0.1:7" in said.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -108,23 +108,35 @@ async def is_listed(registry: str) -> bool:
     return len(listed.releases) == 1
 
 
-@pytest.fixture
-def names(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, list[str]]], None]:
-    """Names for this process alone, in place of a DNS server's."""
+class NameServer:
+    """Names for this process alone, in place of a name server's."""
 
-    def know(hosts: dict[str, list[str]]) -> None:
-        async def getaddrinfo(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
-            if host not in hosts:
-                raise OSError("unknown name")
-            return [(None, None, None, "", (each, port)) for each in hosts[host]]
+    def __init__(self) -> None:
+        self.hosts: dict[str, list[str]] = {}
 
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo, raising=False)
-
-    return know
+    async def getaddrinfo(self, host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        if host not in self.hosts:
+            raise OSError("unknown name")
+        return [(None, None, None, "", (each, port)) for each in self.hosts[host]]
 
 
-async def test_a_name_stands_for_all_its_addresses(names: Callable[[dict[str, list[str]]], None]) -> None:
-    names({"registry": ["10.0.0.1", "10.0.0.2", "fd00::1"], "10.0.0.9": ["10.0.0.9"]})
-    resolved = await transport.resolve(["registry:50053", "10.0.0.9:1", "nobody:7"])
-    assert sorted(resolved[:3]) == ["10.0.0.1:50053", "10.0.0.2:50053", "[fd00::1]:50053"]
-    assert resolved[3:] == ["10.0.0.9:1", "nobody:7"]
+async def test_a_name_stands_for_all_its_addresses_and_for_those_it_last_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = NameServer()
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", server.getaddrinfo, raising=False)
+    addresses = transport.Addresses(["registry:50053", "10.0.0.9:1"])
+    assert await addresses.resolve() == ["registry:50053", "10.0.0.9:1"], "not known yet"
+    server.hosts = {"registry": ["10.0.0.1", "10.0.0.2", "fd00::1"], "10.0.0.9": ["10.0.0.9"]}
+    known = ["10.0.0.1:50053", "10.0.0.2:50053", "10.0.0.9:1", "[fd00::1]:50053"]
+    assert sorted(await addresses.resolve()) == known
+    server.hosts = {}
+    assert sorted(await addresses.resolve()) == known, "the name server is away"
+    server.hosts = {"registry": ["10.0.0.3"]}
+    assert sorted(await addresses.resolve()) == ["10.0.0.3:50053", "10.0.0.9:1"]
+
+
+@pytest.mark.parametrize("name", ["registry..cluster", "r" * 70])
+async def test_a_name_that_is_none_is_said(name: str, tmp_path: Path) -> None:
+    process, _ = service(tmp_path, "gate", "--registry", f"{name}:1", "--wait", "0.5")
+    async with running(process):
+        assert await process.wait() == 1
+        assert f"gate: no config within 0.5 s: registry {name}:1: " in process.logged()
