@@ -5,8 +5,8 @@
 # ADMIN is the address of the admin interface, host:port.
 #
 # /health fails from here on, and every answer asks its caller to connect anew. AWAY_S seconds are for those that choose
-# among Envoys to see it; after that it waits until nothing is under way, for MOST_S seconds at most. SIGTERM, which
-# follows, ends Envoy at once.
+# among Envoys to see it; after that it waits until nothing is under way, and nothing is left to send, for MOST_S seconds
+# at most. SIGTERM, which follows, ends Envoy at once.
 set -eu
 host=${1%:*} port=${1##*:} away_s=$2 most_s=$3
 
@@ -20,9 +20,7 @@ admin() {
 admin 'POST /healthcheck/fail' >/dev/null
 sleep "$away_s"
 for ((second = 0; second < most_s; second++)); do
-    active=$(admin 'GET /stats?filter=^http.edge.downstream_rq_active$')
-    case $active in
-        *'downstream_rq_active: 0'*) break ;;
-    esac
+    stats=$(admin 'GET /stats?filter=^(http|tcp)\.edge.*\.downstream_(rq_active|cx_tx_bytes_buffered)$')
+    [[ $stats == *downstream_rq_active:* && ! $stats =~ :\ [1-9] ]] && break
     sleep 1
 done

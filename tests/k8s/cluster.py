@@ -10,12 +10,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-import re
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from tests.k8s.names import Names
 from tests.k8s.pods import Pod, config_map_files
 
 PATIENCE_S = 90.0
+_NAMES_S = 1.0
 
 # Appended to Envoy's bootstrap: asks the stand-in's DNS server, where a pod's resolv.conf names the cluster's.
 _RESOLVER = """
@@ -52,30 +51,52 @@ class Cluster:
         self._folder = folder
         self._secrets = secrets
         self._network = network or free_network()
-        self._free = (f"{self._network}.{number}" for number in itertools.count(1))
+        self._addresses = (f"{self._network}.{number}" for number in itertools.count(1))
         self._numbers = itertools.count()
-        self._addresses: dict[str, list[str]] = {}
-        self._unused: dict[str, list[str]] = {}
-        self._names = Names(f"{self._network}.254", self.endpoints)
+        self._names = Names(f"{self._network}.254", folder / "hosts", self._lookup)
+        self._naming: asyncio.Task[None] | None = None
 
     def endpoints(self, service: str) -> list[str]:
-        """The addresses of the pods that a Service has ready."""
+        """The addresses of the pods that a Service has ready, or has, where it publishes the others too."""
         manifest = self.documents.get(("Service", service))
         if manifest is None:
             return []
         selector = manifest["spec"]["selector"].items()
+        every = manifest["spec"].get("publishNotReadyAddresses", False)
         pods = [pod for pods in list(self.pods.values()) for pod in list(pods)]
-        return [pod.ip for pod in pods if selector <= pod.labels.items() and pod.ready and not pod.terminating]
+        return [
+            pod.ip for pod in pods if selector <= pod.labels.items() and (every or (pod.ready and not pod.terminating))
+        ]
+
+    def _lookup(self, name: str) -> list[str]:
+        """What the name of a headless Service stands for, or that of a StatefulSet's pod in it."""
+        pod, _, service = name.rpartition(".")
+        if not pod:
+            headless = self.documents.get(("Service", name), {"spec": {}})["spec"].get("clusterIP") == "None"
+            return self.endpoints(name) if headless else []
+        return [
+            each.ip for each in self.pods.get(service, []) if each.name == pod and each.ip in self.endpoints(service)
+        ]
+
+    async def _keep_names(self) -> None:
+        while True:
+            await asyncio.sleep(_NAMES_S)
+            self._write_hosts()
+
+    def _write_hosts(self) -> None:
+        services = [name for kind, name in self.documents if kind == "Service"]
+        members = [f"{pod.name}.{name}" for name in services for pod in self.pods.get(name, [])]
+        self._names.write_hosts([*services, *members])
 
     async def apply(self, documents: list[Document]) -> None:
         """Starts all their workloads at once, as `kubectl apply` does, and waits until every pod is ready."""
         self.documents |= {(each["kind"], each["metadata"]["name"]): each for each in documents}
         names = [each["metadata"]["name"] for each in documents if each["kind"] in WORKLOADS]
-        for name in names:
-            # Of all pods that it is going to have: whoever asks for them by name, but for Envoy, is given them all.
-            self._addresses[name] = [next(self._free) for _ in range(2 * self._replicas(name))]
-            self._unused[name] = list(self._addresses[name])
-        pods = [await self._start_pod(name) for name in names for _ in range(self._replicas(name))]
+        pods = [self._make_pod(name) for name in names for _ in range(self._replicas(name))]
+        if self._naming is None:
+            self._write_hosts()
+            self._naming = asyncio.create_task(self._keep_names())
+        await asyncio.gather(*(pod.start() for pod in pods))
         await asyncio.gather(*(pod.wait_ready(PATIENCE_S) for pod in pods))
 
     async def rollout(self, name: str) -> None:
@@ -88,7 +109,9 @@ class Cluster:
         stopping: list[asyncio.Task[None]] = []
         while old:
             surge = wanted + strategy["maxSurge"] - len(old) - len(new)
-            new += [await self._start_pod(name) for _ in range(min(surge, wanted - len(new)))]
+            surging = [self._make_pod(name) for _ in range(min(surge, wanted - len(new)))]
+            await asyncio.gather(*(pod.start() for pod in surging))
+            new += surging
             await asyncio.gather(*(self._wait_available(pod, workload) for pod in new))
             while old and len(old) + len(new) > wanted:
                 stopping.append(asyncio.create_task(old.pop(0).stop()))
@@ -128,9 +151,12 @@ class Cluster:
 
     async def stop(self) -> None:
         await asyncio.gather(*(pod.kill() for pods in self.pods.values() for pod in pods))
+        if self._naming:
+            self._naming.cancel()
+            await asyncio.gather(self._naming, return_exceptions=True)
         self._names.stop()
 
-    async def _start_pod(self, name: str) -> Pod:
+    def _make_pod(self, name: str) -> Pod:
         workload = self._workload(name)
         number = next(self._numbers)
         ordinal = len(self.pods.get(name, []))
@@ -138,9 +164,11 @@ class Cluster:
         folder = self._folder / pod_name
         folder.mkdir()
         manifest = deepcopy(workload["spec"]["template"])
-        pod = Pod(manifest, pod_name, self._unused[name].pop(0), folder, self._value, self._files, self._rewrite)
+        # Envoy asks the DNS server, and would find the hosts file first.
+        asks = manifest["metadata"]["labels"]["app.kubernetes.io/component"] == "envoy"
+        hosts = None if asks else self._names.hosts
+        pod = Pod(manifest, pod_name, next(self._addresses), folder, self._value, self._files, hosts)
         self.pods.setdefault(name, []).append(pod)
-        await pod.start()
         return pod
 
     def _workload(self, name: str) -> Document:
@@ -164,19 +192,6 @@ class Cluster:
             case {"secret": {"secretName": name}}:
                 return self._secrets[name]
         return {}
-
-    def _rewrite(self, text: str) -> str:
-        """Names of Services, but for those that Envoy asks the DNS server for, as the addresses of their pods."""
-        for name, addresses in self._addresses.items():
-            for ordinal, address in enumerate(addresses):
-                text = re.sub(rf"(?<![\w.-]){name}-{ordinal}\.{name}(?![\w.-])", address, text)
-            listed = partial(_listed, addresses)
-            text = re.sub(rf"(?<![\w./-]){name}:(\d+)", listed, text)
-        return text
-
-
-def _listed(addresses: list[str], found: re.Match[str]) -> str:
-    return ",".join(f"{each}:{found[1]}" for each in addresses)
 
 
 @asynccontextmanager

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import dnslib
 from dnslib.server import BaseResolver, DNSHandler, DNSLogger, DNSServer
@@ -15,28 +18,44 @@ NEGATIVE_TTL_S = 5
 
 
 class Names(BaseResolver):  # type: ignore[misc]
-    """A DNS server on any free port; ``addresses`` says which addresses a name stands for just now."""
+    """A DNS server on any free port, for who asks one, and a hosts file, for who asks the system.
 
-    def __init__(self, address: str, addresses: Callable[[str], list[str]]) -> None:
-        self.address = address
+    ``addresses`` says which addresses a name stands for just now.
+    """
+
+    def __init__(self, address: str, hosts: Path, addresses: Callable[[str], list[str]]) -> None:
+        self.address, self.hosts = address, hosts
         self._addresses = addresses
         self._known: dict[str, tuple[float, list[str]]] = {}
+        self._lock = threading.Lock()
         self._server = DNSServer(self, address=address, port=0, logger=DNSLogger("error"))
         self.port = int(self._server.server.server_address[1])
         self._server.start_thread()
 
+    def lookup(self, name: str) -> tuple[list[str], float]:
+        """The addresses of a name, or those it had while that was to be remembered, and for how long that is."""
+        with self._lock:
+            valid_until, found = self._known.get(name, (0.0, []))
+            now = time.monotonic()
+            if valid_until <= now:
+                found = self._addresses(name)
+                valid_until = now + (TTL_S if found else NEGATIVE_TTL_S)
+                self._known[name] = (valid_until, found)
+        return found, valid_until - now
+
+    def write_hosts(self, names: list[str]) -> None:
+        """Brings the hosts file up to date, in place, as it is mounted."""
+        lines = [f"{address} {name}\n" for name in names for address in self.lookup(name)[0]]
+        self.hosts.write_text("".join(["127.0.0.1 localhost\n", *lines]))
+
     def resolve(self, request: dnslib.DNSRecord, handler: DNSHandler) -> dnslib.DNSRecord:
-        name = str(request.q.qname).rstrip(".")
-        valid_until, found = self._known.get(name, (0.0, []))
-        if valid_until <= time.monotonic():
-            found = self._addresses(name)
-            self._known[name] = (time.monotonic() + (TTL_S if found else NEGATIVE_TTL_S), found)
+        found, remaining_s = self.lookup(str(request.q.qname).rstrip("."))
         reply = request.reply()
         if not found:
             reply.header.rcode = dnslib.RCODE.NXDOMAIN
         elif request.q.qtype == dnslib.QTYPE.A:
             for each in found:
-                reply.add_answer(dnslib.RR(request.q.qname, rdata=dnslib.A(each), ttl=TTL_S))
+                reply.add_answer(dnslib.RR(request.q.qname, rdata=dnslib.A(each), ttl=math.ceil(remaining_s)))
         return reply
 
     def stop(self) -> None:

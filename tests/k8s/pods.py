@@ -1,22 +1,28 @@
 """A pod as a local process: its manifest's own command, arguments, environment, files, ports and probes.
 
-What a container has to itself is mapped: its addresses to one loopback address, its paths to a folder. All else is as
-the manifest says; a flag, a path or a probe that is wrong there fails here.
+What a container has to itself is mapped: its addresses to one loopback address, its paths to a folder. A mount
+namespace gives it the cluster's names as /etc/hosts, and lets it write to its volumes alone. All else is as the
+manifest says; a flag, a path or a probe that is wrong there fails here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.k8s.dockerfile import chain, read
 from tests.k8s.probes import passes
@@ -44,16 +50,16 @@ class Pod:
         folder: Path,
         values: Callable[[dict[str, Any]], str],
         volumes: Volumes,
-        rewrite: Callable[[str], str],
+        hosts: Path | None,
     ) -> None:
-        """``values`` looks up ``configMapKeyRef``s; ``rewrite`` maps what is the cluster's: its names."""
+        """``values`` looks up ``configMapKeyRef``s; ``hosts`` has the names of the cluster, if it is to know them."""
         self.name, self.ip, self.labels = name, ip, manifest["metadata"]["labels"]
         self.ready = self.terminating = False
         self.ready_since = 0.0
         self._spec = manifest["spec"]
         (self._container,) = self._spec["containers"]
         self._folder = folder
-        self._rewrite = rewrite
+        self._hosts = hosts or Path("/etc/hosts")
         self._ports = {each["name"]: int(each["containerPort"]) for each in self._container["ports"]}
         self._environment = self._read_environment(values)
         self._paths = self._mount(volumes)
@@ -80,6 +86,8 @@ class Pod:
         """Starts the container's process and its probes; again, with its files as they are, once it has stopped."""
         self.ready = self.terminating = False
         environment = {name: self._here(value) for name, value in self._environment.items()}
+        if "/tmp" in self._paths:
+            environment["TMPDIR"] = str(self._paths["/tmp"])
         with self.log_path.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *self._command(),
@@ -94,13 +102,20 @@ class Pod:
         given = self._container.get("command") or image_config(self._container["image"])[0]
         command = [*given, *self._container.get("args", [])]
         program = sys.executable if command[0] == "python" else command[0]
-        return [program, *(self._here(expanded(each, self._environment)) for each in command[1:])]
+        arguments = [self._here(expanded(each, self._environment)) for each in command[1:]]
+        writable = [str(path) for path in self._writable]
+        return [*namespace(), str(self._hosts), str(len(writable)), *writable, program, *arguments]
 
     async def wait_ready(self, patience_s: float) -> None:
-        """Raises PodError where a probe or the process failed for good."""
+        """Raises PodError where a probe or the process failed for good, or a port that it declares is not there."""
         async with asyncio.timeout(patience_s), self._changed:
             await self._changed.wait_for(lambda: self.ready or self.failure)
         self.check()
+        assert self._process
+        listening = psutil.Process(self._process.pid).net_connections("tcp")
+        ports = {each.laddr.port for each in listening if each.status == psutil.CONN_LISTEN}
+        if missing := set(self._ports.values()) - ports:
+            raise self._error(f"does not listen on {missing}")
 
     def check(self) -> None:
         """Raises PodError where a cluster would have restarted it."""
@@ -240,10 +255,13 @@ class Pod:
         paths = {"/dev/termination-log": self._folder / "termination-log"}
         for mount in self._container.get("volumeMounts", []):
             paths[mount["mountPath"]] = self._folder / mount["mountPath"].lstrip("/")
-        self._paths = paths
+        paths["/dev/termination-log"].touch()
+        self._paths, self._writable = paths, [paths["/dev/termination-log"]]
         for mount in self._container.get("volumeMounts", []):
             here = paths[mount["mountPath"]]
             here.mkdir(parents=True)
+            if not mount.get("readOnly"):
+                self._writable.append(here)
             for name, content in volumes(by_name.get(mount["name"], {"name": mount["name"]})).items():
                 (here / name).write_bytes(self._file(content))
         return paths
@@ -260,8 +278,32 @@ class Pod:
         pattern = (
             rf"(?<![\w.])(0\.0\.0\.0|127\.0\.0\.1)(?![\w.])|(?<![\w./-])({'|'.join(map(re.escape, paths))})(?![\w.-])"
         )
-        here = re.sub(pattern, lambda found: self.ip if found[1] else str(self._paths[found[2]]), text)
-        return self._rewrite(here)
+        return re.sub(pattern, lambda found: self.ip if found[1] else str(self._paths[found[2]]), text)
+
+
+_NAMESPACE = """
+set -e
+mount --bind "$1" /etc/hosts
+count=$2
+shift 2
+while [ "$count" -gt 0 ]; do
+    mount --bind "$1" "$1"
+    shift
+    count=$((count - 1))
+done
+mount -o remount,ro,bind /
+exec "$@"
+"""
+
+
+@cache
+def namespace() -> list[str]:
+    """What starts a program in a mount namespace; skips the test where there can be none."""
+    as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
+    command = ["unshare", "--mount", *as_root, "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("mount namespaces, which keep a pod to its volumes, can't be had")
+    return [*command, _NAMESPACE, "sh"]
 
 
 def expanded(text: str, environment: Mapping[str, str]) -> str:
