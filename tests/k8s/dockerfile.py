@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+_PAIR = re.compile(r'([\w.]+)=(?:"([^"]*)"|(\S+))')
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -23,8 +25,14 @@ class Instruction:
         return exec_form
 
     def pairs(self) -> dict[str, str]:
-        """The value of an ENV or LABEL."""
-        return {name: quoted or bare for name, quoted, bare in re.findall(r'([\w.]+)=(?:"([^"]*)"|(\S+))', self.value)}
+        """The value of an ENV or LABEL. Raises ValueError where any of it is not ``name=value``."""
+        if rest := _PAIR.sub("", self.value).strip():
+            raise ValueError(f"{self.keyword} has {rest!r}, which is not name=value")
+        return {name: quoted or bare for name, quoted, bare in _PAIR.findall(self.value)}
+
+    def commands(self) -> list[str]:
+        """What a RUN runs, one after the other, with single blanks."""
+        return [" ".join(part.split()) for part in self.value.split("&&")]
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,42 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from packaging.requirements import Requirement
 
+from tests.k8s import manifests
+from tests.k8s.checks.model import WORKLOADS, Workload
 from tests.k8s.dockerfile import Context, chain, read
 from tests.k8s.replay import Image, Replay
 
 ROOT = Path(__file__).parents[2]
 STAGES = read((ROOT / "Dockerfile").read_text())
 CONTEXT = Context(ROOT)
-FINAL = ["gate", "registry", "evaluator", "evaluator-gpu"]
+# Each image with the stages that it copies its packages and the project from.
+FINAL = {
+    "gate": ("core-packages", "project"),
+    "registry": ("core-packages", "project"),
+    "evaluator": ("cpu-packages", "project"),
+    "evaluator-gpu": ("gpu-packages", "gpu-project"),
+}
 # Each file of pins with the Python that it is for, and what of setup.cfg it has to satisfy.
 PINS = {"core": ("3.11", []), "cpu": ("3.11", ["evaluator", "cpu"]), "gpu": ("3.12", ["evaluator", "gpu"])}
+# onnxruntime-gpu loads the libraries of one CUDA only. That of docker/gpu.txt wants 13: a test below asks its metadata.
+BASES = {
+    "base": r"python:3\.11\.\d+-slim-[a-z]+",
+    "gpu-base": r"nvidia/cuda:13\.\d+\.\d+-cudnn-runtime-ubuntu24\.04",
+}
+FILES = {"LICENSE", "README.md", "pyproject.toml", "setup.cfg"}
+FOLDERS = {"docker", "atserving", "evaluator", "gate", "k8s", "registry"}
+# What an image consists of beyond its base. ADD would fetch and unpack, CMD add arguments to the entry point.
+OF_AN_IMAGE = {"LABEL", "COPY", "USER", "ENV", "EXPOSE", "ENTRYPOINT"}
+APT = "apt-get update && apt-get install --yes --no-install-recommends {} && rm -rf /var/lib/apt/lists/*"
+# What a build may run, beside APT: packages come by hash and as wheels, the project without any that it depends on.
+COMMANDS = [
+    r"python3? -m venv( --without-pip)? /opt/(build|atserving)",
+    r"(/opt/build/bin/pip|pip --python /opt/atserving/bin/python) install"
+    r" --require-hashes --only-binary :all: --requirement docker/(build|core|cpu|gpu)\.txt",
+    r"/opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /opt/wheels \.",
+    r"pip --python /opt/atserving/bin/python install"
+    r" --no-deps --no-warn-script-location --prefix /opt/project /opt/wheels/\*\.whl",
+]
 
 _BIN = Path(sys.prefix) / "bin"
 final = pytest.mark.parametrize("target", FINAL)
@@ -48,22 +75,45 @@ def test_hadolint_has_nothing_to_say() -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_base_images_have_full_versions() -> None:
-    bases = {stage.base for stage in STAGES.values()} - set(STAGES)
-    assert bases
-    for base in bases:
-        assert re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+-[\w.-]+(@sha256:[0-9a-f]{64})?", base)
+def ports(target: str) -> dict[str, int]:
+    """What the manifests declare for the containers of an image, by name; those of CPUs and GPUs have the same."""
+    image = f"atserving/{target.removesuffix('-gpu')}:"
+    files = [path for folder in ("base", "evaluator") for path in sorted((ROOT / "k8s" / folder).glob("*.yaml"))]
+    documents = [each for path in files for each in manifests.read(path.read_text())]
+    workloads = [Workload(each) for each in documents if each["kind"] in WORKLOADS]
+    (container,) = [each for one in workloads for each in one.containers if each.spec["image"].startswith(image)]
+    return {each["name"]: each["containerPort"] for each in container.ports}
+
+
+def test_base_images_are_of_their_family_and_have_full_versions() -> None:
+    bases = {name: stage.base for name, stage in STAGES.items() if stage.base not in STAGES}
+    assert bases.keys() == BASES.keys()
+    for name, base in bases.items():
+        assert re.fullmatch(f"{BASES[name]}(@sha256:[0-9a-f]{{64}})?", base), base
+
+
+def test_a_build_runs_nothing_but_the_installs_of_what_is_pinned() -> None:
+    """As root, so that what is copied from it belongs to root too."""
+    in_images = {stage.name for target in FINAL for stage in chain(STAGES, target)}
+    for stage in STAGES.values():
+        if stage.name not in in_images:
+            assert {each.keyword for each in stage.instructions} <= {"RUN", "COPY", "ENV", "WORKDIR"}
+        assert all(each.flags.keys() <= {"from"} for each in stage.all("COPY"))
+    apt = {APT.format("ca-certificates python3"), APT.format("python3-pip")}
+    for run in [each for stage in STAGES.values() for each in stage.all("RUN")]:
+        assert not run.flags
+        if " && ".join(run.commands()) not in apt:
+            for command in run.commands():
+                assert any(re.fullmatch(each, command) for each in COMMANDS), command
 
 
 @final
 def test_an_image_runs_as_a_numbered_user_without_a_shell_in_between(target: str) -> None:
     stages = chain(STAGES, target)
-    users = [each.value for stage in stages for each in stage.all("USER")]
-    assert users[-1:] == ["10001:10001"]
+    assert [each.value for stage in stages for each in stage.all("USER")] == ["10001:10001"]
     (entrypoint,) = [each for stage in stages for each in stage.all("ENTRYPOINT")]
     assert entrypoint.words() == ["python", "-m", target.removesuffix("-gpu")]
     assert entrypoint.value.startswith("[")
-    assert any(stage.all("EXPOSE") for stage in stages)
     assert {"org.opencontainers.image.title", "org.opencontainers.image.licenses"} <= {
         name for stage in stages for each in stage.all("LABEL") for name in each.pairs()
     }
@@ -71,19 +121,38 @@ def test_an_image_runs_as_a_numbered_user_without_a_shell_in_between(target: str
 
 @final
 def test_an_image_has_no_more_than_its_base_its_packages_and_the_project(target: str) -> None:
-    """So that no compiler, cache, source tree or installer comes with it."""
-    stages = chain(STAGES, target)
+    """So that no compiler, cache, source tree or installer comes with it, and its user may write to none of it."""
+    base, *stages = chain(STAGES, target)
     for stage in stages:
-        for each in stage.all("COPY"):
-            assert "from" in each.flags
-        for each in stage.all("RUN"):
-            update, install, clean = (part.strip() for part in each.value.split("&&"))
-            assert (update, clean) == ("apt-get update", "rm -rf /var/lib/apt/lists/*")
-            installed = re.fullmatch("apt-get install --yes --no-install-recommends (.+)", install)
-            assert installed
-            assert set(installed[1].split()) <= {"ca-certificates", "python3"}
-    copied = {each.value for stage in stages for each in stage.all("COPY")}
-    assert copied == {"/opt/atserving /opt/atserving", "/opt/project /opt/atserving"}
+        assert {each.keyword for each in stage.instructions} <= OF_AN_IMAGE
+    assert {each.keyword for each in base.instructions} <= {"RUN", "ENV"}
+    on_a_gpu = [APT.format("ca-certificates python3")] if target == "evaluator-gpu" else []
+    assert [" && ".join(each.commands()) for each in base.all("RUN")] == on_a_gpu
+    packages, project = FINAL[target]
+    assert [(each.flags, each.value) for stage in stages for each in stage.all("COPY")] == [
+        ({"from": packages}, "/opt/atserving /opt/atserving"),
+        ({"from": project}, "/opt/project /opt/atserving"),
+    ]
+
+
+@final
+def test_an_image_exposes_the_ports_that_the_manifests_declare(target: str) -> None:
+    exposed = [int(port) for stage in chain(STAGES, target) for each in stage.all("EXPOSE") for port in each.words()]
+    assert sorted(exposed) == sorted(ports(target).values())
+
+
+@final
+def test_an_image_has_no_other_variables_than_it_needs_and_listens_on_those_ports(target: str) -> None:
+    stages = chain(STAGES, target)
+    # Gate and registry listen there of themselves.
+    listening = {"ATSERVING_LISTEN": "grpc", "ATSERVING_HTTP": "http"} if "evaluator" in target else {}
+    assert {key: value for stage in stages for each in stage.all("ENV") for key, value in each.pairs().items()} == {
+        "PATH": "/opt/atserving/bin:$PATH",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONSAFEPATH": "1",
+        **{key: f"0.0.0.0:{ports(target)[name]}" for key, name in listening.items()},
+        **({"CUDA_CACHE_PATH": "/tmp/cuda"} if target == "evaluator-gpu" else {}),
+    }
 
 
 def test_every_file_that_is_copied_exists_and_is_let_through() -> None:
@@ -94,11 +163,13 @@ def test_every_file_that_is_copied_exists_and_is_let_through() -> None:
 
 
 def test_only_what_the_images_are_built_from_is_let_through() -> None:
-    assert CONTEXT.rules[0] == "*"
+    first, *through, last = CONTEXT.rules
+    assert (first, last) == ("*", "**/__pycache__")
+    assert sorted(through) == sorted(f"!{name}" for name in FILES | FOLDERS)
     seen = CONTEXT.files()
-    assert {path.parts[0] for path in seen} <= {rule.removeprefix("!") for rule in CONTEXT.rules if rule[0] == "!"}
+    assert {path.parts[0] for path in seen} == FILES | FOLDERS
     assert Path("gate/__main__.py") in seen
-    assert not [path for path in seen if "__pycache__" in path.parts or path.parts[0] in {"tests", ".git", ".venv"}]
+    assert not [path for path in seen if "__pycache__" in path.parts]
 
 
 @pytest.mark.parametrize("name", PINS)
@@ -169,6 +240,18 @@ def test_pins_are_all_that_is_needed_and_no_more(tmp_path: Path) -> None:
         assert (tmp_path / "docker" / path.name).read_text() == path.read_text()
 
 
+@pytest.mark.usefixtures("index")
+def test_the_base_for_gpus_has_the_cuda_that_onnxruntime_is_built_for() -> None:
+    """Its extras name the libraries, which the image has from its base."""
+    wanted = f"onnxruntime-gpu[cuda,cudnn]=={pins('gpu')['onnxruntime-gpu']}"
+    target = ["--python-version", PINS["gpu"][0], "--python-platform", "x86_64-unknown-linux-gnu"]
+    command = [str(_BIN / "uv"), "pip", "compile", "--quiet", *target, "-"]
+    done = subprocess.run(command, input=wanted, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (cuda,) = re.findall(r"^nvidia-cuda-runtime(?:-cu\d+)?==(\d+)\.", done.stdout, re.MULTILINE)
+    assert STAGES["gpu-base"].base.startswith(f"nvidia/cuda:{cuda}.")
+
+
 @pytest.fixture(scope="module")
 def replay(index: None) -> Iterator[Replay]:
     with tempfile.TemporaryDirectory(prefix="images-") as folder:
@@ -233,12 +316,16 @@ def test_its_command_fills_the_template_that_was_installed(replay: Replay) -> No
     ("target", "flags", "message"),
     [
         ("gate", [], "gate: no config within 0.2 s: "),
-        ("evaluator", ["--app", "digits", "--version", "v1"], "evaluator: no registry within 0.2 s: "),
+        (
+            "evaluator",
+            ["--app", "digits", "--version", "v1", "--http", "127.0.0.1:0"],
+            "evaluator: no registry within 0.2 s: ",
+        ),
     ],
 )
 def test_without_a_registry_it_says_so(replay: Replay, target: str, flags: list[str], message: str) -> None:
     with replay.image(target) as image:
-        done = image.run(*flags, "--registry", "127.0.0.1:1", "--wait", "0.2")
+        done = image.run(*flags, "--listen", "127.0.0.1:0", "--registry", "127.0.0.1:1", "--wait", "0.2")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(message)
 
