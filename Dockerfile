@@ -56,7 +56,7 @@ ENTRYPOINT ["python", "-m", "gate"]
 FROM service AS registry
 LABEL org.opencontainers.image.title="AtServing registry" \
       org.opencontainers.image.description="Mirrors release config and instances from etcd, and publishes releases"
-EXPOSE 50053
+EXPOSE 50053 50054
 ENTRYPOINT ["python", "-m", "registry"]
 
 FROM base AS evaluator

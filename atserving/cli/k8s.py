@@ -21,14 +21,30 @@ from atserving.errors import StartError
 
 _TEMPLATE = ("deployment.yaml", "disruption.yaml", "autoscaler.yaml")
 _GPU_PATCH = "components/gpu/evaluator.yaml"
+# Between the grace of what is held and the end of the pod.
+_STOP_S = 10
 
 # A label's value has 63 characters; a pod's name has its Deployment's and 17 more.
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _OBJECT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,44}[a-z0-9])?")
 # Not by a tag that moves: an undo would find another image behind it.
-_IMAGE = re.compile(r"[A-Za-z0-9][\w./:-]*?(:(?!latest$)[\w][\w.-]*|@sha256:[0-9a-f]{64})")
-_QUANTITY = re.compile(r"\d+(\.\d+)?(m|[kMGT]i?)?")
+_IMAGE = re.compile(
+    r"[a-z0-9]([\w.-]*[a-z0-9])?(:\d+)?(/[a-z0-9]([\w.-]*[a-z0-9])?)*(:(?!latest$)\w[\w.-]*|@sha256:[0-9a-f]{64})", re.A
+)
+_QUANTITY = re.compile(r"(?=.*[1-9])\d+(\.\d+)?(m|[kMGT]i?)?", re.A)
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes all that some reader of YAML takes for a number or a truth: kubectl's knows more of them, as 1e3 or y."""
+
+
+def _written(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    style = '"' if re.match(r"[-+]?\.?\d|[yn]$", text, re.I) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _written)
 
 
 class _Matching(click.ParamType[str]):
@@ -60,6 +76,7 @@ def k8s() -> None:
     pass
 
 
+_replicas = click.IntRange(1, 1000)
 _quantity = _Matching("quantity", _QUANTITY, "is not a quantity such as 2, 500m or 4Gi")
 _object = _Matching("name", _DNS_LABEL, "is not a name of small letters, digits and -")
 
@@ -67,14 +84,23 @@ _object = _Matching("name", _DNS_LABEL, "is not a name of small letters, digits 
 @k8s.command()
 @click.argument("app", type=_Name())
 @click.argument("version", type=_Name())
-@click.option("--replicas", type=click.IntRange(1), default=2, show_default=True, help="How many instances at least.")
-@click.option("--max-replicas", type=click.IntRange(1), help="How many at most.  [default: four times --replicas]")
+@click.option("--replicas", type=_replicas, default=2, show_default=True, help="How many instances at least.")
+@click.option("--max-replicas", type=_replicas, help="How many at most.  [default: four times --replicas]")
 @click.option("--gpu", is_flag=True, help="A GPU for each, and the image for it.")
 @click.option(
     "--image", type=_Matching("image", _IMAGE, "has no tag, or one that moves"), help="The evaluators' image."
 )
-@click.option("--cpu", type=_quantity, metavar="QUANTITY", help="CPUs of each.  [default: 2; 4 at most with --gpu]")
-@click.option("--memory", type=_quantity, metavar="QUANTITY", help="Memory of each.  [default: 1Gi, 2Gi at most]")
+@click.option("--cpu", type=_quantity, metavar="QUANTITY", help="CPUs of each.  [default: 2]")
+@click.option(
+    "--memory", type=_quantity, metavar="QUANTITY", help="Memory of each.  [default: 1Gi, 2Gi at most; 8Gi with --gpu]"
+)
+@click.option(
+    "--grace",
+    type=click.IntRange(1, 3600),
+    default=35,
+    show_default=True,
+    help="Seconds that requests may take once an instance is told to go; the app's timeout and some.",
+)
 @click.option(
     "--qiniu", type=_object, metavar="SECRET", help="The Secret that has the keys for qiniu://, as qiniu.json."
 )
@@ -88,6 +114,7 @@ def evaluator(
     image: str | None,
     cpu: str | None,
     memory: str | None,
+    grace: int,
     qiniu: str | None,
     namespace: str,
 ) -> None:
@@ -105,23 +132,34 @@ def evaluator(
         "VERSION": version,
         "APP_LABEL": _fitted(app, _LABEL, 63, app),
         "VERSION_LABEL": _fitted(version, _LABEL, 63, version),
+        "GRACE": str(grace),
     }
     deployment, disruption, autoscaler = (_filled(_read(f"evaluator/{each}"), names) for each in _TEMPLATE)
     if gpu:
         deployment = jsonpatch.apply_patch(deployment, _read(_GPU_PATCH))
+        memory = memory or "8Gi"
     for each in (deployment, disruption, autoscaler):
         each["metadata"]["namespace"] = namespace
     autoscaler["spec"] |= {"minReplicas": replicas, "maxReplicas": most}
-    _customise(deployment["spec"]["template"], image, {"cpu": cpu, "memory": memory}, qiniu)
+    pod = deployment["spec"]["template"]
+    pod["spec"]["terminationGracePeriodSeconds"] = grace + _STOP_S
+    _customise(pod, _image(pod, image, gpu), {"cpu": cpu, "memory": memory}, qiniu)
     # As a comment, so that the file says how to make it again.
-    click.echo(f"# atserving {shlex.join(sys.argv[1:])}")
-    click.echo(yaml.safe_dump_all([deployment, disruption, autoscaler], sort_keys=False, width=120), nl=False)
+    click.echo(f"# atserving {shlex.join(sys.argv[1:])}".replace("\n", " "))
+    documents = (deployment, disruption, autoscaler)
+    click.echo(yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120), nl=False)
 
 
-def _customise(pod: dict[str, Any], image: str | None, resources: dict[str, str | None], qiniu: str | None) -> None:
+def _image(pod: dict[str, Any], given: str | None, gpu: bool) -> str:
+    if given:
+        return given
+    image = str(pod["spec"]["containers"][0]["image"])
+    return image.replace("atserving/evaluator:", "atserving/evaluator-gpu:") if gpu else image
+
+
+def _customise(pod: dict[str, Any], image: str, resources: dict[str, str | None], qiniu: str | None) -> None:
     (container,) = pod["spec"]["containers"]
-    if image:
-        container["image"] = image
+    container["image"] = image
     for kind in ("requests", "limits"):
         container["resources"][kind] |= {name: amount for name, amount in resources.items() if amount}
     if qiniu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,27 @@ def test_a_gpu_comes_with_its_image_and_what_lets_it_onto_such_nodes() -> None:
     assert container(printed("digits", "v1", "--gpu", "--image", "own/gpu:7"))["image"] == "own/gpu:7"
 
 
+@pytest.mark.parametrize(
+    "version", ["7104e36", "1e3", "0o17", "1.e5", "12e5", "y", "null", "0x1f", "1_000", "on", "201811091530"]
+)
+def test_a_version_stays_text_whoever_reads_it(version: str, tmp_path: Path) -> None:
+    if not shutil.which("kubectl"):
+        pytest.skip("kubectl is not installed")
+    (tmp_path / "evaluator.yaml").write_text(run("digits", version).stdout)
+    (tmp_path / "kustomization.yaml").write_text("resources: [evaluator.yaml]")
+    rendered = subprocess.run(["kubectl", "kustomize", tmp_path], capture_output=True, text=True, check=True).stdout
+    for each in yaml.load_all(rendered, Loader=yaml.BaseLoader):
+        assert each["metadata"]["labels"]["atserving/version"] == version
+    labelled = ["kubectl", "label", "--local", "-f", tmp_path / "evaluator.yaml", "-o", "name", "read=again"]
+    assert subprocess.run(labelled, capture_output=True, text=True).stderr == ""
+
+
+def test_a_longer_grace_is_one_for_the_pod_too() -> None:
+    manifests = printed("digits", "v1", "--grace", "120")
+    assert "--grace=120" in container(manifests)["args"]
+    assert manifests["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 130
+
+
 def test_what_is_no_kubernetes_name_gets_one_of_its_own() -> None:
     names = [
         ("a-b", "c"),
@@ -111,6 +133,10 @@ def test_what_is_no_kubernetes_name_gets_one_of_its_own() -> None:
         (["digits", "v1", "--image", "evaluator:latest"], "'evaluator:latest' has no tag, or one that moves"),
         (["digits", "v1", "--memory", "much"], "'much' is not a quantity"),
         (["digits", "v1", "--namespace", "No_Name"], "'No_Name' is not a name"),
+        (["digits", "v1", "--cpu", "0"], "'0' is not a quantity"),
+        (["digits", "v1", "--cpu", "\u0662"], "is not a quantity"),
+        (["digits", "v1", "--image", "A//:::x:1"], "'A//:::x:1' has no tag, or one that moves"),
+        (["digits", "v1", "--replicas", "99999999999999"], "--replicas"),
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments: list[str], message: str) -> None:
