@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 import urllib.request
@@ -24,36 +23,20 @@ from tests.k8s.manifests import K8S, components, evaluator, kustomizations, kust
 
 BIN = Path(sys.executable).parent
 SEVEN = (examples.FOLDER / "digits" / "images" / "7.png").read_bytes()
-IMAGES = ("gate", "registry", "evaluator", "evaluator-gpu")
+IMAGES = ("gate", "registry", "evaluator")
 RELEASE = "file:///releases/digits-v1.tar"
 
 on_a_cluster = pytest.mark.skipif(not os.environ.get("KUBECONFIG"), reason="KUBECONFIG names no cluster")
 
 
 def write_mesh(folder: Path, namespace: str) -> None:
-    """A kustomization of the minimal overlay and digits v1, in a namespace, with the release as a file in its pods."""
-    shutil.copy(examples.DIGITS[0].path, folder / "digits-v1.tar")
-    (folder / "digits-v1.yaml").write_text(yaml.safe_dump_all(evaluator("digits", "v1", "--replicas", "2")))
-    volume = {"name": "releases", "configMap": {"name": "releases"}}
-    mount = {"name": "releases", "mountPath": "/releases", "readOnly": True}
-    patch = [
-        {"op": "add", "path": "/spec/template/spec/volumes/-", "value": volume},
-        {"op": "add", "path": "/spec/template/spec/containers/0/volumeMounts/-", "value": mount},
-        # A small cluster has few CPUs, and the digits need none to speak of.
-        {"op": "add", "path": "/spec/template/spec/containers/0/resources/requests/cpu", "value": "100m"},
-    ]
-    prefix, tag = os.environ.get("IMAGE_PREFIX"), os.environ.get("IMAGE_TAG")
-    moved = ({"newName": f"{prefix}/{{}}"} if prefix else {}) | ({"newTag": tag} if tag else {})
+    """A kustomization of the demo overlay, in a namespace, with the images from where they are."""
+    prefix, tag = os.environ.get("IMAGE_PREFIX") or "atserving", os.environ.get("IMAGE_TAG")
+    moved = {"newTag": tag} if tag else {}
     kustomization = {
         "namespace": namespace,
-        "resources": [os.path.relpath(K8S / "overlays" / "minimal", folder.resolve()), "digits-v1.yaml"],
-        "configMapGenerator": [{"name": "releases", "files": ["digits-v1.tar"]}],
-        "patches": [{"target": {"kind": "Deployment", "name": "digits-v1"}, "patch": yaml.safe_dump(patch)}],
-        "images": [
-            {"name": f"atserving/{each}", **{key: value.format(each) for key, value in moved.items()}}
-            for each in IMAGES
-            if moved
-        ],
+        "resources": [os.path.relpath(K8S / "overlays" / "demo", folder.resolve())],
+        "images": [{"name": f"atserving/{each}", "newName": f"{prefix}/{each}", **moved} for each in IMAGES],
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
 
@@ -120,7 +103,7 @@ def test_a_version_is_rolled_out_watched_and_undone(namespace: str, tmp_path: Pa
     done("apply", "-k", str(tmp_path))
     for workload in ("statefulset/etcd", "deployment/registry", "deployment/gate", "deployment/envoy"):
         done("-n", namespace, "rollout", "status", workload, "--timeout=300s")
-    with forwarded(namespace, "service/registry", 50053) as registry:
+    with forwarded(namespace, "service/registry", 50054) as registry:
         publish = ["release", "publish", "digits", "v1", RELEASE, "--phase", "production", "--registry", registry]
         subprocess.run([BIN / "atserving", *publish], check=True)
     status = ("-n", namespace, "rollout", "status", "deployment/digits-v1")

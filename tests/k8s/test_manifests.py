@@ -69,7 +69,7 @@ def test_what_is_rendered_passes(folder: Path, passes: Passes) -> None:
     ids=lambda arguments: arguments or "plain",
 )
 def test_an_evaluator_passes_beside_it(folder: Path, arguments: str, passes: Passes) -> None:
-    passes(kustomize(folder) + evaluator("digits", "v1", *arguments.split()))
+    passes(kustomize(folder) + evaluator("faces", "v1", *arguments.split()))
 
 
 def test_two_versions_pass_side_by_side(passes: Passes) -> None:
@@ -85,7 +85,7 @@ def test_two_versions_pass_side_by_side(passes: Passes) -> None:
 )
 @pytest.mark.parametrize("evaluators", [False, True], ids=["alone", "with-an-evaluator"])
 def test_a_component_passes(folder: Path, component: Path, evaluators: bool, tmp_path: Path, passes: Passes) -> None:
-    passes(with_component(folder, component, evaluator("digits", "v1") if evaluators else [], tmp_path))
+    passes(with_component(folder, component, evaluator("faces", "v1") if evaluators else [], tmp_path))
 
 
 def test_nothing_is_left_out() -> None:
@@ -101,3 +101,9 @@ def test_what_the_docs_keep_is_what_is_rendered(name: str) -> None:
         pytest.skip("kubectl is not installed")
     # As documents: versions of kubectl write the same ones in other words.
     assert read((rendered.FOLDER / name).read_text()) == read(rendered.render(name)), "run `make k8s-render`"
+
+
+def test_the_evaluator_of_the_demo_is_what_is_printed() -> None:
+    file = K8S / "overlays" / "demo" / "digits-v1.yaml"
+    command, documents = file.read_text().split("\n", 1)
+    assert read(documents) == evaluator(*command.removeprefix("# atserving k8s evaluator ").split())
