@@ -8,18 +8,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from . import containers, identity, network, references, scaling, security, services
+from . import (
+    containers,
+    edge,
+    etcd,
+    files,
+    identity,
+    listening,
+    network,
+    outside,
+    probes,
+    references,
+    rollouts,
+    scaling,
+    security,
+    server,
+    services,
+)
 from .model import Document, Manifests
 
 Rule = Callable[[Manifests], Iterator[str]]
 
 RULES: tuple[Rule, ...] = (
     *identity.RULES,
+    *server.RULES,
     *containers.RULES,
+    *probes.RULES,
     *references.RULES,
+    *files.RULES,
+    *listening.RULES,
     *services.RULES,
     *network.RULES,
+    *outside.RULES,
     *scaling.RULES,
+    *rollouts.RULES,
+    *edge.RULES,
+    *etcd.RULES,
     *security.RULES,
 )
 

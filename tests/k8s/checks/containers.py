@@ -1,4 +1,4 @@
-"""Rules of containers: images, resources, ports, probes, and the time they have to end."""
+"""Rules of containers: images, resources, ports, and the time they have to end."""
 
 from __future__ import annotations
 
@@ -14,15 +14,10 @@ import evaluator.__main__
 import gate.__main__
 import registry.__main__
 
-from .model import Container, Document, Manifests, Workload, at, quantity
+from .model import Container, Manifests, at, quantity
 
 GRPC_COMPONENTS = ("gate", "registry", "evaluator")
-PROBES = {"startupProbe": "start-up", "readinessProbe": "readiness", "livenessProbe": "liveness"}
-# The service that the processes' health answers for as long as they are alive.
-LIVE = "live"
 
-# Paths that say whether something can serve. etcd's /health asks for a leader unless it is asked for itself alone.
-_READINESS_PATH = re.compile(r"(^|/)(ready|readyz|healthz?)(?!\?serializable=true)(\?|/|$)")
 _PINNED = re.compile(r"[^@]+(:v?\d+\.\d+\.\d+([-.][\w.-]+)?|@sha256:[0-9a-f]{64})")
 
 
@@ -74,66 +69,15 @@ def port_names_are_valid(manifests: Manifests) -> Iterator[str]:
                 yield f"{container} has a port {name!r}: 15 of a-z, 0-9 and single - at most, a letter among them"
 
 
-def probes_are_there(manifests: Manifests) -> Iterator[str]:
-    for container in _lasting(manifests):
-        for field, name in PROBES.items():
-            if field not in container.spec:
-                yield f"{container} has no {name} probe"
-
-
-def probes_ask_the_protocol(manifests: Manifests) -> Iterator[str]:
-    """Our services are asked by gRPC, the others by HTTP: a port that is open says little."""
-    for workload in manifests.workloads:
-        wanted = "grpc" if workload.component in GRPC_COMPONENTS else "httpGet"
-        for container, name, probe in _probes(workload):
-            if wanted not in probe:
-                yield f"{container}: its {name} probe is no {wanted} one"
-            elif wanted == "httpGet" and "path" not in probe["httpGet"]:
-                yield f"{container}: its {name} probe asks for no path"
-
-
-def probes_ask_declared_ports(manifests: Manifests) -> Iterator[str]:
-    for workload in manifests.workloads:
-        for container, name, probe in _probes(workload):
-            for how in ("grpc", "httpGet", "tcpSocket"):
-                port = at(probe, how, "port")
-                if port is not None and not container.declares(port):
-                    yield f"{container}: its {name} probe asks port {port}, which it does not declare"
-
-
-def readiness_is_another_question(manifests: Manifests) -> Iterator[str]:
-    for container in _lasting(manifests):
-        ready, live = (_question(container.spec.get(each, {})) for each in ("readinessProbe", "livenessProbe"))
-        if ready == live is not None:
-            yield f"{container}: its liveness probe asks what its readiness probe asks"
-
-
-def restarts_depend_on_no_other(manifests: Manifests) -> Iterator[str]:
-    """What can't serve, as what it needs is away, is no better when it is restarted; a start-up probe restarts too."""
-    for workload in manifests.workloads:
-        for container, name, probe in _probes(workload):
-            path = str(at(probe, "httpGet", "path", default=""))
-            asks_readiness = "grpc" in probe and at(probe, "grpc", "service") != LIVE
-            if name != "readiness" and (asks_readiness or _READINESS_PATH.search(path)):
-                yield f"{container}: its {name} probe asks whether it can serve, and would restart it where it can't"
-
-
 def grace_is_enough(manifests: Manifests) -> Iterator[str]:
     for workload in manifests.workloads:
         grace = at(workload.pod, "terminationGracePeriodSeconds", default=30)
         for container in workload.lasting:
-            needed = _pre_stop_s(container) + _stop_s(workload.component, container)
+            needed = pre_stop_s(container) + _stop_s(workload.component, container)
             if needed == math.inf:
                 yield f"{container}: how long its preStop hook takes is not known"
             elif needed > grace:
                 yield f"{container} may take {needed:g} s to stop, and is killed after {grace} s"
-
-
-def the_edge_drains(manifests: Manifests) -> Iterator[str]:
-    """Envoy ends at once when it is told to, with all that is under way."""
-    for workload in manifests.workloads:
-        if workload.component == "envoy" and not any(_pre_stop_s(each) for each in workload.lasting):
-            yield f"{workload}: has no preStop hook that lets it drain"
 
 
 def _all(manifests: Manifests) -> Iterator[Container]:
@@ -141,25 +85,7 @@ def _all(manifests: Manifests) -> Iterator[Container]:
         yield from workload.containers
 
 
-def _lasting(manifests: Manifests) -> Iterator[Container]:
-    for workload in manifests.workloads:
-        yield from workload.lasting
-
-
-def _probes(workload: Workload) -> Iterator[tuple[Container, str, Document]]:
-    for container in workload.lasting:
-        for field, name in PROBES.items():
-            if field in container.spec:
-                yield container, name, container.spec[field]
-
-
-def _question(probe: Document) -> dict[str, Any] | None:
-    """What a probe asks, without how often."""
-    asked = {how: probe[how] for how in ("grpc", "httpGet", "tcpSocket", "exec") if how in probe}
-    return asked or None
-
-
-def _pre_stop_s(container: Container) -> float:
+def pre_stop_s(container: Container) -> float:
     """How long the hook takes at most that runs before the container is told to stop."""
     hook = at(container.spec, "lifecycle", "preStop", default={})
     command = [str(each) for each in at(hook, "exec", "command", default=[])]
@@ -174,19 +100,24 @@ def _stop_s(component: str | None, container: Container) -> float:
     """How long the program takes to stop at most, by its flags; 0 where it is not ours."""
     match component:
         case "gate":
-            return _seconds(gate.__main__.main, container, "drain") + _seconds(gate.__main__.main, container, "grace")
+            return seconds(gate.__main__.main, container, "drain") + seconds(gate.__main__.main, container, "grace")
         case "evaluator":
-            return _seconds(evaluator.__main__.main, container, "grace")
+            return seconds(evaluator.__main__.main, container, "grace")
         case "registry":
             return registry.__main__._GRACE_S
         case _:
             return 0
 
 
-def _seconds(program: click.Command, container: Container, flag: str) -> float:
+def seconds(program: click.Command, container: Container, flag: str) -> float:
     """A flag as the container gives it, or else as the program has it."""
     given = container.flag(flag)
-    return float(given if given is not None else next(p.default for p in program.params if f"--{flag}" in p.opts))
+    return float(given if given is not None else default_of(program, flag))
+
+
+def default_of(program: click.Command, flag: str) -> Any:
+    """What a program takes for a flag that it is not given."""
+    return next(each.default for each in program.params if f"--{flag}" in each.opts)
 
 
 RULES = (
@@ -195,11 +126,5 @@ RULES = (
     requests_are_within_limits,
     ports_are_unique,
     port_names_are_valid,
-    probes_are_there,
-    probes_ask_the_protocol,
-    probes_ask_declared_ports,
-    readiness_is_another_question,
-    restarts_depend_on_no_other,
     grace_is_enough,
-    the_edge_drains,
 )

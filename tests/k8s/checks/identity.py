@@ -28,7 +28,7 @@ PART_OF = "app.kubernetes.io/part-of"
 _DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 # Pods are named after these, and a pod's name is its host name.
 _LABEL_KINDS = ("Namespace", "Service", "StatefulSet")
-_LABEL_VALUE = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?"
+LABEL_VALUE = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?"
 
 
 def kinds_are_known(manifests: Manifests) -> Iterator[str]:
@@ -54,7 +54,7 @@ def names_are_valid(manifests: Manifests) -> Iterator[str]:
             document, "spec", "template", "metadata", "labels", default={}
         )
         for key, value in labels.items():
-            if not re.fullmatch(_LABEL_VALUE, str(value)):
+            if not re.fullmatch(LABEL_VALUE, str(value)):
                 yield f"{title(document)}: label {key} can't be {value!r}"
 
 

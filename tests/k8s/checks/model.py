@@ -97,15 +97,15 @@ class Container:
                 return int(each["containerPort"])
         return None
 
-    def flag(self, name: str) -> str | None:
-        """The value of ``--name`` in its arguments, or else of the variable that stands for it."""
+    def flag(self, name: str, prefix: str = "ATSERVING") -> str | None:
+        """The value of ``--name`` in its arguments, or else of the variable ``<prefix>_<NAME>`` that stands for it."""
         words = [*at(self.spec, "command", default=[]), *at(self.spec, "args", default=[])]
         for word, following in zip(words, [*words[1:], ""], strict=False):
             if word == f"--{name}":
                 return str(following)
             if word.startswith(f"--{name}="):
                 return str(word.partition("=")[2])
-        variable = f"ATSERVING_{name.upper().replace('-', '_')}"
+        variable = f"{prefix}_{name.upper().replace('-', '_')}"
         values = [each.get("value") for each in at(self.spec, "env", default=[]) if each["name"] == variable]
         return values[-1] if values else None
 

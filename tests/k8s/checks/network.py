@@ -1,9 +1,8 @@
-"""Rules of NetworkPolicies: they let pass the arrows of the mesh, from both ends, and nothing else."""
+"""Rules of NetworkPolicies inside of the mesh: they let pass its arrows, from both ends, and nothing else."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from ipaddress import IPv4Network, IPv6Network, ip_network
 from itertools import product
 
 from .arrows import (
@@ -14,7 +13,6 @@ from .arrows import (
     isolates,
     lets_pass,
     peers_of,
-    pods_of,
     ports_of,
     rules,
     selected,
@@ -32,18 +30,6 @@ ARROWS = {
 }
 # A member of etcd may ask the others what etcdctl asks it in its pod.
 ALLOWED = ARROWS | {("etcd", "etcd", "client")}
-
-DNS_PORT = 53
-
-Network = IPv4Network | IPv6Network
-
-PRIVATE = tuple(
-    ip_network(each)
-    for each in (
-        *("10.0.0.0/8", "100.64.0.0/10", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"),
-        *("fc00::/7", "fe80::/10"),
-    )
-)
 
 
 def policies_select_pods(manifests: Manifests) -> Iterator[str]:
@@ -123,53 +109,6 @@ def the_mesh_can_talk(manifests: Manifests) -> Iterator[str]:
                 yield f"NetworkPolicies: none lets {arrow}"
 
 
-def callers_reach_the_edge(manifests: Manifests) -> Iterator[str]:
-    opened = [
-        each
-        for _, direction, pods, rule in rules(manifests)
-        for each in pods
-        if direction == "ingress" and not rule.get("from") and any(_is_edge(each, *port) for port in ports_of(rule))
-    ]
-    for workload in manifests.workloads:
-        if workload.component == "envoy" and workload not in opened:
-            yield f"NetworkPolicies: none lets callers reach {workload}"
-
-
-def names_can_be_asked_for(manifests: Manifests) -> Iterator[str]:
-    asking = [
-        each
-        for _, direction, pods, rule in rules(manifests)
-        for each in pods
-        if direction == "egress" and {(DNS_PORT, "UDP"), (DNS_PORT, "TCP")} <= set(ports_of(rule))
-    ]
-    for pods in pods_of(manifests):
-        if pods not in asking:
-            yield f"NetworkPolicies: none lets {pods} ask for names, on port {DNS_PORT} (UDP and TCP)"
-
-
-def only_the_edge_is_open(manifests: Manifests) -> Iterator[str]:
-    """From anywhere, only Envoy's public ports are reached; to anywhere, nothing goes but questions of names."""
-    for policy, direction, pods, rule in rules(manifests):
-        if at(rule, FROM_OR_TO[direction]):
-            continue
-        for port, protocol in ports_of(rule):
-            edge = all(_is_edge(each, port, protocol) for each in pods)
-            if not (edge if direction == "ingress" else port == DNS_PORT):
-                whence = "from" if direction == "ingress" else "to"
-                yield f"{title(policy)}: its {direction} lets {protocol} port {port} pass {whence} anywhere"
-
-
-def blocks_are_public(manifests: Manifests) -> Iterator[str]:
-    """Pods, nodes and the metadata of clouds have addresses too, which a block lets pass like any other."""
-    for policy, direction, _, rule in rules(manifests):
-        for block in (each["ipBlock"] for each in at(rule, FROM_OR_TO[direction], default=[]) if "ipBlock" in each):
-            whole = ip_network(block["cidr"])
-            left_out = [ip_network(each) for each in at(block, "except", default=[])]
-            for private in PRIVATE:
-                if whole.version == private.version and whole.overlaps(private) and not _covered(private, left_out):
-                    yield f"{title(policy)}: its {direction} lets {private} pass, which is private, in {whole}"
-
-
 def everything_is_denied_first(manifests: Manifests) -> Iterator[str]:
     for direction in FROM_OR_TO:
         everybody = [each for each in manifests.of("NetworkPolicy") if not at(each, "spec", "podSelector")]
@@ -177,19 +116,10 @@ def everything_is_denied_first(manifests: Manifests) -> Iterator[str]:
             yield f"NetworkPolicies: none denies all pods their {direction}"
 
 
-def _is_edge(pods: Workload, port: int | str, protocol: str) -> bool:
-    public = {pods.number("http"), pods.number("https")} - {None}
-    return pods.component == "envoy" and pods.number(port, protocol) in public
-
-
 def _names(arrow: Arrow) -> list[str | None]:
     """The names of the port that an arrow leads to."""
     ports = [port for container in arrow.target.lasting for port in container.ports]
     return [port.get("name") for port in ports if port["containerPort"] == arrow.port]
-
-
-def _covered(network: Network, by: list[Network]) -> bool:
-    return any(network.version == each.version and network.subnet_of(each) for each in by)
 
 
 def _end(arrow: Arrow, direction: str) -> Workload:
@@ -215,9 +145,5 @@ RULES = (
     both_ends_agree,
     nothing_but_the_mesh,
     the_mesh_can_talk,
-    callers_reach_the_edge,
-    names_can_be_asked_for,
-    only_the_edge_is_open,
-    blocks_are_public,
     everything_is_denied_first,
 )

@@ -29,7 +29,7 @@ def configs_and_secrets_exist(manifests: Manifests) -> Iterator[str]:
             if document is None:
                 if not (kind == "Secret" and name in _outside(workload)):
                     yield f"{workload}: there is no {kind} {name}"
-            elif key is not None and key not in _keys(document):
+            elif key is not None and key not in keys_of(document):
                 yield f"{workload}: {kind} {name} has no key {key}"
 
 
@@ -82,7 +82,7 @@ def mounted_keys_exist(manifests: Manifests) -> Iterator[str]:
     for workload in manifests.workloads:
         for container in workload.containers:
             for mount in at(container.spec, "volumeMounts", default=[]):
-                files = _files(manifests, workload, mount["name"])
+                files = files_of(manifests, workload, mount["name"])
                 path = mount.get("subPath")
                 if path is not None and files is not None and path not in files:
                     yield f"{container} mounts {path} of volume {mount['name']!r}, which has no such file"
@@ -170,7 +170,7 @@ def _outside(workload: Workload) -> list[str]:
     return [name.strip() for name in workload.annotations.get(OUTSIDE, "").split(",") if name.strip()]
 
 
-def _keys(document: Document) -> set[str]:
+def keys_of(document: Document) -> set[str]:
     return {key for field in ("data", "binaryData", "stringData") for key in at(document, field, default={})}
 
 
@@ -208,7 +208,7 @@ def _volume_names(workload: Workload) -> list[str]:
     return [each["name"] for each in workload.volumes] + [at(each, "metadata", "name") for each in workload.claims]
 
 
-def _files(manifests: Manifests, workload: Workload, volume: str) -> set[str] | None:
+def files_of(manifests: Manifests, workload: Workload, volume: str) -> set[str] | None:
     """The files of a volume; None where the manifests don't say."""
     for each in workload.volumes:
         for field, kind, name in (("configMap", "ConfigMap", "name"), ("secret", "Secret", "secretName")):
@@ -216,7 +216,7 @@ def _files(manifests: Manifests, workload: Workload, volume: str) -> set[str] | 
                 if each[field].get("items"):
                     return {item["path"] for item in each[field]["items"]}
                 document = manifests.find(kind, str(each[field].get(name)))
-                return _keys(document) if document else None
+                return keys_of(document) if document else None
     return None
 
 
@@ -229,7 +229,7 @@ def _from_configs(manifests: Manifests, container: Container) -> set[str]:
     for each in at(container.spec, "envFrom", default=[]):
         for field, kind in (("configMapRef", "ConfigMap"), ("secretRef", "Secret")):
             document = manifests.find(kind, at(each, field, "name", default=""))
-            names |= {each.get("prefix", "") + key for key in (_keys(document) if document else ())}
+            names |= {each.get("prefix", "") + key for key in (keys_of(document) if document else ())}
     return names
 
 

@@ -1,4 +1,4 @@
-"""Rules of how many pods there are: scaling, disruption, spread, rolling updates."""
+"""Rules of how many pods there are: scaling, disruption, spread."""
 
 from __future__ import annotations
 
@@ -117,20 +117,6 @@ def members_start_together(manifests: Manifests) -> Iterator[str]:
             yield f"{workload}: should have podManagementPolicy: Parallel"
 
 
-def updates_take_no_pod_away(manifests: Manifests) -> Iterator[str]:
-    """The new serves before the old goes."""
-    for workload in manifests.workloads:
-        strategy = at(workload.document, "spec", "strategy", default={})
-        if workload.kind != "Deployment":
-            continue
-        if strategy.get("type", "RollingUpdate") != "RollingUpdate":
-            yield f"{workload}: its strategy is {strategy['type']}, should be RollingUpdate"
-        elif at(strategy, "rollingUpdate", "maxUnavailable") not in (0, "0%"):
-            yield f"{workload}: its rolling update should have maxUnavailable: 0"
-        elif at(strategy, "rollingUpdate", "maxSurge", default=1) in (0, "0%"):
-            yield f"{workload}: its rolling update can't start a new pod"
-
-
 def _lower(kind: str) -> str:
     """A type as the field is called that goes with it."""
     return kind[0].lower() + kind[1:]
@@ -178,5 +164,4 @@ RULES = (
     drains_leave_enough,
     several_pods_are_spread,
     members_start_together,
-    updates_take_no_pod_away,
 )

@@ -17,15 +17,21 @@ _ADDRESS = re.compile(r"(?<![\w.$()-])([a-z][a-z0-9-]*(?:\.[a-z0-9-]+)*):(\d{2,5
 
 def services_select_pods(manifests: Manifests) -> Iterator[str]:
     for service in manifests.of("Service"):
-        if not _behind(manifests, service):
+        if not behind(manifests, service):
             yield f"{title(service)}: selects no pods"
+
+
+def services_stay_inside(manifests: Manifests) -> Iterator[str]:
+    for service in manifests.of("Service"):
+        if at(service, "spec", "type") == "ExternalName":
+            yield f"{title(service)}: is of type ExternalName, which leads out of the mesh"
 
 
 def service_ports_are_listened_on(manifests: Manifests) -> Iterator[str]:
     for service in manifests.of("Service"):
         for port in at(service, "spec", "ports", default=[]):
             target, protocol = port.get("targetPort", port["port"]), port.get("protocol", "TCP")
-            for workload in _behind(manifests, service):
+            for workload in behind(manifests, service):
                 if workload.number(target, protocol) is None:
                     where = f"port {target} of {workload}"
                     yield f"{title(service)}: its port {port['port']} leads to {where}, which has none"
@@ -48,7 +54,7 @@ def services_have_ports(manifests: Manifests) -> Iterator[str]:
 def grpc_is_balanced_by_callers(manifests: Manifests) -> Iterator[str]:
     """A connection of gRPC lasts: by one address for all pods, a caller would stay with the pod that it met first."""
     for service in manifests.of("Service"):
-        grpc = any(each.component in GRPC_COMPONENTS for each in _behind(manifests, service))
+        grpc = any(each.component in GRPC_COMPONENTS for each in behind(manifests, service))
         if grpc and at(service, "spec", "clusterIP") != "None":
             yield f"{title(service)}: should be headless, with clusterIP: None"
 
@@ -68,12 +74,12 @@ def addresses_are_served(manifests: Manifests) -> Iterator[str]:
             texts += [each.get("value", "") for each in at(container.spec, "env", default=[])]
             addresses = [found for text in texts for found in _ADDRESS.findall(text)]
             for host, port in dict.fromkeys(addresses):
-                inside = _inside(manifests, host)
-                if inside and not _serves(manifests, *inside, int(port)):
+                place = inside(manifests, host)
+                if place and not serves(manifests, *place, int(port)):
                     yield f"{container} has the address {host}:{port}, which leads nowhere"
 
 
-def _inside(manifests: Manifests, host: str) -> tuple[str | None, str] | None:
+def inside(manifests: Manifests, host: str) -> tuple[str | None, str] | None:
     """The pod, if one is named, and the Service that a host is of; None where the host is outside of the mesh."""
     namespaces = [at(each, "metadata", "name") for each in manifests.of("Namespace")]
     labels = host.removesuffix(".cluster.local").removesuffix(".svc").split(".")
@@ -86,19 +92,21 @@ def _inside(manifests: Manifests, host: str) -> tuple[str | None, str] | None:
     return None
 
 
-def _serves(manifests: Manifests, pod: str | None, name: str, port: int) -> bool:
+def serves(manifests: Manifests, pod: str | None, name: str, port: int) -> bool:
     service = manifests.find("Service", name)
     if not service:
         return False
-    behind = _behind(manifests, service)
-    if pod is not None and pod not in [f"{w.name}-{number}" for w in behind for number in range(manifests.replicas(w))]:
+    workloads = behind(manifests, service)
+    if pod is not None and pod not in [
+        f"{w.name}-{number}" for w in workloads for number in range(manifests.replicas(w))
+    ]:
         return False
     if at(service, "spec", "clusterIP") == "None":
-        return any(each.number(port) is not None for each in behind)
+        return any(each.number(port) is not None for each in workloads)
     return any(each["port"] == port for each in at(service, "spec", "ports", default=[]))
 
 
-def _behind(manifests: Manifests, service: Document) -> list[Workload]:
+def behind(manifests: Manifests, service: Document) -> list[Workload]:
     selector = at(service, "spec", "selector", default={})
     return [each for each in manifests.workloads if selector and selects({"matchLabels": selector}, each.labels)]
 
@@ -106,6 +114,7 @@ def _behind(manifests: Manifests, service: Document) -> list[Workload]:
 RULES = (
     services_select_pods,
     services_have_ports,
+    services_stay_inside,
     service_ports_are_listened_on,
     service_ports_are_named,
     grpc_is_balanced_by_callers,
