@@ -70,7 +70,7 @@ def the_edge_finds_the_mesh(manifests: Manifests) -> Iterator[str]:
             for address in _endpoints(cluster) if cluster.get("type") in _BY_NAME else ():
                 host, _, port = address.rpartition(":")
                 place = inside(manifests, host)
-                if not place or not serves(manifests, *place, int(port)):
+                if not place or not port.isdecimal() or not serves(manifests, *place, int(port)):
                     yield f"{container}: its cluster {cluster['name']} is at {address}, which leads nowhere"
 
 
@@ -96,19 +96,13 @@ def _edges(manifests: Manifests) -> Iterator[tuple[Workload, Container]]:
 
 def _bootstrap(manifests: Manifests, workload: Workload, container: Container) -> list[Document]:
     """What Envoy reads, from its file and from a variable that is added to that; empty where there is no such file."""
-    text = _file(manifests, workload, container, container.flag("config-path") or "")
+    bootstrap = _read(_file(manifests, workload, container, container.flag("config-path") or "") or "")
     variable = re.fullmatch(r"\$\((\w+)\)", container.flag("config-yaml") or "")
-    added = [
-        at(
-            manifests.find("ConfigMap", at(source, "name", default="")),
-            "data",
-            at(source, "key", default=""),
-            default="",
-        )
-        for each in at(container.spec, "env", default=[])
-        if variable and each["name"] == variable[1] and (source := at(each, "valueFrom", "configMapKeyRef"))
-    ]
-    return [part for each in (text, *added) if each and (part := _read(each))] if text else []
+    variables = [each for each in at(container.spec, "env", default=[]) if variable and each["name"] == variable[1]]
+    sources = [at(each, "valueFrom", "configMapKeyRef", default={}) for each in variables]
+    configs = [(manifests.find("ConfigMap", str(each.get("name"))), str(each.get("key"))) for each in sources]
+    added = [at(config, "data", key, default="") for config, key in configs]
+    return [bootstrap, *(part for each in added if (part := _read(each)))] if bootstrap else []
 
 
 def _file(manifests: Manifests, workload: Workload, container: Container, path: str) -> str | None:
@@ -126,7 +120,10 @@ def _file(manifests: Manifests, workload: Workload, container: Container, path: 
 @functools.cache
 def _read(text: str) -> Document | None:
     # It is long, and the same in all overlays.
-    read = yaml.safe_load(text)
+    try:
+        read = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
     return read if isinstance(read, dict) else None
 
 

@@ -93,6 +93,7 @@ def inside(manifests: Manifests, host: str) -> tuple[str | None, str] | None:
 
 
 def serves(manifests: Manifests, pod: str | None, name: str, port: int) -> bool:
+    """Whether a Service, or one pod behind it, is there and has a port."""
     service = manifests.find("Service", name)
     if not service:
         return False
@@ -101,12 +102,13 @@ def serves(manifests: Manifests, pod: str | None, name: str, port: int) -> bool:
         f"{w.name}-{number}" for w in workloads for number in range(manifests.replicas(w))
     ]:
         return False
-    if at(service, "spec", "clusterIP") == "None":
-        return any(each.number(port) is not None for each in workloads)
-    return any(each["port"] == port for each in at(service, "spec", "ports", default=[]))
+    headless = at(service, "spec", "clusterIP") == "None"
+    listening = not headless or any(each.number(port) is not None for each in workloads)
+    return listening and any(each["port"] == port for each in at(service, "spec", "ports", default=[]))
 
 
 def behind(manifests: Manifests, service: Document) -> list[Workload]:
+    """The workloads whose pods a Service selects."""
     selector = at(service, "spec", "selector", default={})
     return [each for each in manifests.workloads if selector and selects({"matchLabels": selector}, each.labels)]
 
