@@ -152,7 +152,7 @@ def test_the_images_are_of_the_versions_that_run_here() -> None:
     assert f"/{images.pop('envoyproxy/envoy')}/" in envoy
     # etcd's is a later one: what is packaged here is old.
     assert images.pop("quay.io/coreos/etcd").startswith("3.5.")
-    assert images == {f"atserving/{each}": __version__ for each in ("gate", "registry", "evaluator", "evaluator-gpu")}
+    assert images == {f"atserving/{each}": __version__ for each in ("gate", "registry", "evaluator")}
 
 
 @pytest.mark.timeout(300)
