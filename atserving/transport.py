@@ -6,7 +6,9 @@ import asyncio
 import random
 import signal
 import socket
+import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
@@ -72,6 +74,7 @@ class Addresses:
     def __init__(self, addresses: Sequence[str]) -> None:
         # A name that was never resolved stands for itself.
         self._known = {address: [address] for address in addresses}
+        self._lookups: dict[str, asyncio.Future[list[str]]] = {}
 
     async def resolve(self) -> list[str]:
         """All of them, those of one name in a random order, so that many spread over them.
@@ -79,20 +82,37 @@ class Addresses:
         A name that can't be resolved now stands for what it last did: a name server that is away stops nobody.
         """
         for address in self._known:
-            try:
-                async with asyncio.timeout(_RESOLVE_S):
-                    self._known[address] = await _resolve(address)
-            except (OSError, UnicodeError, TimeoutError):
-                random.shuffle(self._known[address])
+            # One at a time: where the name server says nothing, each takes long.
+            lookup = self._lookups.get(address) or _lookup(address)
+            self._lookups[address] = lookup
+            await asyncio.wait({lookup}, timeout=_RESOLVE_S)
+            if lookup.done():
+                del self._lookups[address]
+                self._known[address] = lookup.result() or self._known[address]
+            random.shuffle(self._known[address])
         return [each for known in self._known.values() for each in known]
 
 
-async def _resolve(address: str) -> list[str]:
-    host, _, port = address.rpartition(":")
-    found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    hosts = list(dict.fromkeys(str(target[0]) for *_, target in found))
-    random.shuffle(hosts)
-    return [f"[{each}]:{port}" if ":" in each else f"{each}:{port}" for each in hosts]
+def _lookup(address: str) -> asyncio.Future[list[str]]:
+    """The addresses of a name, or none, by a thread that holds up nobody's end, as the loop's own would."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[list[str]] = loop.create_future()
+
+    def look_up() -> None:
+        host, _, port = address.rpartition(":")
+        try:
+            found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            found = []
+        hosts = list(dict.fromkeys(str(target[0]) for *_, target in found))
+        # The loop may have ended meanwhile.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(
+                future.set_result, [f"[{each}]:{port}" if ":" in each else f"{each}:{port}" for each in hosts]
+            )
+
+    threading.Thread(target=look_up, name="lookup", daemon=True).start()
+    return future
 
 
 class Server:

@@ -62,7 +62,7 @@ async def serve(settings: Settings) -> None:
     """Runs the registry until SIGTERM or SIGINT. Raises StartError."""
     stop = transport.stop_signal()
     services = registry_pb2.DESCRIPTOR.services_by_name
-    apart = settings.listen_releases
+    apart = bool(settings.listen_releases)
     server = transport.Server([services["RegistryService"]] if apart else services.values())
     releases = transport.Server([services["ReleaseService"]]) if apart else server
     servers = [server, releases] if apart else [server]
@@ -73,9 +73,7 @@ async def serve(settings: Settings) -> None:
         registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s))
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server.grpc)
         registry_pb2_grpc.add_ReleaseServiceServicer_to_server(ReleaseServicer(mirror, Releases(client)), releases.grpc)
-        ports = [
-            await each.start(listen) for each, listen in zip(servers, (settings.listen, apart or ""), strict=False)
-        ]
+        ports = await _start(servers, settings)
         log.info("listening", listen=settings.listen, port=ports[0], releases_port=ports[-1], etcd=settings.etcd)
         async with asyncio.TaskGroup() as tasks:
             following = tasks.create_task(mirror.run())
@@ -89,6 +87,16 @@ async def serve(settings: Settings) -> None:
             await asyncio.gather(*(each.stop(_GRACE_S) for each in servers))
             following.cancel()
     log.info("stopped")
+
+
+async def _start(servers: list[transport.Server], settings: Settings) -> list[int]:
+    """Listens; the ports. Raises StartError."""
+    listens = [settings.listen, settings.listen_releases or ""]
+    try:
+        return [await each.start(listen) for each, listen in zip(servers, listens, strict=False)]
+    except StartError:
+        await asyncio.gather(*(each.stop(0) for each in servers))
+        raise
 
 
 async def _announce(view: View, servers: list[transport.Server]) -> None:

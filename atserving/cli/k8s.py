@@ -29,9 +29,12 @@ _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _OBJECT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,44}[a-z0-9])?")
 # Not by a tag that moves: an undo would find another image behind it.
 _IMAGE = re.compile(
-    r"[a-z0-9]([\w.-]*[a-z0-9])?(:\d+)?(/[a-z0-9]([\w.-]*[a-z0-9])?)*(:(?!latest$)\w[\w.-]*|@sha256:[0-9a-f]{64})", re.A
+    r"[a-z0-9]([\w.-]*[a-z0-9])?(:\d+)?(/[a-z0-9]([\w.-]*[a-z0-9])?)*"
+    r"(:(?!latest$)\w[\w.-]*|(:\w[\w.-]*)?@sha256:[0-9a-f]{64})",
+    re.A,
 )
-_QUANTITY = re.compile(r"(?=.*[1-9])\d+(\.\d+)?(m|[kMGT]i?)?", re.A)
+_CPUS = re.compile(r"(?=.*[1-9])(\d+m|\d+(\.\d{1,3})?)", re.A)
+_BYTES = re.compile(r"(?=.*[1-9])\d+(\.\d+)?[MGT]i?", re.A)
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -77,7 +80,8 @@ def k8s() -> None:
 
 
 _replicas = click.IntRange(1, 1000)
-_quantity = _Matching("quantity", _QUANTITY, "is not a quantity such as 2, 500m or 4Gi")
+_cpus = _Matching("quantity", _CPUS, "is not a number of CPUs such as 2 or 500m")
+_bytes = _Matching("quantity", _BYTES, "is not an amount of memory such as 512Mi or 4Gi")
 _object = _Matching("name", _DNS_LABEL, "is not a name of small letters, digits and -")
 
 
@@ -90,9 +94,9 @@ _object = _Matching("name", _DNS_LABEL, "is not a name of small letters, digits 
 @click.option(
     "--image", type=_Matching("image", _IMAGE, "has no tag, or one that moves"), help="The evaluators' image."
 )
-@click.option("--cpu", type=_quantity, metavar="QUANTITY", help="CPUs of each.  [default: 2]")
+@click.option("--cpu", type=_cpus, metavar="QUANTITY", help="CPUs of each.  [default: 2]")
 @click.option(
-    "--memory", type=_quantity, metavar="QUANTITY", help="Memory of each.  [default: 1Gi, 2Gi at most; 8Gi with --gpu]"
+    "--memory", type=_bytes, metavar="QUANTITY", help="Memory of each.  [default: 1Gi, 2Gi at most; 8Gi with --gpu]"
 )
 @click.option(
     "--grace",

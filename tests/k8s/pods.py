@@ -300,7 +300,8 @@ exec "$@"
 def namespace() -> list[str]:
     """What starts a program in a mount namespace; skips the test where there can be none."""
     as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
-    command = ["unshare", "--mount", *as_root, "sh", "-c"]
+    # So that nothing is left where the suite is killed.
+    command = ["unshare", "--mount", *as_root, "setpriv", "--pdeathsig", "KILL", "sh", "-c"]
     if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("mount namespaces, which keep a pod to its volumes, can't be had")
     return [*command, _NAMESPACE, "sh"]

@@ -71,7 +71,8 @@ def test_a_gpu_comes_with_its_image_and_what_lets_it_onto_such_nodes() -> None:
         assert made["resources"][kind]["memory"] == "6Gi"
     (toleration,) = manifests["Deployment"]["spec"]["template"]["spec"]["tolerations"]
     assert toleration["key"] == "nvidia.com/gpu"
-    assert container(printed("digits", "v1", "--gpu", "--image", "own/gpu:7"))["image"] == "own/gpu:7"
+    for image in ("own/gpu:7", f"own/gpu:7@sha256:{'0' * 64}"):
+        assert container(printed("digits", "v1", "--gpu", "--image", image))["image"] == image
 
 
 @pytest.mark.parametrize(
@@ -131,10 +132,11 @@ def test_what_is_no_kubernetes_name_gets_one_of_its_own() -> None:
         (["digits", "v1", "--replicas", "3", "--max-replicas", "2"], "--max-replicas 2 is less than --replicas 3"),
         (["digits", "v1", "--image", "evaluator"], "'evaluator' has no tag, or one that moves"),
         (["digits", "v1", "--image", "evaluator:latest"], "'evaluator:latest' has no tag, or one that moves"),
-        (["digits", "v1", "--memory", "much"], "'much' is not a quantity"),
+        (["digits", "v1", "--memory", "much"], "'much' is not an amount of memory"),
         (["digits", "v1", "--namespace", "No_Name"], "'No_Name' is not a name"),
-        (["digits", "v1", "--cpu", "0"], "'0' is not a quantity"),
-        (["digits", "v1", "--cpu", "\u0662"], "is not a quantity"),
+        (["digits", "v1", "--cpu", "0"], "'0' is not a number of CPUs"),
+        (["digits", "v1", "--cpu", "\u0662"], "is not a number of CPUs"),
+        (["digits", "v1", "--memory", "512m"], "'512m' is not an amount of memory"),
         (["digits", "v1", "--image", "A//:::x:1"], "'A//:::x:1' has no tag, or one that moves"),
         (["digits", "v1", "--replicas", "99999999999999"], "--replicas"),
     ],

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -109,29 +109,51 @@ async def is_listed(registry: str) -> bool:
 
 
 class NameServer:
-    """Names for this process alone, in place of a name server's."""
+    """Names for this process alone, in place of a name server's; without ``hosts`` it says nothing."""
 
     def __init__(self) -> None:
-        self.hosts: dict[str, list[str]] = {}
+        self.hosts: dict[str, list[str]] | None = {}
+        self.asked = 0
+        self.answering = threading.Event()
 
-    async def getaddrinfo(self, host: str, port: int, **_: object) -> list[tuple[object, ...]]:
-        if host not in self.hosts:
+    def getaddrinfo(self, host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        self.asked += 1
+        if self.hosts is None:
+            self.answering.wait()
+        if self.hosts is None or host not in self.hosts:
             raise OSError("unknown name")
         return [(None, None, None, "", (each, port)) for each in self.hosts[host]]
 
 
 async def test_a_name_stands_for_all_its_addresses_and_for_those_it_last_had(monkeypatch: pytest.MonkeyPatch) -> None:
     server = NameServer()
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", server.getaddrinfo, raising=False)
+    monkeypatch.setattr(transport.socket, "getaddrinfo", server.getaddrinfo)
     addresses = transport.Addresses(["registry:50053", "10.0.0.9:1"])
     assert await addresses.resolve() == ["registry:50053", "10.0.0.9:1"], "not known yet"
     server.hosts = {"registry": ["10.0.0.1", "10.0.0.2", "fd00::1"], "10.0.0.9": ["10.0.0.9"]}
     known = ["10.0.0.1:50053", "10.0.0.2:50053", "10.0.0.9:1", "[fd00::1]:50053"]
     assert sorted(await addresses.resolve()) == known
     server.hosts = {}
-    assert sorted(await addresses.resolve()) == known, "the name server is away"
+    assert sorted(await addresses.resolve()) == known, "nobody knows the names"
+    server.hosts, asked = None, server.asked
+    for _ in range(2):
+        assert sorted(await addresses.resolve()) == known, "the name server says nothing"
+    assert server.asked == asked + 2, "one lookup of each name is under way"
     server.hosts = {"registry": ["10.0.0.3"]}
+    server.answering.set()
     assert sorted(await addresses.resolve()) == ["10.0.0.3:50053", "10.0.0.9:1"]
+
+
+async def test_a_process_ends_though_a_lookup_does_not(tmp_path: Path) -> None:
+    _, address = service(tmp_path, "gate")
+    never = "import socket, threading; socket.getaddrinfo = lambda *_, **__: threading.Event().wait()"
+    start = "from atserving.cli import service; from gate.__main__ import main; service.run(main, 'gate')"
+    flags = ["--registry", "registry:1", "--wait", "0", "--listen", address]
+    process = Process([sys.executable, "-c", f"{never}; {start}", *flags], tmp_path / "gate.log")
+    async with running(process):
+        assert await health(address, transport.LIVE) == SERVING
+        process.send(signal.SIGTERM)
+        assert await process.wait() == 0
 
 
 @pytest.mark.parametrize("name", ["registry..cluster", "r" * 70])
