@@ -250,8 +250,8 @@ def test_a_pause_is_no_end(odd: Served) -> None:
 
 
 def test_the_warm_up_tells_how_long_calls_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LEAST_PATIENCE_S", 0.05)
-    script = "import os, time\ndef net_init(cfg): return {}\ndef net_inference(model, args):\n    time.sleep(0.3)\n"
+    monkeypatch.setattr(module, "_LEAST_PATIENCE_S", 0.4)
+    script = "import os, time\ndef net_init(cfg): return {}\ndef net_inference(model, args):\n    time.sleep(0.9)\n"
     script += "    return [{'code': 0, 'result': {'pid': os.getpid()}} for _ in args['reqs']]\n"
     with started(tmp_path, script) as served:
         before = served.worker_pid()
