@@ -277,3 +277,26 @@ async def test_a_follower_leaves_a_registry_that_has_lost_etcd_and_forgets_nothi
         task.cancel()
     await asyncio.gather(following, starting, return_exceptions=True)
     await relay.cut()
+
+
+async def test_releases_can_have_a_port_of_their_own(tmp_path: Path, etcd: Etcd, processes: Start) -> None:
+    (port,) = free_ports(1)
+    registry = Registry(tmp_path, [etcd.address], "--listen-releases", f"127.0.0.1:{port}")
+    processes(registry)
+    await until_async(lambda: serving(registry.address))
+    request = registry_pb2.ListReleasesRequest()
+    async with transport.channel(f"127.0.0.1:{port}") as apart, transport.channel(registry.address) as channel:
+        assert not (await registry_pb2_grpc.ReleaseServiceStub(apart).ListReleases(request)).releases
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await registry_pb2_grpc.ReleaseServiceStub(channel).ListReleases(request)
+        assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_a_second_port_in_use_is_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        refused = run("--etcd", "127.0.0.1:1", "--listen", "127.0.0.1:0", "--listen-releases", address)
+    assert refused.returncode == 1
+    assert refused.stderr == f"registry: cannot listen on {address}: the address is in use or not this machine's\n"
