@@ -37,8 +37,8 @@ from numpy.typing import NDArray
 
 from atserving import transport
 from atserving.v1 import evaluator_pb2, serving_pb2
-from evaluator import cpus
 from evaluator.caffe import convert
+from evaluator.runtime import cpus
 from tests.caffe.nets import MODELS, write_net
 from tests.evaluator.conftest import DIGITS, Registry, running_registry
 

@@ -18,9 +18,9 @@ from atserving.config import is_name
 from atserving.telemetry import configure_logging
 
 try:
-    from evaluator.addresses import Network
-    from evaluator.instance import Settings, run
-    from evaluator.qiniu import read_config
+    from evaluator.fetching.addresses import Network
+    from evaluator.fetching.qiniu import read_config
+    from evaluator.serving.instance import InstanceSettings, run
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"evaluator: {missing.name} is not installed: pip install 'atserving[cpu]', or 'atserving[gpu]' for a GPU"
@@ -128,7 +128,7 @@ def main(
     """Serves one version of one app, as one instance of the mesh."""
     configure_logging("evaluator", log_level)
     keys = read_config(qiniu) if qiniu else None
-    settings = Settings(
+    settings = InstanceSettings(
         *(app, version, registry, listen, advertise, workspace, wait, grace),
         *(allow_networks, keys, http, status_file),
     )
@@ -191,7 +191,7 @@ def check_release(
     values = (custom_values or {}) | ({"net": net} if net else {})
     fields = {"custom_values": values, "use_device": use_device, "image_width": image_width, "batch_size": batch_size}
     fields |= {"model_params": model_params or {}, "custom_files": custom_files}
-    report = asyncio.run(check.check(check.Options(tar, fields, images, group, params)))
+    report = asyncio.run(check.check(check.CheckOptions(tar, fields, images, group, params)))
     click.echo(report.to_json() if as_json else report.to_text())
 
 

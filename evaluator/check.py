@@ -21,10 +21,10 @@ import orjson
 from atserving.config import MalformedConfig, Release, validate
 from atserving.errors import DeadlineExceeded, ServingError, StartError
 from atserving.v1 import evaluator_pb2, serving_pb2
-from evaluator.contract import DEFAULT_NET, SCRIPT
-from evaluator.release import fetch_release
+from evaluator.fetching.release import fetch_release
+from evaluator.net_contract import DEFAULT_NET, SCRIPT
+from evaluator.serving.supervisor import WorkerSupervisor
 from evaluator.worker.plan import Plan
-from evaluator.worker.worker import Worker
 
 _TIMED_S = 1.0
 _TIMED_RUNS = 20
@@ -32,7 +32,7 @@ _REQUEST_S = 60.0
 
 
 @dataclass(frozen=True)
-class Options:
+class CheckOptions:
     """What is checked, and with what. ``fields`` are those of the release's config; ``images`` may be empty."""
 
     tar: Path
@@ -43,7 +43,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Answer:
+class RequestReport:
     """One request and the shape of what the net said to it."""
 
     request: str
@@ -58,7 +58,7 @@ class Report:
     use_device: str
     plan: Plan
     load_s: float
-    answers: list[Answer]
+    answers: list[RequestReport]
     prepare_ms: float
     by_batch_ms: dict[int, float]
     peak_memory_mib: int
@@ -78,14 +78,14 @@ class Report:
         return "\n".join([*lines, f"peak memory: {self.peak_memory_mib} MiB"])
 
 
-async def check(options: Options) -> Report:
+async def check(options: CheckOptions) -> Report:
     """Raises StartError with the one line that says what is wrong with the release."""
     with tempfile.TemporaryDirectory(prefix="check-") as folder:
         release = _release(options)
         began_s = time.perf_counter()
         cfg = (await fetch_release(release, Path(folder))).cfg()
         script = SCRIPT in cfg["tar_files"]
-        worker = Worker(cfg)
+        worker = WorkerSupervisor(cfg)
         try:
             await worker.start()
             load_s = time.perf_counter() - began_s
@@ -111,7 +111,7 @@ async def check(options: Options) -> Report:
     )
 
 
-def _release(options: Options) -> Release:
+def _release(options: CheckOptions) -> Release:
     fields = {"name": "check", "version": "v1", "file": options.tar.resolve().as_uri()}
     try:
         return validate(Release, {**options.fields, **fields})
@@ -122,8 +122,8 @@ def _release(options: Options) -> Release:
 class _Trial:
     """Requests to a loaded net: those that are given, or one made up."""
 
-    def __init__(self, worker: Worker, options: Options) -> None:
-        self.answers: list[Answer] = []
+    def __init__(self, worker: WorkerSupervisor, options: CheckOptions) -> None:
+        self.answers: list[RequestReport] = []
         self._worker = worker
         self._options = options
 
@@ -132,7 +132,7 @@ class _Trial:
         options = self._options
         requests = _given(options) if options.images else await self._made_up(options.group, script)
         for name, images in requests.items():
-            self.answers.append(Answer(name, await self._shape(name, images)))
+            self.answers.append(RequestReport(name, await self._shape(name, images)))
         return next(iter(requests.values()))
 
     async def _made_up(self, group: bool, script: bool) -> dict[str, list[bytes]]:
@@ -203,7 +203,7 @@ class _Trial:
         return reply
 
 
-def _given(options: Options) -> dict[str, list[bytes]]:
+def _given(options: CheckOptions) -> dict[str, list[bytes]]:
     images: dict[str, list[bytes]] = {}
     for path in options.images:
         try:

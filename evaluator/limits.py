@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atserving.errors import InvalidArgument
-from evaluator.values import Values
+from evaluator.options import Options
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Limits:
     @staticmethod
     def of_release(custom_values: Mapping[str, Any]) -> Limits:
         """Those that ``max_bytes``, ``max_width`` and ``max_height`` set. Raises StartError."""
-        values = Values("custom_values", custom_values)
+        values = Options("custom_values", custom_values)
         return Limits(
             values.positive_int("max_bytes", Limits.max_bytes),
             values.positive_int("max_width", Limits.max_width),

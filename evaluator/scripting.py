@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from atserving.errors import InvalidArgument, StartError
-from evaluator import labels as labels_csv
-from evaluator import net as net_module
-from evaluator import preprocess
-from evaluator.images import Pixels, decode
+from evaluator.images.decoding import Pixels, decode
 from evaluator.limits import Limits
-from evaluator.net import TEST, Blob
-from evaluator.preprocess import Transformer, read_mean
+from evaluator.nets import labels as labels_csv
+from evaluator.runtime import net as net_module
+from evaluator.runtime import preprocessing
+from evaluator.runtime.net import TEST, Blob
+from evaluator.runtime.preprocessing import Transformer, read_mean
 
 __all__ = [
     "TEST",
@@ -59,7 +59,7 @@ class Net(net_module.Net):
     """Any net of the tar, ``Net(prototxt, caffemodel, TEST)``, on the device that the release asks for."""
 
     def __init__(self, prototxt: str | Path, caffemodel: str | Path, phase: int = TEST, **options: Any) -> None:
-        """See :class:`evaluator.net.Net`."""
+        """See :class:`evaluator.runtime.net.Net`."""
         super().__init__(prototxt, caffemodel, phase, **{"use_device": _device, **options})
 
 
@@ -103,7 +103,7 @@ def transformer(cfg: Mapping[str, Any], shape: tuple[int, ...]) -> Transformer:
     subtracts as the release's ``custom_values`` and ``mean.binaryproto`` say. Raises StartError.
     """
     channels, height, width = shape[-3:]
-    return preprocess.transformer(cfg, (channels, height, width))
+    return preprocessing.transformer(cfg, (channels, height, width))
 
 
 def labels(path: str | Path | None) -> dict[int, str]:

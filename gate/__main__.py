@@ -15,8 +15,8 @@ from atserving.errors import StartError
 from atserving.follower import ConfigFollower, reminding
 from atserving.telemetry import configure_logging
 from atserving.v1 import edge_pb2, edge_pb2_grpc, serving_pb2, serving_pb2_grpc
+from gate.connection import EvaluatorConnection
 from gate.dispatch import Dispatcher
-from gate.evaluators import EvaluatorConnection
 from gate.router import Router
 from gate.server import EdgeServicer, ServingServicer
 
@@ -29,7 +29,7 @@ _MAX_REQUEST_BYTES = (20 << 20) + (64 << 10)
 
 
 @dataclass(frozen=True)
-class Settings:
+class GateSettings:
     """What a gate is started with."""
 
     registries: list[str]
@@ -40,7 +40,7 @@ class Settings:
     max_batch: int
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: GateSettings) -> None:
     """Serves until SIGTERM or SIGINT. Raises StartError."""
     stop = transport.stop_signal()
     router = Router(EvaluatorConnection)
@@ -118,7 +118,7 @@ def main(
     registry: list[str], listen: str, wait: float, drain: float, grace: float, max_batch: int, log_level: str
 ) -> None:
     configure_logging("gate", log_level)
-    uvloop.run(serve(Settings(registry, listen, wait, drain, grace, max_batch)))
+    uvloop.run(serve(GateSettings(registry, listen, wait, drain, grace, max_batch)))
 
 
 if __name__ == "__main__":

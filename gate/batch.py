@@ -6,18 +6,18 @@ import asyncio
 from collections.abc import Sequence
 
 from atserving.errors import ServingError
-from gate.dispatch import Answer, CallContext, Dispatcher, Task
+from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
 
 
 async def run_batch(
     dispatcher: Dispatcher, tasks: Sequence[Task | ServingError], call: CallContext, concurrency: int
-) -> list[Answer | ServingError]:
+) -> list[EvalResult | ServingError]:
     """The outcomes, in the order of the tasks; one that is an error already stays so.
 
     At most ``concurrency`` tasks are under way at once, so that a large batch does not fill the instances' queues by
     itself. All deadlines count from the batch's beginning: its bound is the longest of its items'.
     """
-    results: list[Answer | ServingError | None] = [None] * len(tasks)
+    results: list[EvalResult | ServingError | None] = [None] * len(tasks)
     left = iter(enumerate(tasks))
 
     async def work() -> None:

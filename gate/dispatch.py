@@ -20,7 +20,7 @@ from atserving.errors import (
 )
 from atserving.v1 import evaluator_pb2
 from gate.admission import Caller, admit
-from gate.evaluators import EvaluatorConnection, TransportError
+from gate.connection import EvaluatorConnection, TransportError
 from gate.router import Endpoint, Router
 
 log = structlog.get_logger()
@@ -56,7 +56,7 @@ class CallContext:
 
 
 @dataclass(frozen=True)
-class Answer:
+class EvalResult:
     """What an instance answered, and which version it was."""
 
     response: evaluator_pb2.InferResponse
@@ -71,9 +71,9 @@ class Dispatcher:
         self._router = router
         self._synced = synced
 
-    async def eval(self, task: Task, call: CallContext) -> Answer:
+    async def eval(self, task: Task, call: CallContext) -> EvalResult:
         """Raises a ServingError; logs one line either way."""
-        answer: Answer | None = None
+        answer: EvalResult | None = None
         code, message = 0, ""
         try:
             answer = await self._eval(task, call)
@@ -100,7 +100,7 @@ class Dispatcher:
                 total_ms=round((time.monotonic() - call.started) * 1e3, 2),
             )
 
-    async def _eval(self, task: Task, call: CallContext) -> Answer:
+    async def _eval(self, task: Task, call: CallContext) -> EvalResult:
         self._check(task, call)
         task.request.reqid = call.reqid
         deadline = call.started + self._router.timeout(task.app, task.version).total_seconds()
@@ -136,7 +136,7 @@ class Dispatcher:
                 case "uri" if resource.uri[:5].lower() != "data:":
                     resource.uri = uris.with_caller(resource.uri, call.caller.uid)
 
-    async def _infer(self, task: Task, call: CallContext, deadline: float) -> Answer:
+    async def _infer(self, task: Task, call: CallContext, deadline: float) -> EvalResult:
         """Asks instance after instance until one has taken the task. Raises TimeoutError at the deadline."""
         passed_over: list[Endpoint[EvaluatorConnection]] = []
         lost = 0
@@ -159,7 +159,7 @@ class Dispatcher:
                     raise Unavailable(f"{lost} instances of app {task.app!r} were lost under this request") from None
                 continue
             if not response.HasField("error"):
-                return Answer(response, endpoint.instance.version)
+                return EvalResult(response, endpoint.instance.version)
             refusal = ServingError.from_proto(response.error)
             if not refusal.refused:
                 raise refusal

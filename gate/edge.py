@@ -14,7 +14,7 @@ import msgspec
 
 from atserving.errors import InvalidArgument, PayloadTooLarge, ServingError, UnsupportedMediaType
 from atserving.v1 import evaluator_pb2, serving_pb2
-from gate.dispatch import Answer, Task
+from gate.dispatch import EvalResult, Task
 
 JSON = "application/json"
 BYTES = "application/octet-stream"
@@ -135,7 +135,7 @@ def _text(document: msgspec.Raw) -> str:
         raise InvalidArgument("malformed JSON: not UTF-8") from None
 
 
-def write_answer(answer: Answer) -> Reply:
+def write_answer(answer: EvalResult) -> Reply:
     """The response of an eval: JSON, or the net's bytes as they are."""
     headers = {"x-serving-version": answer.version}
     if answer.response.WhichOneof("outcome") == "stream":
@@ -156,13 +156,13 @@ def retry_after(error: ServingError) -> str:
     return str(max(1, -int(-(error.retry_after_s or 0) // 1)))
 
 
-def write_batch(results: list[Answer | ServingError]) -> Reply:
+def write_batch(results: list[EvalResult | ServingError]) -> Reply:
     """The response of a batch: one item for each task, in order."""
     items = [_error_item(each) if isinstance(each, ServingError) else _item(each) for each in results]
     return Reply(b"[" + b",".join(items) + b"]")
 
 
-def _item(answer: Answer) -> bytes:
+def _item(answer: EvalResult) -> bytes:
     response = answer.response
     start = b'{"code":0,"message":' + msgspec.json.encode(response.message)
     if response.WhichOneof("outcome") == "stream":

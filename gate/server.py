@@ -17,7 +17,7 @@ from atserving.v1 import edge_pb2, edge_pb2_grpc, evaluator_pb2, serving_pb2, se
 from gate import edge
 from gate.admission import Caller
 from gate.batch import run_batch
-from gate.dispatch import Answer, CallContext, Dispatcher, Task
+from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
 
 log = structlog.get_logger()
 
@@ -97,7 +97,7 @@ def _task(request: serving_pb2.EvalRequest) -> Task:
     return Task(request.app, request.version, infer)
 
 
-def _response(result: Answer | ServingError) -> serving_pb2.EvalResponse:
+def _response(result: EvalResult | ServingError) -> serving_pb2.EvalResponse:
     if isinstance(result, ServingError):
         return serving_pb2.EvalResponse(code=result.code, message=result.message)
     inferred = result.response

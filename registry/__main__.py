@@ -30,7 +30,7 @@ _GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Settings:
+class RegistrySettings:
     """What the flags say."""
 
     etcd: list[str]
@@ -58,7 +58,7 @@ class _LeaseTtl(click.ParamType[int]):
         return int(seconds)
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: RegistrySettings) -> None:
     """Runs the registry until SIGTERM or SIGINT. Raises StartError."""
     stop = transport.stop_signal()
     services = registry_pb2.DESCRIPTOR.services_by_name
@@ -89,7 +89,7 @@ async def serve(settings: Settings) -> None:
     log.info("stopped")
 
 
-async def _start(servers: list[transport.Server], settings: Settings) -> list[int]:
+async def _start(servers: list[transport.Server], settings: RegistrySettings) -> list[int]:
     """Listens; the ports. Raises StartError."""
     listens = [settings.listen, settings.listen_releases or ""]
     try:
@@ -169,7 +169,7 @@ def main(
     Any number of registries may run side by side. A registry starts without etcd, serves once it has seen it, and then
     goes on with the last known config whenever etcd is away.
     """
-    settings = Settings(
+    settings = RegistrySettings(
         etcd=etcd,
         listen=listen,
         listen_releases=listen_releases,

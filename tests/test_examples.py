@@ -21,9 +21,9 @@ import pytest
 from numpy.typing import NDArray
 
 from atserving.cli import examples
-from evaluator import labels
 from evaluator.caffe import convert
-from evaluator.contract import Model
+from evaluator.net_contract import Model
+from evaluator.nets import labels
 from evaluator.nets.palette import palette
 from examples.detect.boxes import average_precision, overlaps
 from tests.evaluator.built_in import cfg, evaluate, loaded

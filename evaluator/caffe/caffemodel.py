@@ -27,14 +27,14 @@ _MAX_BLOBS, _MAX_PIECES = 1000, 10_000
 
 
 @dataclass(frozen=True)
-class Blob:
+class StoredBlob:
     """One weight: `dims` as stored and `data`, flat float32, a view of the file where its format allows."""
 
     dims: tuple[int, ...]
     data: FloatArray
 
 
-Weights = dict[str, list[Blob]]
+Weights = dict[str, list[StoredBlob]]
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -115,7 +115,9 @@ def read_blob(path: Path | str) -> FloatArray:
     return blob.data.reshape(blob.dims)
 
 
-def _layer(scanner: wire.Scanner, layer: wire.Field, name_number: int, blobs_number: int) -> tuple[str, list[Blob]]:
+def _layer(
+    scanner: wire.Scanner, layer: wire.Field, name_number: int, blobs_number: int
+) -> tuple[str, list[StoredBlob]]:
     name, blobs = "", []
     for field in scanner.fields(layer.start, layer.stop):
         if field.wire_type != wire.LENGTH:
@@ -140,7 +142,7 @@ _LEGACY_DIMS = (
 )
 
 
-def _blob(scanner: wire.Scanner, start: int, stop: int) -> Blob:
+def _blob(scanner: wire.Scanner, start: int, stop: int) -> StoredBlob:
     legacy: dict[int, int] = {}
     dims: tuple[int, ...] | None = None
     parts: list[NDArray[np.float32] | NDArray[np.float64]] = []
@@ -160,7 +162,7 @@ def _blob(scanner: wire.Scanner, start: int, stop: int) -> Blob:
     values = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.float32), *parts])
     if dims is None:
         dims = tuple(legacy.get(number, 0) for number in _LEGACY_DIMS) if legacy else (values.size,)
-    return Blob(_fitting(dims, values.size), values.astype(np.float32, copy=False))
+    return StoredBlob(_fitting(dims, values.size), values.astype(np.float32, copy=False))
 
 
 def _shape(scanner: wire.Scanner, shape: wire.Field) -> tuple[int, ...]:

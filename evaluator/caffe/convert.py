@@ -16,7 +16,7 @@ from .caffemodel import MAX_BYTES, parse_weights, read_bytes
 from .errors import ConversionError
 from .graph import Graph, Node, Value
 from .layers import CONVERTERS, Blobs, LayerContext
-from .net import BlobRef, NetLayer, NetPlan, plan_net
+from .net_plan import BlobRef, NetLayer, NetPlan, plan_net
 from .prototxt import NetSpec, parse_net
 from .shapes import BATCH, ROIS, Dim, ShapeError, Symbol, check
 from .sharing import refuse_overwritten

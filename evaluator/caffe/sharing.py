@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from .errors import ConversionError
-from .net import BlobRef, NetLayer, NetPlan
+from .net_plan import BlobRef, NetLayer, NetPlan
 
 _AT_THE_END = 2**62
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from . import prototxt
 from .caffemodel import read_bytes
 from .errors import ConversionError
-from .net import NetPlan, plan_net
+from .net_plan import NetPlan, plan_net
 from .oracles import Answer, Question, ask_caffe, ask_opencv
 from .prototxt import parse_net
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from atserving.errors import StartError
-from evaluator.contract import NetFunctions
+from evaluator.net_contract import NetFunctions
 from evaluator.nets import classify, detect, feature, segment
 
 BUILT_IN = {

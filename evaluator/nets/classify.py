@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 
 from atserving.errors import InvalidArgument, StartError
-from evaluator.contract import Config, Model, Req, Ret
-from evaluator.net import Net
-from evaluator.nets import one_image
+from evaluator.net_contract import Config, Model, Req, Ret
+from evaluator.nets import image_input
+from evaluator.runtime.net import Net
 
 
-@one_image.net_init
+@image_input.net_init
 def net_init(cfg: Config) -> Model:
     """``error`` says why the release can't be served as a classifier."""
-    model = one_image.load(cfg)
+    model = image_input.load(cfg)
     net: Net = model["net"]
-    output = one_image.output(net, cfg, "classes")
+    output = image_input.output(net, cfg, "classes")
     shape = net.output_shape(output)
     # One score a class, with or without the axes of a global pooling.
     if not shape or any(size not in (1, None) for size in shape[1:]):
@@ -31,8 +31,8 @@ def net_init(cfg: Config) -> Model:
 
 def net_preprocess(model: Model, req: Req) -> Req:
     """``{"input": (height, width, channels) uint8, "limit": int}``. Raises InvalidArgument."""
-    limit = _limit(one_image.params(req))
-    pixels, _ = one_image.image(model, req, "classify")
+    limit = _limit(image_input.params(req))
+    pixels, _ = image_input.image(model, req, "classify")
     return {"input": pixels, "limit": limit}
 
 
@@ -54,7 +54,7 @@ def _ret(model: Model, scores: np.ndarray[Any, np.dtype[np.float32]], limit: int
     # Stable, so that equal scores come in the order of their index.
     best = [int(scores.argmax())] if limit == 1 else np.argsort(-scores, kind="stable")[:limit].tolist()
     confidences = [
-        {"index": index, "class": one_image.class_name(model, index), "score": float(scores[index])} for index in best
+        {"index": index, "class": image_input.class_name(model, index), "score": float(scores[index])} for index in best
     ]
     return {"code": 0, "message": "", "result": {"confidences": confidences}}
 

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atserving.errors import InvalidArgument, StartError
-from evaluator.contract import Config, Model, Req, Ret
-from evaluator.engine import Array
-from evaluator.net import Net
-from evaluator.nets import heads, one_image
-from evaluator.values import Values
+from evaluator.net_contract import Config, Model, Req, Ret
+from evaluator.nets import heads, image_input
+from evaluator.options import Options
+from evaluator.runtime.engine import Array
+from evaluator.runtime.net import Net
 
 _THRESHOLD = 0.5
 # Of a row: the image's place in the batch, the label, the score, and the corners as shares of the input's size.
@@ -41,16 +41,16 @@ class DetectionOutput:
         return rows[~(rows[:, 1] < threshold)]
 
 
-@one_image.net_init
+@image_input.net_init
 def net_init(cfg: Config) -> Model:
     """``error`` says why the release can't be served as a detector."""
-    values = Values("custom_values", cfg["custom_values"])
+    values = Options("custom_values", cfg["custom_values"])
     threshold = values.share("threshold", _THRESHOLD)
-    model = one_image.load(cfg)
+    model = image_input.load(cfg)
     net: Net = model["net"]
     if "head" in cfg["custom_values"]:
         return {**model, "head": heads.read(values.object("head"), net, model["input_size"]), "threshold": threshold}
-    output = one_image.output(net, cfg, "detections")
+    output = image_input.output(net, cfg, "detections")
     if net.output_shape(output)[-1:] != (_ROW,):
         raise StartError(
             f"detect takes nets that end in a DetectionOutput; {output!r} is no such output, "
@@ -61,10 +61,10 @@ def net_init(cfg: Config) -> Model:
 
 def net_preprocess(model: Model, req: Req) -> Req:
     """``{"input": (height, width, channels) uint8, "size": (width, height) of the image, "threshold"}``."""
-    threshold = one_image.params(req).get("threshold", model["threshold"])
+    threshold = image_input.params(req).get("threshold", model["threshold"])
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise InvalidArgument("params.threshold should be a number from 0 to 1")
-    pixels, size = one_image.image(model, req, "detect")
+    pixels, size = image_input.image(model, req, "detect")
     return {"input": pixels, "size": size, "threshold": threshold}
 
 
@@ -99,7 +99,7 @@ def _detection(model: Model, index: int, score: float, corners: list[int]) -> di
     return {
         "pts": [[left, top], [right, top], [right, bottom], [left, bottom]],
         "index": index,
-        "class": one_image.class_name(model, index),
+        "class": image_input.class_name(model, index),
         "score": score,
     }
 

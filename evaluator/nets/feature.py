@@ -11,34 +11,34 @@ from typing import Any
 import numpy as np
 
 from atserving.errors import InvalidArgument
-from evaluator.contract import Config, Model, Req, Ret
-from evaluator.engine import Array
-from evaluator.net import Net
-from evaluator.nets import one_image
-from evaluator.values import Values
+from evaluator.net_contract import Config, Model, Req, Ret
+from evaluator.nets import image_input
+from evaluator.options import Options
+from evaluator.runtime.engine import Array
+from evaluator.runtime.net import Net
 
 
-@one_image.net_init
+@image_input.net_init
 def net_init(cfg: Config) -> Model:
     """``error`` says why the release can't be served for its features."""
-    values = Values("custom_values", cfg["custom_values"])
+    values = Options("custom_values", cfg["custom_values"])
     layers = values.texts("layers")
-    model = one_image.load(cfg, layers)
+    model = image_input.load(cfg, layers)
     net: Net = model["net"]
     # What was asked for beside the net's own outputs comes after them.
     own = [name for name in net.outputs if name not in layers] or net.outputs
     default = values.text("output", own[0])
     if default not in net.outputs or (len(own) > 1 and "output" not in cfg["custom_values"]):
-        default = one_image.output(net, cfg, "features")
+        default = image_input.output(net, cfg, "features")
     return {**model, "output": default}
 
 
 def net_preprocess(model: Model, req: Req) -> Req:
     """``{"input": (height, width, channels) uint8, "layer": name of an output}``. Raises InvalidArgument."""
-    layer = one_image.params(req).get("layer", model["output"])
+    layer = image_input.params(req).get("layer", model["output"])
     if layer not in model["net"].outputs:
         raise InvalidArgument(f"params.layer should be one of: {', '.join(model['net'].outputs)}")
-    pixels, _ = one_image.image(model, req, "feature")
+    pixels, _ = image_input.image(model, req, "feature")
     return {"input": pixels, "layer": layer}
 
 

@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluator.engine import Array
-from evaluator.net import Net
-from evaluator.values import Values
+from evaluator.options import Options
+from evaluator.runtime.engine import Array
+from evaluator.runtime.net import Net
 
 NMS_THRESHOLD = 0.4
 """Of two boxes of one class whose intersection is a larger share of their union than this, the less sure one goes."""
@@ -103,7 +103,7 @@ class Head:
         return np.concatenate(kept)
 
 
-def read(head: Values, net: Net, size: tuple[int, int]) -> Head:
+def read(head: Options, net: Net, size: tuple[int, int]) -> Head:
     """The head that ``custom_values.head`` describes, on a net whose input has that width and height.
 
     Raises StartError where it is none, or does not fit the net's outputs.
@@ -112,7 +112,7 @@ def read(head: Values, net: Net, size: tuple[int, int]) -> Head:
     return kinds[head.choice("kind", list(kinds))](head, net, size)
 
 
-def _yolo(head: Values, net: Net, size: tuple[int, int]) -> Head:
+def _yolo(head: Options, net: Net, size: tuple[int, int]) -> Head:
     """A grid has one output, (anchors x (4 moves, objectness, classes), rows, columns), before any sigmoid."""
     head.only("kind", "levels", "nms_threshold")
     levels, grids = _grids(head, size, "output")
@@ -133,7 +133,7 @@ def _yolo(head: Values, net: Net, size: tuple[int, int]) -> Head:
     )
 
 
-def _retinaface(head: Values, net: Net, size: tuple[int, int]) -> Head:
+def _retinaface(head: Options, net: Net, size: tuple[int, int]) -> Head:
     """A grid has scores after a softmax, (classes x anchors, rows, columns), and boxes, (anchors x 4, rows, columns).
 
     So it is in the first RetinaFace, on MXNet (Deng and others, 2019), whose anchors are those of Faster R-CNN.
@@ -159,7 +159,7 @@ def _retinaface(head: Values, net: Net, size: tuple[int, int]) -> Head:
     )
 
 
-def _ssd(head: Values, net: Net, size: tuple[int, int]) -> Head:
+def _ssd(head: Options, net: Net, size: tuple[int, int]) -> Head:
     """All grids together have scores after a softmax, (anchors, classes), and boxes, (anchors, 4)."""
     head.only("kind", "levels", "scores", "boxes", "variances", "nms_threshold")
     grids = _grids(head, size)[1]
@@ -184,7 +184,7 @@ def _ssd(head: Values, net: Net, size: tuple[int, int]) -> Head:
     )
 
 
-def _grids(head: Values, size: tuple[int, int], *outputs: str) -> tuple[list[Values], list[Grid]]:
+def _grids(head: Options, size: tuple[int, int], *outputs: str) -> tuple[list[Options], list[Grid]]:
     """The levels of a head, whose fields are also the names of ``outputs``, and the grid of each."""
     levels = head.objects("levels")
     grids = []
@@ -197,7 +197,7 @@ def _grids(head: Values, size: tuple[int, int], *outputs: str) -> tuple[list[Val
 
 
 def _per_anchor(
-    levels: Sequence[Values], grids: Sequence[Grid], key: str, net: Net, least: int, exactly: int | None = None
+    levels: Sequence[Options], grids: Sequence[Grid], key: str, net: Net, least: int, exactly: int | None = None
 ) -> int:
     """How many numbers the outputs of all levels have for an anchor. Raises StartError where one has others."""
     numbers = exactly or 0

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atserving.errors import StartError
-from evaluator.contract import Config, Model, Req, Ret
-from evaluator.engine import Array
-from evaluator.net import Net
-from evaluator.nets import one_image
+from evaluator.net_contract import Config, Model, Req, Ret
+from evaluator.nets import image_input
 from evaluator.nets.palette import palette
-from evaluator.values import Values
+from evaluator.options import Options
+from evaluator.runtime.engine import Array
+from evaluator.runtime.net import Net
 
 _MAX_REGIONS = 1000
 _MAX_CLASSES = 1 << 16
@@ -29,13 +29,13 @@ _MAX_CLASSES = 1 << 16
 Labels = NDArray[np.uint16]
 
 
-@one_image.net_init
+@image_input.net_init
 def net_init(cfg: Config) -> Model:
     """``error`` says why the release can't be served as a segmenter."""
-    values = Values("custom_values", cfg["custom_values"])
-    model = one_image.load(cfg)
+    values = Options("custom_values", cfg["custom_values"])
+    model = image_input.load(cfg)
     net: Net = model["net"]
-    output = one_image.output(net, cfg, "scores or labels")
+    output = image_input.output(net, cfg, "scores or labels")
     # A label map may be without the axis of classes.
     if len(net.output_shape(output)) not in (2, 3):
         raise StartError(f"segment takes nets that give a map of classes; {output!r} is none")
@@ -52,8 +52,8 @@ def net_init(cfg: Config) -> Model:
 
 def net_preprocess(model: Model, req: Req) -> Req:
     """``{"input": (height, width, channels) uint8, "size": (width, height)}``. Raises InvalidArgument."""
-    one_image.params(req)
-    pixels, size = one_image.image(model, req, "segment")
+    image_input.params(req)
+    pixels, size = image_input.image(model, req, "segment")
     return {"input": pixels, "size": size}
 
 
@@ -153,7 +153,7 @@ def _regions(model: Model, index: int, of_class: NDArray[np.uint8], scores: Arra
             area,
             {
                 "index": index,
-                "class": one_image.class_name(model, index),
+                "class": image_input.class_name(model, index),
                 "color": color,
                 "pts": pts.tolist(),
                 "score": float(min(sums[region] / area, 1.0)),

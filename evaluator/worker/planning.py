@@ -15,14 +15,14 @@ from pathlib import Path
 import structlog
 
 from atserving.errors import ServingError, StartError
-from evaluator import cpus
-from evaluator.contract import Config, NetFunctions, Req
-from evaluator.images import sample
-from evaluator.requests import Files
-from evaluator.runner import Prepared, Result, Runner
-from evaluator.values import Values
+from evaluator.images.decoding import sample
+from evaluator.net_contract import Config, NetFunctions, Req
+from evaluator.options import Options
+from evaluator.runtime import cpus
+from evaluator.worker.net_runner import NetRunner, Prepared, Result
 from evaluator.worker.plan import Plan
 from evaluator.worker.progress import MAX_THREADS
+from evaluator.worker.request_codec import Files
 
 log = structlog.get_logger()
 
@@ -39,15 +39,15 @@ _MOST_HELP = 16
 _WORTH = 1.1
 
 
-def for_script(runner: Runner, folder: Path) -> tuple[Runner, Plan]:
+def for_script(runner: NetRunner, folder: Path) -> tuple[NetRunner, Plan]:
     """A script has one engine, as it need not be safe for threads. ``folder`` is for its requests' files."""
     _warm_up_script(runner, folder)
     return runner, Plan(1, 0, runner.batch_size, preparers=_preparers(1))
 
 
-def for_built_in(functions: NetFunctions, cfg: Config, known: Plan | None = None) -> tuple[Runner, Plan]:
+def for_built_in(functions: NetFunctions, cfg: Config, known: Plan | None = None) -> tuple[NetRunner, Plan]:
     """A warm net and its plan: ``known``, what the release says, or what measures best. Raises StartError."""
-    values = Values("model_params", cfg["model_params"])
+    values = Options("model_params", cfg["model_params"])
     engines, threads = values.optional_positive_int("engines"), values.optional_positive_int("intra_op_threads")
     if engines and engines > MAX_THREADS // 2:
         raise StartError(f"model_params.engines is {engines}, should be at most {MAX_THREADS // 2}")
@@ -110,7 +110,7 @@ class _Net:
         """Raises StartError."""
         self.threads = threads
         params = cfg["model_params"] | ({"intra_op_threads": threads} if threads else {})
-        self.runner = Runner(functions, {**cfg, "model_params": params})
+        self.runner = NetRunner(functions, {**cfg, "model_params": params})
 
     def warm_up(self, most: int) -> None:
         """Runs batches of each size bucket, as requests will. Raises StartError."""
@@ -181,7 +181,7 @@ class _Net:
             raise StartError(f"the net failed to warm up: {error}") from error
 
 
-def _warm_up_script(runner: Runner, folder: Path) -> None:
+def _warm_up_script(runner: NetRunner, folder: Path) -> None:
     """Runs a picture through the script, alone and as full batches; as a group of two where it wants groups.
 
     A script may want more of a request than can be made up: what it refuses or fails is no more than a line in the log.
@@ -195,7 +195,7 @@ def _warm_up_script(runner: Runner, folder: Path) -> None:
     log.warning("the script has not answered the warm-up's picture", code=errors[0].code, reason=errors[0].message)
 
 
-def _try(runner: Runner, folder: Path, size: int, images: int) -> Sequence[Result | ServingError]:
+def _try(runner: NetRunner, folder: Path, size: int, images: int) -> Sequence[Result | ServingError]:
     files = Files(folder)
     try:
         batch = []

@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from atserving.errors import StartError
-from evaluator.contract import NetFunctions
+from evaluator.net_contract import NetFunctions
 
 log = structlog.get_logger()
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from evaluator.caffe import convert
 from evaluator.caffe.convert import build
-from evaluator.caffe.net import plan_net
+from evaluator.caffe.net_plan import plan_net
 from evaluator.caffe.prototxt import parse_net
 
 Array = NDArray[Any]

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluator.caffe.net import plan_net
+from evaluator.caffe.net_plan import plan_net
 from evaluator.caffe.prototxt import parse_net
 
 from .nets import caffemodel

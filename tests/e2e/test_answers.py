@@ -24,7 +24,7 @@ from atserving.v1 import (
     serving_pb2,
     serving_pb2_grpc,
 )
-from evaluator.exchange import Exchange
+from evaluator.serving.stream import GateStream
 from tests.e2e.conftest import Client, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -41,10 +41,10 @@ class Obedient(evaluator_pb2_grpc.EvaluatorServiceServicer):
         self.hanging = asyncio.Event()
         self.cancelled = asyncio.Event()
 
-    async def Exchange(  # type: ignore[override]
+    async def GateStream(  # type: ignore[override]
         self, request_iterator: AsyncIterator[evaluator_pb2.ExchangeRequest], context: Context
     ) -> None:
-        await Exchange(self._infer).run(request_iterator, context.write)
+        await GateStream(self._infer).run(request_iterator, context.write)
 
     async def _infer(self, call: evaluator_pb2.Call) -> evaluator_pb2.InferResponse:
         request = call.request

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluator import nets
-from evaluator.contract import Model, Ret
+from evaluator.net_contract import Model, Ret
 from tests.caffe.nets import write_net
 
 Array = NDArray[Any]

@@ -16,7 +16,7 @@ import orjson
 from atserving.errors import ServingError
 from atserving.v1.evaluator_pb2 import Call, InferRequest, InferResponse, Reply
 from atserving.v1.serving_pb2 import Resource
-from evaluator.worker.worker import Worker
+from evaluator.serving.supervisor import WorkerSupervisor
 
 OBEDIENT = """
 import ctypes, os, signal, sys, time
@@ -130,15 +130,15 @@ class Served:
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         try:
-            self.worker: Worker = self._call(self._new(cfg)).result()
+            self.worker: WorkerSupervisor = self._call(self._new(cfg)).result()
         except BaseException:
             self._stop()
             raise
         self._running: asyncio.Task[None] | None = None
 
     @staticmethod
-    async def _new(cfg: dict[str, Any]) -> Worker:
-        return Worker(cfg)
+    async def _new(cfg: dict[str, Any]) -> WorkerSupervisor:
+        return WorkerSupervisor(cfg)
 
     def _call(self, work: Any) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)

@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from atserving.errors import StartError
-from evaluator.check import Options, check, shape
+from evaluator.check import CheckOptions, check, shape
 from tests.evaluator.conftest import DIGITS, ROOT, digits_tar
 
 SEVEN = DIGITS / "images" / "7.png"
@@ -99,7 +99,7 @@ def net_inference(model, args):
 
 
 async def test_a_script_runs_the_releases_net(tmp_path: Path) -> None:
-    report = await check(Options(tar(tmp_path, SCRIPT), {}, [SEVEN, DIGITS / "images" / "1.png"]))
+    report = await check(CheckOptions(tar(tmp_path, SCRIPT), {}, [SEVEN, DIGITS / "images" / "1.png"]))
     assert (report.net, report.plan.batch_size) == ("net.py", 2)
     assert [answer.result for answer in report.answers] == ['{"names": [1 x text]}'] * 2
     assert list(report.by_batch_ms) == [1, 2]
@@ -108,13 +108,13 @@ async def test_a_script_runs_the_releases_net(tmp_path: Path) -> None:
 async def test_the_script_of_the_documentation_works(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "nets.md").read_text()
     block = page[page.index("    import numpy") : page.index("| function | when |")]
-    report = await check(Options(tar(tmp_path, textwrap.dedent(block)), {}, [SEVEN]))
+    report = await check(CheckOptions(tar(tmp_path, textwrap.dedent(block)), {}, [SEVEN]))
     assert [answer.result for answer in report.answers] == ['{"best": integer}']
 
 
 async def test_all_images_may_be_one_group(tmp_path: Path) -> None:
     images = [SEVEN, DIGITS / "images" / "1.png"]
-    report = await check(Options(tar(tmp_path, SCRIPT), {}, images, group=True))
+    report = await check(CheckOptions(tar(tmp_path, SCRIPT), {}, images, group=True))
     assert [(each.request, each.result) for each in report.answers] == [
         ("7.png, 1.png, a group", '{"names": [2 x text]}')
     ]
@@ -123,7 +123,7 @@ async def test_all_images_may_be_one_group(tmp_path: Path) -> None:
 async def test_a_script_that_wants_groups_is_given_one(tmp_path: Path) -> None:
     script = "def net_init(cfg): return {}\ndef net_inference(model, args):\n"
     script += "    return [{'code': 0 if isinstance(r['data'], list) else 400} for r in args['reqs']]\n"
-    (answer,) = (await check(Options(tar(tmp_path, script), {}))).answers
+    (answer,) = (await check(CheckOptions(tar(tmp_path, script), {}))).answers
     assert (answer.request, answer.result) == ("a group of two made-up images", "null")
 
 
@@ -139,17 +139,17 @@ async def test_a_script_that_wants_groups_is_given_one(tmp_path: Path) -> None:
 async def test_a_script_that_does_not_answer_fails_the_check(ret: str, message: str, tmp_path: Path) -> None:
     script = f"def net_init(cfg): return {{}}\ndef net_inference(model, args): return {ret}\n"
     with pytest.raises(StartError) as error:
-        await check(Options(tar(tmp_path, script), {"batch_size": 2}))
+        await check(CheckOptions(tar(tmp_path, script), {"batch_size": 2}))
     assert message in str(error.value)
 
 
 async def test_a_malformed_field_or_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="the release is malformed: use_device"):
-        await check(Options(DIGITS / "digits-v1.tar", {"use_device": "TPU"}))
+        await check(CheckOptions(DIGITS / "digits-v1.tar", {"use_device": "TPU"}))
     with pytest.raises(StartError, match=r"release\.tar: code 400: the image can't be decoded"):
-        await check(Options(DIGITS / "digits-v1.tar", {}, [tar(tmp_path, "")]))
+        await check(CheckOptions(DIGITS / "digits-v1.tar", {}, [tar(tmp_path, "")]))
     with pytest.raises(StartError, match=r"none\.png: No such file"):
-        await check(Options(DIGITS / "digits-v1.tar", {}, [Path("none.png")]))
+        await check(CheckOptions(DIGITS / "digits-v1.tar", {}, [Path("none.png")]))
 
 
 def test_shapes_are_readable() -> None:

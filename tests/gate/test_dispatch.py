@@ -24,11 +24,11 @@ from atserving.errors import (
     Unavailable,
 )
 from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc, serving_pb2
-from evaluator.exchange import Exchange
+from evaluator.serving.stream import GateStream
 from gate.admission import Caller
 from gate.batch import run_batch
-from gate.dispatch import Answer, CallContext, Dispatcher, Task
-from gate.evaluators import EvaluatorConnection
+from gate.connection import EvaluatorConnection
+from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
 from gate.router import LINGER_S, Router
 
 Context = grpc.aio.ServicerContext[evaluator_pb2.ExchangeRequest, evaluator_pb2.ExchangeResponse]
@@ -52,10 +52,10 @@ class Evaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
     most_at_once: int = 0
     port: int = 0
 
-    async def Exchange(  # type: ignore[override]
+    async def GateStream(  # type: ignore[override]
         self, request_iterator: AsyncIterator[evaluator_pb2.ExchangeRequest], context: Context
     ) -> None:
-        await Exchange(self._infer).run(request_iterator, context.write)
+        await GateStream(self._infer).run(request_iterator, context.write)
 
     async def _infer(self, call: evaluator_pb2.Call) -> evaluator_pb2.InferResponse:
         request = call.request
@@ -268,7 +268,7 @@ async def test_a_batch_keeps_order_and_lets_each_item_fail_alone(mesh: Mesh) -> 
     tasks: list[Task | ServingError] = [task(params=str(n)) for n in range(40)]
     tasks[7], tasks[11] = refused, task(app="nothing")
     results = await run_batch(mesh.dispatcher, tasks, CallContext("reqid", Caller()), concurrency=4)
-    said = [each.response.result_json if isinstance(each, Answer) else each.code for each in results]
+    said = [each.response.result_json if isinstance(each, EvalResult) else each.code for each in results]
     expected: list[str | int] = [f'"a:{n}"' for n in range(40)]
     expected[7], expected[11] = 400, 404
     assert said == expected
@@ -283,5 +283,5 @@ async def test_a_batch_runs_concurrently_but_not_all_at_once(mesh: Mesh) -> None
         await evaluator.four.wait()
         assert evaluator.hold
         evaluator.hold.set()
-    assert Counter(type(each) for each in running.result()) == {Answer: 30}
+    assert Counter(type(each) for each in running.result()) == {EvalResult: 30}
     assert evaluator.most_at_once == 4

@@ -21,7 +21,7 @@ from atserving.errors import (
 )
 from atserving.v1 import evaluator_pb2
 from gate import edge
-from gate.dispatch import Answer, Task
+from gate.dispatch import EvalResult, Task
 
 URI = {"uri": "http://host/a.png"}
 
@@ -30,8 +30,8 @@ def read(fields: Any) -> Task:
     return edge.read_eval("app", "v1", edge.JSON, json.dumps(fields).encode())
 
 
-def answer(**outcome: Any) -> Answer:
-    return Answer(evaluator_pb2.InferResponse(**outcome), "v1")
+def answer(**outcome: Any) -> EvalResult:
+    return EvalResult(evaluator_pb2.InferResponse(**outcome), "v1")
 
 
 def test_an_object_is_one_resource_and_a_list_a_group() -> None:
@@ -156,7 +156,7 @@ def test_a_nets_code_maps_to_a_status(code: int, status: int) -> None:
 
 
 def test_a_batch_is_an_array_with_streams_inside() -> None:
-    results: list[Answer | ServingError] = [
+    results: list[EvalResult | ServingError] = [
         answer(result_json="[]"),
         InvalidArgument("no"),
         answer(stream=b"\xff" * 100),

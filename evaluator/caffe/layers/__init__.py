@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from .registry import CONVERTERS, Blobs, LayerContext
+from .converters import CONVERTERS, Blobs, LayerContext
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..graph import Value, per_channel
 from ..shapes import known
-from .registry import LayerContext, converts
+from .converters import LayerContext, converts
 
 
 @converts("ReLU")

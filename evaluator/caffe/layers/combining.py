@@ -7,7 +7,7 @@ import numpy as np
 from ..caffe_pb2 import EltwiseParameter
 from ..graph import Value
 from ..shapes import Dim, Symbol, text
-from .registry import LayerContext, converts
+from .converters import LayerContext, converts
 
 
 @converts("Dropout", "Split")

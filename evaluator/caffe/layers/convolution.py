@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..caffe_pb2 import ConvolutionParameter
 from ..graph import Value
 from ..shapes import Dim, Symbol, known
-from .registry import LayerContext, converts
+from .converters import LayerContext, converts
 
 # A filler makes a blob out of nothing but the prototxt, which must not ask for any amount of memory.
 _MAX_FILLED = 2**24

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..graph import Value
 from ..shapes import Dim, Symbol, known
-from .registry import LayerContext, converts
+from .converters import LayerContext, converts
 
 
 @converts("Slice")

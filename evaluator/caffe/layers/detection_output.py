@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..caffe_pb2 import DetectionOutputParameter, PriorBoxParameter
 from ..graph import Value
 from ..shapes import Dim, Symbol, known_product, text
-from .registry import LayerContext, converts
+from .converters import LayerContext, converts
 
 
 @converts("DetectionOutput")

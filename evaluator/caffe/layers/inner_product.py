@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..graph import Value
 from ..shapes import known_product, product
-from .registry import LayerContext, converts
+from .converters import LayerContext, converts
 
 
 @converts("InnerProduct")

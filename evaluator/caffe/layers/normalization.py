@@ -7,7 +7,7 @@ import numpy as np
 from ..caffe_pb2 import BNParameter, LRNParameter
 from ..graph import Value
 from ..shapes import BATCH, Symbol, known, text
-from .registry import LayerContext, converts
+from .converters import LayerContext, converts
 
 
 @converts("BatchNorm")

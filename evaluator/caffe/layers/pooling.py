@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..caffe_pb2 import PoolingParameter
 from ..graph import FLOAT, Value
 from ..shapes import Dim, Symbol, known
-from .registry import LayerContext, converts
+from .converters import LayerContext, converts
 
 # The shares of an image's windows are a constant; an image of such a size is none.
 _MAX_SHARES = 2**12

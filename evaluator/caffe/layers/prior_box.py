@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..caffe_pb2 import PriorBoxParameter
 from ..graph import FLOAT, Value
 from ..shapes import known
-from .registry import LayerContext, converts
+from .converters import LayerContext, converts
 
 # SSD nets have some ten thousand priors; the prototxt must not ask for any amount of memory.
 _MAX_NUMBERS = 2**24

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ..caffe_pb2 import ProposalParameter
 from ..graph import Value
 from ..shapes import ROIS, Symbol, known, product, text
-from .registry import LayerContext, converts
+from .converters import LayerContext, converts
 
 
 @converts("Python")

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..graph import Value
 from ..shapes import BATCH, ROIS, Dim, Shape, Symbol, axis_of, known, text
-from .registry import LayerContext, converts
+from .converters import LayerContext, converts
 
 _MAX_SHUFFLED = 2**20
 

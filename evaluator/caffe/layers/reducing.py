@@ -7,7 +7,7 @@ import numpy as np
 from ..caffe_pb2 import ReductionParameter
 from ..graph import Value
 from ..shapes import Shape, known, known_product
-from .registry import LayerContext, converts
+from .converters import LayerContext, converts
 
 _REDUCTIONS = {
     ReductionParameter.SUM: "ReduceSum",

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..graph import Value
 from ..shapes import Dim, Symbol, known, text
-from .registry import LayerContext, converts
+from .converters import LayerContext, converts
 
 
 @converts("Upsample")

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..graph import Value
 from ..shapes import Dim, Shape, Symbol, known, product, text
-from .registry import LayerContext, converts
+from .converters import LayerContext, converts
 
 _MAX_SIZE = 2**12
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..graph import Value
-from .registry import LayerContext, converts
+from .converters import LayerContext, converts
 
 
 @converts("Softmax", "SoftmaxWithLoss")

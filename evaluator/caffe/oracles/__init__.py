@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..net import NetPlan
+from ..net_plan import NetPlan
 from .differences import unfit, unfit_caffe
 
 Float32 = NDArray[np.float32]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..caffe_pb2 import LayerParameter, LRNParameter
-from ..net import NetLayer, NetPlan
+from ..net_plan import NetLayer, NetPlan
 
 
 def unfit(plan: NetPlan) -> str:

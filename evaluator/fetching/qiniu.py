@@ -1,0 +1,154 @@
+"""Objects of Kodo, Qiniu's object storage: the owner's keys, and from ``qiniu://`` to the signed URL of a download."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import quote
+
+import aiohttp
+import msgspec
+from async_lru import alru_cache
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from qiniu import Auth
+from yarl import URL
+
+from atserving.errors import InvalidArgument, ResourceUnreachable, ServingError, StartError
+from atserving.uris import QiniuUri
+from evaluator.fetching.addresses import AddressRefused
+
+_LOOKUP_S = 5.0
+_LOOKUP_BYTES = 1 << 20
+_CACHED_S = 3600.0
+_CACHED_BUCKETS = 1024
+# A URL is used at once; the rest is for clocks that differ.
+_SIGNED_S = 600
+
+
+def _checked_base(text: str) -> str:
+    url = URL(text)
+    if url.scheme not in ("http", "https") or not url.host or url.path_qs != "/" or url.user or url.fragment:
+        raise ValueError("should be http(s)://host[:port]")
+    _ = url.port  # parsed only when read
+    return text.rstrip("/")
+
+
+Base = Annotated[str, AfterValidator(_checked_base)]
+Secret = Annotated[SecretStr, Field(min_length=1)]
+
+
+class QiniuConfig(BaseModel):
+    """The file that ``--qiniu`` names: whose objects may be read, by whom, and where they are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    access_key: Secret
+    secret_key: Secret
+    buckets: frozenset[str] = frozenset()
+    """Those that requests may read. The keys open every bucket of the owner, so none is open unless it is named."""
+    domains: dict[str, Base] = {}
+    """By bucket, where its objects are downloaded from; the bucket service says it of the others."""
+    service: Base = "https://uc.qiniuapi.com"
+    """The bucket service. Downloads are by http where it is."""
+
+
+def read_config(path: Path) -> QiniuConfig:
+    """Raises StartError, which names what is wrong but never a value."""
+    try:
+        return QiniuConfig.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise StartError(f"--qiniu {path}: can't be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise StartError(f"--qiniu {path}: {where}{first['msg']}") from None
+
+
+class _Hosts(msgspec.Struct):
+    domains: list[str] = []
+
+
+class _Region(msgspec.Struct):
+    region: str
+    io_src: _Hosts = msgspec.field(default_factory=_Hosts)
+
+
+class _QueryResponse(msgspec.Struct):
+    hosts: list[_Region]
+
+
+class Buckets:
+    """Where the owner's objects are downloaded from, and with which signature.
+
+    As in Qiniu's Go SDK (``storagev2/downloader``): ``GET /v4/query?ak=&bucket=`` at the bucket service gives
+    a bucket's regions, each with the domains of its origin, ``io_src``; a download is ``GET https://domain/key?e=&token=``.
+    Who asks for a bucket that is being looked up shares the outcome; what is found is kept for an hour, failures not.
+    """
+
+    def __init__(self, config: QiniuConfig, session: aiohttp.ClientSession) -> None:
+        """Looks up over ``session``, which says what may be connected to."""
+        self._config = config
+        self._session = session
+        self._auth = Auth(config.access_key.get_secret_value(), config.secret_key.get_secret_value())
+        self._regions = alru_cache(maxsize=_CACHED_BUCKETS, ttl=_CACHED_S)(self._look_up)
+
+    async def url(self, uri: QiniuUri, what: str) -> URL:
+        """The signed URL, a secret. Raises InvalidArgument and ResourceUnreachable, which begin with ``what``."""
+        try:
+            base = self._config.domains.get(uri.bucket) or await self._base(uri)
+        except ServingError as error:
+            raise type(error)(f"{what}: {error.message}") from None
+        return URL(self._auth.private_download_url(f"{base}/{quote(uri.key)}", _SIGNED_S), encoded=True)
+
+    async def _base(self, uri: QiniuUri) -> str:
+        regions = [region for region in await self._regions(uri.bucket) if region.region == uri.zone]
+        if not regions:
+            raise InvalidArgument("its bucket is not in that zone")
+        domains = [domain for region in regions for domain in region.io_src.domains]
+        if not domains:
+            raise ResourceUnreachable("the bucket service names no domain to download from")
+        domain = domains[0]
+        try:
+            return _checked_base(domain if "://" in domain else f"{URL(self._config.service).scheme}://{domain}")
+        except ValueError:
+            raise ResourceUnreachable("the bucket service's answer can't be read") from None
+
+    async def _look_up(self, bucket: str) -> list[_Region]:
+        query = {"ak": self._config.access_key.get_secret_value(), "bucket": bucket}
+        url = URL(self._config.service).with_path("/v4/query").with_query(query)
+        try:
+            async with (
+                asyncio.timeout(_LOOKUP_S),
+                self._session.get(url, allow_redirects=False) as response,
+            ):
+                if is_refusal(response.status):
+                    raise InvalidArgument(f"the bucket service answered {response.status}")
+                if response.status != 200:
+                    raise ResourceUnreachable(f"the bucket service answered {response.status}")
+                return msgspec.json.decode(await _body(response), type=_QueryResponse).hosts
+        except TimeoutError:
+            raise ResourceUnreachable(f"the bucket service did not answer within {_LOOKUP_S:g} s") from None
+        except AddressRefused:
+            raise ResourceUnreachable("the bucket service has no public address") from None
+        except (aiohttp.ClientError, OSError):
+            raise ResourceUnreachable("the bucket service could not be reached") from None
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            raise ResourceUnreachable("the bucket service's answer can't be read") from None
+
+    async def close(self) -> None:
+        """Ends the lookups that run."""
+        await self._regions.cache_close()
+
+
+async def _body(response: aiohttp.ClientResponse) -> bytes:
+    try:
+        await response.content.readexactly(_LOOKUP_BYTES)
+    except asyncio.IncompleteReadError as all_there_is:
+        return all_there_is.partial
+    raise ResourceUnreachable("the bucket service's answer is too long")
+
+
+def is_refusal(status: int) -> bool:
+    """Whether an answer blames its request: 4xx, and Kodo's own 6xx, such as 631, no such bucket."""
+    return 400 <= status < 500 or 600 <= status < 700

@@ -1,0 +1,168 @@
+"""Brings a release onto this machine: its tar, fetched, checked and unpacked, and its custom files."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import aiohttp
+from yarl import URL
+
+from atserving.config import Release
+from atserving.errors import ServingError, StartError
+from atserving.uris import QiniuUri
+from evaluator.fetching.qiniu import Buckets, QiniuConfig
+from evaluator.fetching.unpack import unpack
+from evaluator.net_contract import SCRIPT, Config
+
+MAX_FILE_BYTES = 4 << 30
+"""The most a tar or a custom file may measure."""
+
+
+_CHUNK_BYTES = 1 << 20
+_SILENCE_S = 30.0
+_REQUIRED = ("deploy.prototxt", "weight.caffemodel")
+
+
+@dataclass(frozen=True)
+class LocalRelease:
+    """A release whose files are on this machine; the mappings lead from names to paths."""
+
+    release: Release
+    workspace: Path
+    tar_files: Mapping[str, Path]
+    custom_files: Mapping[str, Path]
+
+    def cfg(self) -> Config:
+        """What ``net_init`` is given."""
+        return {
+            "tar_files": {name: str(path) for name, path in self.tar_files.items()},
+            "custom_files": {name: str(path) for name, path in self.custom_files.items()},
+            "custom_values": {**self.release.custom_values, "workspace": str(self.workspace)},
+            "model_params": dict(self.release.model_params),
+            "image_width": self.release.image_width,
+            "batch_size": self.release.batch_size,
+            "use_device": self.release.use_device,
+        }
+
+
+async def fetch_release(release: Release, workspace: Path, qiniu: QiniuConfig | None = None) -> LocalRelease:
+    """Fetches and unpacks into ``workspace``, a folder of its own. Raises StartError, one line for the operator.
+
+    ``qiniu``: without it, no file can be ``qiniu://``.
+    """
+    downloads, files = workspace / "downloads", workspace / "release"
+    downloads.mkdir()
+    files.mkdir()
+    tar = await _fetch(release.file, downloads / "release.tar", "file", qiniu)
+    tar_files = await asyncio.to_thread(unpack, tar, files)
+    if tar.is_relative_to(downloads):
+        tar.unlink()
+    if SCRIPT not in tar_files:
+        for name in _REQUIRED:
+            if name not in tar_files:
+                raise StartError(f"the release's tar has no {name}")
+    custom_files = {
+        name: await _fetch(uri, downloads / f"custom-{number}", f"custom_files.{name}", qiniu)
+        for number, (name, uri) in enumerate(release.custom_files.items())
+    }
+    return LocalRelease(release, workspace, tar_files, custom_files)
+
+
+async def _fetch(uri: str, target: Path, what: str, qiniu: QiniuConfig | None) -> Path:
+    """The local path of what ``uri`` names: ``target``, or the file itself where it is local. ``what`` is the field."""
+    bare, expected = _split_digest(uri, what)
+    if bare.startswith("file://"):
+        path = _local_path(bare, what)
+        digest = await asyncio.to_thread(_file_digest, path, bare, what) if expected else ""
+    else:
+        path = target
+        digest = await _download(bare, target, f"{what} {_shown(bare)}", qiniu)
+    if expected and digest != expected:
+        raise StartError(f"{what} {_shown(bare)}: its sha256 is {digest}, not {expected}")
+    return path
+
+
+def _split_digest(uri: str, what: str) -> tuple[str, str]:
+    # The key of a qiniu:// URI is taken as it is written, and may have a # of its own.
+    mark = "#sha256=" if uri.startswith("qiniu://") else "#"
+    bare = uri.partition(mark)[0]
+    fragment = uri.removeprefix(bare)
+    if fragment in ("", "#"):
+        return bare, ""
+    match = re.fullmatch(r"#sha256=([0-9a-fA-F]{64})", fragment)
+    if not match:
+        raise StartError(f"{what} {_shown(bare)}: {fragment[:80]} should be #sha256= and 64 hex digits")
+    return bare, match[1].lower()
+
+
+def _local_path(uri: str, what: str) -> Path:
+    parts = urlsplit(uri)
+    path = Path(unquote(parts.path))
+    if parts.netloc not in ("", "localhost") or not path.is_absolute():
+        raise StartError(f"{what} {uri}: should be file:// and an absolute path")
+    if not path.is_file():
+        raise StartError(f"{what} {uri}: there is no such file")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise StartError(f"{what} {uri}: is larger than {MAX_FILE_BYTES} bytes")
+    return path
+
+
+def _file_digest(path: Path, uri: str, what: str) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StartError(f"{what} {uri}: can't be read: {error.strerror}") from error
+
+
+async def _download(uri: str, target: Path, shown: str, qiniu: QiniuConfig | None) -> str:
+    """Streams to ``target`` and returns the sha256. A silence of 30 s ends it."""
+    digest = hashlib.sha256()
+    size = 0
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE_S, sock_read=_SILENCE_S)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.get(await _locate(uri, session, shown, qiniu)) as response,
+        ):
+            if response.status != 200:
+                raise StartError(f"{shown}: its host answered {response.status}")
+            with target.open("wb") as file:
+                async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+                    size += len(chunk)
+                    if size > MAX_FILE_BYTES:
+                        raise StartError(f"{shown}: is larger than {MAX_FILE_BYTES} bytes")
+                    await asyncio.to_thread(file.write, chunk)
+                    await asyncio.to_thread(digest.update, chunk)
+    except TimeoutError:
+        raise StartError(f"{shown}: its host is silent for {_SILENCE_S:g} s") from None
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        # The error may hold the URL, and that a token.
+        raise StartError(f"{shown}: can't be fetched: {type(error).__name__}") from None
+    return digest.hexdigest()
+
+
+async def _locate(uri: str, session: aiohttp.ClientSession, shown: str, qiniu: QiniuConfig | None) -> URL:
+    if not uri.startswith("qiniu://"):
+        return URL(uri)
+    if not qiniu:
+        raise StartError(f"{shown}: needs the keys of its owner, see --qiniu")
+    try:
+        named = QiniuUri.parse(uri)
+    except ServingError:
+        raise StartError(f"{shown}: should be qiniu://[uid@]zone/bucket/key") from None
+    try:
+        return await Buckets(qiniu, session).url(named, shown)
+    except ServingError as error:
+        raise StartError(error.message) from None
+
+
+def _shown(uri: str) -> str:
+    """Without credentials or a query, which may hold a token."""
+    return re.sub(r"(://)[^/]*@", r"\1", uri.partition("?")[0])

@@ -1,0 +1,100 @@
+"""onnxruntime on the device a release asks for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from atserving.errors import StartError
+from evaluator.runtime import cpus, gpu
+from evaluator.runtime.device import CPU, Device
+
+Array = NDArray[np.float32]
+
+_DTYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(uint8)": np.dtype(np.uint8)}
+
+_spent = threading.local()
+
+
+def spent_s() -> float:
+    """The seconds that the calling thread has spent in engines so far."""
+    return getattr(_spent, "seconds", 0.0)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a graph. ``shape`` is without the batch axis; None where the graph does not fix a size."""
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: np.dtype[Any]
+
+
+class Engine:
+    """One onnxruntime session, for several threads at once."""
+
+    def __init__(self, model: onnx.ModelProto, device: Device = CPU) -> None:
+        """Raises StartError where the graph can't be loaded or the device can't be had; nothing falls back."""
+        self._session = _session(model, device)
+        self._on_cpu = device.is_cpu
+        self.inputs = [_tensor_spec(value) for value in self._session.get_inputs()]
+        self.outputs = [_tensor_spec(value) for value in self._session.get_outputs()]
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[Array]:
+        """The named outputs for inputs (n, ...) of their dtype, contiguous. Raises what onnxruntime raises."""
+        began_s = time.perf_counter()
+        try:
+            return self._run(outputs, feeds)
+        finally:
+            _spent.seconds = spent_s() + time.perf_counter() - began_s
+
+    def _run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[Array]:
+        if not self._on_cpu:
+            return gpu.run(self._session, outputs, feeds)
+        # This reads the arrays where they are, and answers with views of its own.
+        results: list[Array] = self._session.run(list(outputs), dict(feeds))
+        return results
+
+
+def _session(model: onnx.ModelProto, device: Device) -> onnxruntime.InferenceSession:
+    providers = ["CPUExecutionProvider"] if device.is_cpu else gpu.providers(device, model)
+    try:
+        # Without fallback, which would go on with the CPU, at the start or when a batch fails.
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), _options(device), providers=providers, enable_fallback=0
+        )
+    except Exception as error:
+        # onnxruntime's errors have no common type worth naming; all mean that the graph or the device is unusable.
+        missing = None if device.is_cpu else gpu.missing(device, error)
+        raise StartError(missing or f"onnxruntime can't load the net on {device.name}: {_first_line(error)}") from error
+    if not device.is_cpu:
+        gpu.refuse_less(device, session.get_providers())
+    return session
+
+
+def _options(device: Device) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = device.intra_op_threads or cpus.available()
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = device.arena
+    options.log_severity_level = 3
+    # Threads that spin while they wait take the CPU from decoding.
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(device.spinning)))
+    return options
+
+
+def _tensor_spec(value: Any) -> TensorSpec:
+    shape = tuple(size if isinstance(size, int) else None for size in value.shape[1:])
+    return TensorSpec(value.name, shape, _DTYPES[value.type])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,155 @@
+"""All that is only for GPUs: the providers' options, who is to blame where there is none, half precision, IO binding.
+
+The engine comes here for ``use_device`` GPU alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from atserving.errors import StartError
+from evaluator.runtime.device import Device
+
+_CUDA = "CUDAExecutionProvider"
+_TENSORRT = "TensorrtExecutionProvider"
+_CPU = "CPUExecutionProvider"
+_ERRORS_ONLY = 3
+
+
+def providers(device: Device, model: onnx.ModelProto) -> list[Any]:
+    """What onnxruntime shall run ``model`` on, the best first; the CPU is for what a GPU has no kernels for.
+
+    Raises StartError where this onnxruntime was built without.
+    """
+    available = onnxruntime.get_available_providers()
+    if _CUDA not in available:
+        raise StartError(f"use_device is {device.name}, but this onnxruntime has no CUDA (install atserving[gpu])")
+    if device.tensorrt and _TENSORRT not in available:
+        raise StartError("model_params.tensorrt is true, but this onnxruntime has no TensorRT")
+    onnxruntime.set_default_logger_severity(_ERRORS_ONLY)
+    # CUDA may have come from the package index too, where the system's loader does not look.
+    onnxruntime.preload_dlls()
+    wanted: list[Any] = [(_CUDA, _cuda_options(device)), _CPU]
+    if device.tensorrt:
+        wanted.insert(0, (_TENSORRT, _tensorrt_options(device, model)))
+    return wanted
+
+
+def _cuda_options(device: Device) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "device_id": device.index,
+        # Twice the memory each time it runs out, or no more than is asked for.
+        "arena_extend_strategy": "kNextPowerOfTwo" if device.arena else "kSameAsRequested",
+        "cudnn_conv_algo_search": device.cudnn_conv_algo_search,
+        "use_tf32": int(device.tf32),
+    }
+    if device.gpu_mem_limit_mib:
+        options["gpu_mem_limit"] = device.gpu_mem_limit_mib << 20
+    return options
+
+
+def _tensorrt_options(device: Device, model: onnx.ModelProto) -> dict[str, Any]:
+    """With profiles for every batch up to the largest: an engine that meets another size would be built anew."""
+    options: dict[str, Any] = {
+        "device_id": device.index,
+        "trt_fp16_enable": device.fp16,
+        "trt_profile_min_shapes": _shapes(model, 1),
+        "trt_profile_opt_shapes": _shapes(model, device.batch_size),
+        "trt_profile_max_shapes": _shapes(model, device.batch_size),
+    }
+    if device.cache:
+        device.cache.mkdir(parents=True, exist_ok=True)
+        options |= {
+            "trt_engine_cache_enable": True,
+            "trt_engine_cache_path": str(device.cache),
+            "trt_timing_cache_enable": True,
+            "trt_timing_cache_path": str(device.cache),
+        }
+    return options
+
+
+def _shapes(model: onnx.ModelProto, batch: int) -> str:
+    """The inputs' shapes as TensorRT's provider takes them, ``name:1x3x224x224,...``, axes that are not fixed as 1."""
+    shapes = {
+        value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim] for value in model.graph.input
+    }
+    return ",".join(f"{name}:{'x'.join(map(str, [batch, *sizes[1:]]))}" for name, sizes in shapes.items())
+
+
+def refuse_less(device: Device, got: Iterable[str]) -> None:
+    """Raises StartError where a session has other providers than it shall have: onnxruntime itself only warns."""
+    for name in ([_TENSORRT] if device.tensorrt else []) + [_CUDA]:
+        if name not in got:
+            raise StartError(_why(device, name))
+
+
+def missing(device: Device, error: Exception) -> str | None:
+    """What is missing where a session could not be made; None where it is not the device that failed."""
+    if device.index >= count():
+        return _why(device, _CUDA)
+    if device.tensorrt and "TensorRT libraries" in str(error):
+        return _why(device, _TENSORRT)
+    # It wants to know the sizes of what goes from one part to the next, which only onnxruntime does.
+    if device.tensorrt and "no associated shape profiles" in str(error):
+        return "model_params.tensorrt is true, but TensorRT can't run this net as a whole"
+    return None
+
+
+def _why(device: Device, missing: str) -> str:
+    gpus = count()
+    if not gpus:
+        return f"use_device is {device.name}, but onnxruntime can't use CUDA here: there is no GPU, or no driver"
+    if device.index >= gpus:
+        return f"use_device is {device.name}, but the last GPU here is GPU:{gpus - 1}"
+    if missing == _TENSORRT:
+        return "model_params.tensorrt is true, but onnxruntime can't use TensorRT here (its libraries; see the log)"
+    return f"use_device is {device.name}, but onnxruntime can't use CUDA here (its libraries; see the log)"
+
+
+def count() -> int:
+    """How many GPUs CUDA's driver knows; 0 where there is none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    number = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(number)):
+        return 0
+    return number.value
+
+
+def halved(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model computing in float16, its inputs and outputs as they were; the given one is used up.
+
+    Operators that have no float16 on some device, such as NonMaxSuppression, keep float32.
+    """
+    # Here, since it is slow to import and changes where modules are looked for.
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    # The converter from Caffe has said the type and shape of every value.
+    converted: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True)
+    return converted
+
+
+def run(
+    session: onnxruntime.InferenceSession, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
+) -> list[NDArray[np.float32]]:
+    """As ``session.run``, with each input copied to where the graph wants it once, each output back once, if at all.
+
+    Each call has a binding of its own, so that several threads may call.
+    """
+    binding = session.io_binding()
+    for name, array in feeds.items():
+        binding.bind_cpu_input(name, array)
+    for name in outputs:
+        binding.bind_output(name)
+    session.run_with_iobinding(binding)
+    # As views of onnxruntime's memory; copy_outputs_to_cpu would copy them once more.
+    return [value.numpy() for value in binding.get_outputs()]

@@ -1,0 +1,74 @@
+"""What an instance needs of the config: its release, once, and its worker config, as it changes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence, Set
+
+import structlog
+
+from atserving.config import DEFAULT_WORKER, ConfigValue, Release, WorkerConfig, release_key, worker_keys
+from atserving.errors import StartError
+from atserving.follower import ConfigFollower, reminding
+
+log = structlog.get_logger()
+
+
+class VersionConfigFollower:
+    """The config of one version of one app, over any of the registries."""
+
+    def __init__(self, registries: Sequence[str], app: str, version: str) -> None:
+        self.on_worker: Callable[[WorkerConfig], None] = lambda _: None
+        """Called with the worker config whenever it has changed."""
+        self._app, self._version = app, version
+        self._key = release_key(app, version)
+        self._follower = ConfigFollower(registries, self._changed, app)
+        self._published = asyncio.Event()
+        self._worker = self.worker
+
+    async def run(self) -> None:
+        """Follows until cancelled."""
+        await self._follower.run()
+
+    async def release(self, wait_s: float) -> Release:
+        """The release, waited for; 0: for as long as it takes.
+
+        Raises StartError where no registry answers, or it is not published.
+        """
+        try:
+            async with reminding(self._missing), asyncio.timeout(wait_s or None):
+                await self._published.wait()
+        except TimeoutError:
+            if not self._follower.synced.is_set():
+                raise StartError(f"no registry within {wait_s:g} s: {self._follower.last_error}") from None
+        release = self._follower.entries.get(self._key)
+        if not isinstance(release, Release):
+            raise StartError(
+                f"{self._app} {self._version} was not published within {wait_s:g} s, or its release is malformed"
+            )
+        return release
+
+    def _missing(self) -> str:
+        if not self._follower.synced.is_set():
+            return f"no registry: {self._follower.last_error}"
+        return f"{self._app} {self._version} is not published, or its release is malformed"
+
+    @property
+    def worker(self) -> WorkerConfig:
+        """With every field set: the most specific key wins, field by field."""
+        config = WorkerConfig()
+        for key in worker_keys(self._app, self._version):
+            value = self._follower.entries.get(key)
+            if isinstance(value, WorkerConfig):
+                config = config.over(value)
+        return config.over(DEFAULT_WORKER)
+
+    def _changed(self, upserts: Mapping[str, ConfigValue], deletes: Set[str]) -> None:
+        if self._key in upserts:
+            self._published.set()
+        if self._key in deletes:
+            log.warning("the release was deleted; serving goes on until this process is stopped")
+        worker = self.worker
+        if worker != self._worker:
+            self._worker = worker
+            self.on_worker(worker)

@@ -1,0 +1,228 @@
+"""Dynamic batching in a worker: its threads take from the schedule what is due, do it, and answer.
+
+Knows nothing of gRPC, images or nets.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import structlog
+
+from atserving.errors import DeadlineExceeded, Internal, ServingError
+from evaluator.worker.schedule import Expired, Forward, Item, Prepare, Schedule, Wait
+
+log = structlog.get_logger()
+
+# What takes less is mostly Python, which threads only take from each other.
+_WORTH_HELP_S = 0.0005
+
+
+@dataclass(frozen=True)
+class ItemResult:
+    """The outcome of one request and where its time went, in seconds."""
+
+    item: Item
+    outcome: Any
+    """What ``infer`` gave for it, or the ServingError it failed with."""
+    queue_s: float = 0.0
+    forward_s: float = 0.0
+    postprocess_s: float = 0.0
+    batch_size: int = 0
+
+
+class Work(Protocol):
+    """What there is to do with requests. Calls may take long, and may raise a ServingError."""
+
+    def prepare(self, item: Item) -> Any:
+        """What ``infer`` takes of a request."""
+
+    def infer(self, prepared: Sequence[Any]) -> tuple[Sequence[Any], float]:
+        """One outcome a request, in order, and the seconds that the engine itself took."""
+
+
+class ProgressLog(Protocol):
+    """Where a thread writes down which requests it is at, for who has to find out why a process died."""
+
+    def begin(self, thread: int, ids: Sequence[int], *, preparing: bool) -> None: ...
+
+    def end(self, thread: int) -> None: ...
+
+
+class Batcher:
+    """Threads that answer requests. Each request gets one answer, whatever happens to it.
+
+    Where a batch fails as a whole, its requests run again one by one: only those to blame fail.
+
+    The threads are either lanes, each of which prepares a batch and then runs it, or some that only run batches. Others
+    that only prepare are beside them; beside lanes they help only where preparing takes long enough to be worth it.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        work: Work,
+        answer: Callable[[Sequence[ItemResult]], None],
+        progress: ProgressLog,
+        *,
+        lanes: bool,
+    ) -> None:
+        """``answer`` is called with what is done, from any of the threads."""
+        self._schedule = schedule
+        self._work = work
+        self._answer = answer
+        self._progress = progress
+        self._items: dict[int, Item] = {}
+        self._lock = threading.Lock()
+        # Who waits for what is ready, or is a lane, and who for what has arrived. The last to come is woken first: what
+        # it worked with is still in its CPU's cache.
+        self._forwarders: list[threading.Condition] = []
+        self._preparers: list[threading.Condition] = []
+        self._lanes = lanes
+        self._prepare_s = 0.0
+
+    def submit(self, items: Sequence[Item]) -> None:
+        """Takes requests in; their ids are not those of others that are still unanswered."""
+        with self._lock:
+            self._items.update((item.id, item) for item in items)
+            self._schedule.arrive(items)
+            self._wake(len(items))
+
+    def cancel(self, ids: Iterable[int]) -> None:
+        """Nobody waits for these any more. What waits leaves; what runs is finished."""
+        with self._lock:
+            items = [item for id_ in ids if (item := self._items.get(id_))]
+            removed = [item for item in items if self._schedule.remove(item)]
+            self._wake()
+        self._fail(removed, DeadlineExceeded("the caller has gone"))
+
+    def configure(self, *, delay_s: float) -> None:
+        """Applies from now on, to what waits as well."""
+        with self._lock:
+            self._schedule.delay_s = delay_s
+            _wake(self._forwarders, len(self._forwarders))
+
+    def run(self, thread: int, *, forwards: bool, prepares: bool) -> None:
+        """One thread's loop; never returns. ``thread`` is its place in the progress."""
+        while True:
+            match self._next(forwards=forwards, prepares=prepares):
+                case Prepare(items):
+                    for item in items:
+                        self._prepare(thread, item, forwards)
+                case Forward(items):
+                    self._forward(thread, items)
+                case Expired(items):
+                    self._fail(items, DeadlineExceeded("the deadline passed"))
+
+    def _next(self, *, forwards: bool, prepares: bool) -> Prepare | Forward | Expired:
+        with self._lock:
+            while True:
+                now_s = time.monotonic()
+                idle = 1 + len(self._forwarders) + (len(self._preparers) if self._preparers_help else 0)
+                work = self._schedule.next(now_s, forwards=forwards, prepares=prepares, idle=idle)
+                if not isinstance(work, Wait):
+                    self._wake()
+                    return work
+                mine = threading.Condition(self._lock)
+                idlers = self._forwarders if forwards else self._preparers
+                idlers.append(mine)
+                # Woken, it has been taken out; by the time, it is still there.
+                if not mine.wait(None if math.isinf(work.until_s) else work.until_s - now_s) and mine in idlers:
+                    idlers.remove(mine)
+
+    @property
+    def _preparers_help(self) -> bool:
+        return not self._lanes or self._prepare_s >= _WORTH_HELP_S
+
+    def _wake(self, count: int = 1) -> None:
+        """Where there is more to do, as many threads as may be idle; each wakes the next."""
+        if self._schedule.has_arrived:
+            if self._lanes:
+                _wake(self._forwarders, count)
+            if self._preparers_help:
+                _wake(self._preparers, count)
+        if self._schedule.ready:
+            _wake(self._forwarders)
+
+    def _prepare(self, thread: int, item: Item, forwards: bool) -> None:
+        began_s = time.monotonic()
+        error: ServingError | None = None
+        if item.gone or item.expires_s <= began_s:
+            error = DeadlineExceeded("the deadline passed, or the caller has gone")
+        else:
+            self._progress.begin(thread, [item.id], preparing=True)
+            try:
+                item.prepared = self._work.prepare(item)
+            except ServingError as failure:
+                error = failure
+            except Exception:
+                log.exception("a request could not be prepared")
+                error = Internal("the evaluator failed to prepare the request")
+            finally:
+                self._progress.end(thread)
+            item.prepare_s = time.monotonic() - began_s
+        with self._lock:
+            self._prepare_s += (item.prepare_s - self._prepare_s) / 8
+            waits = self._schedule.prepared(item, fit=error is None)
+            # A lane runs a single request itself: to wake another for it would only cost.
+            if self._schedule.ready > forwards:
+                _wake(self._forwarders)
+        if not waits:
+            self._fail([item], error or DeadlineExceeded("the caller has gone"))
+
+    def _forward(self, thread: int, items: Sequence[Item]) -> None:
+        began_s = time.monotonic()
+        self._progress.begin(thread, [item.id for item in items], preparing=False)
+        try:
+            outcomes, forward_s = self._work.infer([item.prepared for item in items])
+            if len(outcomes) != len(items):
+                raise Internal("the forward pass lost a request")
+        except Exception as error:
+            self._progress.end(thread)
+            self._after_failure(thread, items, error)
+            return
+        self._progress.end(thread)
+        postprocess_s = time.monotonic() - began_s - forward_s
+        self._reply(
+            [
+                ItemResult(
+                    item,
+                    outcome,
+                    began_s - item.arrived_s - item.prepare_s,
+                    forward_s,
+                    postprocess_s,
+                    len(items),
+                )
+                for item, outcome in zip(items, outcomes, strict=True)
+            ]
+        )
+
+    def _after_failure(self, thread: int, items: Sequence[Item], error: Exception) -> None:
+        if len(items) > 1:
+            for item in items:
+                self._forward(thread, [item])
+            return
+        if not isinstance(error, ServingError):
+            log.error("a batch failed unexpectedly", exc_info=error)
+            error = Internal("the forward pass failed")
+        self._fail(items, error)
+
+    def _fail(self, items: Sequence[Item], error: ServingError) -> None:
+        if items:
+            self._reply([ItemResult(item, error) for item in items])
+
+    def _reply(self, answers: Sequence[ItemResult]) -> None:
+        with self._lock:
+            for answer in answers:
+                del self._items[answer.item.id]
+        self._answer(answers)
+
+
+def _wake(idlers: list[threading.Condition], count: int = 1) -> None:
+    for _ in range(min(count, len(idlers))):
+        idlers.pop().notify()

@@ -1,0 +1,474 @@
+"""Resources, fetched from a real server on this machine."""
+
+import asyncio
+import base64
+import gzip
+import ipaddress
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from multidict import CIMultiDictProxy
+
+from atserving.errors import InvalidArgument, ResourceUnreachable
+from evaluator.fetching import resources
+from evaluator.fetching.addresses import AddressPolicy
+from evaluator.fetching.resources import ResourceFetcher
+from evaluator.limits import Budget
+from tests.evaluator.names import NameServer, name_server
+
+MAX_BYTES = 100_000
+ZIPPED = {"fair": gzip.compress(bytes(MAX_BYTES)), "bomb": gzip.compress(bytes(64 << 20))}
+FETCH = """
+import asyncio, ipaddress, sys
+from evaluator.fetching.addresses import AddressPolicy
+from evaluator.fetching.resources import ResourceFetcher
+
+async def fetch():
+    async with ResourceFetcher(100, AddressPolicy([ipaddress.ip_network("127.0.0.0/8")])) as fetcher:
+        sys.stdout.buffer.write(await fetcher.fetch(sys.argv[1]))
+
+asyncio.run(fetch())
+"""
+# The server listens on both; only the first may be fetched from.
+ALLOWED, FORBIDDEN = "127.0.0.2", "127.0.0.3"
+
+
+@dataclass
+class Site:
+    """A host that answers as its path says, and counts."""
+
+    port: int = 0
+    runner: web.AppRunner | None = None
+    hits: list[str] = field(default_factory=list)
+    headers: list[CIMultiDictProxy[str]] = field(default_factory=list)
+    running: int = 0
+    most: int = 0
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def listen(self, host: str, secure: ssl.SSLContext | None = None) -> None:
+        """In the clear on the port that it has, if it has one; else on a port of its own, which is then the site's."""
+        assert self.runner
+        listener = web.TCPSite(self.runner, host, 0 if secure else self.port, ssl_context=secure)
+        await listener.start()
+        self.port = self.runner.addresses[-1][1]
+
+    def url(self, path: str, host: str = ALLOWED) -> str:
+        return f"http://{host}:{self.port}{path}"
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.hits.append(request.path)
+        self.headers.append(request.headers)
+        kind, _, rest = request.path.strip("/").partition("/")
+        match kind:
+            case "bytes":
+                return web.Response(body=bytes(int(rest)))
+            case "status":
+                return web.Response(status=int(rest), body=b"what the host says")
+            case "to":
+                return web.Response(status=302, headers={"Location": request.query["url"]})
+            case "loop":
+                raise web.HTTPTemporaryRedirect("/loop")
+            case "hops":
+                raise web.HTTPMovedPermanently(f"/hops/{int(rest) - 1}" if int(rest) > 1 else "/bytes/7")
+            case "cookie":
+                response = web.Response(body=request.headers.get("Cookie", "none").encode())
+                response.set_cookie("session", "secret")
+                return response
+            case "endless":
+                return await self._endless(request, bytes(10_000))
+            case "crumbs":
+                response = web.StreamResponse()
+                await response.prepare(request)
+                for _ in range(int(rest)):
+                    await response.write(b"1")
+                return response
+            case "drip":
+                return await self._endless(request, b"1", 0.001)
+            case "host":
+                return web.Response(body=request.host.encode())
+            case "gzip":
+                return web.Response(body=ZIPPED[rest], headers={"Content-Encoding": "gzip"})
+            case "broken":
+                assert request.transport
+                request.transport.abort()
+                return web.Response()
+            case "wait":
+                self.running += 1
+                self.most = max(self.most, self.running)
+                await self.gate.wait()
+                self.running -= 1
+                return web.Response(body=b"waited")
+        raise web.HTTPNotFound
+
+    async def _endless(self, request: web.Request, piece: bytes, pause_s: float = 0) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(piece)
+            await asyncio.sleep(pause_s)
+
+
+@pytest.fixture
+async def site() -> AsyncIterator[Site]:
+    site = Site()
+    app = web.Application()
+    app.router.add_get("/{path:.*}", site.answer)
+    site.runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await site.runner.setup()
+    await site.listen(ALLOWED)
+    await site.listen(FORBIDDEN)
+    yield site
+    site.gate.set()
+    await site.runner.cleanup()
+
+
+@pytest.fixture
+async def names() -> AsyncIterator[NameServer]:
+    async with name_server() as names:
+        names.addresses = {"good.test": [[ALLOWED]], "bad.test": [[FORBIDDEN]], "both.test": [[ALLOWED, FORBIDDEN]]}
+        yield names
+
+
+@pytest.fixture
+async def fetcher(names: NameServer) -> AsyncIterator[ResourceFetcher]:
+    policy = AddressPolicy([ipaddress.ip_network(f"{ALLOWED}/32")])
+    async with ResourceFetcher(MAX_BYTES, policy, resolver=names.resolver()) as fetcher:
+        yield fetcher
+
+
+async def test_a_data_uri_is_what_it_holds(fetcher: ResourceFetcher) -> None:
+    uri = "data:image/png;base64," + base64.b64encode(b"\x00\xff").decode()
+    assert await fetcher.fetch(uri) == b"\x00\xff"
+
+
+async def test_a_resource_is_fetched(fetcher: ResourceFetcher, site: Site) -> None:
+    assert await fetcher.fetch(site.url("/bytes/100000")) == bytes(100_000)
+
+
+async def test_a_data_uri_has_the_same_limit(fetcher: ResourceFetcher) -> None:
+    with pytest.raises(InvalidArgument, match="larger than 100000 bytes"):
+        await fetcher.fetch("data:;base64," + base64.b64encode(bytes(MAX_BYTES + 1)).decode())
+
+
+async def test_all_of_a_request_is_bounded_together(fetcher: ResourceFetcher, site: Site) -> None:
+    budget = Budget(250_000)
+    assert len(await fetcher.fetch(site.url("/bytes/100000"), budget)) == 100_000
+    await fetcher.fetch("data:;base64," + base64.b64encode(bytes(90_000)).decode(), budget)
+    with pytest.raises(InvalidArgument, match="the request's resources are larger than 250000 bytes together"):
+        await fetcher.fetch(site.url("/bytes/60001"), budget)
+
+
+async def test_crumbs_are_bounded_by_their_number(
+    fetcher: ResourceFetcher, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "_MAX_CHUNKS", 100)
+    assert await fetcher.fetch(site.url("/crumbs/99")) == b"1" * 99
+    with pytest.raises(InvalidArgument, match="comes in more than 100 chunks"):
+        await fetcher.fetch(site.url("/crumbs/1000"))
+
+
+@pytest.mark.parametrize("path", ["/bytes/100001", "/endless"])
+async def test_what_is_too_large_is_left_early(fetcher: ResourceFetcher, site: Site, path: str) -> None:
+    with pytest.raises(InvalidArgument, match="larger than 100000 bytes"):
+        await fetcher.fetch(site.url(path))
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(404, InvalidArgument), (403, InvalidArgument), (500, ResourceUnreachable)]
+)
+async def test_a_hosts_refusal_is_the_requests_fault_its_failure_is_not(
+    fetcher: ResourceFetcher, site: Site, status: int, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind, match=f"its host answered {status}") as error:
+        await fetcher.fetch(site.url(f"/status/{status}?token=secret"))
+    assert "secret" not in str(error.value)
+    assert "what the host says" not in str(error.value)
+
+
+async def test_a_connection_that_breaks_is_the_hosts_fault(fetcher: ResourceFetcher, site: Site) -> None:
+    with pytest.raises(ResourceUnreachable, match="the connection broke"):
+        await fetcher.fetch(site.url("/broken"))
+
+
+async def test_a_host_that_does_not_listen_is_unreachable(fetcher: ResourceFetcher) -> None:
+    with pytest.raises(ResourceUnreachable, match="cannot connect"):
+        await fetcher.fetch(f"http://{ALLOWED}:1/")
+
+
+async def test_an_unknown_host_is_unreachable(fetcher: ResourceFetcher) -> None:
+    with pytest.raises(ResourceUnreachable, match="unknown host"):
+        await fetcher.fetch("http://no-such-host.invalid/")
+
+
+async def test_a_host_that_does_not_answer_in_time_is_unreachable(
+    fetcher: ResourceFetcher, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "_TOTAL_S", 0.05)
+    with pytest.raises(ResourceUnreachable, match=r"did not come within 0\.05 s"):
+        await fetcher.fetch(site.url("/wait"))
+
+
+async def test_the_callers_deadline_is_not_taken_for_the_hosts(fetcher: ResourceFetcher, site: Site) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await fetcher.fetch(site.url("/wait"))
+
+
+async def test_up_to_three_redirects_are_followed(fetcher: ResourceFetcher, site: Site) -> None:
+    assert await fetcher.fetch(site.url("/hops/3")) == bytes(7)
+    for path in ("/hops/4", "/loop"):
+        with pytest.raises(InvalidArgument, match="redirects more than 3 times"):
+            await fetcher.fetch(site.url(path))
+
+
+async def test_no_redirect_leads_where_a_request_may_not(fetcher: ResourceFetcher, site: Site) -> None:
+    targets = [
+        site.url("/bytes/5", FORBIDDEN),
+        f"http://[::ffff:{FORBIDDEN}]:{site.port}/bytes/5",
+        f"http://localhost:{site.port}/bytes/5",
+        f"http://bad.test:{site.port}/bytes/5",
+        f"http://both.test:{site.port}/bytes/5",
+        f"//{FORBIDDEN}:{site.port}/bytes/5",
+        "http://169.254.169.254/latest/meta-data/",
+        "file:///etc/passwd",
+        "data:;base64,AAAA",
+        "http://[::1",
+        "http://host:99999/",
+    ]
+    for target in targets:
+        with pytest.raises(InvalidArgument):
+            await fetcher.fetch(site.url("/to") + f"?url={target}")
+    assert set(site.hits) == {"/to"}
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        FORBIDDEN,
+        "localhost",
+        "[::1]",
+        f"[::ffff:{FORBIDDEN}]",
+        "0",
+        "0.0.0.0",
+        "127.1",
+        "2130706435",
+        "0x7f000003",
+        "0177.0.0.3",
+        "017700000003",
+        "0x7f.0.0.3",
+        f"{FORBIDDEN}.",
+        "127。0。0。3",
+        "①②⑦.0.0.3",
+        "[::127.0.0.3]",
+        "[::ffff:0:127.0.0.3]",
+        "[64:ff9b::7f00:3]",
+        "[2002:7f00:3::]",
+        "[fe80::1%25lo]",
+        "bad.test",
+        "BAD.test.",
+        "both.test",
+    ],
+)
+async def test_forbidden_addresses_are_refused_in_every_notation(
+    fetcher: ResourceFetcher, site: Site, host: str
+) -> None:
+    with pytest.raises((InvalidArgument, ResourceUnreachable)) as error:
+        await fetcher.fetch(site.url("/bytes/5", host))
+    assert isinstance(error.value, InvalidArgument) or "unknown host" in str(error.value)
+    assert site.hits == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("qiniu://z0/bucket/key", "'qiniu://z0/bucket/key': qiniu resources are not set up"),
+        ("file:///etc/passwd", "unsupported uri"),
+        ("ftp://host/x", "unsupported uri"),
+        ("", "unsupported uri"),
+        ("http://", "no http url"),
+        ("http://host:port/", "bad url"),
+        ("data:text/plain,abc", "a data uri should start with"),
+    ],
+)
+async def test_what_is_no_resource_is_refused(fetcher: ResourceFetcher, uri: str, message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        await fetcher.fetch(uri)
+
+
+async def test_cookies_are_not_kept(fetcher: ResourceFetcher, site: Site) -> None:
+    # By a name: from an address no client would keep one anyway.
+    for _ in range(2):
+        assert await fetcher.fetch(site.url("/cookie", "good.test")) == b"none"
+
+
+async def test_a_host_is_asked_for_only_so_many_at_once(fetcher: ResourceFetcher, site: Site) -> None:
+    tasks = [asyncio.create_task(fetcher.fetch(site.url("/wait"))) for _ in range(40)]
+    while site.running < 16:  # noqa: ASYNC110 - what is waited for has no event
+        await asyncio.sleep(0)
+    site.gate.set()
+    assert await asyncio.gather(*tasks) == [b"waited"] * 40
+    assert site.most == 16
+
+
+async def test_one_slow_host_does_not_keep_others_waiting(fetcher: ResourceFetcher, site: Site) -> None:
+    tasks = [asyncio.create_task(fetcher.fetch(site.url("/wait"))) for _ in range(300)]
+    while site.running < 16:  # noqa: ASYNC110 - what is waited for has no event
+        await asyncio.sleep(0)
+    assert await fetcher.fetch(site.url("/bytes/5", "good.test")) == bytes(5)
+    assert not any(task.done() for task in tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_waiting_for_a_connection_is_part_of_the_time_a_fetch_has(
+    fetcher: ResourceFetcher, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [asyncio.create_task(fetcher.fetch(site.url("/wait"))) for _ in range(16)]
+    while site.running < 16:  # noqa: ASYNC110 - what is waited for has no event
+        await asyncio.sleep(0)
+    monkeypatch.setattr(resources, "_TOTAL_S", 0.05)
+    with pytest.raises(ResourceUnreachable, match=r"did not come within 0\.05 s"):
+        await fetcher.fetch(site.url("/bytes/5"))
+    assert "/bytes/5" not in site.hits
+    site.gate.set()
+    assert await asyncio.gather(*tasks) == [b"waited"] * 16
+
+
+async def test_a_host_that_drips_has_no_more_time(
+    fetcher: ResourceFetcher, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "_TOTAL_S", 0.1)
+    with pytest.raises(ResourceUnreachable, match=r"did not come within 0\.1 s"):
+        await fetcher.fetch(site.url("/drip"))
+
+
+async def test_a_name_is_resolved_once_and_what_it_resolved_to_is_connected_to(
+    fetcher: ResourceFetcher, site: Site, names: NameServer
+) -> None:
+    names.addresses["rebound.test"] = [[ALLOWED], [FORBIDDEN]]
+    names.addresses["late.test"] = [[FORBIDDEN], [ALLOWED]]
+    assert await fetcher.fetch(site.url("/host", "rebound.test")) == f"rebound.test:{site.port}".encode()
+    assert names.asked["rebound.test"] == 1
+    with pytest.raises(InvalidArgument, match=r"'late\.test' is not a public address"):
+        await fetcher.fetch(site.url("/bytes/5", "late.test"))
+    assert names.asked["late.test"] == 1
+    assert site.hits == ["/host"]
+
+
+async def test_a_refused_name_and_an_unknown_one_are_so_for_each_request_that_asks(
+    fetcher: ResourceFetcher, site: Site
+) -> None:
+    hosts = ["bad.test", "unknown.test", "good.test"] * 10
+    sources = [site.url(f"/bytes/{number}", host) for number, host in enumerate(hosts)]
+    outcomes = await asyncio.gather(*(fetcher.fetch(source) for source in sources), return_exceptions=True)
+    for number, (host, outcome) in enumerate(zip(hosts, outcomes, strict=True)):
+        resource = f"resource '{site.url(f'/bytes/{number}', host)}'"
+        match host:
+            case "bad.test":
+                assert isinstance(outcome, InvalidArgument)
+                assert outcome.message == f"{resource} may not be fetched: 'bad.test' is not a public address"
+            case "unknown.test":
+                assert isinstance(outcome, ResourceUnreachable)
+                assert outcome.message == f"{resource} could not be reached: unknown host"
+            case _:
+                assert outcome == bytes(number)
+
+
+async def test_names_that_nobody_answers_for_keep_no_other_waiting(
+    fetcher: ResourceFetcher, site: Site, names: NameServer
+) -> None:
+    silent = [f"silent-{number}.test" for number in range(100)]
+    names.addresses |= {name: [] for name in silent}
+    tasks = [asyncio.create_task(fetcher.fetch(site.url("/", name))) for name in silent]
+    assert await fetcher.fetch(site.url("/bytes/5", "good.test")) == bytes(5)
+    assert not any(task.done() for task in tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_proxies_and_passwords_of_the_environment_are_not_used(
+    site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text(f"machine {ALLOWED} login someone password secret\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://{ALLOWED}:1")
+    async with ResourceFetcher(MAX_BYTES, AddressPolicy([ipaddress.ip_network("127.0.0.0/8")])) as fetcher:
+        assert await fetcher.fetch(site.url("/host")) == f"{ALLOWED}:{site.port}".encode()
+    assert "Authorization" not in site.headers[0]
+
+
+async def test_credentials_are_for_their_host_alone_and_in_no_message(fetcher: ResourceFetcher, site: Site) -> None:
+    target = site.url("/status/404", "good.test")
+    for password in ("secret", "se@cret"):
+        uri = site.url(f"/to?url={target}").replace("://", f"://me:{password}@", 1)
+        with pytest.raises(InvalidArgument, match="answered 404") as error:
+            await fetcher.fetch(uri)
+        assert error.value.message == f"resource '{site.url('/to')}': its host answered 404"
+    assert ["Authorization" in headers for headers in site.headers] == [True, False] * 2
+    assert not any("Referer" in headers for headers in site.headers)
+
+
+async def test_what_comes_compressed_is_measured_unpacked(fetcher: ResourceFetcher, site: Site) -> None:
+    assert await fetcher.fetch(site.url("/gzip/fair")) == bytes(MAX_BYTES)
+    assert site.headers[0]["Accept-Encoding"] == "identity"
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidArgument, match="larger than 100000 bytes"):
+            await fetcher.fetch(site.url("/gzip/bomb"))
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+async def test_https_is_for_hosts_that_can_prove_who_they_are(
+    fetcher: ResourceFetcher, site: Site, tmp_path: Path
+) -> None:
+    if not shutil.which("openssl"):
+        pytest.skip("openssl, which makes the certificate, is not installed")
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    made = await asyncio.create_subprocess_exec(
+        *(
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-subj",
+            "/CN=good.test",
+            "-days",
+            "2",
+        ),
+        *("-addext", f"subjectAltName=IP:{ALLOWED}", "-keyout", str(key), "-out", str(certificate)),
+        stderr=subprocess.DEVNULL,
+    )
+    assert await made.wait() == 0
+    secure = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    secure.load_cert_chain(certificate, key)
+    await site.listen(ALLOWED, secure)
+    url = site.url("/bytes/5").replace("http://", "https://")
+    with pytest.raises(ResourceUnreachable, match="TLS failed"):
+        await fetcher.fetch(url)
+    assert site.hits == []
+    # Which certificates are trusted is read once in a process.
+    trusting = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", FETCH, url),
+        env={**os.environ, "SSL_CERT_FILE": str(certificate)},
+        stdout=subprocess.PIPE,
+    )
+    assert await trusting.communicate() == (bytes(5), None)

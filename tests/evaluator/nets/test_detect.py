@@ -1,0 +1,238 @@
+"""The built-in detector, on a small SSD made here, on made-up rows, and on a real network."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from atserving.errors import InvalidArgument
+from evaluator import nets
+from evaluator.net_contract import Model
+from evaluator.nets import detect
+from evaluator.runtime.preprocessing import Transformer
+from tests.caffe.nets import MODELS, input_layer, layer
+from tests.evaluator.built_in import Array, cfg, evaluate, files, loaded
+
+# A quarter of the image is detected where it is bright: four priors, one a quarter, each with its mean brightness.
+QUARTERS = (
+    input_layer(1, 3, 16, 16)
+    + layer("Pooling", "data", "quarters", "pooling_param { pool: AVE kernel_size: 8 stride: 8 }")
+    + layer("Convolution", "quarters", "conf", "convolution_param { num_output: 3 kernel_size: 1 }", "conf")
+    + layer("Convolution", "quarters", "loc", "convolution_param { num_output: 4 kernel_size: 1 }", "loc")
+    + layer("Permute", "conf", "conf_last", "permute_param { order: 0 order: 2 order: 3 order: 1 }", "conf_last")
+    + layer("Reshape", "conf_last", "conf_rows", "reshape_param { shape { dim: 0 dim: -1 dim: 3 } }", "conf_rows")
+    + layer("Softmax", "conf_rows", "conf_prob", "softmax_param { axis: 2 }", "conf_prob")
+    + layer("Flatten", "conf_prob", "conf_flat", "", "conf_flat")
+    + layer("Permute", "loc", "loc_last", "permute_param { order: 0 order: 2 order: 3 order: 1 }", "loc_last")
+    + layer("Flatten", "loc_last", "loc_flat", "", "loc_flat")
+    + layer("PriorBox", "quarters data", "priors", "prior_box_param { min_size: 8 variance: 0.1 }", "priors")
+    + layer(
+        "DetectionOutput",
+        "loc_flat conf_flat priors",
+        "detections",
+        "detection_output_param { num_classes: 3 nms_param { nms_threshold: 0.5 top_k: 10 } "
+        "keep_top_k: 10 code_type: CENTER_SIZE confidence_threshold: 0.01 }",
+    )
+)
+# Class 1 is blue, class 2 red; the background has 2.5, and grey of 85 in all channels is nobody's.
+WEIGHTS = {
+    "conf": [np.array([[0, 0, 0], [0.02, 0, 0], [0, 0, 0.02]]).reshape(3, 3, 1, 1), np.array([2.5, 0, 0])],
+    "loc": [np.zeros((4, 3, 1, 1)), np.zeros(4)],
+}
+
+
+@pytest.fixture(scope="module")
+def quarters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return files(tmp_path_factory.mktemp("quarters"), QUARTERS, WEIGHTS, "0,nothing\n1,blue\n2,red thing\n")
+
+
+def picture(**quarter: str) -> Array:
+    """160 wide, 80 high, black but for the quarters that are named."""
+    image = np.zeros((80, 160, 3), np.uint8)
+    slices = {"tl": np.s_[:40, :80], "tr": np.s_[:40, 80:], "bl": np.s_[40:, :80], "br": np.s_[40:, 80:]}
+    for place, colour in quarter.items():
+        image[slices[place]] = {"blue": (255, 0, 0), "red": (0, 0, 255), "dim": (0, 0, 115)}[colour]
+    return image
+
+
+def test_detections_have_the_fields_of_the_contract(quarters: dict[str, Path]) -> None:
+    (ret,) = evaluate("detect", loaded("detect", cfg(quarters)), (picture(tr="red"), None))
+    assert (ret["code"], list(ret["result"])) == (0, ["detections"])
+    (found,) = ret["result"]["detections"]
+    assert list(found) == ["pts", "index", "class", "score"]
+    assert found["pts"] == [[80, 0], [159, 0], [159, 40], [80, 40]]
+    assert all(type(number) is int for point in found["pts"] for number in point)
+    assert (found["index"], found["class"]) == (2, "red thing")
+    assert type(found["score"]) is float
+    assert 0.5 < found["score"] <= 1
+
+
+def test_requests_of_a_batch_get_their_own_detections_best_first(quarters: dict[str, Path]) -> None:
+    model = loaded("detect", cfg(quarters, batch_size=3))
+    assert model["batch_size"] == 3
+    both, none, one = evaluate(
+        "detect", model, (picture(bl="dim", tr="blue"), {"threshold": 0.4}), (picture(), {}), (picture(br="red"), None)
+    )
+    assert [each["class"] for each in both["result"]["detections"]] == ["blue", "red thing"]
+    scores = [each["score"] for each in both["result"]["detections"]]
+    assert scores == sorted(scores, reverse=True)
+    assert none["result"] == {"detections": []}
+    assert [each["pts"][0] for each in one["result"]["detections"]] == [[80, 40]]
+
+
+def test_the_threshold_is_the_requests_else_the_releases_else_a_half(quarters: dict[str, Path]) -> None:
+    image = picture(tl="red", br="dim")
+    count = lambda model, params: len(evaluate("detect", model, (image, params))[0]["result"]["detections"])  # noqa: E731
+    default, low = loaded("detect", cfg(quarters)), loaded("detect", cfg(quarters, threshold=0.3))
+    assert (count(default, None), count(default, {"threshold": 0.3}), count(default, {"threshold": 1})) == (1, 2, 0)
+    assert (count(low, {}), count(low, {"threshold": 0.5})) == (2, 1)
+    assert count(default, {"threshold": 0}) >= 2
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, "0.5", None, True, [], 10**400])
+def test_a_bad_threshold_is_refused(quarters: dict[str, Path], threshold: Any) -> None:
+    model = loaded("detect", cfg(quarters))
+    with pytest.raises(InvalidArgument, match=r"params\.threshold should be a number from 0 to 1"):
+        evaluate("detect", model, (picture(), {"threshold": threshold}))
+
+
+def test_groups_and_odd_params_are_refused(quarters: dict[str, Path]) -> None:
+    model = loaded("detect", cfg(quarters))
+    with pytest.raises(InvalidArgument, match="detect takes one image, not a list of them"):
+        detect.net_preprocess(model, {"data": [{"body": b""}]})
+    with pytest.raises(InvalidArgument, match="params should be an object"):
+        evaluate("detect", model, (picture(), [1]))
+
+
+def test_boxes_are_of_the_upright_image(quarters: dict[str, Path]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter: what is at the top left is at the top right when upright
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture(tl="red")[:, :, ::-1])).save(buffer, "PNG", exif=exif)
+    model = loaded("detect", cfg(quarters))
+    req = detect.net_preprocess(model, {"data": {"body": buffer.getvalue()}})
+    (ret,) = detect.net_inference(model, {"reqid": "r", "reqs": [req]})
+    assert req["size"] == (80, 160)
+    assert [each["pts"] for each in ret["result"]["detections"]] == [[[40, 0], [79, 0], [79, 80], [40, 80]]]
+
+
+def test_what_is_cut_out_of_a_wider_image_is_put_back_in_its_place(quarters: dict[str, Path]) -> None:
+    # The net sees the middle half: columns 40 to 120 and rows 20 to 60.
+    model = loaded("detect", cfg(quarters, image_width=32))
+    image = np.zeros((80, 160, 3), np.uint8)
+    image[20:40, 80:120] = (0, 0, 255)
+    (ret,) = evaluate("detect", model, (image, None))
+    assert [each["pts"] for each in ret["result"]["detections"]] == [[[80, 20], [120, 20], [120, 40], [80, 40]]]
+
+
+class Rows:
+    """A net that gives those rows, whatever its input."""
+
+    inputs = ("data",)
+
+    def __init__(self, *rows: list[float]) -> None:
+        self._rows = np.array(rows, np.float32).reshape(1, 1, -1, 7)
+
+    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {"out": self._rows}
+
+
+class WholeImage:
+    window = (0.0, 0.0, 1.0, 1.0)
+
+
+def detections(
+    *rows: list[float], requests: int = 1, size: tuple[int, int] = (100, 50), transformer: Any = WholeImage
+) -> list[Any]:
+    head = detect.DetectionOutput("out")
+    model: Model = {"net": Rows(*rows), "head": head, "transformer": transformer, "synset_list": {}}
+    req = {"input": np.zeros((3, 2, 2), np.float32), "size": size, "threshold": 0.0}
+    return detect.net_inference(model, {"reqid": "r", "reqs": [req] * requests})
+
+
+def test_boxes_are_cut_to_the_image_and_those_outside_of_it_left_out() -> None:
+    (ret,) = detections(
+        [0, 1, 0.9, -0.5, -0.5, 1.5, 1.5],
+        [0, 2, 0.8, 0.25, 0.5, 0.5, 1.0],
+        [0, 3, 0.7, 1.1, 0.1, 1.4, 0.4],
+        [0, 4, 0.6, 0.6, 0.6, 0.6, 0.9],
+        [0, 5, 0.5, 0.9, 0.9, 0.1, 0.1],
+    )
+    found = ret["result"]["detections"]
+    assert [each["index"] for each in found] == [1, 2]
+    assert found[0]["pts"] == [[0, 0], [99, 0], [99, 49], [0, 49]]
+    assert found[1]["pts"] == [[25, 25], [50, 25], [50, 49], [25, 49]]
+    assert found[0]["class"] == "1"
+
+
+@given(
+    size=st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
+    seen=st.tuples(st.integers(1, 400), st.integers(1, 400)),
+    cut=st.integers(0, 400),
+    box=st.tuples(*[st.floats(-3, 3, width=32)] * 4),
+)
+def test_corners_are_clockwise_from_top_left_within_images_of_any_size(
+    size: tuple[int, int], seen: tuple[int, int], cut: int, box: tuple[float, ...]
+) -> None:
+    transformer = Transformer((3, *seen), image_width=seen[1] + cut)
+    for each in detections([0, 1, 0.9, *box], size=size, transformer=transformer)[0]["result"]["detections"]:
+        (left, top), _, (right, bottom), _ = each["pts"]
+        assert each["pts"] == [[left, top], [right, top], [right, bottom], [left, bottom]]
+        assert 0 <= left <= right < size[0]
+        assert 0 <= top <= bottom < size[1]
+
+
+def test_rows_of_no_image_and_no_rows_are_no_detections() -> None:
+    assert [ret["result"] for ret in detections(requests=2)] == [{"detections": []}] * 2
+    rets = detections([-1, 1, 0.9, 0, 0, 1, 1], [1, 1, 0.9, 0, 0, 1, 1], requests=2)
+    assert [len(ret["result"]["detections"]) for ret in rets] == [0, 1]
+
+
+def test_what_is_not_finite_fails_its_own_image() -> None:
+    rets = detections([0, 1, float("nan"), 0, 0, 1, 1], [1, 1, 0.9, 0, 0, 1, 1], requests=2)
+    assert [ret["code"] for ret in rets] == [500, 0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"threshold": 1.5}, "custom_values.threshold is 1.5, should be 0 to 1"),
+        ({"threshold": "x"}, "custom_values.threshold is 'x', should be a finite number"),
+        ({"output": "conf"}, "the net's outputs are ['detections']; custom_values.output should name"),
+    ],
+)
+def test_a_release_that_is_no_detector_does_not_start(
+    quarters: dict[str, Path], fields: dict[str, Any], message: str
+) -> None:
+    assert message in nets.built_in("detect").net_init(cfg(quarters, **fields))["error"]
+
+
+def test_a_net_without_detections_does_not_start(tmp_path: Path) -> None:
+    net = files(tmp_path, input_layer(1, 3, 4, 4) + layer("Softmax", tops="prob"))
+    assert "'prob' is no such output" in detect.net_init(cfg(net))["error"]
+
+
+@pytest.mark.skipif(not MODELS.is_dir(), reason="the real models are not here")
+def test_a_real_network_finds_the_faces_of_a_photograph() -> None:
+    names = ("deploy.prototxt", "weight.caffemodel")
+    release = cfg({name: MODELS / "yuface_ssd_v1" / name for name in names}, mean_values=[103.94, 116.78, 123.68])
+    model = loaded("detect", release)
+    body = (MODELS / "images" / "mtcnn_test1.jpg").read_bytes()
+    reqs = [detect.net_preprocess(model, {"data": {"body": body}}) for _ in range(2)]
+    first, second = (ret["result"]["detections"] for ret in detect.net_inference(model, {"reqid": "r", "reqs": reqs}))
+    width, height = reqs[0]["size"]
+    assert len(first) == 2
+    assert [each["pts"] for each in first] == [each["pts"] for each in second]
+    for face in first:
+        (left, top), _, (right, bottom), _ = face["pts"]
+        assert 0 <= left < right < width
+        assert 0 <= top < bottom < height
+        # A face is about as wide as it is high.
+        assert 0.4 < (right - left) / (bottom - top) < 1.6

@@ -1,0 +1,385 @@
+"""The detector on nets that end in grids of anchors: small ones made here, whose boxes one can reckon."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from evaluator.nets import detect, heads
+from evaluator.options import Options
+from tests.caffe.nets import input_layer, layer, normal
+from tests.evaluator.built_in import Array, cfg, evaluate, files, loaded
+
+WIDTH, HEIGHT = 64, 32
+
+
+def grid(stride: int, channels: int, name: str) -> str:
+    """A grid over the input whose numbers are made, by a 1x1 convolution, of the mean colour of each cell."""
+    pooled = f"{name}_mean"
+    return layer(
+        "Pooling", "data", pooled, f"pooling_param {{ pool: AVE kernel_size: {stride} stride: {stride} }}", pooled
+    ) + layer("Convolution", pooled, name, f"convolution_param {{ num_output: {channels} kernel_size: 1 }}", name)
+
+
+def sure_where(colour: int, channel: int, channels: int, bias: list[float]) -> list[Array]:
+    """Weights of such a grid: ``channel`` grows with a colour (0 is blue), which is 0 to 255; all have a bias."""
+    weights = np.zeros((channels, 3, 1, 1))
+    weights[channel, colour] = 0.1
+    return [weights, np.array(bias)]
+
+
+def picture(*cells: tuple[int, int, int], stride: int = 16) -> Array:
+    """Black, of the size of the nets' input, but for cells of a grid, each (row, column, colour)."""
+    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    for row, column, colour in cells:
+        image[row * stride : (row + 1) * stride, column * stride : (column + 1) * stride, colour] = 255
+    return image
+
+
+def boxes(ret: dict[str, Any]) -> list[tuple[int, list[int]]]:
+    assert (ret["code"], ret["message"]) == (0, "")
+    return [(each["index"], each["pts"][0] + each["pts"][2]) for each in ret["result"]["detections"]]
+
+
+# Two anchors, each of x, y, width, height, objectness and two classes. The second anchor is sure where it is blue, of
+# its second class; it is moved a quarter of a cell to the right, and made half as wide and twice as high.
+_UNSURE = [0.0, 0, 0, 0, -20, 0, 0]
+YOLO_BIAS = [*_UNSURE, np.log(3), 0, np.log(0.5), np.log(2), -10, -20, 20]
+YOLO = input_layer(1, 3, HEIGHT, WIDTH) + grid(16, 14, "coarse") + grid(8, 14, "fine")
+YOLO_WEIGHTS = {
+    "coarse": sure_where(0, 7 + 4, 14, YOLO_BIAS),
+    # The first anchor of the fine grid is sure of its first class where it is red.
+    "fine": sure_where(2, 4, 14, [0, 0, 0, 0, -10, 20, -20, *_UNSURE]),
+}
+YOLO_HEAD: dict[str, Any] = {
+    "kind": "yolo",
+    "levels": [
+        {"output": "coarse", "stride": 16, "anchors": [[40, 40], [16, 8]]},
+        {"output": "fine", "stride": 8, "anchors": [[8, 8], [30, 30]]},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def yolo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return files(tmp_path_factory.mktemp("yolo"), YOLO, YOLO_WEIGHTS, "0,red\n1,blue\n")
+
+
+def test_yolo_boxes_are_where_the_cell_the_anchor_and_the_moves_say(yolo: dict[str, Path]) -> None:
+    model = loaded("detect", cfg(yolo, head=YOLO_HEAD))
+    # The cell's centre is (40, 24), and a quarter of 16 pixels further 44; 8 wide, 16 high.
+    blue, red, none = evaluate(
+        "detect", model, (picture((1, 2, 0)), None), (picture((3, 6, 2), stride=8), {}), (picture(), None)
+    )
+    assert boxes(blue) == [(1, [40, 16, 48, 31])]
+    assert boxes(red) == [(0, [48, 24, 56, 31])]
+    assert [each["class"] for ret in (blue, red) for each in ret["result"]["detections"]] == ["blue", "red"]
+    assert none["result"] == {"detections": []}
+
+
+def test_a_yolo_score_is_objectness_times_class(tmp_path: Path) -> None:
+    net = input_layer(1, 3, HEIGHT, WIDTH) + grid(32, 6, "out")
+    weights = {"out": [np.zeros((6, 3, 1, 1)), np.array([0, 0, 0, 0, np.log(4), np.log(3)])]}
+    head = {"kind": "yolo", "levels": [{"output": "out", "stride": 32, "anchors": [[4, 4]]}]}
+    (ret,) = evaluate("detect", loaded("detect", cfg(files(tmp_path, net, weights), head=head)), (picture(), None))
+    assert [each["score"] for each in ret["result"]["detections"]] == pytest.approx([0.8 * 0.75] * 2)
+
+
+def test_boxes_are_of_the_image_and_within_it(yolo: dict[str, Path]) -> None:
+    model = loaded("detect", cfg(yolo, head=YOLO_HEAD))
+    (ret,) = evaluate("detect", model, (cv2.resize(picture((0, 3, 0)), (640, 96)), None))
+    # (56 + 4 - 4, 8 - 8) to (64, 16) of 64x32.
+    assert boxes(ret) == [(1, [560, 0, 639, 48])]
+
+
+# The second anchor is sure where it is blue, the first where it is red. The scores of a class come together.
+RETINAFACE = (
+    input_layer(1, 3, HEIGHT, WIDTH)
+    + grid(16, 4, "score")
+    + layer("Reshape", "score", "pairs", "reshape_param { shape { dim: 2 dim: -1 dim: 0 } axis: 1 }", "pairs")
+    + layer("Softmax", "pairs", "prob", name="softmax")
+    + layer("Reshape", "prob", "scores", "reshape_param { shape { dim: 4 dim: -1 dim: 0 } axis: 1 }", "scores")
+    + grid(16, 8, "boxes")
+)
+RETINAFACE_WEIGHTS = {
+    "score": [
+        np.array([[0, 0, 0], [0, 0, 0], [0, 0, 0.1], [0.1, 0, 0]]).reshape(4, 3, 1, 1),
+        np.array([10.0, 10, 0, 0]),
+    ],
+    "boxes": [np.zeros((8, 3, 1, 1)), np.array([0, 0, 0, 0, 0.5, -0.25, np.log(0.5), np.log(1.5)])],
+}
+RETINAFACE_HEAD: dict[str, Any] = {
+    "kind": "retinaface",
+    "levels": [{"scores": "scores", "boxes": "boxes", "stride": 16, "anchors": [[16, 16], [8, 8]]}],
+}
+
+
+def test_retinaface_boxes_are_where_the_cell_the_anchor_and_the_moves_say(tmp_path: Path) -> None:
+    model = loaded("detect", cfg(files(tmp_path, RETINAFACE, RETINAFACE_WEIGHTS), head=RETINAFACE_HEAD))
+    red, blue = evaluate("detect", model, (picture((1, 2, 2)), None), (picture((0, 1, 0)), None))
+    assert boxes(red) == [(1, [32, 16, 48, 31])]
+    # (24 + 0.5 x 8, 8 - 0.25 x 8), 4 wide and 12 high.
+    assert boxes(blue) == [(1, [26, 0, 30, 12])]
+
+
+def test_the_first_anchors_of_retinaface_have_their_centre_at_8_pixels_whatever_the_stride(tmp_path: Path) -> None:
+    weights = {
+        "score": [np.zeros((2, 3, 1, 1)), np.array([0.1, 0.9])],
+        "boxes": [np.zeros((4, 3, 1, 1)), np.zeros(4)],
+    }
+    net = input_layer(1, 3, HEIGHT, WIDTH) + grid(32, 2, "score") + grid(32, 4, "boxes")
+    level = {"scores": "score", "boxes": "boxes", "stride": 32, "anchors": [[12, 8]]}
+    model = loaded("detect", cfg(files(tmp_path, net, weights), head={"kind": "retinaface", "levels": [level]}))
+    (ret,) = evaluate("detect", model, (picture(), None))
+    assert sorted(boxes(ret)) == [(1, [2, 4, 14, 12]), (1, [34, 4, 46, 12])]
+
+
+def by_anchor(blob: str, numbers: int) -> str:
+    """The numbers of a grid as (anchors, numbers), as an SSD has them."""
+    order = "permute_param { order: 0 order: 2 order: 3 order: 1 }"
+    shape = f"reshape_param {{ shape {{ dim: 0 dim: -1 dim: {numbers} }} }}"
+    last, rows = f"{blob}_last", f"{blob}_rows"
+    return layer("Permute", blob, last, order, last) + layer("Reshape", last, rows, shape, rows)
+
+
+def prior_box(grid: str, size: int) -> str:
+    priors = f"{grid}_priors"
+    variances = "variance: 0.1 variance: 0.1 variance: 0.2 variance: 0.2"
+    parameters = f"prior_box_param {{ min_size: {size} aspect_ratio: 4 flip: false {variances} }}"
+    return layer("PriorBox", f"{grid}_conf data", priors, parameters, priors)
+
+
+# An SSD of two grids, and the same with the layers that find the boxes.
+SSD = (
+    input_layer(1, 3, HEIGHT, WIDTH)
+    + "".join(grid(stride, 6, f"{name}_conf") + by_anchor(f"{name}_conf", 3) for name, stride in (("a", 8), ("b", 16)))
+    + "".join(grid(stride, 8, f"{name}_loc") + by_anchor(f"{name}_loc", 4) for name, stride in (("a", 8), ("b", 16)))
+    + layer("Concat", "a_conf_rows b_conf_rows", "conf", "concat_param { axis: 1 }", "conf")
+    + layer("Concat", "a_loc_rows b_loc_rows", "boxes", "concat_param { axis: 1 }", "boxes")
+    + layer("Softmax", "conf", "scores", "softmax_param { axis: 2 }")
+)
+SSD_ROWS = (
+    SSD
+    + layer("Flatten", "scores", "scores_flat", name="scores_flat")
+    + layer("Flatten", "boxes", "boxes_flat", name="boxes_flat")
+    + prior_box("a", 10)
+    + prior_box("b", 20)
+    + layer("Concat", "a_priors b_priors", "priors", "concat_param { axis: 2 }", "priors")
+    + layer(
+        "DetectionOutput",
+        "boxes_flat scores_flat priors",
+        "detections",
+        "detection_output_param { num_classes: 3 nms_param { nms_threshold: 0.3 top_k: 400 } "
+        "keep_top_k: 400 code_type: CENTER_SIZE confidence_threshold: 0.01 }",
+    )
+)
+SSD_HEAD: dict[str, Any] = {
+    "kind": "ssd",
+    "scores": "scores",
+    "boxes": "boxes",
+    "nms_threshold": 0.3,
+    "levels": [{"stride": 8, "anchors": [[10, 10], [20, 5]]}, {"stride": 16, "anchors": [[20, 20], [40, 10]]}],
+}
+
+
+def ssd_weights() -> dict[str, list[Array]]:
+    return {
+        f"{name}_{kind}": [normal(channels, 3, 1, 1, seed=seed) * 0.01, normal(channels, seed=seed + 9)]
+        for seed, (name, kind, channels) in enumerate(
+            [("a", "conf", 6), ("a", "loc", 8), ("b", "conf", 6), ("b", "loc", 8)]
+        )
+    }
+
+
+def test_an_ssd_head_finds_what_the_same_nets_detection_output_does(tmp_path: Path) -> None:
+    head = loaded("detect", cfg(files(tmp_path / "head", SSD, ssd_weights()), head=SSD_HEAD, threshold=0.3))
+    rows = loaded("detect", cfg(files(tmp_path / "rows", SSD_ROWS, ssd_weights()), threshold=0.3))
+    images = [
+        (np.random.default_rng(seed).integers(0, 255, (HEIGHT, WIDTH, 3)).astype(np.uint8), None) for seed in range(3)
+    ]
+    for ours, caffes in zip(evaluate("detect", head, *images), evaluate("detect", rows, *images), strict=True):
+        expected = caffes["result"]["detections"]
+        assert len(expected) > 10
+        assert {each["index"] for each in expected} == {1, 2}
+        assert boxes(ours) == boxes(caffes)
+        np.testing.assert_allclose(
+            [each["score"] for each in ours["result"]["detections"]], [each["score"] for each in expected], rtol=1e-5
+        )
+
+
+def crowded(tmp_path: Path, moves: list[float], nms_threshold: float) -> list[tuple[int, list[int]]]:
+    """What is found by a YOLO of one anchor of 24x16 a cell, all of which are sure of two classes."""
+    net = input_layer(1, 3, HEIGHT, WIDTH) + grid(16, 7, "out")
+    weights = {"out": [np.zeros((7, 3, 1, 1)), np.array([*moves, 9, 9, 9])]}
+    head = {"kind": "yolo", "levels": [{"output": "out", "stride": 16, "anchors": [[24, 16]]}]}
+    release = cfg(files(tmp_path, net, weights), head={**head, "nms_threshold": nms_threshold})
+    return boxes(evaluate("detect", loaded("detect", release), (picture(), None))[0])
+
+
+def test_of_boxes_that_overlap_the_surest_of_each_class_stays(tmp_path: Path) -> None:
+    # Neighbours share 8 of 40 columns, a fifth of their union.
+    apart, together = (crowded(tmp_path, [0, 0, 0, 0], threshold) for threshold in (0.21, 0.19))
+    assert [len(apart), len(together)] == [16, 8]
+    assert {each for each, _ in together} == {0, 1}
+
+
+def test_an_anchor_can_not_be_stretched_beyond_all_bounds(tmp_path: Path) -> None:
+    found = crowded(tmp_path, [0, 0, 1e30, 1e30], 1.0)
+    assert found == [(label, [0, 0, WIDTH - 1, HEIGHT - 1]) for label, _ in found]
+    assert crowded(tmp_path, [-1e30, 1e30, -1e30, -1e30], 1.0) == []
+
+
+def yolo_head(size: int) -> tuple[heads.Head, dict[str, Array]]:
+    """A head on a net of one grid of ``size`` x ``size`` cells and one class, and outputs of two images, all unsure."""
+
+    class Grid:
+        outputs = ("out",)
+
+        def output_shape(self, name: str) -> tuple[int, ...]:
+            return 6, size, size
+
+    fields = {"kind": "yolo", "nms_threshold": 1.0, "levels": [{"output": "out", "stride": 8, "anchors": [[8, 8]]}]}
+    outputs = np.full((2, 6, size, size), -9.0, np.float32)
+    return heads.read(Options("head", fields), Grid(), (size * 8, size * 8)), {"out": outputs}  # type: ignore[arg-type]
+
+
+def test_the_surest_thousand_boxes_of_an_image_are_looked_at() -> None:
+    head, outputs = yolo_head(100)
+    outputs["out"][1] = np.random.default_rng(1).normal(0, 1, (6, 100, 100))
+    rows = head.rows(outputs, 1, 0.0)
+    numbers = outputs["out"][1, 4:].astype(np.float64)
+    scores = np.sort((1 / (1 + np.exp(-numbers))).prod(axis=0).ravel())[::-1]
+    assert len(rows) == heads.CANDIDATES == 1000
+    np.testing.assert_allclose(np.sort(rows[:, 1])[::-1], scores[:1000], rtol=1e-5)
+
+
+@pytest.mark.parametrize("channel", range(6))
+def test_what_is_no_number_fails_its_own_image(channel: int) -> None:
+    head, outputs = yolo_head(40)
+    outputs["out"][1, 4:, 5, 7] = 9
+    outputs["out"][1, channel, 5, 7] = np.nan
+    model = {"net": Outputs(outputs), "head": head, "transformer": WholeImage(), "synset_list": {}}
+    reqs = [{"input": np.zeros((3, 2, 2), np.float32), "size": (320, 320), "threshold": 0.1}] * 2
+    rets = detect.net_inference(model, {"reqid": "r", "reqs": reqs})
+    assert [ret["code"] for ret in rets] == [0, 500]
+    # Nor may it be lost among many others.
+    rets = detect.net_inference(model, {"reqid": "r", "reqs": [req | {"threshold": 0.0} for req in reqs]})
+    assert [ret["code"] for ret in rets] == [0, 500]
+
+
+class Outputs:
+    """A net that gives these, whatever its input."""
+
+    inputs = ("data",)
+
+    def __init__(self, outputs: dict[str, Array]) -> None:
+        self._outputs = outputs
+
+    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return self._outputs
+
+
+class WholeImage:
+    window = (0.0, 0.0, 1.0, 1.0)
+
+
+COARSE, FINE = YOLO_HEAD["levels"]
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("yolo", "custom_values.head is 'yolo', should be an object"),
+        (None, "custom_values.head is None, should be an object"),
+        ({}, "custom_values.head.kind is None, should be one of: yolo, retinaface, ssd"),
+        ({"kind": ["yolo"]}, "custom_values.head.kind is ['yolo'], should be one of"),
+        ({"kind": "yolo"}, "custom_values.head.levels is None, should be a list of objects"),
+        ({"kind": "yolo", "levels": []}, "custom_values.head.levels is [], should be a list of objects"),
+        ({"kind": "yolo", "levels": [5]}, "custom_values.head.levels is [5], should be a list of objects"),
+        ({**YOLO_HEAD, "nms": 1}, "custom_values.head.nms is not known; known are: kind, levels, nms_threshold"),
+        ({**YOLO_HEAD, "nms_threshold": 1.1}, "custom_values.head.nms_threshold is 1.1, should be 0 to 1"),
+        ({**YOLO_HEAD, "nms_threshold": True}, "custom_values.head.nms_threshold is True, should be a finite number"),
+        (
+            {"kind": "yolo", "levels": [COARSE, {**FINE, "scores": "x"}]},
+            "custom_values.head.levels[1].scores is not known; known are: stride, anchors, output",
+        ),
+        (
+            {"kind": "yolo", "levels": [{**COARSE, "output": "data"}]},
+            "custom_values.head.levels[0].output is 'data', should be one of: coarse, fine",
+        ),
+        (
+            {"kind": "yolo", "levels": [{**COARSE, "stride": 16.0}]},
+            "custom_values.head.levels[0].stride is 16.0, should be a positive integer",
+        ),
+        (
+            {"kind": "yolo", "levels": [{"output": "coarse", "anchors": [[1, 1]]}]},
+            "custom_values.head.levels[0].stride is None, should be a positive integer",
+        ),
+        (
+            {"kind": "yolo", "levels": [{**COARSE, "anchors": [[8, 8], [8]]}]},
+            "custom_values.head.levels[0].anchors is [[8, 8], [8]], should be a list of [width, height]",
+        ),
+        (
+            {"kind": "yolo", "levels": [{**COARSE, "anchors": [[8, 0]]}]},
+            "custom_values.head.levels[0].anchors is [[8, 0]], should be a list of [width, height]",
+        ),
+        (
+            {"kind": "yolo", "levels": [{**COARSE, "stride": 8}]},
+            "custom_values.head.levels[0].output is 'coarse', should be an output of shape (14, 4, 8), not (14, 2, 4)",
+        ),
+        (
+            {"kind": "yolo", "levels": [{**COARSE, "anchors": [[8, 8]] * 3}]},
+            "custom_values.head.levels[0].output is 'coarse', should be an output of shape (18, 2, 4), not (14, 2, 4)",
+        ),
+        (
+            {"kind": "yolo", "levels": [COARSE, {**FINE, "anchors": [[8, 8]]}]},
+            "custom_values.head.levels[1].output is 'fine', should be an output of shape (7, 4, 8), not (14, 4, 8)",
+        ),
+    ],
+)
+def test_a_head_that_is_none_or_does_not_fit_does_not_start(yolo: dict[str, Path], head: Any, message: str) -> None:
+    assert message in detect.net_init(cfg(yolo, head=head))["error"]
+
+
+def test_an_output_without_a_grid_is_no_level(tmp_path: Path) -> None:
+    net = files(tmp_path, YOLO + layer("Reduction", "data", "sum", "reduction_param { axis: 1 }"))
+    head = {"kind": "yolo", "levels": [{**COARSE, "output": "sum"}]}
+    assert "should be an output of shape (12, 2, 4), not ()" in detect.net_init(cfg(net, head=head))["error"]
+
+
+def test_a_retinaface_head_has_to_fit_its_net(tmp_path: Path) -> None:
+    net = files(tmp_path, RETINAFACE, RETINAFACE_WEIGHTS)
+    (level,) = RETINAFACE_HEAD["levels"]
+    for changed, message in (
+        (
+            {"scores": "boxes", "boxes": "scores"},
+            "boxes is 'scores', should be an output of shape (8, 2, 4), not (4, 2, 4)",
+        ),
+        ({"anchors": [[8, 8]]}, "boxes is 'boxes', should be an output of shape (4, 2, 4), not (8, 2, 4)"),
+        ({"boxes": "score"}, "boxes is 'score', should be one of: scores, boxes"),
+    ):
+        error = detect.net_init(cfg(net, head={**RETINAFACE_HEAD, "levels": [{**level, **changed}]}))["error"]
+        assert f"custom_values.head.levels[0].{message}" in error
+
+
+def test_an_ssd_head_has_to_fit_its_net(tmp_path: Path) -> None:
+    net = files(tmp_path, SSD, ssd_weights())
+    fine, coarse = SSD_HEAD["levels"]
+    for changed, message in (
+        (
+            {"levels": [fine]},
+            "scores is 'scores', should be an output of shape (64, classes), the background among them,",
+        ),
+        (
+            {"scores": "boxes", "boxes": "scores"},
+            "boxes is 'scores', should be an output of shape (80, 4), not (80, 3)",
+        ),
+        ({"levels": [{**fine, "output": "a"}, coarse]}, "levels[0].output is not known; known are: stride, anchors"),
+        ({"variances": [0.1]}, "variances is [0.1], should be two numbers, of the centre and of the size"),
+        ({"variances": "x"}, "variances is 'x', should be a finite number or a list of them"),
+    ):
+        assert f"custom_values.head.{message}" in detect.net_init(cfg(net, head={**SSD_HEAD, **changed}))["error"]

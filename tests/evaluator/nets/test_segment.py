@@ -1,0 +1,239 @@
+"""The built-in segmenter, on small nets made here: score maps, label maps, regions, colours."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atserving.errors import InvalidArgument
+from evaluator import nets
+from evaluator.nets import segment
+from evaluator.nets.palette import palette
+from evaluator.runtime.preprocessing import Transformer
+from tests.caffe.nets import input_layer, layer
+from tests.evaluator.built_in import Array, cfg, evaluate, files, loaded
+
+# Halves the size and doubles it again. Class 1 is blue, class 2 red, all else is background.
+SCORES = (
+    input_layer(1, 3, 32, 32)
+    + layer("Convolution", "data", "small", "convolution_param { num_output: 3 kernel_size: 2 stride: 2 }", "small")
+    + layer(
+        "Deconvolution",
+        "small",
+        "scores",
+        "convolution_param { num_output: 3 group: 3 kernel_size: 2 stride: 2 bias_term: false }",
+        "large",
+    )
+)
+PROBABILITIES = SCORES + layer("Softmax", "scores", "prob")
+LABELS = SCORES + layer("ArgMax", "scores", "labels", "argmax_param { axis: 1 }")
+_QUARTER = np.full((1, 1, 2, 2), 0.25)
+WEIGHTS = {
+    "small": [
+        np.concatenate([np.zeros((1, 3, 2, 2)), *(np.eye(3)[c].reshape(1, 3, 1, 1) * _QUARTER for c in (0, 2))]) * 0.1,
+        np.array([10.0, 0, 0]),
+    ],
+    "large": [np.ones((3, 1, 2, 2))],
+}
+BLUE, RED = (255, 0, 0), (0, 0, 255)
+
+
+@pytest.fixture(scope="module", params=[SCORES, PROBABILITIES, LABELS], ids=["scores", "probabilities", "labels"])
+def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return files(tmp_path_factory.mktemp("segment"), request.param, WEIGHTS, "0,sky\n1,water\n")
+
+
+def picture() -> Array:
+    """128 wide, 64 high: a blue rectangle, a red one, and a blue one far from the first."""
+    image = np.zeros((64, 128, 3), np.uint8)
+    image[8:24, 16:48] = BLUE
+    image[32:56, 64:96] = RED
+    image[8:16, 104:120] = BLUE
+    return image
+
+
+def mask(ret: dict[str, Any]) -> Array:
+    """(height, width, 3), red, green and blue."""
+    head, _, data = ret["result"]["mask"].partition(",")
+    assert head == "data:image/png;base64"
+    return cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1]
+
+
+def test_the_result_has_the_fields_of_the_contract(release: dict[str, Path]) -> None:
+    (ret,) = evaluate("segment", loaded("segment", cfg(release)), (picture(), None))
+    assert (ret["code"], list(ret["result"])) == (0, ["mask", "detections"])
+    found = ret["result"]["detections"]
+    assert len(found) == 3
+    assert all(list(each) == ["index", "class", "color", "pts", "score"] for each in found)
+    assert sorted(each["class"] for each in found) == ["2", "water", "water"]
+    assert {each["index"]: each["color"] for each in found} == {1: [128, 0, 0], 2: [0, 128, 0]}
+    assert all(0.5 < each["score"] <= 1 for each in found)
+    scores = [each["score"] for each in found]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_the_mask_has_the_images_size_and_the_classes_colours(release: dict[str, Path]) -> None:
+    (ret,) = evaluate("segment", loaded("segment", cfg(release)), (picture(), {}))
+    painted = mask(ret)
+    assert painted.shape == (64, 128, 3)
+    expected = np.zeros_like(painted)
+    expected[(picture() == BLUE).all(axis=2)] = (128, 0, 0)
+    expected[(picture() == RED).all(axis=2)] = (0, 128, 0)
+    # Borders may move by a pixel of the net's output, which is four of the image's.
+    assert (painted == expected).all(axis=2).mean() > 0.95
+    assert {tuple(colour) for colour in painted.reshape(-1, 3).tolist()} == {(0, 0, 0), (128, 0, 0), (0, 128, 0)}
+
+
+def test_outlines_are_pixels_of_their_region(release: dict[str, Path]) -> None:
+    (ret,) = evaluate("segment", loaded("segment", cfg(release)), (picture(), None))
+    painted = mask(ret)
+    for each in ret["result"]["detections"]:
+        assert all(type(number) is int for point in each["pts"] for number in point)
+        assert all(painted[y, x].tolist() == each["color"] for x, y in each["pts"])
+    (red,) = (each for each in ret["result"]["detections"] if each["index"] == 2)
+    left, top, width, height = cv2.boundingRect(np.array(red["pts"]))
+    np.testing.assert_allclose([left, top, width, height], [64, 32, 32, 24], atol=4)
+
+
+def test_requests_of_a_batch_get_their_own(release: dict[str, Path]) -> None:
+    model = loaded("segment", cfg(release))
+    empty, full = evaluate("segment", model, (np.zeros((10, 20, 3)), None), (np.full((30, 10, 3), RED), None))
+    assert empty["result"]["detections"] == []
+    assert (mask(empty).shape, mask(empty).max()) == ((10, 20, 3), 0)
+    (everything,) = full["result"]["detections"]
+    assert everything["pts"] == [[0, 0], [0, 29], [9, 29], [9, 0]]
+
+
+def test_what_the_net_does_not_see_is_background(release: dict[str, Path]) -> None:
+    model = loaded("segment", cfg(release, image_width=64))
+    (ret,) = evaluate("segment", model, (np.full((64, 128, 3), RED), None))
+    (region,) = ret["result"]["detections"]
+    assert region["pts"] == [[32, 16], [32, 47], [95, 47], [95, 16]]
+
+
+def test_colours_and_background_are_the_releases(release: dict[str, Path]) -> None:
+    model = loaded("segment", cfg(release, colors=[[1, 2, 3], [4, 5, 6]], background=1))
+    (ret,) = evaluate("segment", model, (picture(), None))
+    assert mask(ret)[0, 0].tolist() == [1, 2, 3]
+    assert {each["index"]: each["color"] for each in ret["result"]["detections"]} == {0: [1, 2, 3], 2: [0, 128, 0]}
+    every = loaded("segment", cfg(release, background=-1))
+    (ret,) = evaluate("segment", every, (picture(), None))
+    assert {each["index"] for each in ret["result"]["detections"]} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"colors": "red"}, "custom_values.colors should be a list of at most 256 [red, green, blue], 0 to 255"),
+        ({"colors": [[0, 0, 256]]}, "custom_values.colors should be"),
+        ({"colors": [[0, 0]]}, "custom_values.colors should be"),
+        ({"background": "sky"}, "custom_values.background is 'sky', should be an integer"),
+        ({"background": -2}, "custom_values.background is -2, should be the index of a class, or -1 for none"),
+    ],
+)
+def test_a_wrong_release_does_not_start(release: dict[str, Path], fields: dict[str, Any], message: str) -> None:
+    assert message in nets.built_in("segment").net_init(cfg(release, **fields))["error"]
+
+
+def test_a_net_without_a_map_does_not_start(tmp_path: Path) -> None:
+    net = files(tmp_path, input_layer(1, 3, 4, 4) + layer("Flatten", tops="flat"))
+    assert "'flat' is none" in segment.net_init(cfg(net))["error"]
+
+
+def test_groups_are_refused(release: dict[str, Path]) -> None:
+    with pytest.raises(InvalidArgument, match="segment takes one image, not a list of them"):
+        segment.net_preprocess(loaded("segment", cfg(release)), {"data": [{"body": b""}] * 2})
+
+
+class Maps:
+    """A net that gives that map, whatever its input."""
+
+    inputs = ("data",)
+
+    def __init__(self, given: Array) -> None:
+        self._given = given.astype(np.float32)[np.newaxis]
+
+    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {"out": self._given}
+
+
+class WholeImage:
+    window = (0.0, 0.0, 1.0, 1.0)
+
+
+def of_map(output: Array, size: tuple[int, ...] = (), **fields: Any) -> dict[str, Any]:
+    """The ret for a net's output, of an image of that width and height, or of the same size."""
+    model = {"net": Maps(output), "output": "out", "transformer": WholeImage(), "synset_list": {}, "background": 0}
+    req = {"input": np.zeros((3, 2, 2), np.float32), "size": size or output.shape[:-3:-1]}
+    (ret,) = segment.net_inference(model | {"colors": palette()} | fields, {"reqid": "r", "reqs": [req]})
+    return ret
+
+
+def test_regions_touch_at_corners_and_may_lie_in_anothers_hole() -> None:
+    labels = np.zeros((9, 9))
+    labels[0:7, 0:7] = 1
+    labels[1:6, 1:6] = 0
+    labels[3, 3] = 1  # an island in the lake
+    labels[7, 7] = labels[8, 8] = 1  # touches at corners
+    found = of_map(labels)["result"]["detections"]
+    assert sorted(len(each["pts"]) for each in found) == [1, 6]
+    assert [[3, 3]] in [each["pts"] for each in found]
+    assert [each["score"] for each in found] == [1.0, 1.0]
+
+
+def test_a_regions_score_is_its_mean() -> None:
+    scores = np.zeros((2, 2, 4))
+    scores[1] = [[0.9, 0.7, 0.2, 0.6], [0.9, 0.7, 0.2, 0.6]]
+    scores[0] = 1 - scores[1]
+    found = of_map(scores)["result"]["detections"]
+    assert [round(each["score"], 4) for each in found] == [0.8, 0.6]
+    # What does not add up to one goes through a softmax.
+    found = of_map(np.stack([np.zeros((2, 2)), np.full((2, 2), np.log(3))]))["result"]["detections"]
+    assert [round(each["score"], 4) for each in found] == [0.75]
+
+
+@given(
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    seen=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    cut=st.integers(0, 40),
+    classes=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None)
+def test_masks_and_outlines_fit_images_of_any_size(
+    size: tuple[int, int], seen: tuple[int, int], cut: int, classes: int, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    shape = (classes, *random.integers(1, 9, 2))
+    output = random.normal(0, 3, shape) if classes > 1 else random.integers(0, 4, shape)
+    transformer = Transformer((3, *seen), image_width=seen[1] + cut)
+    ret = of_map(output, size=size, transformer=transformer, background=int(random.integers(-1, 2)))
+    painted = mask(ret)
+    assert painted.shape == (size[1], size[0], 3)
+    for each in ret["result"]["detections"]:
+        assert all(0 <= x < size[0] and 0 <= y < size[1] for x, y in each["pts"])
+        assert all(painted[y, x].tolist() == each["color"] for x, y in each["pts"])
+        assert 0 <= each["score"] <= 1
+
+
+def test_noise_gives_the_largest_regions_only() -> None:
+    noise = np.random.default_rng(1).random((300, 300)) < 0.1
+    assert len(of_map(noise)["result"]["detections"]) == 1000
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1, 2**20])
+def test_an_output_that_is_no_map_is_the_nets_failure(value: float) -> None:
+    assert of_map(np.full((4, 4), value))["code"] == 500
+
+
+def test_the_palette_is_that_of_pascal_voc() -> None:
+    assert palette()[:4].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
+    assert palette()[[8, 15, 20, 255]].tolist() == [[64, 0, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192]]
+    assert len(np.unique(palette(), axis=0)) == 256

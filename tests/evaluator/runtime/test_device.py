@@ -1,0 +1,66 @@
+"""`use_device` and `model_params`: what they may be, and what they mean where nothing is said."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atserving.errors import StartError
+from evaluator.runtime.device import Device
+
+
+def cfg(use_device: str = "GPU", batch_size: int | None = None, **model_params: Any) -> dict[str, Any]:
+    return {"use_device": use_device, "batch_size": batch_size, "model_params": model_params, "custom_values": {}}
+
+
+def test_defaults_are_those_of_the_class() -> None:
+    assert Device.of_release(cfg("CPU")) == Device()
+    assert Device.of_release(cfg("GPU")) == Device("GPU", batch_size=32)
+
+
+def test_what_is_given_is_taken() -> None:
+    given: dict[str, Any] = {
+        "intra_op_threads": 3,
+        "spinning": True,
+        "arena": False,
+        "tensorrt": True,
+        "fp16": True,
+        "tf32": False,
+        "gpu_mem_limit_mib": 512,
+        "cudnn_conv_algo_search": "EXHAUSTIVE",
+    }
+    config = cfg("GPU:2", 5, **given) | {"custom_values": {"workspace": "/somewhere"}}
+    device = Device.of_release(config)
+    assert device == Device("GPU:2", batch_size=5, cache=Path("/somewhere/tensorrt"), **given)
+    assert (device.index, device.is_cpu) == (2, False)
+
+
+def test_unknown_parameters_are_somebody_elses() -> None:
+    assert Device.of_release(cfg("CPU", script_timeout_s=3, whatever="x")) == Device()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "should_be"),
+    [
+        ("intra_op_threads", 0, "a positive integer"),
+        ("spinning", "yes", "true or false"),
+        ("arena", 1, "true or false"),
+        ("tensorrt", None, "true or false"),
+        ("fp16", "true", "true or false"),
+        ("tf32", 0, "true or false"),
+        ("gpu_mem_limit_mib", 1.5, "a positive integer"),
+        ("cudnn_conv_algo_search", "exhaustive", "DEFAULT, HEURISTIC or EXHAUSTIVE"),
+        ("cudnn_conv_algo_search", 1, "a text"),
+    ],
+)
+def test_wrong_values_stop_the_start(key: str, value: object, should_be: str) -> None:
+    with pytest.raises(StartError) as error:
+        Device.of_release(cfg("GPU", **{key: value}))
+    assert str(error.value) == f"model_params.{key} is {value!r}, should be {should_be}"
+
+
+@pytest.mark.parametrize("key", ["tensorrt", "fp16"])
+def test_what_a_cpu_has_not_stops_the_start(key: str) -> None:
+    with pytest.raises(StartError, match=f"model_params.{key} is true, but use_device is CPU"):
+        Device.of_release(cfg("CPU", **{key: True}))
+    assert Device.of_release(cfg("CPU", **{key: False})) == Device()

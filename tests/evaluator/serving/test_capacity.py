@@ -1,0 +1,73 @@
+"""How many requests an instance holds, and what it says to one more."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import ExitStack
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atserving.errors import ResourceExhausted, Unavailable
+from evaluator.serving.capacity import Capacity
+
+
+@given(most=st.integers(1, 5), steps=st.lists(st.booleans(), max_size=40))
+def test_no_more_are_held_than_may_be(most: int, steps: list[bool]) -> None:
+    capacity = Capacity(most)
+    held: list[ExitStack] = []
+    for enters in steps:
+        if enters:
+            stack = ExitStack()
+            if len(held) == most:
+                with pytest.raises(ResourceExhausted) as refusal:
+                    stack.enter_context(capacity.hold())
+                assert refusal.value.refused
+                assert (refusal.value.retry_after_s or 0) > 0
+            else:
+                stack.enter_context(capacity.hold())
+                held.append(stack)
+        elif held:
+            held.pop(0).close()
+        assert capacity.in_flight == len(held) <= most
+
+
+async def test_places_can_be_made_more_and_fewer() -> None:
+    capacity = Capacity(1)
+    with ExitStack() as stack:
+        stack.enter_context(capacity.hold())
+        capacity.limit = 2
+        stack.enter_context(capacity.hold())
+        capacity.limit = 1
+        with pytest.raises(ResourceExhausted):
+            stack.enter_context(capacity.hold())
+
+
+async def test_what_is_said_of_when_to_come_back_grows_with_the_queue() -> None:
+    async def retry_after_s(most: int) -> float:
+        capacity = Capacity(most)
+        for _ in range(20):
+            with capacity.hold():
+                await asyncio.sleep(0.002)
+        with ExitStack() as stack:
+            for _ in range(most):
+                stack.enter_context(capacity.hold())
+            with pytest.raises(ResourceExhausted) as refusal:
+                stack.enter_context(capacity.hold())
+        return refusal.value.retry_after_s or 0
+
+    assert await retry_after_s(100) < await retry_after_s(10_000)
+
+
+async def test_draining_refuses_and_waits_for_what_is_held() -> None:
+    capacity = Capacity(2)
+    with capacity.hold():
+        capacity.drain()
+        drained = asyncio.create_task(capacity.drained())
+        with pytest.raises(Unavailable) as refusal, capacity.hold():
+            pass
+        assert refusal.value.refused
+        await asyncio.sleep(0)
+        assert not drained.done()
+    await drained

@@ -1,0 +1,319 @@
+"""A running evaluator over real gRPC, with a real registry and a real etcd."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from aiohttp import web
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from atserving import transport
+from atserving.config import Instance
+from atserving.v1 import evaluator_pb2
+from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
+from atserving.v1.serving_pb2 import Resource
+from gate.connection import EvaluatorConnection, TransportError
+from tests.evaluator.conftest import DIGITS, Process, Registry, digits_tar, evaluator
+
+IMAGES = DIGITS / "images"
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+DIGIT = Resource(body=(IMAGES / "7.png").read_bytes())
+LOOPBACK = ("--allow-network", "127.0.0.0/8")
+
+
+def address(process: Process) -> str:
+    return str(process.logged(event="registered")["address"])
+
+
+@asynccontextmanager
+async def connected(process: Process) -> AsyncIterator[EvaluatorConnection]:
+    """The process as a gate reaches it."""
+    at = address(process)
+    connection = EvaluatorConnection(Instance(app="any", version="any", id="any", address=at, capacity=1))
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def infer(process: Process, *data: Resource, timeout: float = 30, **fields: Any) -> InferResponse:
+    async with connected(process) as evaluator:
+        return await evaluator.infer(InferRequest(data=data, **fields), timeout, None)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Returns once it holds; asked of another process, so asked again."""
+    while not await asyncio.to_thread(condition):  # noqa: ASYNC110 - what is waited for is in other processes
+        await asyncio.sleep(0.01)
+
+
+class SlowHost:
+    """Serves an image, but only once told to."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.asked = asyncio.Event()
+        self.go_on = asyncio.Event()
+
+    async def answer(self, _: web.Request) -> web.Response:
+        self.asked.set()
+        await self.go_on.wait()
+        return web.Response(body=DIGIT.body)
+
+
+@pytest.fixture
+async def slow_host() -> AsyncIterator[SlowHost]:
+    host = SlowHost()
+    app = web.Application()
+    app.router.add_get("/{path:.*}", host.answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host.url = f"http://127.0.0.1:{runner.addresses[0][1]}/7.png"
+    yield host
+    host.go_on.set()
+    await runner.cleanup()
+
+
+@pytest.fixture(scope="module")
+def digits(registry: Registry) -> Iterator[Process]:
+    """One evaluator for the tests that leave it as it is."""
+    registry.publish("digits", custom_values={"net": "classify"})
+    with evaluator(registry, "digits", "v1", *LOOPBACK) as process:
+        yield process
+
+
+async def test_every_digit_is_named(digits: Process) -> None:
+    async with connected(digits) as evaluator:
+        requests = {path: InferRequest(data=[Resource(body=path.read_bytes())]) for path in sorted(IMAGES.glob("?.*"))}
+        responses = await asyncio.gather(*(evaluator.infer(each, 30, None) for each in requests.values()))
+    for path, response in zip(requests, responses, strict=True):
+        result = orjson.loads(response.result_json)
+        assert [list(result), list(result["confidences"][0])] == [["confidences"], ["index", "class", "score"]]
+        assert len(result["confidences"]) == 1
+        best = result["confidences"][0]
+        assert (best["index"], best["class"]) == (int(path.stem), NAMES[int(path.stem)])
+        assert 0.5 < best["score"] <= 1
+
+
+@pytest.mark.parametrize(("limit", "count"), [(1, 1), (3, 3), (10, 10), (11, 10), (10**30, 10)])
+async def test_limit_says_how_many_classes_come_best_first(digits: Process, limit: int, count: int) -> None:
+    response = await infer(digits, DIGIT, params_json=f'{{"limit": {limit}}}')
+    confidences = orjson.loads(response.result_json)["confidences"]
+    scores = [each["score"] for each in confidences]
+    assert len(confidences) == len({each["index"] for each in confidences}) == count
+    assert scores == sorted(scores, reverse=True)
+    assert confidences[0]["class"] == "seven"
+
+
+@pytest.mark.parametrize(
+    ("data", "fields", "message"),
+    [
+        ([DIGIT], {"params_json": '{"limit": 0}'}, "params.limit should be a positive integer"),
+        ([DIGIT], {"params_json": '{"limit": -1}'}, "params.limit should be a positive integer"),
+        ([DIGIT], {"params_json": '{"limit": true}'}, "params.limit should be a positive integer"),
+        ([DIGIT], {"params_json": '{"limit": 1.0}'}, "params.limit should be a positive integer"),
+        ([DIGIT], {"params_json": '{"limit": "1"}'}, "params.limit should be a positive integer"),
+        ([DIGIT], {"params_json": '{"limit": null}'}, "params.limit should be a positive integer"),
+        ([DIGIT], {"params_json": "[]"}, "params should be an object"),
+        ([DIGIT], {"params_json": "{"}, "params is not JSON"),
+        ([DIGIT], {"params_json": '{"limit": NaN}'}, "params is not JSON"),
+        ([DIGIT], {"params_json": '{"x": ' + "1" * 4301 + "}"}, "params has an integer of more than 4300 digits"),
+        ([DIGIT], {"params_json": "[" * 100_000}, "params is not JSON"),
+        ([Resource(body=DIGIT.body, attribute_json="x")], {}, "attribute is not JSON"),
+        ([DIGIT, DIGIT], {}, "classify takes one image, not a list of them"),
+        ([DIGIT], {"group": True}, "classify takes one image, not a list of them"),
+        ([], {}, "the request has no data"),
+        ([DIGIT] * 65, {}, "the request has 65 resources, more than 64"),
+        ([Resource()], {}, "neither a uri nor a body"),
+        ([Resource(body=b"no image")], {}, "the image can't be decoded"),
+        ([Resource(body=bytes(10 << 20) + b"1")], {}, "larger than 10485760 bytes"),
+        ([Resource(uri="file:///etc/passwd")], {}, "unsupported uri"),
+        ([Resource(uri="http://169.254.169.254/latest")], {}, "not a public address"),
+    ],
+)
+async def test_a_bad_request_is_told_what_is_wrong(
+    digits: Process, data: list[Resource], fields: dict[str, Any], message: str
+) -> None:
+    response = await infer(digits, *data, **fields)
+    assert response.WhichOneof("outcome") == "error"
+    assert (response.error.code, response.error.status, response.error.refused) == (400, 400, False)
+    assert message in response.error.message
+
+
+async def test_what_a_built_in_net_does_not_take_is_not_even_fetched(digits: Process, slow_host: SlowHost) -> None:
+    response = await infer(digits, *[Resource(uri=slow_host.url)] * 2)
+    assert response.error.message == "classify takes one image, not a list of them"
+    assert not slow_host.asked.is_set()
+
+
+async def test_resources_come_by_uri(digits: Process, slow_host: SlowHost) -> None:
+    slow_host.go_on.set()
+    data = "data:image/png;base64," + base64.b64encode(DIGIT.body).decode()
+    for uri in (slow_host.url, data):
+        response = await infer(digits, Resource(uri=uri))
+        assert orjson.loads(response.result_json)["confidences"][0]["class"] == "seven"
+
+
+async def test_a_host_that_is_away_is_a_502(digits: Process) -> None:
+    response = await infer(digits, Resource(uri="http://127.0.0.1:1/x"))
+    assert (response.error.code, response.error.refused) == (502, False)
+
+
+async def test_each_request_has_one_line_in_the_log(digits: Process) -> None:
+    async with connected(digits) as evaluator:
+        request = InferRequest(data=[DIGIT], reqid="one-line")
+        await evaluator.infer(request, 30, "00-abc-def-01")
+        await evaluator.infer(InferRequest(data=[Resource(body=b"x")], reqid="bad-line"), 30, None)
+    good, bad = digits.logged(reqid="one-line"), digits.logged(reqid="bad-line")
+    stages = ["fetch_ms", "decode_ms", "queue_ms", "forward_ms", "total_ms"]
+    assert all(good[stage] >= 0 for stage in stages)
+    assert (good["app"], good["version"], good["code"], good["traceparent"]) == ("digits", "v1", 0, "00-abc-def-01")
+    assert (bad["code"], bad["level"]) == (400, "info")
+    assert "can't be decoded" in bad["reason"]
+    assert sum("one-line" in line for line in digits.lines) == 1
+
+
+async def test_health_and_reflection_are_there(digits: Process) -> None:
+    async with transport.channel(address(digits)) as channel:
+        service = evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"].full_name
+        for name in ("", service):
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        listing = reflection_pb2.ServerReflectionRequest(list_services="")
+        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([listing]))
+        listed = [each.name async for response in call for each in response.list_services_response.service]
+        assert service in listed
+
+
+async def test_a_full_instance_refuses_at_once_and_a_gone_caller_frees_its_place(
+    registry: Registry, slow_host: SlowHost
+) -> None:
+    registry.publish("full")
+    registry.put("worker/app/full/release/v1", {"max_concurrent": 1})
+    with evaluator(registry, "full", "v1", *LOOPBACK) as process:
+        async with connected(process) as full:
+            held = full.infer(InferRequest(data=[Resource(uri=slow_host.url)], reqid="held"), 30, None)
+            reading = asyncio.create_task(held)
+            await slow_host.asked.wait()
+            error = (await full.infer(InferRequest(data=[DIGIT]), 30, None)).error
+            assert (error.code, error.status, error.refused) == (429, 429, True)
+            assert error.retry_after_ms > 0
+            reading.cancel()
+            assert (await asyncio.to_thread(process.logged, reqid="held"))["code"] == 499
+            assert (await full.infer(InferRequest(data=[DIGIT]), 30, None)).result_json
+
+
+async def test_a_deadline_that_passes_ends_the_work(registry: Registry, slow_host: SlowHost) -> None:
+    registry.publish("late")
+    registry.put("worker/app/late/release/v1", {"max_concurrent": 1})
+    with evaluator(registry, "late", "v1", *LOOPBACK) as process:
+        with pytest.raises(TimeoutError):
+            await infer(process, Resource(uri=slow_host.url), reqid="late", timeout=0.3)
+        assert (await asyncio.to_thread(process.logged, reqid="late"))["code"] in (499, 504)
+        assert (await infer(process, DIGIT)).result_json
+
+
+async def test_worker_config_applies_live_and_a_deleted_release_is_served_on(registry: Registry) -> None:
+    registry.publish("live")
+    with evaluator(registry, "live") as process:
+        await until(lambda: [each["capacity"] for each in registry.instances("live")] == [64])
+        registry.put("worker/app/live/default", {"max_concurrent": 7, "delay4batch": "1ms"})
+        await until(lambda: [each["capacity"] for each in registry.instances("live")] == [7])
+        registry.delete("eval/live/v1")
+        await asyncio.to_thread(
+            process.logged, event="the release was deleted; serving goes on until this process is stopped"
+        )
+        assert (await infer(process, DIGIT)).result_json
+
+
+async def test_leaving_finishes_what_is_held_and_refuses_the_rest(registry: Registry, slow_host: SlowHost) -> None:
+    registry.publish("leaving")
+    with evaluator(registry, "leaving", "v1", *LOOPBACK) as process:
+        async with connected(process) as leaving:
+            held = asyncio.ensure_future(leaving.infer(InferRequest(data=[Resource(uri=slow_host.url)]), 30, None))
+            await slow_host.asked.wait()
+            process.terminate()
+            await asyncio.to_thread(process.logged, event="deregistered")
+            assert registry.instances("leaving") == []
+            error = (await leaving.infer(InferRequest(data=[DIGIT]), 30, None)).error
+            assert (error.code, error.refused) == (503, True)
+            slow_host.go_on.set()
+            assert orjson.loads((await held).result_json)["confidences"][0]["class"] == "seven"
+        assert await asyncio.to_thread(process.wait) == 0
+        assert process.logged(event="stopped")
+
+
+async def test_the_grace_bounds_how_long_leaving_takes(registry: Registry, slow_host: SlowHost) -> None:
+    registry.publish("graceless")
+    with evaluator(registry, "graceless", "v1", *LOOPBACK, "--grace", "0") as process:
+        async with connected(process) as leaving:
+            held = asyncio.ensure_future(leaving.infer(InferRequest(data=[Resource(uri=slow_host.url)]), 30, None))
+            await slow_host.asked.wait()
+            process.terminate()
+            assert await asyncio.to_thread(process.wait) == 0
+            with pytest.raises(TransportError):
+                await held
+
+
+SCRIPT = b"""
+import os, time
+
+def net_init(cfg):
+    return {"batch_size": 4}
+
+def net_inference(model, args):
+    rets = []
+    for req in args["reqs"]:
+        do = (req.get("params") or {}).get("do")
+        if do == "sleep":
+            print("asleep")
+            time.sleep(1000)
+        if do == "die":
+            os._exit(1)
+        group = isinstance(req["data"], list)
+        sizes = [os.path.getsize(each["uri"]) for each in (req["data"] if group else [req["data"]])]
+        rets.append({"code": 0, "result": {"sizes": sizes, "group": group}})
+        if do == "stream":
+            rets[-1] = {"code": 0, "message": "bytes", "result_file": bytes(3)}
+    return rets
+"""
+
+
+async def test_a_script_answers_and_what_it_does_to_itself_reaches_nobody_else(
+    registry: Registry, tmp_path: Path
+) -> None:
+    registry.publish("script", file=digits_tar(tmp_path / "release.tar", **{"net.py": SCRIPT}))
+    with evaluator(registry, "script") as process:
+        async with connected(process) as script:
+
+            async def ask(do: str, *data: Resource, timeout: float = 30, **fields: Any) -> InferResponse:
+                request = InferRequest(data=data or [DIGIT], params_json=f'{{"do": "{do}"}}', **fields)
+                return await script.infer(request, timeout, None)
+
+            size = len(DIGIT.body)
+            assert orjson.loads((await ask("answer")).result_json) == {"sizes": [size], "group": False}
+            pair = await ask("answer", DIGIT, Resource(body=b"12"), group=True)
+            assert orjson.loads(pair.result_json) == {"sizes": [size, 2], "group": True}
+            stream = await ask("stream")
+            assert (stream.stream, stream.message) == (bytes(3), "bytes")
+            died, *others = await asyncio.gather(ask("die"), *(ask("answer") for _ in range(8)))
+            assert (died.error.code, died.error.message) == (500, "the net's process died")
+            assert all(orjson.loads(other.result_json)["sizes"] == [size] for other in others)
+            stuck = asyncio.create_task(ask("sleep", timeout=2))
+            await asyncio.to_thread(process.logged, event="script", text="asleep")
+            others = await asyncio.gather(*(ask("answer") for _ in range(8)))
+            assert all(orjson.loads(other.result_json)["sizes"] == [size] for other in others)
+            # By the instance or, first, by the caller itself.
+            with suppress(TimeoutError):
+                assert (await stuck).error.code == 504
+        process.terminate()
+        assert await asyncio.to_thread(process.wait) == 0

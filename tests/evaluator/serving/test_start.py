@@ -1,0 +1,137 @@
+"""What keeps an evaluator from starting is one line that an operator can act on, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atserving.errors import StartError
+from evaluator.serving.instance import InstanceSettings, run
+from tests.evaluator.conftest import DIGITS, ROOT, Registry, digits_tar, start_evaluator
+
+SCRIPT = b"def net_inference(model, args): ...\ndef net_init(cfg):\n"
+TARS: dict[str, tuple[dict[str, bytes | None], str]] = {
+    "no-weights": ({"weight.caffemodel": None}, "the release's tar has no weight.caffemodel"),
+    "script": ({"net.py": b"def net_init(cfg): ..."}, "net.py has no function net_inference"),
+    "script-error": ({"net.py": SCRIPT + b"    return {'error': 'no tags'}"}, "no tags"),
+    "no-net": ({"deploy.prototxt": b"layer {"}, "the net can't be converted: deploy.prototxt: "),
+    "broken-weights": ({"weight.caffemodel": b"\xff" * 99}, "the net can't be converted: weight.caffemodel: "),
+    "broken-mean": ({"mean.binaryproto": b"\xff" * 99}, "mean.binaryproto: "),
+    "labels-without-names": ({"labels.csv": b"zero\none\n"}, "labels.csv: line 'zero' should be index,name"),
+    "labels-twice": ({"labels.csv": b"0,zero\n0,one\n"}, "labels.csv: index 0 is there twice"),
+    "labels-in-latin-1": ({"labels.csv": b"0,z\xe9ro\n"}, "labels.csv: "),
+}
+FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "gpu": ({"use_device": "GPU"}, "use_device is GPU, but this onnxruntime has no CUDA"),
+    "gpu-1": ({"use_device": "GPU:1"}, "use_device is GPU:1, but this onnxruntime has no CUDA"),
+    "other-net": ({"custom_values": {"net": "guess"}}, "custom_values.net is 'guess'; the built-in nets are: classify"),
+    "odd-net": ({"custom_values": {"net": ["classify"]}}, "custom_values.net is ['classify']"),
+    "other-output": ({"custom_values": {"output": "ip1"}}, "the net's outputs are ['prob']"),
+    "odd-scale": ({"custom_values": {"raw_scale": "1"}}, "custom_values.raw_scale is '1', should be a finite number"),
+    "two-means": ({"custom_values": {"mean_values": [1, 2, 3]}}, "both mean.binaryproto and custom_values.mean_values"),
+    "narrow": ({"image_width": 8}, "image_width is 8, less than the net's input, 28"),
+    "threads": ({"model_params": {"intra_op_threads": 0}}, "model_params.intra_op_threads is 0, should be a positive"),
+    "digest": ({"file": f"file://{DIGITS / 'digits-v1.tar'}#sha256={'0' * 64}"}, f"not {'0' * 64}"),
+    "no-file": ({"file": "file:///no/such.tar"}, "there is no such file"),
+    "qiniu": (
+        {"file": "qiniu://z0/models/digits.tar"},
+        "file qiniu://z0/models/digits.tar: needs the keys of its owner, see --qiniu",
+    ),
+}
+
+
+async def start(registry: str, app: str, workspace: Path, wait_s: float = 5) -> str:
+    with pytest.raises(StartError) as error:
+        await run(InstanceSettings(app, "v1", [registry], "127.0.0.1:0", workspace=workspace, wait_s=wait_s))
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(workspace) not in message
+    assert os.listdir(workspace) == []
+    return message
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    folder = tmp_path / "workspace"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("app", TARS)
+async def test_a_tar_that_can_not_be_served_stops_the_start(
+    app: str, registry: Registry, tmp_path: Path, workspace: Path
+) -> None:
+    members, message = TARS[app]
+    registry.publish(app, file=digits_tar(tmp_path / "release.tar", **members))
+    assert message in await start(registry.address, app, workspace)
+
+
+@pytest.mark.parametrize("app", FIELDS)
+async def test_a_release_that_can_not_be_served_stops_the_start(app: str, registry: Registry, workspace: Path) -> None:
+    fields, message = FIELDS[app]
+    registry.publish(app, **fields)
+    assert message in await start(registry.address, app, workspace)
+
+
+async def test_a_release_that_is_not_published_or_malformed_stops_the_start(
+    registry: Registry, workspace: Path
+) -> None:
+    registry.publish("malformed", use_device="TPU")
+    for app in ("malformed", "nobody"):
+        message = await start(registry.address, app, workspace, 0.2)
+        assert message == f"{app} v1 was not published within 0.2 s, or its release is malformed"
+
+
+async def test_a_port_in_use_stops_the_start(registry: Registry, workspace: Path) -> None:
+    registry.publish("busy")
+    settings = InstanceSettings("busy", "v1", [registry.address], registry.address, workspace=workspace)
+    with pytest.raises(StartError, match="cannot listen on"):
+        await run(settings)
+
+
+def test_a_registry_that_is_away_is_one_line_and_a_failure() -> None:
+    process = start_evaluator("127.0.0.1:1", "digits", "v1", "--wait", "0.3")
+    assert process.wait() == 1
+    # Beside the log's lines, which are JSON.
+    assert [line for line in process.lines if not line.startswith("{")] == process.lines[-1:]
+    assert process.lines[-1].startswith("evaluator: no registry within 0.3 s: registry 127.0.0.1:1: ")
+
+
+def test_sigterm_ends_a_script_that_never_starts(registry: Registry, tmp_path: Path) -> None:
+    never = SCRIPT + b"    import sys, time\n    print('waiting')\n    time.sleep(1000)"
+    registry.publish("never-starts", file=digits_tar(tmp_path / "release.tar", **{"net.py": never}))
+    process = start_evaluator(registry.address, "never-starts")
+    process.logged(event="script", text="waiting")
+    process.terminate()
+    assert process.wait() == 0
+
+
+def test_sigterm_during_the_start_is_a_clean_end(registry: Registry) -> None:
+    process = start_evaluator(f"{registry.address}", "never-published", "v1", "--wait", "600", "--log-level", "debug")
+    process.logged(event="starting")
+    process.terminate()
+    assert process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--app", "a b"], "'a b' should match"),
+        (["--allow-network", "10.0.0.1/8"], "has host bits set"),
+        (["--advertise", "nowhere"], "'nowhere' is not host:port"),
+        (["--registry", "nowhere"], "'nowhere' is not host:port"),
+        (["--grace", "-1"], "-1"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flags: list[str], message: str) -> None:
+    given = {"--app": "digits", "--version": "v1", "--registry": "127.0.0.1:1"} | {flags[0]: flags[1]}
+    command = [sys.executable, "-m", "evaluator", *(part for pair in given.items() for part in pair)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1

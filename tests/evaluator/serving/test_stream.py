@@ -1,0 +1,210 @@
+"""Both ends of the stream between gate and instance, over a real socket: nothing lost, nothing twice, none mixed up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import grpc.aio
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atserving import transport
+from atserving.config import Instance
+from atserving.v1 import evaluator_pb2_grpc
+from atserving.v1.evaluator_pb2 import Call, ExchangeRequest, ExchangeResponse, InferRequest, InferResponse
+from evaluator.serving.stream import MOST_OPEN, GateStream
+from gate.connection import EvaluatorConnection, TransportError
+
+Context = grpc.aio.ServicerContext[ExchangeRequest, ExchangeResponse]
+
+
+@dataclass
+class Echo(evaluator_pb2_grpc.EvaluatorServiceServicer):
+    """Answers with the request's params once ``gate_of`` lets it; counts what it does."""
+
+    gate_of: Callable[[str], Awaitable[object]] | None = None
+    ran: Counter[str] = field(default_factory=Counter)
+    cancelled: Counter[str] = field(default_factory=Counter)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    frames: int = 0
+
+    async def GateStream(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[ExchangeRequest], context: Context
+    ) -> None:
+        async def counted() -> AsyncIterator[ExchangeRequest]:
+            async for frame in request_iterator:
+                self.frames += 1
+                yield frame
+
+        await GateStream(self._infer).run(counted(), context.write)
+
+    async def _infer(self, call: Call) -> InferResponse:
+        name = call.request.params_json
+        self.ran[name] += 1
+        self.changed.set()
+        try:
+            if self.gate_of:
+                await self.gate_of(name)
+        except asyncio.CancelledError:
+            self.cancelled[name] += 1
+            self.changed.set()
+            raise
+        return InferResponse(result_json=name)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(30):
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+
+@asynccontextmanager
+async def serving(servicer: Echo, port: int = 0) -> AsyncIterator[tuple[transport.Server, EvaluatorConnection, int]]:
+    server = transport.Server([])
+    evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(servicer, server.grpc)
+    port = await server.start(f"127.0.0.1:{port}")
+    connection = EvaluatorConnection(Instance(app="a", version="v", id="i", address=f"127.0.0.1:{port}", capacity=1))
+    try:
+        yield server, connection, port
+    finally:
+        await connection.close()
+        await server.stop(0)
+
+
+def ask(connection: EvaluatorConnection, name: str, timeout_s: float = 30) -> asyncio.Task[InferResponse]:
+    return asyncio.create_task(connection.infer(InferRequest(params_json=name), timeout_s, None))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data(), st.integers(1, 40))
+def test_each_call_gets_its_own_answer_in_whatever_order_they_are_ready(data: st.DataObject, count: int) -> None:
+    names = [str(number) for number in range(count)]
+    order = data.draw(st.permutations(names))
+    gone = data.draw(st.sets(st.sampled_from(names)))
+
+    async def run() -> None:
+        gates = {name: asyncio.Event() for name in names}
+        echo = Echo(lambda name: gates[name].wait())
+        async with serving(echo) as (_, connection, _):
+            tasks = {name: ask(connection, name) for name in names}
+            await echo.until(lambda: echo.ran.total() == count)
+            for name in gone:
+                tasks[name].cancel()
+            await echo.until(lambda: set(echo.cancelled) == gone)
+            for name in order:
+                gates[name].set()
+            answers = await asyncio.gather(*tasks.values(), return_exceptions=True)
+        for name, answer in zip(names, answers, strict=True):
+            if name in gone:
+                assert isinstance(answer, asyncio.CancelledError)
+            else:
+                assert isinstance(answer, InferResponse)
+                assert answer.result_json == name
+        assert echo.ran == Counter(names)
+        assert echo.cancelled == Counter(gone)
+
+    asyncio.run(run())
+
+
+async def test_what_waits_together_travels_together() -> None:
+    echo = Echo()
+    async with serving(echo) as (_, connection, _):
+        await asyncio.gather(*(ask(connection, str(n)) for n in range(200)))
+        assert echo.frames < 20
+
+
+async def test_a_call_taken_back_before_it_is_sent_never_runs() -> None:
+    echo = Echo()
+    async with serving(echo) as (_, connection, _):
+        task = ask(connection, "gone")
+        await asyncio.sleep(0)
+        task.cancel()
+        await ask(connection, "next")
+        assert echo.ran == {"next": 1}
+
+
+async def test_a_deadline_cancels_the_work_there() -> None:
+    echo = Echo(lambda _: asyncio.Event().wait())
+    async with serving(echo) as (_, connection, _):
+        with pytest.raises(TimeoutError):
+            await ask(connection, "slow", timeout_s=0.05)
+        await echo.until(lambda: bool(echo.cancelled or not echo.ran))
+
+
+async def test_a_stream_that_breaks_fails_what_was_on_it_and_is_opened_again() -> None:
+    echo = Echo(lambda _: asyncio.Event().wait())
+    async with serving(echo) as (server, connection, port):
+        lost = ask(connection, "lost")
+        await echo.until(lambda: echo.ran.total() == 1)
+        await server.stop(0)
+        with pytest.raises(TransportError) as caught:
+            await lost
+        assert caught.value.reached
+        with pytest.raises(TransportError) as caught:
+            await ask(connection, "refused")
+        assert not caught.value.reached
+        assert echo.cancelled == {"lost": 1}
+        async with serving(Echo(), port):
+            while True:
+                try:
+                    answer = await ask(connection, "back")
+                    break
+                except TransportError as error:
+                    assert not error.reached
+                    await asyncio.sleep(0.01)
+            assert answer.result_json == "back"
+
+
+async def test_a_gate_that_goes_takes_all_its_calls_along() -> None:
+    echo = Echo(lambda _: asyncio.Event().wait())
+    async with serving(echo) as (_, connection, _):
+        tasks = [ask(connection, str(n)) for n in range(5)]
+        await echo.until(lambda: echo.ran.total() == 5)
+        await connection.close()
+        failed = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(each, TransportError) for each in failed)
+        await echo.until(lambda: echo.cancelled.total() == 5)
+        # Nobody tends it any more: a call must not wait for an answer until its deadline.
+        with pytest.raises(TransportError, match="closed"):
+            await ask(connection, "late")
+
+
+async def test_large_calls_are_not_heaped_into_one_message() -> None:
+    echo = Echo()
+    async with serving(echo) as (_, connection, _):
+        big = "x" * (3 << 20)
+        answers = await asyncio.gather(*(ask(connection, big + str(n)) for n in range(30)))
+    assert [answer.result_json[-2:].strip("x") for answer in answers] == [str(n) for n in range(30)]
+
+
+async def test_a_gate_can_not_open_more_calls_than_are_bounded() -> None:
+    release = asyncio.Event()
+    running = 0
+    written: list[ExchangeResponse] = []
+
+    async def infer(_: Call) -> InferResponse:
+        nonlocal running
+        running += 1
+        await release.wait()
+        return InferResponse()
+
+    async def write(frame: ExchangeResponse) -> None:
+        written.append(frame)
+
+    async def flood() -> AsyncIterator[ExchangeRequest]:
+        yield ExchangeRequest(calls=[Call(id=n) for n in range(MOST_OPEN + 100)])
+
+    exchange = asyncio.create_task(GateStream(infer).run(flood(), write))
+    while running < MOST_OPEN:  # noqa: ASYNC110 - a turn of the loop at a time
+        await asyncio.sleep(0)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert running == MOST_OPEN
+    release.set()
+    await exchange
+    assert Counter(reply.id for frame in written for reply in frame.replies) == Counter(range(MOST_OPEN + 100))

@@ -1,0 +1,125 @@
+"""What the net's answers mean, good and bad."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from atserving.errors import Internal, InvalidArgument, NetError, ServingError, StartError
+from evaluator.net_contract import Model, NetFunctions, Req
+from evaluator.worker.net_runner import NetRunner, Prepared, Result
+
+
+@dataclass
+class Holds:
+    number: float
+
+
+def runner(workspace: Path, inference: Any, *, init: Any = None, preprocess: Any = None) -> NetRunner:
+    functions = NetFunctions(init or (lambda _: {"error": "", "batch_size": 2}), inference, preprocess)
+    return NetRunner(functions, cfg(workspace))
+
+
+def cfg(workspace: Path) -> dict[str, Any]:
+    return {"custom_values": {"workspace": str(workspace)}, "tar_files": {}, "custom_files": {}, "batch_size": None}
+
+
+def outcome(workspace: Path, ret: Any) -> Result | ServingError:
+    return runner(workspace, lambda model, args: [ret]).infer([Prepared("r", {})])[0]
+
+
+def test_the_net_is_given_the_batch_in_order(tmp_path: Path) -> None:
+    def inference(model: Model, args: dict[str, Any]) -> list[dict[str, Any]]:
+        assert args["reqid"] == "a,b"
+        return [{"code": 0, "message": "", "result": req} for req in args["reqs"]]
+
+    results = runner(tmp_path, inference).infer([Prepared("a", {"n": 1}), Prepared("b", {"n": 2})])
+    assert results == [Result("", b'{"n":1}'), Result("", b'{"n":2}')]
+
+
+def test_results_are_json_or_bytes_or_a_file_of_the_workspace(tmp_path: Path) -> None:
+    (tmp_path / "out.bin").write_bytes(b"\x00\x01")
+    assert outcome(tmp_path, {"code": 0, "message": "hi", "result": None}) == Result("hi", b"null")
+    assert outcome(tmp_path, {"result": {"x": np.float32(1.5), "y": np.arange(2)}}) == Result(
+        "", b'{"x":1.5,"y":[0,1]}'
+    )
+    assert outcome(tmp_path, {"code": 0, "result_file": b"raw"}) == Result("", stream=b"raw")
+    assert outcome(tmp_path, {"code": 0, "result_file": str(tmp_path / "out.bin")}) == Result("", stream=b"\x00\x01")
+    # It was the net's to make and is this request's alone.
+    assert not (tmp_path / "out.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [(400, 400), (415, 415), (571, 571), (599, 599), (-1, 400), (-2, 500), (-3, 400), (7, 500), (700, 500)],
+)
+def test_a_nets_own_code_is_kept_and_has_a_status(code: int, status: int, tmp_path: Path) -> None:
+    error = outcome(tmp_path, {"code": code, "message": "bad face"})
+    assert isinstance(error, NetError)
+    assert (error.code, error.status, error.message) == (code, status, "bad face")
+
+
+@pytest.mark.parametrize(
+    "ret",
+    [
+        None,
+        [],
+        {"code": "0", "result": {}},
+        {"code": True},
+        {"code": 0, "message": 5},
+        {"code": 0, "result": {"x": float("nan")}},
+        {"code": 0, "result": [None, {"x": [np.float32("inf")]}]},
+        {"code": 0, "result": {"x": object()}},
+        {"code": 0, "result": {1: 2}},
+        {"code": 0, "result": Holds(float("nan"))},
+        {"code": 0, "result": {"x": 2**70}},
+        {"code": 0, "result_file": "/etc/passwd"},
+        {"code": 0, "result_file": "../outside"},
+        {"code": 0, "result_file": 5},
+    ],
+)
+def test_a_malformed_ret_is_the_nets_failure_and_shows_nothing(ret: Any, tmp_path: Path) -> None:
+    error = outcome(tmp_path, ret)
+    assert isinstance(error, Internal)
+    assert error.message == "the net's result is malformed"
+
+
+@pytest.mark.parametrize("rets", [None, [], [{}] * 3, ({}, {})])
+def test_another_number_of_rets_fails_the_batch(rets: Any, tmp_path: Path) -> None:
+    with pytest.raises(Internal, match="the net did not return one result a request"):
+        runner(tmp_path, lambda model, args: rets).infer([Prepared("a", {}), Prepared("b", {})])
+
+
+def test_exceptions_show_neither_paths_nor_traces(tmp_path: Path) -> None:
+    def fail(*_: Any) -> Any:
+        raise ValueError("in /srv/secret/net.py")
+
+    broken = runner(tmp_path, fail, preprocess=fail)
+    with pytest.raises(Internal) as inference:
+        broken.infer([Prepared("a", {})])
+    with pytest.raises(Internal) as preparation:
+        broken.prepare("a", {})
+    assert (inference.value.message, preparation.value.message) == (
+        "the forward pass failed",
+        "the net failed to prepare the request",
+    )
+
+
+def test_what_preprocess_says_of_the_request_passes(tmp_path: Path) -> None:
+    def refuse(model: Model, req: Req) -> Req:
+        raise InvalidArgument("no face")
+
+    with pytest.raises(InvalidArgument, match="no face"):
+        runner(tmp_path, lambda *_: [], preprocess=refuse).prepare("a", {})
+
+
+def test_a_net_that_says_it_can_not_start_does_not(tmp_path: Path) -> None:
+    def raises(_: Any) -> Model:
+        raise OSError("/srv/secret")
+
+    with pytest.raises(StartError, match="no weights"):
+        runner(tmp_path, lambda *_: [], init=lambda _: {"error": "no weights"})
+    with pytest.raises(StartError, match="net_init raised OSError, see the log"):
+        runner(tmp_path, lambda *_: [], init=raises)
