@@ -21,7 +21,7 @@ from atserving.errors import (
 from atserving.v1 import evaluator_pb2
 from gate.admission import Caller, admit
 from gate.connection import EvaluatorConnection, TransportError
-from gate.router import Endpoint, Router
+from gate.router import Endpoint, Route, Router
 
 log = structlog.get_logger()
 
@@ -101,32 +101,36 @@ class Dispatcher:
             )
 
     async def _eval(self, task: Task, call: CallContext) -> EvalResult:
+        route = self._admit(task, call)
         self._check(task, call)
         task.request.reqid = call.reqid
-        deadline = call.started + self._router.timeout(task.app, task.version).total_seconds()
+        deadline = call.started + route.timeout_s
         if call.deadline is not None:
             deadline = min(deadline, call.deadline)
         try:
-            return await self._infer(task, call, deadline)
+            return await self._infer(task, call, route, deadline)
         except TimeoutError:
             after_s = round(time.monotonic() - call.started, 3)
             raise DeadlineExceeded(f"app {task.app!r} did not answer within {after_s} s") from None
 
-    def _check(self, task: Task, call: CallContext) -> None:
+    def _admit(self, task: Task, call: CallContext) -> Route:
+        """Return the route of a task that its caller may take. Raises a ServingError."""
         if not self._synced.is_set():
             raise Unavailable("this gate has no config yet")
         if not task.app:
             raise InvalidArgument("no app given")
         if not config.is_name(task.app):
             raise NotFound("unknown app: its name is not one an app can have")
-        if task.version:
-            self._router.release(task.app, task.version)
-        else:
-            self._router.versions(task.app)
-        admit(call.caller, task.app, *self._router.metadata(task.app))
+        route = self._router.route(task.app, task.version)
+        admit(call.caller, task.app, route.metadata, route.default_metadata)
+        return route
+
+    @staticmethod
+    def _check(task: Task, call: CallContext) -> None:
+        """Check what the request brings, and put the caller's uid into its URIs. Raises InvalidArgument."""
         if not task.request.data:
             raise InvalidArgument("no data given")
-        # The evaluator parses them whole, and other callers wait meanwhile.
+        # The evaluator parses these whole while other callers wait.
         if len(task.request.params_json) + sum(len(each.attribute_json) for each in task.request.data) > MAX_JSON_CHARS:
             raise InvalidArgument(f"params and attributes are longer than {MAX_JSON_CHARS} characters")
         for resource in task.request.data:
@@ -136,18 +140,21 @@ class Dispatcher:
                 case "uri" if resource.uri[:5].lower() != "data:":
                     resource.uri = uris.with_caller(resource.uri, call.caller.uid)
 
-    async def _infer(self, task: Task, call: CallContext, deadline: float) -> EvalResult:
-        """Asks instance after instance until one has taken the task. Raises TimeoutError at the deadline."""
-        passed_over: list[Endpoint[EvaluatorConnection]] = []
+    async def _infer(self, task: Task, call: CallContext, route: Route, deadline: float) -> EvalResult:
+        """Ask one instance after another until one takes the task. Raises TimeoutError at the deadline."""
+        tried: list[Endpoint[EvaluatorConnection]] = []
         lost = 0
         refusal: ServingError | None = None
         while (remaining_s := deadline - time.monotonic()) > 0:
+            if tried:
+                # The config may have changed since: a retry follows a promotion.
+                route = self._router.route(task.app, task.version)
             try:
-                endpoint = self._router.pick(task.app, task.version, passed_over)
+                endpoint = self._router.pick(route, tried)
             except Unavailable as none_left:
-                # Where all that is ready has refused for being full, that is the reason.
+                # If the ready instances refused because they are full, that is the reason to give.
                 raise (refusal if isinstance(refusal, ResourceExhausted) else none_left) from None
-            passed_over.append(endpoint)
+            tried.append(endpoint)
             try:
                 with endpoint.hold():
                     response = await endpoint.connection.infer(task.request, remaining_s, call.traceparent)
