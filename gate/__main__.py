@@ -24,13 +24,13 @@ log = structlog.get_logger()
 
 _TEND_S = 1.0
 
-# The edge takes bodies up to 20 MiB; the message has a few fields beside the body.
+# The edge takes bodies of up to 20 MiB; the message has a few more fields.
 _MAX_REQUEST_BYTES = (20 << 20) + (64 << 10)
 
 
 @dataclass(frozen=True)
 class GateSettings:
-    """What a gate is started with."""
+    """The command line of a gate, parsed."""
 
     registries: list[str]
     listen: str
@@ -41,7 +41,7 @@ class GateSettings:
 
 
 async def serve(settings: GateSettings) -> None:
-    """Serves until SIGTERM or SIGINT. Raises StartError."""
+    """Serve until SIGTERM or SIGINT. Raises StartError."""
     stop = transport.stop_signal()
     router = Router(EvaluatorConnection)
     follower = ConfigFollower(settings.registries, router.apply)
@@ -62,17 +62,18 @@ async def serve(settings: GateSettings) -> None:
         if not await _synced(follower, settings.wait_s, stop, following):
             return
         await server.set_serving(True)
-        log.info("gate serves", port=port)
+        log.info("service ready", port=port)
         await transport.until_stopped(stop, following, tending)
-        log.info("gate stops")
+        log.info("service draining")
         await server.set_serving(False)
-        # Goes on answering until those in front of it have seen that: what arrives meanwhile is served, not refused.
+        # Keep serving until the health checks of the edge have seen it, so that no request is refused.
         await asyncio.sleep(settings.drain_s)
     finally:
         await server.stop(settings.grace_s)
         for task in (following, tending):
             task.cancel()
         await asyncio.gather(following, tending, return_exceptions=True)
+        log.info("service stopped")
 
 
 async def _synced(follower: ConfigFollower, wait_s: float, stop: asyncio.Event, following: asyncio.Task[None]) -> bool:
@@ -95,7 +96,7 @@ async def _synced(follower: ConfigFollower, wait_s: float, stop: asyncio.Event, 
 
 
 async def _tend(router: Router[EvaluatorConnection]) -> None:
-    """Closes, from time to time, the connections that the router no longer uses."""
+    """Close the connections that the router no longer uses, once a second."""
     while True:
         await asyncio.sleep(_TEND_S)
         for endpoint in router.expired():
@@ -104,14 +105,14 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
 
 @click.command(help="Routes eval requests, by gRPC and through the edge, to the evaluators that the registry lists.")
 @service.addresses_option(
-    "--registry", default="127.0.0.1:50053", show_default=True, help="The registries, any of which will do."
+    "--registry", default="127.0.0.1:50053", show_default=True, help="The registries; the gate uses any one of them."
 )
 @service.listen_option("0.0.0.0:50051")
 @service.wait_option("Seconds to wait for a registry at start.")
-@service.seconds_option("--drain", 3.0, "Seconds to go on serving at stop, until the edge has seen it.")
-@service.seconds_option("--grace", 30.0, "Seconds that requests in flight have to end after that.")
+@service.seconds_option("--drain", 3.0, "Seconds to keep serving at stop, until the edge has seen it.")
+@service.seconds_option("--grace", 30.0, "Seconds for requests in flight to finish after that.")
 @click.option(
-    "--max-batch", type=click.IntRange(1), default=1000, show_default=True, help="The most tasks of one batch."
+    "--max-batch", type=click.IntRange(1), default=1000, show_default=True, help="The most tasks in one batch."
 )
 @service.log_level_option
 def main(

@@ -1,4 +1,4 @@
-"""One eval, from request to answer: admission, deadline, an instance, and another one where the first can't take it."""
+"""Runs one eval: admits the caller, sets the deadline, and asks instances until one takes the request."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from gate.router import Endpoint, Route, Router
 log = structlog.get_logger()
 
 MAX_JSON_CHARS = 1 << 20
-"""The most that `params` and all attributes of one request take as JSON."""
+"""The longest that ``params`` and all attributes of one request may be together, as JSON."""
 
 MAX_LOST = 2
-"""On how many instances a request may be lost under way. An eval changes nothing, so it may run again; a request that
-takes instances down must not go round them all."""
+"""How many instances may be lost under one request. An eval has no side effects, so the gate may retry it; but a
+request that crashes instances must not reach all of them."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One eval: for whom it is, and the request as instances take it (which the dispatcher may change)."""
+    """One eval: its app and version, and the request for the instance, which the dispatcher may change."""
 
     app: str
     version: str
@@ -45,57 +45,57 @@ class Task:
 
 @dataclass(frozen=True)
 class CallContext:
-    """What belongs to a call beside its request."""
+    """The context of a call: its id, caller, trace and deadline."""
 
     reqid: str
     caller: Caller
     traceparent: str | None = None
     deadline: float | None = None
-    """The caller's own, in seconds of time.monotonic(); None: none."""
+    """The caller's own deadline, in seconds of time.monotonic(); None without one."""
     started: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What an instance answered, and which version it was."""
+    """An instance's response, and its version."""
 
     response: evaluator_pb2.InferResponse
     version: str
 
 
 class Dispatcher:
-    """Evaluates tasks on the instances that the router knows."""
+    """Evaluates tasks on the instances of the router."""
 
     def __init__(self, router: Router[EvaluatorConnection], synced: asyncio.Event) -> None:
-        """``synced`` is set once the router has a config; until then every task is refused."""
+        """``synced`` is set once the router has a config; before that, every task is Unavailable."""
         self._router = router
         self._synced = synced
 
     async def eval(self, task: Task, call: CallContext) -> EvalResult:
-        """Raises a ServingError; logs one line either way."""
+        """Return the result of a task, and log one line for it. Raises a ServingError."""
         answer: EvalResult | None = None
-        code, message = 0, ""
+        code, reason = 0, ""
         try:
             answer = await self._eval(task, call)
             return answer
         except ServingError as error:
-            code, message = error.code, error.message
+            code, reason = error.code, error.message
             raise
         except asyncio.CancelledError:
-            code, message = 499, "the caller has gone"
+            code, reason = 499, "the caller has gone"
             raise
         except Exception:
-            code, message = 500, "unexpected"
-            log.exception("eval failed unexpectedly", reqid=call.reqid)
+            code, reason = 500, "unexpected"
+            log.exception("request failed", reqid=call.reqid)
             raise Internal("the gate failed on this request") from None
         finally:
             log.info(
-                "eval",
+                "request finished",
                 reqid=call.reqid,
                 app=task.app,
                 version=answer.version if answer else task.version,
                 code=code,
-                message=message,
+                reason=reason,
                 traceparent=call.traceparent,
                 total_ms=round((time.monotonic() - call.started) * 1e3, 2),
             )
