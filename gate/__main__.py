@@ -57,11 +57,13 @@ async def serve(settings: GateSettings) -> None:
     edge_pb2_grpc.add_EdgeServiceServicer_to_server(EdgeServicer(dispatcher, settings.max_batch), server.grpc)
     following = asyncio.create_task(follower.run())
     tending = asyncio.create_task(_tend(router))
+    ready = False
     try:
         port = await server.start(settings.listen)
         if not await _synced(follower, settings.wait_s, stop, following):
             return
         await server.set_serving(True)
+        ready = True
         log.info("service ready", port=port)
         await transport.until_stopped(stop, following, tending)
         log.info("service draining")
@@ -73,7 +75,8 @@ async def serve(settings: GateSettings) -> None:
         for task in (following, tending):
             task.cancel()
         await asyncio.gather(following, tending, return_exceptions=True)
-        log.info("service stopped")
+        if ready:
+            log.info("service stopped")
 
 
 async def _synced(follower: ConfigFollower, wait_s: float, stop: asyncio.Event, following: asyncio.Task[None]) -> bool:

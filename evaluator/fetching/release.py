@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -18,7 +16,8 @@ from atserving.errors import ServingError, StartError
 from atserving.uris import QiniuUri
 from evaluator.fetching.qiniu import Buckets, QiniuConfig
 from evaluator.fetching.unpack import unpack
-from evaluator.net_contract import SCRIPT, Config
+from evaluator.net_config import SCRIPT, NetConfig
+from evaluator.options import Options
 
 MAX_FILE_BYTES = 4 << 30
 """The most a tar or a custom file may measure."""
@@ -29,32 +28,10 @@ _SILENCE_S = 30.0
 _REQUIRED = ("deploy.prototxt", "weight.caffemodel")
 
 
-@dataclass(frozen=True)
-class LocalRelease:
-    """A release whose files are on this machine; the mappings lead from names to paths."""
+async def fetch_release(release: Release, workspace: Path, qiniu: QiniuConfig | None = None) -> NetConfig:
+    """Fetch a release into ``workspace``, a folder of its own, unpack it, and return the config of its net.
 
-    release: Release
-    workspace: Path
-    tar_files: Mapping[str, Path]
-    custom_files: Mapping[str, Path]
-
-    def cfg(self) -> Config:
-        """What ``net_init`` is given."""
-        return {
-            "tar_files": {name: str(path) for name, path in self.tar_files.items()},
-            "custom_files": {name: str(path) for name, path in self.custom_files.items()},
-            "custom_values": {**self.release.custom_values, "workspace": str(self.workspace)},
-            "model_params": dict(self.release.model_params),
-            "image_width": self.release.image_width,
-            "batch_size": self.release.batch_size,
-            "use_device": self.release.use_device,
-        }
-
-
-async def fetch_release(release: Release, workspace: Path, qiniu: QiniuConfig | None = None) -> LocalRelease:
-    """Fetches and unpacks into ``workspace``, a folder of its own. Raises StartError, one line for the operator.
-
-    ``qiniu``: without it, no file can be ``qiniu://``.
+    A release with ``qiniu://`` files needs ``qiniu``. Raises StartError with one line for the operator.
     """
     downloads, files = workspace / "downloads", workspace / "release"
     downloads.mkdir()
@@ -71,7 +48,16 @@ async def fetch_release(release: Release, workspace: Path, qiniu: QiniuConfig | 
         name: await _fetch(uri, downloads / f"custom-{number}", f"custom_files.{name}", qiniu)
         for number, (name, uri) in enumerate(release.custom_files.items())
     }
-    return LocalRelease(release, workspace, tar_files, custom_files)
+    return NetConfig(
+        tar_files=tar_files,
+        custom_files=custom_files,
+        custom_values=Options("custom_values", release.custom_values),
+        model_params=Options("model_params", release.model_params),
+        workspace=workspace,
+        image_width=release.image_width,
+        batch_size=release.batch_size,
+        use_device=release.use_device,
+    )
 
 
 async def _fetch(uri: str, target: Path, what: str, qiniu: QiniuConfig | None) -> Path:

@@ -137,7 +137,7 @@ def evaluator(registry: Registry, app: str, version: str = "v1", *flags: str) ->
     """An evaluator process, once it serves and is registered."""
     process = start_evaluator(registry.address, app, version, *flags)
     try:
-        process.logged(event="serving")
+        process.logged(event="service ready")
         yield process
     finally:
         process.kill()

@@ -79,7 +79,7 @@ async def test_a_remote_tar_and_custom_files_are_downloaded(host: str, tar: Path
     local = await fetch_release(
         release(uri, custom_files={"tags": uri, "more": f"file://{tar}"}, custom_values={"threshold": 0.5}), workspace
     )
-    cfg = local.cfg()
+    cfg = local.to_cfg()
     assert set(cfg["tar_files"]) == set(MEMBERS)
     assert contents(cfg["custom_files"]) == {"tags": TAR, "more": TAR}
     assert cfg["custom_values"] == {"threshold": 0.5, "workspace": str(workspace)}

@@ -106,14 +106,14 @@ def test_sigterm_ends_a_script_that_never_starts(registry: Registry, tmp_path: P
     never = SCRIPT + b"    import sys, time\n    print('waiting')\n    time.sleep(1000)"
     registry.publish("never-starts", file=digits_tar(tmp_path / "release.tar", **{"net.py": never}))
     process = start_evaluator(registry.address, "never-starts")
-    process.logged(event="script", text="waiting")
+    process.logged(event="script printed", text="waiting")
     process.terminate()
     assert process.wait() == 0
 
 
 def test_sigterm_during_the_start_is_a_clean_end(registry: Registry) -> None:
     process = start_evaluator(f"{registry.address}", "never-published", "v1", "--wait", "600", "--log-level", "debug")
-    process.logged(event="starting")
+    process.logged(event="service starting")
     process.terminate()
     assert process.wait() == 0
 
