@@ -229,9 +229,7 @@ async def test_worker_config_applies_live_and_a_deleted_release_is_served_on(reg
         registry.put("worker/app/live/default", {"max_concurrent": 7, "delay4batch": "1ms"})
         await until(lambda: [each["capacity"] for each in registry.instances("live")] == [7])
         registry.delete("eval/live/v1")
-        await asyncio.to_thread(
-            process.logged, event="release deleted"
-        )
+        await asyncio.to_thread(process.logged, event="release deleted")
         assert (await infer(process, DIGIT)).result_json
 
 
