@@ -33,9 +33,10 @@ test: $(VENV)/installed  ## Run the test suite
 	$(BIN)/python -m pytest
 
 .PHONY: lint
-lint: $(VENV)/installed  ## Check format, lint and types
+lint: $(VENV)/installed  ## Check format, lint, import contracts and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 .PHONY: format
