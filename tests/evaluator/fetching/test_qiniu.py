@@ -367,6 +367,33 @@ async def test_no_redirect_takes_the_token_along(kodo: Kodo, fetcher: ResourceFe
     await refused(fetcher, uri, InvalidArgument, message)
 
 
+# The signature
+
+
+@pytest.mark.parametrize(
+    ("url", "expires", "keys", "signature"),
+    [
+        (
+            "http://photos.example.com/7.png",
+            1700000600,
+            ("the-access-key", "the-secret-key"),
+            "gFXPT12jmeozC7Uh1sBhD3XZtOc=",
+        ),
+        (
+            "https://models.example.com/a%20%231.tar",
+            1451494800,
+            ("MY_ACCESS_KEY", "MY_SECRET_KEY"),
+            "CAC6uXC5NshHLfG8NpS405WLvPk=",
+        ),
+        ("http://h/a//b/..", 1, ("ak", "sk-ü"), "_5FVXIKGeI4JqGNcCCTS6KoirBc="),
+    ],
+)
+def test_a_signature_is_that_of_qinius_own_sdk(url: str, expires: int, keys: tuple[str, str], signature: str) -> None:
+    """The signatures come from ``qiniu.Auth.private_download_url`` of qiniu 7.18.0."""
+    config = QiniuConfig.model_validate({"access_key": keys[0], "secret_key": keys[1]})
+    assert qiniu.sign(url, config, expires) == f"{url}?e={expires}&token={keys[0]}:{signature}"
+
+
 # Releases
 
 
