@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from evaluator.fetching.addresses import AddressPolicy, AddressRefused, PolicyResolver
-from tests.evaluator.names import name_server
+from tests.name_server import scripted_names
 
 PUBLIC = ["8.8.8.8", "151.101.1.140", "2606:4700::6810:85e5", "::ffff:8.8.8.8", "64:ff9b::808:808"]
 REFUSED = {
@@ -52,7 +52,7 @@ def test_no_socket_is_made_for_what_is_refused(address: str) -> None:
 
 
 async def test_a_name_is_refused_by_the_addresses_it_resolves_to() -> None:
-    async with name_server() as names:
+    with scripted_names() as names:
         names.addresses = {
             "public.test": [["8.8.8.8", "1.1.1.1"]],
             "private.test": [["10.0.0.1"]],

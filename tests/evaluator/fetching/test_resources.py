@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from evaluator.fetching import resources
 from evaluator.fetching.addresses import AddressPolicy
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.limits import Budget
-from tests.evaluator.names import NameServer, name_server
+from tests.name_server import ScriptedNames, scripted_names
 
 MAX_BYTES = 100_000
 ZIPPED = {"fair": gzip.compress(bytes(MAX_BYTES)), "bomb": gzip.compress(bytes(64 << 20))}
@@ -132,14 +132,14 @@ async def site() -> AsyncIterator[Site]:
 
 
 @pytest.fixture
-async def names() -> AsyncIterator[NameServer]:
-    async with name_server() as names:
+def names() -> Iterator[ScriptedNames]:
+    with scripted_names() as names:
         names.addresses = {"good.test": [[ALLOWED]], "bad.test": [[FORBIDDEN]], "both.test": [[ALLOWED, FORBIDDEN]]}
         yield names
 
 
 @pytest.fixture
-async def fetcher(names: NameServer) -> AsyncIterator[ResourceFetcher]:
+async def fetcher(names: ScriptedNames) -> AsyncIterator[ResourceFetcher]:
     policy = AddressPolicy([ipaddress.ip_network(f"{ALLOWED}/32")])
     async with ResourceFetcher(MAX_BYTES, policy, resolver=names.resolver()) as fetcher:
         yield fetcher
@@ -353,7 +353,7 @@ async def test_a_host_that_drips_has_no_more_time(
 
 
 async def test_a_name_is_resolved_once_and_what_it_resolved_to_is_connected_to(
-    fetcher: ResourceFetcher, site: Site, names: NameServer
+    fetcher: ResourceFetcher, site: Site, names: ScriptedNames
 ) -> None:
     names.addresses["rebound.test"] = [[ALLOWED], [FORBIDDEN]]
     names.addresses["late.test"] = [[FORBIDDEN], [ALLOWED]]
@@ -385,7 +385,7 @@ async def test_a_refused_name_and_an_unknown_one_are_so_for_each_request_that_as
 
 
 async def test_names_that_nobody_answers_for_keep_no_other_waiting(
-    fetcher: ResourceFetcher, site: Site, names: NameServer
+    fetcher: ResourceFetcher, site: Site, names: ScriptedNames
 ) -> None:
     silent = [f"silent-{number}.test" for number in range(100)]
     names.addresses |= {name: [] for name in silent}
