@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PORT ?= 8080
 ENGINE ?= docker
 IMAGES ?= gate registry evaluator evaluator-gpu
-VERSION := $(shell sed -n 's/^version = //p' setup.cfg)
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' atserving/__init__.py)
 
 .DEFAULT_GOAL := help
 

@@ -1,4 +1,4 @@
-"""The import contracts see a forbidden import, and generated files are up to date.
+"""The import contracts see a forbidden import, images have the version's tag, and generated files are up to date.
 
 `make lint` checks the contracts on the code itself.
 """
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from atserving import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,6 +67,12 @@ def test_a_forbidden_import_breaks_its_contract(tmp_path: Path) -> None:
     assert run.returncode == 1
     kept = [each["name"] for each in linter()["contracts"] if f"{each['name']} BROKEN" not in run.stdout]
     assert not kept, run.stdout
+
+
+def test_images_are_tagged_with_the_version() -> None:
+    command = ["make", "--silent", "images", "ENGINE=echo", "IMAGES=gate"]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"--tag atserving/gate:{__version__} " in built
 
 
 @pytest.fixture(scope="module")
