@@ -58,13 +58,29 @@ def wait_option(text: str) -> Callable[[Any], Any]:
     return seconds_option("--wait", 10.0, f"{text} 0: for as long as it takes.")
 
 
-def run(command: click.Command, name: str) -> NoReturn:
-    """Runs a command as a program: every flag may also be the variable ``ATSERVING_<FLAG>``.
+def name_variables(command: click.Command, prefix: str = "ATSERVING") -> None:
+    """Let every flag of a command and of its subcommands be a variable too, ``ATSERVING_<FLAG>``.
 
-    What is wrong is one line on standard error; the exit status is 2 for a wrong flag, 1 for a failed start.
+    A subcommand's variable may also name the subcommand, such as ``ATSERVING_RELEASE_LIST_REGISTRY``. That one wins.
     """
+    for option in command.params:
+        if isinstance(option, click.Option) and option.allow_from_autoenv:
+            flag = max(option.opts, key=len).lstrip("-")
+            names = [f"{prefix}_{option.name}", f"ATSERVING_{flag}"]
+            option.envvar = list(dict.fromkeys(name.upper().replace("-", "_") for name in names))
+    if isinstance(command, click.Group):
+        for name, subcommand in command.commands.items():
+            name_variables(subcommand, f"{prefix}_{name}")
+
+
+def run(command: click.Command, name: str) -> NoReturn:
+    """Run a command as a program. Every flag may also be the variable ``ATSERVING_<FLAG>``.
+
+    An error is one line on standard error. The exit status is 2 for a wrong flag, 1 for a failed start.
+    """
+    name_variables(command)
     try:
-        command.main(prog_name=name, standalone_mode=False, auto_envvar_prefix="ATSERVING")
+        command.main(prog_name=name, standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
