@@ -9,7 +9,7 @@ import pytest
 from atserving.errors import StartError
 from evaluator import nets
 from evaluator.fetching.unpack import unpack
-from evaluator.nets import classify, labels
+from evaluator.nets import classify
 from evaluator.runtime.net import Net
 from tests.caffe.nets import input_layer, layer
 from tests.evaluator.built_in import files as files_of
@@ -100,22 +100,6 @@ def test_nets_are_found_by_name() -> None:
     assert nets.built_in("classify").net_init is classify.net_init
     with pytest.raises(StartError, match="the built-in nets are: "):
         nets.built_in("no such")
-
-
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [
-        ("0,zero\n1,one\n", {0: "zero", 1: "one"}),
-        ('\ufeff2,"cat, big"\r\n\r\n0,"say ""hi"""', {2: "cat, big", 0: 'say "hi"'}),
-        ("7,cat, unquoted\n 8 , dog ", {7: "cat, unquoted", 8: "dog"}),
-        ("1,\u732b\n", {1: "\u732b"}),
-        ("", {}),
-    ],
-)
-def test_labels_are_read(text: str, names: dict[int, str], tmp_path: Path) -> None:
-    path = tmp_path / "labels.csv"
-    path.write_text(text, encoding="utf-8", newline="")
-    assert labels.read(path) == names
 
 
 def test_a_net_works_as_in_pycaffe(files: dict[str, str]) -> None:
