@@ -1,4 +1,4 @@
-"""Which addresses a resource may come from."""
+"""Resources may come only from public and from allowed addresses."""
 
 import ipaddress
 import socket
@@ -32,7 +32,7 @@ def test_public_addresses_are_allowed(address: str) -> None:
 
 
 @pytest.mark.parametrize("address", [address for group in REFUSED.values() for address in group])
-def test_what_only_this_machine_can_reach_is_refused(address: str) -> None:
+def test_internal_addresses_are_refused(address: str) -> None:
     assert not AddressPolicy().allows(address)
 
 
@@ -43,7 +43,7 @@ def test_an_operator_may_allow_a_network_in_any_notation(address: str) -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1", "169.254.169.254", "2130706433", "127.1"])
-def test_no_socket_is_made_for_what_is_refused(address: str) -> None:
+def test_no_socket_is_made_for_a_refused_address(address: str) -> None:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with pytest.raises(AddressRefused, match="is not a public address"):
         AddressPolicy().socket((family, socket.SOCK_STREAM, 0, "", (address, 80)))
