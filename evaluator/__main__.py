@@ -23,7 +23,7 @@ try:
     from evaluator.serving.instance import InstanceSettings, run
 except ModuleNotFoundError as missing:
     raise SystemExit(
-        f"evaluator: {missing.name} is not installed: pip install 'atserving[cpu]', or 'atserving[gpu]' for a GPU"
+        f"evaluator: {missing.name} is not installed: pip install '.[cpu]' in a checkout, or '.[gpu]' for a GPU"
     ) from None
 
 
@@ -131,8 +131,18 @@ def main(
     configure_logging("evaluator", log_level)
     keys = read_config(qiniu) if qiniu else None
     settings = InstanceSettings(
-        *(app, version, registry, listen, advertise, workspace, wait, grace),
-        *(allow_networks, keys, http, status_file),
+        app=app,
+        version=version,
+        registries=registry,
+        listen=listen,
+        advertise=advertise,
+        workspace=workspace,
+        wait_s=wait,
+        grace_s=grace,
+        allow_networks=allow_networks,
+        qiniu=keys,
+        http=http,
+        status_file=status_file,
     )
     uvloop.run(run(settings))
 

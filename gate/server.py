@@ -12,6 +12,7 @@ import structlog
 from google.api import httpbody_pb2
 
 from atserving.errors import Internal, ServingError
+from atserving.grpc_status import grpc_status
 from atserving.telemetry import request_id, trace_context
 from atserving.v1 import edge_pb2, edge_pb2_grpc, evaluator_pb2, serving_pb2, serving_pb2_grpc
 from gate import edge
@@ -116,7 +117,7 @@ async def _abort(error: ServingError, call: CallContext, context: Context[_Reque
     trailing = [("x-reqid", call.reqid), ("x-serving-code", str(error.code))]
     if error.retry_after_s is not None:
         trailing.append(("retry-after", edge.retry_after(error)))
-    await context.abort(error.grpc_status, error.message, tuple(trailing))
+    await context.abort(grpc_status(error), error.message, tuple(trailing))
 
 
 class EdgeServicer(edge_pb2_grpc.EdgeServiceServicer):

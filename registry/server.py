@@ -12,6 +12,7 @@ import grpc.aio
 
 from atserving.config import Instance, MalformedConfig, Release
 from atserving.errors import ServingError, Unavailable
+from atserving.grpc_status import grpc_status
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 from registry import messages
 from registry.etcd import EtcdError, EtcdUnavailable
@@ -28,7 +29,7 @@ async def _translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncItera
     try:
         yield
     except ServingError as error:
-        await context.abort(error.grpc_status, error.message)
+        await context.abort(grpc_status(error), error.message)
     except EtcdUnavailable as error:
         await context.abort(grpc.StatusCode.UNAVAILABLE, f"etcd is unreachable: {error}")
     except EtcdError as error:

@@ -11,7 +11,6 @@ from atserving.errors import StartError
 from evaluator import nets
 from evaluator.fetching.unpack import unpack
 from evaluator.net_contract import Ret
-from evaluator.nets import labels
 from evaluator.nets.classify import Classify
 from evaluator.runtime.net import Net
 from tests.caffe.nets import input_layer, layer
@@ -79,22 +78,6 @@ def test_nets_are_found_by_name() -> None:
     assert nets.built_in("classify") is Classify
     with pytest.raises(StartError, match="the built-in nets are: "):
         nets.built_in("no such")
-
-
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [
-        ("0,zero\n1,one\n", {0: "zero", 1: "one"}),
-        ('\ufeff2,"cat, big"\r\n\r\n0,"say ""hi"""', {2: "cat, big", 0: 'say "hi"'}),
-        ("7,cat, unquoted\n 8 , dog ", {7: "cat, unquoted", 8: "dog"}),
-        ("1,\u732b\n", {1: "\u732b"}),
-        ("", {}),
-    ],
-)
-def test_labels_are_read(text: str, names: dict[int, str], tmp_path: Path) -> None:
-    path = tmp_path / "labels.csv"
-    path.write_text(text, encoding="utf-8", newline="")
-    assert labels.read(path) == names
 
 
 def test_a_net_works_as_in_pycaffe(files: Mapping[str, Path]) -> None:

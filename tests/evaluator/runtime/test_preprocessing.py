@@ -1,18 +1,21 @@
 """From pixels to a net's input, in Caffe's order."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from atserving.errors import StartError
 from evaluator.caffe.caffe_pb2 import BlobProto
 from evaluator.net_config import NetConfig
 from evaluator.options import Options
-from evaluator.runtime.preprocessing import transformer
+from evaluator.runtime.preprocessing import read_mean, transformer
 
 SHAPE = (3, 6, 8)
 
@@ -63,6 +66,17 @@ def test_the_order_is_caffes(pixels: NDArray[np.uint8], planes: NDArray[np.float
     expected = expected[[2, 1, 0]]
     expected = (expected - np.array([0.1, 0.2, 0.3]).reshape(3, 1, 1)) * 4
     np.testing.assert_allclose(transformer(release(**values), SHAPE)(pixels), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mean_image_is_in_the_order_of_the_nets_channels(
+    tmp_path: Path, pixels: NDArray[np.uint8], planes: NDArray[np.float32]
+) -> None:
+    mean = np.random.default_rng(5).random((3, 8, 10), np.float32)
+    path = write_mean(tmp_path / "mean.binaryproto", mean, legacy=True)
+    values: dict[str, Any] = {"raw_scale": 2, "channel_swap": [2, 1, 0], "input_scale": 0.5}
+    expected = (planes[[2, 1, 0]] * 2 - mean[:, 1:7, 1:9]) * 0.5
+    result = transformer(release(mean=path, **values), SHAPE)(pixels)
+    np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_one_mean_value_serves_all_channels(pixels: NDArray[np.uint8], planes: NDArray[np.float32]) -> None:
@@ -124,6 +138,24 @@ def test_a_broken_mean_stops_the_start(data: bytes, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(StartError, match=r"mean\.binaryproto"):
         transformer(release(mean=path), SHAPE)
+
+
+def test_a_mean_that_is_cut_short_stops_the_start(tmp_path: Path) -> None:
+    path = write_mean(tmp_path / "mean.binaryproto", np.zeros(SHAPE, np.float32), legacy=True)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(StartError, match=r"mean\.binaryproto: is not a BlobProto"):
+        transformer(release(mean=path), SHAPE)
+
+
+@given(data=st.binary(max_size=300))
+def test_random_bytes_are_a_mean_or_stop_the_start(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mean.binaryproto"
+        path.write_bytes(data)
+        try:
+            assert read_mean(path).ndim == 3
+        except StartError as error:
+            assert "mean.binaryproto" in str(error)
 
 
 def test_two_means_stop_the_start(tmp_path: Path) -> None:
