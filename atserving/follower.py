@@ -11,6 +11,7 @@ import grpc.aio
 import structlog
 
 from atserving import transport
+from atserving.addresses import Addresses
 from atserving.config import ConfigValue, MalformedConfig, parse
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 
@@ -54,7 +55,7 @@ class ConfigFollower:
         self.synced = asyncio.Event()
         """Set once the first snapshot has been applied; never cleared."""
         self.last_error = "not yet tried"
-        self._registries = transport.Addresses(registries)
+        self._registries = Addresses(registries)
         self._on_change = on_change
         self._app = app
         self._steps = 0

@@ -9,7 +9,7 @@ import click
 import structlog
 import uvloop
 
-from atserving import transport
+from atserving import lifecycle, transport
 from atserving.cli import service
 from atserving.errors import StartError
 from atserving.follower import ConfigFollower, reminding
@@ -42,7 +42,7 @@ class GateSettings:
 
 async def serve(settings: GateSettings) -> None:
     """Serves until SIGTERM or SIGINT. Raises StartError."""
-    stop = transport.stop_signal()
+    stop = lifecycle.stop_signal()
     router = Router(EvaluatorConnection)
     follower = ConfigFollower(settings.registries, router.apply)
     server = transport.Server(
@@ -63,7 +63,7 @@ async def serve(settings: GateSettings) -> None:
             return
         await server.set_serving(True)
         log.info("gate serves", port=port)
-        await transport.until_stopped(stop, following, tending)
+        await lifecycle.until_stopped(stop, following, tending)
         log.info("gate stops")
         await server.set_serving(False)
         # Goes on answering until those in front of it have seen that: what arrives meanwhile is served, not refused.
@@ -78,7 +78,7 @@ async def serve(settings: GateSettings) -> None:
 async def _synced(follower: ConfigFollower, wait_s: float, stop: asyncio.Event, following: asyncio.Task[None]) -> bool:
     """Waits for the config; False where ``stop`` came first. Raises StartError, and what ``following`` raised."""
     synced = asyncio.create_task(follower.synced.wait())
-    stopped = asyncio.create_task(transport.until_stopped(stop, following))
+    stopped = asyncio.create_task(lifecycle.until_stopped(stop, following))
     try:
         async with reminding(lambda: follower.last_error):
             await asyncio.wait({synced, stopped}, timeout=wait_s or None, return_when=asyncio.FIRST_COMPLETED)

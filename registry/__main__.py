@@ -12,7 +12,7 @@ import click
 import structlog
 import uvloop
 
-from atserving import telemetry, transport
+from atserving import lifecycle, telemetry, transport
 from atserving.cli import service
 from atserving.config import parse_duration
 from atserving.errors import StartError
@@ -60,7 +60,7 @@ class _LeaseTtl(click.ParamType[int]):
 
 async def serve(settings: RegistrySettings) -> None:
     """Runs the registry until SIGTERM or SIGINT. Raises StartError."""
-    stop = transport.stop_signal()
+    stop = lifecycle.stop_signal()
     services = registry_pb2.DESCRIPTOR.services_by_name
     apart = bool(settings.listen_releases)
     server = transport.Server([services["RegistryService"]] if apart else services.values())

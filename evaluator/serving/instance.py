@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from atserving import transport
+from atserving import lifecycle, transport
 from atserving.config import Instance, MalformedConfig, WorkerConfig, validate
 from atserving.errors import StartError
 from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
@@ -90,7 +90,7 @@ class _Life:
         self._server = transport.Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
         self._servicer = EvaluatorServicer(self._metrics, settings.app, settings.version)
         evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(self._servicer, self._server.grpc)
-        self._stop = transport.stop_signal()
+        self._stop = lifecycle.stop_signal()
 
     async def run(self) -> None:
         settings = self._settings
@@ -149,7 +149,7 @@ class _Life:
             async with _background(registration.run()) as registering:
                 try:
                     async with _background(self._announce(registration.registered, instance)):
-                        await transport.until_stopped(self._stop, working, registering, following)
+                        await lifecycle.until_stopped(self._stop, working, registering, following)
                 finally:
                     # Also where the net can't be kept running: callers are sent elsewhere before this process ends.
                     self._config.on_worker = lambda _: None
@@ -237,7 +237,7 @@ async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.
 
 async def _unless(stop: asyncio.Event, following: asyncio.Task[None], work: Coroutine[Any, Any, T]) -> T | None:
     """The result of ``work``, or None where ``stop`` comes first. Raises what ``following`` raised too."""
-    task, stopping = asyncio.create_task(work), asyncio.create_task(transport.until_stopped(stop, following))
+    task, stopping = asyncio.create_task(work), asyncio.create_task(lifecycle.until_stopped(stop, following))
     try:
         await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import threading
 from collections.abc import AsyncIterator
@@ -15,6 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from atserving import transport
+from atserving.addresses import Addresses
 from atserving.cli import examples
 from atserving.v1 import registry_pb2, registry_pb2_grpc, serving_pb2, serving_pb2_grpc
 from tests.registry.processes import Process, Registry, cluster, free_ports, until, until_async
@@ -127,8 +129,8 @@ class NameServer:
 
 async def test_a_name_stands_for_all_its_addresses_and_for_those_it_last_had(monkeypatch: pytest.MonkeyPatch) -> None:
     server = NameServer()
-    monkeypatch.setattr(transport.socket, "getaddrinfo", server.getaddrinfo)
-    addresses = transport.Addresses(["registry:50053", "10.0.0.9:1"])
+    monkeypatch.setattr(socket, "getaddrinfo", server.getaddrinfo)
+    addresses = Addresses(["registry:50053", "10.0.0.9:1"])
     assert await addresses.resolve() == ["registry:50053", "10.0.0.9:1"], "not known yet"
     server.hosts = {"registry": ["10.0.0.1", "10.0.0.2", "fd00::1"], "10.0.0.9": ["10.0.0.9"]}
     known = ["10.0.0.1:50053", "10.0.0.2:50053", "10.0.0.9:1", "[fd00::1]:50053"]

@@ -1,12 +1,14 @@
-"""A process ends when it is told to, and when a part of it dies."""
+"""A process stops on a signal, and when one of its background tasks ends."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 
-from atserving import transport
+from atserving import lifecycle
 
 
 async def forever() -> None:
@@ -21,9 +23,9 @@ async def end() -> None:
     return
 
 
-async def test_a_process_goes_on_until_it_is_stopped() -> None:
+async def test_a_process_runs_until_it_is_stopped() -> None:
     stop, background = asyncio.Event(), asyncio.create_task(forever())
-    waiting = asyncio.create_task(transport.until_stopped(stop, background))
+    waiting = asyncio.create_task(lifecycle.until_stopped(stop, background))
     await asyncio.sleep(0)
     assert not waiting.done()
     stop.set()
@@ -32,7 +34,8 @@ async def test_a_process_goes_on_until_it_is_stopped() -> None:
 
 
 @pytest.mark.parametrize(("work", "error"), [(fail, "boom"), (end, "ended by itself")])
-async def test_a_background_task_that_dies_ends_the_process(work: object, error: str) -> None:
-    assert callable(work)
+async def test_a_background_task_that_ends_stops_the_process(
+    work: Callable[[], Coroutine[Any, Any, None]], error: str
+) -> None:
     with pytest.raises((ValueError, RuntimeError), match=error):
-        await transport.until_stopped(asyncio.Event(), asyncio.create_task(work()))
+        await lifecycle.until_stopped(asyncio.Event(), asyncio.create_task(work()))
