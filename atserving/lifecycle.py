@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 
 def stop_signal() -> asyncio.Event:
@@ -29,3 +33,23 @@ async def until_stopped(stop: asyncio.Event, *tasks: asyncio.Task[None]) -> None
     finally:
         stopping.cancel()
         await asyncio.gather(stopping, return_exceptions=True)
+
+
+async def unless_stopped(work: Coroutine[Any, Any, _T], stop: asyncio.Event, *tasks: asyncio.Task[None]) -> _T | None:
+    """Return the result of ``work``, or None if ``stop`` is set first.
+
+    Raises the error of ``work``, and what :func:`until_stopped` raises for the background tasks. Cancels ``work`` and
+    awaits it in every other case.
+    """
+    working = asyncio.create_task(work)
+    stopped = asyncio.create_task(until_stopped(stop, *tasks))
+    try:
+        await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if stopped.done():
+            stopped.result()
+            return None
+        return working.result()
+    finally:
+        for task in (working, stopped):
+            task.cancel()
+        await asyncio.gather(working, stopped, return_exceptions=True)
