@@ -32,7 +32,7 @@ async def reminding(reason: Callable[[], str]) -> AsyncIterator[None]:
     async def remind() -> None:
         while True:
             await asyncio.sleep(_REMIND_S)
-            log.warning("waiting", reason=reason())
+            log.warning("start delayed", reason=reason())
 
     task = asyncio.create_task(remind())
     try:
@@ -75,7 +75,7 @@ class ConfigFollower:
                     reason = "does not answer"
                 self.last_error = f"registry {address}: {reason}"
                 if self._steps > began:
-                    log.warning("registry lost, going on with the last known config", reason=self.last_error)
+                    log.warning("registry lost", reason=self.last_error)
             await asyncio.sleep(random.uniform(*_PAUSE_S))  # noqa: S311 - spreads reconnects
 
     async def _follow(self, channel: grpc.aio.Channel, alone: bool) -> str:

@@ -59,38 +59,38 @@ class _LeaseTtl(click.ParamType[int]):
 
 
 async def serve(settings: RegistrySettings) -> None:
-    """Runs the registry until SIGTERM or SIGINT. Raises StartError."""
+    """Serve until SIGTERM or SIGINT. Raises StartError."""
     stop = lifecycle.stop_signal()
     services = registry_pb2.DESCRIPTOR.services_by_name
-    apart = bool(settings.listen_releases)
-    server = transport.Server([services["RegistryService"]] if apart else services.values())
-    releases = transport.Server([services["ReleaseService"]]) if apart else server
-    servers = [server, releases] if apart else [server]
+    two_ports = bool(settings.listen_releases)
+    server = transport.Server([services["RegistryService"]] if two_ports else services.values())
+    release_server = transport.Server([services["ReleaseService"]]) if two_ports else server
+    servers = [server, release_server] if two_ports else [server]
     connection = Connection(settings.etcd, tls=settings.tls, user=settings.user)
     async with EtcdClient(connection) as client:
         view = View()
         mirror = Mirror(client, view)
         registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s))
+        releases = ReleaseServicer(mirror, Releases(client))
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server.grpc)
-        registry_pb2_grpc.add_ReleaseServiceServicer_to_server(ReleaseServicer(mirror, Releases(client)), releases.grpc)
+        registry_pb2_grpc.add_ReleaseServiceServicer_to_server(releases, release_server.grpc)
         ports = await _start(servers, settings)
-        log.info("listening", listen=settings.listen, port=ports[0], releases_port=ports[-1], etcd=settings.etcd)
-        async with asyncio.TaskGroup() as tasks:
-            following = tasks.create_task(mirror.run())
-            announcing = tasks.create_task(_announce(view, servers))
-            await stop.wait()
-            announcing.cancel()
-            for each in servers:
-                await each.set_serving(False)
-            # Ends the watches, so that their followers go on at another registry.
-            view.close()
-            await asyncio.gather(*(each.stop(_GRACE_S) for each in servers))
-            following.cancel()
-    log.info("stopped")
+        log.info("service starting", listen=settings.listen, port=ports[0], releases_port=ports[-1], etcd=settings.etcd)
+        mirroring = asyncio.create_task(mirror.run())
+        try:
+            if await lifecycle.unless_stopped(view.synced.wait(), stop, mirroring):
+                await _set_serving(servers, True)
+                log.info("service ready", port=ports[0], releases_port=ports[-1])
+                await lifecycle.until_stopped(stop, mirroring)
+        finally:
+            await _drain(servers, view)
+            mirroring.cancel()
+            await asyncio.gather(mirroring, return_exceptions=True)
+    log.info("service stopped")
 
 
 async def _start(servers: list[transport.Server], settings: RegistrySettings) -> list[int]:
-    """Listens; the ports. Raises StartError."""
+    """Start the servers and return their ports. Raises StartError."""
     listens = [settings.listen, settings.listen_releases or ""]
     try:
         return [await each.start(listen) for each, listen in zip(servers, listens, strict=False)]
@@ -99,10 +99,17 @@ async def _start(servers: list[transport.Server], settings: RegistrySettings) ->
         raise
 
 
-async def _announce(view: View, servers: list[transport.Server]) -> None:
-    await view.synced.wait()
+async def _set_serving(servers: list[transport.Server], serving: bool) -> None:
     for each in servers:
-        await each.set_serving(True)
+        await each.set_serving(serving)
+
+
+async def _drain(servers: list[transport.Server], view: View) -> None:
+    """Send the followers to another registry, and let the calls in flight finish."""
+    log.info("service draining", in_flight=len(view.subscriptions))
+    await _set_serving(servers, False)
+    view.close()
+    await asyncio.gather(*(each.stop(_GRACE_S) for each in servers))
 
 
 def _tls(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:

@@ -18,7 +18,7 @@ import structlog
 
 from atserving.config import PREFIX, MalformedConfig, parse
 from atserving.v1 import etcd_pb2
-from registry.etcd import Compacted, EtcdClient, EtcdError, EtcdRefused, FutureRevision
+from registry.etcd import Compacted, EtcdClient, EtcdError, FutureRevision
 from registry.view import Change, Delete, Put, View
 
 log = structlog.get_logger()
@@ -60,7 +60,7 @@ class Mirror:
             try:
                 await self._follow()
             except (Compacted, FutureRevision, _OtherStore) as error:
-                log.warning("taking a fresh snapshot of etcd", reason=str(error))
+                log.warning("etcd watch restarted", reason=str(error))
                 self._position = None
             except EtcdError as error:
                 self._lost(error)
@@ -140,15 +140,14 @@ class Mirror:
     def _lost(self, error: EtcdError) -> None:
         now = time.monotonic()
         if now >= self._log_again_at:
-            event = "etcd refuses the registry" if isinstance(error, EtcdRefused) else "etcd unreachable"
-            log.warning(event, reason=str(error), serving="last known" if self.view.synced.is_set() else "nothing")
+            log.warning("etcd lost", reason=str(error), serving_last_known=self.view.synced.is_set())
             self._log_again_at = now + _REMIND_S
         self.reason = str(error)
         self.view.set_stale(True)
 
     def _found(self) -> None:
         if self.reason:
-            log.info("following etcd", revision=self.view.revision, keys=len(self.view.entries))
+            log.info("etcd watch started", revision=self.view.revision, keys=len(self.view.entries))
             # The next outage is told at once, but for one that follows on the heels of this one.
             self._log_again_at = min(self._log_again_at, time.monotonic() + _PAUSE_S[1])
         self.reason = ""

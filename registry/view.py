@@ -143,7 +143,7 @@ class View:
                 # Deleted meanwhile and created anew: the last good value was another key's, so to say.
                 del self.entries[put.key]
             if self.malformed.get(put.key) != str(error):
-                log.warning("malformed config", key=put.key, reason=str(error), last_good_kept=put.key in self.entries)
+                log.warning("config skipped", key=put.key, reason=str(error), last_good_kept=put.key in self.entries)
             self.malformed[put.key] = str(error)
             return
         self.malformed.pop(put.key, None)

@@ -111,13 +111,13 @@ async def test_without_etcd_it_waits_and_says_so_once(tmp_path: Path, processes:
         error = await refusal(registry.address)
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert "etcd is unreachable" in (error.details() or "")
-    await until(lambda: "etcd unreachable" in registry.logged())
+    await until(lambda: "etcd lost" in registry.logged())
     processes(member)
     await until_async(lambda: serving(registry.address))
     response = await watch(registry.address)
     assert isinstance(response, registry_pb2.WatchResponse)
     assert response.reset
-    assert registry.logged().count('"etcd unreachable"') == 1
+    assert registry.logged().count('"etcd lost"') == 1
 
 
 async def test_with_etcd_away_it_serves_what_it_knows_but_a_new_one_serves_nothing(
@@ -128,7 +128,7 @@ async def test_with_etcd_away_it_serves_what_it_knows_but_a_new_one_serves_nothi
     processes(registry)
     await until_async(lambda: serving(registry.address))
     etcd.kill()
-    await until(lambda: "etcd unreachable" in registry.logged())
+    await until(lambda: "etcd lost" in registry.logged())
     assert await serving(registry.address)
     response = await watch(registry.address)
     assert isinstance(response, registry_pb2.WatchResponse)
@@ -206,7 +206,7 @@ async def test_the_password_comes_by_its_variable_and_is_never_logged(
     await until_async(lambda: serving(registry.address))
     wrong = Registry(tmp_path, [etcd.address], *flags, ATSERVING_ETCD_PASSWORD="not-the-password")
     processes(wrong)
-    await until(lambda: "etcd refuses the registry" in wrong.logged())
+    await until(lambda: "invalid user ID or password" in wrong.logged())
     assert "invalid user ID or password" in (await refusal(wrong.address)).details()  # type: ignore[operator]
     assert USER.password not in registry.logged()
     assert "not-the-password" not in wrong.logged()
