@@ -1,4 +1,4 @@
-"""``python -m registry``: flags, then the registry until a signal."""
+"""``python -m registry``: read the flags, serve until a signal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _GRACE_S = 5.0
 
 @dataclass(frozen=True)
 class RegistrySettings:
-    """What the flags say."""
+    """The settings of a registry, as its flags give them."""
 
     etcd: list[str]
     listen: str
@@ -45,7 +45,7 @@ class _LeaseTtl(click.ParamType[int]):
     name = "duration"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Seconds, as etcd counts leases: ``10`` or ``10s``."""
+        """Return whole seconds, the unit of etcd's leases. Accepts ``10`` and ``10s``."""
         text = str(value)
         try:
             ttl = parse_duration(f"{text}s" if text.isdecimal() else text)
@@ -116,20 +116,20 @@ def _tls(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
     if ca is None and cert is None and key is None:
         return None
     if (cert is None) != (key is None):
-        raise click.UsageError("--etcd-cert and --etcd-key go together")
+        raise click.UsageError("--etcd-cert and --etcd-key must be given together")
     try:
-        # gRPC would find a bad file only when it connects, and not say which.
+        # Check the files here: gRPC reads them only when it connects, and its error does not name the file.
         check = ssl.create_default_context(cafile=ca)
         if cert and key:
             check.load_cert_chain(cert, key)
         return Tls(*(path.read_bytes() if path else None for path in (ca, cert, key)))
     except (OSError, ssl.SSLError) as error:
-        raise StartError(f"can't use {', '.join(str(path) for path in (ca, cert, key) if path)}: {error}") from None
+        raise StartError(f"can't load {', '.join(str(path) for path in (ca, cert, key) if path)}: {error}") from None
 
 
 def _user(name: str | None, password: str | None) -> User | None:
     if (name is None) != (password is None):
-        raise click.UsageError("--etcd-user and --etcd-password go together")
+        raise click.UsageError("--etcd-user and --etcd-password must be given together")
     return User(name, password) if name is not None and password is not None else None
 
 
@@ -137,26 +137,25 @@ _file = click.Path(path_type=Path)
 
 
 @click.command(context_settings={"max_content_width": 100})
-@service.addresses_option("--etcd", required=True, help="The endpoints of etcd, members of one cluster.")
+@service.addresses_option("--etcd", required=True, help="The members of one etcd cluster.")
 @service.listen_option("0.0.0.0:50053")
 @click.option(
     "--listen-releases",
     metavar="HOST:PORT",
-    help="Where to serve the ReleaseService, by which releases are published, apart from the rest; "
-    "otherwise it is where the rest is.",
+    help="Address of the ReleaseService, the API for publishing; default: the address of --listen.",
 )
-@click.option("--etcd-ca", type=_file, metavar="FILE", help="Authorities to trust with etcd (PEM); turns TLS on.")
-@click.option("--etcd-cert", type=_file, metavar="FILE", help="Certificate to show to etcd (PEM); turns TLS on.")
-@click.option("--etcd-key", type=_file, metavar="FILE", help="The certificate's key (PEM).")
-@click.option("--etcd-user", metavar="NAME", help="Whom to authenticate as with etcd.")
-@click.option("--etcd-password", metavar="TEXT", show_envvar=True, help="The user's password; better by its variable.")
+@click.option("--etcd-ca", type=_file, metavar="FILE", help="CA certificates to trust for etcd (PEM); enables TLS.")
+@click.option("--etcd-cert", type=_file, metavar="FILE", help="Client certificate for etcd (PEM); enables TLS.")
+@click.option("--etcd-key", type=_file, metavar="FILE", help="Key of the client certificate (PEM).")
+@click.option("--etcd-user", metavar="NAME", help="User name for etcd.")
+@click.option("--etcd-password", metavar="TEXT", show_envvar=True, help="Password for etcd; prefer the variable.")
 @click.option(
     "--lease-ttl",
     type=_LeaseTtl(),
     default="10s",
     show_default=True,
     metavar="DURATION",
-    help="How long an instance stays registered after its last sign of life; seconds, or such as 1m.",
+    help="Time after which an instance without heartbeats is deregistered: seconds, or a duration such as 1m.",
 )
 @service.log_level_option
 def main(
@@ -171,10 +170,10 @@ def main(
     lease_ttl: int,
     log_level: str,
 ) -> None:
-    """Serve the release config and the live instances, mirrored from etcd, and publish releases.
+    """Mirror the release config and the instances from etcd, serve them, and publish releases.
 
-    Any number of registries may run side by side. A registry starts without etcd, serves once it has seen it, and then
-    goes on with the last known config whenever etcd is away.
+    You can run any number of registries side by side. A registry starts without etcd and becomes ready after its first
+    snapshot. During an outage of etcd it serves the last known config.
     """
     settings = RegistrySettings(
         etcd=etcd,

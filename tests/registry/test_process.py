@@ -78,10 +78,10 @@ def test_help_names_every_flag() -> None:
         (["--etcd", "http://h:1"], "'http://h:1' is not host:port"),
         (["--etcd", "h:1", "--lease-ttl", "soon"], "'soon' should be nanoseconds or a duration"),
         (["--etcd", "h:1", "--lease-ttl", "10ms"], "'10ms' should be whole seconds"),
-        (["--etcd", "h:1", "--etcd-cert", "x.pem"], "--etcd-cert and --etcd-key go together"),
-        (["--etcd", "h:1", "--etcd-user", "x"], "--etcd-user and --etcd-password go together"),
-        (["--etcd", "h:1", "--etcd-ca", "/no/such.pem"], "can't use /no/such.pem"),
-        (["--etcd", "h:1", "--etcd-ca", "setup.cfg"], "can't use setup.cfg"),
+        (["--etcd", "h:1", "--etcd-cert", "x.pem"], "--etcd-cert and --etcd-key must be given together"),
+        (["--etcd", "h:1", "--etcd-user", "x"], "--etcd-user and --etcd-password must be given together"),
+        (["--etcd", "h:1", "--etcd-ca", "/no/such.pem"], "can't load /no/such.pem"),
+        (["--etcd", "h:1", "--etcd-ca", "setup.cfg"], "can't load setup.cfg"),
     ],
 )
 def test_a_wrong_flag_is_one_line(flags: list[str], words: str) -> None:

@@ -131,7 +131,7 @@ async def test_a_version_is_immutable_but_for_phase_desc_and_weight(api: Api, ap
     await api.publish(app, custom_values_json='{"a": 1}')
     changed = await api.publish(app, custom_values_json='{"a": 1}', phase=PRODUCTION, desc="better", weight=2)
     assert (changed.phase, changed.desc, changed.weight) == (PRODUCTION, "better", 2)
-    with refused(grpc.StatusCode.ALREADY_EXISTS, f"release {app}/1 exists with another custom_values, file"):
+    with refused(grpc.StatusCode.ALREADY_EXISTS, f"release {app}/1 exists with a different custom_values, file"):
         await api.publish(app, file="file:///other.tar", custom_values_json='{"a": 2}')
 
 
@@ -153,7 +153,7 @@ async def test_a_version_is_immutable_but_for_phase_desc_and_weight(api: Api, ap
         ({"image_width": 0}, "release.image_width: "),
         ({"use_device": "TPU"}, "release.use_device: "),
         ({"phase": 9}, "release.phase: should be PHASE_STAGING or PHASE_PRODUCTION"),
-        ({"custom_values_json": json.dumps({"a": "x" * (1 << 20)})}, "bytes of JSON, more than 1048576"),
+        ({"custom_values_json": json.dumps({"a": "x" * (1 << 20)})}, "bytes of JSON exceed the limit of 1048576"),
     ],
 )
 async def test_a_wrong_field_is_named(api: Api, app: str, fields: dict[str, object], words: str) -> None:
