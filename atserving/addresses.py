@@ -9,16 +9,18 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 
-_RESOLVE_S = 2.0
+RESOLVE_S = 2.0
+"""The default timeout of one lookup, in seconds."""
 
 
 class Addresses:
     """A list of ``host:port``; each stands for all the addresses that DNS has for its host."""
 
-    def __init__(self, addresses: Sequence[str]) -> None:
+    def __init__(self, addresses: Sequence[str], timeout_s: float = RESOLVE_S) -> None:
         # A name stands for itself until its first lookup succeeds.
         self._known = {address: [address] for address in addresses}
         self._lookups: dict[str, asyncio.Future[list[str]]] = {}
+        self._timeout_s = timeout_s
 
     async def resolve(self) -> list[str]:
         """Look up every name and return all addresses, in random order within one name to spread the load.
@@ -29,7 +31,7 @@ class Addresses:
             # One lookup at a time: if the DNS server is silent, each takes the full time.
             lookup = self._lookups.get(address) or _lookup(address)
             self._lookups[address] = lookup
-            await asyncio.wait({lookup}, timeout=_RESOLVE_S)
+            await asyncio.wait({lookup}, timeout=self._timeout_s)
             if lookup.done():
                 del self._lookups[address]
                 self._known[address] = lookup.result() or self._known[address]
