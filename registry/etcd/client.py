@@ -115,7 +115,7 @@ class EtcdClient:
         return await self._connection.write(_TXN, etcd_pb2.TxnRequest(compare=compare, success=success))
 
     async def commit(self, compare: Sequence[etcd_pb2.Compare], success: Sequence[etcd_pb2.RequestOp]) -> int | None:
-        """Try a transaction once and return its revision; None: read the keys again and decide anew.
+        """Try a transaction once and return its revision; None: read the keys and decide again.
 
         The result is None if a comparison failed, and if no answer came: the transaction may have taken effect then.
         """

@@ -10,7 +10,7 @@ class EtcdError(Exception):
     """A call to etcd failed. The message says why and contains no secret."""
 
 
-class EtcdUnavailable(EtcdError):  # noqa: N818 - named for what the caller sees
+class EtcdUnavailable(EtcdError):  # noqa: N818 - named like a gRPC status
     """No usable answer. A write may have taken effect: read again before you write again."""
 
 
