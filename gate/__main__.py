@@ -9,7 +9,7 @@ import click
 import structlog
 import uvloop
 
-from atserving import transport
+from atserving import lifecycle, transport
 from atserving.cli import service
 from atserving.errors import StartError
 from atserving.follower import ConfigFollower, reminding
@@ -42,7 +42,7 @@ class GateSettings:
 
 async def serve(settings: GateSettings) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartError."""
-    stop = transport.stop_signal()
+    stop = lifecycle.stop_signal()
     router = Router(EvaluatorConnection)
     follower = ConfigFollower(settings.registries, router.apply)
     server = transport.Server(
@@ -60,12 +60,12 @@ async def serve(settings: GateSettings) -> None:
     ready = False
     try:
         port = await server.start(settings.listen)
-        if not await _synced(follower, settings.wait_s, stop, following):
+        if not await lifecycle.unless_stopped(_wait_synced(follower, settings.wait_s), stop, following):
             return
         await server.set_serving(True)
         ready = True
         log.info("service ready", port=port)
-        await transport.until_stopped(stop, following, tending)
+        await lifecycle.until_stopped(stop, following, tending)
         log.info("service draining")
         await server.set_serving(False)
         # Keep serving until the health checks of the edge have seen it, so that no request is refused.
@@ -79,23 +79,13 @@ async def serve(settings: GateSettings) -> None:
             log.info("service stopped")
 
 
-async def _synced(follower: ConfigFollower, wait_s: float, stop: asyncio.Event, following: asyncio.Task[None]) -> bool:
-    """Waits for the config; False where ``stop`` came first. Raises StartError, and what ``following`` raised."""
-    synced = asyncio.create_task(follower.synced.wait())
-    stopped = asyncio.create_task(transport.until_stopped(stop, following))
+async def _wait_synced(follower: ConfigFollower, wait_s: float) -> bool:
+    """Return True once the gate has a config. Raises StartError after ``wait_s`` seconds (0: never)."""
     try:
-        async with reminding(lambda: follower.last_error):
-            await asyncio.wait({synced, stopped}, timeout=wait_s or None, return_when=asyncio.FIRST_COMPLETED)
-        if stopped.done():
-            stopped.result()
-            return False
-    finally:
-        for task in (synced, stopped):
-            task.cancel()
-        await asyncio.gather(synced, stopped, return_exceptions=True)
-    if not follower.synced.is_set():
-        raise StartError(f"no config within {wait_s:g} s: {follower.last_error}")
-    return True
+        async with reminding(lambda: follower.last_error), asyncio.timeout(wait_s or None):
+            return await follower.synced.wait()
+    except TimeoutError:
+        raise StartError(f"no config within {wait_s:g} s: {follower.last_error}") from None
 
 
 async def _tend(router: Router[EvaluatorConnection]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from atserving import transport
+from atserving import lifecycle, transport
 from atserving.config import Instance, MalformedConfig, WorkerConfig, validate
 from atserving.errors import StartError
 from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
@@ -90,7 +90,7 @@ class _Life:
         self._server = transport.Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
         self._servicer = EvaluatorServicer()
         evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(self._servicer, self._server.grpc)
-        self._stop = transport.stop_signal()
+        self._stop = lifecycle.stop_signal()
 
     async def run(self) -> None:
         settings = self._settings
@@ -104,7 +104,7 @@ class _Life:
                 # The health service answers from the start, so that a probe sees a live process during a long load.
                 port = await self._server.start(settings.listen)
                 stack.push_async_callback(self._server.stop, 0)
-                loaded = await _unless(self._stop, following, self._load(workspace, stack, ops.port))
+                loaded = await lifecycle.unless_stopped(self._load(workspace, stack, ops.port), self._stop, following)
                 if loaded:
                     await self._serve(*loaded, port, following)
 
@@ -156,7 +156,7 @@ class _Life:
             async with _background(registration.run()) as registering:
                 try:
                     async with _background(self._announce(registration.registered, instance)):
-                        await transport.until_stopped(self._stop, working, registering, following)
+                        await lifecycle.until_stopped(self._stop, working, registering, following)
                 finally:
                     # Drain also after the worker failed for good, so that gates send callers elsewhere first.
                     self._follower.on_worker = lambda _: None
@@ -220,18 +220,3 @@ async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.
     finally:
         task.cancel()
         await asyncio.wait({task})
-
-
-async def _unless(stop: asyncio.Event, following: asyncio.Task[None], work: Coroutine[Any, Any, T]) -> T | None:
-    """Return the result of ``work``, or None if ``stop`` comes first. Also raises what ``following`` raised."""
-    task, stopping = asyncio.create_task(work), asyncio.create_task(transport.until_stopped(stop, following))
-    try:
-        await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        stopping.result()
-        return None
-    finally:
-        for each in (task, stopping):
-            each.cancel()
-        await asyncio.gather(task, stopping, return_exceptions=True)

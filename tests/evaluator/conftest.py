@@ -128,7 +128,7 @@ def running_registry(data: Path) -> Iterator[Registry]:
             *("--listen", "127.0.0.1:0"),
         )
         stack.callback(registry.kill)
-        port = registry.logged(event="listening")["port"]
+        port = registry.logged(event="service starting")["port"]
         yield Registry(f"127.0.0.1:{port}", f"127.0.0.1:{client}")
 
 
