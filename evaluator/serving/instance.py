@@ -94,7 +94,7 @@ class _Life:
 
     async def run(self) -> None:
         settings = self._settings
-        self._log.info("service starting", registries=settings.registries)
+        self._log.debug("service starting", registries=settings.registries)
         with _workspace(settings) as workspace:
             async with (
                 OpsServer(settings.http, self._metrics, self._status) as ops,
