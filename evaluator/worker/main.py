@@ -1,7 +1,7 @@
 """The worker process, which runs a release's net: ``python -m evaluator.worker.main <socket> <progress memory>``.
 
-Its main thread is an engine, and a script's only one. As the plan says, more threads run batches or prepare requests.
-When the front closes its end of the socket, the process ends, with all that a script has started in its group.
+Its main thread is an engine, and a script's only one. The plan may add threads to run batches or to prepare requests.
+When the front closes its end of the socket, the worker kills its process group, with all children of a script.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _response(outcome: Any) -> evaluator_pb2.InferResponse:
 
 
 def end() -> NoReturn:
-    """End the process, with all that a script has started in its process group."""
+    """Kill the process group: this process, and all children of a script."""
     os.killpg(0, signal.SIGKILL)
     raise SystemExit
 
@@ -231,7 +231,7 @@ def main() -> None:
     """Serve the socket and the progress memory whose descriptors are the arguments."""
     connection, progress = socket.socket(fileno=int(sys.argv[1])), Progress(int(sys.argv[2]))
     sys.argv = ["net.py"]
-    # The terminal's Ctrl-C is for the front, which ends this process once it has drained.
+    # The terminal's Ctrl-C is for the front. It drains, and then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     configure_logging("evaluator")
     faulthandler.enable()
