@@ -1,10 +1,11 @@
-# The images of the services, a target each: gate, registry, evaluator, evaluator-gpu. docs/images.md tells how to build them.
+# The images of the services, one target each: gate, registry, evaluator, evaluator-gpu. docs/images.md shows how to
+# build them.
 #
-# Bases are pinned by their full tag. To pin one by its content too, append the digest that
-# `docker buildx imagetools inspect <image>` prints: FROM <image>@sha256:<digest>.
+# Base images are pinned by their full tag. To pin one by content too, run `docker buildx imagetools inspect <image>`
+# and append its digest: FROM <image>@sha256:<digest>.
 
 FROM python:3.11.15-slim-bookworm AS base
-# Nothing can be written where the code is, and no module is taken from the folder a process happens to be in.
+# Write no .pyc files beside the code, and import no module from the working directory.
 ENV PATH=/opt/atserving/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONSAFEPATH=1
@@ -15,7 +16,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
 WORKDIR /opt/source
 
-# The project's wheel, which is the same for all. What .dockerignore lets through is what it is built from.
+# The project's wheel, which all images share. .dockerignore selects the files that it is built from.
 FROM build AS wheel
 COPY docker/build.txt docker/
 RUN python -m venv /opt/build \
@@ -23,19 +24,19 @@ RUN python -m venv /opt/build \
 COPY . .
 RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /opt/wheels .
 
-# What gate and registry need. The environment is filled from outside: it has no pip.
+# The packages of gate and registry. The build stage's pip installs them, so the environment itself has no pip.
 FROM build AS core-packages
 COPY docker/core.txt docker/
 RUN python -m venv --without-pip /opt/atserving \
     && pip --python /opt/atserving/bin/python install --require-hashes --only-binary :all: --requirement docker/core.txt
 
-# What the evaluator needs on a CPU.
+# The packages of the evaluator on a CPU.
 FROM build AS cpu-packages
 COPY docker/cpu.txt docker/
 RUN python -m venv --without-pip /opt/atserving \
     && pip --python /opt/atserving/bin/python install --require-hashes --only-binary :all: --requirement docker/cpu.txt
 
-# The project beside the packages, not among them: a change of code is a layer of its own, and a small one.
+# The project in a prefix of its own: a change of code then changes only one small layer.
 FROM core-packages AS project
 COPY --from=wheel /opt/wheels /opt/wheels
 RUN pip --python /opt/atserving/bin/python install --no-deps --no-warn-script-location --prefix /opt/project /opt/wheels/*.whl
@@ -67,14 +68,14 @@ LABEL org.opencontainers.image.title="AtServing evaluator" \
 COPY --from=cpu-packages /opt/atserving /opt/atserving
 COPY --from=project /opt/project /opt/atserving
 USER 10001:10001
-# Outside of an image the ports are any free ones, and the second is for this machine alone.
+# Fixed ports for the image; by default the evaluator takes free ports and serves HTTP on localhost only.
 ENV ATSERVING_LISTEN=0.0.0.0:50052 \
     ATSERVING_HTTP=0.0.0.0:9090
 EXPOSE 50052 9090
 ENTRYPOINT ["python", "-m", "evaluator"]
 
-# CUDA 13 and cuDNN 9 are what the onnxruntime-gpu of docker/gpu.txt is built for. Python is Ubuntu's, 3.12. Its packages
-# are not pinned: the archive keeps only the newest of each.
+# The onnxruntime-gpu of docker/gpu.txt is built for CUDA 13 and cuDNN 9. Python 3.12 comes from Ubuntu, whose packages
+# are not pinned, since the archive keeps only the newest version of each.
 FROM nvidia/cuda:13.2.1-cudnn-runtime-ubuntu24.04 AS gpu-base
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -109,7 +110,7 @@ LABEL org.opencontainers.image.title="AtServing evaluator for GPUs" \
 COPY --from=gpu-packages /opt/atserving /opt/atserving
 COPY --from=gpu-project /opt/project /opt/atserving
 USER 10001:10001
-# CUDA keeps there what it compiles for the device; its usual place, below HOME, is not writable.
+# CUDA caches the kernels that it compiles below CUDA_CACHE_PATH; the default, below HOME, is not writable.
 ENV ATSERVING_LISTEN=0.0.0.0:50052 \
     ATSERVING_HTTP=0.0.0.0:9090 \
     CUDA_CACHE_PATH=/tmp/cuda

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PORT ?= 8080
 ENGINE ?= docker
 IMAGES ?= gate registry evaluator evaluator-gpu
-VERSION := $(shell sed -n 's/^version = //p' setup.cfg)
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' atserving/__init__.py)
 
 .DEFAULT_GOAL := help
 
@@ -33,9 +33,10 @@ test: $(VENV)/installed  ## Run the test suite
 	$(BIN)/python -m pytest
 
 .PHONY: lint
-lint: $(VENV)/installed  ## Check format, lint and types
+lint: $(VENV)/installed  ## Check format, lint, import contracts and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 .PHONY: format

@@ -1,8 +1,9 @@
-"""What every service of the mesh shares, and nothing else."""
+"""The code that all services of the mesh share."""
 
 import os
 
-# gRPC's core writes lines of its own to standard error for what its callers are told anyway. It reads this on import.
+# gRPC's core logs to standard error what its callers learn from the status anyway. It reads this when it is loaded.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+# setup.cfg and the Makefile read the version from this line.
 __version__ = "0.1.0"

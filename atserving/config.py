@@ -1,7 +1,7 @@
-"""The config in etcd: its keys, the types of its values, and how they are read.
+"""The config in etcd: its keys, the types of its values, and the parser.
 
-Everything lives below ``/ava/serving/``; values are JSON. Unknown fields are ignored, so that a newer writer does not
-break an older reader; a value that can't be used raises :class:`MalformedConfig`, which names the field.
+All keys are below ``/ava/serving/``, and all values are JSON. The parser ignores unknown fields, so that a newer writer
+does not break an older reader. A malformed value raises :class:`MalformedConfig`, which names the field.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 PREFIX = "/ava/serving/"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
-"""What names an app or a version. In pydantic's patterns ``$`` is the very end of the text."""
+"""The pattern of the name of an app or a version. In pydantic's patterns ``$`` matches only the end of the text."""
 
 DEFAULT_APP_METADATA_KEY = f"{PREFIX}app/default/metadata"
 DEFAULT_WORKER_KEY = f"{PREFIX}worker/default"
@@ -26,16 +26,16 @@ _MAX_DURATION = timedelta(hours=1)
 
 
 class MalformedConfig(Exception):  # noqa: N818
-    """A key or a value below ``/ava/serving/`` can't be used; the message says why."""
+    """A key or a value below ``/ava/serving/`` is malformed; the message says why."""
 
 
 def is_name(text: str) -> bool:
-    """Whether ``text`` can name an app or a version."""
+    """Return whether ``text`` is a valid name of an app or a version."""
     return re.fullmatch(NAME_PATTERN, text) is not None
 
 
 def parse_duration(value: object) -> object:
-    """Nanoseconds, or Go's notation such as ``"100ms"`` or ``"1m30s"``, as a timedelta (microseconds are kept)."""
+    """Parse nanoseconds, or Go's notation such as ``"100ms"`` or ``"1m30s"``; the result is exact to a microsecond."""
     if isinstance(value, timedelta):
         return value
     if isinstance(value, bool) or not isinstance(value, int | str):
@@ -73,7 +73,7 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     def to_json(self) -> str:
-        """The value as etcd holds it; what was never set is left out."""
+        """Return the value as JSON for etcd, without the fields that are not set."""
         fields = self.model_dump(mode="json")
         return orjson.dumps({name: value for name, value in fields.items() if value not in (None, {}, "")}).decode()
 
@@ -105,7 +105,7 @@ class Owner(_Value):
 
 
 class AppMetadata(_Value):
-    """Who may call an app: ``/ava/serving/app/metadata/<app>``; ``/ava/serving/app/default/metadata`` for the rest."""
+    """The access rights of an app: ``/ava/serving/app/metadata/<app>``, or ``/ava/serving/app/default/metadata``."""
 
     public: bool | None = None
     owner: Owner | None = None
@@ -114,14 +114,14 @@ class AppMetadata(_Value):
 
 
 class WorkerConfig(_Value):
-    """How instances work: ``/ava/serving/worker/...``. The most specific key wins, field by field."""
+    """The settings of a version's workers: ``/ava/serving/worker/...``. The most specific key wins, field by field."""
 
     timeout: Duration | None = None
     max_concurrent: Annotated[int, Field(ge=1, le=100_000)] | None = None
     delay4batch: Duration | None = None
 
     def over(self, general: WorkerConfig) -> WorkerConfig:
-        """This config, with what it leaves open taken from a more general one."""
+        """Return this config, with the fields that it does not set taken from a more general one."""
         return WorkerConfig.model_validate(
             {**general.model_dump(exclude_none=True), **self.model_dump(exclude_none=True)}
         )
@@ -131,7 +131,7 @@ DEFAULT_WORKER = WorkerConfig(timeout=timedelta(seconds=30), max_concurrent=64, 
 
 
 class Instance(_Value):
-    """One ready evaluator process: ``/ava/serving/instance/<app>/<version>/<id>``, under a lease."""
+    """One registered evaluator: ``/ava/serving/instance/<app>/<version>/<id>``, under a lease."""
 
     app: Name
     version: Name
@@ -157,12 +157,12 @@ def app_metadata_key(app: str) -> str:
 
 
 def worker_keys(app: str, version: str) -> tuple[str, str, str]:
-    """The keys of the worker config of one version, the most specific first."""
+    """Return the keys of one version's worker config, the most specific first."""
     return (f"{PREFIX}worker/app/{app}/release/{version}", f"{PREFIX}worker/app/{app}/default", DEFAULT_WORKER_KEY)
 
 
 def app_of(key: str) -> str | None:
-    """The app that a key concerns; None for the defaults, which concern all. Raises MalformedConfig for other keys."""
+    """Return the app that a key belongs to, or None for a default. Raises MalformedConfig for an unknown key."""
     match key.removeprefix(PREFIX).split("/"):
         case ["app", "default", "metadata"] | ["worker", "default"]:
             return None
@@ -178,7 +178,7 @@ def app_of(key: str) -> str | None:
 
 
 def parse(key: str, value: str | bytes) -> ConfigValue:
-    """Reads the value of a key. Raises MalformedConfig for an unknown key, what is not JSON, and a wrong field."""
+    """Parse the value of a key. Raises MalformedConfig for an unknown key, invalid JSON, and a wrong field."""
     app_of(key)
     parts = key.removeprefix(PREFIX).split("/")
     try:
@@ -188,7 +188,7 @@ def parse(key: str, value: str | bytes) -> ConfigValue:
     if not isinstance(fields, dict):
         raise MalformedConfig("not a JSON object")
     try:
-        # What is read must also be writable: values may be nested deeper than orjson writes.
+        # A value must also be writable: orjson reads deeper nesting than it writes.
         orjson.dumps(fields)
     except orjson.JSONEncodeError:
         raise MalformedConfig("nested too deeply") from None
@@ -206,14 +206,14 @@ def parse(key: str, value: str | bytes) -> ConfigValue:
 
 def _validate(kind: type[_T], fields: dict[str, Any], expected: dict[str, str]) -> _T:
     for field, want in expected.items():
-        # The key says it; a value may leave it out, but may not say otherwise.
+        # The key names the app and version; the value may omit them but must not contradict the key.
         if fields.setdefault(field, want) != want:
             raise MalformedConfig(f"{field}: is {fields[field]!r}, but the key says {want!r}")
     return validate(kind, fields)
 
 
 def validate(kind: type[_T], fields: dict[str, Any]) -> _T:
-    """A value of ``kind`` from its fields. Raises MalformedConfig naming the first field that is wrong."""
+    """Return a value of ``kind`` from its fields. Raises MalformedConfig, which names the first wrong field."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:

@@ -1,27 +1,13 @@
-"""The one tree of errors, each with its HTTP and its gRPC status, and the one place that translates them.
+"""The tree of errors, each with its HTTP status. ``atserving.grpc_status`` translates them to gRPC.
 
-A message says what was wrong with what, for the caller; it never holds a stack trace, a path on the server or a secret.
+A message tells the caller what is wrong and where. It never holds a stack trace, a path on the server or a secret.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-import grpc
-
 from atserving.v1 import evaluator_pb2
-
-_GRPC_STATUS = {
-    400: grpc.StatusCode.INVALID_ARGUMENT,
-    401: grpc.StatusCode.UNAUTHENTICATED,
-    403: grpc.StatusCode.PERMISSION_DENIED,
-    404: grpc.StatusCode.NOT_FOUND,
-    409: grpc.StatusCode.ALREADY_EXISTS,
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    502: grpc.StatusCode.UNAVAILABLE,
-    503: grpc.StatusCode.UNAVAILABLE,
-    504: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
 
 
 class StartError(Exception):
@@ -48,15 +34,6 @@ class ServingError(Exception):
         """When it is worth trying again, in seconds; None: not said."""
         self.refused = refused
         """Refused before any work was done: another instance may take the request."""
-
-    @property
-    def grpc_status(self) -> grpc.StatusCode:
-        """The gRPC status of ``status``: 4xx without one of its own is the request's fault, 57x may be tried again."""
-        if self.status in _GRPC_STATUS:
-            return _GRPC_STATUS[self.status]
-        if self.status < 500:
-            return grpc.StatusCode.INVALID_ARGUMENT
-        return grpc.StatusCode.UNAVAILABLE if 570 <= self.status <= 579 else grpc.StatusCode.INTERNAL
 
     def to_proto(self) -> evaluator_pb2.Error:
         """The error as it travels from evaluator to gate."""

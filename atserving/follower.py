@@ -1,4 +1,4 @@
-"""Follows the config that the registries stream, over any of them, and keeps the last known while none answers."""
+"""Follows the config over any of the registries, and keeps the last known config during an outage."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import grpc.aio
 import structlog
 
 from atserving import transport
+from atserving.addresses import Addresses
 from atserving.config import ConfigValue, MalformedConfig, parse
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 
@@ -21,17 +22,17 @@ _PAUSE_S = (0.1, 0.5)
 _REMIND_S = 10.0
 
 OnChange = Callable[[Mapping[str, ConfigValue], Set[str]], None]
-"""Called with the keys written and the keys deleted by one step; never with an empty step."""
+"""Called with the written and the deleted keys of one step; never with an empty step."""
 
 
 @asynccontextmanager
 async def reminding(reason: Callable[[], str]) -> AsyncIterator[None]:
-    """Logs, while the block takes long, what it waits for."""
+    """Log every few seconds why the block inside is still waiting."""
 
     async def remind() -> None:
         while True:
             await asyncio.sleep(_REMIND_S)
-            log.warning("waiting", reason=reason())
+            log.warning("start delayed", reason=reason())
 
     task = asyncio.create_task(remind())
     try:
@@ -42,25 +43,25 @@ async def reminding(reason: Callable[[], str]) -> AsyncIterator[None]:
 
 
 class ConfigFollower:
-    """Holds what the registries say of one app, or of all.
+    """The config of one app, or of all apps, kept up to date from the registries.
 
-    ``entries`` is always one consistent state: every step of the stream is applied whole. A registry that has gone is
-    replaced by the next of the list, and so is one that has lost etcd, if there is another; meanwhile nothing is
-    forgotten. A name may stand for several registries.
+    ``entries`` is always consistent, since each step of the stream is applied as a whole. If a registry fails, the
+    follower moves to the next one. It also moves on if a registry has lost etcd and there is another. It forgets
+    nothing in the meantime. A DNS name may stand for several registries.
     """
 
     def __init__(self, registries: Sequence[str], on_change: OnChange | None = None, app: str = "") -> None:
         self.entries: dict[str, ConfigValue] = {}
         self.synced = asyncio.Event()
-        """Set once the first snapshot has been applied; never cleared."""
+        """Set after the first snapshot; never cleared."""
         self.last_error = "not yet tried"
-        self._registries = transport.Addresses(registries)
+        self._registries = Addresses(registries)
         self._on_change = on_change
         self._app = app
         self._steps = 0
 
     async def run(self) -> None:
-        """Follows until cancelled, one registry after the other, with a pause once all were tried."""
+        """Follow until cancelled, one registry after the other, with a pause after each round."""
         while True:
             addresses = await self._registries.resolve()
             for address in addresses:
@@ -74,16 +75,16 @@ class ConfigFollower:
                     reason = "does not answer"
                 self.last_error = f"registry {address}: {reason}"
                 if self._steps > began:
-                    log.warning("registry lost, going on with the last known config", reason=self.last_error)
+                    log.warning("registry lost", reason=self.last_error)
             await asyncio.sleep(random.uniform(*_PAUSE_S))  # noqa: S311 - spreads reconnects
 
     async def _follow(self, channel: grpc.aio.Channel, alone: bool) -> str:
-        """Returns why this registry is left."""
+        """Follow one registry; return the reason to move to the next."""
         call = registry_pb2_grpc.RegistryServiceStub(channel).Watch(registry_pb2.WatchRequest(app=self._app))
         response = await asyncio.wait_for(call.read(), _FIRST_RESPONSE_S)
         while isinstance(response, registry_pb2.WatchResponse):
             if response.stale and self.synced.is_set() and not alone:
-                # What is known here may be newer than its snapshot.
+                # The entries may be newer than the snapshot of a registry without etcd.
                 return "has lost etcd"
             self._apply(response)
             self._steps += 1
@@ -94,7 +95,7 @@ class ConfigFollower:
     def _apply(self, response: registry_pb2.WatchResponse) -> None:
         upserts: dict[str, ConfigValue] = {}
         for entry in response.upserts:
-            # The registry sends what it could read; what this, perhaps older, process can't read is skipped.
+            # A newer registry may send a value that this process can't parse.
             try:
                 upserts[entry.key] = parse(entry.key, entry.value_json)
             except MalformedConfig as error:

@@ -1,4 +1,4 @@
-"""Logs and request ids: JSON lines on standard error, one a request, the same fields in every process."""
+"""Structured logs and request ids. Every process logs JSON lines with the same fields to standard error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _REQID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def configure_logging(service: str, level: str = "info") -> None:
-    """Sends structlog's lines as JSON to standard error, each with ``service``; the standard library's go along."""
+    """Log JSON lines to standard error, each with the field ``service``.
+
+    The standard library's loggers write plain lines, from the level warning up.
+    """
     number = logging.getLevelNamesMapping()[level.upper()]
     logging.basicConfig(stream=sys.stderr, level=max(number, logging.WARNING), format="%(name)s: %(message)s")
     structlog.configure(
@@ -39,15 +42,15 @@ def _dumps(value: Any, **_: Any) -> bytes:
     try:
         return orjson.dumps(value, default=str)
     except TypeError:
-        # Text that is none in UTF-8, numbers beyond 64 bits: a line in the log must not be what fails.
+        # orjson refuses text that is not UTF-8 and integers beyond 64 bits. A log line must never fail.
         return json.dumps(value, default=str, skipkeys=True).encode()
 
 
 def request_id(given: str | None) -> str:
-    """The caller's request id, or a new one where it gave none or one that is no single printable word of 128 bytes."""
+    """Return the caller's request id, or a new one unless it is one printable word of at most 128 characters."""
     return given if given and _REQID.fullmatch(given) else secrets.token_urlsafe(12)
 
 
 def trace_context(given: str | None) -> str | None:
-    """The caller's W3C `traceparent`, or None where it gave none or one that is none."""
+    """Return the caller's W3C ``traceparent``, or None if it is missing or malformed."""
     return given if given and _TRACEPARENT.fullmatch(given) else None

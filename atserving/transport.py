@@ -1,14 +1,8 @@
-"""gRPC as every process of the mesh speaks it: the options of a channel, and a server with health and reflection."""
+"""gRPC between the processes of the mesh: channel options, and a server with health and reflection."""
 
 from __future__ import annotations
 
-import asyncio
-import random
-import signal
-import socket
-import threading
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable
 
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
@@ -19,18 +13,16 @@ from grpc_reflection.v1alpha import reflection
 from atserving.errors import StartError
 
 MAX_MESSAGE_BYTES = 64 << 20
-"""The most one message holds: the edge takes bodies up to 20 MiB, nets may answer with more."""
+"""The size limit of one message. The edge accepts bodies up to 20 MiB; a net may return more."""
 
 LIVE = "live"
-"""What the health service is asked for by those who would restart a process: SERVING for as long as it answers at all.
+"""The health service name for liveness checks: SERVING for as long as the process answers.
 
-Whether calls are welcome is another question, the one for the empty name.
+For readiness, check the empty name.
 """
 
-_RESOLVE_S = 2.0
-
-# A dead peer (a frozen process, a lost host) is found within 5 + 3 s. grpc.keepalive_timeout_ms alone does not bound
-# it: http2.ping_timeout_ms is what the C core waits for.
+# Keepalive detects a dead peer (a frozen process, a lost host) within 5 + 3 s. The C core waits for
+# http2.ping_timeout_ms, so grpc.keepalive_timeout_ms alone sets no bound.
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 3_000),
@@ -42,84 +34,37 @@ CHANNEL_OPTIONS = [
     *_KEEPALIVE,
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # Reconnect soon: what restarts is back in a second or two.
+    # A peer restarts within a second or two, so reconnect soon.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # In spite of its name this bounds a connection attempt: 100 ms are too few for a busy peer.
+    # Despite its name, this is the timeout of one connection attempt; a busy peer needs more than 100 ms.
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.enable_retries", 0),
-    # Peers of the mesh are reached directly, whatever proxy the environment names.
+    # Connect to peers directly, even if the environment configures an HTTP proxy.
     ("grpc.enable_http_proxy", 0),
 ]
 SERVER_OPTIONS = [
     *_KEEPALIVE,
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
-    # A second process on the same port is a mistake to report, not a peer to share with.
+    # Without this, a second process on the same port would silently share its connections.
     ("grpc.so_reuseport", 0),
-    # As much as the edge lets through: a caller's large cookie is no reason to fail its call.
+    # The edge's own limit: a large cookie that passes the edge must not fail the call here.
     ("grpc.max_metadata_size", 64 << 10),
     ("grpc.absolute_max_metadata_size", 128 << 10),
 ]
 
 
 def channel(address: str) -> grpc.aio.Channel:
-    """A channel to ``host:port``, which finds a dead peer and reconnects soon."""
+    """Return a channel to ``host:port`` that detects a dead peer and reconnects quickly."""
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-
-
-class Addresses:
-    """Some ``host:port``, each as all the addresses that its name stands for."""
-
-    def __init__(self, addresses: Sequence[str]) -> None:
-        # A name that was never resolved stands for itself.
-        self._known = {address: [address] for address in addresses}
-        self._lookups: dict[str, asyncio.Future[list[str]]] = {}
-
-    async def resolve(self) -> list[str]:
-        """All of them, those of one name in a random order, so that many spread over them.
-
-        A name that can't be resolved now stands for what it last did: a name server that is away stops nobody.
-        """
-        for address in self._known:
-            # One at a time: where the name server says nothing, each takes long.
-            lookup = self._lookups.get(address) or _lookup(address)
-            self._lookups[address] = lookup
-            await asyncio.wait({lookup}, timeout=_RESOLVE_S)
-            if lookup.done():
-                del self._lookups[address]
-                self._known[address] = lookup.result() or self._known[address]
-            random.shuffle(self._known[address])
-        return [each for known in self._known.values() for each in known]
-
-
-def _lookup(address: str) -> asyncio.Future[list[str]]:
-    """The addresses of a name, or none, by a thread that holds up nobody's end, as the loop's own would."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[list[str]] = loop.create_future()
-
-    def look_up() -> None:
-        host, _, port = address.rpartition(":")
-        try:
-            found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
-            found = []
-        hosts = list(dict.fromkeys(str(target[0]) for *_, target in found))
-        # The loop may have ended meanwhile.
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(
-                future.set_result, [f"[{each}]:{port}" if ":" in each else f"{each}:{port}" for each in hosts]
-            )
-
-    threading.Thread(target=look_up, name="lookup", daemon=True).start()
-    return future
 
 
 class Server:
     """A gRPC server with the standard health service and reflection.
 
-    Every service answers NOT_SERVING until :meth:`set_serving`; ``LIVE`` is SERVING from the start. A message larger
-    than ``max_receive_bytes`` is refused with RESOURCE_EXHAUSTED.
+    The health of every service is NOT_SERVING until :meth:`set_serving`; ``LIVE`` is SERVING from the start. The server
+    rejects a message larger than ``max_receive_bytes`` with RESOURCE_EXHAUSTED.
     """
 
     def __init__(self, services: Iterable[ServiceDescriptor], max_receive_bytes: int = MAX_MESSAGE_BYTES) -> None:
@@ -132,7 +77,7 @@ class Server:
         reflection.enable_server_reflection([*self._names[1:], health, reflection.SERVICE_NAME], self.grpc)
 
     async def start(self, listen: str) -> int:
-        """Listens on ``host:port`` (port 0: any free one) and returns the port. Raises StartError."""
+        """Listen on ``host:port`` (port 0: any free port) and return the port. Raises StartError."""
         await self.set_serving(False)
         await self.health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
         try:
@@ -145,33 +90,11 @@ class Server:
         return int(port)
 
     async def set_serving(self, serving: bool) -> None:
-        """Says by the health service whether calls are welcome."""
+        """Report by the health service whether this server accepts calls."""
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in self._names:
             await self.health.set(name, status)
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no new calls, lets those in flight end within ``grace_s``, and cancels the rest."""
+        """Accept no new calls, let the calls in flight finish within ``grace_s``, and cancel the rest."""
         await self.grpc.stop(grace_s)
-
-
-def stop_signal() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set."""
-    event = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, event.set)
-    return event
-
-
-async def until_stopped(stop: asyncio.Event, *tasks: asyncio.Task[None]) -> None:
-    """Returns when ``stop`` comes. Raises what a background task raised, or that it ended, which none should."""
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done - {stopping}:
-            task.result()
-            raise RuntimeError("a background task ended by itself")
-    finally:
-        stopping.cancel()
-        await asyncio.gather(stopping, return_exceptions=True)

@@ -1,12 +1,12 @@
-# Before an Envoy is stopped: sends callers elsewhere, and waits until what is under way has been answered.
+# Drains an Envoy before it is stopped: moves its callers to other Envoys and waits for the requests in flight.
 #
 #   bash drain.sh ADMIN AWAY_S MOST_S
 #
 # ADMIN is the address of the admin interface, host:port.
 #
-# /health fails from here on, and every answer asks its caller to connect anew. AWAY_S seconds are for those that choose
-# among Envoys to see it; after that it waits until nothing is under way, and nothing is left to send, for MOST_S seconds
-# at most. SIGTERM, which follows, ends Envoy at once.
+# From now on /health fails, and every response asks its caller to reconnect. For AWAY_S seconds the script waits for
+# load balancers to see that. Then it waits until no request is in flight and no byte is unsent, for at most MOST_S
+# seconds. The SIGTERM after this script ends Envoy at once.
 set -eu
 host=${1%:*} port=${1##*:} away_s=$2 most_s=$3
 
@@ -17,8 +17,7 @@ admin() {
     exec 3>&-
 }
 
-# Rows of the listeners, 8080 and 8443, whose peers have not had all that was sent: what the kernel still has is lost
-# with the pod.
+# Matches connections of the listeners (8080 and 8443) with unsent bytes, which the kernel drops when the pod exits.
 unsent=':(1F90|20FB) [0-9A-F]+:[0-9A-F]{4} [0-9A-F]{2} 0*[1-9A-F][0-9A-F]*:'
 
 admin 'POST /healthcheck/fail' >/dev/null || true

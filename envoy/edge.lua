@@ -1,11 +1,11 @@
--- Around the transcoder: what a caller may say in headers, the request's id, and the HTTP status and body of an error.
+-- Runs before and after the transcoder: filters the caller's headers, sets the request id, and sets the HTTP status and
+-- the body of an error.
 
 local function is_grpc(headers)
   return (headers:get("content-type") or ""):sub(1, 16) == "application/grpc"
 end
 
--- Headers that mean something to gRPC mean nothing in a request that comes as HTTP, and must not reach the gate as if
--- the transcoder had written them.
+-- An HTTP caller's gRPC headers must not reach the gate: the gate would take them for the transcoder's.
 local function remove_grpc_headers(headers)
   local found = {}
   for name, _ in pairs(headers) do
@@ -22,7 +22,7 @@ function envoy_on_request(handle)
   local headers = handle:headers()
   local native = is_grpc(headers)
   local reqid = headers:get("x-reqid")
-  -- One printable word of at most 128 bytes, or the edge's own id: the gate's rule too.
+  -- Accept one printable word of at most 128 bytes, like the gate; otherwise use the edge's own id.
   if reqid == nil or #reqid == 0 or #reqid > 128 or reqid:find("[^\33-\126]") then
     reqid = headers:get("x-request-id")
     headers:replace("x-reqid", reqid)
@@ -34,14 +34,14 @@ function envoy_on_request(handle)
   if not native then
     remove_grpc_headers(headers)
   end
-  local noted = handle:streamInfo():dynamicMetadata()
-  noted:set("atserving", "reqid", reqid)
-  noted:set("atserving", "native", native)
+  local metadata = handle:streamInfo():dynamicMetadata()
+  metadata:set("atserving", "reqid", reqid)
+  metadata:set("atserving", "native", native)
 end
 
--- What the gate says beside a reply comes in its trailers: so all of an answer leaves the gate at once, and one that was
--- begun and broke off can't happen. The transcoder holds the reply until its trailers are there in any case.
-local said = { "x-serving-status", "x-serving-version", "retry-after" }
+-- The gate sends the metadata of a reply as trailers, so that a reply leaves the gate in one piece and never breaks off
+-- after its headers. The transcoder buffers the reply until the trailers arrive in any case.
+local from_trailers = { "x-serving-status", "x-serving-version", "retry-after" }
 
 local internal = {
   "x-serving-status",
@@ -53,12 +53,12 @@ local internal = {
 }
 
 local function read_trailers(handle)
-  handle:body() -- waits for the whole answer; what was fetched of it before is no longer valid
+  handle:body() -- waits for the whole response; header objects from before this call become invalid
   local headers, trailers = handle:headers(), handle:trailers()
   if trailers == nil then
     return
   end
-  for _, name in ipairs(said) do
+  for _, name in ipairs(from_trailers) do
     local value = trailers:get(name)
     if value ~= nil then
       headers:replace(name, value)
@@ -73,8 +73,8 @@ local function read_trailers(handle)
   end
 end
 
--- A gRPC status of the gate's own server means that the call itself failed, not that the gate answered so. What it says
--- is for its developers, and is in its log.
+-- A gRPC status other than OK comes from the gate's gRPC server: the call failed before the gate decided anything. Its
+-- message is for developers, and the gate's log has it.
 local function write_failure(handle, headers)
   local status = headers:get(":status")
   if status == "200" then
@@ -86,12 +86,12 @@ local function write_failure(handle, headers)
 end
 
 function envoy_on_response(handle)
-  local noted = handle:streamInfo():dynamicMetadata():get("atserving")
+  local metadata = handle:streamInfo():dynamicMetadata():get("atserving")
   local reqid, native = nil, false
-  if noted ~= nil then
-    reqid, native = noted["reqid"], noted["native"]
+  if metadata ~= nil then
+    reqid, native = metadata["reqid"], metadata["native"]
   end
-  if not native then -- a gRPC caller reads status and trailers itself
+  if not native then -- a native gRPC caller reads the status and the trailers itself
     read_trailers(handle)
   end
   local headers = handle:headers()

@@ -1,6 +1,6 @@
-"""One release of one app, served: loading, the net, batching, the gRPC server."""
+"""The evaluator serves one release of one app. It runs as two processes: the front (``serving``) and the worker."""
 
 import os
 
-# Otherwise onnxruntime reports what it runs to its maker. It reads this when it is loaded, here and in the worker.
+# Disable onnxruntime's telemetry. It reads this variable on import, in both processes.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,4 +1,4 @@
-"""`python -m evaluator`: one instance, serving one release; `python -m evaluator check`: a release, without a mesh."""
+"""``python -m evaluator`` serves a release as one instance; ``python -m evaluator check`` checks one without a mesh."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ try:
     from evaluator.serving.instance import InstanceSettings, run
 except ModuleNotFoundError as missing:
     raise SystemExit(
-        f"evaluator: {missing.name} is not installed: pip install 'atserving[cpu]', or 'atserving[gpu]' for a GPU"
+        f"evaluator: {missing.name} is not installed: pip install '.[cpu]' in a checkout, or '.[gpu]' for a GPU"
     ) from None
 
 
@@ -58,7 +58,7 @@ def _json(context: click.Context, parameter: click.Parameter, value: str | None)
 
 
 def _named_files(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """``name=path`` each, as URIs by name."""
+    """Parse ``name=path`` values to URIs by name."""
     files = {}
     for value in values:
         name, _, path = value.partition("=")
@@ -71,24 +71,26 @@ def _named_files(context: click.Context, parameter: click.Parameter, values: tup
 @click.command(epilog="To try a release without a mesh: evaluator check RELEASE.TAR; see evaluator check --help.")
 @click.option("--app", required=True, callback=_name, help="The app to serve.")
 @click.option("--version", required=True, callback=_name, help="Its version.")
-@service.addresses_option("--registry", required=True, help="The registries, any of which will do.")
+@service.addresses_option("--registry", required=True, help="The registries; the instance uses any one of them.")
 @service.listen_option("0.0.0.0:0")
 @click.option(
     "--advertise",
     callback=_host_and_port,
     metavar="HOST:PORT",
-    help="Where gates reach this instance; port 0: the one listened on.",
+    help="The address at which gates reach this instance; port 0: the port of --listen.",
 )
-@click.option("--workspace", type=click.Path(path_type=Path, file_okay=False), help="Where files are kept meanwhile.")
+@click.option(
+    "--workspace", type=click.Path(path_type=Path, file_okay=False), help="The folder for the files of the release."
+)
 @service.wait_option("Seconds to wait for a registry and for the release to be published.")
-@service.seconds_option("--grace", 30.0, "Seconds that what is held may take after SIGTERM.")
+@service.seconds_option("--grace", 30.0, "Seconds for requests in flight to finish after SIGTERM.")
 @click.option(
     "--allow-network",
     "allow_networks",
     multiple=True,
     callback=_networks,
     metavar="CIDR",
-    help="A network that resources may come from though it is not public; repeatable.",
+    help="A private network that resources may come from; repeatable.",
 )
 @click.option(
     "--qiniu",
@@ -102,12 +104,12 @@ def _named_files(context: click.Context, parameter: click.Parameter, values: tup
     show_default=True,
     callback=_host_and_port,
     metavar="HOST:PORT",
-    help="Where to serve /metrics and /status; port 0: any free.",
+    help="The address for /metrics and /status; port 0: any free port.",
 )
 @click.option(
     "--status-file",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="A file that says what /status does, and says it still when this process has ended.",
+    help="A file that holds what /status answers, also after this process has ended.",
 )
 @service.log_level_option
 def main(
@@ -125,19 +127,29 @@ def main(
     status_file: Path | None,
     log_level: str,
 ) -> None:
-    """Serves one version of one app, as one instance of the mesh."""
+    """Serve one version of one app, as one instance of the mesh."""
     configure_logging("evaluator", log_level)
     keys = read_config(qiniu) if qiniu else None
     settings = InstanceSettings(
-        *(app, version, registry, listen, advertise, workspace, wait, grace),
-        *(allow_networks, keys, http, status_file),
+        app=app,
+        version=version,
+        registries=registry,
+        listen=listen,
+        advertise=advertise,
+        workspace=workspace,
+        wait_s=wait,
+        grace_s=grace,
+        allow_networks=allow_networks,
+        qiniu=keys,
+        http=http,
+        status_file=status_file,
     )
     uvloop.run(run(settings))
 
 
 @click.command()
 @click.argument("tar", type=click.Path(path_type=Path, dir_okay=False, exists=True), metavar="RELEASE.TAR")
-@click.option("--net", help="The built-in net to run, where the tar has no net.py.  [default: classify]")
+@click.option("--net", help="The built-in net to run if the tar has no net.py.  [default: classify]")
 @click.option("--custom-values", callback=_json, metavar="JSON", help="The release's custom_values.")
 @click.option("--image-width", type=click.IntRange(1), help="The release's image_width.")
 @click.option("--batch-size", type=click.IntRange(1), help="The release's batch_size.")
@@ -147,9 +159,9 @@ def main(
     "images",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="An image to run it on; repeatable. Without one, a made-up one.",
+    help="An image to run it on; repeatable. The default is a made-up image.",
 )
-@click.option("--group", is_flag=True, help="All images are one request.")
+@click.option("--group", is_flag=True, help="Send all images as one request.")
 @click.option("--params", callback=_json, metavar="JSON", help="The requests' params.")
 @click.option("--model-params", callback=_json, metavar="JSON", help="The release's model_params.")
 @click.option(
@@ -175,18 +187,18 @@ def check_release(
     custom_files: dict[str, str],
     as_json: bool,
 ) -> None:
-    """Loads a release without a mesh, runs it on images, and reports what it answers, how fast, in how much memory.
+    """Check a release without a mesh: load it, run it on images, and report its results, speed and memory.
 
-    The status is 1 where it does not load, or does not answer, and the last line says why.
+    The exit status is 1 if it does not load or fails on a request; the last line says why.
     """
-    # Here, as an instance needs none of what it imports.
+    # Import it here: an instance needs none of its modules.
     from evaluator import check
 
     configure_logging("evaluator", "warning")
     for flag, given in (("--custom-values", custom_values), ("--model-params", model_params)):
         if given is not None and not isinstance(given, dict):
             raise click.BadParameter(f"{flag} should be a JSON object")
-    # So that what runs beside this process ends with it, and nothing is left.
+    # A termination then ends the worker too, and removes the workspace.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     values = (custom_values or {}) | ({"net": net} if net else {})
     fields = {"custom_values": values, "use_device": use_device, "image_width": image_width, "batch_size": batch_size}

@@ -1,4 +1,4 @@
-"""Tries a release without a mesh: loads it, runs it on images, says what it answers, how fast, in how much memory."""
+"""Checks a release without a mesh: loads it, runs it on images, and reports its results, speed and memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from atserving.config import MalformedConfig, Release, validate
 from atserving.errors import DeadlineExceeded, ServingError, StartError
 from atserving.v1 import evaluator_pb2, serving_pb2
 from evaluator.fetching.release import fetch_release
-from evaluator.net_contract import DEFAULT_NET, SCRIPT
 from evaluator.serving.supervisor import WorkerSupervisor
 from evaluator.worker.plan import Plan
 
@@ -33,7 +32,7 @@ _REQUEST_S = 60.0
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What is checked, and with what. ``fields`` are those of the release's config; ``images`` may be empty."""
+    """The release to check, and the images for it. ``fields`` are the fields of its config; ``images`` may be empty."""
 
     tar: Path
     fields: Mapping[str, Any]
@@ -44,7 +43,7 @@ class CheckOptions:
 
 @dataclass(frozen=True)
 class RequestReport:
-    """One request and the shape of what the net said to it."""
+    """One request, and the shape of its result."""
 
     request: str
     result: str
@@ -52,7 +51,7 @@ class RequestReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Times are medians in milliseconds a request, ``by_batch`` those of ``net_inference`` by the size of its batch."""
+    """The outcome. Times are medians in milliseconds per request; ``by_batch_ms`` is the inference, by batch size."""
 
     net: str
     use_device: str
@@ -79,20 +78,19 @@ class Report:
 
 
 async def check(options: CheckOptions) -> Report:
-    """Raises StartError with the one line that says what is wrong with the release."""
+    """Check a release. Raises StartError with one line that says what is wrong with it."""
     with tempfile.TemporaryDirectory(prefix="check-") as folder:
         release = _release(options)
         began_s = time.perf_counter()
-        cfg = (await fetch_release(release, Path(folder))).cfg()
-        script = SCRIPT in cfg["tar_files"]
-        worker = WorkerSupervisor(cfg)
+        config = await fetch_release(release, Path(folder))
+        worker = WorkerSupervisor(config)
         try:
             await worker.start()
             load_s = time.perf_counter() - began_s
             running = asyncio.create_task(worker.run())
             try:
                 trial = _Trial(worker, options)
-                data = await trial.ask_each(script)
+                data = await trial.ask_each(config.script is not None)
                 prepare_ms, by_batch_ms = await trial.timed(data)
             finally:
                 running.cancel()
@@ -100,8 +98,8 @@ async def check(options: CheckOptions) -> Report:
         finally:
             await worker.close()
     return Report(
-        SCRIPT if script else str(cfg["custom_values"].get("net", DEFAULT_NET)),
-        cfg["use_device"],
+        config.net,
+        config.use_device,
         worker.plan,
         round(load_s, 3),
         trial.answers,
@@ -120,7 +118,7 @@ def _release(options: CheckOptions) -> Release:
 
 
 class _Trial:
-    """Requests to a loaded net: those that are given, or one made up."""
+    """Sends requests to a loaded net: the given images, or a made-up one."""
 
     def __init__(self, worker: WorkerSupervisor, options: CheckOptions) -> None:
         self.answers: list[RequestReport] = []
@@ -128,7 +126,7 @@ class _Trial:
         self._options = options
 
     async def ask_each(self, script: bool) -> list[bytes]:
-        """Asks each once, and returns the first one's images. Raises StartError where one fails."""
+        """Send each request once, and return the first one's images. Raises StartError if one fails."""
         options = self._options
         requests = _given(options) if options.images else await self._made_up(options.group, script)
         for name, images in requests.items():
@@ -136,7 +134,7 @@ class _Trial:
         return next(iter(requests.values()))
 
     async def _made_up(self, group: bool, script: bool) -> dict[str, list[bytes]]:
-        """One image, or a group of two where that is asked for, or is what a script answers."""
+        """Return one image, or a group of two if the options or the script want a group."""
         picture = _picture()
         one, two = {"a made-up image": [picture]}, {"a group of two made-up images": [picture, picture]}
         if group:
@@ -162,7 +160,7 @@ class _Trial:
         return shape(json.loads(response.result_json))
 
     async def timed(self, images: list[bytes]) -> tuple[float, dict[int, float]]:
-        """Milliseconds a request: preparing, and in batches by their size. Raises StartError where a batch fails."""
+        """Measure the milliseconds per request: preparation, and inference by batch size. Raises StartError."""
         prepare_ms: list[float] = []
         batches: dict[int, float] = {}
         try:
@@ -175,7 +173,7 @@ class _Trial:
         return round(statistics.median(prepare_ms), 3), batches
 
     async def _rounds(self, images: list[bytes], size: int) -> AsyncIterator[evaluator_pb2.Stages]:
-        """The stages of requests that came in batches of ``size``: of one request each."""
+        """Run batches of ``size``, and yield the stages of one request of each."""
         self._worker.configure(delay_s=0 if size == 1 else _REQUEST_S)
         until_s = time.perf_counter() + _TIMED_S
         for number in range(_TIMED_RUNS):
@@ -214,7 +212,7 @@ def _given(options: CheckOptions) -> dict[str, list[bytes]]:
 
 
 def _picture() -> bytes:
-    """640x480, with some structure: colours that run into each other, and a bright disc."""
+    """Return a JPEG of 640x480 with colour gradients and a bright disc."""
     y, x = np.mgrid[0:480, 0:640]
     pixels = np.stack([x * 255 // 640, y * 255 // 480, (x + y) * 255 // 1120], axis=-1).astype(np.uint8)
     return cv2.imencode(".jpg", cv2.circle(pixels, (320, 240), 120, (255, 255, 255), -1))[1].tobytes()
@@ -225,7 +223,7 @@ def _median_ms(microseconds: Sequence[float]) -> float:
 
 
 def shape(value: Any) -> str:
-    """The types in a JSON value, an array's by its first item: ``{"a": [3 x number]}``."""
+    """Describe the types in a JSON value, an array by its first item: ``{"a": [3 x number]}``."""
     match value:
         case dict():
             return "{" + ", ".join(f"{json.dumps(name)}: {shape(each)}" for name, each in value.items()) + "}"

@@ -1,10 +1,8 @@
-"""What a request's resources and images may measure."""
+"""The limits of a request's resources and images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from atserving.errors import InvalidArgument
 from evaluator.options import Options
@@ -12,9 +10,9 @@ from evaluator.options import Options
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may bring. The defaults of an image's are the contract's (section 4); a release may set its own.
+    """The limits of one request. The contract (section 4) has the defaults for images; a release may set others.
 
-    ``max_bytes`` is for one resource, ``max_request_bytes`` for all of a request's together.
+    ``max_bytes`` bounds one resource, ``max_request_bytes`` all resources of a request together.
     """
 
     max_bytes: int = 10 << 20
@@ -23,25 +21,24 @@ class Limits:
     max_request_bytes: int = 64 << 20
 
     @staticmethod
-    def of_release(custom_values: Mapping[str, Any]) -> Limits:
-        """Those that ``max_bytes``, ``max_width`` and ``max_height`` set. Raises StartError."""
-        values = Options("custom_values", custom_values)
+    def of_release(custom_values: Options) -> Limits:
+        """Read ``max_bytes``, ``max_width``, ``max_height`` and ``max_request_bytes``. Raises StartError."""
         return Limits(
-            values.positive_int("max_bytes", Limits.max_bytes),
-            values.positive_int("max_width", Limits.max_width),
-            values.positive_int("max_height", Limits.max_height),
-            values.positive_int("max_request_bytes", Limits.max_request_bytes),
+            custom_values.positive_int("max_bytes", Limits.max_bytes),
+            custom_values.positive_int("max_width", Limits.max_width),
+            custom_values.positive_int("max_height", Limits.max_height),
+            custom_values.positive_int("max_request_bytes", Limits.max_request_bytes),
         )
 
 
 class Budget:
-    """The bytes that a request's resources may still have together."""
+    """How many bytes a request's resources may still take together."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = self._left = max_bytes
 
     def take(self, count: int) -> None:
-        """Raises InvalidArgument where that is too much."""
+        """Take ``count`` bytes. Raises InvalidArgument if they exceed the budget."""
         self._left -= count
         if self._left < 0:
             raise InvalidArgument(f"the request's resources are larger than {self._max_bytes} bytes together")

@@ -1,40 +1,44 @@
-"""What a net is to the evaluator: three functions over plain dicts (the contract, section 4).
+"""The contract between the evaluator and a net, built in or scripted.
 
-They are those a release's own script may define::
+A release's ``net.py`` defines the functions of the seed (the contract, section 4)::
 
-    net_init(cfg) -> model                      # model["error"] non-empty: the release can't start
+    net_init(cfg) -> model                      # a non-empty model["error"]: the release can't start
     net_preprocess(model, req) -> req           # optional; one request at a time, in several threads
     net_inference(model, args) -> [ret, ...]    # args = {"reqid", "reqs"}: a batch; one ret a request, in order
 
-A built-in net's ``net_inference`` may be called from several threads at once, for one model, which it leaves as it is.
-A script's gets one call at a time.
-
-``cfg`` holds ``tar_files`` and ``custom_files`` (local paths by name), ``custom_values``, ``model_params``,
-``use_device``, ``image_width`` and ``batch_size`` (None where the release leaves them open).
+Inside the evaluator a net is a :class:`LoadedNet`. ``evaluator.worker.script`` makes one of a script's functions, and
+each built-in net is one. A built-in net runs batches in several threads at once; a script gets one batch at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-SCRIPT = "net.py"
-"""The member of a tar that makes it a release with a script of its own, which knows itself what it needs."""
+from evaluator.net_config import NetConfig
 
-DEFAULT_NET = "classify"
-"""The built-in net of a release that has no script and names none."""
-
-Config = dict[str, Any]
-Model = dict[str, Any]
 Req = dict[str, Any]
+"""One request: ``data``, an object with ``uri``, ``body`` and perhaps ``attribute``, or a list of them for a group; and
+perhaps ``params``."""
+
 Ret = dict[str, Any]
+"""One result: ``code``, ``message``, and ``result`` (a JSON value) or ``result_file`` (bytes, or a path inside the
+workspace)."""
 
 
-@dataclass(frozen=True)
-class NetFunctions:
-    """The three functions of one net."""
+class LoadedNet(Protocol):
+    """A net that is loaded and answers requests."""
 
-    net_init: Callable[[Config], Model]
-    net_inference: Callable[[Model, dict[str, Any]], list[Ret]]
-    net_preprocess: Callable[[Model, Req], Req] | None = None
+    @property
+    def batch_size(self) -> int | None:
+        """The largest batch it takes; None leaves that to the release."""
+
+    def preprocess(self, req: Req) -> Any:
+        """Prepare one request for :meth:`infer`. Safe in several threads. Raises a ServingError."""
+
+    def infer(self, reqid: str, reqs: Sequence[Any]) -> list[Ret]:
+        """Run a batch of prepared requests and return one ret for each, in order."""
+
+
+LoadNet = Callable[[NetConfig], LoadedNet]
+"""Loads a net, which may take long. Raises StartError."""

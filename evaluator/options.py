@@ -1,4 +1,4 @@
-"""Reads typed values out of a release's free-form objects, `custom_values` and `model_params`."""
+"""Reads typed values from the free-form objects of a release, ``custom_values`` and ``model_params``."""
 
 from __future__ import annotations
 
@@ -10,59 +10,67 @@ from atserving.errors import StartError
 
 
 class Options:
-    """The fields of one object; each wrong one is a StartError that names it."""
+    """The fields of one object. Reading a wrong one raises a StartError that names it."""
 
     def __init__(self, name: str, fields: Mapping[str, Any]) -> None:
         self._name = name
-        self._fields = fields
+        self.fields = fields
+        """The object itself, as its writer wrote it."""
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.fields
+
+    def having(self, **fields: Any) -> Options:
+        """Return these options with some fields set."""
+        return Options(self._name, {**self.fields, **fields})
 
     def wrong(self, key: str, should_be: str) -> StartError:
-        """The error to raise where a field is not what it should be."""
-        return StartError(f"{self._name}.{key} is {self._fields.get(key)!r}, should be {should_be}")
+        """Return the error for a field that is not what it should be."""
+        return StartError(f"{self._name}.{key} is {self.fields.get(key)!r}, should be {should_be}")
 
     def positive_int(self, key: str, default: int | None = None) -> int:
-        """Without a ``default`` it has to be there."""
-        return default if key not in self._fields and default is not None else self._positive_int(key)
+        """Return the field, or ``default``; without a default the field is required."""
+        return default if key not in self.fields and default is not None else self._positive_int(key)
 
     def optional_positive_int(self, key: str) -> int | None:
-        return None if key not in self._fields else self._positive_int(key)
+        return None if key not in self.fields else self._positive_int(key)
 
     def _positive_int(self, key: str) -> int:
-        value = self._fields.get(key)
+        value = self.fields.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.wrong(key, "a positive integer")
         return value
 
     def integer(self, key: str, default: int) -> int:
-        value = self._fields.get(key, default)
+        value = self.fields.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.wrong(key, "an integer")
         return value
 
     def boolean(self, key: str, default: bool) -> bool:
-        value = self._fields.get(key, default)
+        value = self.fields.get(key, default)
         if not isinstance(value, bool):
             raise self.wrong(key, "true or false")
         return value
 
     def number(self, key: str, default: float) -> float:
-        value = self._fields.get(key, default)
+        value = self.fields.get(key, default)
         if not _is_number(value):
             raise self.wrong(key, "a finite number")
         return float(value)
 
     def positive_number(self, key: str, default: float) -> float:
-        """``default`` may be infinite; what is given may not."""
-        if key not in self._fields:
+        """Return the field, which must be finite, or ``default``, which need not be."""
+        if key not in self.fields:
             return default
-        value = self._fields[key]
+        value = self.fields[key]
         if not _is_number(value) or value <= 0:
             raise self.wrong(key, "a positive number")
         return float(value)
 
     def numbers(self, key: str) -> list[float] | None:
-        """One number, or a list of them; None where the field is absent."""
-        value = self._fields.get(key)
+        """Return one number or a list of them as a list; None if the field is absent."""
+        value = self.fields.get(key)
         if value is None:
             return None
         numbers = value if isinstance(value, list) else [value]
@@ -71,21 +79,21 @@ class Options:
         return [float(number) for number in numbers]
 
     def text(self, key: str, default: str) -> str:
-        value = self._fields.get(key, default)
+        value = self.fields.get(key, default)
         if not isinstance(value, str):
             raise self.wrong(key, "a text")
         return value
 
     def texts(self, key: str) -> list[str]:
-        """A list of texts; empty where the field is absent."""
-        value = self._fields.get(key, [])
+        """Return a list of texts; empty if the field is absent."""
+        value = self.fields.get(key, [])
         if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
             raise self.wrong(key, "a list of texts")
         return value
 
     def choice(self, key: str, choices: Sequence[str]) -> str:
-        """One of ``choices``; there is no default."""
-        value = self._fields.get(key)
+        """Return one of ``choices``; the field is required."""
+        value = self.fields.get(key)
         if not isinstance(value, str) or value not in choices:
             raise self.wrong(key, f"one of: {', '.join(choices)}")
         return value
@@ -97,29 +105,29 @@ class Options:
         return value
 
     def sizes(self, key: str) -> list[tuple[float, float]]:
-        """A list of one or more [width, height], positive; there is no default."""
-        value = self._fields.get(key)
+        """Return a list of one or more positive (width, height); the field is required."""
+        value = self.fields.get(key)
         if not isinstance(value, list) or not value or not all(_is_size(each) for each in value):
             raise self.wrong(key, "a list of [width, height]")
         return [(float(width), float(height)) for width, height in value]
 
     def object(self, key: str) -> Options:
-        """The fields of an object in this one; there is no default."""
-        value = self._fields.get(key)
+        """Return the options of a nested object; the field is required."""
+        value = self.fields.get(key)
         if not isinstance(value, dict):
             raise self.wrong(key, "an object")
         return Options(f"{self._name}.{key}", value)
 
     def objects(self, key: str) -> list[Options]:
-        """A list of one or more objects; there is no default."""
-        value = self._fields.get(key)
+        """Return the options of each object in a list of one or more; the field is required."""
+        value = self.fields.get(key)
         if not isinstance(value, list) or not value or not all(isinstance(each, dict) for each in value):
             raise self.wrong(key, "a list of objects")
         return [Options(f"{self._name}.{key}[{index}]", each) for index, each in enumerate(value)]
 
     def only(self, *keys: str) -> None:
-        """Refuses fields of other names."""
-        for key in self._fields:
+        """Raise StartError if there is a field of another name."""
+        for key in self.fields:
             if key not in keys:
                 raise StartError(f"{self._name}.{key} is not known; known are: {', '.join(keys)}")
 

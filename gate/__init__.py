@@ -1,1 +1,1 @@
-"""The gate: routes every request to a ready instance of the right version. Stateless; any number run side by side."""
+"""The gate: routes each request to a ready instance of the right version. Stateless; any number run in parallel."""

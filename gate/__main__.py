@@ -9,7 +9,7 @@ import click
 import structlog
 import uvloop
 
-from atserving import transport
+from atserving import lifecycle, transport
 from atserving.cli import service
 from atserving.errors import StartError
 from atserving.follower import ConfigFollower, reminding
@@ -24,13 +24,13 @@ log = structlog.get_logger()
 
 _TEND_S = 1.0
 
-# The edge takes bodies up to 20 MiB; the message has a few fields beside the body.
+# The edge takes bodies of up to 20 MiB; the message has a few more fields.
 _MAX_REQUEST_BYTES = (20 << 20) + (64 << 10)
 
 
 @dataclass(frozen=True)
 class GateSettings:
-    """What a gate is started with."""
+    """The command line of a gate, parsed."""
 
     registries: list[str]
     listen: str
@@ -41,8 +41,8 @@ class GateSettings:
 
 
 async def serve(settings: GateSettings) -> None:
-    """Serves until SIGTERM or SIGINT. Raises StartError."""
-    stop = transport.stop_signal()
+    """Serve until SIGTERM or SIGINT. Raises StartError."""
+    stop = lifecycle.stop_signal()
     router = Router(EvaluatorConnection)
     follower = ConfigFollower(settings.registries, router.apply)
     server = transport.Server(
@@ -57,45 +57,39 @@ async def serve(settings: GateSettings) -> None:
     edge_pb2_grpc.add_EdgeServiceServicer_to_server(EdgeServicer(dispatcher, settings.max_batch), server.grpc)
     following = asyncio.create_task(follower.run())
     tending = asyncio.create_task(_tend(router))
+    ready = False
     try:
         port = await server.start(settings.listen)
-        if not await _synced(follower, settings.wait_s, stop, following):
+        if not await lifecycle.unless_stopped(_wait_synced(follower, settings.wait_s), stop, following):
             return
         await server.set_serving(True)
-        log.info("gate serves", port=port)
-        await transport.until_stopped(stop, following, tending)
-        log.info("gate stops")
+        ready = True
+        log.info("service ready", port=port)
+        await lifecycle.until_stopped(stop, following, tending)
+        log.info("service draining")
         await server.set_serving(False)
-        # Goes on answering until those in front of it have seen that: what arrives meanwhile is served, not refused.
+        # Keep serving until the health checks of the edge have seen it, so that no request is refused.
         await asyncio.sleep(settings.drain_s)
     finally:
         await server.stop(settings.grace_s)
         for task in (following, tending):
             task.cancel()
         await asyncio.gather(following, tending, return_exceptions=True)
+        if ready:
+            log.info("service stopped")
 
 
-async def _synced(follower: ConfigFollower, wait_s: float, stop: asyncio.Event, following: asyncio.Task[None]) -> bool:
-    """Waits for the config; False where ``stop`` came first. Raises StartError, and what ``following`` raised."""
-    synced = asyncio.create_task(follower.synced.wait())
-    stopped = asyncio.create_task(transport.until_stopped(stop, following))
+async def _wait_synced(follower: ConfigFollower, wait_s: float) -> bool:
+    """Return True once the gate has a config. Raises StartError after ``wait_s`` seconds (0: never)."""
     try:
-        async with reminding(lambda: follower.last_error):
-            await asyncio.wait({synced, stopped}, timeout=wait_s or None, return_when=asyncio.FIRST_COMPLETED)
-        if stopped.done():
-            stopped.result()
-            return False
-    finally:
-        for task in (synced, stopped):
-            task.cancel()
-        await asyncio.gather(synced, stopped, return_exceptions=True)
-    if not follower.synced.is_set():
-        raise StartError(f"no config within {wait_s:g} s: {follower.last_error}")
-    return True
+        async with reminding(lambda: follower.last_error), asyncio.timeout(wait_s or None):
+            return await follower.synced.wait()
+    except TimeoutError:
+        raise StartError(f"no config within {wait_s:g} s: {follower.last_error}") from None
 
 
 async def _tend(router: Router[EvaluatorConnection]) -> None:
-    """Closes, from time to time, the connections that the router no longer uses."""
+    """Close the connections that the router no longer uses, once a second."""
     while True:
         await asyncio.sleep(_TEND_S)
         for endpoint in router.expired():
@@ -104,14 +98,14 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
 
 @click.command(help="Routes eval requests, by gRPC and through the edge, to the evaluators that the registry lists.")
 @service.addresses_option(
-    "--registry", default="127.0.0.1:50053", show_default=True, help="The registries, any of which will do."
+    "--registry", default="127.0.0.1:50053", show_default=True, help="The registries; the gate uses any one of them."
 )
 @service.listen_option("0.0.0.0:50051")
 @service.wait_option("Seconds to wait for a registry at start.")
-@service.seconds_option("--drain", 3.0, "Seconds to go on serving at stop, until the edge has seen it.")
-@service.seconds_option("--grace", 30.0, "Seconds that requests in flight have to end after that.")
+@service.seconds_option("--drain", 3.0, "Seconds to keep serving at stop, until the edge has seen it.")
+@service.seconds_option("--grace", 30.0, "Seconds for requests in flight to finish after that.")
 @click.option(
-    "--max-batch", type=click.IntRange(1), default=1000, show_default=True, help="The most tasks of one batch."
+    "--max-batch", type=click.IntRange(1), default=1000, show_default=True, help="The most tasks in one batch."
 )
 @service.log_level_option
 def main(

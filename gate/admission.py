@@ -1,4 +1,4 @@
-"""Who may call an app: its metadata in etcd, field by field over the default's."""
+"""Decides who may call an app, by its metadata in etcd, which overrides the default field by field."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from atserving.errors import PermissionDenied, Unauthenticated
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sent a request."""
+    """The sender of a request."""
 
     uid: int | None = None
-    """None: nobody said, or proved, who it is."""
+    """None: the request carries no proven identity."""
 
 
 def admit(caller: Caller, app: str, own: AppMetadata, default: AppMetadata) -> None:
-    """Returns where the caller may use the app. Raises Unauthenticated or PermissionDenied.
+    """Return if the caller may use the app. Raises Unauthenticated or PermissionDenied.
 
-    An app is public unless its metadata, or the default's, says otherwise; metadata that names an owner or a whitelist
-    without saying `public` means a closed app.
+    An app is public unless its metadata or the default says otherwise. Metadata with an owner or a whitelist but
+    without ``public`` closes the app.
     """
     for metadata in (own, default):
         if metadata.public is not None:

@@ -1,4 +1,4 @@
-"""A batch: its tasks run concurrently, and each has its own outcome."""
+"""Runs the tasks of a batch concurrently; each task has its own outcome."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
 async def run_batch(
     dispatcher: Dispatcher, tasks: Sequence[Task | ServingError], call: CallContext, concurrency: int
 ) -> list[EvalResult | ServingError]:
-    """The outcomes, in the order of the tasks; one that is an error already stays so.
+    """Return the outcomes in the order of the tasks. A task that is already an error keeps it.
 
-    At most ``concurrency`` tasks are under way at once, so that a large batch does not fill the instances' queues by
-    itself. All deadlines count from the batch's beginning: its bound is the longest of its items'.
+    At most ``concurrency`` tasks run at once, so that a large batch does not fill the instances' queues alone. All
+    deadlines count from the start of the batch, so the longest timeout of its tasks bounds the batch.
     """
     results: list[EvalResult | ServingError | None] = [None] * len(tasks)
     left = iter(enumerate(tasks))

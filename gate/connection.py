@@ -1,4 +1,4 @@
-"""The way to an evaluator instance. Nothing outside this module knows how requests travel there."""
+"""Connects to an evaluator instance. No other module of the gate knows how requests travel there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Stream = grpc.aio.StreamStreamCall[evaluator_pb2.ExchangeRequest, evaluator_pb2.
 
 
 class TransportError(Exception):
-    """The instance could not be reached, or was lost with the request on it (``reached``)."""
+    """The instance could not be reached, or the connection broke with the request in flight (``reached``)."""
 
     def __init__(self, message: str, reached: bool) -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ class TransportError(Exception):
 
 @dataclass(eq=False)
 class _PendingCall:
-    """A call that is not answered yet."""
+    """A call without a reply so far."""
 
     call: evaluator_pb2.Call
     answer: asyncio.Future[evaluator_pb2.InferResponse]
@@ -43,14 +43,15 @@ class _PendingCall:
 
 
 class EvaluatorConnection:
-    """One instance, over one long-lived stream, opened at once and again whenever it breaks.
+    """One instance, reached over one long-lived stream that is opened at once, and again after it breaks.
 
-    A call is first in ``_outbox``; the writer takes all that has gathered there and sends it as one message. It is in
-    ``_open`` from the beginning until it is answered, its caller is gone, or the stream has broken. While the instance
-    can't be reached calls fail at once; nothing waits here for a connection that has failed.
+    A call enters ``_outbox``, where the writer collects all waiting calls and sends them as one message. It stays in
+    ``_pending`` until its reply arrives, its caller leaves, or the stream breaks. While the instance is unreachable,
+    calls fail at once; no call waits for a connection that has failed.
     """
 
     def __init__(self, instance: Instance) -> None:
+        self._id = instance.id
         self._channel = transport.channel(instance.address)
         self._stub = evaluator_pb2_grpc.EvaluatorServiceStub(self._channel)
         self._ids = itertools.count(1)
@@ -64,7 +65,10 @@ class EvaluatorConnection:
     async def infer(
         self, request: evaluator_pb2.InferRequest, timeout_s: float, traceparent: str | None
     ) -> evaluator_pb2.InferResponse:
-        """Raises TransportError, and TimeoutError where the deadline passed. Cancelling it cancels the work there."""
+        """Return the instance's response. Cancelling this also cancels the work on the instance.
+
+        Raises TransportError, and TimeoutError if ``timeout_s`` passes.
+        """
         if self._down:
             raise TransportError(self._down, reached=False)
         call = evaluator_pb2.Call(
@@ -78,13 +82,13 @@ class EvaluatorConnection:
             async with asyncio.timeout(timeout_s):
                 return await one.answer
         finally:
-            # Still there: the caller has gone, or the deadline has passed. What was not sent never will be.
+            # Still pending: the caller left or the deadline passed. An unsent call is never sent.
             if self._pending.pop(call.id, None) and one.sent:
                 self._gone.append(call.id)
                 self._something.set()
 
     async def close(self) -> None:
-        """Closes at once; whatever is in flight fails."""
+        """Close at once; calls in flight fail."""
         self._running.cancel()
         with suppress(asyncio.CancelledError):
             await self._running
@@ -102,8 +106,8 @@ class EvaluatorConnection:
                 except TimeoutError:
                     reason = f"no connection within {_CONNECT_S:g} s"
                 except Exception:
-                    # Whatever it was, callers must not wait on a connection that nobody tends.
-                    log.exception("the stream to an instance failed unexpectedly")
+                    # Callers must not wait on a stream without a reader.
+                    log.exception("stream failed", instance=self._id)
                     reason = "the stream failed unexpectedly"
                 self._fail(reason)
                 await asyncio.sleep(_PAUSE_S)
@@ -122,7 +126,7 @@ class EvaluatorConnection:
             stream.cancel()
 
     async def _exchange(self, stream: Stream) -> None:
-        """Returns when the instance ends the stream. Raises AioRpcError where it breaks."""
+        """Return when the instance ends the stream. Raises AioRpcError if it breaks."""
         writing = asyncio.create_task(self._write(stream))
         try:
             while isinstance(response := await stream.read(), evaluator_pb2.ExchangeResponse):
@@ -132,7 +136,7 @@ class EvaluatorConnection:
                         one.answer.set_result(reply.response)
         finally:
             writing.cancel()
-            # What the writer met is what the reader meets, and is told by it.
+            # The reader reports the failure that the writer saw too.
             await asyncio.gather(writing, return_exceptions=True)
 
     async def _write(self, stream: Stream) -> None:
@@ -143,7 +147,7 @@ class EvaluatorConnection:
                 await stream.write(frame)
 
     def _frame(self) -> evaluator_pb2.ExchangeRequest | None:
-        """What waits, up to a size that keeps one message from holding up the rest for long."""
+        """Return the waiting calls as one message, of a bounded size so that it does not delay later ones for long."""
         frame = evaluator_pb2.ExchangeRequest(cancelled=self._gone)
         self._gone.clear()
         size = 0

@@ -1,4 +1,4 @@
-"""One eval, from request to answer: admission, deadline, an instance, and another one where the first can't take it."""
+"""Runs one eval: admits the caller, sets the deadline, and asks instances until one takes the request."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from atserving.errors import (
 from atserving.v1 import evaluator_pb2
 from gate.admission import Caller, admit
 from gate.connection import EvaluatorConnection, TransportError
-from gate.router import Endpoint, Router
+from gate.router import Endpoint, Route, Router
 
 log = structlog.get_logger()
 
 MAX_JSON_CHARS = 1 << 20
-"""The most that `params` and all attributes of one request take as JSON."""
+"""The longest that ``params`` and all attributes of one request may be together, as JSON."""
 
 MAX_LOST = 2
-"""On how many instances a request may be lost under way. An eval changes nothing, so it may run again; a request that
-takes instances down must not go round them all."""
+"""How many instances may be lost under one request. An eval has no side effects, so the gate may retry it; but a
+request that crashes instances must not reach all of them."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One eval: for whom it is, and the request as instances take it (which the dispatcher may change)."""
+    """One eval: its app and version, and the request for the instance, which the dispatcher may change."""
 
     app: str
     version: str
@@ -45,88 +45,92 @@ class Task:
 
 @dataclass(frozen=True)
 class CallContext:
-    """What belongs to a call beside its request."""
+    """The context of a call: its id, caller, trace and deadline."""
 
     reqid: str
     caller: Caller
     traceparent: str | None = None
     deadline: float | None = None
-    """The caller's own, in seconds of time.monotonic(); None: none."""
+    """The caller's own deadline, in seconds of time.monotonic(); None without one."""
     started: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What an instance answered, and which version it was."""
+    """An instance's response, and its version."""
 
     response: evaluator_pb2.InferResponse
     version: str
 
 
 class Dispatcher:
-    """Evaluates tasks on the instances that the router knows."""
+    """Evaluates tasks on the instances of the router."""
 
     def __init__(self, router: Router[EvaluatorConnection], synced: asyncio.Event) -> None:
-        """``synced`` is set once the router has a config; until then every task is refused."""
+        """``synced`` is set once the router has a config; before that, every task is Unavailable."""
         self._router = router
         self._synced = synced
 
     async def eval(self, task: Task, call: CallContext) -> EvalResult:
-        """Raises a ServingError; logs one line either way."""
+        """Return the result of a task, and log one line for it. Raises a ServingError."""
         answer: EvalResult | None = None
-        code, message = 0, ""
+        code, reason = 0, ""
         try:
             answer = await self._eval(task, call)
             return answer
         except ServingError as error:
-            code, message = error.code, error.message
+            code, reason = error.code, error.message
             raise
         except asyncio.CancelledError:
-            code, message = 499, "the caller has gone"
+            code, reason = 499, "the caller has gone"
             raise
         except Exception:
-            code, message = 500, "unexpected"
-            log.exception("eval failed unexpectedly", reqid=call.reqid)
+            code, reason = 500, "unexpected"
+            log.exception("request failed", reqid=call.reqid)
             raise Internal("the gate failed on this request") from None
         finally:
             log.info(
-                "eval",
+                "request finished",
                 reqid=call.reqid,
                 app=task.app,
                 version=answer.version if answer else task.version,
                 code=code,
-                message=message,
+                reason=reason,
                 traceparent=call.traceparent,
                 total_ms=round((time.monotonic() - call.started) * 1e3, 2),
             )
 
     async def _eval(self, task: Task, call: CallContext) -> EvalResult:
+        route = self._admit(task, call)
         self._check(task, call)
         task.request.reqid = call.reqid
-        deadline = call.started + self._router.timeout(task.app, task.version).total_seconds()
+        deadline = call.started + route.timeout_s
         if call.deadline is not None:
             deadline = min(deadline, call.deadline)
         try:
-            return await self._infer(task, call, deadline)
+            return await self._infer(task, call, route, deadline)
         except TimeoutError:
             after_s = round(time.monotonic() - call.started, 3)
             raise DeadlineExceeded(f"app {task.app!r} did not answer within {after_s} s") from None
 
-    def _check(self, task: Task, call: CallContext) -> None:
+    def _admit(self, task: Task, call: CallContext) -> Route:
+        """Return the route of a task that its caller may take. Raises a ServingError."""
         if not self._synced.is_set():
             raise Unavailable("this gate has no config yet")
         if not task.app:
             raise InvalidArgument("no app given")
         if not config.is_name(task.app):
             raise NotFound("unknown app: its name is not one an app can have")
-        if task.version:
-            self._router.release(task.app, task.version)
-        else:
-            self._router.versions(task.app)
-        admit(call.caller, task.app, *self._router.metadata(task.app))
+        route = self._router.route(task.app, task.version)
+        admit(call.caller, task.app, route.metadata, route.default_metadata)
+        return route
+
+    @staticmethod
+    def _check(task: Task, call: CallContext) -> None:
+        """Check what the request brings, and put the caller's uid into its URIs. Raises InvalidArgument."""
         if not task.request.data:
             raise InvalidArgument("no data given")
-        # The evaluator parses them whole, and other callers wait meanwhile.
+        # The evaluator parses these whole while other callers wait.
         if len(task.request.params_json) + sum(len(each.attribute_json) for each in task.request.data) > MAX_JSON_CHARS:
             raise InvalidArgument(f"params and attributes are longer than {MAX_JSON_CHARS} characters")
         for resource in task.request.data:
@@ -136,18 +140,21 @@ class Dispatcher:
                 case "uri" if resource.uri[:5].lower() != "data:":
                     resource.uri = uris.with_caller(resource.uri, call.caller.uid)
 
-    async def _infer(self, task: Task, call: CallContext, deadline: float) -> EvalResult:
-        """Asks instance after instance until one has taken the task. Raises TimeoutError at the deadline."""
-        passed_over: list[Endpoint[EvaluatorConnection]] = []
+    async def _infer(self, task: Task, call: CallContext, route: Route, deadline: float) -> EvalResult:
+        """Ask one instance after another until one takes the task. Raises TimeoutError at the deadline."""
+        tried: list[Endpoint[EvaluatorConnection]] = []
         lost = 0
         refusal: ServingError | None = None
         while (remaining_s := deadline - time.monotonic()) > 0:
+            if tried:
+                # The config may have changed since: a retry follows a promotion.
+                route = self._router.route(task.app, task.version)
             try:
-                endpoint = self._router.pick(task.app, task.version, passed_over)
+                endpoint = self._router.pick(route, tried)
             except Unavailable as none_left:
-                # Where all that is ready has refused for being full, that is the reason.
+                # If the ready instances refused because they are full, that is the reason to give.
                 raise (refusal if isinstance(refusal, ResourceExhausted) else none_left) from None
-            passed_over.append(endpoint)
+            tried.append(endpoint)
             try:
                 with endpoint.hold():
                     response = await endpoint.connection.infer(task.request, remaining_s, call.traceparent)

@@ -1,7 +1,7 @@
-"""The edge's view: JSON requests read, answers and errors written as the bodies of the HTTP API. No gRPC, no routing.
+"""Reads the bodies of the HTTP API, and writes results and errors as such bodies. No gRPC, no routing.
 
-Spec, section 2. JSON is parsed once, here, as far as the gate needs it: `params` and `attribute` pass as the text they
-are, so that their integers stay integers, whatever their size.
+Spec, section 2. This module parses JSON once, and only as deep as the gate needs: ``params`` and ``attribute`` stay
+text, so that integers of any size survive.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Reply:
 
 
 def read_eval(app: str, version: str, content_type: str, body: bytes) -> Task:
-    """The task of an eval request. Raises InvalidArgument or UnsupportedMediaType."""
+    """Read the task of an eval request. Raises InvalidArgument or UnsupportedMediaType."""
     if is_json(content_type):
         return _task(app, version, _decode(_EVAL, body))
     if content_type.partition(";")[0].strip().lower() != BYTES:
@@ -64,8 +64,10 @@ def read_eval(app: str, version: str, content_type: str, body: bytes) -> Task:
 
 
 def read_batch(content_type: str, body: bytes, most: int) -> list[Task | ServingError]:
-    """The tasks of a batch, each by itself either read or refused. Raises where the batch itself is malformed or has
-    more than ``most`` tasks."""
+    """Read the tasks of a batch; a malformed task becomes an error of its own.
+
+    Raises a ServingError if the batch itself is malformed or has more than ``most`` tasks.
+    """
     if not is_json(content_type):
         raise UnsupportedMediaType(f"content type {content_type[:80]!r} should be {JSON}")
     items = _decode(_TASKS, body)
@@ -74,7 +76,7 @@ def read_batch(content_type: str, body: bytes, most: int) -> list[Task | Serving
 
 
 def check_batch(tasks: int, most: int) -> None:
-    """Raises where a batch holds no task, or more than ``most``."""
+    """Raise a ServingError if a batch has no task, or more than ``most``."""
     if not tasks:
         raise InvalidArgument("the batch is empty")
     if tasks > most:
@@ -127,7 +129,7 @@ def _task(app: str, version: str, fields: _Eval) -> Task:
 
 
 def _text(document: msgspec.Raw) -> str:
-    """The document as it was sent; nothing for null."""
+    """Return the document as sent, or an empty text for null."""
     text = bytes(document)
     try:
         return "" if text == _NULL else text.decode()
@@ -136,7 +138,7 @@ def _text(document: msgspec.Raw) -> str:
 
 
 def write_answer(answer: EvalResult) -> Reply:
-    """The response of an eval: JSON, or the net's bytes as they are."""
+    """Return the response of an eval: JSON, or the net's bytes unchanged."""
     headers = {"x-serving-version": answer.version}
     if answer.response.WhichOneof("outcome") == "stream":
         return Reply(answer.response.stream, BYTES, headers=headers)
@@ -144,7 +146,7 @@ def write_answer(answer: EvalResult) -> Reply:
 
 
 def write_error(error: ServingError) -> Reply:
-    """The response of a failed request; a net's own code is in the body, beside the HTTP status it maps to."""
+    """Return the response of a failed request. A net's own code goes into the body, next to the HTTP status."""
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = retry_after(error)
@@ -152,12 +154,12 @@ def write_error(error: ServingError) -> Reply:
 
 
 def retry_after(error: ServingError) -> str:
-    """The header's value: whole seconds, at least one."""
+    """Return the value of the ``retry-after`` header: whole seconds, at least one."""
     return str(max(1, -int(-(error.retry_after_s or 0) // 1)))
 
 
 def write_batch(results: list[EvalResult | ServingError]) -> Reply:
-    """The response of a batch: one item for each task, in order."""
+    """Return the response of a batch: one item for each task, in order."""
     items = [_error_item(each) if isinstance(each, ServingError) else _item(each) for each in results]
     return Reply(b"[" + b",".join(items) + b"]")
 

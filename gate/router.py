@@ -1,6 +1,6 @@
-"""Which instance answers a request: versions and phases, weights, free capacity, and instances that have left.
+"""Picks the instance for a request, by versions and phases, weights, free capacity and ejections.
 
-A plain, synchronous class: config steps go in, endpoints come out. Spec, section 2, ruling 1.
+A plain, synchronous class: config steps go in, routes and endpoints come out. Spec, section 2, ruling 1.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Generic, TypeVar
 
 from atserving import config
@@ -18,10 +17,10 @@ from atserving.config import AppMetadata, ConfigValue, Instance, Release, Worker
 from atserving.errors import NotFound, ResourceExhausted, ServingError, Unavailable
 
 LINGER_S = 30.0
-"""How long an instance that left the registry is remembered, as a last resort."""
+"""How long the router remembers an instance that left the registry, as a last resort."""
 
-SHUN_S = 1.0
-"""How long an instance whose transport failed is passed over, where there is another."""
+EJECT_S = 1.0
+"""How long the router ejects an instance after its transport failed, unless the version has no other."""
 
 _NO_METADATA = AppMetadata()
 
@@ -35,18 +34,18 @@ class Endpoint(Generic[ConnectionT]):
     instance: Instance
     connection: ConnectionT
     in_flight: int = 0
-    shunned_until: float = 0.0
+    ejected_until: float = 0.0
     left_at: float | None = field(default=None)
-    """When the registry said that it is gone; None while it is registered."""
+    """When the registry reported its departure; None while it is registered."""
 
     @property
     def free(self) -> int:
-        """How many more requests of this gate it takes."""
+        """How many more requests of this gate it can take."""
         return max(self.instance.capacity - self.in_flight, 0)
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Counts a request in flight."""
+        """Count one request in flight."""
         self.in_flight += 1
         try:
             yield
@@ -54,15 +53,33 @@ class Endpoint(Generic[ConnectionT]):
             self.in_flight -= 1
 
 
+@dataclass(frozen=True)
+class Route:
+    """The config of requests for one app, or for one version of it.
+
+    The router resolves a route once, and returns it until the config changes.
+    """
+
+    app: str
+    version: str
+    """Empty: the versions in production."""
+    weights: Mapping[str, float]
+    """The candidate versions and their shares of the traffic."""
+    timeout_s: float
+    """The bound of one eval; for an unversioned request, the longest of its candidates."""
+    metadata: AppMetadata
+    """The app's own access rules; empty if it has none."""
+    default_metadata: AppMetadata
+
+
 class Router(Generic[ConnectionT]):
     """Holds the routing table and picks from it.
 
-    ``connect`` makes the connection of an instance when it appears; connections that :meth:`expired` hands back are the
-    caller's to close.
+    ``connect`` opens the connection of a new instance. :meth:`expired` returns connections for the caller to close.
 
-    An instance that leaves the registry is not forgotten at once. Its lease may merely have run out while etcd or every
-    registry was away, so it goes on as a last resort, while its version has no other, until it refuses a request itself
-    or LINGER_S have passed.
+    The router does not forget an instance as soon as it leaves the registry, since its lease may only have expired
+    while etcd or every registry was away. The instance remains a last resort while its version has no other, until it
+    refuses a request itself or LINGER_S have passed.
     """
 
     def __init__(
@@ -78,13 +95,13 @@ class Router(Generic[ConnectionT]):
         self._endpoints: dict[tuple[str, str], dict[str, Endpoint[ConnectionT]]] = {}
         self._left: dict[tuple[str, str], dict[str, Endpoint[ConnectionT]]] = {}
         self._settings: dict[str, AppMetadata | WorkerConfig] = {}
-        # What is merged from the settings, until a step of the config changes something.
-        self._timeouts: dict[tuple[str, str], timedelta] = {}
+        # Resolved from the releases and settings; valid until the config changes.
+        self._routes: dict[tuple[str, str], Route] = {}
         self._dropped: list[Endpoint[ConnectionT]] = []
 
     def apply(self, upserts: Mapping[str, ConfigValue], deletes: Set[str]) -> None:
-        """One step of the config, as :class:`atserving.follower.ConfigFollower` reports it."""
-        self._timeouts.clear()
+        """Apply one step of the config, as :class:`atserving.follower.ConfigFollower` reports it."""
+        self._routes.clear()
         for key in deletes:
             self._delete(key)
         for key, value in upserts.items():
@@ -110,9 +127,9 @@ class Router(Generic[ConnectionT]):
                     self._left.setdefault((app, version), {})[id_] = endpoint
 
     def _enter(self, instance: Instance) -> None:
-        place = (instance.app, instance.version)
-        known = self._endpoints.setdefault(place, {})
-        endpoint = known.pop(instance.id, None) or self._left.get(place, {}).pop(instance.id, None)
+        key = (instance.app, instance.version)
+        known = self._endpoints.setdefault(key, {})
+        endpoint = known.pop(instance.id, None) or self._left.get(key, {}).pop(instance.id, None)
         if endpoint and endpoint.instance.address != instance.address:
             self._dropped.append(endpoint)
             endpoint = None
@@ -122,73 +139,60 @@ class Router(Generic[ConnectionT]):
             endpoint = Endpoint(instance, self._connect(instance))
         known[instance.id] = endpoint
 
-    def release(self, app: str, version: str) -> Release:
-        """Raises NotFound."""
-        versions = self.versions(app)
-        if version not in versions:
-            raise NotFound(f"app {app!r} has no version {version!r}")
-        return versions[version]
+    def route(self, app: str, version: str) -> Route:
+        """Return the route of a request. Raises NotFound for an unknown app or version.
 
-    def versions(self, app: str) -> Mapping[str, Release]:
-        """The app's releases by version. Raises NotFound for an unknown app."""
-        if app not in self._releases:
+        The router caches routes of existing apps and versions only: made-up names cannot grow the cache.
+        """
+        route = self._routes.get((app, version))
+        if route is None:
+            route = self._routes[app, version] = self._resolve(app, version)
+        return route
+
+    def _resolve(self, app: str, version: str) -> Route:
+        releases = self._releases.get(app)
+        if not releases:
             raise NotFound(f"unknown app {app!r}")
-        return self._releases[app]
+        if version and version not in releases:
+            raise NotFound(f"app {app!r} has no version {version!r}")
+        if version:
+            weights = {version: 1.0}
+        else:
+            production = [each for each in releases.values() if each.phase == "production"]
+            weights = {each.version: 1.0 if each.weight is None else each.weight for each in production}
+        own, default = (self._metadata(key) for key in (config.app_metadata_key(app), config.DEFAULT_APP_METADATA_KEY))
+        timeout_s = max(self._timeout_s(app, each) for each in weights or [""])
+        return Route(app, version, weights, timeout_s, own, default)
 
-    def metadata(self, app: str) -> tuple[AppMetadata, AppMetadata]:
-        """The app's own metadata and the default, each empty where there is none."""
-        found = [self._settings.get(key) for key in (config.app_metadata_key(app), config.DEFAULT_APP_METADATA_KEY)]
-        own, default = (value if isinstance(value, AppMetadata) else _NO_METADATA for value in found)
-        return own, default
+    def _metadata(self, key: str) -> AppMetadata:
+        value = self._settings.get(key)
+        return value if isinstance(value, AppMetadata) else _NO_METADATA
 
-    def timeout(self, app: str, version: str) -> timedelta:
-        """What bounds one eval; without a version, the app's production versions' longest. Raises NotFound."""
-        known = self._timeouts.get((app, version))
-        if known is None:
-            known = self._timeouts[app, version] = self._merged_timeout(app, version)
-        return known
-
-    def _merged_timeout(self, app: str, version: str) -> timedelta:
-        versions = [version] if version else [v for v, r in self.versions(app).items() if r.phase == "production"]
-        timeouts = [self._worker(app, each).timeout for each in versions or [""]]
-        return max(timeout for timeout in timeouts if timeout is not None)
-
-    def _worker(self, app: str, version: str) -> WorkerConfig:
+    def _timeout_s(self, app: str, version: str) -> float:
         merged = config.DEFAULT_WORKER
         for key in reversed(config.worker_keys(app, version)):
             value = self._settings.get(key)
             if isinstance(value, WorkerConfig):
                 merged = value.over(merged)
-        return merged
+        assert merged.timeout is not None, "the default has a timeout"
+        return merged.timeout.total_seconds()
 
-    def pick(
-        self, app: str, version: str, passed_over: Collection[Endpoint[ConnectionT]] = ()
-    ) -> Endpoint[ConnectionT]:
-        """The instance that is to take a request.
+    def pick(self, route: Route, tried: Collection[Endpoint[ConnectionT]] = ()) -> Endpoint[ConnectionT]:
+        """Return the instance that takes a request, but none of those that were ``tried``.
 
-        Without a version, the production versions are drawn in proportion to weight x free capacity; within a version
-        the instance with the smallest share of its capacity in flight is taken. ``passed_over`` are not considered.
+        Draws a version in proportion to weight x free capacity, then takes the instance of that version with the
+        smallest share of its capacity in flight.
 
-        Raises NotFound, Unavailable (nothing ready, or all that is ready was passed over) or ResourceExhausted (all
-        that is ready is full).
+        Raises Unavailable (no instance is ready, or all were tried) or ResourceExhausted (all ready ones are full).
         """
-        if version:
-            self.release(app, version)
-            weights = {version: 1.0}
-        else:
-            weights = {
-                name: 1.0 if release.weight is None else release.weight
-                for name, release in self.versions(app).items()
-                if release.phase == "production"
-            }
-            if not weights:
-                raise Unavailable(f"app {app!r} has no version in production")
-        ready = {name: self._ready(app, name, passed_over) for name in weights}
-        draws = {name: weights[name] * sum(each.free for each in found) for name, found in ready.items()}
+        if not route.weights:
+            raise Unavailable(f"app {route.app!r} has no version in production")
+        ready = {version: self._ready(route.app, version, tried) for version in route.weights}
+        draws = {version: route.weights[version] * sum(each.free for each in found) for version, found in ready.items()}
         if not any(draws.values()):
-            if not any(weights.values()):
-                raise Unavailable(f"app {app!r} has no version in production with a weight above 0")
-            raise self._why_none(app, version, [each for found in ready.values() for each in found])
+            if not any(route.weights.values()):
+                raise Unavailable(f"app {route.app!r} has no version in production with a weight above 0")
+            raise self._none_free(route, [each for found in ready.values() for each in found])
         drawn = self._random.choices(list(draws), list(draws.values()))[0] if len(draws) > 1 else next(iter(draws))
         candidates = [each for each in ready[drawn] if each.free]
         least = min((each.in_flight + 1) / each.instance.capacity for each in candidates)
@@ -196,37 +200,34 @@ class Router(Generic[ConnectionT]):
             [each for each in candidates if (each.in_flight + 1) / each.instance.capacity == least]
         )
 
-    def _ready(
-        self, app: str, version: str, passed_over: Collection[Endpoint[ConnectionT]]
-    ) -> list[Endpoint[ConnectionT]]:
+    def _ready(self, app: str, version: str, tried: Collection[Endpoint[ConnectionT]]) -> list[Endpoint[ConnectionT]]:
         for pool in (self._endpoints, self._left):
-            found = [each for each in pool.get((app, version), {}).values() if each not in passed_over]
+            found = [each for each in pool.get((app, version), {}).values() if each not in tried]
             if found:
                 now = self._clock()
-                return [each for each in found if each.shunned_until <= now] or found
+                return [each for each in found if each.ejected_until <= now] or found
         return []
 
     @staticmethod
-    def _why_none(app: str, version: str, ready: list[Endpoint[ConnectionT]]) -> ServingError:
-        what = f"version {version!r} of app {app!r}" if version else f"app {app!r}"
+    def _none_free(route: Route, ready: list[Endpoint[ConnectionT]]) -> ServingError:
+        what = f"version {route.version!r} of app {route.app!r}" if route.version else f"app {route.app!r}"
         if any(each.free == 0 for each in ready):
             return ResourceExhausted(f"every instance of {what} is full", retry_after_s=1.0)
         return Unavailable(f"no instance of {what} is ready")
 
     def failed(self, endpoint: Endpoint[ConnectionT]) -> None:
-        """The endpoint's transport failed: others are preferred for a while, and if it had left, it is gone."""
-        endpoint.shunned_until = self._clock() + SHUN_S
+        """Eject an endpoint whose transport failed; drop it if it had left the registry."""
+        endpoint.ejected_until = self._clock() + EJECT_S
         self.refused(endpoint)
 
     def refused(self, endpoint: Endpoint[ConnectionT]) -> None:
-        """The endpoint refused a request: if it had left the registry, it really is gone."""
-        place = (endpoint.instance.app, endpoint.instance.version)
-        left = self._left.get(place, {})
+        """Drop an endpoint that refused a request, if it had left the registry."""
+        left = self._left.get((endpoint.instance.app, endpoint.instance.version), {})
         if left.get(endpoint.instance.id) is endpoint:
             self._dropped.append(left.pop(endpoint.instance.id))
 
     def expired(self) -> list[Endpoint[ConnectionT]]:
-        """The endpoints that are no longer used, each handed out once, when nothing is in flight on it."""
+        """Return the endpoints that are no longer used, each once, as soon as they have no request in flight."""
         oldest = self._clock() - LINGER_S
         for pool in self._left.values():
             for id_ in [id_ for id_, each in pool.items() if each.left_at is not None and each.left_at < oldest]:

@@ -12,6 +12,7 @@ import structlog
 from google.api import httpbody_pb2
 
 from atserving.errors import Internal, ServingError
+from atserving.grpc_status import grpc_status
 from atserving.telemetry import request_id, trace_context
 from atserving.v1 import edge_pb2, edge_pb2_grpc, evaluator_pb2, serving_pb2, serving_pb2_grpc
 from gate import edge
@@ -22,7 +23,7 @@ from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
 log = structlog.get_logger()
 
 BATCH_CONCURRENCY = 16
-"""How many of a batch's items are under way at once."""
+"""How many items of a batch run at once."""
 
 _RequestT = TypeVar("_RequestT")
 _ResponseT = TypeVar("_ResponseT")
@@ -30,7 +31,7 @@ Context = grpc.aio.ServicerContext[_RequestT, _ResponseT]
 
 
 def read_call(context: Context[_RequestT, _ResponseT]) -> CallContext:
-    """What the call's metadata and deadline say."""
+    """Read a call's metadata and deadline."""
     metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
     remaining_s = context.time_remaining()
     now = time.monotonic()
@@ -44,12 +45,14 @@ def read_call(context: Context[_RequestT, _ResponseT]) -> CallContext:
 
 
 @contextmanager
-def _refusals_logged(call: CallContext) -> Iterator[None]:
-    """One line for a request that is refused before it is anybody's eval; evals write their own."""
+def _rejections_logged(call: CallContext) -> Iterator[None]:
+    """Log a request that is rejected before it becomes an eval. The dispatcher logs evals."""
     try:
         yield
     except ServingError as error:
-        log.info("refused", reqid=call.reqid, code=error.code, message=error.message, traceparent=call.traceparent)
+        log.info(
+            "request rejected", reqid=call.reqid, code=error.code, reason=error.message, traceparent=call.traceparent
+        )
         raise
 
 
@@ -80,7 +83,7 @@ class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
     ) -> serving_pb2.BatchResponse:
         call = read_call(context)
         try:
-            with _refusals_logged(call):
+            with _rejections_logged(call):
                 edge.check_batch(len(request.tasks), self._max_batch)
         except ServingError as error:
             await _abort(error, call, context)
@@ -110,15 +113,15 @@ def _response(result: EvalResult | ServingError) -> serving_pb2.EvalResponse:
 
 
 async def _abort(error: ServingError, call: CallContext, context: Context[_RequestT, _ResponseT]) -> NoReturn:
-    """Ends the call before any metadata was sent, so that all of it travels as one header frame (Trailers-Only)."""
+    """End the call before any metadata is sent, so that all of it travels as one header frame (Trailers-Only)."""
     trailing = [("x-reqid", call.reqid), ("x-serving-code", str(error.code))]
     if error.retry_after_s is not None:
         trailing.append(("retry-after", edge.retry_after(error)))
-    await context.abort(error.grpc_status, error.message, tuple(trailing))
+    await context.abort(grpc_status(error), error.message, tuple(trailing))
 
 
 class EdgeServicer(edge_pb2_grpc.EdgeServiceServicer):
-    """The REST face, behind the edge's transcoder. Every outcome is a reply; its HTTP status is a header."""
+    """The REST interface, behind Envoy's transcoder. Every outcome is a reply with its HTTP status in a header."""
 
     def __init__(self, dispatcher: Dispatcher, max_batch: int) -> None:
         self._dispatcher = dispatcher
@@ -141,12 +144,12 @@ class EdgeServicer(edge_pb2_grpc.EdgeServiceServicer):
         return await _reply(self._batch(request, call), call, context)
 
     async def _eval(self, request: edge_pb2.EdgeEvalRequest, call: CallContext) -> edge.Reply:
-        with _refusals_logged(call):
+        with _rejections_logged(call):
             task = edge.read_eval(request.app, request.version, request.body.content_type, request.body.data)
         return edge.write_answer(await self._dispatcher.eval(task, call))
 
     async def _batch(self, request: httpbody_pb2.HttpBody, call: CallContext) -> edge.Reply:
-        with _refusals_logged(call):
+        with _rejections_logged(call):
             tasks = edge.read_batch(request.content_type, request.data, self._max_batch)
         return edge.write_batch(await run_batch(self._dispatcher, tasks, call, BATCH_CONCURRENCY))
 
@@ -161,8 +164,8 @@ async def _reply(
     except ServingError as error:
         reply = edge.write_error(error)
     except Exception:
-        log.exception("request failed unexpectedly", reqid=call.reqid)
+        log.exception("request failed", reqid=call.reqid)
         reply = edge.write_error(Internal("the gate failed on this request"))
-    # Trailing, so that the whole answer is one write: nothing of it is sent if this process dies before.
+    # Trailing metadata makes the whole reply one write: a process that dies earlier has sent nothing of it.
     context.set_trailing_metadata((("x-serving-status", str(reply.status)), *reply.headers.items()))
     return httpbody_pb2.HttpBody(content_type=reply.content_type, data=reply.body)

@@ -2,7 +2,8 @@
 
     python proto/generate.py [--out DIR]
 
-Without ``--out`` the files go to their places in the tree. A test generates into an empty folder and compares.
+Without ``--out``, the script updates the generated files of the project. A test generates them into an empty folder and
+compares.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ DESCRIPTOR_SET = "envoy/atserving.binpb"
 
 
 def generate(out: Path) -> None:
-    """Writes every generated file below ``out``, laid out as in the project. Raises SystemExit where protoc fails."""
-    # protoc finds its plugins (mypy-protobuf's) on PATH; they stand beside this interpreter.
+    """Write all generated files below ``out``, in the project's layout. Raises SystemExit if protoc fails."""
+    # protoc looks for mypy-protobuf's plugins on PATH; they are installed beside this interpreter.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     includes = [
         f"-I{PROTO}",
@@ -48,7 +49,7 @@ def generate(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=ROOT, help="the folder to write below (default: the project)")
+    parser.add_argument("--out", type=Path, default=ROOT, help="the output folder (default: the project)")
     generate(parser.parse_args().out)
 
 

@@ -1,1 +1,1 @@
-"""The registry: mirrors etcd for gates and evaluators, and is the API through which releases are published."""
+"""The registry: mirrors etcd for gates and evaluators, and serves the API for publishing releases."""

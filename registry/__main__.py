@@ -1,4 +1,4 @@
-"""``python -m registry``: flags, then the registry until a signal."""
+"""``python -m registry``: read the flags, serve until a signal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 import structlog
 import uvloop
 
-from atserving import telemetry, transport
+from atserving import lifecycle, telemetry, transport
 from atserving.cli import service
 from atserving.config import parse_duration
 from atserving.errors import StartError
@@ -31,7 +31,7 @@ _GRACE_S = 5.0
 
 @dataclass(frozen=True)
 class RegistrySettings:
-    """What the flags say."""
+    """The settings of a registry, as its flags give them."""
 
     etcd: list[str]
     listen: str
@@ -45,7 +45,7 @@ class _LeaseTtl(click.ParamType[int]):
     name = "duration"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Seconds, as etcd counts leases: ``10`` or ``10s``."""
+        """Return whole seconds, the unit of etcd's leases. Accepts ``10`` and ``10s``."""
         text = str(value)
         try:
             ttl = parse_duration(f"{text}s" if text.isdecimal() else text)
@@ -59,38 +59,38 @@ class _LeaseTtl(click.ParamType[int]):
 
 
 async def serve(settings: RegistrySettings) -> None:
-    """Runs the registry until SIGTERM or SIGINT. Raises StartError."""
-    stop = transport.stop_signal()
+    """Serve until SIGTERM or SIGINT. Raises StartError."""
+    stop = lifecycle.stop_signal()
     services = registry_pb2.DESCRIPTOR.services_by_name
-    apart = bool(settings.listen_releases)
-    server = transport.Server([services["RegistryService"]] if apart else services.values())
-    releases = transport.Server([services["ReleaseService"]]) if apart else server
-    servers = [server, releases] if apart else [server]
+    two_ports = bool(settings.listen_releases)
+    server = transport.Server([services["RegistryService"]] if two_ports else services.values())
+    release_server = transport.Server([services["ReleaseService"]]) if two_ports else server
+    servers = [server, release_server] if two_ports else [server]
     connection = Connection(settings.etcd, tls=settings.tls, user=settings.user)
     async with EtcdClient(connection) as client:
         view = View()
         mirror = Mirror(client, view)
         registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s))
+        releases = ReleaseServicer(mirror, Releases(client))
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server.grpc)
-        registry_pb2_grpc.add_ReleaseServiceServicer_to_server(ReleaseServicer(mirror, Releases(client)), releases.grpc)
+        registry_pb2_grpc.add_ReleaseServiceServicer_to_server(releases, release_server.grpc)
         ports = await _start(servers, settings)
-        log.info("listening", listen=settings.listen, port=ports[0], releases_port=ports[-1], etcd=settings.etcd)
-        async with asyncio.TaskGroup() as tasks:
-            following = tasks.create_task(mirror.run())
-            announcing = tasks.create_task(_announce(view, servers))
-            await stop.wait()
-            announcing.cancel()
-            for each in servers:
-                await each.set_serving(False)
-            # Ends the watches, so that their followers go on at another registry.
-            view.close()
-            await asyncio.gather(*(each.stop(_GRACE_S) for each in servers))
-            following.cancel()
-    log.info("stopped")
+        log.info("service starting", listen=settings.listen, port=ports[0], releases_port=ports[-1], etcd=settings.etcd)
+        mirroring = asyncio.create_task(mirror.run())
+        try:
+            if await lifecycle.unless_stopped(view.synced.wait(), stop, mirroring):
+                await _set_serving(servers, True)
+                log.info("service ready", port=ports[0], releases_port=ports[-1])
+                await lifecycle.until_stopped(stop, mirroring)
+        finally:
+            await _drain(servers, view)
+            mirroring.cancel()
+            await asyncio.gather(mirroring, return_exceptions=True)
+    log.info("service stopped")
 
 
 async def _start(servers: list[transport.Server], settings: RegistrySettings) -> list[int]:
-    """Listens; the ports. Raises StartError."""
+    """Start the servers and return their ports. Raises StartError."""
     listens = [settings.listen, settings.listen_releases or ""]
     try:
         return [await each.start(listen) for each, listen in zip(servers, listens, strict=False)]
@@ -99,30 +99,37 @@ async def _start(servers: list[transport.Server], settings: RegistrySettings) ->
         raise
 
 
-async def _announce(view: View, servers: list[transport.Server]) -> None:
-    await view.synced.wait()
+async def _set_serving(servers: list[transport.Server], serving: bool) -> None:
     for each in servers:
-        await each.set_serving(True)
+        await each.set_serving(serving)
+
+
+async def _drain(servers: list[transport.Server], view: View) -> None:
+    """Send the followers to another registry, and let the calls in flight finish."""
+    log.info("service draining", in_flight=len(view.subscriptions))
+    await _set_serving(servers, False)
+    view.close()
+    await asyncio.gather(*(each.stop(_GRACE_S) for each in servers))
 
 
 def _tls(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
     if ca is None and cert is None and key is None:
         return None
     if (cert is None) != (key is None):
-        raise click.UsageError("--etcd-cert and --etcd-key go together")
+        raise click.UsageError("--etcd-cert and --etcd-key must be given together")
     try:
-        # gRPC would find a bad file only when it connects, and not say which.
+        # Check the files here: gRPC reads them only when it connects, and its error does not name the file.
         check = ssl.create_default_context(cafile=ca)
         if cert and key:
             check.load_cert_chain(cert, key)
         return Tls(*(path.read_bytes() if path else None for path in (ca, cert, key)))
     except (OSError, ssl.SSLError) as error:
-        raise StartError(f"can't use {', '.join(str(path) for path in (ca, cert, key) if path)}: {error}") from None
+        raise StartError(f"can't load {', '.join(str(path) for path in (ca, cert, key) if path)}: {error}") from None
 
 
 def _user(name: str | None, password: str | None) -> User | None:
     if (name is None) != (password is None):
-        raise click.UsageError("--etcd-user and --etcd-password go together")
+        raise click.UsageError("--etcd-user and --etcd-password must be given together")
     return User(name, password) if name is not None and password is not None else None
 
 
@@ -130,26 +137,25 @@ _file = click.Path(path_type=Path)
 
 
 @click.command(context_settings={"max_content_width": 100})
-@service.addresses_option("--etcd", required=True, help="The endpoints of etcd, members of one cluster.")
+@service.addresses_option("--etcd", required=True, help="The members of one etcd cluster.")
 @service.listen_option("0.0.0.0:50053")
 @click.option(
     "--listen-releases",
     metavar="HOST:PORT",
-    help="Where to serve the ReleaseService, by which releases are published, apart from the rest; "
-    "otherwise it is where the rest is.",
+    help="Address of the ReleaseService, the API for publishing; default: the address of --listen.",
 )
-@click.option("--etcd-ca", type=_file, metavar="FILE", help="Authorities to trust with etcd (PEM); turns TLS on.")
-@click.option("--etcd-cert", type=_file, metavar="FILE", help="Certificate to show to etcd (PEM); turns TLS on.")
-@click.option("--etcd-key", type=_file, metavar="FILE", help="The certificate's key (PEM).")
-@click.option("--etcd-user", metavar="NAME", help="Whom to authenticate as with etcd.")
-@click.option("--etcd-password", metavar="TEXT", show_envvar=True, help="The user's password; better by its variable.")
+@click.option("--etcd-ca", type=_file, metavar="FILE", help="CA certificates to trust for etcd (PEM); enables TLS.")
+@click.option("--etcd-cert", type=_file, metavar="FILE", help="Client certificate for etcd (PEM); enables TLS.")
+@click.option("--etcd-key", type=_file, metavar="FILE", help="Key of the client certificate (PEM).")
+@click.option("--etcd-user", metavar="NAME", help="User name for etcd.")
+@click.option("--etcd-password", metavar="TEXT", show_envvar=True, help="Password for etcd; prefer the variable.")
 @click.option(
     "--lease-ttl",
     type=_LeaseTtl(),
     default="10s",
     show_default=True,
     metavar="DURATION",
-    help="How long an instance stays registered after its last sign of life; seconds, or such as 1m.",
+    help="Time after which an instance without heartbeats is deregistered: seconds, or a duration such as 1m.",
 )
 @service.log_level_option
 def main(
@@ -164,10 +170,10 @@ def main(
     lease_ttl: int,
     log_level: str,
 ) -> None:
-    """Serve the release config and the live instances, mirrored from etcd, and publish releases.
+    """Mirror the release config and the instances from etcd, serve them, and publish releases.
 
-    Any number of registries may run side by side. A registry starts without etcd, serves once it has seen it, and then
-    goes on with the last known config whenever etcd is away.
+    You can run any number of registries side by side. A registry starts without etcd and becomes ready after its first
+    snapshot. During an outage of etcd it serves the last known config.
     """
     settings = RegistrySettings(
         etcd=etcd,

@@ -1,6 +1,6 @@
-"""Live instances: keys under leases, which vanish with the process they stand for.
+"""Registered instances: keys under leases, which etcd deletes when an instance stops sending heartbeats.
 
-No registry remembers an instance. The key in etcd knows its lease, so that every call may come to another registry.
+A registry keeps no state of an instance. The key in etcd holds its lease, so each call may reach another registry.
 """
 
 from __future__ import annotations
@@ -25,62 +25,62 @@ class Instances:
         self._ttl_s = ttl_s
 
     async def register(self, instance: Instance) -> int:
-        """Registers an instance or keeps it registered; returns its lease's time to live in seconds.
+        """Register an instance or renew its lease; return the lease's time to live in seconds.
 
-        Raises NotFound where the release is not published, EtcdError.
+        Raises NotFound if the release is not published, Unavailable if other writers win every attempt, EtcdError.
         """
         for _ in range(_ATTEMPTS):
-            release, held = await self._client.get_all(release_key(instance.app, instance.version), instance.key)
+            release, stored = await self._client.get_all(release_key(instance.app, instance.version), instance.key)
             if release is None:
                 raise NotFound(f"release {instance.app}/{instance.version} is not published")
-            lease = await self._renewed(held) if held and held.lease else None
-            if lease and held and _is(held, instance):
+            lease = await self._renewed(stored) if stored and stored.lease else None
+            if lease and stored and _matches(stored, instance):
                 return lease.ttl_s
             lease = lease or await self._client.grant(self._ttl_s)
-            if await self._put(instance, release, held, lease):
+            if await self._put(instance, release, stored, lease):
                 log.info("instance registered", **instance.model_dump())
                 return lease.ttl_s
         raise Unavailable(
             f"instance {instance.id} of {instance.app}/{instance.version} keeps changing in etcd: try again"
         )
 
-    async def _renewed(self, held: etcd_pb2.KeyValue) -> Lease | None:
+    async def _renewed(self, stored: etcd_pb2.KeyValue) -> Lease | None:
         try:
-            return Lease(held.lease, await self._client.keep_alive(held.lease))
+            return Lease(stored.lease, await self._client.keep_alive(stored.lease))
         except LeaseNotFound:
             return None
 
     async def _put(
-        self, instance: Instance, release: etcd_pb2.KeyValue, held: etcd_pb2.KeyValue | None, lease: Lease
+        self, instance: Instance, release: etcd_pb2.KeyValue, stored: etcd_pb2.KeyValue | None, lease: Lease
     ) -> bool:
         unchanged = [
-            written_at(instance.key, held.mod_revision if held else 0),
-            # A release deleted in this moment leaves no registration behind.
+            written_at(instance.key, stored.mod_revision if stored else 0),
+            # Fails the transaction if the release is deleted in the meantime.
             written_at(release.key.decode(), release.mod_revision),
         ]
-        # Where nothing was written, or who knows, the lease is left to expire: it may hold the key.
+        # Do not revoke the lease after a failure: the write may have taken effect. Otherwise the lease expires unused.
         try:
             return await self._client.commit(unchanged, [put(instance.key, instance.to_json(), lease.id)]) is not None
         except LeaseNotFound:
             return False
 
     async def deregister(self, app: str, version: str, id_: str) -> None:
-        """Removes an instance at once, if it is there. Raises EtcdError."""
+        """Remove an instance and its lease, if it is registered. Raises Unavailable, EtcdError."""
         key = Instance.model_construct(app=app, version=version, id=id_).key
         for _ in range(_ATTEMPTS):
-            held = await self._client.get(key)
-            if held is None:
+            stored = await self._client.get(key)
+            if stored is None:
                 return
-            if await self._client.commit([written_at(key, held.mod_revision)], [delete(key)]):
+            if await self._client.commit([written_at(key, stored.mod_revision)], [delete(key)]):
                 log.info("instance deregistered", app=app, version=version, id=id_)
-                if held.lease:
-                    await self._client.revoke(held.lease)
+                if stored.lease:
+                    await self._client.revoke(stored.lease)
                 return
         raise Unavailable(f"instance {id_} of {app}/{version} keeps changing in etcd: try again")
 
 
-def _is(held: etcd_pb2.KeyValue, instance: Instance) -> bool:
+def _matches(stored: etcd_pb2.KeyValue, instance: Instance) -> bool:
     try:
-        return parse(instance.key, held.value) == instance
+        return parse(instance.key, stored.value) == instance
     except MalformedConfig:
         return False

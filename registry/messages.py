@@ -1,4 +1,4 @@
-"""Between the messages of the API and the types of the config."""
+"""Conversions between the API's messages and the config's types."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PHASE_NUMBERS: dict[Phase, registry_pb2.Phase.ValueType] = {
 
 
 def release_from(message: registry_pb2.Release) -> Release:
-    """The release that is to be published; only what the message gives is set. Raises InvalidArgument."""
+    """Return the release to publish, with only the fields that the message sets. Raises InvalidArgument."""
     fields: dict[str, Any] = {"name": message.name, "version": message.version, "file": message.file}
     if message.phase != registry_pb2.PHASE_UNSPECIFIED:
         fields["phase"] = phase_from(message.phase, "release.phase")
@@ -46,7 +46,7 @@ def release_from(message: registry_pb2.Release) -> Release:
 
 
 def release_to(release: Release) -> registry_pb2.Release:
-    """The release as the API shows it."""
+    """Return the release as a message of the API."""
     return registry_pb2.Release(
         name=release.name,
         version=release.version,
@@ -65,14 +65,14 @@ def release_to(release: Release) -> registry_pb2.Release:
 
 
 def phase_from(phase: int, field: str) -> Phase:
-    """Raises InvalidArgument for what is no phase."""
+    """Return the phase of a message. Raises InvalidArgument for an unknown phase."""
     if phase not in _PHASES:
         raise InvalidArgument(f"{field}: should be PHASE_STAGING or PHASE_PRODUCTION")
     return _PHASES[phase]
 
 
 def instance_from(message: registry_pb2.Instance) -> Instance:
-    """Raises InvalidArgument."""
+    """Return the instance of a message. Raises InvalidArgument."""
     fields = {name: getattr(message, name) for name in ("app", "version", "id", "address", "capacity")}
     try:
         instance = validate(Instance, fields)
@@ -84,19 +84,19 @@ def instance_from(message: registry_pb2.Instance) -> Instance:
 
 
 def instance_to(instance: Instance) -> registry_pb2.Instance:
-    """The instance as the API shows it."""
+    """Return the instance as a message of the API."""
     return registry_pb2.Instance(**instance.model_dump())
 
 
 def name_from(text: str, field: str) -> str:
-    """The name of an app, a version or an instance. Raises InvalidArgument."""
+    """Return the checked name of an app, a version or an instance. Raises InvalidArgument."""
     if not is_name(text):
         raise InvalidArgument(f"{field}: {text[:80]!r} should match [A-Za-z0-9][A-Za-z0-9._-]{{0,62}}")
     return text
 
 
 def watch_response(delta: Delta) -> registry_pb2.WatchResponse:
-    """The step as it is streamed."""
+    """Return one step of a view as a message of the stream."""
     return registry_pb2.WatchResponse(
         reset=delta.reset,
         upserts=[registry_pb2.Entry(key=key, value_json=value) for key, value in delta.upserts.items()],
@@ -111,7 +111,7 @@ def _object(text: str, field: str) -> dict[str, Any]:
         return {}
     try:
         value = orjson.loads(text)
-        # One level deeper, as it is stored: orjson reads deeper than it writes.
+        # A release holds this value one level deeper, and orjson reads deeper nesting than it writes.
         orjson.dumps([value])
     except orjson.JSONDecodeError as error:
         raise InvalidArgument(f"{field}: not JSON: {error}") from None

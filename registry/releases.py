@@ -1,4 +1,4 @@
-"""Publishing releases. Every write reads etcd itself first and takes effect only if nothing was written in between."""
+"""Publishing releases. Every write reads the key from etcd first, and fails if the key changes in between."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from registry.etcd import EtcdClient, put, written_at
 log = structlog.get_logger()
 
 MUTABLE = ("phase", "desc", "weight")
-"""What may change once a version is published."""
+"""The fields of a published version that may change."""
 
 MAX_VALUE_BYTES = 1 << 20
-"""The most a release's JSON takes; etcd refuses requests above 1.5 MiB."""
+"""The size limit of a release's JSON; etcd refuses requests above 1.5 MiB."""
 
 _ATTEMPTS = 4
 _SHA256 = re.compile(r"#sha256=(?![0-9A-Fa-f]{64}$)")
@@ -30,22 +30,22 @@ _SHA256 = re.compile(r"#sha256=(?![0-9A-Fa-f]{64}$)")
 
 @dataclass(frozen=True)
 class Stored:
-    """A release as etcd has it, and the revision it was written at."""
+    """A release as stored in etcd, and the revision of its last write."""
 
     release: Release
     revision: int
 
 
 class Releases:
-    """The releases in etcd."""
+    """Writes the releases in etcd."""
 
     def __init__(self, client: EtcdClient) -> None:
         self._client = client
 
     async def publish(self, release: Release) -> Stored:
-        """Writes a new release; of one that exists, only its phase, desc and weight, where they are given.
+        """Write a new release. If the version exists, update only its phase, desc and weight, where they are given.
 
-        Raises AlreadyExists where the version exists with another content, InvalidArgument, EtcdError.
+        Raises AlreadyExists if the version exists with other content, InvalidArgument, Unavailable, EtcdError.
         """
         _check_digests(release)
         for _ in range(_ATTEMPTS):
@@ -60,7 +60,7 @@ class Releases:
         raise _contended(release.name, release.version)
 
     async def set_phase(self, app: str, version: str, phase: Phase) -> Stored:
-        """Moves a release to a phase. Raises NotFound, InvalidArgument, EtcdError."""
+        """Move a release to a phase. Raises NotFound, InvalidArgument, Unavailable, EtcdError."""
         key = release_key(app, version)
         for _ in range(_ATTEMPTS):
             kv = await self._client.get(key)
@@ -75,7 +75,7 @@ class Releases:
         current = _read(kv)
         if all(getattr(current, field) == value for field, value in changes.items()):
             return Stored(current, kv.mod_revision)
-        # The stored JSON, not the release read from it: fields that we don't know are an operator's own.
+        # Change the stored JSON, not the parsed release: an operator may have added fields of their own.
         fields = json.loads(kv.value) | changes | {"lastmodified": _now()}
         value = json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
         return await self._write(kv.key.decode(), kv.mod_revision, value)
@@ -83,7 +83,7 @@ class Releases:
     async def _write(self, key: str, mod_revision: int, value: str) -> Stored | None:
         size = len(value.encode())
         if size > MAX_VALUE_BYTES:
-            raise InvalidArgument(f"release: is {size} bytes of JSON, more than {MAX_VALUE_BYTES}")
+            raise InvalidArgument(f"release: {size} bytes of JSON exceed the limit of {MAX_VALUE_BYTES}")
         revision = await self._client.commit([written_at(key, mod_revision)], [put(key, value)])
         if revision is None:
             return None
@@ -94,13 +94,13 @@ class Releases:
 
 
 def _amendment(kv: etcd_pb2.KeyValue, release: Release) -> dict[str, Any]:
-    """What ``release`` changes of the one stored, which must be the same but for what may change."""
+    """Return the changes from the stored release to ``release``. Raises AlreadyExists if an immutable field differs."""
     current = _read(kv)
     fixed = Release.model_fields.keys() - {*MUTABLE, "lastmodified"}
     different = sorted(field for field in fixed if getattr(current, field) != getattr(release, field))
     if different:
         which = f"{release.name}/{release.version}"
-        raise AlreadyExists(f"release {which} exists with another {', '.join(different)}: publish a new version")
+        raise AlreadyExists(f"release {which} exists with a different {', '.join(different)}: publish a new version")
     return {field: getattr(release, field) for field in MUTABLE if field in release.model_fields_set}
 
 
@@ -110,7 +110,7 @@ def _read(kv: etcd_pb2.KeyValue) -> Release:
         release = parse(key, kv.value)
     except MalformedConfig as error:
         raise InvalidArgument(
-            f"what etcd holds at {key} is malformed ({error}): mend or delete it with etcdctl"
+            f"the value of {key} in etcd is malformed ({error}): correct or delete it with etcdctl"
         ) from None
     assert isinstance(release, Release)
     return release

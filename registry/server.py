@@ -1,4 +1,4 @@
-"""The registry's gRPC services: translate, call, translate back."""
+"""The registry's gRPC services: translate the request, call the logic, translate the result."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import grpc.aio
 
 from atserving.config import Instance, MalformedConfig, Release
 from atserving.errors import ServingError, Unavailable
+from atserving.grpc_status import grpc_status
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 from registry import messages
 from registry.etcd import EtcdError, EtcdUnavailable
@@ -28,7 +29,7 @@ async def _translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncItera
     try:
         yield
     except ServingError as error:
-        await context.abort(error.grpc_status, error.message)
+        await context.abort(grpc_status(error), error.message)
     except EtcdUnavailable as error:
         await context.abort(grpc.StatusCode.UNAVAILABLE, f"etcd is unreachable: {error}")
     except EtcdError as error:
@@ -37,11 +38,11 @@ async def _translated(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncItera
 
 def _require_synced(mirror: Mirror) -> None:
     if not mirror.view.synced.is_set():
-        raise Unavailable(f"nothing is known of the config yet; etcd is unreachable: {mirror.reason}")
+        raise Unavailable(f"this registry has no config yet; etcd is unreachable: {mirror.reason}")
 
 
 class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
-    """What gates and evaluators call."""
+    """The API of gates and evaluators."""
 
     def __init__(self, mirror: Mirror, instances: Instances) -> None:
         self._mirror = mirror
@@ -77,7 +78,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
 
 
 class ReleaseServicer(registry_pb2_grpc.ReleaseServiceServicer):
-    """What operators and their tools call."""
+    """The API of operators and their tools."""
 
     def __init__(self, mirror: Mirror, releases: Releases) -> None:
         self._mirror = mirror
@@ -88,7 +89,7 @@ class ReleaseServicer(registry_pb2_grpc.ReleaseServiceServicer):
     ) -> registry_pb2.PublishReleaseResponse:
         async with _translated(context):
             stored = await self._releases.publish(messages.release_from(request.release))
-            await self._seen(stored)
+            await self._until_mirrored(stored)
         return registry_pb2.PublishReleaseResponse(release=messages.release_to(stored.release))
 
     async def SetPhase(  # noqa: N802
@@ -98,7 +99,7 @@ class ReleaseServicer(registry_pb2_grpc.ReleaseServiceServicer):
             app = messages.name_from(request.app, "app")
             version = messages.name_from(request.version, "version")
             stored = await self._releases.set_phase(app, version, messages.phase_from(request.phase, "phase"))
-            await self._seen(stored)
+            await self._until_mirrored(stored)
         return registry_pb2.SetPhaseResponse(release=messages.release_to(stored.release))
 
     async def ListReleases(  # noqa: N802
@@ -109,8 +110,8 @@ class ReleaseServicer(registry_pb2_grpc.ReleaseServiceServicer):
             _require_synced(self._mirror)
         return self._list(app)
 
-    async def _seen(self, stored: Stored) -> None:
-        # So that who lists releases after a write finds it; the write is done, whether or not the mirror is in time.
+    async def _until_mirrored(self, stored: Stored) -> None:
+        # A caller that lists releases after a write should see it. The write is done even if the mirror is late.
         try:
             await asyncio.wait_for(self._mirror.view.reached(stored.revision), _READ_YOUR_WRITES_S)
         except TimeoutError:

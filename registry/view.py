@@ -1,8 +1,11 @@
-"""The config as it stands, and its subscribers.
+"""The current config and its subscribers.
 
-What holds at any time: ``entries`` is what the store held at ``revision``, with every value well-formed; a key whose
-value is not is in ``malformed``, and keeps the last good value it had since it was created. What a subscriber was
-given, applied in order, is what ``entries`` was at the last step it was given. No subscriber is waited for.
+Three invariants hold at any time:
+
+1. ``entries`` equals the store at ``revision``, but with well-formed values only. A key with a malformed value is in
+   ``malformed``, and its entry keeps the last good value since the key was created.
+2. A subscriber that applies its steps in order has the ``entries`` of the last step.
+3. A slow subscriber delays nobody.
 """
 
 from __future__ import annotations
@@ -19,12 +22,12 @@ from atserving.config import ConfigValue, MalformedConfig, app_of, parse
 log = structlog.get_logger()
 
 QUEUE_DELTAS = 256
-"""How many steps a subscriber may be behind before it is given everything anew."""
+"""The length of a subscriber's queue. A subscriber that falls further behind receives a new snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """A key was written; ``created`` is the revision at which it came into being."""
+    """A key was written; ``created`` is the revision that created it."""
 
     key: str
     value: bytes
@@ -43,7 +46,7 @@ Change = Put | Delete
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A key's last good value, as it is stored and as it is read."""
+    """The last good value of a key, as stored and as parsed."""
 
     value_json: str
     value: ConfigValue
@@ -52,9 +55,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """One atomic step to ``revision``. With ``reset`` the upserts are all there is.
+    """One atomic step to ``revision``. With ``reset``, the upserts are a complete snapshot.
 
-    With ``stale`` the store can't be followed any more, and there may be steps nobody here knows of.
+    With ``stale``, the watch of the store is down, and the store may have changes that the view lacks.
     """
 
     upserts: Mapping[str, str]
@@ -68,17 +71,17 @@ class Delta:
 
 
 class View:
-    """What the mirror knows, for many subscribers."""
+    """The mirrored config, for many subscribers."""
 
     def __init__(self, queue_deltas: int = QUEUE_DELTAS) -> None:
         self.entries: dict[str, Entry] = {}
         self.malformed: dict[str, str] = {}
-        """Keys whose stored value can't be used, with the reason."""
+        """Keys with a malformed value, and the reason."""
         self.revision = 0
         self.synced = asyncio.Event()
-        """Set once the first snapshot is in; never cleared."""
+        """Set after the first snapshot; never cleared."""
         self.stale = False
-        """Whether the store can't be followed just now."""
+        """Whether the watch of the store is down."""
         self._queue_deltas = queue_deltas
         self.subscriptions: set[Subscription] = set()
         self.closed = False
@@ -86,7 +89,7 @@ class View:
         self._step = asyncio.Event()
 
     def apply(self, changes: Iterable[Change], revision: int) -> None:
-        """One step forward: the changes in their order, seen by every subscriber as one delta."""
+        """Apply changes in order, and send them to every subscriber as one delta."""
         before: dict[str, Entry | None] = {}
         for change in changes:
             before.setdefault(change.key, self.entries.get(change.key))
@@ -99,38 +102,38 @@ class View:
         self._publish(self._delta_since(before))
 
     def replace(self, puts: Iterable[Put], revision: int) -> None:
-        """A fresh snapshot, turned into the one delta that leads to it.
+        """Replace the config by a snapshot, and send the difference as one delta.
 
-        Of a key it may hold earlier writes, before its last.
+        ``puts`` may hold earlier writes of a key before its last one.
         """
         puts = list(puts)
-        gone = (self.entries.keys() | self.malformed.keys()) - {put.key for put in puts}
-        self.apply([*(Delete(key) for key in gone), *puts], revision)
+        deleted = (self.entries.keys() | self.malformed.keys()) - {put.key for put in puts}
+        self.apply([*(Delete(key) for key in deleted), *puts], revision)
         self.synced.set()
 
     def subscribe(self, app: str = "") -> Subscription:
-        """A subscription to all, or to what concerns one app; to be used as a context manager."""
+        """Return a subscription to one app, or to everything; use it as a context manager."""
         return Subscription(self, app, self._queue_deltas)
 
     def snapshot(self, app: str = "") -> Delta:
-        """Everything, or everything that concerns one app."""
+        """Return all entries of one app, or all entries, as one delta."""
         upserts = {key: entry.value_json for key, entry in self.entries.items() if concerns(key, app)}
         return Delta(upserts, frozenset(), self.revision, reset=True, stale=self.stale)
 
     def set_stale(self, stale: bool) -> None:
-        """Says whether the store can be followed; subscribers are told when it no longer can."""
+        """Set whether the watch of the store is down, and tell the subscribers when it goes down."""
         if stale and not self.stale:
             self._publish(Delta({}, frozenset(), self.revision, stale=True))
         self.stale = stale
 
     def close(self) -> None:
-        """Ends every subscription, now and to come."""
+        """End all subscriptions, present and future."""
         self.closed = True
         for subscription in self.subscriptions:
             subscription.wake()
 
     async def reached(self, revision: int) -> None:
-        """Waits until the view is at ``revision`` or beyond."""
+        """Wait until the view is at ``revision`` or beyond."""
         while self.revision < revision:
             await self._step.wait()
 
@@ -140,10 +143,10 @@ class View:
         except MalformedConfig as error:
             known = self.entries.get(put.key)
             if known and known.created != put.created:
-                # Deleted meanwhile and created anew: the last good value was another key's, so to say.
+                # The key was deleted and created again, so the last good value belongs to its earlier life.
                 del self.entries[put.key]
             if self.malformed.get(put.key) != str(error):
-                log.warning("malformed config", key=put.key, reason=str(error), last_good_kept=put.key in self.entries)
+                log.warning("config skipped", key=put.key, reason=str(error), last_good_kept=put.key in self.entries)
             self.malformed[put.key] = str(error)
             return
         self.malformed.pop(put.key, None)
@@ -167,7 +170,7 @@ class View:
 
 
 class Subscription:
-    """One subscriber's steps: first everything, then every delta; everything anew where it fell behind."""
+    """The steps of one subscriber: a snapshot, then every delta; after falling behind, a new snapshot."""
 
     def __init__(self, view: View, app: str, queue_deltas: int) -> None:
         self._view = view
@@ -185,7 +188,7 @@ class Subscription:
         self._view.subscriptions.discard(self)
 
     def offer(self, delta: Delta) -> None:
-        """Takes a step of the view, at once."""
+        """Queue a step of the view, without waiting."""
         relevant = _for_app(delta, self._app)
         if self._behind or not relevant:
             return
@@ -197,11 +200,11 @@ class Subscription:
         self.wake()
 
     def wake(self) -> None:
-        """Makes a waiting subscriber look again."""
+        """Wake a subscriber that waits in ``next``."""
         self._changed.set()
 
     async def next(self) -> Delta | None:
-        """The next step, as soon as there is one; None once the view is closed."""
+        """Wait for the next step; None after the view was closed."""
         while not self._view.closed:
             if self._behind:
                 self._behind = False
@@ -214,7 +217,7 @@ class Subscription:
 
 
 def concerns(key: str, app: str) -> bool:
-    """Whether a key concerns an app: its own keys and the defaults. Every key concerns the empty app, which is all."""
+    """Return whether a key belongs to an app or to the defaults. The empty app stands for all apps."""
     return not app or app_of(key) in (None, app)
 
 

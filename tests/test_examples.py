@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from atserving.cli import examples
 from evaluator.caffe import convert
-from evaluator.net_contract import Model
 from evaluator.nets import labels
+from evaluator.nets.image_input import ImageNet
 from evaluator.nets.palette import palette
 from examples.detect.boxes import average_precision, overlaps
-from tests.evaluator.built_in import cfg, evaluate, loaded
+from tests.evaluator.built_in import config, evaluate, loaded
 
 Array = NDArray[np.float32]
 
@@ -65,20 +65,20 @@ def converted(folder: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-def model(app: str, folder: Path) -> Model:
+def model(app: str, folder: Path) -> ImageNet:
     """The release as the evaluator loads it."""
     unpacked(app, folder)
     [example] = [each for each in examples.ALL if each.app == f"digits-{app}"]
-    return loaded(app, cfg({path.name: path for path in folder.iterdir()}, **example.custom_values))
+    return loaded(app, config({path.name: path for path in folder.iterdir()}, **example.custom_values))
 
 
 @pytest.fixture(scope="module")
-def detect(tmp_path_factory: pytest.TempPathFactory) -> Model:
+def detect(tmp_path_factory: pytest.TempPathFactory) -> ImageNet:
     return model("detect", tmp_path_factory.mktemp("detect"))
 
 
 @pytest.fixture(scope="module")
-def segment(tmp_path_factory: pytest.TempPathFactory) -> Model:
+def segment(tmp_path_factory: pytest.TempPathFactory) -> ImageNet:
     return model("segment", tmp_path_factory.mktemp("segment"))
 
 
@@ -139,8 +139,8 @@ class Found:
         return self.rows[[each == name for each in self.classes]]
 
 
-def found_on(model: Model, image: NDArray[np.uint8], params: dict[str, Any] | None = None) -> Found:
-    (ret,) = evaluate("detect", model, (image, params))
+def found_on(model: ImageNet, image: NDArray[np.uint8], params: dict[str, Any] | None = None) -> Found:
+    (ret,) = evaluate(model, (image, params))
     assert ret["code"] == 0
     detections = ret["result"]["detections"]
     rows = [[each["score"], *each["pts"][0], *each["pts"][2]] for each in detections]
@@ -148,7 +148,7 @@ def found_on(model: Model, image: NDArray[np.uint8], params: dict[str, Any] | No
 
 
 @pytest.mark.parametrize(("path", "truth"), samples("detect"))
-def test_detector_finds_every_digit_and_nothing_else(path: Path, truth: list[dict[str, Any]], detect: Model) -> None:
+def test_detector_finds_every_digit_and_nothing_else(path: Path, truth: list[dict[str, Any]], detect: ImageNet) -> None:
     found = found_on(detect, sample(path))
     assert len(found.rows) == len(truth) >= 2
     overlap = overlaps(np.array([digit["box"] for digit in truth], np.float32), found.rows[:, 1:])
@@ -156,7 +156,7 @@ def test_detector_finds_every_digit_and_nothing_else(path: Path, truth: list[dic
     assert [found.classes[best] for best in overlap.argmax(axis=1)] == [digit["class"] for digit in truth]
 
 
-def test_detectors_mean_average_precision_on_the_samples(detect: Model) -> None:
+def test_detectors_mean_average_precision_on_the_samples(detect: ImageNet) -> None:
     truths = [param.values[1] for param in samples("detect")]
     # As low as the net's own confidence_threshold, so that what it is unsure of counts too.
     everything = [found_on(detect, sample(param.values[0]), {"threshold": 0.01}) for param in samples("detect")]
@@ -175,13 +175,13 @@ def test_detectors_mean_average_precision_on_the_samples(detect: Model) -> None:
     assert np.mean(precisions) >= LEAST_PRECISION
 
 
-def test_detector_answers_nothing_for_an_empty_scene(detect: Model) -> None:
+def test_detector_answers_nothing_for_an_empty_scene(detect: ImageNet) -> None:
     assert not found_on(detect, np.full((120, 160, 3), 50, np.uint8)).classes
 
 
-def labels_of(model: Model, image: NDArray[np.uint8]) -> NDArray[np.int64]:
+def labels_of(model: ImageNet, image: NDArray[np.uint8]) -> NDArray[np.int64]:
     """The label of each pixel, by its colour on the mask."""
-    (ret,) = evaluate("segment", model, (image, None))
+    (ret,) = evaluate(model, (image, None))
     assert ret["code"] == 0
     data = base64.b64decode(ret["result"]["mask"].partition(",")[2])
     mask = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
@@ -201,7 +201,7 @@ def unions(truth: NDArray[Any], found: NDArray[Any]) -> list[float]:
 
 
 @pytest.mark.parametrize(("path", "truth"), samples("segment"))
-def test_segmenters_mask_agrees_with_the_truth(path: Path, truth: dict[str, Any], segment: Model) -> None:
+def test_segmenters_mask_agrees_with_the_truth(path: Path, truth: dict[str, Any], segment: ImageNet) -> None:
     mask = sample(path.parent / truth["mask"], cv2.IMREAD_GRAYSCALE)
     assert {LABELS[label] for label in np.unique(mask).tolist()} == {"background", *truth["classes"]}
     found = labels_of(segment, sample(path))
@@ -209,7 +209,7 @@ def test_segmenters_mask_agrees_with_the_truth(path: Path, truth: dict[str, Any]
     assert np.mean(unions(mask, found)) >= LEAST_IOU
 
 
-def test_segmenters_mean_intersection_over_union_on_the_samples(segment: Model) -> None:
+def test_segmenters_mean_intersection_over_union_on_the_samples(segment: ImageNet) -> None:
     pairs = [(param.values[0], param.values[1]["mask"]) for param in samples("segment")]
     masks = [sample(path.parent / mask, cv2.IMREAD_GRAYSCALE).ravel() for path, mask in pairs]
     found = [labels_of(segment, sample(path)).ravel() for path, _ in pairs]

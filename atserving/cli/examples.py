@@ -37,30 +37,57 @@ _CLASSIFY = {"net": "classify"}
 _NAMES = "names a handwritten digit"
 
 DIGITS = (
-    Example("digits", "v1", "digits/digits-v1.tar", _SEVEN, _NAMES, _CLASSIFY),
-    Example("digits", "v2", "digits/digits-v2.tar", _SEVEN, _NAMES, _CLASSIFY, registry_pb2.PHASE_STAGING),
+    Example(
+        app="digits",
+        version="v1",
+        tar="digits/digits-v1.tar",
+        images=_SEVEN,
+        desc=_NAMES,
+        custom_values=_CLASSIFY,
+    ),
+    Example(
+        app="digits",
+        version="v2",
+        tar="digits/digits-v2.tar",
+        images=_SEVEN,
+        desc=_NAMES,
+        custom_values=_CLASSIFY,
+        phase=registry_pb2.PHASE_STAGING,
+    ),
 )
 """The app `digits` alone, in both phases."""
 
 ALL = (
     *DIGITS,
     Example(
-        *("digits-detect", "v1", "detect/digits-detect-v1.tar", ("detect/images/1.png",)),
+        app="digits-detect",
+        version="v1",
+        tar="detect/digits-detect-v1.tar",
+        images=("detect/images/1.png",),
         desc="finds digits on an image",
         custom_values={"net": "detect", "threshold": 0.5},
     ),
     Example(
-        *("digits-segment", "v1", "segment/digits-segment-v1.tar", ("segment/images/1.png",)),
+        app="digits-segment",
+        version="v1",
+        tar="segment/digits-segment-v1.tar",
+        images=("segment/images/1.png",),
         desc="says which pixels are which digit",
         custom_values={"net": "segment"},
     ),
     Example(
-        *("digits-feature", "v1", "digits/digits-v1.tar", _SEVEN),
+        app="digits-feature",
+        version="v1",
+        tar="digits/digits-v1.tar",
+        images=_SEVEN,
         desc="what the net of digits v1 makes of a digit, as numbers",
         custom_values={"net": "feature", "layers": ["ip1"]},
     ),
     Example(
-        *("digits-similar", "v1", "similar/digits-similar-v1.tar", ("digits/images/5.png", "digits/images/5.jpg")),
+        app="digits-similar",
+        version="v1",
+        tar="similar/digits-similar-v1.tar",
+        images=("digits/images/5.png", "digits/images/5.jpg"),
         desc="how alike two digits are, by a net.py",
     ),
 )

@@ -1,4 +1,4 @@
-"""`atserving k8s`: the manifests of evaluators, from the template in ``k8s/evaluator/``."""
+"""``atserving k8s``: prints manifests of evaluators from the template in ``k8s/evaluator/``."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from atserving.errors import StartError
 
 _TEMPLATE = ("deployment.yaml", "disruption.yaml", "autoscaler.yaml")
 _GPU_PATCH = "components/gpu/evaluator.yaml"
-# Between the grace of what is held and the end of the pod.
+# After the grace period, until the pod is killed.
 _STOP_S = 10
 
-# A label's value has 63 characters; a pod's name has its Deployment's and 17 more.
+# A label's value has at most 63 characters. A pod's name is its Deployment's plus 17.
 _LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 _OBJECT_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,44}[a-z0-9])?")
-# Not by a tag that moves: an undo would find another image behind it.
+# Refuse a tag that moves: a rollback could get another image.
 _IMAGE = re.compile(
     r"[a-z0-9]([\w.-]*[a-z0-9])?(:\d+)?(/[a-z0-9]([\w.-]*[a-z0-9])?)*"
     r"(:(?!latest$)\w[\w.-]*|(:\w[\w.-]*)?@sha256:[0-9a-f]{64})",
@@ -39,7 +39,7 @@ _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes all that some reader of YAML takes for a number or a truth: kubectl's knows more of them, as 1e3 or y."""
+    """Quotes scalars that some YAML reader takes for a number or a boolean. kubectl's reads more of them: 1e3, y."""
 
 
 def _written(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
@@ -51,7 +51,7 @@ _Dumper.add_representer(str, _written)
 
 
 class _Matching(click.ParamType[str]):
-    """Text of a certain form."""
+    """A parameter whose text matches a pattern."""
 
     def __init__(self, name: str, pattern: re.Pattern[str], form: str) -> None:
         self.name = name
@@ -74,7 +74,7 @@ class _Name(click.ParamType[str]):
         return str(value)
 
 
-@click.group(help="Print manifests for Kubernetes, for kubectl and for git.")
+@click.group(help="Print Kubernetes manifests for kubectl or git.")
 def k8s() -> None:
     pass
 
@@ -82,33 +82,36 @@ def k8s() -> None:
 _replicas = click.IntRange(1, 1000)
 _cpus = _Matching("quantity", _CPUS, "is not a number of CPUs such as 2 or 500m")
 _bytes = _Matching("quantity", _BYTES, "is not an amount of memory such as 512Mi or 4Gi")
-_object = _Matching("name", _DNS_LABEL, "is not a name of small letters, digits and -")
+_object = _Matching("name", _DNS_LABEL, "is not a name of lower-case letters, digits and -")
 
 
 @k8s.command()
 @click.argument("app", type=_Name())
 @click.argument("version", type=_Name())
-@click.option("--replicas", type=_replicas, default=2, show_default=True, help="How many instances at least.")
-@click.option("--max-replicas", type=_replicas, help="How many at most.  [default: four times --replicas]")
-@click.option("--gpu", is_flag=True, help="A GPU for each, and the image for it.")
+@click.option("--replicas", type=_replicas, default=2, show_default=True, help="The minimum number of instances.")
 @click.option(
-    "--image", type=_Matching("image", _IMAGE, "has no tag, or one that moves"), help="The evaluators' image."
+    "--max-replicas", type=_replicas, help="The maximum number of instances.  [default: four times --replicas]"
 )
-@click.option("--cpu", type=_cpus, metavar="QUANTITY", help="CPUs of each.  [default: 2]")
+@click.option("--gpu", is_flag=True, help="Give each instance a GPU, and use the image for GPUs.")
 @click.option(
-    "--memory", type=_bytes, metavar="QUANTITY", help="Memory of each.  [default: 1Gi, 2Gi at most; 8Gi with --gpu]"
+    "--image", type=_Matching("image", _IMAGE, "has no tag, or a tag that moves"), help="The image of the evaluator."
+)
+@click.option("--cpu", type=_cpus, metavar="QUANTITY", help="CPUs of an instance.  [default: 2]")
+@click.option(
+    "--memory",
+    type=_bytes,
+    metavar="QUANTITY",
+    help="Memory of an instance.  [default: request 1Gi, limit 2Gi; 8Gi with --gpu]",
 )
 @click.option(
     "--grace",
     type=click.IntRange(1, 3600),
     default=35,
     show_default=True,
-    help="Seconds that requests may take once an instance is told to go; the app's timeout and some.",
+    help="Seconds for requests in flight to finish after SIGTERM. Should exceed the app's timeout.",
 )
-@click.option(
-    "--qiniu", type=_object, metavar="SECRET", help="The Secret that has the keys for qiniu://, as qiniu.json."
-)
-@click.option("--namespace", type=_object, default="atserving", show_default=True, help="The mesh's namespace.")
+@click.option("--qiniu", type=_object, metavar="SECRET", help="The Secret with the keys for qiniu:// in qiniu.json.")
+@click.option("--namespace", type=_object, default="atserving", show_default=True, help="The namespace of the mesh.")
 def evaluator(
     app: str,
     version: str,
@@ -148,7 +151,7 @@ def evaluator(
     pod = deployment["spec"]["template"]
     pod["spec"]["terminationGracePeriodSeconds"] = grace + _STOP_S
     _customise(pod, _image(pod, image, gpu), {"cpu": cpu, "memory": memory}, qiniu)
-    # As a comment, so that the file says how to make it again.
+    # The comment tells how to make the file again.
     click.echo(f"# atserving {shlex.join(sys.argv[1:])}".replace("\n", " "))
     documents = (deployment, disruption, autoscaler)
     click.echo(yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120), nl=False)
@@ -174,7 +177,7 @@ def _customise(pod: dict[str, Any], image: str, resources: dict[str, str | None]
 
 
 def _fitted(text: str, form: re.Pattern[str], longest: int, whole: str, unambiguous: bool = True) -> str:
-    """``text`` where it has the form and stands for ``whole`` alone, else something near, with a hash of ``whole``."""
+    """Return ``text`` if it is valid and stands only for ``whole``, else a similar text with a hash of ``whole``."""
     if unambiguous and form.fullmatch(text):
         return text
     near = re.sub(r"[^a-z0-9-]+", "-", text.lower())[: longest - 9].rstrip("-")
@@ -182,7 +185,7 @@ def _fitted(text: str, form: re.Pattern[str], longest: int, whole: str, unambigu
 
 
 def _filled(value: Any, names: dict[str, str]) -> Any:
-    """A template's value with its ``${NAME}``s replaced. ``$(NAME)`` is Kubernetes' own, and stays."""
+    """Replace ``${NAME}`` in a template's value. ``$(NAME)`` is Kubernetes' syntax and stays."""
     match value:
         case str():
             return Template(value).safe_substitute(names)
@@ -195,10 +198,11 @@ def _filled(value: Any, names: dict[str, str]) -> Any:
 
 
 def _read(name: str) -> Any:
-    """A file of ``k8s/``: a checkout's, or the one that was installed, for all or for this user. Raises StartError."""
+    """Read a file of ``k8s/`` from the checkout or from the installation (system or user). Raises StartError."""
     schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
     shares = [Path(sysconfig.get_path("data", each), "share", "atserving") for each in schemes]
-    for path in (folder / "k8s" / name for folder in (ROOT, *shares)):
+    for folder in (ROOT, *shares):
+        path = folder / "k8s" / name
         if path.is_file():
             return yaml.safe_load(path.read_text())
-    raise StartError(f"k8s/{name} is neither in a checkout nor installed")
+    raise StartError(f"k8s/{name} is neither in the checkout nor in the installation")

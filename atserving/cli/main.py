@@ -1,4 +1,4 @@
-"""The `atserving` command."""
+"""The ``atserving`` command."""
 
 from __future__ import annotations
 
@@ -10,14 +10,32 @@ from atserving import __version__
 from atserving.cli import service
 from atserving.errors import StartError
 
+_INSTALL = "pip install '.[local]' in a checkout"
+
 
 def _commands() -> EntryPoints:
-    """What installed packages offer as commands; setup.cfg lists ours.
+    """Return the commands of all installed packages; setup.cfg lists ours.
 
-    So a service can add its own without being imported here, and each is imported only when it is asked for: some need
-    packages that a gate's machine need not have.
+    So a service can add commands without an import here. A command is imported only when it is used or listed, because
+    some commands need packages that are missing on a gate's machine.
     """
     return entry_points(group="atserving.commands")
+
+
+class _NotInstalled(click.Command):
+    """A command that can't be imported because a package is missing."""
+
+    def __init__(self, name: str, package: str | None) -> None:
+        super().__init__(
+            name,
+            add_help_option=False,
+            context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+            help=f"Not installed: {_INSTALL}.",
+        )
+        self._package = package
+
+    def invoke(self, ctx: click.Context) -> None:
+        raise StartError(f"{self.name} needs the package {self._package}: {_INSTALL}")
 
 
 class _Commands(click.Group):
@@ -30,13 +48,14 @@ class _Commands(click.Group):
         try:
             command = _commands()[cmd_name].load()
         except ModuleNotFoundError as error:
-            raise StartError(f"{cmd_name} needs the package {error.name}: pip install 'atserving[local]'") from None
+            return _NotInstalled(cmd_name, error.name)
         assert isinstance(command, click.Command)
+        service.name_variables(command, f"ATSERVING_{cmd_name}")
         return command
 
 
 @click.command(cls=_Commands, help="Work with AtServing, which serves Caffe networks as versioned releases.")
-@click.version_option(__version__)
+@click.version_option(__version__, allow_from_autoenv=False)
 def atserving() -> None:
     pass
 

@@ -1,4 +1,4 @@
-"""`atserving release`: publishing, phases and listing, by calls to the registry."""
+"""``atserving release``: publish releases, change their phase and list them, over the registry's API."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ _CALL_TIMEOUT_S = 10.0
 _T = TypeVar("_T")
 
 _registry_option = service.addresses_option(
-    "--registry", default="127.0.0.1:50053", show_default=True, help="The registries, any of which will do."
+    "--registry", default="127.0.0.1:50053", show_default=True, help="The registries; the first that answers is used."
 )
 
 
 def _call(registries: list[str], call: Callable[[registry_pb2_grpc.ReleaseServiceStub], _T]) -> _T:
-    """Calls the first registry that is there. Raises StartError with what it answered."""
-    said = ""
+    """Call the registries in turn until one answers. Raises StartError with the last error."""
+    reason = ""
     for address in registries:
         with grpc.insecure_channel(address, options=transport.CHANNEL_OPTIONS) as channel:
             try:
                 return call(registry_pb2_grpc.ReleaseServiceStub(channel))
             except grpc.RpcError as error:
                 failed = cast(grpc.Call, error)
-                said = f"registry {address}: {failed.details()}"
+                reason = f"registry {address}: {failed.details()}"
                 if failed.code() is not grpc.StatusCode.UNAVAILABLE:
                     break
-    raise StartError(said)
+    raise StartError(reason)
 
 
 def _json_object(context: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -64,19 +64,25 @@ def release() -> None:
     pass
 
 
-@release.command(help="Publish VERSION of APP, whose model tar is at the URI FILE (file://, http(s)://).")
+@release.command(help="Publish VERSION of APP. FILE is the URI of its tar (file://, http(s)://, qiniu://).")
 @click.argument("app")
 @click.argument("version")
 @click.argument("file")
-@click.option("--phase", type=click.Choice(list(_PHASES)), help="Staging unless given; published again: unchanged.")
-@click.option("--desc", default="", help="For people.")
+@click.option(
+    "--phase",
+    type=click.Choice(list(_PHASES)),
+    help="Default: staging for a new release, unchanged for a published one.",
+)
+@click.option("--desc", default="", help="A description for people.")
 @click.option("--device", default="CPU", show_default=True, help="CPU, GPU or GPU:<index>.")
-@click.option("--batch-size", type=click.IntRange(1, 4096), help="The most requests run together.")
-@click.option("--image-width", type=click.IntRange(1, 16384), help="The width images are resized to, in pixels.")
-@click.option("--weight", type=click.FloatRange(0, 1e6), help="Scales the share of unversioned traffic.")
-@click.option("--custom-values", default="{}", callback=_json_object, help='A JSON object, as {"net": "classify"}.')
-@click.option("--model-params", default="{}", callback=_json_object, help="A JSON object: options of the engine.")
-@click.option("--custom-file", multiple=True, callback=_file_pairs, metavar="NAME=URI", help="A further file.")
+@click.option("--batch-size", type=click.IntRange(1, 4096), help="The largest batch of requests.")
+@click.option("--image-width", type=click.IntRange(1, 16384), help="The width, in pixels, to resize images to.")
+@click.option("--weight", type=click.FloatRange(0, 1e6), help="Scales this version's share of unversioned traffic.")
+@click.option("--custom-values", default="{}", callback=_json_object, help='A JSON object such as {"net": "classify"}.')
+@click.option("--model-params", default="{}", callback=_json_object, help="A JSON object with options of the engine.")
+@click.option(
+    "--custom-file", multiple=True, callback=_file_pairs, metavar="NAME=URI", help="An additional file; repeatable."
+)
 @_registry_option
 def publish(
     registry: list[str], app: str, version: str, file: str, phase: str | None, desc: str, device: str, **options: Any
@@ -111,9 +117,9 @@ def phase(registry: list[str], app: str, version: str, phase: str) -> None:
     print(f"{stored.name} {stored.version} is in {_PHASE_NAMES[stored.phase]}")
 
 
-@release.command("list", help="List releases with their ready instances, and the keys in etcd that are malformed.")
-@click.option("--app", default="", help="Only this app's.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@release.command("list", help="List releases with their ready instances, and malformed keys in etcd.")
+@click.option("--app", default="", help="List only this app.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_registry_option
 def list_(registry: list[str], app: str, as_json: bool) -> None:
     request = registry_pb2.ListReleasesRequest(app=app)
@@ -122,10 +128,10 @@ def list_(registry: list[str], app: str, as_json: bool) -> None:
         print(orjson.dumps(MessageToDict(found, preserving_proto_field_name=True), option=orjson.OPT_INDENT_2).decode())
         return
     rows = [("APP", "VERSION", "PHASE", "INSTANCES", "MODIFIED", "DESCRIPTION")]
-    for each in found.releases:
-        it = each.release
-        instances = str(len(each.instances))
-        rows.append((it.name, it.version, _PHASE_NAMES.get(it.phase, "?"), instances, it.lastmodified, it.desc))
+    for status in found.releases:
+        each = status.release
+        phase_name, instances = _PHASE_NAMES.get(each.phase, "?"), str(len(status.instances))
+        rows.append((each.name, each.version, phase_name, instances, each.lastmodified, each.desc))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,4 +1,4 @@
-"""How a process of the mesh is started: flags or environment variables, one line for what is wrong, an exit status."""
+"""Starts the programs of the mesh: flags or variables, one line for an error, and an exit status."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log_level_option = click.option(
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
     show_default=True,
-    help="The least severe lines that are logged.",
+    help="The least severe level to log.",
 )
 
 
@@ -31,40 +31,56 @@ def _split_addresses(context: click.Context, parameter: click.Parameter, value: 
 
 
 def addresses_option(name: str, **attributes: Any) -> Callable[[Any], Any]:
-    """An option that takes ``host:port[,host:port...]`` and passes a list."""
+    """Return an option that takes ``host:port[,host:port...]`` and passes a list."""
     return click.option(name, callback=_split_addresses, metavar="HOST:PORT[,...]", **attributes)
 
 
 def listen_option(default: str) -> Callable[[Any], Any]:
-    """``--listen``, the address of the process's gRPC server."""
+    """Return ``--listen``, the address of the process's gRPC server."""
     return click.option(
         "--listen",
         default=default,
         show_default=True,
         metavar="HOST:PORT",
-        help="Where to serve gRPC; port 0: any free.",
+        help="The address of the gRPC server; port 0: any free port.",
     )
 
 
 def seconds_option(name: str, default: float, text: str) -> Callable[[Any], Any]:
-    """A flag that takes a number of seconds, 0 or more."""
+    """Return an option that takes a number of seconds, 0 or more."""
     return click.option(
         name, type=click.FloatRange(0), default=default, show_default=True, metavar="SECONDS", help=text
     )
 
 
 def wait_option(text: str) -> Callable[[Any], Any]:
-    """``--wait``, how long a start may wait for others."""
-    return seconds_option("--wait", 10.0, f"{text} 0: for as long as it takes.")
+    """Return ``--wait``, how long a start may wait for other processes."""
+    return seconds_option("--wait", 10.0, f"{text} 0: without a limit.")
+
+
+def name_variables(command: click.Command, prefix: str = "ATSERVING") -> None:
+    """Let every flag of a command and of its subcommands be a variable too, ``ATSERVING_<FLAG>``.
+
+    A subcommand's variable may also name the subcommand, such as ``ATSERVING_RELEASE_LIST_REGISTRY``. That one wins.
+    """
+    for option in command.params:
+        if isinstance(option, click.Option) and option.allow_from_autoenv:
+            flag = max(option.opts, key=len).lstrip("-")
+            names = [f"{prefix}_{option.name}", f"ATSERVING_{flag}"]
+            option.envvar = list(dict.fromkeys(name.upper().replace("-", "_") for name in names))
+    if isinstance(command, click.Group):
+        for name, subcommand in command.commands.items():
+            name_variables(subcommand, f"{prefix}_{name}")
 
 
 def run(command: click.Command, name: str) -> NoReturn:
-    """Runs a command as a program: every flag may also be the variable ``ATSERVING_<FLAG>``.
+    """Run a command as a program. Every flag may also be the variable ``ATSERVING_<FLAG>``.
 
-    What is wrong is one line on standard error; the exit status is 2 for a wrong flag, 1 for a failed start.
+    An error is one line on standard error. The exit status is 2 for a wrong flag, 1 for a failed start.
     """
+    name_variables(command)
     try:
-        command.main(prog_name=name, standalone_mode=False, auto_envvar_prefix="ATSERVING")
+        command.main(prog_name=name, standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:

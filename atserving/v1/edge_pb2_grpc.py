@@ -27,9 +27,9 @@ if _version_not_supported:
 
 
 class EdgeServiceStub:
-    """Called by the edge only. A failure is not a gRPC status but a reply whose body is `{"code": ..., "message": ...}`. The
-    trailing metadata hold what becomes the response's: `x-serving-status`, the HTTP status; `x-serving-version`;
-    `retry-after`.
+    """Only the edge calls this service. A failure is a normal reply with the body `{"code": ..., "message": ...}`, and not
+    a gRPC status. The trailing metadata become parts of the HTTP response: `x-serving-status` its status,
+    `x-serving-version` and `retry-after` headers of the same names.
     """
 
     def __init__(self, channel):
@@ -51,21 +51,22 @@ class EdgeServiceStub:
 
 
 class EdgeServiceServicer:
-    """Called by the edge only. A failure is not a gRPC status but a reply whose body is `{"code": ..., "message": ...}`. The
-    trailing metadata hold what becomes the response's: `x-serving-status`, the HTTP status; `x-serving-version`;
-    `retry-after`.
+    """Only the edge calls this service. A failure is a normal reply with the body `{"code": ..., "message": ...}`, and not
+    a gRPC status. The trailing metadata become parts of the HTTP response: `x-serving-status` its status,
+    `x-serving-version` and `retry-after` headers of the same names.
     """
 
     def Eval(self, request, context):
-        """The body is `{"data": {"uri": ..., "attribute": ...} | [...], "params": ...}` (application/json), or a resource's
-        bytes (application/octet-stream).
+        """Evaluates one request. The body is `{"data": {"uri": ..., "attribute": ...} | [...], "params": ...}`
+        (application/json), or the bytes of one resource (application/octet-stream).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Batch(self, request, context):
-        """The body is a JSON array of tasks: eval requests, each with its `op`, `/v1/eval/<app>[/<version>]`.
+        """Evaluates a batch. The body is a JSON array of tasks: eval requests, each with its `op`,
+        `/v1/eval/<app>[/<version>]`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,9 +94,9 @@ def add_EdgeServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EdgeService:
-    """Called by the edge only. A failure is not a gRPC status but a reply whose body is `{"code": ..., "message": ...}`. The
-    trailing metadata hold what becomes the response's: `x-serving-status`, the HTTP status; `x-serving-version`;
-    `retry-after`.
+    """Only the edge calls this service. A failure is a normal reply with the body `{"code": ..., "message": ...}`, and not
+    a gRPC status. The trailing metadata become parts of the HTTP response: `x-serving-status` its status,
+    `x-serving-version` and `retry-after` headers of the same names.
     """
 
     @staticmethod

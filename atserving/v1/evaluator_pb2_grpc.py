@@ -47,10 +47,10 @@ class EvaluatorServiceServicer:
     """
 
     def Exchange(self, request_iterator, context):
-        """Evaluates requests, all of a gate's over one long-lived stream: each message carries what was waiting when it was
-        sent, in either direction, so that the cost of a message is shared under load. Answers come as they are ready, in any
-        order. Failures travel in the replies, so that the stream's own status always means the transport. What a gate still
-        waits for when its stream ends is cancelled.
+        """Evaluates requests. A gate sends all its requests over one long-lived stream. Each message, in either direction,
+        carries everything that was waiting, so that requests share the cost of messages under load. Replies come in the
+        order in which they are ready. A reply carries the failure of its request; the status of the stream reports only
+        transport failures. When a stream ends, the evaluator cancels its unfinished requests.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

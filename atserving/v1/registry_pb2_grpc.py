@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class RegistryServiceStub:
-    """For gates and evaluators, which never talk to etcd themselves.
+    """The API of gates and evaluators, which have no connection to etcd.
     """
 
     def __init__(self, channel):
@@ -53,20 +53,20 @@ class RegistryServiceStub:
 
 
 class RegistryServiceServicer:
-    """For gates and evaluators, which never talk to etcd themselves.
+    """The API of gates and evaluators, which have no connection to etcd.
     """
 
     def Watch(self, request, context):
-        """Streams the config: first everything (`reset`), then every change. UNAVAILABLE until the registry has once seen etcd;
-        after that the last known config is served even while etcd is away.
+        """Streams the config: first a snapshot (`reset`), then every change. UNAVAILABLE until the registry has read its
+        first snapshot from etcd. During a later outage of etcd the registry serves the last known config.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RegisterInstance(self, request, context):
-        """Registers an instance, or keeps it registered: an instance repeats the call every third of the lease's time to live.
-        Idempotent, and each call may reach another registry. UNAVAILABLE while etcd is away.
+        """Registers an instance or renews its lease: an instance repeats the call every third of the lease's time to live.
+        Idempotent; each call may reach another registry. UNAVAILABLE during an outage of etcd.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,7 +106,7 @@ def add_RegistryServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RegistryService:
-    """For gates and evaluators, which never talk to etcd themselves.
+    """The API of gates and evaluators, which have no connection to etcd.
     """
 
     @staticmethod
@@ -223,23 +223,23 @@ class ReleaseServiceServicer:
     """
 
     def PublishRelease(self, request, context):
-        """Writes a new release, in phase staging unless it says otherwise. ALREADY_EXISTS if the version exists with another
-        content: a version is immutable but for its phase, desc and weight. Publishing the same again changes nothing.
-        INVALID_ARGUMENT names the field that is wrong.
+        """Writes a new release, in phase staging by default. Only the phase, desc and weight of a published version can
+        change: ALREADY_EXISTS if the version exists with other content. Publishing the same release again changes nothing.
+        INVALID_ARGUMENT names the wrong field.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetPhase(self, request, context):
-        """Moves a release between staging and production. NOT_FOUND: no such release.
+        """Moves a release between staging and production. NOT_FOUND if the release does not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListReleases(self, request, context):
-        """Lists releases with their ready instances, sorted by app and version, and the keys whose values are malformed.
+        """Lists the releases with their registered instances, sorted by app and version, and the keys with malformed values.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -26,14 +26,16 @@ if _version_not_supported:
 
 
 class ServingServiceStub:
-    """Runs trained networks. A call may carry, as metadata: `x-reqid` (made when absent, and sent back either way: as initial
-    metadata, and as trailing metadata of a failed call) and W3C `traceparent` (passed on). A successful Eval carries
-    `x-serving-version`, the version that answered, as initial metadata.
+    """Runs trained networks.
 
-    A failed call ends with a gRPC status and a message a caller can act on. Where the gate itself ended it, its trailing
-    metadata holds `x-serving-code`: the HTTP status of the same failure, or the net's own code where the net returned one.
-    A RESOURCE_EXHAUSTED of full queues also holds `retry-after`, in seconds. A message over 20 MiB is refused by the
-    transport, with RESOURCE_EXHAUSTED.
+    Metadata of a call: `x-reqid`, the request id, and W3C `traceparent`, which the gate passes on. The gate makes a
+    request id if you send none. It returns the id in the initial metadata, and in the trailing metadata of a failed
+    call. The initial metadata of a successful Eval also holds `x-serving-version`, the version that answered.
+
+    A failed call ends with a gRPC status and a message that names the cause. If the gate itself ended the call, the
+    trailing metadata holds `x-serving-code`: the HTTP status of the failure, or the net's own code if the net returned
+    one. If the queues are full, the status is RESOURCE_EXHAUSTED and the trailing metadata also holds `retry-after`, in
+    seconds. The transport rejects a message over 20 MiB with RESOURCE_EXHAUSTED.
     """
 
     def __init__(self, channel):
@@ -55,30 +57,33 @@ class ServingServiceStub:
 
 
 class ServingServiceServicer:
-    """Runs trained networks. A call may carry, as metadata: `x-reqid` (made when absent, and sent back either way: as initial
-    metadata, and as trailing metadata of a failed call) and W3C `traceparent` (passed on). A successful Eval carries
-    `x-serving-version`, the version that answered, as initial metadata.
+    """Runs trained networks.
 
-    A failed call ends with a gRPC status and a message a caller can act on. Where the gate itself ended it, its trailing
-    metadata holds `x-serving-code`: the HTTP status of the same failure, or the net's own code where the net returned one.
-    A RESOURCE_EXHAUSTED of full queues also holds `retry-after`, in seconds. A message over 20 MiB is refused by the
-    transport, with RESOURCE_EXHAUSTED.
+    Metadata of a call: `x-reqid`, the request id, and W3C `traceparent`, which the gate passes on. The gate makes a
+    request id if you send none. It returns the id in the initial metadata, and in the trailing metadata of a failed
+    call. The initial metadata of a successful Eval also holds `x-serving-version`, the version that answered.
+
+    A failed call ends with a gRPC status and a message that names the cause. If the gate itself ended the call, the
+    trailing metadata holds `x-serving-code`: the HTTP status of the failure, or the net's own code if the net returned
+    one. If the queues are full, the status is RESOURCE_EXHAUSTED and the trailing metadata also holds `retry-after`, in
+    seconds. The transport rejects a message over 20 MiB with RESOURCE_EXHAUSTED.
     """
 
     def Eval(self, request, context):
         """Evaluates one request on one app.
 
-        NOT_FOUND: no such app or version. INVALID_ARGUMENT: the request, its resource or its image. RESOURCE_EXHAUSTED: every
-        instance's queue is full. UNAVAILABLE: no instance is ready, or the resource's host could not be reached.
-        DEADLINE_EXCEEDED: the app's timeout or the call's deadline, whichever is shorter, passed. INTERNAL: the net failed.
+        NOT_FOUND: the app or the version does not exist. INVALID_ARGUMENT: the request, its resource or its image is
+        invalid. RESOURCE_EXHAUSTED: the queues of all instances are full. UNAVAILABLE: no instance is ready, or the
+        resource's host cannot be reached. DEADLINE_EXCEEDED: the app's timeout or the call's deadline passed. INTERNAL:
+        the net failed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Batch(self, request, context):
-        """Evaluates independent requests concurrently. Answers are in the order of the requests, and a failed item is an item
-        with its own code: the call itself fails only when the batch is malformed.
+        """Evaluates independent requests concurrently. The results are in the order of the requests, and each has a code of
+        its own. The call as a whole fails only if the batch is malformed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,14 +111,16 @@ def add_ServingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ServingService:
-    """Runs trained networks. A call may carry, as metadata: `x-reqid` (made when absent, and sent back either way: as initial
-    metadata, and as trailing metadata of a failed call) and W3C `traceparent` (passed on). A successful Eval carries
-    `x-serving-version`, the version that answered, as initial metadata.
+    """Runs trained networks.
 
-    A failed call ends with a gRPC status and a message a caller can act on. Where the gate itself ended it, its trailing
-    metadata holds `x-serving-code`: the HTTP status of the same failure, or the net's own code where the net returned one.
-    A RESOURCE_EXHAUSTED of full queues also holds `retry-after`, in seconds. A message over 20 MiB is refused by the
-    transport, with RESOURCE_EXHAUSTED.
+    Metadata of a call: `x-reqid`, the request id, and W3C `traceparent`, which the gate passes on. The gate makes a
+    request id if you send none. It returns the id in the initial metadata, and in the trailing metadata of a failed
+    call. The initial metadata of a successful Eval also holds `x-serving-version`, the version that answered.
+
+    A failed call ends with a gRPC status and a message that names the cause. If the gate itself ended the call, the
+    trailing metadata holds `x-serving-code`: the HTTP status of the failure, or the net's own code if the net returned
+    one. If the queues are full, the status is RESOURCE_EXHAUSTED and the trailing metadata also holds `retry-after`, in
+    seconds. The transport rejects a message over 20 MiB with RESOURCE_EXHAUSTED.
     """
 
     @staticmethod

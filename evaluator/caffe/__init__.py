@@ -8,16 +8,12 @@ convert one layer at a time into a `graph`, `passes` rewrite it, `export` makes 
 
 from .convert import convert
 from .errors import ConversionError
-from .preprocess import Preprocess, crop_mean, read_mean
 from .summary import LayerSummary, Summary, summarize
 
 __all__ = [
     "ConversionError",
     "LayerSummary",
-    "Preprocess",
     "Summary",
     "convert",
-    "crop_mean",
-    "read_mean",
     "summarize",
 ]

@@ -3,9 +3,9 @@
 isort:skip_file
 The part of Caffe's model format that the converter reads.
 
-Names and numbers of BVLC Caffe's own messages and fields are the format's. The layers that only forks have share
-field numbers between them (203 and 204 are several different things), so their parameters are numbered from 50000
-here: they are only ever read from the prototxt, by name. The package keeps these messages apart from any other
+Messages and fields of BVLC Caffe have their original names and numbers. Caffe's forks use the same field numbers for
+different layers (203 and 204 have several meanings). The parameters of their layers are therefore numbered from 50000
+here; the converter reads them only from the prototxt, by name. The package keeps these messages apart from another
 caffe.proto in the same process.
 """
 
@@ -72,7 +72,7 @@ class BlobProto(_message.Message):
     HEIGHT_FIELD_NUMBER: _builtins.int
     WIDTH_FIELD_NUMBER: _builtins.int
     num: _builtins.int
-    """Before `shape` there were four dimensions."""
+    """Older files have these four dimensions in place of `shape`."""
     channels: _builtins.int
     height: _builtins.int
     width: _builtins.int
@@ -598,7 +598,7 @@ Global___V1LayerParameter: _TypeAlias = V1LayerParameter  # noqa: Y015
 
 @_typing.final
 class V0LayerParameter(_message.Message):
-    """Recognised only to be refused by name."""
+    """Recognised only to refuse it by name."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -977,7 +977,7 @@ class PoolingParameter(_message.Message):
     global_pooling: _builtins.bool
     round_mode: Global___PoolingParameter.RoundMode.ValueType
     ceil_mode: _builtins.bool
-    """Of forks: false means round_mode FLOOR."""
+    """In forks: false means round_mode FLOOR."""
     def __init__(
         self,
         *,
@@ -1734,7 +1734,7 @@ Global___PriorBoxParameter: _TypeAlias = PriorBoxParameter  # noqa: Y015
 
 @_typing.final
 class ProposalParameter(_message.Message):
-    """Faster R-CNN, the C++ forms of its proposal layer."""
+    """Faster R-CNN: the C++ variants of its proposal layer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -1,1 +1,1 @@
-"""Downloads what requests and releases name, and unpacks releases. Runs in the front process."""
+"""Downloads the resources of requests and the files of releases, and unpacks releases. Runs in the front process."""

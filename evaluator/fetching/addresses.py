@@ -1,7 +1,8 @@
-"""Which addresses resources may be fetched from: public ones, and the networks an operator allows.
+"""Restricts downloads to public addresses and to networks that the operator allows.
 
-A request must not reach what only this machine can reach: its own services, its network, a cloud's metadata service.
-Every connection passes ``AddressPolicy.socket``, whatever led to it; ``PolicyResolver`` sees to names before that.
+A request must not reach internal services: those of this machine, of its network, or the metadata service of a cloud.
+``AddressPolicy.socket`` checks the address of every connection, also after a redirect. ``PolicyResolver`` checks all
+addresses of a name before aiohttp connects to one of them.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 _REFUSED: tuple[Network, ...] = (
     ipaddress.IPv4Network("100.64.0.0/10"),  # carrier-grade NAT, RFC 6598
-    ipaddress.IPv4Network("192.0.0.0/24"),  # of protocols and clouds' metadata, RFC 6890
-    ipaddress.IPv4Network("168.63.129.16/32"),  # Azure's platform, a public address in form only
-    ipaddress.IPv6Network("64:ff9b:1::/48"),  # NAT64 of local use, RFC 8215
+    ipaddress.IPv4Network("192.0.0.0/24"),  # IETF protocols and metadata services, RFC 6890
+    ipaddress.IPv4Network("168.63.129.16/32"),  # Azure's platform services; looks like a public address
+    ipaddress.IPv6Network("64:ff9b:1::/48"),  # local-use NAT64, RFC 8215
     ipaddress.IPv6Network("fec0::/10"),  # site-local, RFC 3879
 )
 
 
 class AddressRefused(Exception):  # noqa: N818
-    """``host``, a name or an address, may not be connected to."""
+    """The policy refuses ``host``, a name or an address."""
 
     def __init__(self, host: str) -> None:
         super().__init__(f"{host!r} is not a public address")
@@ -35,14 +36,14 @@ class AddressRefused(Exception):  # noqa: N818
 
 
 class AddressPolicy:
-    """Says of an address whether it may be connected to."""
+    """Decides which addresses may be connected to."""
 
     def __init__(self, allowed: Sequence[Network] = ()) -> None:
-        """``allowed``: networks that may be reached though they are not public."""
+        """``allowed``: networks to allow although they are not public."""
         self._allowed = tuple(allowed)
 
     def allows(self, text: str) -> bool:
-        """Whether the address may be reached; of one that carries an IPv4 address, whether that may be too."""
+        """Whether an address is allowed. If it embeds an IPv4 address, both must be allowed."""
         try:
             address = ipaddress.ip_address(text.partition("%")[0])
         except ValueError:
@@ -50,7 +51,7 @@ class AddressPolicy:
         return all(self._allows(each) for each in _with_embedded(address))
 
     def socket(self, info: AddrInfoType) -> socket.socket:
-        """A socket that is about to be connected to ``info``; the ``socket_factory`` of aiohttp's connector.
+        """Create a socket for a connection to ``info``. This is the ``socket_factory`` of aiohttp's connector.
 
         Raises AddressRefused.
         """
@@ -71,12 +72,12 @@ class AddressPolicy:
 
 
 def _with_embedded(address: Address) -> Iterator[Address]:
-    """The addresses that a packet to ``address`` may end at."""
+    """Yield the addresses that a packet to ``address`` may reach."""
     if isinstance(address, ipaddress.IPv4Address):
         yield address
         return
     if address.ipv4_mapped:
-        # It is that IPv4 address in another notation.
+        # Another notation of the IPv4 address.
         yield address.ipv4_mapped
         return
     if address in _NAT64:
@@ -90,9 +91,9 @@ def _with_embedded(address: Address) -> Iterator[Address]:
 
 
 class PolicyResolver(AbstractResolver):
-    """Resolves names for aiohttp, which connects to just what this returns: nothing is resolved a second time.
+    """Resolves names for aiohttp. aiohttp connects to the returned addresses and resolves nothing a second time.
 
-    A name with an address that the policy refuses, be it one of several, raises AddressRefused.
+    Raises AddressRefused if the policy refuses any address of the name.
     """
 
     def __init__(self, policy: AddressPolicy, resolver: AbstractResolver) -> None:

@@ -1,8 +1,11 @@
-"""Objects of Kodo, Qiniu's object storage: the owner's keys, and from ``qiniu://`` to the signed URL of a download."""
+"""Turns the ``qiniu://`` URI of an object in Kodo, Qiniu's object storage, into a signed download URL."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hmac
+import time
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
@@ -11,7 +14,6 @@ import aiohttp
 import msgspec
 from async_lru import alru_cache
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
-from qiniu import Auth
 from yarl import URL
 
 from atserving.errors import InvalidArgument, ResourceUnreachable, ServingError, StartError
@@ -22,7 +24,7 @@ _LOOKUP_S = 5.0
 _LOOKUP_BYTES = 1 << 20
 _CACHED_S = 3600.0
 _CACHED_BUCKETS = 1024
-# A URL is used at once; the rest is for clocks that differ.
+# A URL is used at once. The rest allows for clocks that differ.
 _SIGNED_S = 600
 
 
@@ -30,7 +32,7 @@ def _checked_base(text: str) -> str:
     url = URL(text)
     if url.scheme not in ("http", "https") or not url.host or url.path_qs != "/" or url.user or url.fragment:
         raise ValueError("should be http(s)://host[:port]")
-    _ = url.port  # parsed only when read
+    _ = url.port  # yarl parses the port only when it is read
     return text.rstrip("/")
 
 
@@ -39,22 +41,22 @@ Secret = Annotated[SecretStr, Field(min_length=1)]
 
 
 class QiniuConfig(BaseModel):
-    """The file that ``--qiniu`` names: whose objects may be read, by whom, and where they are."""
+    """The file of ``--qiniu``: the keys of the app's owner, the buckets open to requests, and the download hosts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     access_key: Secret
     secret_key: Secret
     buckets: frozenset[str] = frozenset()
-    """Those that requests may read. The keys open every bucket of the owner, so none is open unless it is named."""
+    """The buckets that requests may read. The keys open all buckets of the owner, so the default is none."""
     domains: dict[str, Base] = {}
-    """By bucket, where its objects are downloaded from; the bucket service says it of the others."""
+    """The base URLs of downloads by bucket. The bucket service is asked for the others."""
     service: Base = "https://uc.qiniuapi.com"
-    """The bucket service. Downloads are by http where it is."""
+    """The bucket service. With an http URL, downloads use http too."""
 
 
 def read_config(path: Path) -> QiniuConfig:
-    """Raises StartError, which names what is wrong but never a value."""
+    """Read the file of ``--qiniu``. Raises StartError, which names the wrong field but never a value."""
     try:
         return QiniuConfig.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -63,6 +65,18 @@ def read_config(path: Path) -> QiniuConfig:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = "".join(f"{part}: " for part in first["loc"])
         raise StartError(f"--qiniu {path}: {where}{first['msg']}") from None
+
+
+def sign(url: str, config: QiniuConfig, expires: int) -> str:
+    """Return the download URL of a private object: ``url``, which has no query, with Kodo's download token.
+
+    The token is valid until ``expires``, in Unix seconds. It holds the access key and the HMAC-SHA1 of the URL, see
+    https://developer.qiniu.com/kodo/1202/download-token.
+    """
+    unsigned = f"{url}?e={expires}"
+    digest = hmac.digest(config.secret_key.get_secret_value().encode(), unsigned.encode(), "sha1")
+    signature = base64.urlsafe_b64encode(digest).decode()
+    return f"{unsigned}&token={config.access_key.get_secret_value()}:{signature}"
 
 
 class _Hosts(msgspec.Struct):
@@ -79,27 +93,30 @@ class _QueryResponse(msgspec.Struct):
 
 
 class Buckets:
-    """Where the owner's objects are downloaded from, and with which signature.
+    """Finds the download hosts of the owner's buckets and signs downloads.
 
-    As in Qiniu's Go SDK (``storagev2/downloader``): ``GET /v4/query?ak=&bucket=`` at the bucket service gives
-    a bucket's regions, each with the domains of its origin, ``io_src``; a download is ``GET https://domain/key?e=&token=``.
-    Who asks for a bucket that is being looked up shares the outcome; what is found is kept for an hour, failures not.
+    Follows Qiniu's Go SDK (``storagev2/downloader``): ``GET /v4/query?ak=&bucket=`` at the bucket service returns the
+    regions of a bucket, each with the domains of its origin, ``io_src``. A download is
+    ``GET https://domain/key?e=&token=``. Concurrent requests for one bucket share a lookup. Results are cached for an
+    hour, failures are not.
     """
 
     def __init__(self, config: QiniuConfig, session: aiohttp.ClientSession) -> None:
-        """Looks up over ``session``, which says what may be connected to."""
+        """``session`` decides which addresses may be connected to."""
         self._config = config
         self._session = session
-        self._auth = Auth(config.access_key.get_secret_value(), config.secret_key.get_secret_value())
         self._regions = alru_cache(maxsize=_CACHED_BUCKETS, ttl=_CACHED_S)(self._look_up)
 
-    async def url(self, uri: QiniuUri, what: str) -> URL:
-        """The signed URL, a secret. Raises InvalidArgument and ResourceUnreachable, which begin with ``what``."""
+    async def url(self, uri: QiniuUri, label: str) -> URL:
+        """Return the signed URL, which is a secret.
+
+        Raises InvalidArgument and ResourceUnreachable, whose messages begin with ``label``.
+        """
         try:
             base = self._config.domains.get(uri.bucket) or await self._base(uri)
         except ServingError as error:
-            raise type(error)(f"{what}: {error.message}") from None
-        return URL(self._auth.private_download_url(f"{base}/{quote(uri.key)}", _SIGNED_S), encoded=True)
+            raise type(error)(f"{label}: {error.message}") from None
+        return URL(sign(f"{base}/{quote(uri.key)}", self._config, int(time.time()) + _SIGNED_S), encoded=True)
 
     async def _base(self, uri: QiniuUri) -> str:
         regions = [region for region in await self._regions(uri.bucket) if region.region == uri.zone]
@@ -137,18 +154,18 @@ class Buckets:
             raise ResourceUnreachable("the bucket service's answer can't be read") from None
 
     async def close(self) -> None:
-        """Ends the lookups that run."""
+        """Cancel running lookups."""
         await self._regions.cache_close()
 
 
 async def _body(response: aiohttp.ClientResponse) -> bytes:
     try:
         await response.content.readexactly(_LOOKUP_BYTES)
-    except asyncio.IncompleteReadError as all_there_is:
-        return all_there_is.partial
+    except asyncio.IncompleteReadError as whole:
+        return whole.partial
     raise ResourceUnreachable("the bucket service's answer is too long")
 
 
 def is_refusal(status: int) -> bool:
-    """Whether an answer blames its request: 4xx, and Kodo's own 6xx, such as 631, no such bucket."""
+    """Whether a status blames the request: 4xx, or one of Kodo's own 6xx, such as 631 for an unknown bucket."""
     return 400 <= status < 500 or 600 <= status < 700

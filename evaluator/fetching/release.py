@@ -1,12 +1,10 @@
-"""Brings a release onto this machine: its tar, fetched, checked and unpacked, and its custom files."""
+"""Fetches a release: downloads its tar and custom files, checks their digests and unpacks the tar."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -18,43 +16,21 @@ from atserving.errors import ServingError, StartError
 from atserving.uris import QiniuUri
 from evaluator.fetching.qiniu import Buckets, QiniuConfig
 from evaluator.fetching.unpack import unpack
-from evaluator.net_contract import SCRIPT, Config
+from evaluator.net_config import SCRIPT, NetConfig
+from evaluator.options import Options
 
 MAX_FILE_BYTES = 4 << 30
-"""The most a tar or a custom file may measure."""
-
+"""The maximum size of a tar or a custom file."""
 
 _CHUNK_BYTES = 1 << 20
 _SILENCE_S = 30.0
 _REQUIRED = ("deploy.prototxt", "weight.caffemodel")
 
 
-@dataclass(frozen=True)
-class LocalRelease:
-    """A release whose files are on this machine; the mappings lead from names to paths."""
+async def fetch_release(release: Release, workspace: Path, qiniu: QiniuConfig | None = None) -> NetConfig:
+    """Fetch a release into ``workspace``, a folder of its own, unpack it, and return the config of its net.
 
-    release: Release
-    workspace: Path
-    tar_files: Mapping[str, Path]
-    custom_files: Mapping[str, Path]
-
-    def cfg(self) -> Config:
-        """What ``net_init`` is given."""
-        return {
-            "tar_files": {name: str(path) for name, path in self.tar_files.items()},
-            "custom_files": {name: str(path) for name, path in self.custom_files.items()},
-            "custom_values": {**self.release.custom_values, "workspace": str(self.workspace)},
-            "model_params": dict(self.release.model_params),
-            "image_width": self.release.image_width,
-            "batch_size": self.release.batch_size,
-            "use_device": self.release.use_device,
-        }
-
-
-async def fetch_release(release: Release, workspace: Path, qiniu: QiniuConfig | None = None) -> LocalRelease:
-    """Fetches and unpacks into ``workspace``, a folder of its own. Raises StartError, one line for the operator.
-
-    ``qiniu``: without it, no file can be ``qiniu://``.
+    A release with ``qiniu://`` files needs ``qiniu``. Raises StartError with one line for the operator.
     """
     downloads, files = workspace / "downloads", workspace / "release"
     downloads.mkdir()
@@ -71,25 +47,34 @@ async def fetch_release(release: Release, workspace: Path, qiniu: QiniuConfig | 
         name: await _fetch(uri, downloads / f"custom-{number}", f"custom_files.{name}", qiniu)
         for number, (name, uri) in enumerate(release.custom_files.items())
     }
-    return LocalRelease(release, workspace, tar_files, custom_files)
+    return NetConfig(
+        tar_files=tar_files,
+        custom_files=custom_files,
+        custom_values=Options("custom_values", release.custom_values),
+        model_params=Options("model_params", release.model_params),
+        workspace=workspace,
+        image_width=release.image_width,
+        batch_size=release.batch_size,
+        use_device=release.use_device,
+    )
 
 
-async def _fetch(uri: str, target: Path, what: str, qiniu: QiniuConfig | None) -> Path:
-    """The local path of what ``uri`` names: ``target``, or the file itself where it is local. ``what`` is the field."""
-    bare, expected = _split_digest(uri, what)
+async def _fetch(uri: str, target: Path, field: str, qiniu: QiniuConfig | None) -> Path:
+    """Fetch a file and return its path: ``target``, or the file itself if it is local. ``field`` is its field."""
+    bare, expected = _split_digest(uri, field)
     if bare.startswith("file://"):
-        path = _local_path(bare, what)
-        digest = await asyncio.to_thread(_file_digest, path, bare, what) if expected else ""
+        path = _local_path(bare, field)
+        digest = await asyncio.to_thread(_file_digest, path, bare, field) if expected else ""
     else:
         path = target
-        digest = await _download(bare, target, f"{what} {_shown(bare)}", qiniu)
+        digest = await _download(bare, target, f"{field} {_redacted(bare)}", qiniu)
     if expected and digest != expected:
-        raise StartError(f"{what} {_shown(bare)}: its sha256 is {digest}, not {expected}")
+        raise StartError(f"{field} {_redacted(bare)}: its sha256 is {digest}, not {expected}")
     return path
 
 
-def _split_digest(uri: str, what: str) -> tuple[str, str]:
-    # The key of a qiniu:// URI is taken as it is written, and may have a # of its own.
+def _split_digest(uri: str, field: str) -> tuple[str, str]:
+    # The key in a qiniu:// URI is not quoted and may contain a #.
     mark = "#sha256=" if uri.startswith("qiniu://") else "#"
     bare = uri.partition(mark)[0]
     fragment = uri.removeprefix(bare)
@@ -97,72 +82,72 @@ def _split_digest(uri: str, what: str) -> tuple[str, str]:
         return bare, ""
     match = re.fullmatch(r"#sha256=([0-9a-fA-F]{64})", fragment)
     if not match:
-        raise StartError(f"{what} {_shown(bare)}: {fragment[:80]} should be #sha256= and 64 hex digits")
+        raise StartError(f"{field} {_redacted(bare)}: {fragment[:80]} should be #sha256= and 64 hex digits")
     return bare, match[1].lower()
 
 
-def _local_path(uri: str, what: str) -> Path:
+def _local_path(uri: str, field: str) -> Path:
     parts = urlsplit(uri)
     path = Path(unquote(parts.path))
     if parts.netloc not in ("", "localhost") or not path.is_absolute():
-        raise StartError(f"{what} {uri}: should be file:// and an absolute path")
+        raise StartError(f"{field} {uri}: should be file:// and an absolute path")
     if not path.is_file():
-        raise StartError(f"{what} {uri}: there is no such file")
+        raise StartError(f"{field} {uri}: there is no such file")
     if path.stat().st_size > MAX_FILE_BYTES:
-        raise StartError(f"{what} {uri}: is larger than {MAX_FILE_BYTES} bytes")
+        raise StartError(f"{field} {uri}: is larger than {MAX_FILE_BYTES} bytes")
     return path
 
 
-def _file_digest(path: Path, uri: str, what: str) -> str:
+def _file_digest(path: Path, uri: str, field: str) -> str:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise StartError(f"{what} {uri}: can't be read: {error.strerror}") from error
+        raise StartError(f"{field} {uri}: can't be read: {error.strerror}") from error
 
 
-async def _download(uri: str, target: Path, shown: str, qiniu: QiniuConfig | None) -> str:
-    """Streams to ``target`` and returns the sha256. A silence of 30 s ends it."""
+async def _download(uri: str, target: Path, label: str, qiniu: QiniuConfig | None) -> str:
+    """Stream a file to ``target`` and return its sha256. Raises StartError; a host may pause for 30 s at most."""
     digest = hashlib.sha256()
     size = 0
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE_S, sock_read=_SILENCE_S)
     try:
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,
-            session.get(await _locate(uri, session, shown, qiniu)) as response,
+            session.get(await _locate(uri, session, label, qiniu)) as response,
         ):
             if response.status != 200:
-                raise StartError(f"{shown}: its host answered {response.status}")
+                raise StartError(f"{label}: its host answered {response.status}")
             with target.open("wb") as file:
                 async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
                     size += len(chunk)
                     if size > MAX_FILE_BYTES:
-                        raise StartError(f"{shown}: is larger than {MAX_FILE_BYTES} bytes")
+                        raise StartError(f"{label}: is larger than {MAX_FILE_BYTES} bytes")
                     await asyncio.to_thread(file.write, chunk)
                     await asyncio.to_thread(digest.update, chunk)
     except TimeoutError:
-        raise StartError(f"{shown}: its host is silent for {_SILENCE_S:g} s") from None
+        raise StartError(f"{label}: its host sent nothing for {_SILENCE_S:g} s") from None
     except (aiohttp.ClientError, OSError, ValueError) as error:
-        # The error may hold the URL, and that a token.
-        raise StartError(f"{shown}: can't be fetched: {type(error).__name__}") from None
+        # The text of the error may hold the URL with its token.
+        raise StartError(f"{label}: can't be fetched: {type(error).__name__}") from None
     return digest.hexdigest()
 
 
-async def _locate(uri: str, session: aiohttp.ClientSession, shown: str, qiniu: QiniuConfig | None) -> URL:
+async def _locate(uri: str, session: aiohttp.ClientSession, label: str, qiniu: QiniuConfig | None) -> URL:
     if not uri.startswith("qiniu://"):
         return URL(uri)
     if not qiniu:
-        raise StartError(f"{shown}: needs the keys of its owner, see --qiniu")
+        raise StartError(f"{label}: needs the keys of its owner, see --qiniu")
     try:
         named = QiniuUri.parse(uri)
     except ServingError:
-        raise StartError(f"{shown}: should be qiniu://[uid@]zone/bucket/key") from None
+        raise StartError(f"{label}: should be qiniu://[uid@]zone/bucket/key") from None
     try:
-        return await Buckets(qiniu, session).url(named, shown)
+        return await Buckets(qiniu, session).url(named, label)
     except ServingError as error:
         raise StartError(error.message) from None
 
 
-def _shown(uri: str) -> str:
-    """Without credentials or a query, which may hold a token."""
+def _redacted(uri: str) -> str:
+    """Remove credentials and the query: both may be secret."""
     return re.sub(r"(://)[^/]*@", r"\1", uri.partition("?")[0])

@@ -1,4 +1,4 @@
-"""From a request's resources to their bytes."""
+"""Fetches the resources of requests."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _TOTAL_S = 10.0
 _CONNECT_S = 3.0
 _MAX_REDIRECTS = 3
 _REDIRECTS = (301, 302, 303, 307, 308)
-# What a host sends in tiny pieces costs far more to read than its bytes.
+# Tiny chunks cost far more to read than their bytes.
 _MAX_CHUNKS = 1 << 16
 _CONNECTIONS = 256
 _CONNECTIONS_PER_HOST = 16
 
 
 class ResourceFetcher:
-    """Fetches resources of at most ``max_bytes`` each, over one pool of connections.
+    """Fetches resources of at most ``max_bytes`` each over one connection pool.
 
-    Used as an async context manager, on the event loop that it is entered on.
+    An async context manager. Use it only on the event loop that entered it.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class ResourceFetcher:
         qiniu: QiniuConfig | None = None,
         resolver: AbstractResolver | None = None,
     ) -> None:
-        """``qiniu``: without it, ``qiniu://`` is refused. ``resolver``: of names; None: as this machine is set up."""
+        """Without ``qiniu``, refuse ``qiniu://`` URIs. ``resolver`` defaults to the DNS settings of this machine."""
         self._max_bytes = max_bytes
         self._policy = policy
         self._qiniu = qiniu
@@ -50,7 +50,7 @@ class ResourceFetcher:
 
     async def __aenter__(self) -> ResourceFetcher:
         async with AsyncExitStack() as stack:
-            # Not in threads: names that nobody answers for would take all that there are, and hold them.
+            # Not in threads: lookups that get no reply would occupy all of them.
             resolver = PolicyResolver(self._policy, self._resolver or AsyncResolver())
             stack.push_async_callback(resolver.close)
             connector = aiohttp.TCPConnector(
@@ -62,7 +62,7 @@ class ResourceFetcher:
             self._session = await stack.enter_async_context(
                 aiohttp.ClientSession(
                     connector=connector,
-                    # One caller's cookies are not another's; proxies of the environment would resolve names themselves.
+                    # Callers must not share cookies. A proxy from the environment would resolve names itself.
                     cookie_jar=aiohttp.DummyCookieJar(),
                     trust_env=False,
                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
@@ -79,9 +79,9 @@ class ResourceFetcher:
         await self._stack.aclose()
 
     async def fetch(self, uri: str, budget: Budget | None = None) -> bytes:
-        """The bytes, which ``budget`` has to allow as they come (None: it is alone).
+        """Fetch a resource and take its bytes from ``budget``, the request's (None: this is its only resource).
 
-        Raises InvalidArgument for what is the request's fault, ResourceUnreachable for a host's.
+        Raises InvalidArgument for errors of the request and ResourceUnreachable for errors of a host.
         """
         budget = budget or Budget(self._max_bytes)
         if uris.scheme(uri) == "data":
@@ -90,77 +90,77 @@ class ResourceFetcher:
                 raise self._too_large("the resource")
             budget.take(len(data))
             return data
-        shown = f"resource {uris.shown(uri)}"
+        label = f"resource {uris.redacted(uri)}"
         try:
             async with asyncio.timeout(_TOTAL_S):
-                return await self._follow(await self._locate(uri, shown), shown, budget)
+                return await self._follow(await self._locate(uri, label), label, budget)
         except TimeoutError:
-            raise ResourceUnreachable(f"{shown} did not come within {_TOTAL_S:g} s") from None
+            raise ResourceUnreachable(f"{label} did not arrive within {_TOTAL_S:g} s") from None
         except AddressRefused as refused:
-            raise InvalidArgument(f"{shown} may not be fetched: {refused}") from None
+            raise InvalidArgument(f"{label} may not be fetched: {refused}") from None
         except aiohttp.InvalidURL:
-            raise InvalidArgument(f"{shown}: bad url") from None
+            raise InvalidArgument(f"{label}: bad url") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise ResourceUnreachable(f"{shown} could not be reached: {_reason(error)}") from None
+            raise ResourceUnreachable(f"{label} could not be reached: {_reason(error)}") from None
 
-    async def _locate(self, uri: str, shown: str) -> URL:
+    async def _locate(self, uri: str, label: str) -> URL:
         if uris.scheme(uri) != "qiniu":
-            return _http_url(uri, shown)
+            return _http_url(uri, label)
         named = QiniuUri.parse(uri)
         if not (self._qiniu and self._buckets):
-            raise InvalidArgument(f"{shown}: qiniu resources are not set up for this app")
+            raise InvalidArgument(f"{label}: qiniu resources are not set up for this app")
         if named.bucket not in self._qiniu.buckets:
-            raise InvalidArgument(f"{shown}: requests may not read from this bucket")
-        return await self._buckets.url(named, shown)
+            raise InvalidArgument(f"{label}: requests may not read from this bucket")
+        return await self._buckets.url(named, label)
 
-    async def _follow(self, url: URL, shown: str, budget: Budget) -> bytes:
+    async def _follow(self, url: URL, label: str, budget: Budget) -> bytes:
         assert self._session
         for _ in range(_MAX_REDIRECTS + 1):
             async with self._session.get(url, allow_redirects=False) as response:
                 location = response.headers.get("Location")
                 if response.status not in _REDIRECTS or location is None:
-                    return await self._read(response, shown, budget)
-                url = _http_url(str(url.join(_url(location, shown))), shown)
-        raise InvalidArgument(f"{shown} redirects more than {_MAX_REDIRECTS} times")
+                    return await self._read(response, label, budget)
+                url = _http_url(str(url.join(_url(location, label))), label)
+        raise InvalidArgument(f"{label} redirects more than {_MAX_REDIRECTS} times")
 
-    async def _read(self, response: aiohttp.ClientResponse, shown: str, budget: Budget) -> bytes:
+    async def _read(self, response: aiohttp.ClientResponse, label: str, budget: Budget) -> bytes:
         if is_refusal(response.status):
-            raise InvalidArgument(f"{shown}: its host answered {response.status}")
+            raise InvalidArgument(f"{label}: its host answered {response.status}")
         if not 200 <= response.status < 300:
-            raise ResourceUnreachable(f"{shown}: its host answered {response.status}")
+            raise ResourceUnreachable(f"{label}: its host answered {response.status}")
         if (response.content_length or 0) > self._max_bytes:
-            raise self._too_large(shown)
+            raise self._too_large(label)
         parts: list[bytes] = []
         size = chunks = 0
         async for part, ends_chunk in response.content.iter_chunks():
             size += len(part)
             chunks += ends_chunk
             if size > self._max_bytes:
-                raise self._too_large(shown)
+                raise self._too_large(label)
             if chunks > _MAX_CHUNKS:
-                raise InvalidArgument(f"{shown} comes in more than {_MAX_CHUNKS} chunks")
+                raise InvalidArgument(f"{label} arrives in more than {_MAX_CHUNKS} chunks")
             budget.take(len(part))
             parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _too_large(self, shown: str) -> InvalidArgument:
-        return InvalidArgument(f"{shown} is larger than {self._max_bytes} bytes")
+    def _too_large(self, label: str) -> InvalidArgument:
+        return InvalidArgument(f"{label} is larger than {self._max_bytes} bytes")
 
 
-def _http_url(uri: str, shown: str) -> URL:
-    url = _url(uri, shown)
+def _http_url(uri: str, label: str) -> URL:
+    url = _url(uri, label)
     if url.scheme not in ("http", "https") or not url.host:
-        raise InvalidArgument(f"{shown} leads to {uris.shown(uri)}, which is no http url")
+        raise InvalidArgument(f"{label} leads to {uris.redacted(uri)}, which is not an http url")
     return url
 
 
-def _url(text: str, shown: str) -> URL:
+def _url(text: str, label: str) -> URL:
     try:
         url = URL(text)
-        # Both are parsed only when read.
+        # yarl parses both only when they are read.
         _ = url.host, url.port
     except ValueError:
-        raise InvalidArgument(f"{shown}: bad url") from None
+        raise InvalidArgument(f"{label}: bad url") from None
     return url
 
 

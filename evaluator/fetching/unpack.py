@@ -1,4 +1,4 @@
-"""Unpacks a release's tar into a folder, and refuses what could reach outside of it or fill the disk."""
+"""Unpacks the tar of a release into a folder. Refuses members that could leave the folder or fill the disk."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from pathlib import Path, PurePosixPath
 from atserving.errors import StartError
 
 MAX_BYTES = 4 << 30
-"""The most the members of a tar may hold together."""
+"""The maximum size of all members together."""
+
 MAX_MEMBERS = 1000
 
 
 def unpack(tar: Path, folder: Path, max_bytes: int = MAX_BYTES) -> Mapping[str, Path]:
-    """The files of an uncompressed tar, by name, unpacked below ``folder``. Raises StartError.
+    """Unpack an uncompressed tar below ``folder`` and return the paths of its files by name.
 
-    Only files and folders with relative names are taken, each once; what is already on disk when something is refused
-    stays for the caller to remove.
+    Raises StartError unless all members are files and folders with relative, unique names. The caller removes the
+    files that are already unpacked then.
     """
     try:
-        # Not "r:*": what a compressed tar holds is known only once it has been unpacked.
+        # Not "r:*": the size of a compressed tar is unknown until it is unpacked.
         with tarfile.open(tar, "r:") as archive:
             return _unpack(archive, folder, max_bytes)
     except tarfile.TarError as error:
-        # tarfile's messages may hold local paths.
+        # The messages of tarfile may hold local paths.
         reason = (
-            "a member leads outside" if isinstance(error, tarfile.FilterError) else "it is no plain tar, or cut short"
+            "a member leads outside"
+            if isinstance(error, tarfile.FilterError)
+            else "not an uncompressed tar, or cut short"
         )
         raise StartError(f"the release's tar is refused: {reason}") from error
     except (OSError, ValueError) as error:
@@ -45,7 +48,7 @@ def _unpack(archive: tarfile.TarFile, folder: Path, max_bytes: int) -> dict[str,
         if total > max_bytes:
             raise StartError(f"the release's tar is refused: its members hold more than {max_bytes} bytes")
         if name in seen:
-            raise StartError(f"the release's tar is refused: {name!r} is in it twice")
+            raise StartError(f"the release's tar is refused: it holds {name!r} twice")
         seen.add(name)
         archive.extract(member, folder, set_attrs=False, filter="data")
         if member.isreg():
@@ -54,10 +57,10 @@ def _unpack(archive: tarfile.TarFile, folder: Path, max_bytes: int) -> dict[str,
 
 
 def _safe_name(member: tarfile.TarInfo) -> str:
-    """The member's name in its one spelling."""
+    """Return the normalized name of a member. Raises StartError if it leads outside or is a link or a device."""
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name:
         raise StartError(f"the release's tar is refused: {member.name!r} leads outside")
     if not (member.isreg() or member.isdir()):
-        raise StartError(f"the release's tar is refused: {member.name!r} is no file (a link or a device)")
+        raise StartError(f"the release's tar is refused: {member.name!r} is neither a file nor a folder")
     return str(path)

@@ -1,66 +1,70 @@
-"""`classify`: the classes of an image, the likeliest first.
+"""``classify``: the classes of an image, the most likely first.
 
-Params: ``limit``, how many (1); all classes where it is larger. Result: ``{"confidences": [{"index", "class", "score"},
-...]}``, best first; ``class`` is the index as text where ``labels.csv`` does not name it.
+Params: ``limit``, how many classes (1); all of them if it is larger. Result: ``{"confidences": [{"index", "class",
+"score"}, ...]}``, best first; ``class`` is the index as text if ``labels.csv`` has no name for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from atserving.errors import InvalidArgument, StartError
-from evaluator.net_contract import Config, Model, Req, Ret
+from evaluator.images.decoding import Pixels
+from evaluator.net_config import NetConfig
+from evaluator.net_contract import Req, Ret
 from evaluator.nets import image_input
-from evaluator.runtime.net import Net
+from evaluator.nets.image_input import ImageNet
 
 
-@image_input.net_init
-def net_init(cfg: Config) -> Model:
-    """``error`` says why the release can't be served as a classifier."""
-    model = image_input.load(cfg)
-    net: Net = model["net"]
-    output = image_input.output(net, cfg, "classes")
-    shape = net.output_shape(output)
-    # One score a class, with or without the axes of a global pooling.
-    if not shape or any(size not in (1, None) for size in shape[1:]):
-        raise StartError(f"classify takes nets that give one score a class; {output!r} is {shape}")
-    return {**model, "output": output}
+@dataclass(frozen=True)
+class Input:
+    """A prepared request. ``pixels`` is (height, width, channels) uint8."""
+
+    pixels: Pixels
+    limit: int
 
 
-def net_preprocess(model: Model, req: Req) -> Req:
-    """``{"input": (height, width, channels) uint8, "limit": int}``. Raises InvalidArgument."""
-    limit = _limit(image_input.params(req))
-    pixels, _ = image_input.image(model, req, "classify")
-    return {"input": pixels, "limit": limit}
+class Classify(ImageNet):
+    """A classifier: a net with one score per class."""
 
+    name = "classify"
 
-def net_inference(model: Model, args: dict[str, Any]) -> list[Ret]:
-    """One forward pass over all requests."""
-    net: Net = model["net"]
-    reqs = args["reqs"]
-    scores = net.run({net.inputs[0]: np.stack([req["input"] for req in reqs])})[model["output"]]
-    # (n, k), or (n, k, 1, 1) after a global pooling.
-    if scores.shape[0] != len(reqs) or scores.size != len(reqs) * scores.shape[1]:
-        return [{"code": 500, "message": f"the net's output is {scores.shape}, not one score a class"}] * len(reqs)
-    rows = scores.reshape(len(reqs), -1)
-    return [_ret(model, row, req["limit"]) for row, req in zip(rows, reqs, strict=True)]
+    def __init__(self, config: NetConfig) -> None:
+        """Raises StartError if the release can't be served as a classifier."""
+        super().__init__(config)
+        self._output = self.output("classes")
+        shape = self.net.output_shape(self._output)
+        # One score per class, with or without the axes of a global pooling.
+        if not shape or any(size not in (1, None) for size in shape[1:]):
+            raise StartError(f"classify takes nets that give one score a class; {self._output!r} is {shape}")
 
+    def preprocess(self, req: Req) -> Input:
+        limit = image_input.params(req).get("limit", 1)
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise InvalidArgument("params.limit should be a positive integer")
+        pixels, _ = self.image(req)
+        return Input(pixels, limit)
 
-def _ret(model: Model, scores: np.ndarray[Any, np.dtype[np.float32]], limit: int) -> Ret:
-    if not np.isfinite(scores).all():
-        return {"code": 500, "message": "the net's output is not finite"}
-    # Stable, so that equal scores come in the order of their index.
-    best = [int(scores.argmax())] if limit == 1 else np.argsort(-scores, kind="stable")[:limit].tolist()
-    confidences = [
-        {"index": index, "class": image_input.class_name(model, index), "score": float(scores[index])} for index in best
-    ]
-    return {"code": 0, "message": "", "result": {"confidences": confidences}}
+    def infer(self, reqid: str, reqs: Sequence[Input]) -> list[Ret]:
+        scores = self.net.run({self.net.inputs[0]: np.stack([req.pixels for req in reqs])}, [self._output])[
+            self._output
+        ]
+        # (n, k), or (n, k, 1, 1) after a global pooling.
+        if scores.shape[0] != len(reqs) or scores.size != len(reqs) * scores.shape[1]:
+            return [{"code": 500, "message": f"the net's output is {scores.shape}, not one score a class"}] * len(reqs)
+        rows = scores.reshape(len(reqs), -1)
+        return [self._ret(row, req.limit) for row, req in zip(rows, reqs, strict=True)]
 
-
-def _limit(params: dict[str, Any]) -> int:
-    limit = params.get("limit", 1)
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise InvalidArgument("params.limit should be a positive integer")
-    return limit
+    def _ret(self, scores: np.ndarray[Any, np.dtype[np.float32]], limit: int) -> Ret:
+        if not np.isfinite(scores).all():
+            return {"code": 500, "message": "the net's output is not finite"}
+        # A stable sort lists equal scores in the order of their index.
+        best = [int(scores.argmax())] if limit == 1 else np.argsort(-scores, kind="stable")[:limit].tolist()
+        confidences = [
+            {"index": index, "class": self.class_name(index), "score": float(scores[index])} for index in best
+        ]
+        return {"code": 0, "message": "", "result": {"confidences": confidences}}

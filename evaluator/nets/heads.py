@@ -1,7 +1,7 @@
-"""Boxes out of the outputs of detectors that do not end in a DetectionOutput, as ``custom_values.head`` describes them.
+"""Reads boxes from detectors that do not end in a DetectionOutput, as ``custom_values.head`` describes them.
 
-Such a net has grids over its input. For each cell of a grid and each anchor of that grid it says how sure it is of each
-class, and how the anchor is to be moved and stretched to be a box.
+Such a net lays grids over its input. For each cell and each anchor of a grid it gives the score of each class, and how
+to move and stretch the anchor into a box.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from evaluator.runtime.engine import Array
 from evaluator.runtime.net import Net
 
 NMS_THRESHOLD = 0.4
-"""Of two boxes of one class whose intersection is a larger share of their union than this, the less sure one goes."""
+"""Non-maximum suppression drops the lower-scored of two boxes of one class with a larger IoU than this."""
 CANDIDATES = 1000
-"""How many of an image's boxes, the surest, are compared with each other: it bounds the work."""
+"""How many boxes of an image, those with the highest scores, enter the suppression; this bounds the work."""
 
 # exp of more makes any anchor larger than any input.
 _MAX_STRETCH = 10.0
-# py-faster-rcnn's generate_anchors puts those of the first cell around a window of 16 pixels, whatever the stride.
+# py-faster-rcnn's generate_anchors centres the first cell's anchors in a window of 16 pixels, whatever the stride.
 _FASTER_RCNN_CENTRE = 8.0
 
 Floats = NDArray[np.float64]
@@ -34,7 +34,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Grid:
-    """``rows`` x ``columns`` cells, ``stride`` pixels of the input apart, and the (width, height) of their anchors."""
+    """``rows`` x ``columns`` cells, ``stride`` input pixels apart, and the (width, height) of their anchors."""
 
     stride: int
     rows: int
@@ -43,13 +43,13 @@ class Grid:
 
     @property
     def count(self) -> int:
-        """How many anchors it has in all."""
+        """The number of all its anchors."""
         return self.rows * self.columns * len(self.anchors)
 
     def priors(self, centre: float) -> Floats:
-        """Its anchors, by row, column and anchor, as (n, 5): centre, size and stride, in pixels of the input.
+        """Return its anchors, by row, column and anchor, as (n, 5): centre, size and stride, in pixels of the input.
 
-        ``centre`` is where those of the first cell have theirs, across and down.
+        ``centre`` is the centre of the first cell's anchors, in x and y.
         """
         y, x = np.mgrid[: self.rows, : self.columns] * float(self.stride) + centre
         centres = np.repeat(np.stack([x.ravel(), y.ravel()], axis=1), len(self.anchors), axis=0)
@@ -59,12 +59,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class Head:
-    """What reads a net's outputs. Safe to use from several threads."""
+    """Reads boxes from a net's outputs. Safe in several threads."""
 
     outputs: Sequence[str]
-    """The outputs that it reads."""
+    """The names of the outputs that it reads."""
     split: Callable[[Sequence[Array]], tuple[Array, Array]]
-    """Those of an image → the scores (n, classes) and the moves (n, 4) of all anchors, in the order of the priors."""
+    """One image's outputs → the scores (n, classes) and the moves (n, 4) of all anchors, in the order of the priors."""
     decode: Callable[[Floats, Floats], tuple[Floats, Floats]]
     """Moves (n, 4) and their priors (n, 5) → centres and sizes of boxes, (n, 2) each, in pixels of the input."""
     priors: Floats
@@ -72,15 +72,15 @@ class Head:
     """The width and height of the input."""
     nms_threshold: float
     first_class: int
-    """The class of the first column of scores: 1 where the net has a background, which has no column."""
+    """The class of the first column of scores: 1 if the net has a background, which has no column."""
 
-    def rows(self, outputs: Mapping[str, Array], place: int, threshold: float) -> Floats:
-        """The boxes of one image of a batch, the ``place``-th, whose score is at least ``threshold``, as (n, 6).
+    def rows(self, outputs: Mapping[str, Array], index: int, threshold: float) -> Floats:
+        """Return the boxes of a batch's image ``index`` with a score of at least ``threshold``, as (n, 6).
 
-        A row is class, score, and left, top, right and bottom as shares of the net's input; a box may reach out of it.
-        What is not finite is the net's failure, and is left in, to be seen.
+        A row is class, score, and left, top, right and bottom as shares of the net's input; a box may reach outside.
+        Values that are not finite stay in, so that the caller reports the net's failure.
         """
-        scores, moves = self.split([outputs[name][place] for name in self.outputs])
+        scores, moves = self.split([outputs[name][index] for name in self.outputs])
         prior, column = np.nonzero(~(scores < threshold))
         score = scores[prior, column]
         if len(score) > CANDIDATES:
@@ -92,28 +92,31 @@ class Head:
         return self._suppressed(rows) if np.isfinite(rows).all() else rows
 
     def _suppressed(self, rows: Floats) -> Floats:
-        """The rows without those that overlap with a surer one of their class, each class by itself."""
+        """Drop rows that overlap with a higher-scored row of the same class."""
         kept = [rows[:0]]
         for label in np.unique(rows[:, 0]):
             of_class = rows[rows[:, 0] == label]
-            # Left, top, width and height; what they are measured in does not matter to how they overlap.
+            # Left, top, width and height; the overlap does not depend on their unit.
             boxes = np.hstack([of_class[:, 2:4], of_class[:, 4:] - of_class[:, 2:4]])
-            places = cv2.dnn.NMSBoxes(boxes.tolist(), of_class[:, 1].tolist(), 0.0, self.nms_threshold)
-            kept.append(of_class[np.array(places, np.int64)])
+            indices = cv2.dnn.NMSBoxes(boxes.tolist(), of_class[:, 1].tolist(), 0.0, self.nms_threshold)
+            kept.append(of_class[np.array(indices, np.int64)])
         return np.concatenate(kept)
 
 
 def read(head: Options, net: Net, size: tuple[int, int]) -> Head:
-    """The head that ``custom_values.head`` describes, on a net whose input has that width and height.
+    """Return the head that ``custom_values.head`` describes, for a net whose input has that width and height.
 
-    Raises StartError where it is none, or does not fit the net's outputs.
+    Raises StartError if it is malformed or does not fit the net's outputs.
     """
     kinds = {"yolo": _yolo, "retinaface": _retinaface, "ssd": _ssd}
     return kinds[head.choice("kind", list(kinds))](head, net, size)
 
 
 def _yolo(head: Options, net: Net, size: tuple[int, int]) -> Head:
-    """A grid has one output, (anchors x (4 moves, objectness, classes), rows, columns), before any sigmoid."""
+    """Read a YOLO head: per grid one output, (anchors x (4 moves, objectness, classes), rows, columns).
+
+    The net applies no sigmoid.
+    """
     head.only("kind", "levels", "nms_threshold")
     levels, grids = _grids(head, size, "output")
     numbers = _per_anchor(levels, grids, "output", net, 4 + 1 + 1)
@@ -134,9 +137,10 @@ def _yolo(head: Options, net: Net, size: tuple[int, int]) -> Head:
 
 
 def _retinaface(head: Options, net: Net, size: tuple[int, int]) -> Head:
-    """A grid has scores after a softmax, (classes x anchors, rows, columns), and boxes, (anchors x 4, rows, columns).
+    """Read a RetinaFace head: per grid, scores after a softmax, (classes x anchors, rows, columns), and boxes,
+    (anchors x 4, rows, columns).
 
-    So it is in the first RetinaFace, on MXNet (Deng and others, 2019), whose anchors are those of Faster R-CNN.
+    Source: the first RetinaFace, on MXNet (Deng and others, 2019), with the anchors of Faster R-CNN.
     """
     head.only("kind", "levels", "nms_threshold")
     levels, grids = _grids(head, size, "scores", "boxes")
@@ -160,7 +164,7 @@ def _retinaface(head: Options, net: Net, size: tuple[int, int]) -> Head:
 
 
 def _ssd(head: Options, net: Net, size: tuple[int, int]) -> Head:
-    """All grids together have scores after a softmax, (anchors, classes), and boxes, (anchors, 4)."""
+    """Read an SSD head: scores after a softmax, (anchors, classes), and boxes, (anchors, 4), of all grids together."""
     head.only("kind", "levels", "scores", "boxes", "variances", "nms_threshold")
     grids = _grids(head, size)[1]
     anchors = sum(grid.count for grid in grids)
@@ -185,7 +189,7 @@ def _ssd(head: Options, net: Net, size: tuple[int, int]) -> Head:
 
 
 def _grids(head: Options, size: tuple[int, int], *outputs: str) -> tuple[list[Options], list[Grid]]:
-    """The levels of a head, whose fields are also the names of ``outputs``, and the grid of each."""
+    """Return the levels of a head, which may have fields named ``outputs``, and the grid of each."""
     levels = head.objects("levels")
     grids = []
     for level in levels:
@@ -199,7 +203,7 @@ def _grids(head: Options, size: tuple[int, int], *outputs: str) -> tuple[list[Op
 def _per_anchor(
     levels: Sequence[Options], grids: Sequence[Grid], key: str, net: Net, least: int, exactly: int | None = None
 ) -> int:
-    """How many numbers the outputs of all levels have for an anchor. Raises StartError where one has others."""
+    """Return how many values each level's output has per anchor. Raises StartError if the levels differ."""
     numbers = exactly or 0
     for level, grid in zip(levels, grids, strict=True):
         shape, anchors = net.output_shape(level.choice(key, net.outputs)), len(grid.anchors)
@@ -216,7 +220,7 @@ def _last(numbers: Array) -> Array:
 
 
 def _decode_yolo(moves: Floats, priors: Floats) -> tuple[Floats, Floats]:
-    """The centre is sigmoid(move) into its cell, the size exp(move) times the anchor's.
+    """Put the centre sigmoid(move) into its cell, and scale the anchor's size by exp(move).
 
     Source: Redmon and Farhadi, YOLOv3, 2018, section 2.1.
     """
@@ -224,7 +228,7 @@ def _decode_yolo(moves: Floats, priors: Floats) -> tuple[Floats, Floats]:
 
 
 def _decode_ssd(moves: Floats, priors: Floats, variances: tuple[float, float]) -> tuple[Floats, Floats]:
-    """The centre is moved by a share of the anchor's size, and the size is exp(move) times it.
+    """Move the centre by a share of the anchor's size, and scale the size by exp(move).
 
     Source: CENTER_SIZE in Caffe's DetectionOutput; with variances of 1, Faster R-CNN (Ren and others, 2015), 3.1.2.
     """
@@ -237,7 +241,7 @@ def _exp(moves: Floats) -> Floats:
 
 
 def _sigmoid(numbers: NDArray[Any]) -> NDArray[Any]:
-    # exp may overflow to infinity, of which the inverse is what it should be, 0.
+    # exp may overflow to infinity; its inverse is 0, as it should be.
     with np.errstate(over="ignore"):
         result: NDArray[Any] = 1 / (1 + np.exp(-numbers))
     return result

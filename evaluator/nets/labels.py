@@ -1,33 +1,49 @@
-"""`labels.csv`: the names of a net's classes, `index,name` a line."""
+"""Reads ``labels.csv``, the names of a net's classes: one ``index,name`` in each line, without a header."""
 
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 from atserving.errors import StartError
 
+_FORM = "a class index and a name, such as 0,cat"
+
 
 def read(path: str | Path | None) -> dict[int, str]:
-    """Names by index; empty without a file. A name may be quoted, with commas in it. Raises StartError."""
+    """Return the names by class index; without a file, none.
+
+    A name with commas may be quoted. Raises StartError, which names the line.
+    """
     if path is None:
         return {}
     labels: dict[int, str] = {}
+    lines: dict[int, int] = {}
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            for row in csv.reader(file):
+            reader = csv.reader(file)
+            for row in reader:
                 if row:
-                    _add(labels, row)
-    except (ValueError, csv.Error) as error:
-        raise StartError(f"labels.csv: {error}") from None
+                    index, name = _parse(row, reader.line_num)
+                    if index in labels:
+                        raise StartError(
+                            f"labels.csv: line {reader.line_num} names class {index} again, after line {lines[index]}"
+                        )
+                    labels[index], lines[index] = name, reader.line_num
+    except UnicodeDecodeError:
+        raise StartError("labels.csv is not UTF-8 text") from None
+    except csv.Error as error:
+        raise StartError(f"labels.csv: line {reader.line_num}: {error}") from None
     return labels
 
 
-def _add(labels: dict[int, str], row: list[str]) -> None:
+def _parse(row: list[str], line: int) -> tuple[int, str]:
     index = row[0].strip()
-    if len(row) < 2 or not (index.isascii() and index.isdigit()):
-        raise ValueError(f"line {','.join(row)[:80]!r} should be index,name")
-    if int(index) in labels:
-        raise ValueError(f"index {index} is there twice")
-    # A name with commas that nobody quoted is still one name.
-    labels[int(index)] = ",".join(row[1:]).strip()
+    if len(row) < 2 or not re.fullmatch("[0-9]{1,9}", index):
+        shown = repr(",".join(row)[:80])
+        if line == 1 and len(row) > 1 and not any(character.isdigit() for character in "".join(row)):
+            raise StartError(f"labels.csv: line 1 is a header, {shown}: remove it; each line should be {_FORM}")
+        raise StartError(f"labels.csv: line {line} is {shown}, should be {_FORM}")
+    # Names with commas are often not quoted.
+    return int(index), ",".join(row[1:]).strip()

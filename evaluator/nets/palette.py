@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 from atserving.errors import StartError
 
 SIZE = 256
-"""How many classes have a colour of their own; then they repeat."""
+"""How many classes have a colour of their own; later classes repeat them."""
 
 
 def palette(colors: object = None) -> NDArray[np.uint8]:
-    """(256, 3) uint8, red, green and blue a class: ``colors`` for the first, then those of the Pascal VOC masks.
+    """Return (256, 3) uint8, red, green and blue per class: ``colors`` first, then the colours of Pascal VOC masks.
 
-    ``colors`` is what ``custom_values.colors`` holds. Raises StartError where that is no list of [red, green, blue].
+    ``colors`` is the value of ``custom_values.colors``. Raises StartError if it is no list of [red, green, blue].
     """
     result = _voc()
     if colors is None:
@@ -35,7 +35,7 @@ def _is_color(color: object) -> bool:
 
 
 def _voc() -> NDArray[np.uint8]:
-    """Bits 0, 3, 6, ... of the index are red from its highest bit down, 1, 4, 7, ... green, 2, 5, 8, ... blue."""
+    """Spread the bits of each index: bits 0, 3, 6, ... go to red from its highest bit down, 1, 4, ... to green, ..."""
     index = np.arange(SIZE)
     colors = np.zeros((SIZE, 3), np.int64)
     for bit in range(8):

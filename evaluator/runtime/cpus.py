@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: its affinity, less what its cgroups grant."""
+"""How many CPUs this process may use: the smallest of its affinity and the quotas of its cgroups."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _OWN = Path("/proc/self/cgroup")
 
 
 def available(cgroups: Path = _CGROUPS, own: Path = _OWN) -> int:
-    """At least 1. A container's quota of 1.5 CPUs counts as 2."""
+    """Return the number of CPUs, at least 1. A quota of 1.5 CPUs counts as 2."""
     quotas = [_quota(folder) for folder in _folders(cgroups, own)]
     return max(1, math.ceil(min(len(os.sched_getaffinity(0)), *quotas, math.inf)))
 
 
 def _folders(cgroups: Path, own: Path) -> Iterator[Path]:
-    """The process's own cgroup and all above it, each of which may have a quota; in a container that is the root."""
+    """The process's own cgroup and all cgroups above it: each may have a quota. A container sees only the root."""
     yield cgroups
     try:
         lines = own.read_text().splitlines()

@@ -1,14 +1,12 @@
-"""Where a release's net runs, and how: its ``use_device``, and what its ``model_params`` say to onnxruntime."""
+"""The device of a release's net and its options: ``use_device``, and the ``model_params`` for onnxruntime."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from atserving.errors import StartError
-from evaluator.options import Options
+from evaluator.net_config import NetConfig
 
 _BATCH_SIZE_GPU = 32
 _BATCH_SIZE_CPU = 8
@@ -17,10 +15,10 @@ _CONV_SEARCHES = ("DEFAULT", "HEURISTIC", "EXHAUSTIVE")
 
 @dataclass(frozen=True)
 class Device:
-    """A device and its options; see docs/evaluator.md for what each does.
+    """A device and its options; docs/evaluator.md explains each.
 
-    ``name`` is ``CPU``, ``GPU`` or ``GPU:<index>``. ``batch_size`` is the largest batch, which TensorRT builds for.
-    ``cache`` is a folder for what TensorRT builds; None: it keeps nothing.
+    ``name`` is ``CPU``, ``GPU`` or ``GPU:<index>``. TensorRT builds engines for batches of up to ``batch_size``, and
+    keeps them in the folder ``cache``, if there is one.
     """
 
     name: str = "CPU"
@@ -36,27 +34,25 @@ class Device:
     cache: Path | None = None
 
     @staticmethod
-    def of_release(cfg: Mapping[str, Any]) -> Device:
-        """What the ``cfg`` of ``net_init`` says. Raises StartError, which names the field."""
-        name = cfg["use_device"]
-        values = Options("model_params", cfg["model_params"])
-        # Each search but the exhaustive is cheap for a size it has not seen: batches come in any.
-        search = values.text("cudnn_conv_algo_search", Device.cudnn_conv_algo_search)
+    def of_release(config: NetConfig) -> Device:
+        """Read ``use_device`` and ``model_params``. Raises StartError, which names the field."""
+        name, options = config.use_device, config.model_params
+        # Batches come in any size, and only the exhaustive search is slow for a new size.
+        search = options.text("cudnn_conv_algo_search", Device.cudnn_conv_algo_search)
         if search not in _CONV_SEARCHES:
             raise StartError(f"model_params.cudnn_conv_algo_search is {search!r}, should be {_or(_CONV_SEARCHES)}")
-        workspace = cfg["custom_values"].get("workspace")
         device = Device(
             name,
-            intra_op_threads=values.optional_positive_int("intra_op_threads"),
-            spinning=values.boolean("spinning", Device.spinning),
-            arena=values.boolean("arena", Device.arena),
-            tensorrt=values.boolean("tensorrt", Device.tensorrt),
-            fp16=values.boolean("fp16", Device.fp16),
-            tf32=values.boolean("tf32", Device.tf32),
-            gpu_mem_limit_mib=values.optional_positive_int("gpu_mem_limit_mib"),
+            intra_op_threads=options.optional_positive_int("intra_op_threads"),
+            spinning=options.boolean("spinning", Device.spinning),
+            arena=options.boolean("arena", Device.arena),
+            tensorrt=options.boolean("tensorrt", Device.tensorrt),
+            fp16=options.boolean("fp16", Device.fp16),
+            tf32=options.boolean("tf32", Device.tf32),
+            gpu_mem_limit_mib=options.optional_positive_int("gpu_mem_limit_mib"),
             cudnn_conv_algo_search=search,
-            batch_size=cfg["batch_size"] or (_BATCH_SIZE_CPU if name == "CPU" else _BATCH_SIZE_GPU),
-            cache=Path(workspace) / "tensorrt" if workspace else None,
+            batch_size=config.batch_size or (_BATCH_SIZE_CPU if name == "CPU" else _BATCH_SIZE_GPU),
+            cache=config.workspace / "tensorrt" if config.workspace else None,
         )
         for key, wanted in (("tensorrt", device.tensorrt), ("fp16", device.fp16)):
             if wanted and device.is_cpu:
@@ -69,12 +65,12 @@ class Device:
 
     @property
     def index(self) -> int:
-        """Of the GPU, among those that CUDA sees."""
+        """The GPU's index among those that CUDA sees."""
         return int(self.name.partition(":")[2] or 0)
 
     @property
     def halves_graph(self) -> bool:
-        """Whether the graph itself has to compute in float16: TensorRT does it by an option of its own."""
+        """Whether to convert the graph itself to float16. TensorRT has an option of its own for that."""
         return self.fp16 and not self.tensorrt
 
 

@@ -1,4 +1,4 @@
-"""onnxruntime on the device a release asks for."""
+"""Runs graphs with onnxruntime on the release's device."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _spent = threading.local()
 
 
 def spent_s() -> float:
-    """The seconds that the calling thread has spent in engines so far."""
+    """Return the seconds that the calling thread has spent in engines so far."""
     return getattr(_spent, "seconds", 0.0)
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output of a graph. ``shape`` is without the batch axis; None where the graph does not fix a size."""
+    """An input or output of a graph. ``shape`` omits the batch axis; None stands for a size that is not fixed."""
 
     name: str
     shape: tuple[int | None, ...]
@@ -39,17 +39,17 @@ class TensorSpec:
 
 
 class Engine:
-    """One onnxruntime session, for several threads at once."""
+    """One onnxruntime session. Safe in several threads."""
 
     def __init__(self, model: onnx.ModelProto, device: Device = CPU) -> None:
-        """Raises StartError where the graph can't be loaded or the device can't be had; nothing falls back."""
+        """Raises StartError if onnxruntime can't load the graph or has no such device; there is no fallback."""
         self._session = _session(model, device)
         self._on_cpu = device.is_cpu
         self.inputs = [_tensor_spec(value) for value in self._session.get_inputs()]
         self.outputs = [_tensor_spec(value) for value in self._session.get_outputs()]
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[Array]:
-        """The named outputs for inputs (n, ...) of their dtype, contiguous. Raises what onnxruntime raises."""
+        """Return the named outputs for contiguous inputs (n, ...) of the right dtype. Raises onnxruntime's errors."""
         began_s = time.perf_counter()
         try:
             return self._run(outputs, feeds)
@@ -59,7 +59,7 @@ class Engine:
     def _run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[Array]:
         if not self._on_cpu:
             return gpu.run(self._session, outputs, feeds)
-        # This reads the arrays where they are, and answers with views of its own.
+        # This reads the arrays in place and returns views of onnxruntime's memory.
         results: list[Array] = self._session.run(list(outputs), dict(feeds))
         return results
 
@@ -67,12 +67,12 @@ class Engine:
 def _session(model: onnx.ModelProto, device: Device) -> onnxruntime.InferenceSession:
     providers = ["CPUExecutionProvider"] if device.is_cpu else gpu.providers(device, model)
     try:
-        # Without fallback, which would go on with the CPU, at the start or when a batch fails.
+        # With the fallback onnxruntime would silently use the CPU, at start or after a failed batch.
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), _options(device), providers=providers, enable_fallback=0
         )
     except Exception as error:
-        # onnxruntime's errors have no common type worth naming; all mean that the graph or the device is unusable.
+        # onnxruntime's errors have no useful common type; all mean that the graph or the device is unusable.
         missing = None if device.is_cpu else gpu.missing(device, error)
         raise StartError(missing or f"onnxruntime can't load the net on {device.name}: {_first_line(error)}") from error
     if not device.is_cpu:
@@ -86,7 +86,7 @@ def _options(device: Device) -> onnxruntime.SessionOptions:
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = device.arena
     options.log_severity_level = 3
-    # Threads that spin while they wait take the CPU from decoding.
+    # Spinning threads take CPU time from decoding.
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(device.spinning)))
     return options
 

@@ -1,6 +1,6 @@
-"""All that is only for GPUs: the providers' options, who is to blame where there is none, half precision, IO binding.
+"""The GPU's part of the runtime: options of the providers, messages for missing hardware, float16, IO binding.
 
-The engine comes here for ``use_device`` GPU alone.
+The engine uses this module only if ``use_device`` is a GPU.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _ERRORS_ONLY = 3
 
 
 def providers(device: Device, model: onnx.ModelProto) -> list[Any]:
-    """What onnxruntime shall run ``model`` on, the best first; the CPU is for what a GPU has no kernels for.
+    """Return the execution providers for ``model``, best first. The CPU runs operators without a GPU kernel.
 
-    Raises StartError where this onnxruntime was built without.
+    Raises StartError if this build of onnxruntime lacks the provider.
     """
     available = onnxruntime.get_available_providers()
     if _CUDA not in available:
@@ -34,7 +34,7 @@ def providers(device: Device, model: onnx.ModelProto) -> list[Any]:
     if device.tensorrt and _TENSORRT not in available:
         raise StartError("model_params.tensorrt is true, but this onnxruntime has no TensorRT")
     onnxruntime.set_default_logger_severity(_ERRORS_ONLY)
-    # CUDA may have come from the package index too, where the system's loader does not look.
+    # CUDA may be installed as Python packages, where the system's loader does not look.
     onnxruntime.preload_dlls()
     wanted: list[Any] = [(_CUDA, _cuda_options(device)), _CPU]
     if device.tensorrt:
@@ -45,7 +45,7 @@ def providers(device: Device, model: onnx.ModelProto) -> list[Any]:
 def _cuda_options(device: Device) -> dict[str, Any]:
     options: dict[str, Any] = {
         "device_id": device.index,
-        # Twice the memory each time it runs out, or no more than is asked for.
+        # Double the arena when it runs out, or extend it only as needed.
         "arena_extend_strategy": "kNextPowerOfTwo" if device.arena else "kSameAsRequested",
         "cudnn_conv_algo_search": device.cudnn_conv_algo_search,
         "use_tf32": int(device.tf32),
@@ -56,7 +56,7 @@ def _cuda_options(device: Device) -> dict[str, Any]:
 
 
 def _tensorrt_options(device: Device, model: onnx.ModelProto) -> dict[str, Any]:
-    """With profiles for every batch up to the largest: an engine that meets another size would be built anew."""
+    """Give profiles for all batches up to the largest: TensorRT would rebuild its engine for another size."""
     options: dict[str, Any] = {
         "device_id": device.index,
         "trt_fp16_enable": device.fp16,
@@ -76,7 +76,7 @@ def _tensorrt_options(device: Device, model: onnx.ModelProto) -> dict[str, Any]:
 
 
 def _shapes(model: onnx.ModelProto, batch: int) -> str:
-    """The inputs' shapes as TensorRT's provider takes them, ``name:1x3x224x224,...``, axes that are not fixed as 1."""
+    """Format the inputs' shapes for TensorRT's provider, ``name:1x3x224x224,...``; an axis that is not fixed is 1."""
     shapes = {
         value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim] for value in model.graph.input
     }
@@ -84,19 +84,19 @@ def _shapes(model: onnx.ModelProto, batch: int) -> str:
 
 
 def refuse_less(device: Device, got: Iterable[str]) -> None:
-    """Raises StartError where a session has other providers than it shall have: onnxruntime itself only warns."""
+    """Raise StartError if a session lacks a provider; onnxruntime itself only warns."""
     for name in ([_TENSORRT] if device.tensorrt else []) + [_CUDA]:
         if name not in got:
             raise StartError(_why(device, name))
 
 
 def missing(device: Device, error: Exception) -> str | None:
-    """What is missing where a session could not be made; None where it is not the device that failed."""
+    """Explain a failed session by the missing hardware or library; None if the device is not the cause."""
     if device.index >= count():
         return _why(device, _CUDA)
     if device.tensorrt and "TensorRT libraries" in str(error):
         return _why(device, _TENSORRT)
-    # It wants to know the sizes of what goes from one part to the next, which only onnxruntime does.
+    # TensorRT needs the sizes between the parts of a split graph, which only onnxruntime knows.
     if device.tensorrt and "no associated shape profiles" in str(error):
         return "model_params.tensorrt is true, but TensorRT can't run this net as a whole"
     return None
@@ -114,7 +114,7 @@ def _why(device: Device, missing: str) -> str:
 
 
 def count() -> int:
-    """How many GPUs CUDA's driver knows; 0 where there is none."""
+    """Return the number of GPUs that CUDA's driver knows; 0 without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -126,14 +126,14 @@ def count() -> int:
 
 
 def halved(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model computing in float16, its inputs and outputs as they were; the given one is used up.
+    """Convert a model to float16 inside, with float32 inputs and outputs; the given model must not be used again.
 
-    Operators that have no float16 on some device, such as NonMaxSuppression, keep float32.
+    Operators without float16 on some device, such as NonMaxSuppression, keep float32.
     """
-    # Here, since it is slow to import and changes where modules are looked for.
+    # Import it here: it is slow, and it changes sys.path.
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    # The converter from Caffe has said the type and shape of every value.
+    # The Caffe converter has set the type and shape of every value.
     converted: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True)
     return converted
 
@@ -141,9 +141,9 @@ def halved(model: onnx.ModelProto) -> onnx.ModelProto:
 def run(
     session: onnxruntime.InferenceSession, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
 ) -> list[NDArray[np.float32]]:
-    """As ``session.run``, with each input copied to where the graph wants it once, each output back once, if at all.
+    """Run a session, and copy each input and output at most once between host and device.
 
-    Each call has a binding of its own, so that several threads may call.
+    Each call has its own binding, so several threads may call at once.
     """
     binding = session.io_binding()
     for name, array in feeds.items():
@@ -151,5 +151,5 @@ def run(
     for name in outputs:
         binding.bind_output(name)
     session.run_with_iobinding(binding)
-    # As views of onnxruntime's memory; copy_outputs_to_cpu would copy them once more.
+    # Views of onnxruntime's memory; copy_outputs_to_cpu would copy them again.
     return [value.numpy() for value in binding.get_outputs()]

@@ -1,7 +1,7 @@
-"""A release's arithmetic as the first nodes of its graph: pixels go in as they are, and the runtime does the rest.
+"""Moves a release's arithmetic on pixels into its graph.
 
-A batch of uint8 is a quarter of the float32 that the net wants, on its way to the graph and to a GPU, and the runtime
-scales and transposes faster than numpy does. The results are the same: each step is one float32 operation either way.
+A batch of uint8 is a quarter of the float32 that the net needs, on its way to the graph and to a GPU, and onnxruntime
+scales and transposes faster than numpy. The results are the same: each step is one float32 operation either way.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from evaluator.runtime.preprocessing import Arithmetic
 
 
 def prepend(model: onnx.ModelProto, arithmetic: Arithmetic, *, on_cpu: bool = True) -> None:
-    """Gives a model with one input, (n, channels, height, width) float32, one for pixels in its place.
+    """Replace a model's only input, (n, channels, height, width) float32, by one for pixels.
 
-    That is (n, height, width, channels) uint8; what the input was is now computed from it, under the same name. The
-    model is changed as it stands, since it may be large. ``on_cpu`` chooses the nodes that are fastest there.
+    The new input is (n, height, width, channels) uint8; new nodes compute the old input from it, under its name. The
+    function changes the model in place, since it may be large. ``on_cpu`` chooses the nodes that are fastest there.
     """
     graph = model.graph
     (given,) = graph.input
@@ -30,13 +30,13 @@ def prepend(model: onnx.ModelProto, arithmetic: Arithmetic, *, on_cpu: bool = Tr
     pixels.type.tensor_type.elem_type = TensorProto.UINT8
     pixels.type.tensor_type.shape.dim.extend([batch, height, width, channels])
     if not on_cpu:
-        # TensorRT takes bytes only to cast them at once.
+        # TensorRT accepts bytes only if the first node casts them.
         steps.then("Cast", to=TensorProto.FLOAT)
     steps.then("Transpose", perm=[0, 3, 1, 2])
     if arithmetic.order:
         steps.then("Gather", np.array(arithmetic.order, np.int64), axis=1)
     if on_cpu:
-        # Bytes are moved at less cost than floats, and one pass makes floats of them and scales.
+        # Moving bytes is cheaper than moving floats, and one pass both converts and scales them.
         steps.then("DequantizeLinear", arithmetic.scale)
     elif arithmetic.scale != 1:
         steps.then("Mul", arithmetic.scale)
@@ -45,12 +45,12 @@ def prepend(model: onnx.ModelProto, arithmetic: Arithmetic, *, on_cpu: bool = Tr
     nodes = steps.chained(pixels.name)
     graph.input.pop()
     graph.input.append(pixels)
-    for place, node in enumerate(nodes):
-        graph.node.insert(place, node)
+    for index, node in enumerate(nodes):
+        graph.node.insert(index, node)
 
 
 class _Steps:
-    """Nodes one after the other, the last of which makes ``result``."""
+    """A chain of nodes; the last one makes ``result``."""
 
     def __init__(self, graph: onnx.GraphProto, result: str) -> None:
         self._graph = graph
@@ -59,14 +59,14 @@ class _Steps:
         self._nodes: list[onnx.NodeProto] = []
 
     def name(self, base: str) -> str:
-        """One that nothing in the graph has."""
+        """Return a name unused in the graph."""
         while base in self._taken:
             base += "_"
         self._taken.add(base)
         return base
 
     def then(self, op: str, constant: NDArray[np.generic] | np.generic | None = None, **attributes: Any) -> None:
-        """One more node, whose second input is ``constant``."""
+        """Add a node whose second input, if any, is ``constant``."""
         node = helper.make_node(op, [""], [""], name=self.name(f"pixels/{op}"), **attributes)
         if constant is not None:
             node.input.append(self.name(f"pixels/{op}/constant"))
@@ -74,7 +74,7 @@ class _Steps:
         self._nodes.append(node)
 
     def chained(self, source: str) -> list[onnx.NodeProto]:
-        """The nodes, from the value ``source`` on."""
+        """Return the nodes, connected from the value ``source`` on."""
         for node in self._nodes:
             node.input[0] = source
             source = self._result if node is self._nodes[-1] else self.name(f"{node.name}/output")

@@ -12,16 +12,21 @@ from numpy.typing import NDArray
 
 from atserving.errors import StartError
 from evaluator.caffe import ConversionError, convert
+from evaluator.net_config import NetConfig
 from evaluator.runtime import gpu
 from evaluator.runtime.device import Device
 from evaluator.runtime.engine import Array, Engine
 
 TEST = 1
-"""pycaffe's name for the only phase there is here."""
+"""pycaffe's name for the only phase that exists here."""
+
+
+PROTOTXT = "deploy.prototxt"
+CAFFEMODEL = "weight.caffemodel"
 
 
 class Blob:
-    """An input's or output's array, as ``net.blobs[name].data``."""
+    """The array of an input or output, as in ``net.blobs[name].data``."""
 
     def __init__(self, data: NDArray[Any]) -> None:
         self.data = data
@@ -31,20 +36,19 @@ class Blob:
         return self.data.shape
 
     def reshape(self, *shape: int) -> None:
-        """Makes the blob that large; what it held is lost."""
+        """Resize the blob; its values are lost."""
         self.data = np.zeros(shape, self.data.dtype)
 
 
-def converted(cfg: Mapping[str, Any], device: Device, outputs: Sequence[str] = ()) -> onnx.ModelProto:
-    """The net of a release as an ONNX model, from the ``cfg`` of ``net_init``; see Net for ``outputs``.
+def converted(config: NetConfig, device: Device, outputs: Sequence[str] = ()) -> onnx.ModelProto:
+    """Convert the net of a release to ONNX; see :class:`Net` for ``outputs``. Raises StartError.
 
-    Its inputs and outputs are float32, whatever ``device`` wants inside. Raises StartError.
+    Its inputs and outputs are float32, also if ``device`` computes in float16.
     """
-    files = cfg["tar_files"]
-    for name in ("deploy.prototxt", "weight.caffemodel"):
-        if name not in files:
+    for name in (PROTOTXT, CAFFEMODEL):
+        if name not in config.tar_files:
             raise StartError(f"the release's tar has no {name}")
-    model = _converted(files["deploy.prototxt"], files["weight.caffemodel"], outputs)
+    model = _converted(config.tar_files[PROTOTXT], config.tar_files[CAFFEMODEL], outputs)
     return gpu.halved(model) if device.halves_graph else model
 
 
@@ -56,11 +60,11 @@ def _converted(prototxt: str | Path, caffemodel: str | Path, outputs: Sequence[s
 
 
 class Net:
-    """``Net(prototxt, caffemodel, TEST)``, as in pycaffe.
+    """A net, ``Net(prototxt, caffemodel, TEST)`` as in pycaffe.
 
-    ``inputs`` and ``outputs`` are names, ``blobs`` the arrays of both; the parameter ``outputs`` names inner blobs that
-    shall be outputs too. ``run`` is for several threads at once; ``forward`` and ``blobs``, which it changes, are for
-    one. Raises StartError where the files can't be converted or the device can't be had.
+    ``inputs`` and ``outputs`` are names, and ``blobs`` holds the arrays of both. The parameter ``outputs`` names inner
+    blobs to have as outputs too. ``run`` is safe in several threads; ``forward``, which changes ``blobs``, is not.
+    Raises StartError if the files can't be converted or the device is not available.
     """
 
     def __init__(
@@ -80,16 +84,16 @@ class Net:
 
     @classmethod
     def of(cls, engine: Engine) -> Net:
-        """The net that an engine holds."""
+        """Wrap the net of an engine."""
         net = cls.__new__(cls)
         net._use(engine)
         return net
 
     @staticmethod
-    def load(cfg: Mapping[str, Any], outputs: Sequence[str] = ()) -> Net:
-        """The net of a release, from the ``cfg`` of ``net_init``; see the class for ``outputs``. Raises StartError."""
-        device = Device.of_release(cfg)
-        return Net.of(Engine(converted(cfg, device, outputs), device))
+    def load(config: NetConfig, outputs: Sequence[str] = ()) -> Net:
+        """Load the net of a release; see the class for ``outputs``. Raises StartError."""
+        device = Device.of_release(config)
+        return Net.of(Engine(converted(config, device, outputs), device))
 
     def _use(self, engine: Engine) -> None:
         self._engine = engine
@@ -102,30 +106,30 @@ class Net:
         }
 
     def input_shape(self, name: str) -> tuple[int | None, ...]:
-        """The sizes of an input without its batch axis; None where the net does not fix one."""
+        """Return the sizes of an input without its batch axis; None for a size that the net does not fix."""
         return next(blob.shape for blob in self._engine.inputs if blob.name == name)
 
     def output_shape(self, name: str) -> tuple[int | None, ...]:
-        """The sizes of an output without its first axis; None where the net does not fix one."""
+        """Return the sizes of an output without its first axis; None for a size that the net does not fix."""
         return next(blob.shape for blob in self._engine.outputs if blob.name == name)
 
     def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """The outputs (None: all) by name, (n, ...) float32, for every input by name, (n, ...).
+        """Return the outputs (None: all) by name, (n, ...) float32, for the inputs by name, (n, ...).
 
-        An input that is contiguous and of its blob's dtype is not copied. For several threads at once. Raises
-        KeyError for one that the net does not have, and what onnxruntime raises.
+        Copies no input that is contiguous and has its blob's dtype. Safe in several threads. Raises KeyError for an
+        unknown name, and the errors of onnxruntime.
         """
         names = self.outputs if outputs is None else outputs
         feeds = {name: np.ascontiguousarray(array, self._dtypes[name]) for name, array in inputs.items()}
         return dict(zip(names, self._engine.run(names, feeds), strict=True))
 
     def reshape(self) -> None:
-        """As pycaffe's, where it makes room for inputs of other sizes: here that needs nothing."""
+        """Do nothing. In pycaffe this makes room for inputs of other sizes."""
 
     def forward(self, given: Mapping[str, NDArray[Any]] | None = None, /, **named: NDArray[Any]) -> dict[str, Array]:
-        """As pycaffe's: like :meth:`run`, with the inputs not given read from ``blobs``, and the outputs left there.
+        """Run the net as pycaffe does: read missing inputs from ``blobs``, and leave the outputs there.
 
-        Inputs come as one mapping or as keywords. Raises KeyError for one that the net does not have.
+        Inputs come as one mapping or as keywords. Raises KeyError for an unknown input.
         """
         inputs = {**(given or {}), **named}
         for name in inputs:

@@ -1,4 +1,4 @@
-"""How many requests an instance holds: one more is refused at once, and so is every one once it is leaving."""
+"""Bounds the requests in flight in an instance, and refuses the rest at once; while draining, it refuses all."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _LEAST_RETRY_AFTER_S = 0.05
 
 
 class Capacity:
-    """A place for each request, from before it costs anything until it is answered. ``held <= limit``, always.
+    """Counts requests from their arrival to their reply; ``in_flight`` never exceeds ``limit``.
 
-    (Where ``most`` is lowered, those held may finish.)
+    After the limit is lowered, requests in flight may still finish.
     """
 
     def __init__(self, limit: int) -> None:
@@ -24,17 +24,17 @@ class Capacity:
         self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
-        # How long one request takes of those that are held together, in seconds, averaged over the last few.
+        # The seconds per request in flight, averaged over the last few: it predicts when capacity is free again.
         self._each_s = 0.0
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Raises ResourceExhausted where all capacity are taken, Unavailable while draining; both ``refused``."""
+        """Count one request. Raises ResourceExhausted at the limit, Unavailable while draining; both ``refused``."""
         if self._draining:
-            raise Unavailable("the instance is leaving", refused=True)
+            raise Unavailable("the instance is draining", refused=True)
         if self.in_flight >= self.limit:
             raise ResourceExhausted(
-                f"the instance holds {self.in_flight} requests, as many as it may",
+                f"the instance has {self.in_flight} requests in flight, which is its limit",
                 retry_after_s=max(self.in_flight * self._each_s, _LEAST_RETRY_AFTER_S),
                 refused=True,
             )
@@ -51,9 +51,9 @@ class Capacity:
                 self._empty.set()
 
     def drain(self) -> None:
-        """From now on ``hold`` refuses."""
+        """Refuse all requests from now on."""
         self._draining = True
 
     async def drained(self) -> None:
-        """Returns once nothing is held."""
+        """Return once no request is in flight."""
         await self._empty.wait()

@@ -1,4 +1,4 @@
-"""An instance's figures in the Prometheus format."""
+"""The metrics of an instance, in the Prometheus format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """Of one instance; every name begins with ``atserving_evaluator_``."""
+    """The metrics of one instance; every name begins with ``atserving_evaluator_``."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -47,13 +47,13 @@ class Metrics:
         ProcessCollector(namespace="atserving_evaluator", registry=self._registry)
 
     def observe(self, status: int, stages_ms: Mapping[str, float]) -> None:
-        """One request has come to its end."""
+        """Count one finished request."""
         self._requests.labels(str(status)).inc()
         for name, milliseconds in stages_ms.items():
             self._stages[name].observe(milliseconds / 1000)
 
     def of_worker(self, worker: WorkerSupervisor) -> None:
-        """Counts the worker's batches and restarts, and shows its memory and CPU beside this process's."""
+        """Count the worker's batches and restarts, and show its memory and CPU next to those of this process."""
         worker.on_batch = self._batches.observe
         worker.on_restart = self._restarts.inc
         self._gauge("queue_length", "Requests held that no engine or thread is at.", lambda: worker.queued)
@@ -62,7 +62,7 @@ class Metrics:
         )
 
     def of_capacity(self, held: Callable[[], float], most: Callable[[], float]) -> None:
-        """Shows how many requests are held, and may be."""
+        """Show the requests in flight, and their limit."""
         self._gauge("requests_held", "Requests held, from their arrival to their answer.", held)
         self._gauge("max_concurrent", "How many requests may be held.", most)
 
@@ -70,6 +70,6 @@ class Metrics:
         Gauge(f"atserving_evaluator_{name}", text, registry=self._registry).set_function(value)
 
     def expose(self, accept: str) -> tuple[bytes, str]:
-        """The text and its content type, in the format that a scraper's Accept header asks for."""
+        """Return the text and its content type, in the format of the scraper's Accept header."""
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type

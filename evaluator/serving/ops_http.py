@@ -1,4 +1,4 @@
-"""The instance's HTTP port, for operators: ``/metrics`` for Prometheus, ``/status`` as JSON."""
+"""The HTTP port for operators: ``/metrics`` for Prometheus, ``/status`` as JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from evaluator.serving.status import Status
 
 
 class OpsServer:
-    """Serves from before the net is loaded until the process ends. An async context manager."""
+    """Serves from before the net loads until the process ends. Use it as an async context manager."""
 
     def __init__(self, listen: str, metrics: Metrics, status: Status) -> None:
         self._listen = listen
@@ -23,7 +23,7 @@ class OpsServer:
         self.port = 0
 
     async def __aenter__(self) -> OpsServer:
-        """Raises StartError where the address can't be had."""
+        """Raises StartError if the address is not available."""
         host, _, port = self._listen.rpartition(":")
         await self._runner.setup()
         try:

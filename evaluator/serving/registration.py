@@ -1,4 +1,4 @@
-"""Keeps an instance registered: heartbeats over any of the registries, until it leaves."""
+"""Keeps an instance registered: sends heartbeats to any of the registries until it deregisters."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import grpc.aio
 import structlog
 
 from atserving import transport
+from atserving.addresses import Addresses
 from atserving.config import Instance
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 
@@ -20,32 +21,32 @@ _RETRY_S = (0.25, 3.0)
 
 
 class Registration:
-    """One instance's entry in the registries."""
+    """The registration of one instance."""
 
     def __init__(self, registries: Sequence[str], instance: Callable[[], Instance]) -> None:
-        """``instance`` says what to register now; its capacity may change."""
+        """``instance`` returns the current entry; its capacity may change."""
         self.registered = asyncio.Event()
-        """Set once a registry has taken the instance; never cleared."""
-        self._registries = transport.Addresses(registries)
+        """Set once a registry has accepted the instance; never cleared."""
+        self._registries = Addresses(registries)
         self._failed: set[str] = set()
         self._instance = instance
         self._renew = asyncio.Event()
         self._reported = ""
-        self._leaving = False
-        # A heartbeat that overtook the leaving would keep the instance registered until its lease runs out.
+        self._deregistered = False
+        # A heartbeat after the deregistration would keep the instance registered until its lease expires.
         self._calling = asyncio.Lock()
 
     def renew(self) -> None:
-        """Registers again soon, as when the capacity has changed."""
+        """Send a heartbeat now, for example after the capacity has changed."""
         self._renew.set()
 
     async def run(self) -> None:
-        """Registers, and again every third of the lease, until ``deregister``. A registry that fails gives way."""
+        """Send a heartbeat every third of the lease until ``deregister``; after a failure, try the next registry."""
         retry_s, longest_retry_s = _RETRY_S
         while True:
             self._renew.clear()
             async with self._calling:
-                if self._leaving:
+                if self._deregistered:
                     return
                 ttl_s = await self._heartbeat()
             if ttl_s:
@@ -57,7 +58,7 @@ class Registration:
                     await self._renew.wait()
 
     async def _heartbeat(self) -> float | None:
-        """The lease's time to live in seconds, from the first registry that takes the instance."""
+        """Register at the first registry that accepts. Return the lease's time to live in seconds; None if none did."""
         request = registry_pb2.RegisterInstanceRequest(instance=_proto(self._instance()))
         reason = "none is known"
         for address in await self._addresses():
@@ -67,29 +68,31 @@ class Registration:
                     response = await stub.RegisterInstance(request, timeout=_CALL_S)
                 self.registered.set()
                 self._failed.discard(address)
-                self._report("registered", instance=self._instance().key, address=self._instance().address)
+                self._report(
+                    log.info, "instance registered", instance=self._instance().key, address=self._instance().address
+                )
                 return max(response.ttl_ms, 1) / 1000
             except grpc.aio.AioRpcError as error:
                 reason = f"registry {address}: {error.details() or error.code().name}"
                 self._failed.add(address)
-        self._report("not registered, going on to serve and to try", reason=reason)
+        self._report(log.warning, "registration failed", reason=reason)
         return None
 
     async def _addresses(self) -> list[str]:
-        """Of all registries, those last that failed last."""
+        """Return the registries' addresses, recently failed ones last."""
         addresses = await self._registries.resolve()
         self._failed &= set(addresses)
         return sorted(addresses, key=self._failed.__contains__)
 
-    def _report(self, event: str, **fields: str) -> None:
-        """Logs the first of several that say the same, as heartbeats do."""
+    def _report(self, log_event: Callable[..., None], event: str, **fields: str) -> None:
+        """Log an event, but not repeatedly for each heartbeat."""
         if event != self._reported:
             self._reported = event
-            log.info(event, **fields)
+            log_event(event, **fields)
 
     async def deregister(self) -> None:
-        """Leaves for good, at the first registry that answers. Where none does, the lease runs out."""
-        self._leaving = True
+        """Deregister for good at the first registry that answers. If none does, the lease expires."""
+        self._deregistered = True
         self._renew.set()
         request = registry_pb2.DeregisterInstanceRequest(instance=_proto(self._instance()))
         async with self._calling:
@@ -98,10 +101,10 @@ class Registration:
                     async with transport.channel(address) as channel:
                         stub = registry_pb2_grpc.RegistryServiceStub(channel)
                         await stub.DeregisterInstance(request, timeout=_CALL_S)
-                    log.info("deregistered", instance=self._instance().key)
+                    log.info("instance deregistered", instance=self._instance().key)
                     return
                 except grpc.aio.AioRpcError as error:
-                    log.warning("not deregistered", registry=address, reason=error.details() or error.code().name)
+                    log.warning("deregistration failed", registry=address, reason=error.details() or error.code().name)
 
 
 def _proto(instance: Instance) -> registry_pb2.Instance:

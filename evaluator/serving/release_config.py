@@ -1,4 +1,4 @@
-"""What an instance needs of the config: its release, once, and its worker config, as it changes."""
+"""Follows the config of one version: its release, read once, and its worker config, which may change."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ log = structlog.get_logger()
 
 
 class VersionConfigFollower:
-    """The config of one version of one app, over any of the registries."""
+    """Follows one version of one app at any of the registries."""
 
     def __init__(self, registries: Sequence[str], app: str, version: str) -> None:
         self.on_worker: Callable[[WorkerConfig], None] = lambda _: None
-        """Called with the worker config whenever it has changed."""
+        """The follower calls this with the worker config after each change."""
         self._app, self._version = app, version
         self._key = release_key(app, version)
         self._follower = ConfigFollower(registries, self._changed, app)
@@ -27,13 +27,13 @@ class VersionConfigFollower:
         self._worker = self.worker
 
     async def run(self) -> None:
-        """Follows until cancelled."""
+        """Follow until cancelled."""
         await self._follower.run()
 
     async def release(self, wait_s: float) -> Release:
-        """The release, waited for; 0: for as long as it takes.
+        """Wait for the release for ``wait_s`` seconds (0: without limit) and return it.
 
-        Raises StartError where no registry answers, or it is not published.
+        Raises StartError if no registry answers, or none has published it.
         """
         try:
             async with reminding(self._missing), asyncio.timeout(wait_s or None):
@@ -55,7 +55,7 @@ class VersionConfigFollower:
 
     @property
     def worker(self) -> WorkerConfig:
-        """With every field set: the most specific key wins, field by field."""
+        """The worker config with every field set; the most specific key wins, field by field."""
         config = WorkerConfig()
         for key in worker_keys(self._app, self._version):
             value = self._follower.entries.get(key)
@@ -67,7 +67,7 @@ class VersionConfigFollower:
         if self._key in upserts:
             self._published.set()
         if self._key in deletes:
-            log.warning("the release was deleted; serving goes on until this process is stopped")
+            log.warning("release deleted", app=self._app, version=self._version)
         worker = self.worker
         if worker != self._worker:
             self._worker = worker

@@ -1,4 +1,4 @@
-"""What an instance says of itself: where it is in its life, why it failed, how its net runs."""
+"""The status of an instance: its state, why it failed, how its net runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = structlog.get_logger()
 
 
 class State(StrEnum):
-    """Where an instance is in its life, in this order."""
+    """The states of an instance, in order."""
 
     LOADING = "loading"
     SERVING = "serving"
@@ -29,36 +29,36 @@ class State(StrEnum):
 
 @dataclass
 class Status:
-    """The instance's own account, and the file it is kept in, which outlives the process."""
+    """The status, and the file that keeps it after the process has ended."""
 
     app: str
     version: str
     file: Path | None = None
     state: State = State.LOADING
     reason: str = ""
-    """Why it failed, in one line."""
+    """The reason of a failure, in one line."""
     address: str = ""
     device: str = ""
     plan: Plan | None = None
     changed_s: float = field(default_factory=time.time)
 
     def set(self, state: State, reason: str = "", **known: Any) -> None:
-        """Goes on to ``state``, with what is known from now on."""
+        """Enter ``state``, and set the fields in ``known``."""
         self.state, self.reason, self.changed_s = state, reason, time.time()
         for name, value in known.items():
             setattr(self, name, value)
         self.write()
 
     def write(self) -> None:
-        """Leaves the status in the file, if there is one: in place, as Kubernetes mounts a termination log."""
+        """Write the status to the file, if there is one, in place: Kubernetes mounts a termination log as one file."""
         if self.file:
             try:
                 self.file.write_bytes(self.to_json())
             except OSError as error:
-                log.warning("the status can't be written", reason=error.strerror)
+                log.warning("status write failed", reason=error.strerror)
 
     def to_json(self) -> bytes:
-        """One object; ``since`` is when the state was reached, in RFC 3339."""
+        """Return one JSON object; ``since`` is the time of the last change of state, in RFC 3339."""
         return orjson.dumps(
             {
                 "app": self.app,

@@ -1,4 +1,4 @@
-"""One life of the worker's process, as the evaluator holds it: started, spoken to, killed."""
+"""One worker process, as the front sees it: start, frames, end."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from evaluator.worker import channel
 from evaluator.worker.progress import Progress
 
 _SOCKET_BYTES = 4 << 20
-# What a worker that has ended has still said arrives at once; what it started may keep its end of the socket open.
-_LAST_WORDS_S = 0.2
+# The last frames of an ended worker arrive at once; its children may keep its end of the socket open.
+_LAST_FRAMES_S = 0.2
 
 Replies = Callable[[evaluator_pb2.ExchangeResponse], None]
 
 
 class WorkerProcess(asyncio.Protocol):
-    """Dead for good once it has died or was killed; ``ended`` is done then."""
+    """A worker process. ``ended`` is done once the process has ended; it never restarts."""
 
     def __init__(self, progress: Progress, replies: Replies) -> None:
-        """Starts nothing yet. ``replies`` is called with each frame of them."""
+        """Start nothing yet. The process calls ``replies`` with each frame of replies."""
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._progress = progress
         self._replies = replies
@@ -41,11 +41,11 @@ class WorkerProcess(asyncio.Protocol):
 
     @property
     def pid(self) -> int | None:
-        """Of the process, once it is started."""
+        """The process's id; None before its start."""
         return self._popen.pid if self._popen else None
 
     async def start(self, start: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """Starts the process with what it is to load; what it says of that. Raises StartError."""
+        """Start the process with the frame ``start``, and return its start reply. Raises StartError."""
         ours, theirs = socket.socketpair()
         for each in (ours, theirs):
             each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
@@ -55,9 +55,9 @@ class WorkerProcess(asyncio.Protocol):
             [sys.executable, "-m", "evaluator.worker.main", *map(str, descriptors)],
             pass_fds=descriptors,
             stdin=subprocess.DEVNULL,
-            # What a script prints must not look like this process's own output.
+            # The output of a script must not look like output of this process.
             stdout=2,
-            # Signals of a terminal are not for it, and what it starts can be killed with it.
+            # A session of its own keeps the terminal's signals away, and lets one signal kill its children too.
             start_new_session=True,
         )
         theirs.close()
@@ -84,12 +84,12 @@ class WorkerProcess(asyncio.Protocol):
         return said
 
     def send(self, kind: channel.Kind, *payload: bytes) -> None:
-        """Never waits: what is sent is bounded by who sends. The payload may be in parts."""
+        """Send a frame, whose payload may come in parts, without waiting: the callers bound what they send."""
         if self._transport and not self._transport.is_closing():
             self._transport.writelines([channel.HEAD.pack(kind, sum(map(len, payload))), *payload])
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are no subclasses of asyncio's.
+        # uvloop's transports do not inherit from asyncio's.
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
@@ -108,7 +108,7 @@ class WorkerProcess(asyncio.Protocol):
             try:
                 self._frame(kind, payload)
             except Exception:
-                # A script that writes to the socket itself says what no host would.
+                # Malformed: a script wrote to the socket itself.
                 self.kill()
                 return
         if start:
@@ -132,21 +132,21 @@ class WorkerProcess(asyncio.Protocol):
         os.close(self._pidfd)
         self._kill_group()
         self._popen.wait()
-        loop.call_later(_LAST_WORDS_S, self._end)
+        loop.call_later(_LAST_FRAMES_S, self._end)
 
     def kill(self) -> None:
-        """Ends the process, with all that it started in its group."""
+        """Kill the process and its group."""
         self._kill_group()
         if self._transport:
             self._transport.abort()
         self._end()
 
     async def gone(self) -> int | None:
-        """Returns once the process, which was killed or has ended, is no more: its status, as subprocess has it."""
+        """Wait for the end of a process that was killed or ends itself; return its status as subprocess does."""
         return await asyncio.to_thread(self._popen.wait) if self._popen else None
 
     def _kill_group(self) -> None:
-        # Its id can't be another's before it has been waited for.
+        # Nobody else gets its id before it is waited for.
         if self._popen and self._popen.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._popen.pid, signal.SIGKILL)

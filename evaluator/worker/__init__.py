@@ -1,10 +1,8 @@
-"""The process that a release's net runs in, and the evaluator's hold on it.
+"""The worker process, which runs the net of a release, built in or scripted.
 
-A net of any kind, built in or a release's `net.py`, is in a process of its own: whatever it does, or native code below
-it, the evaluator lives and others get their answers. And what decodes and runs nets has an interpreter of its own,
-beside the one that talks gRPC.
+A crash of the net, or of native code below it, ends only this process: the front survives and retries the other
+requests. The worker also has a Python interpreter of its own, so that decoding and inference do not compete with gRPC.
 
-`host` is that process. `process` is one life of it as the evaluator holds it, `worker` starts it again when it has
-died, finds who is to blame, and runs the others' requests again. `wire` is how the two speak, `progress` where the host
-writes down what it is at.
+``main`` is the process, ``batcher`` and ``schedule`` run its threads, ``planning`` decides how many there are. The
+front imports only ``plan``, ``progress`` and ``channel``.
 """

@@ -1,6 +1,6 @@
-"""Dynamic batching in a worker: its threads take from the schedule what is due, do it, and answer.
+"""Dynamic batching: the worker's threads take work from the schedule, do it, and report the results.
 
-Knows nothing of gRPC, images or nets.
+This module knows nothing of gRPC, images or nets.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from evaluator.worker.schedule import Expired, Forward, Item, Prepare, Schedule,
 
 log = structlog.get_logger()
 
-# What takes less is mostly Python, which threads only take from each other.
+# Faster preparation is mostly Python, and more threads would only contend for the GIL.
 _WORTH_HELP_S = 0.0005
 
 
 @dataclass(frozen=True)
 class ItemResult:
-    """The outcome of one request and where its time went, in seconds."""
+    """The outcome of one request, and the seconds of each stage."""
 
     item: Item
     outcome: Any
-    """What ``infer`` gave for it, or the ServingError it failed with."""
+    """The result of ``infer``, or the ServingError of a failed request."""
     queue_s: float = 0.0
     forward_s: float = 0.0
     postprocess_s: float = 0.0
@@ -37,17 +37,17 @@ class ItemResult:
 
 
 class Work(Protocol):
-    """What there is to do with requests. Calls may take long, and may raise a ServingError."""
+    """The work on requests. Its calls may take long, and may raise a ServingError."""
 
     def prepare(self, item: Item) -> Any:
-        """What ``infer`` takes of a request."""
+        """Prepare a request for ``infer``."""
 
     def infer(self, prepared: Sequence[Any]) -> tuple[Sequence[Any], float]:
-        """One outcome a request, in order, and the seconds that the engine itself took."""
+        """Return one outcome per request, in order, and the seconds inside the engine."""
 
 
 class ProgressLog(Protocol):
-    """Where a thread writes down which requests it is at, for who has to find out why a process died."""
+    """Records the requests of each thread, so that the supervisor can find the cause of a crash."""
 
     def begin(self, thread: int, ids: Sequence[int], *, preparing: bool) -> None: ...
 
@@ -55,46 +55,45 @@ class ProgressLog(Protocol):
 
 
 class Batcher:
-    """Threads that answer requests. Each request gets one answer, whatever happens to it.
+    """Runs requests in threads. Each request gets exactly one result.
 
-    Where a batch fails as a whole, its requests run again one by one: only those to blame fail.
+    If a batch fails as a whole, its requests run again one by one, so that only the faulty ones fail.
 
-    The threads are either lanes, each of which prepares a batch and then runs it, or some that only run batches. Others
-    that only prepare are beside them; beside lanes they help only where preparing takes long enough to be worth it.
+    Engine threads either are lanes, which prepare a batch and then run it, or only run batches. Preparer threads only
+    prepare; next to lanes they help only if preparing takes long enough.
     """
 
     def __init__(
         self,
         schedule: Schedule,
         work: Work,
-        answer: Callable[[Sequence[ItemResult]], None],
+        report: Callable[[Sequence[ItemResult]], None],
         progress: ProgressLog,
         *,
         lanes: bool,
     ) -> None:
-        """``answer`` is called with what is done, from any of the threads."""
+        """Any thread calls ``report`` with the results of requests that are done."""
         self._schedule = schedule
         self._work = work
-        self._answer = answer
+        self._report = report
         self._progress = progress
         self._items: dict[int, Item] = {}
         self._lock = threading.Lock()
-        # Who waits for what is ready, or is a lane, and who for what has arrived. The last to come is woken first: what
-        # it worked with is still in its CPU's cache.
+        # Idle engine threads, and idle preparers. The last one to go idle wakes first: its CPU's cache is still warm.
         self._forwarders: list[threading.Condition] = []
         self._preparers: list[threading.Condition] = []
         self._lanes = lanes
         self._prepare_s = 0.0
 
     def submit(self, items: Sequence[Item]) -> None:
-        """Takes requests in; their ids are not those of others that are still unanswered."""
+        """Take requests in. Their ids must differ from those of all requests without a result."""
         with self._lock:
             self._items.update((item.id, item) for item in items)
             self._schedule.arrive(items)
             self._wake(len(items))
 
     def cancel(self, ids: Iterable[int]) -> None:
-        """Nobody waits for these any more. What waits leaves; what runs is finished."""
+        """Drop requests whose callers have left. A waiting request leaves; a running one finishes."""
         with self._lock:
             items = [item for id_ in ids if (item := self._items.get(id_))]
             removed = [item for item in items if self._schedule.remove(item)]
@@ -102,13 +101,13 @@ class Batcher:
         self._fail(removed, DeadlineExceeded("the caller has gone"))
 
     def configure(self, *, delay_s: float) -> None:
-        """Applies from now on, to what waits as well."""
+        """Set how long an idle engine waits for a full batch; this also applies to waiting requests."""
         with self._lock:
             self._schedule.delay_s = delay_s
             _wake(self._forwarders, len(self._forwarders))
 
     def run(self, thread: int, *, forwards: bool, prepares: bool) -> None:
-        """One thread's loop; never returns. ``thread`` is its place in the progress."""
+        """Run one thread's loop, which never returns. ``thread`` is its slot in the progress log."""
         while True:
             match self._next(forwards=forwards, prepares=prepares):
                 case Prepare(items):
@@ -131,7 +130,7 @@ class Batcher:
                 mine = threading.Condition(self._lock)
                 idlers = self._forwarders if forwards else self._preparers
                 idlers.append(mine)
-                # Woken, it has been taken out; by the time, it is still there.
+                # On a notification the waker has removed it; on a timeout remove it here.
                 if not mine.wait(None if math.isinf(work.until_s) else work.until_s - now_s) and mine in idlers:
                     idlers.remove(mine)
 
@@ -140,7 +139,7 @@ class Batcher:
         return not self._lanes or self._prepare_s >= _WORTH_HELP_S
 
     def _wake(self, count: int = 1) -> None:
-        """Where there is more to do, as many threads as may be idle; each wakes the next."""
+        """Wake up to ``count`` idle threads if there is work for them."""
         if self._schedule.has_arrived:
             if self._lanes:
                 _wake(self._forwarders, count)
@@ -152,7 +151,7 @@ class Batcher:
     def _prepare(self, thread: int, item: Item, forwards: bool) -> None:
         began_s = time.monotonic()
         error: ServingError | None = None
-        if item.gone or item.expires_s <= began_s:
+        if item.cancelled or item.expires_s <= began_s:
             error = DeadlineExceeded("the deadline passed, or the caller has gone")
         else:
             self._progress.begin(thread, [item.id], preparing=True)
@@ -161,7 +160,7 @@ class Batcher:
             except ServingError as failure:
                 error = failure
             except Exception:
-                log.exception("a request could not be prepared")
+                log.exception("request preparation failed")
                 error = Internal("the evaluator failed to prepare the request")
             finally:
                 self._progress.end(thread)
@@ -169,7 +168,7 @@ class Batcher:
         with self._lock:
             self._prepare_s += (item.prepare_s - self._prepare_s) / 8
             waits = self._schedule.prepared(item, fit=error is None)
-            # A lane runs a single request itself: to wake another for it would only cost.
+            # A lane runs a single request itself; waking another thread would cost more.
             if self._schedule.ready > forwards:
                 _wake(self._forwarders)
         if not waits:
@@ -188,7 +187,7 @@ class Batcher:
             return
         self._progress.end(thread)
         postprocess_s = time.monotonic() - began_s - forward_s
-        self._reply(
+        self._finish(
             [
                 ItemResult(
                     item,
@@ -208,19 +207,19 @@ class Batcher:
                 self._forward(thread, [item])
             return
         if not isinstance(error, ServingError):
-            log.error("a batch failed unexpectedly", exc_info=error)
+            log.error("batch failed", exc_info=error)
             error = Internal("the forward pass failed")
         self._fail(items, error)
 
     def _fail(self, items: Sequence[Item], error: ServingError) -> None:
         if items:
-            self._reply([ItemResult(item, error) for item in items])
+            self._finish([ItemResult(item, error) for item in items])
 
-    def _reply(self, answers: Sequence[ItemResult]) -> None:
+    def _finish(self, results: Sequence[ItemResult]) -> None:
         with self._lock:
-            for answer in answers:
-                del self._items[answer.item.id]
-        self._answer(answers)
+            for result in results:
+                del self._items[result.item.id]
+        self._report(results)
 
 
 def _wake(idlers: list[threading.Condition], count: int = 1) -> None:

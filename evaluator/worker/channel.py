@@ -1,7 +1,7 @@
-"""What goes between the evaluator and its worker over a socket: frames of protobuf or JSON.
+"""The protocol between front and worker: frames of protobuf or JSON over a socket.
 
-The worker may be a release's script: what comes from it is only ever parsed, never unpickled. Calls and replies are the
-messages that gates and evaluators exchange (`evaluator.proto`); how a worker starts and is set is JSON.
+The worker may run a release's script, so the front only parses its frames and never unpickles. Calls and replies are
+the messages between gates and instances (``evaluator.proto``); start and settings are JSON.
 """
 
 from __future__ import annotations
@@ -15,52 +15,52 @@ from typing import cast
 from atserving.v1 import evaluator_pb2
 
 HEAD = struct.Struct("<BI")
-"""Before each frame: its kind, and its length in bytes."""
+"""The head of each frame: its kind, and its length in bytes."""
 
 MAX_BYTES_BACK = 128 << 20
-"""The longest frame that is taken from a worker: replies are sent before they come to so much together."""
+"""The longest frame that the front accepts from a worker, which splits larger groups of replies."""
 
 _LENGTH = struct.Struct("<I")
 
 
 class Kind(IntEnum):
-    """What a frame holds."""
+    """The kind of a frame."""
 
     START = 1
-    """To the worker: JSON, the `cfg` of the net and what else it needs to start. Back: how it went."""
+    """To the worker: JSON with the net's ``cfg``, the plan and the delay. Back: JSON with the plan, or the error."""
     SETTINGS = 2
-    """To the worker: JSON, what may change while it runs."""
+    """To the worker: JSON with the settings that may change at run time."""
     CALLS = 3
-    """To the worker: Calls, see :func:`calls`."""
+    """To the worker: calls, encoded by :func:`calls`."""
     CANCELLED = 4
-    """To the worker: ids of calls, as JSON, that nobody waits for any more."""
+    """To the worker: JSON, the ids of calls whose callers have left."""
     REPLIES = 5
-    """From the worker: an ExchangeResponse. Each call gets one reply, be it cancelled."""
+    """From the worker: an ExchangeResponse. Each call gets one reply, also a cancelled one."""
 
 
-def send(channel: socket.socket, kind: Kind, payload: bytes) -> None:
-    """Raises OSError where the other end has gone."""
+def send(connection: socket.socket, kind: Kind, payload: bytes) -> None:
+    """Send one frame. Raises OSError if the other end has closed."""
     head = HEAD.pack(kind, len(payload))
     if len(payload) < 1 << 16:
-        channel.sendall(head + payload)
+        connection.sendall(head + payload)
     else:
-        channel.sendall(head)
-        channel.sendall(payload)
+        connection.sendall(head)
+        connection.sendall(payload)
 
 
-def receive(channel: socket.socket) -> tuple[int, bytes]:
-    """One frame. Raises OSError, and EOFError where the other end has closed."""
-    kind, length = HEAD.unpack(_exactly(channel, HEAD.size))
-    return kind, _exactly(channel, length)
+def receive(connection: socket.socket) -> tuple[int, bytes]:
+    """Receive one frame. Raises OSError, and EOFError if the other end has closed."""
+    kind, length = HEAD.unpack(_exactly(connection, HEAD.size))
+    return kind, _exactly(connection, length)
 
 
 def calls(serialized: Sequence[bytes]) -> list[bytes]:
-    """The payload of a frame of calls, in parts, which may be large and are not copied: each after its length."""
+    """Return the payload of a frame of calls in parts: each call after its length, without a copy."""
     return [part for each in serialized for part in (_LENGTH.pack(len(each)), each)]
 
 
 def read_calls(payload: bytes) -> Iterator[evaluator_pb2.Call]:
-    """The calls of a frame."""
+    """Decode the calls of a frame."""
     view, start = memoryview(payload), 0
     while start < len(view):
         (length,) = _LENGTH.unpack_from(view, start)
@@ -69,11 +69,11 @@ def read_calls(payload: bytes) -> Iterator[evaluator_pb2.Call]:
         start += length
 
 
-def _exactly(channel: socket.socket, length: int) -> bytes:
-    # One call and no copy, but where a signal cuts it short.
-    data = channel.recv(length, socket.MSG_WAITALL) if length else b""
+def _exactly(connection: socket.socket, length: int) -> bytes:
+    # One system call without a copy, unless a signal interrupts it.
+    data = connection.recv(length, socket.MSG_WAITALL) if length else b""
     while len(data) < length:
-        more = channel.recv(length - len(data), socket.MSG_WAITALL)
+        more = connection.recv(length - len(data), socket.MSG_WAITALL)
         if not more:
             raise EOFError
         data += more

@@ -1,7 +1,7 @@
-"""The process that holds a release's net: ``python -m evaluator.worker.main <socket> <progress memory>``.
+"""The worker process, which runs a release's net: ``python -m evaluator.worker.main <socket> <progress memory>``.
 
-Its main thread is an engine, and the only one of a script; others run batches beside it, or prepare requests, as the
-plan says. The evaluator's end of the socket closing ends the process, and what a script has started in its group.
+Its main thread is an engine, and a script's only one. The plan may add threads to run batches or to prepare requests.
+When the front closes its end of the socket, the worker kills its process group, with all children of a script.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from atserving.errors import ServingError, StartError
 from atserving.telemetry import configure_logging
 from atserving.v1 import evaluator_pb2
 from evaluator import nets, scripting
-from evaluator.limits import Limits
-from evaluator.net_contract import DEFAULT_NET, SCRIPT, Config
+from evaluator.net_config import NetConfig
 from evaluator.runtime import engine
 from evaluator.worker import channel, planning, request_codec, script
 from evaluator.worker.batcher import Batcher, ItemResult
@@ -39,40 +38,41 @@ from evaluator.worker.schedule import Item, Schedule
 
 log = structlog.get_logger()
 
-_MANY_BYTES = 16 << 20
+_REPLY_FRAME_BYTES = 16 << 20
 
 
 class Worker:
-    """A loaded net, and the evaluator at the other end of the socket."""
+    """A loaded net that answers the front's calls."""
 
-    def __init__(self, socket_: socket.socket, progress: Progress) -> None:
-        self._socket = socket_
+    def __init__(self, connection: socket.socket, progress: Progress) -> None:
+        self._connection = connection
         self._progress = progress
         self._sending = threading.Lock()
 
     def run(self) -> None:
-        """Loads the net, says how that went, and answers calls as long as there is anybody to answer to."""
+        """Load the net, report the outcome, and answer calls until the front closes the socket."""
         try:
-            kind, payload = channel.receive(self._socket)
+            kind, payload = channel.receive(self._connection)
             assert kind == channel.Kind.START
             start = orjson.loads(payload)
         except (EOFError, OSError):
             return
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        config = NetConfig.from_cfg(start["cfg"])
         try:
-            runner, plan = load(start["cfg"], Plan(**start["plan"]) if start["plan"] else None)
+            runner, plan = load(config, Plan(**start["plan"]) if start["plan"] else None)
         except StartError as error:
             self._send(channel.Kind.START, orjson.dumps({"error": str(error)}))
             return
-        # How long calls take, for who has to tell what is stuck.
+        # The supervisor needs the longest calls to detect a stuck one.
         longest_s = [runner.longest_prepare_s, runner.longest_infer_s]
         self._send(channel.Kind.START, orjson.dumps({"plan": plan, "longest_s": longest_s}))
-        self._serve(runner, plan, start["delay_s"], start["cfg"])
+        self._serve(runner, plan, start["delay_s"], config)
 
-    def _serve(self, runner: NetRunner, plan: Plan, delay_s: float, cfg: Config) -> None:
+    def _serve(self, runner: NetRunner, plan: Plan, delay_s: float, config: NetConfig) -> None:
         schedule = Schedule(batch_size=plan.batch_size, engines=plan.engines, delay_s=delay_s)
-        work = NetWork(runner, _folder(cfg), Limits.of_release(cfg["custom_values"]).max_bytes)
-        batcher = Batcher(schedule, work, self._answer, self._progress, lanes=plan.lanes)
+        work = NetWork(runner, _request_folder(config), config.limits.max_bytes)
+        batcher = Batcher(schedule, work, self._report, self._progress, lanes=plan.lanes)
         threading.Thread(target=self._read, args=(batcher,), name="reader", daemon=True).start()
         for number in range(1, plan.engines + plan.preparers):
             threading.Thread(target=self._work, args=(batcher, number, plan), daemon=True).start()
@@ -80,26 +80,26 @@ class Worker:
 
     @staticmethod
     def _work(batcher: Batcher, number: int, plan: Plan) -> None:
-        """A thread's life, which is the process's: with fewer threads than planned it would only seem to be well."""
+        """Run one thread of the batcher; end the process if it fails, since the plan counts on every thread."""
         forwards = number < plan.engines
         try:
             batcher.run(number, forwards=forwards, prepares=plan.lanes or not forwards)
         except BaseException:
-            log.exception("a thread of the worker failed")
+            log.exception("thread failed")
         end()
 
     def _watch(self) -> None:
-        """Ends the process when the evaluator has gone, be it while the net is loaded, which reads nothing."""
+        """End the process when the front closes the socket, also during loading, when nothing reads the socket."""
         poll = select.poll()
-        poll.register(self._socket, select.POLLRDHUP)
+        poll.register(self._connection, select.POLLRDHUP)
         poll.poll()
         end()
 
     def _read(self, batcher: Batcher) -> None:
-        """Takes calls in until the evaluator has gone, and then ends the process."""
+        """Take calls until the front closes the socket, then end the process."""
         try:
             while True:
-                kind, payload = channel.receive(self._socket)
+                kind, payload = channel.receive(self._connection)
                 match kind:
                     case channel.Kind.CALLS:
                         now_s = time.monotonic()
@@ -111,22 +111,22 @@ class Worker:
         except (EOFError, OSError):
             end()
         except BaseException:
-            # Memory, mostly. Nobody would ever read here again.
-            log.exception("the worker failed")
+            # Out of memory, most likely. Without a reader the worker is of no use.
+            log.exception("worker failed")
             end()
 
-    def _answer(self, answers: Sequence[ItemResult]) -> None:
-        for answer in answers:
-            if answer.item.prepared and answer.item.prepared.files:
-                answer.item.prepared.files.remove()
+    def _report(self, results: Sequence[ItemResult]) -> None:
+        for result in results:
+            if result.item.prepared and result.item.prepared.files:
+                result.item.prepared.files.remove()
         replies: list[evaluator_pb2.Reply] = []
         size = 0
-        for answer in answers:
-            if size > _MANY_BYTES:
+        for result in results:
+            if size > _REPLY_FRAME_BYTES:
                 self._send_replies(replies)
                 replies, size = [], 0
-            replies.append(_reply(answer, leads=answer is answers[0]))
-            size += len(answer.outcome.json or answer.outcome.stream or "") if isinstance(answer.outcome, Result) else 0
+            replies.append(_reply(result, leads=result is results[0]))
+            size += len(result.outcome.json or result.outcome.stream or "") if isinstance(result.outcome, Result) else 0
         self._send_replies(replies)
 
     def _send_replies(self, replies: Sequence[evaluator_pb2.Reply]) -> None:
@@ -135,22 +135,22 @@ class Worker:
     def _send(self, kind: channel.Kind, payload: bytes) -> None:
         try:
             with self._sending:
-                channel.send(self._socket, kind, payload)
+                channel.send(self._connection, kind, payload)
         except OSError:
             end()
 
 
 class NetWork:
-    """What a batcher's threads do: the net's functions."""
+    """The work of the batcher's threads: prepares requests and runs the net."""
 
     def __init__(self, runner: NetRunner, folder: Path | None, max_bytes: int) -> None:
-        """``folder``: where requests' resources are files meanwhile; None where the net wants no files."""
+        """``folder`` holds the resources of requests as files; None if the net needs no files."""
         self._runner = runner
         self._folder = folder
         self._max_bytes = max_bytes
 
     def prepare(self, item: Item) -> Prepared:
-        """Raises ServingError."""
+        """Read and prepare a call's request. Raises a ServingError."""
         request: evaluator_pb2.InferRequest = item.request
         req = request_codec.read(request, self._max_bytes)
         if not self._folder:
@@ -164,31 +164,29 @@ class NetWork:
             raise
 
     def infer(self, prepared: Sequence[Prepared]) -> tuple[list[Result | ServingError], float]:
-        """The outcomes, and the seconds in the engine. Raises ServingError where the batch as a whole failed."""
+        """Return the outcomes, and the seconds in the engine. Raises a ServingError if the batch as a whole failed."""
         before_s = engine.spent_s()
         return self._runner.infer(prepared), engine.spent_s() - before_s
 
 
-def load(cfg: Config, known: Plan | None) -> tuple[NetRunner, Plan]:
-    """The net, warm, and how it is to run: as ``known`` says, where that was found out before. Raises StartError."""
-    if SCRIPT in cfg["tar_files"]:
-        scripting.begin(cfg)
-        functions = script.load(Path(cfg["tar_files"][SCRIPT]))
-        os.chdir(cfg["custom_values"]["workspace"])
-        folder = _folder(cfg)
-        assert folder
-        folder.mkdir(exist_ok=True)
-        # Of a process that died.
-        for path in folder.iterdir():
-            path.unlink()
-        return planning.for_script(NetRunner(functions, cfg), folder)
-    functions = nets.built_in(cfg["custom_values"].get("net", DEFAULT_NET))
-    return planning.for_built_in(functions, cfg, known)
+def load(config: NetConfig, known: Plan | None) -> tuple[NetRunner, Plan]:
+    """Return the warm net and its plan, which is ``known`` after a restart. Raises StartError."""
+    folder = _request_folder(config)
+    if not (config.script and folder):
+        return planning.for_built_in(nets.built_in(config.net), config, known)
+    scripting.begin(config)
+    load_script = script.load(config.script)
+    os.chdir(folder.parent)
+    folder.mkdir(exist_ok=True)
+    # Files left by a crashed worker.
+    for path in folder.iterdir():
+        path.unlink()
+    return planning.for_script(NetRunner(load_script, config), folder)
 
 
-def _folder(cfg: Config) -> Path | None:
-    """Where a script's requests have their files; None for a built-in net, which needs none."""
-    return Path(cfg["custom_values"]["workspace"]) / "requests" if SCRIPT in cfg["tar_files"] else None
+def _request_folder(config: NetConfig) -> Path | None:
+    """Return the folder for the files of a script's requests; None for a built-in net, which needs none."""
+    return config.workspace / "requests" if config.script and config.workspace else None
 
 
 def _item(call: evaluator_pb2.Call, now_s: float) -> Item:
@@ -196,16 +194,16 @@ def _item(call: evaluator_pb2.Call, now_s: float) -> Item:
     return Item(call.id, call.request, now_s, expires_s)
 
 
-def _reply(answer: ItemResult, leads: bool) -> evaluator_pb2.Reply:
+def _reply(result: ItemResult, leads: bool) -> evaluator_pb2.Reply:
     return evaluator_pb2.Reply(
-        id=answer.item.id,
-        response=_response(answer.outcome),
+        id=result.item.id,
+        response=_response(result.outcome),
         stages=evaluator_pb2.Stages(
-            decode_us=_us(answer.item.prepare_s),
-            queue_us=_us(answer.queue_s),
-            forward_us=_us(answer.forward_s),
-            postprocess_us=_us(answer.postprocess_s),
-            batch_size=answer.batch_size,
+            decode_us=_us(result.item.prepare_s),
+            queue_us=_us(result.queue_s),
+            forward_us=_us(result.forward_s),
+            postprocess_us=_us(result.postprocess_s),
+            batch_size=result.batch_size,
             leads=leads,
         ),
     )
@@ -224,23 +222,23 @@ def _response(outcome: Any) -> evaluator_pb2.InferResponse:
 
 
 def end() -> NoReturn:
-    """Ends the process, along with what a script has started in its group, which is this process's own."""
+    """Kill the process group: this process, and all children of a script."""
     os.killpg(0, signal.SIGKILL)
     raise SystemExit
 
 
 def main() -> None:
-    """Serves the socket and the progress memory whose descriptors are the arguments."""
-    socket_, progress = socket.socket(fileno=int(sys.argv[1])), Progress(int(sys.argv[2]))
+    """Serve the socket and the progress memory whose descriptors are the arguments."""
+    connection, progress = socket.socket(fileno=int(sys.argv[1])), Progress(int(sys.argv[2]))
     sys.argv = ["net.py"]
-    # The terminal's Ctrl-C is for the evaluator, which ends this process when it is done.
+    # The terminal's Ctrl-C is for the front. It drains, and then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     configure_logging("evaluator")
     faulthandler.enable()
     sys.stdout = script.LogLines()
-    # The threads here are the parallelism; OpenCV's own would only compete with them.
+    # The worker's threads use all CPUs; threads of OpenCV would compete with them.
     cv2.setNumThreads(1)
-    Worker(socket_, progress).run()
+    Worker(connection, progress).run()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A loaded net: its model and its three functions, and what their answers mean."""
+"""Calls a loaded net, and checks and encodes its results."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import orjson
 import structlog
 
 from atserving.errors import Internal, NetError, ServingError, StartError
-from evaluator.net_contract import Config, Model, NetFunctions, Req
+from evaluator.net_config import NetConfig
+from evaluator.net_contract import LoadNet, Req
 from evaluator.worker.request_codec import Files
 
 log = structlog.get_logger()
 
 MAX_RESULT_BYTES = 48 << 20
-"""The most that one answer may measure: with what goes along in its message, less than a message may."""
+"""The largest result; with the rest of its message it stays below the limit of a message."""
 
 _MAX_MESSAGE_LENGTH = 4096
 _CODES = range(-(2**31), 2**31)
@@ -31,14 +32,15 @@ class Prepared:
     """A request that is ready for the engine."""
 
     reqid: str
-    req: Req
+    req: Any
+    """The request after ``preprocess`` of the net."""
     files: Files | None = None
-    """Those of its resources, which are removed once it is answered."""
+    """The files of its resources; the worker removes them after the reply."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the net answered: ``json``, a JSON document, or ``stream``, bytes; the other is None."""
+    """A net's result: ``json``, a JSON document, or ``stream``, bytes; the other is None."""
 
     message: str
     json: bytes | None = None
@@ -46,40 +48,33 @@ class Result:
 
 
 class NetRunner:
-    """Calls the functions of a net in this process. ``prepare`` is for many threads, ``infer`` for the net's engines.
+    """Calls a net in this process: many threads ``prepare``, the net's engines ``infer``.
 
-    What a net raises goes to the log with its trace; the caller learns only that the net failed.
+    It logs the net's exceptions with their traces; the caller only learns that the net failed.
     """
 
-    def __init__(self, functions: NetFunctions, cfg: Config) -> None:
-        """Loads the net, which may take long. Raises StartError."""
+    def __init__(self, load: LoadNet, config: NetConfig) -> None:
+        """Load the net, which may take long. Raises StartError."""
         self.longest_prepare_s = self.longest_infer_s = 0.0
-        """The longest that a call of ``net_preprocess`` and of ``net_inference`` took so far."""
-        self._functions = functions
-        self._workspace = Path(cfg["custom_values"]["workspace"]).resolve()
-        # What a net makes to send is removed when it is sent; what came with the release stays.
-        self._kept = {Path(path).resolve() for name in ("tar_files", "custom_files") for path in cfg[name].values()}
+        """The longest call of the net's ``preprocess`` and ``infer`` so far."""
+        assert config.workspace, "an instance has a workspace"
+        self._workspace = config.workspace.resolve()
+        # The runner removes a result file after sending it, but never a file of the release.
+        self._kept = {path.resolve() for files in (config.tar_files, config.custom_files) for path in files.values()}
         try:
-            self._model = functions.net_init(cfg)
+            self._net = load(config)
         except StartError as error:
             raise StartError(_one_line(str(error))) from error
         except Exception as error:
             log.exception("net_init failed")
             raise StartError(f"net_init raised {type(error).__name__}, see the log") from error
-        if not isinstance(self._model, dict):
-            raise StartError(f"net_init returned {type(self._model).__name__}, should be a dict")
-        said = self._model.get("error")
-        if said is not None and str(said) not in ("", "False", "0"):
-            raise StartError(_one_line(str(said)))
-        self.batch_size = _batch_size(self._model, cfg)
+        self.batch_size = self._net.batch_size or config.batch_size or 1
 
     def prepare(self, reqid: str, req: Req, files: Files | None = None) -> Prepared:
-        """The request after ``net_preprocess``. Raises ServingError."""
-        if self._functions.net_preprocess is None:
-            return Prepared(reqid, req, files)
+        """Return the request after the net's ``preprocess``. Raises a ServingError."""
         began_s = time.perf_counter()
         try:
-            return Prepared(reqid, self._functions.net_preprocess(self._model, req), files)
+            return Prepared(reqid, self._net.preprocess(req), files)
         except ServingError as error:
             raise _sendable(error) from error
         except Exception as error:
@@ -89,13 +84,11 @@ class NetRunner:
             self.longest_prepare_s = max(self.longest_prepare_s, time.perf_counter() - began_s)
 
     def infer(self, batch: Sequence[Prepared]) -> list[Result | ServingError]:
-        """One outcome a request, in order. Raises ServingError where the batch as a whole failed."""
+        """Return one outcome per request, in order. Raises a ServingError if the batch as a whole failed."""
         reqid = ",".join(prepared.reqid for prepared in batch)
         began_s = time.perf_counter()
         try:
-            rets = self._functions.net_inference(
-                self._model, {"reqid": reqid, "reqs": [prepared.req for prepared in batch]}
-            )
+            rets = self._net.infer(reqid, [prepared.req for prepared in batch])
         except ServingError as error:
             raise _sendable(error) from error
         except Exception as error:
@@ -104,19 +97,21 @@ class NetRunner:
         finally:
             self.longest_infer_s = max(self.longest_infer_s, time.perf_counter() - began_s)
         if not isinstance(rets, list) or len(rets) != len(batch):
-            log.error("net_inference did not return one ret a request", reqid=reqid, batch=len(batch))
+            log.error(
+                "net_inference failed", reqid=reqid, batch=len(batch), reason="it did not return one ret a request"
+            )
             raise Internal("the net did not return one result a request")
         return [self._outcome(ret, prepared.reqid) for ret, prepared in zip(rets, batch, strict=True)]
 
     def _outcome(self, ret: object, reqid: str) -> Result | ServingError:
         if not isinstance(ret, dict):
-            log.error("a ret is no dict", reqid=reqid, kind=type(ret).__name__)
+            log.error("result rejected", reqid=reqid, reason=f"the ret is no dict but {type(ret).__name__}")
             return Internal("the net's result is malformed")
         code, message = ret.get("code", 0), ret.get("message") or ""
         code = int(code) if isinstance(code, np.integer) else code
-        # Only of an integer: a range compares anything else with all that it holds.
+        # Check the type first: a range compares any other type with all its members.
         if type(code) is not int or code not in _CODES or not isinstance(message, str):
-            log.error("a ret's code is no integer or its message no text", reqid=reqid)
+            log.error("result rejected", reqid=reqid, reason="the ret's code is no integer, or its message no text")
             return Internal("the net's result is malformed")
         message = _text(message)
         if code:
@@ -126,7 +121,7 @@ class NetRunner:
                 return Result(message, stream=_bounded(self._stream(ret["result_file"])))
             return Result(message, json=_bounded(_to_json(ret.get("result"))))
         except (TypeError, ValueError, OSError, RecursionError) as error:
-            log.error("a ret's result can't be sent", reqid=reqid, reason=str(error))
+            log.error("result rejected", reqid=reqid, reason=str(error))
             return Internal("the net's result is malformed")
 
     def _stream(self, result_file: object) -> bytes:
@@ -147,22 +142,14 @@ class NetRunner:
         return data
 
 
-def _batch_size(model: Model, cfg: Config) -> int:
-    """What the net says, else the release, else 1."""
-    size = model.get("batch_size") or cfg["batch_size"] or 1
-    if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
-        raise StartError(f"the batch_size of net_init's model is {size!r}, should be a positive integer")
-    return int(size)
-
-
 def _sendable(error: ServingError) -> ServingError:
-    """An error that a script may have raised, with whatever in it, as one that can be sent."""
+    """Make an error of a script, which may hold anything, fit to be sent."""
     error.message = _text(str(error.message))
     if type(error.status) is not int or not 400 <= error.status <= 599:
         error.status = Internal.status
     if type(error.code) is not int or error.code not in _CODES:
         error.code = error.status
-    # Only the instance itself sends a request elsewhere.
+    # Only the instance itself may redirect a request.
     error.refused, error.retry_after_s = False, None
     return error
 
@@ -182,7 +169,7 @@ def _bounded(data: bytes) -> bytes:
 
 
 def _to_json(result: Any) -> bytes:
-    # orjson writes what is not finite as null. Only where there is a null is it worth looking for its cause.
+    # orjson writes numbers that are not finite as null, so only a null is worth a search.
     json = orjson.dumps(result, option=orjson.OPT_SERIALIZE_NUMPY)
     if b"null" in json:
         _refuse_not_finite(result)

@@ -1,4 +1,4 @@
-"""How a net runs on the hardware there is: how many engines, with how many threads each, and how large a batch may be.
+"""The plan of a net: how many engines run it, with how many threads each, and the largest batch.
 
 An engine is a thread that runs batches.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Plan:
-    """``engines`` batches run at a time, each with ``threads`` threads of onnxruntime (0: as onnxruntime likes)."""
+    """``engines`` batches run at a time, each with ``threads`` onnxruntime threads (0: onnxruntime decides)."""
 
     engines: int
     threads: int
@@ -18,6 +18,6 @@ class Plan:
     preparers: int = 0
     """Threads that only prepare requests."""
     lanes: bool = False
-    """Whether engines prepare what they run; preparers then help where that takes long."""
+    """Whether engines prepare their own batches; preparers then help if that takes long."""
     measured: dict[str, float] = field(default_factory=dict)
-    """Milliseconds of CPU a request (of a small picture) by ``<engines>x<threads> batch <size>``; empty: none were."""
+    """Measured CPU milliseconds per request with a small picture, by ``<engines>x<threads> batch <size>``."""

@@ -1,8 +1,8 @@
-"""Makes the plan of a net, and the net warm.
+"""Plans how a net runs, and warms it up.
 
-On a CPU the plan is measured when the net is loaded, where the release does not say it. What takes the least CPU time a
-request wins: that is what bounds a machine in use, and unlike requests a second it can be measured on a machine that
-others use too. On a GPU there is one engine.
+On a CPU, planning measures the net at load, unless the release sets the plan. The plan with the least CPU time per
+request wins: CPU time bounds a loaded machine, and unlike throughput it can be measured on a machine that others use
+too. A GPU gets one engine.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import structlog
 
 from atserving.errors import ServingError, StartError
 from evaluator.images.decoding import sample
-from evaluator.net_contract import Config, NetFunctions, Req
-from evaluator.options import Options
+from evaluator.net_config import NetConfig
+from evaluator.net_contract import LoadNet, Req
 from evaluator.runtime import cpus
 from evaluator.worker.net_runner import NetRunner, Prepared, Result
 from evaluator.worker.plan import Plan
@@ -26,38 +26,38 @@ from evaluator.worker.request_codec import Files
 
 log = structlog.get_logger()
 
-# Of small nets: what is larger makes front and worker wait for each other more than it saves.
+# For small nets: larger batches make front and worker wait for each other longer than they save.
 _MAX_MEASURED_BATCH_SIZE = 16
 _LONGEST_BATCH_S = 0.05
 _ROUNDS, _ROUND_S = 5, 0.01
-# What goes with a batch whatever its size: messages, and threads that wake each other.
+# The fixed cost of a batch: messages, and threads that wake each other.
 _PER_BATCH_S = 0.001
-# A request that costs less is mostly Python; so much more CPU time, and engines only wait for each other's.
-_MOSTLY_PYTHON_S, _IN_THE_WAY = 0.0003, 1.25
-_MOST_HELP = 16
-# Several threads an engine have to be that much cheaper: they wait for each other, and others decode for them.
-_WORTH = 1.1
+# A cheaper request is mostly Python. If more engines cost more by this factor, they contend for the GIL.
+_MOSTLY_PYTHON_S, _MAX_CONTENTION = 0.0003, 1.25
+_MAX_HELPERS = 16
+# Engines of several threads must be cheaper by this factor: their threads wait for each other.
+_MIN_GAIN = 1.1
 
 
 def for_script(runner: NetRunner, folder: Path) -> tuple[NetRunner, Plan]:
-    """A script has one engine, as it need not be safe for threads. ``folder`` is for its requests' files."""
+    """Plan one engine, since a script need not be thread-safe. ``folder`` holds the files of its requests."""
     _warm_up_script(runner, folder)
     return runner, Plan(1, 0, runner.batch_size, preparers=_preparers(1))
 
 
-def for_built_in(functions: NetFunctions, cfg: Config, known: Plan | None = None) -> tuple[NetRunner, Plan]:
-    """A warm net and its plan: ``known``, what the release says, or what measures best. Raises StartError."""
-    values = Options("model_params", cfg["model_params"])
-    engines, threads = values.optional_positive_int("engines"), values.optional_positive_int("intra_op_threads")
+def for_built_in(load: LoadNet, config: NetConfig, known: Plan | None = None) -> tuple[NetRunner, Plan]:
+    """Return a warm net and its plan: ``known``, the release's own, or the best measured. Raises StartError."""
+    options = config.model_params
+    engines, threads = options.optional_positive_int("engines"), options.optional_positive_int("intra_op_threads")
     if engines and engines > MAX_THREADS // 2:
         raise StartError(f"model_params.engines is {engines}, should be at most {MAX_THREADS // 2}")
     if known:
-        net, plan = _Net(functions, cfg, known.threads), known
-    elif cfg["use_device"] != "CPU":
-        net = _Net(functions, cfg, 0)
+        net, plan = _Net(load, config, known.threads), known
+    elif config.use_device != "CPU":
+        net = _Net(load, config, 0)
         plan = Plan(engines or 1, 0, net.runner.batch_size, _preparers(engines or 1))
     else:
-        net, plan = _on_cpu(functions, cfg, engines, threads)
+        net, plan = _on_cpu(load, config, engines, threads)
     net.warm_up(plan.batch_size)
     return net.runner, plan
 
@@ -66,76 +66,75 @@ def _preparers(engines: int) -> int:
     return min(cpus.available(), MAX_THREADS - engines)
 
 
-def _on_cpu(functions: NetFunctions, cfg: Config, engines: int | None, threads: int | None) -> tuple[_Net, Plan]:
+def _on_cpu(load: LoadNet, config: NetConfig, engines: int | None, threads: int | None) -> tuple[_Net, Plan]:
     available = cpus.available()
     measured: dict[str, float] = {}
     if engines or threads:
         engines = engines or max(available // (threads or 1), 1)
-        net = _Net(functions, cfg, threads or max(available // engines, 1))
+        net = _Net(load, config, threads or max(available // engines, 1))
     else:
-        net = _Net(functions, cfg, 1)
+        net = _Net(load, config, 1)
         engines = net.scales_to(min(available, MAX_THREADS // 2), measured)
         if engines == available > 1:
-            net, engines = _split(functions, cfg, net, measured)
-    size = cfg["batch_size"] or net.best_batch_size(engines, measured)
+            net, engines = _split(load, config, net, measured)
+    size = config.batch_size or net.best_batch_size(engines, measured)
     lanes = net.threads == 1
-    # Lanes on every CPU need no help; an engine of several threads leaves CPUs idle now and then.
-    preparers = min(max(available - engines, 0), _MOST_HELP) if lanes else _preparers(engines)
+    # Lanes on every CPU need no helpers; an engine of several threads leaves CPUs idle at times.
+    preparers = min(max(available - engines, 0), _MAX_HELPERS) if lanes else _preparers(engines)
     in_ms = {name: round(cost_s * 1000, 4) for name, cost_s in measured.items()}
     return net, Plan(engines, net.threads, size, preparers, lanes, in_ms)
 
 
-def _split(functions: NetFunctions, cfg: Config, net: _Net, measured: dict[str, float]) -> tuple[_Net, int]:
-    """How all CPUs are best split: into engines of one thread (``net``), or fewer of more. Raises StartError."""
+def _split(load: LoadNet, config: NetConfig, net: _Net, measured: dict[str, float]) -> tuple[_Net, int]:
+    """Split all CPUs: into engines of one thread (``net``), or fewer engines of more threads. Raises StartError."""
     available = cpus.available()
     best, engines, least_s = net, available, net.cost_s(available, 1, measured)
     for shift in range(1, available.bit_length()):
         threads = min(1 << shift, available)
-        other = _Net(functions, cfg, threads)
+        other = _Net(load, config, threads)
         cost_s = other.cost_s(available // threads, 1, measured)
-        if cost_s * _WORTH < least_s:
+        if cost_s * _MIN_GAIN < least_s:
             best, engines, least_s = other, available // threads, cost_s
     return best, engines
 
 
 def _sizes(most: int) -> list[int]:
-    """1, 2, 4, ... up to ``most``, and that itself."""
+    """Return 1, 2, 4, ... up to ``most``, and ``most`` itself."""
     return sorted({1 << shift for shift in range(most.bit_length())} | {most})
 
 
 class _Net:
-    """A net loaded for some threads an engine, and what it costs."""
+    """A net loaded with some number of threads per engine, and its measured costs."""
 
-    def __init__(self, functions: NetFunctions, cfg: Config, threads: int) -> None:
+    def __init__(self, load: LoadNet, config: NetConfig, threads: int) -> None:
         """Raises StartError."""
         self.threads = threads
-        params = cfg["model_params"] | ({"intra_op_threads": threads} if threads else {})
-        self.runner = NetRunner(functions, {**cfg, "model_params": params})
+        self.runner = NetRunner(load, config.with_threads(threads))
 
     def warm_up(self, most: int) -> None:
-        """Runs batches of each size bucket, as requests will. Raises StartError."""
+        """Run batches of each size that requests will form. Raises StartError."""
         for size in _sizes(most):
             for outcome in self._infer(self._batch(size)):
                 if isinstance(outcome, ServingError):
                     raise StartError(f"the net failed to warm up: {outcome}")
 
     def scales_to(self, most: int, measured: dict[str, float]) -> int:
-        """How many engines can run at once before they get in each other's way. Raises StartError.
+        """Return how many engines can run at once before they contend with each other. Raises StartError.
 
-        Where a request is mostly Python, more engines only pass the interpreter to and fro. Of a small net that is
-        known without a measurement, which would be one of chance.
+        If a request is mostly Python, more engines only pass the GIL around. For a small net this is known, and a
+        measurement would be noise.
         """
         engines, alone_s = 1, self.cost_s(1, 1, measured)
         if alone_s < _MOSTLY_PYTHON_S:
             return engines
         for more in _sizes(most)[1:]:
-            if self.cost_s(more, 1, measured) > alone_s * _IN_THE_WAY:
+            if self.cost_s(more, 1, measured) > alone_s * _MAX_CONTENTION:
                 break
             engines = more
         return engines
 
     def best_batch_size(self, engines: int, measured: dict[str, float]) -> int:
-        """The cheapest, with what goes with each batch; none that takes long. Raises StartError."""
+        """Return the cheapest size, fixed costs included, whose batches take not too long. Raises StartError."""
         best, least_s = 1, float("inf")
         for size in _sizes(_MAX_MEASURED_BATCH_SIZE):
             cost_s = self.cost_s(engines, size, measured)
@@ -146,7 +145,7 @@ class _Net:
         return best
 
     def cost_s(self, engines: int, size: int, measured: dict[str, float]) -> float:
-        """CPU seconds a request where engines run batches of ``size``; goes into ``measured``. Raises StartError."""
+        """Measure the CPU seconds per request with batches of ``size``, and record them. Raises StartError."""
         name = f"{engines}x{self.threads} batch {size}"
         if name not in measured:
             self._infer(self._batch(size))
@@ -182,9 +181,9 @@ class _Net:
 
 
 def _warm_up_script(runner: NetRunner, folder: Path) -> None:
-    """Runs a picture through the script, alone and as full batches; as a group of two where it wants groups.
+    """Run a made-up picture through the script, alone and in full batches; as a group of two if it refuses that.
 
-    A script may want more of a request than can be made up: what it refuses or fails is no more than a line in the log.
+    A script may need more than a made-up request has, so a failure is only logged.
     """
     errors: list[ServingError] = []
     for images in (1, 2):
@@ -192,7 +191,7 @@ def _warm_up_script(runner: NetRunner, folder: Path) -> None:
         errors = [outcome for outcome in outcomes if isinstance(outcome, ServingError)]
         if not errors:
             return
-    log.warning("the script has not answered the warm-up's picture", code=errors[0].code, reason=errors[0].message)
+    log.warning("warm-up refused", code=errors[0].code, reason=errors[0].message)
 
 
 def _try(runner: NetRunner, folder: Path, size: int, images: int) -> Sequence[Result | ServingError]:

@@ -1,4 +1,4 @@
-"""Which requests a worker's threads are at, in memory that outlives the worker: who finds it dead can tell why."""
+"""Records which requests a worker's threads work on, in shared memory that survives a crash of the worker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SLOT_BYTES = _HEAD.size + 8 * _MAX_IDS
 
 @dataclass(frozen=True)
 class Running:
-    """What a thread is at: the requests, and since when, of the monotonic clock."""
+    """The requests that a thread works on, and since when, in seconds of the monotonic clock."""
 
     ids: tuple[int, ...]
     since_s: float
@@ -26,30 +26,30 @@ class Running:
 
 
 class Progress:
-    """A slot for each thread, written by that thread alone."""
+    """One slot per thread, which only that thread writes."""
 
     def __init__(self, descriptor: int | None = None) -> None:
-        """New memory, or that of a descriptor that came from another process."""
+        """Make new memory, or map the memory of another process's descriptor."""
         self.descriptor = os.memfd_create("progress", os.MFD_ALLOW_SEALING) if descriptor is None else descriptor
         if descriptor is None:
             os.ftruncate(self.descriptor, MAX_THREADS * _SLOT_BYTES)
-            # Memory that the other process could cut off would end whoever reads it.
+            # Without seals the other process could shrink the memory, and crash its readers.
             fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self._memory = mmap.mmap(self.descriptor, MAX_THREADS * _SLOT_BYTES)
 
     def begin(self, thread: int, ids: Sequence[int], *, preparing: bool) -> None:
-        """The thread is at these requests (of very many, at the first): it prepares or runs them."""
+        """Record that the thread prepares or runs these requests, or the first of very many."""
         ids = ids[:_MAX_IDS]
         start = thread * _SLOT_BYTES
         struct.pack_into(f"<{len(ids)}Q", self._memory, start + _HEAD.size, *ids)
         _HEAD.pack_into(self._memory, start, len(ids), preparing, time.monotonic())
 
     def end(self, thread: int) -> None:
-        """The thread is at nothing."""
+        """Record that the thread is idle."""
         _HEAD.pack_into(self._memory, thread * _SLOT_BYTES, 0, 0, 0.0)
 
     def running(self) -> list[Running]:
-        """What all threads are at."""
+        """Return the work of all busy threads."""
         found = []
         for start in range(0, MAX_THREADS * _SLOT_BYTES, _SLOT_BYTES):
             count, preparing, since_s = _HEAD.unpack_from(self._memory, start)
@@ -59,7 +59,7 @@ class Progress:
         return found
 
     def clear(self) -> None:
-        """Before another process writes here."""
+        """Clear all slots before a new process writes them."""
         for thread in range(MAX_THREADS):
             self.end(thread)
 

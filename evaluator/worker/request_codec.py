@@ -1,4 +1,4 @@
-"""From a call, as gates send it, to the `req` of a net's functions (`evaluator/net_contract.py`)."""
+"""Decodes a call's request to the ``req`` of a net (:mod:`evaluator.net_contract`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = structlog.get_logger()
 
 
 def read(request: evaluator_pb2.InferRequest, max_bytes: int) -> Req:
-    """The request, whose resources have been fetched, ``max_bytes`` each at most. Raises InvalidArgument."""
+    """Return the request. Its resources are bodies of at most ``max_bytes`` each. Raises InvalidArgument."""
     data = [_data(resource, max_bytes) for resource in request.data]
     req: Req = {"data": data if request.group or len(data) != 1 else data[0]}
     if request.params_json:
@@ -37,19 +37,19 @@ def _data(resource: serving_pb2.Resource, max_bytes: int) -> dict[str, Any]:
 
 
 def _json(text: str, what: str) -> Any:
-    """The value, integers as they are; the gate has sent one document, but a direct caller might not."""
+    """Parse one JSON document, with integers of any size. Direct callers may send text that is no JSON."""
     try:
         return json.loads(text, parse_constant=_no_constant)
     except (json.JSONDecodeError, _NoConstant, RecursionError):
         raise InvalidArgument(f"{what} is not JSON") from None
     except ValueError:
-        # Python's own bound, as reading takes the square of the digits.
+        # Python bounds the digits, since parsing takes quadratic time.
         digits = sys.get_int_max_str_digits()
         raise InvalidArgument(f"{what} has an integer of more than {digits} digits") from None
 
 
 class _NoConstant(Exception):  # noqa: N818 - caught where it is raised
-    """NaN or an infinity, which Python reads and JSON has not."""
+    """NaN or an infinity, which Python's parser accepts but JSON does not have."""
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -58,20 +58,20 @@ def _no_constant(name: str) -> NoReturn:
 
 @dataclass
 class Files:
-    """A request's resources as files, for a script, until it is answered."""
+    """The resources of a script's request as files, until the reply."""
 
     folder: Path
     _paths: list[Path] = field(default_factory=list)
 
     def write(self, req: Req) -> None:
-        """Gives each resource the local path as its ``uri``. Raises Internal."""
+        """Write each resource to a file and set its ``uri`` to the path. Raises Internal."""
         for data in req["data"] if isinstance(req["data"], list) else [req["data"]]:
             path = self.folder / secrets.token_hex(8)
             self._paths.append(path)
             try:
                 path.write_bytes(data["body"])
             except OSError as error:
-                log.error("a resource can't be written to the workspace", reason=error.strerror)
+                log.error("resource write failed", reason=error.strerror)
                 raise Internal("the evaluator's workspace is full or broken") from error
             data["uri"] = str(path)
 

@@ -1,6 +1,6 @@
-"""What a worker's threads do next: prepare requests, or run a batch of prepared ones. Decides, and does nothing itself.
+"""Decides what a worker's threads do next: prepare requests, or run a batch of prepared ones.
 
-Knows nothing of threads, clocks, images or nets: who calls holds a lock, and says what time it is.
+This module knows nothing of threads, clocks, images or nets. The caller holds a lock and passes the time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(eq=False)
 class Item:
-    """One request on its way. Times are seconds of one clock."""
+    """One request. Times are seconds of one clock."""
 
     id: int
     request: Any
@@ -22,34 +22,34 @@ class Item:
     expires_s: float = math.inf
     prepared: Any = None
     prepare_s: float = 0.0
-    gone: bool = False
-    """Nobody waits for it any more: set while it is being prepared, when it can't be taken out."""
+    cancelled: bool = False
+    """Its caller has left; set during preparation, when the schedule can't remove it."""
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Prepare these, one after the other, and then say so by :meth:`Schedule.prepared`."""
+    """Prepare these one after the other, and report each to :meth:`Schedule.prepared`."""
 
     items: list[Item]
 
 
 @dataclass(frozen=True)
 class Forward:
-    """Run these as one batch: they are out of the schedule."""
+    """Run these as one batch; they have left the schedule."""
 
     items: list[Item]
 
 
 @dataclass(frozen=True)
 class Expired:
-    """Their deadline passed while they waited: they are out, at no further cost."""
+    """Their deadline passed while they waited; they have left the schedule."""
 
     items: list[Item]
 
 
 @dataclass(frozen=True)
 class Wait:
-    """Nothing to do until something arrives, or until ``until_s``."""
+    """Wait until a request arrives, or until ``until_s``."""
 
     until_s: float = math.inf
 
@@ -58,16 +58,16 @@ Work = Prepare | Forward | Expired | Wait
 
 
 class Schedule:
-    """The requests that a worker holds.
+    """The queue of a worker.
 
-    1. A request is in one place at a time: ``_arrived``, being prepared, ``_ready``, or running. It leaves once.
-    2. A batch has 1 to ``batch_size`` requests, in the order in which they became ready. No more than ``engines`` run:
-       no more threads ask for them.
-    3. A free engine takes what is ready at once. Only ``delay_s`` makes it wait for a batch to fill, and never longer
-       than that after the oldest arrived.
-    4. No more is prepared ahead than every engine's next batch. What has not been taken costs nothing.
-    5. Where several engines are idle they share what has arrived: none takes a large batch while another has nothing.
-    6. What has expired or was removed is never prepared or run.
+    1. A request is in one state at a time: arrived, being prepared, ready, or running. It leaves once.
+    2. A batch has 1 to ``batch_size`` requests, in the order in which they became ready. At most ``engines`` batches
+       run, since no more threads ask for them.
+    3. A free engine takes all ready requests at once. Only ``delay_s`` makes it wait for a full batch, at most so long
+       after the oldest arrived.
+    4. The schedule prepares no more than every engine's next batch. A request that no thread has taken costs nothing.
+    5. Idle engines share the arrived requests: none takes a large batch while another has nothing.
+    6. An expired or removed request is never prepared or run.
     """
 
     def __init__(self, *, batch_size: int, engines: int, delay_s: float = 0.0) -> None:
@@ -79,12 +79,12 @@ class Schedule:
         self._ready: deque[Item] = deque()
 
     def arrive(self, items: Iterable[Item]) -> None:
-        """Takes requests in."""
+        """Take requests in."""
         self._arrived.extend(items)
 
     def remove(self, item: Item) -> bool:
-        """Takes a request out that waits; True where that was so. One in preparation leaves when that is over."""
-        item.gone = True
+        """Remove a waiting request and return True. A request in preparation leaves afterwards: return False."""
+        item.cancelled = True
         for queue in (self._arrived, self._ready):
             if item in queue:
                 queue.remove(item)
@@ -92,9 +92,9 @@ class Schedule:
         return False
 
     def next(self, now_s: float, *, forwards: bool, prepares: bool, idle: int = 1) -> Work:
-        """What a thread is to do that can run batches (``forwards``), prepare (``prepares``), or both.
+        """Return the next work of a thread that can run batches (``forwards``), prepare (``prepares``), or both.
 
-        ``idle``: how many threads that prepare have nothing to do, the one that asks included.
+        ``idle`` counts the preparing threads without work, including the one that asks.
         """
         if expired := self._expired(now_s):
             return Expired(expired)
@@ -102,7 +102,7 @@ class Schedule:
         if due_s <= now_s:
             return Forward([self._ready.popleft() for _ in range(min(self.batch_size, len(self._ready)))])
         if prepares and self._arrived and (room := self._room()) > 0:
-            # A thread that runs what it prepared takes a batch of it; one that only prepares leaves the rest to others.
+            # A thread that also runs batches takes a batch; one that only prepares takes one request.
             share = math.ceil(len(self._arrived) / idle) if forwards else 1
             items = [self._arrived.popleft() for _ in range(min(share, self.batch_size, room))]
             self._preparing += len(items)
@@ -110,21 +110,21 @@ class Schedule:
         return Wait(due_s)
 
     def prepared(self, item: Item, *, fit: bool) -> bool:
-        """An item's preparation is over; True where it waits for an engine now: it is ``fit``, and wanted."""
+        """Take an item back after preparation. Return True if it now waits for an engine: ``fit``, and still wanted."""
         self._preparing -= 1
-        if fit and not item.gone:
+        if fit and not item.cancelled:
             self._ready.append(item)
             return True
         return False
 
     @property
     def ready(self) -> int:
-        """How many prepared requests wait for an engine."""
+        """The number of prepared requests that wait for an engine."""
         return len(self._ready)
 
     @property
     def has_arrived(self) -> bool:
-        """Whether requests wait that may be prepared now."""
+        """Whether there are requests to prepare now."""
         return bool(self._arrived) and self._room() > 0
 
     def _room(self) -> int:

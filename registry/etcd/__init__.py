@@ -1,6 +1,6 @@
-"""An asyncio client of etcd's v3 API over grpc.aio: what the registry needs of it, and nothing of the registry.
+"""An asyncio client of etcd's v3 API over grpc.aio: only the calls that the registry needs.
 
-It knows several members of one cluster and moves to the next when one fails; it never repeats a write by itself.
+The client rotates through the members of one cluster when one fails. It never retries a write.
 """
 
 from registry.etcd.client import EtcdClient, Lease, Snapshot, delete, put, written_at

@@ -1,4 +1,4 @@
-"""Keys, transactions, leases and watches, as etcd's API has them."""
+"""Keys, transactions, leases and watches of etcd's API."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from registry.etcd.connection import Connection, Method
 from registry.etcd.errors import Compacted, EtcdUnavailable, LeaseNotFound, refusal
 
 PAGE_KEYS = 500
-"""How many keys one page of a snapshot holds."""
+"""The number of keys in one page of a snapshot."""
 
 _RANGE = Method("/etcdserverpb.KV/Range", etcd_pb2.RangeResponse)
 _PUT = Method("/etcdserverpb.KV/Put", etcd_pb2.PutResponse)
@@ -25,7 +25,7 @@ _KEEP_ALIVE = Method("/etcdserverpb.Lease/LeaseKeepAlive", etcd_pb2.LeaseKeepAli
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All keys below a prefix at one revision, in their order."""
+    """All keys below a prefix at one revision, sorted."""
 
     cluster_id: int
     revision: int
@@ -34,14 +34,14 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Lease:
-    """A lease and its time to live in seconds, as etcd granted it."""
+    """A lease and its time to live in seconds, as granted by etcd."""
 
     id: int
     ttl_s: int
 
 
 def written_at(key: str, mod_revision: int) -> etcd_pb2.Compare:
-    """True where the key was last written at ``mod_revision``; 0: where it doesn't exist."""
+    """Compare: the key was last written at ``mod_revision``; 0: the key does not exist."""
     return etcd_pb2.Compare(
         result=etcd_pb2.Compare.EQUAL,
         target=etcd_pb2.Compare.MOD,
@@ -51,22 +51,22 @@ def written_at(key: str, mod_revision: int) -> etcd_pb2.Compare:
 
 
 def put(key: str, value: str, lease: int = 0) -> etcd_pb2.RequestOp:
-    """A write, for a transaction."""
+    """A write operation for a transaction."""
     return etcd_pb2.RequestOp(
         request_put=etcd_pb2.PutRequest(key=key.encode(), value=value.encode(), lease=lease),
     )
 
 
 def delete(key: str) -> etcd_pb2.RequestOp:
-    """A deletion, for a transaction."""
+    """A delete operation for a transaction."""
     return etcd_pb2.RequestOp(request_delete_range=etcd_pb2.DeleteRangeRequest(key=key.encode()))
 
 
 class EtcdClient:
-    """etcd's API over one :class:`Connection`, which it closes.
+    """etcd's API over one :class:`Connection`, which the client closes.
 
-    Every method raises EtcdUnavailable where no member gave an answer and EtcdRefused where one refused. Writes of keys
-    are tried once; all else is harmless to repeat and is tried at every member.
+    Every method raises EtcdUnavailable if no member answers, and EtcdRefused if a member refuses. The client tries
+    every other call at all members, but a write of keys only once.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -79,26 +79,26 @@ class EtcdClient:
         await self._connection.close()
 
     async def get(self, key: str | bytes, revision: int = 0) -> etcd_pb2.KeyValue | None:
-        """The key as of ``revision`` (0: now), or None. Raises Compacted, FutureRevision."""
+        """Return the key at ``revision`` (0: the latest), or None. Raises Compacted, FutureRevision."""
         request = etcd_pb2.RangeRequest(key=_raw(key), revision=revision)
         response = await self._connection.read(_RANGE, request)
         return response.kvs[0] if response.kvs else None
 
     async def get_all(self, *keys: str) -> list[etcd_pb2.KeyValue | None]:
-        """Several keys as of one moment."""
+        """Return several keys at one revision; None for a key that does not exist."""
         ranges = [etcd_pb2.RequestOp(request_range=etcd_pb2.RangeRequest(key=key.encode())) for key in keys]
         response = await self._connection.read(_TXN, etcd_pb2.TxnRequest(success=ranges))
         found = [one.response_range.kvs for one in response.responses]
         return [kvs[0] if kvs else None for kvs in found]
 
     async def snapshot(self, prefix: str, page_keys: int = PAGE_KEYS) -> Snapshot:
-        """All keys below ``prefix``, read in pages at the revision of the first. Raises Compacted."""
+        """Read all keys below ``prefix``, in pages at the revision of the first page. Raises Compacted."""
         request = etcd_pb2.RangeRequest(key=prefix.encode(), range_end=_end(prefix), limit=page_keys)
         kvs: list[etcd_pb2.KeyValue] = []
         cluster_id = 0
         while True:
             page = await self._connection.read(_RANGE, request)
-            # Endpoints of different clusters, or a store replaced between two pages.
+            # The endpoints belong to different clusters, or the store was replaced between two pages.
             if cluster_id not in (0, page.header.cluster_id):
                 raise EtcdUnavailable("etcd's endpoints belong to different clusters")
             cluster_id = page.header.cluster_id
@@ -111,13 +111,13 @@ class EtcdClient:
     async def txn(
         self, compare: Sequence[etcd_pb2.Compare], success: Sequence[etcd_pb2.RequestOp]
     ) -> etcd_pb2.TxnResponse:
-        """One transaction, tried once. After EtcdUnavailable read again: it may have taken effect, or may yet."""
+        """Try a transaction once. After EtcdUnavailable, read again: it may have taken effect, or may do so yet."""
         return await self._connection.write(_TXN, etcd_pb2.TxnRequest(compare=compare, success=success))
 
     async def commit(self, compare: Sequence[etcd_pb2.Compare], success: Sequence[etcd_pb2.RequestOp]) -> int | None:
-        """One transaction, tried once; returns its revision. None: read again, then decide anew.
+        """Try a transaction once and return its revision; None: read the keys and decide again.
 
-        That is so where what it compared has changed, and where no answer came: then it may have taken effect.
+        The result is None if a comparison failed, and if no answer came: the transaction may have taken effect then.
         """
         try:
             response = await self.txn(compare, success)
@@ -126,41 +126,41 @@ class EtcdClient:
         return response.header.revision if response.succeeded else None
 
     async def put(self, key: str | bytes, value: str | bytes, lease: int = 0) -> int:
-        """Writes a key whatever it held, tried once; returns the revision."""
+        """Write a key unconditionally, trying once; return the revision."""
         request = etcd_pb2.PutRequest(key=_raw(key), value=_raw(value), lease=lease)
         return (await self._connection.write(_PUT, request)).header.revision
 
     async def delete(self, key: str) -> int:
-        """Deletes a key whatever it held, tried once; returns the revision."""
+        """Delete a key unconditionally, trying once; return the revision."""
         request = etcd_pb2.DeleteRangeRequest(key=key.encode())
         return (await self._connection.write(_DELETE, request)).header.revision
 
     async def grant(self, ttl_s: int) -> Lease:
-        """A new lease. One that was granted unseen, since the answer was lost, expires by itself."""
+        """Return a new lease. If the answer of a try is lost, the lease that it granted expires by itself."""
         response = await self._connection.read(_GRANT, etcd_pb2.LeaseGrantRequest(TTL=ttl_s))
         return Lease(response.ID, response.TTL)
 
     async def keep_alive(self, lease: int) -> int:
-        """Renews a lease for its time to live, and returns that, in seconds. Raises LeaseNotFound."""
+        """Renew a lease and return its time to live in seconds. Raises LeaseNotFound."""
         response = await self._connection.read(_KEEP_ALIVE, etcd_pb2.LeaseKeepAliveRequest(ID=lease))
         if response.TTL <= 0:
             raise LeaseNotFound("the lease has expired")
         return response.TTL
 
     async def revoke(self, lease: int) -> None:
-        """Ends a lease and deletes its keys; one that is already gone is fine."""
+        """End a lease and delete its keys. Does nothing if the lease has already ended."""
         try:
             await self._connection.read(_REVOKE, etcd_pb2.LeaseRevokeRequest(ID=lease))
         except LeaseNotFound:
             return
 
     async def watch(self, prefix: str, start_revision: int) -> AsyncGenerator[etcd_pb2.WatchResponse, None]:
-        """The changes below ``prefix`` from a revision on, in order, for ever. Raises Compacted.
+        """Yield the changes below ``prefix`` from ``start_revision`` on, in order, without end. Raises Compacted.
 
-        The first response carries no events: its header says where the store is.
+        The first response carries no events; its header holds the current revision of the store.
         """
         create = etcd_pb2.WatchCreateRequest(key=prefix.encode(), range_end=_end(prefix), start_revision=start_revision)
-        # The key is within what the user may read, and serializable: it asks whether this one member is alive.
+        # The user may read this key. A serializable read needs no quorum, so it tests this member alone.
         probe = etcd_pb2.RangeRequest(key=prefix.encode(), keys_only=True, serializable=True)
         request = etcd_pb2.WatchRequest(create_request=create)
         async with aclosing(self._connection.follow(_WATCH, request, (_RANGE, probe))) as responses:
@@ -168,7 +168,7 @@ class EtcdClient:
                 if response.compact_revision:
                     raise Compacted(f"compacted at revision {response.compact_revision}")
                 if response.canceled:
-                    # etcd 3.5 says "permission denied" of an expired token too.
+                    # etcd 3.5 also answers "permission denied" if the token has expired.
                     self._connection.forget_token()
                     raise refusal(response.cancel_reason or "etcd cancelled the watch")
                 yield response
@@ -179,6 +179,6 @@ def _raw(text: str | bytes) -> bytes:
 
 
 def _end(prefix: str) -> bytes:
-    # The first key after all that start with the prefix; prefixes are ASCII, so the last byte can be counted up.
+    # The first key after all keys with this prefix. The last byte of an ASCII prefix can be incremented.
     raw = prefix.encode()
     return raw[:-1] + bytes([raw[-1] + 1])

@@ -1,4 +1,4 @@
-"""The way to the members of an etcd cluster: channels, rotation, a bound on every try, and the user's token."""
+"""Calls to the members of an etcd cluster: channels, rotation, a timeout for every try, and the user's token."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from atserving.v1 import etcd_pb2
 from registry.etcd.errors import EtcdError, EtcdRefused, EtcdUnavailable, TokenRefused, translate
 
 TRY_TIMEOUT_S = 2.0
-"""The most one try at one member takes, in seconds; a frozen member costs no more."""
+"""The timeout of one try at one member, in seconds."""
 
 _PROBE_S = 2.0
 
 _CHANNEL_OPTIONS = [
-    # etcd cuts off clients that ping more often than every 5 s, or that ping without a call under way.
+    # etcd disconnects a client that pings more often than every 5 s, or that pings without a call in flight.
     ("grpc.keepalive_time_ms", 6_000),
     ("grpc.keepalive_timeout_ms", 3_000),
-    # keepalive_timeout_ms alone does not bound a dead peer.
+    # The C core waits for this timeout, so keepalive_timeout_ms alone does not detect a dead peer in time.
     ("grpc.http2.ping_timeout_ms", 3_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.keepalive_permit_without_calls", 0),
-    # A page of a snapshot may hold many values of the size that etcd permits (1.5 MiB).
+    # One page of a snapshot may hold many values of etcd's maximum size (1.5 MiB).
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # In spite of its name this bounds a connection attempt, which TLS and a busy member need time for.
+    # Despite its name, this is the timeout of one connection attempt; TLS and a busy member need time.
     ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.enable_retries", 0),
@@ -44,7 +44,7 @@ _Response = TypeVar("_Response", bound=Message)
 
 @dataclass(frozen=True)
 class Tls:
-    """What secures the connection, in PEM: the authority to trust (None: the system's) and our own certificate."""
+    """TLS credentials in PEM: the certificate authority (None: the system's) and the client certificate."""
 
     ca: bytes | None = None
     cert: bytes | None = None
@@ -53,7 +53,7 @@ class Tls:
 
 @dataclass(frozen=True)
 class User:
-    """Whom to authenticate as."""
+    """The credentials of an etcd user."""
 
     name: str
     password: str = field(repr=False)
@@ -61,19 +61,19 @@ class User:
 
 @dataclass(frozen=True)
 class Method(Generic[_Response]):
-    """One method of etcd's API, by its name on the wire."""
+    """One method of etcd's API, by its full gRPC name."""
 
     path: str
     response: type[_Response]
     stream: bool = False
-    """Whether requests and responses are streams; as a call, one goes there and one comes back."""
+    """Whether the method is a bidirectional stream. A call on it exchanges one request for one response."""
 
 
 AUTHENTICATE = Method("/etcdserverpb.Auth/Authenticate", etcd_pb2.AuthenticateResponse)
 
 
 class _Member:
-    """One endpoint and its channel, made when first needed."""
+    """One endpoint and its channel, created on first use."""
 
     def __init__(self, address: str, tls: Tls | None) -> None:
         self.address = address
@@ -93,7 +93,7 @@ class _Member:
     async def call(
         self, method: Method[_Response], request: Message, metadata: Metadata, timeout_s: float
     ) -> _Response:
-        """One request, one response. Raises grpc.aio.AioRpcError."""
+        """Send one request and return its response. Raises grpc.aio.AioRpcError."""
         if not method.stream:
             unary: grpc.aio.UnaryUnaryMultiCallable[Message, _Response] = self.channel.unary_unary(
                 method.path, request_serializer=_serialize, response_deserializer=method.response.FromString
@@ -115,7 +115,7 @@ class _Member:
         return stream(None, metadata=metadata, timeout=timeout_s)
 
     def received(self, method: Method[_Response], read: object) -> _Response:
-        """What was read from a stream; etcd ends none by itself. Raises EtcdUnavailable where it did."""
+        """Return a response read from a stream. Raises EtcdUnavailable at the end of the stream: etcd has failed."""
         if not isinstance(read, method.response):
             raise EtcdUnavailable(f"{self.address}: ended the stream")
         return read
@@ -130,9 +130,9 @@ def _serialize(message: Message) -> bytes:
 
 
 class Connection:
-    """Calls methods of etcd's API on whichever member answers.
+    """Calls methods of etcd's API at the members of one cluster.
 
-    Reads are tried at every member. A write is tried once: whether one that failed took effect, its caller must read.
+    A read is tried at every member. A write is tried once: after a failure the caller must read to learn its outcome.
     """
 
     def __init__(
@@ -155,10 +155,10 @@ class Connection:
             await member.close()
 
     async def read(self, method: Method[_Response], request: Message) -> _Response:
-        """Calls what may be repeated, at every member in turn. Raises EtcdUnavailable, EtcdRefused."""
+        """Try an idempotent call at every member in turn. Raises EtcdUnavailable, EtcdRefused."""
         first = self._turn
         failures: dict[str, None] = {}
-        # With one member too a second try: the first may only have found that the old connection is broken.
+        # Try a single member twice: the first try may only detect that the old connection is broken.
         for turn in range(first, first + max(2, len(self._members))):
             index = turn % len(self._members)
             member = self._members[index]
@@ -166,27 +166,27 @@ class Connection:
                 response = await self._try(member, method, request)
             except EtcdUnavailable as error:
                 failures[str(error)] = None
-                self._leave(member)
+                self._rotate_from(member)
             else:
                 self._turn = index
                 return response
         raise EtcdUnavailable("; ".join(failures))
 
     async def write(self, method: Method[_Response], request: Message) -> _Response:
-        """Calls once, at the member that last answered. Raises EtcdUnavailable (outcome unknown), EtcdRefused."""
+        """Try a call once, at the member that last answered. Raises EtcdUnavailable (outcome unknown), EtcdRefused."""
         member = self._members[self._turn]
         try:
             return await self._try(member, method, request)
         except EtcdUnavailable:
-            self._leave(member)
+            self._rotate_from(member)
             raise
 
     async def follow(
         self, method: Method[_Response], request: Message, probe: tuple[Method[Any], Message]
     ) -> AsyncGenerator[_Response, None]:
-        """The responses of a stream opened by one request, for ever. Raises EtcdUnavailable, EtcdRefused.
+        """Open a stream with one request and yield its responses. Raises EtcdUnavailable, EtcdRefused.
 
-        While the stream is silent its member is asked ``probe`` now and then: a frozen one is left soon.
+        While the stream is silent, ``probe`` is sent to its member every few seconds to detect a frozen one.
         """
         member = self._members[self._turn]
         try:
@@ -200,7 +200,7 @@ class Connection:
             finally:
                 call.cancel()
         except EtcdUnavailable:
-            self._leave(member)
+            self._rotate_from(member)
             raise
 
     async def _next(
@@ -226,7 +226,7 @@ class Connection:
         except TokenRefused:
             if not self._user:
                 raise
-        # Refused for its token, so nothing was written; the failure has already forgotten the token.
+        # The member refused the token, so it wrote nothing. _failure has forgotten the token; try with a new one.
         return await self._call(member, method, request)
 
     async def _call(self, member: _Member, method: Method[_Response], request: Message) -> _Response:
@@ -242,17 +242,17 @@ class Connection:
             self.forget_token()
         return failure
 
-    def _leave(self, member: _Member) -> None:
-        # Of several calls that failed at one member, only the first moves on.
+    def _rotate_from(self, member: _Member) -> None:
+        # If several calls fail at one member, only the first of them moves to the next member.
         if self._members[self._turn] is member:
             self._turn = (self._turn + 1) % len(self._members)
 
     def forget_token(self) -> None:
-        """The token was refused: authenticate before the next call."""
+        """Forget a refused token; the next call authenticates again."""
         self._token = None
 
     async def _metadata(self, member: _Member) -> Metadata:
-        # With hasleader a member that lost its quorum says so, where otherwise a watch on it is silent.
+        # With hasleader a member without quorum fails the call; without it, a watch on such a member stays silent.
         leader = ("hasleader", "true")
         if not self._user:
             return (leader,)
@@ -267,7 +267,7 @@ class Connection:
             return (await member.call(AUTHENTICATE, request, (), self._timeout_s)).token
         except grpc.aio.AioRpcError as error:
             failure = translate(member.address, error)
-            # Then no token is needed; should authentication be enabled later, calls without one are refused.
+            # No token is needed. If an operator enables authentication later, etcd refuses calls without a token.
             if isinstance(failure, EtcdRefused) and "authentication is not enabled" in str(failure):
                 return ""
             raise failure from None

@@ -1,4 +1,4 @@
-"""What can go wrong with etcd, told apart by what the caller can do about it."""
+"""The errors of etcd calls, one class for each reaction of the caller."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import grpc.aio
 
 
 class EtcdError(Exception):
-    """A call to etcd failed; the message says why, and holds no secret."""
+    """A call to etcd failed. The message says why and contains no secret."""
 
 
-class EtcdUnavailable(EtcdError):  # noqa: N818 - named for what the caller sees
-    """No answer, or none of worth: whether a write took effect is unknown, so read again before writing again."""
+class EtcdUnavailable(EtcdError):  # noqa: N818 - named like a gRPC status
+    """No usable answer. A write may have taken effect: read again before you write again."""
 
 
 class EtcdRefused(EtcdError):  # noqa: N818
-    """etcd understood the call and refused it; nothing was written."""
+    """etcd refused the call and wrote nothing."""
 
 
 class Compacted(EtcdRefused):
-    """The revision asked for is no longer kept."""
+    """etcd has compacted the requested revision away."""
 
 
 class FutureRevision(EtcdRefused):
-    """The revision asked for does not exist yet: this is not the store the revision came from."""
+    """The requested revision does not exist yet: the revision came from another store."""
 
 
 class LeaseNotFound(EtcdRefused):
@@ -31,23 +31,23 @@ class LeaseNotFound(EtcdRefused):
 
 
 class TokenRefused(EtcdRefused):
-    """The token has expired, or was issued before the rights changed: authenticate again and repeat the call."""
+    """The token has expired, or permissions changed after it was issued: authenticate again and retry the call."""
 
 
-# etcd's own words (api/v3rpc/rpctypes/error.go); they come as status details and as reasons of a cancelled watch.
-_BY_WORDS: tuple[tuple[str, type[EtcdRefused]], ...] = (
+# etcd's messages (api/v3rpc/rpctypes/error.go), used as status details and as reasons of cancelled watches.
+_BY_MESSAGE: tuple[tuple[str, type[EtcdRefused]], ...] = (
     ("required revision has been compacted", Compacted),
     ("required revision is a future revision", FutureRevision),
     ("requested lease not found", LeaseNotFound),
     ("invalid auth token", TokenRefused),
     ("user name is empty", TokenRefused),
     ("revision of auth store is old", TokenRefused),
-    # The same from a write; it comes as UNKNOWN.
+    # The same error from a write, with status UNKNOWN.
     ("revision in header is old", TokenRefused),
 )
 
-# The answers of a member that is well; any other status means that the member, or the way to it, is not.
-_ANSWERS = frozenset(
+# The statuses of a healthy member's refusals. Any other status means that the member or the connection has failed.
+_REFUSALS = frozenset(
     {
         grpc.StatusCode.INVALID_ARGUMENT,
         grpc.StatusCode.NOT_FOUND,
@@ -62,16 +62,16 @@ _ANSWERS = frozenset(
 )
 
 
-def refusal(words: str) -> EtcdRefused:
-    """The refusal that etcd put into ``words``."""
-    kind = next((kind for phrase, kind in _BY_WORDS if phrase in words), EtcdRefused)
-    return kind(words)
+def refusal(message: str) -> EtcdRefused:
+    """Return the error for a refusal with etcd's ``message``."""
+    kind = next((kind for phrase, kind in _BY_MESSAGE if phrase in message), EtcdRefused)
+    return kind(message)
 
 
 def translate(address: str, error: grpc.aio.AioRpcError) -> EtcdError:
-    """The failure of one call to the member at ``address``."""
+    """Return the error for a failed call to the member at ``address``."""
     details = error.details() or ""
-    if error.code() in _ANSWERS or any(phrase in details for phrase, _ in _BY_WORDS):
+    if error.code() in _REFUSALS or any(phrase in details for phrase, _ in _BY_MESSAGE):
         return refusal(details or error.code().name)
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return EtcdUnavailable(f"{address}: does not answer")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from evaluator.caffe import ConversionError, cli, convert, export, read_mean
+from evaluator.caffe import ConversionError, cli, convert, export
+from evaluator.caffe.caffemodel import read_blob
 from evaluator.caffe.saving import size, write
 
 from .nets import input_layer, layer, write_net
@@ -28,7 +29,7 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
             with pytest.raises(ConversionError, match=f"^{path.name}: cannot be read: not a regular file$"):
                 convert(*pair)
         with pytest.raises(ConversionError, match="not a regular file"):
-            read_mean(path)
+            read_blob(path)
     for folder in (tmp_path, Path(".")):
         with pytest.raises(ConversionError, match=r"^[^:]+: cannot be read: Is a directory$"):
             convert(folder, good[1])

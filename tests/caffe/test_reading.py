@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluator.caffe import ConversionError, Preprocess, convert, crop_mean, read_mean
-from evaluator.caffe.caffe_pb2 import BlobProto
+from evaluator.caffe import ConversionError, convert
 
-from .nets import MODELS, Array, answer, delimited, error, input_layer, layer, normal, run, varint, write_net
+from .nets import Array, answer, delimited, error, input_layer, layer, normal, run, varint, write_net
 
 NET = input_layer(1, 3, 4, 5) + layer("InnerProduct", more="inner_product_param { num_output: 2 }")
 WEIGHT, BIAS = normal(2, 60, seed=1), normal(2, seed=2)
@@ -231,42 +230,6 @@ def test_dynamic_size_is_refused_where_a_layer_needs_the_size(tmp_path: Path) ->
     paths = write_net(tmp_path, NET, {"the_InnerProduct": [WEIGHT, BIAS]})
     with pytest.raises(ConversionError, match=r"layer 'the_InnerProduct' \(InnerProduct\): .* has to be known"):
         convert(*paths, dynamic_size=True)
-
-
-def test_mean_file_is_an_image_and_its_middle_is_cropped(tmp_path: Path) -> None:
-    mean = normal(3, 6, 8)
-    proto = BlobProto(num=1, channels=3, height=6, width=8, data=mean.reshape(-1))
-    (tmp_path / "mean.binaryproto").write_bytes(proto.SerializeToString())
-    read = read_mean(tmp_path / "mean.binaryproto")
-    assert error(read, mean) == 0
-    assert error(crop_mean(read, 4, 4), mean[:, 1:5, 2:6]) == 0
-    with pytest.raises(ConversionError, match="smaller than the input"):
-        crop_mean(read, 7, 4)
-    (tmp_path / "short").write_bytes(proto.SerializeToString()[:-3])
-    with pytest.raises(ConversionError, match="short: is not a BlobProto"):
-        read_mean(tmp_path / "short")
-
-
-def test_mean_of_a_real_net_is_read() -> None:
-    path = MODELS / "cifar10_quick" / "mean.binaryproto"
-    if not path.is_file():
-        pytest.skip("the trained networks are not on this machine")
-    mean = read_mean(path)
-    assert mean.shape == (3, 32, 32)
-    assert 50 < mean.min() < mean.max() < 200
-
-
-def test_preprocessing_has_the_order_of_caffe() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
-    mean = normal(3, 8, 10)
-    steps = Preprocess(raw_scale=2, channel_swap=(2, 1, 0), mean=mean, input_scale=0.5)
-    expected = (image[:, :, ::-1].transpose(2, 0, 1) * 2.0 - mean[:, 1:7, 1:9]) * 0.5
-    assert error(steps(image), expected) < 1e-6
-    per_channel = Preprocess(mean=np.array([1, 2, 3], np.float32))
-    assert error(per_channel(image)[:, 0, 0], image[0, 0] - np.array([1.0, 2, 3])) < 1e-6
-    assert Preprocess()(image[:, :, 0]).shape == (1, 6, 8)
-    with pytest.raises(ConversionError, match="for 1 channels"):
-        Preprocess(channel_swap=(2, 1, 0))(image[:, :, 0])
 
 
 def test_layers_need_no_names(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def running_registry(data: Path) -> Iterator[Registry]:
             *("--listen", "127.0.0.1:0"),
         )
         stack.callback(registry.kill)
-        port = registry.logged(event="listening")["port"]
+        port = registry.logged(event="service starting")["port"]
         yield Registry(f"127.0.0.1:{port}", f"127.0.0.1:{client}")
 
 
@@ -137,7 +137,7 @@ def evaluator(registry: Registry, app: str, version: str = "v1", *flags: str) ->
     """An evaluator process, once it serves and is registered."""
     process = start_evaluator(registry.address, app, version, *flags)
     try:
-        process.logged(event="serving")
+        process.logged(event="service ready")
         yield process
     finally:
         process.kill()

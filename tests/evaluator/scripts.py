@@ -16,6 +16,7 @@ import orjson
 from atserving.errors import ServingError
 from atserving.v1.evaluator_pb2 import Call, InferRequest, InferResponse, Reply
 from atserving.v1.serving_pb2 import Resource
+from evaluator.net_config import NetConfig
 from evaluator.serving.supervisor import WorkerSupervisor
 
 OBEDIENT = """
@@ -111,34 +112,33 @@ BODY = Resource(body=b"abc")
 Outcome = InferResponse | ServingError
 
 
-def config(workspace: Path, script: str, **fields: Any) -> dict[str, Any]:
+def config(workspace: Path, script: str, **fields: Any) -> NetConfig:
     folder = workspace / "release"
     folder.mkdir(parents=True)
     (folder / "net.py").write_text(script)
     (folder / "beside.py").write_text(BESIDE)
     files = {path.name: str(path) for path in folder.iterdir()}
     values = {"workspace": str(workspace), **fields.pop("custom_values", {})}
-    given = {"image_width": None, "batch_size": None, "use_device": "CPU", "model_params": {}, "custom_files": {}}
-    return {"tar_files": files, "custom_values": values, **given, **fields}
+    return NetConfig.from_cfg({"tar_files": files, "custom_values": values, **fields})
 
 
 class Served:
     """A worker on an event loop in a thread of its own."""
 
-    def __init__(self, cfg: dict[str, Any]) -> None:
+    def __init__(self, config: NetConfig) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         try:
-            self.worker: WorkerSupervisor = self._call(self._new(cfg)).result()
+            self.worker: WorkerSupervisor = self._call(self._new(config)).result()
         except BaseException:
             self._stop()
             raise
         self._running: asyncio.Task[None] | None = None
 
     @staticmethod
-    async def _new(cfg: dict[str, Any]) -> WorkerSupervisor:
-        return WorkerSupervisor(cfg)
+    async def _new(config: NetConfig) -> WorkerSupervisor:
+        return WorkerSupervisor(config)
 
     def _call(self, work: Any) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)

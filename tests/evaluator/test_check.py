@@ -106,7 +106,7 @@ async def test_a_script_runs_the_releases_net(tmp_path: Path) -> None:
 
 
 async def test_the_script_of_the_documentation_works(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "nets.md").read_text()
+    page = (ROOT / "docs" / "write-a-net.md").read_text()
     block = page[page.index("    import numpy") : page.index("| function | when |")]
     report = await check(CheckOptions(tar(tmp_path, textwrap.dedent(block)), {}, [SEVEN]))
     assert [answer.result for answer in report.answers] == ['{"best": integer}']

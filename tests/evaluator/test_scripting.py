@@ -11,13 +11,14 @@ import pytest
 
 from atserving.errors import StartError
 from evaluator import scripting
+from evaluator.net_config import NetConfig
 from tests.caffe.nets import input_layer, layer, write_net
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
     yield
-    scripting.begin({"custom_values": {}, "use_device": "CPU"})
+    scripting.begin(NetConfig({}, use_device="CPU"))
 
 
 def test_a_net_of_pycaffe_runs_by_its_own_lines(tmp_path: Path) -> None:
@@ -44,20 +45,20 @@ def test_a_net_of_pycaffe_runs_by_its_own_lines(tmp_path: Path) -> None:
 def test_a_script_may_not_choose_another_device(
     use_device: str, call: str, arguments: tuple[int, ...], message: str
 ) -> None:
-    scripting.begin({"custom_values": {}, "use_device": use_device})
+    scripting.begin(NetConfig({}, use_device=use_device))
     with pytest.raises(StartError, match=message):
         getattr(scripting, call)(*arguments)
 
 
 @pytest.mark.parametrize(("use_device", "index"), [("GPU", 0), ("GPU:1", 1)])
 def test_a_script_may_say_what_the_release_says(use_device: str, index: int) -> None:
-    scripting.begin({"custom_values": {}, "use_device": use_device})
+    scripting.begin(NetConfig({}, use_device=use_device))
     scripting.set_mode_gpu()
     scripting.set_device(index)
 
 
 def test_a_net_of_a_gpu_release_is_never_loaded_for_the_cpu(tmp_path: Path) -> None:
-    scripting.begin({"custom_values": {}, "use_device": "GPU:63"})
+    scripting.begin(NetConfig({}, use_device="GPU:63"))
     paths = write_net(tmp_path, input_layer(1, 3, 4, 4) + layer("ReLU"))
     with pytest.raises(StartError, match="use_device is GPU:63, but"):
         scripting.Net(*paths)

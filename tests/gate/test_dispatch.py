@@ -52,7 +52,7 @@ class Evaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
     most_at_once: int = 0
     port: int = 0
 
-    async def GateStream(  # type: ignore[override]
+    async def Exchange(  # type: ignore[override]
         self, request_iterator: AsyncIterator[evaluator_pb2.ExchangeRequest], context: Context
     ) -> None:
         await GateStream(self._infer).run(request_iterator, context.write)
@@ -223,7 +223,7 @@ async def test_a_caller_that_goes_takes_its_work_along(mesh: Mesh) -> None:
     await slow.entered.wait()
     asking.cancel()
     await slow.cancelled.wait()
-    assert mesh.router.pick("app", "").in_flight == 0
+    assert mesh.router.pick(mesh.router.route("app", "")).in_flight == 0
 
 
 async def test_what_can_not_be_served_is_refused_before_an_instance_is_asked(mesh: Mesh) -> None:

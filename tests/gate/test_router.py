@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from atserving.config import AppMetadata, ConfigValue, Instance, Release, WorkerConfig, parse
 from atserving.errors import NotFound, ResourceExhausted, ServingError, Unavailable
-from gate.router import LINGER_S, SHUN_S, Endpoint, Router
+from gate.router import EJECT_S, LINGER_S, Endpoint, Router
 
 PORT = 1000
 
@@ -40,6 +40,9 @@ class Table:
     def delete(self, *values: ConfigValue) -> None:
         self.router.apply({}, {_key(value) for value in values})
 
+    def pick(self, app: str, version: str) -> Endpoint[str]:
+        return self.router.pick(self.router.route(app, version))
+
 
 def _key(value: ConfigValue) -> str:
     assert isinstance(value, Release | Instance)
@@ -63,117 +66,117 @@ def table() -> Table:
 
 def test_a_named_version_answers_whatever_its_phase(table: Table) -> None:
     table.put(release("v1"), release("v2", "staging"), instance("v1", "a"), instance("v2", "b"))
-    assert table.router.pick("app", "v1").instance.id == "a"
-    assert table.router.pick("app", "v2").instance.id == "b"
+    assert table.pick("app", "v1").instance.id == "a"
+    assert table.pick("app", "v2").instance.id == "b"
 
 
 def test_a_staging_version_takes_no_unversioned_traffic(table: Table) -> None:
     table.put(release("v1"), release("v2", "staging"), instance("v1", "a"), instance("v2", "b"))
-    assert {table.router.pick("app", "").instance.id for _ in range(200)} == {"a"}
+    assert {table.pick("app", "").instance.id for _ in range(200)} == {"a"}
 
 
 def test_a_promotion_and_a_rollback_move_the_traffic(table: Table) -> None:
     table.put(release("v1"), release("v2", "staging"), instance("v1", "a"), instance("v2", "b"))
     table.put(release("v1", "staging"), release("v2"))
-    assert {table.router.pick("app", "").instance.id for _ in range(50)} == {"b"}
+    assert {table.pick("app", "").instance.id for _ in range(50)} == {"b"}
     table.put(release("v1"), release("v2", "staging"))
-    assert {table.router.pick("app", "").instance.id for _ in range(50)} == {"a"}
+    assert {table.pick("app", "").instance.id for _ in range(50)} == {"a"}
 
 
 def test_what_does_not_exist_is_not_found(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"))
     with pytest.raises(NotFound, match="unknown app 'nothing'"):
-        table.router.pick("nothing", "")
+        table.pick("nothing", "")
     with pytest.raises(NotFound, match="app 'app' has no version 'v9'"):
-        table.router.pick("app", "v9")
+        table.pick("app", "v9")
 
 
 def test_an_app_without_a_ready_instance_is_unavailable(table: Table) -> None:
     table.put(release("v1"), release("v2", "staging"), instance("v2", "b"))
     with pytest.raises(Unavailable, match="no instance of app 'app' is ready"):
-        table.router.pick("app", "")
+        table.pick("app", "")
     table.put(release("v1", "staging"))
     with pytest.raises(Unavailable, match="no version in production"):
-        table.router.pick("app", "")
+        table.pick("app", "")
 
 
 def test_an_instance_without_a_release_takes_nothing(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"), instance("ghost", "b"))
     with pytest.raises(NotFound):
-        table.router.pick("app", "ghost")
-    assert {table.router.pick("app", "").instance.id for _ in range(50)} == {"a"}
+        table.pick("app", "ghost")
+    assert {table.pick("app", "").instance.id for _ in range(50)} == {"a"}
 
 
 def test_the_least_loaded_instance_of_a_version_is_taken(table: Table) -> None:
     table.put(release("v1"), instance("v1", "small", 2), instance("v1", "large", 8))
     taken: Counter[str] = Counter()
     for _ in range(10):
-        endpoint = table.router.pick("app", "v1")
+        endpoint = table.pick("app", "v1")
         endpoint.in_flight += 1
         taken[endpoint.instance.id] += 1
         shares = [each / most for each, most in ((taken["small"], 2), (taken["large"], 8))]
         assert max(shares) - min(shares) <= 0.5
     with pytest.raises(ResourceExhausted):
-        table.router.pick("app", "v1")
+        table.pick("app", "v1")
     assert taken == {"small": 2, "large": 8}
 
 
 def test_versions_share_the_traffic_by_free_capacity_and_weight(table: Table) -> None:
     table.put(release("v1"), release("v2", weight=0.25), instance("v1", "a", 30), instance("v2", "b", 40))
-    taken = Counter(table.router.pick("app", "").instance.version for _ in range(4000))
+    taken = Counter(table.pick("app", "").instance.version for _ in range(4000))
     assert taken["v1"] / taken["v2"] == pytest.approx(3, rel=0.15)
 
 
 def test_weight_0_takes_no_unversioned_traffic(table: Table) -> None:
     table.put(release("v1"), release("v2", weight=0), instance("v1", "a"), instance("v2", "b"))
-    assert {table.router.pick("app", "").instance.id for _ in range(200)} == {"a"}
-    assert table.router.pick("app", "v2").instance.id == "b"
+    assert {table.pick("app", "").instance.id for _ in range(200)} == {"a"}
+    assert table.pick("app", "v2").instance.id == "b"
     table.put(release("v1", weight=0))
     with pytest.raises(Unavailable, match="weight above 0"):
-        table.router.pick("app", "")
+        table.pick("app", "")
 
 
 def test_a_full_app_is_exhausted_and_says_when_to_come_back(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a", 1))
-    with table.router.pick("app", "").hold(), pytest.raises(ResourceExhausted) as caught:
-        table.router.pick("app", "")
+    with table.pick("app", "").hold(), pytest.raises(ResourceExhausted) as caught:
+        table.pick("app", "")
     assert caught.value.retry_after_s
-    assert table.router.pick("app", "").instance.id == "a"
+    assert table.pick("app", "").instance.id == "a"
 
 
 def test_an_instance_that_left_is_the_last_resort_until_it_refuses(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"), instance("v1", "b"))
     table.delete(instance("v1", "a"))
-    assert {table.router.pick("app", "").instance.id for _ in range(50)} == {"b"}
+    assert {table.pick("app", "").instance.id for _ in range(50)} == {"b"}
     table.delete(instance("v1", "b"))
-    endpoints = {table.router.pick("app", "") for _ in range(50)}
+    endpoints = {table.pick("app", "") for _ in range(50)}
     assert {each.instance.id for each in endpoints} == {"a", "b"}
     for endpoint in endpoints:
         table.router.refused(endpoint)
     with pytest.raises(Unavailable):
-        table.router.pick("app", "")
+        table.pick("app", "")
     assert {each.connection for each in table.router.expired()} == {f"a:{PORT}", f"b:{PORT}"}
     assert table.router.expired() == []
 
 
 def test_an_instance_that_left_is_forgotten_after_a_while_when_idle(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"))
-    endpoint = table.router.pick("app", "")
+    endpoint = table.pick("app", "")
     table.delete(instance("v1", "a"))
     table.clock.now = LINGER_S + 1
     with endpoint.hold():
         assert table.router.expired() == []
         with pytest.raises(Unavailable):
-            table.router.pick("app", "")
+            table.pick("app", "")
     assert table.router.expired() == [endpoint]
 
 
 def test_an_instance_that_comes_back_keeps_its_connection(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"))
-    before = table.router.pick("app", "")
+    before = table.pick("app", "")
     table.delete(instance("v1", "a"))
     table.put(instance("v1", "a", 9))
-    assert table.router.pick("app", "") is before
+    assert table.pick("app", "") is before
     assert before.free == 9
     table.clock.now = LINGER_S + 1
     assert table.router.expired() == []
@@ -181,25 +184,25 @@ def test_an_instance_that_comes_back_keeps_its_connection(table: Table) -> None:
 
 def test_an_instance_with_a_new_address_gets_a_new_connection(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"))
-    before = table.router.pick("app", "")
+    before = table.pick("app", "")
     table.put(instance("v1", "a", port=PORT + 1))
-    assert table.router.pick("app", "").connection == f"a:{PORT + 1}"
+    assert table.pick("app", "").connection == f"a:{PORT + 1}"
     assert table.router.expired() == [before]
 
 
 def test_an_instance_whose_transport_failed_is_passed_over_for_a_while(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"), instance("v1", "b"))
-    failed = table.router.pick("app", "")
+    failed = table.pick("app", "")
     table.router.failed(failed)
-    assert failed not in {table.router.pick("app", "") for _ in range(50)}
-    table.clock.now = SHUN_S + 0.1
-    assert failed in {table.router.pick("app", "") for _ in range(50)}
+    assert failed not in {table.pick("app", "") for _ in range(50)}
+    table.clock.now = EJECT_S + 0.1
+    assert failed in {table.pick("app", "") for _ in range(50)}
 
 
 def test_the_only_instance_is_tried_even_after_a_failure(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"))
-    table.router.failed(table.router.pick("app", ""))
-    assert table.router.pick("app", "").instance.id == "a"
+    table.router.failed(table.pick("app", ""))
+    assert table.pick("app", "").instance.id == "a"
 
 
 def test_the_most_specific_timeout_wins_field_by_field(table: Table) -> None:
@@ -209,7 +212,7 @@ def test_the_most_specific_timeout_wins_field_by_field(table: Table) -> None:
         table.router.apply({key: found}, set())
 
     def timeout_s(version: str = "v1") -> float:
-        return table.router.timeout("app", version).total_seconds()
+        return table.router.route("app", version).timeout_s
 
     table.put(release("v1"), release("v2"))
     assert timeout_s() == 30
@@ -226,11 +229,22 @@ def test_the_most_specific_timeout_wins_field_by_field(table: Table) -> None:
     assert timeout_s() == 2
 
 
-def test_metadata_is_the_apps_own_and_the_default(table: Table) -> None:
+def test_a_route_carries_the_metadata_of_its_app_and_the_default(table: Table) -> None:
     closed, default = AppMetadata(public=False), AppMetadata(public=True)
+    table.put(release("v1"), release("v1", app="other"))
     table.router.apply({"/ava/serving/app/metadata/app": closed, "/ava/serving/app/default/metadata": default}, set())
-    assert table.router.metadata("app") == (closed, default)
-    assert table.router.metadata("other") == (AppMetadata(), default)
+    app, other = table.router.route("app", ""), table.router.route("other", "v1")
+    assert (app.metadata, app.default_metadata) == (closed, default)
+    assert (other.metadata, other.default_metadata) == (AppMetadata(), default)
+
+
+def test_the_router_resolves_a_route_once_until_the_config_changes(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"))
+    route = table.router.route("app", "")
+    assert table.router.route("app", "") is route
+    table.put(release("v1", weight=0.5))
+    assert table.router.route("app", "").weights == {"v1": 0.5}
+    assert route.weights == {"v1": 1.0}
 
 
 VERSIONS = st.sampled_from(["v1", "v2", "v3"])
@@ -287,7 +301,7 @@ def test_whatever_happens_only_ready_instances_of_fitting_versions_are_picked(
         elif what == "pick":
             fitting = {version} & phases.keys() if version else {v for v, p in phases.items() if p == "production"}
             try:
-                endpoint = table.router.pick("app", version)
+                endpoint = table.pick("app", version)
             except ServingError as error:
                 ready = [each for each in there if each[0] in fitting]
                 full = all(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import dnslib
-from dnslib.server import BaseResolver, DNSHandler, DNSLogger, DNSServer
+from tests.name_server import Answer, NameServer
 
 TTL_S = 30
 """How long CoreDNS says that its answers hold. A cache on the node takes it at its word, and so does this one."""
@@ -17,7 +15,7 @@ TTL_S = 30
 NEGATIVE_TTL_S = 5
 
 
-class Names(BaseResolver):  # type: ignore[misc]
+class Names:
     """A DNS server on any free port, for who asks one, and a hosts file, for who asks the system.
 
     ``addresses`` says which addresses a name stands for just now.
@@ -28,9 +26,8 @@ class Names(BaseResolver):  # type: ignore[misc]
         self._addresses = addresses
         self._known: dict[str, tuple[float, list[str]]] = {}
         self._lock = threading.Lock()
-        self._server = DNSServer(self, address=address, port=0, logger=DNSLogger("error"))
-        self.port = int(self._server.server.server_address[1])
-        self._server.start_thread()
+        self._server = NameServer(lambda name, _: Answer(*self.lookup(name)), address)
+        self.port = self._server.port
 
     def lookup(self, name: str) -> tuple[list[str], float]:
         """The addresses of a name, or those it had while that was to be remembered, and for how long that is."""
@@ -48,16 +45,5 @@ class Names(BaseResolver):  # type: ignore[misc]
         lines = [f"{address} {name}\n" for name in names for address in self.lookup(name)[0]]
         self.hosts.write_text("".join(["127.0.0.1 localhost\n", *lines]))
 
-    def resolve(self, request: dnslib.DNSRecord, handler: DNSHandler) -> dnslib.DNSRecord:
-        found, remaining_s = self.lookup(str(request.q.qname).rstrip("."))
-        reply = request.reply()
-        if not found:
-            reply.header.rcode = dnslib.RCODE.NXDOMAIN
-        elif request.q.qtype == dnslib.QTYPE.A:
-            for each in found:
-                reply.add_answer(dnslib.RR(request.q.qname, rdata=dnslib.A(each), ttl=math.ceil(remaining_s)))
-        return reply
-
     def stop(self) -> None:
         self._server.stop()
-        self._server.server.server_close()

@@ -304,7 +304,7 @@ def test_the_registry_serves(replay: Replay) -> None:
     ):
         try:
             assert process.stderr
-            line = next(line for line in process.stderr if '"listening"' in line)
+            line = next(line for line in process.stderr if '"service starting"' in line)
             (port,) = re.findall(r'"port": ?(\d+)', line)
             with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
                 health = health_pb2_grpc.HealthStub(channel)

@@ -1,10 +1,11 @@
-"""What the etcd client promises, against real members: rotation, rights, TLS, leases, watches."""
+"""The etcd client against real members: rotation, permissions, TLS, leases, watches."""
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
 
@@ -31,72 +32,89 @@ from tests.registry.processes import Etcd, Process, cluster, free_ports, until_a
 
 KEY = f"{PREFIX}worker/default"
 USER = User("registry", "correct horse")
+_numbers = itertools.count()
 
 
-async def test_a_commit_takes_effect_only_if_nothing_was_written_in_between(client: EtcdClient) -> None:
-    first = await client.commit([written_at(KEY, 0)], [put(KEY, "1")])
+@pytest.fixture
+def key() -> str:
+    """A key of the test's own, in the etcd that the tests share."""
+    return f"/etcd-client/{next(_numbers)}"
+
+
+@pytest.fixture
+async def shared_client(shared_etcd: Etcd) -> AsyncIterator[EtcdClient]:
+    async with EtcdClient(Connection([shared_etcd.address])) as client:
+        yield client
+
+
+async def test_a_commit_fails_if_the_key_was_written_in_between(shared_client: EtcdClient, key: str) -> None:
+    first = await shared_client.commit([written_at(key, 0)], [put(key, "1")])
     assert first
-    assert await client.commit([written_at(KEY, 0)], [put(KEY, "2")]) is None
-    assert await client.commit([written_at(KEY, first)], [put(KEY, "3")])
-    kv = await client.get(KEY)
+    assert await shared_client.commit([written_at(key, 0)], [put(key, "2")]) is None
+    assert await shared_client.commit([written_at(key, first)], [put(key, "3")])
+    kv = await shared_client.get(key)
     assert kv
     assert kv.value == b"3"
 
 
-async def test_history_is_read_until_it_is_compacted(etcd: Etcd, client: EtcdClient) -> None:
-    first = await client.put(KEY, "1")
-    second = await client.put(KEY, "2")
-    kv = await client.get(KEY, first)
+async def test_an_old_revision_can_be_read_until_its_compaction(
+    shared_etcd: Etcd, shared_client: EtcdClient, key: str
+) -> None:
+    first = await shared_client.put(key, "1")
+    second = await shared_client.put(key, "2")
+    kv = await shared_client.get(key, first)
     assert kv
     assert kv.value == b"1"
-    etcd.ctl("compact", str(second))
+    shared_etcd.ctl("compact", str(second))
     with pytest.raises(Compacted):
-        await client.get(KEY, first)
+        await shared_client.get(key, first)
     with pytest.raises(FutureRevision):
-        await client.get(KEY, second + 100)
+        await shared_client.get(key, second + 100)
 
 
-async def test_a_watch_from_a_revision_that_is_compacted_says_so(etcd: Etcd, client: EtcdClient) -> None:
-    await client.put(KEY, "1")
-    etcd.ctl("compact", str(await client.put(KEY, "2")))
-    async with aclosing(client.watch(PREFIX, 1)) as responses:
+async def test_a_watch_from_a_compacted_revision_raises_compacted(
+    shared_etcd: Etcd, shared_client: EtcdClient, key: str
+) -> None:
+    await shared_client.put(key, "1")
+    shared_etcd.ctl("compact", str(await shared_client.put(key, "2")))
+    async with aclosing(shared_client.watch(key, 1)) as responses:
         with pytest.raises(Compacted):
             async for _ in responses:
                 pass
 
 
-async def test_a_lease_ends_with_its_key(client: EtcdClient) -> None:
-    lease = await client.grant(60)
-    await client.put(KEY, "1", lease.id)
-    assert await client.keep_alive(lease.id) == lease.ttl_s == 60
-    await client.revoke(lease.id)
-    assert await client.get(KEY) is None
+async def test_revoking_a_lease_deletes_its_key(shared_client: EtcdClient, key: str) -> None:
+    lease = await shared_client.grant(60)
+    await shared_client.put(key, "1", lease.id)
+    assert await shared_client.keep_alive(lease.id) == lease.ttl_s == 60
+    await shared_client.revoke(lease.id)
+    assert await shared_client.get(key) is None
     with pytest.raises(LeaseNotFound):
-        await client.keep_alive(lease.id)
+        await shared_client.keep_alive(lease.id)
     with pytest.raises(LeaseNotFound):
-        await client.put(KEY, "1", lease.id)
-    await client.revoke(lease.id)
+        await shared_client.put(key, "1", lease.id)
+    await shared_client.revoke(lease.id)
 
 
-async def test_reads_go_to_the_member_that_answers(etcd: Etcd) -> None:
-    nobody = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    async with EtcdClient(Connection([*nobody, etcd.address])) as client:
-        assert await client.get(KEY) is None
-        # The member that answered is the one asked next, so a write comes through as well.
-        assert await client.put(KEY, "1")
+async def test_a_client_rotates_to_the_member_that_answers(shared_etcd: Etcd, key: str) -> None:
+    unreachable = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    async with EtcdClient(Connection([*unreachable, shared_etcd.address])) as client:
+        assert await client.get(key) is None
+        # A write is tried once, so it shows that the client stays at the member that answered.
+        assert await client.put(key, "1")
 
 
-async def test_who_reaches_nobody_hears_of_every_member() -> None:
-    nobody = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    async with EtcdClient(Connection(nobody)) as client:
+async def test_the_error_names_every_unreachable_member() -> None:
+    unreachable = [f"127.0.0.1:{port}" for port in free_ports(2)]
+    async with EtcdClient(Connection(unreachable)) as client:
         with pytest.raises(EtcdUnavailable) as failed:
             await client.get(KEY)
-    for address in nobody:
+    for address in unreachable:
         assert f"{address}: " in str(failed.value)
     assert "Connection refused" in str(failed.value)
 
 
-async def test_a_frozen_member_is_left(members: list[Etcd]) -> None:
+async def test_a_client_rotates_away_from_a_frozen_member(members: list[Etcd]) -> None:
     async with EtcdClient(Connection([member.address for member in members], try_timeout_s=0.5)) as client:
         await until_async(lambda: client.put(KEY, "1"), EtcdUnavailable)
         members[0].freeze()
@@ -123,7 +141,7 @@ async def test_a_watch_on_a_frozen_member_ends(etcd: Etcd) -> None:
             await anext(responses)
 
 
-async def test_a_transaction_without_an_answer_is_never_repeated() -> None:
+async def test_a_transaction_without_an_answer_is_not_retried() -> None:
     calls = []
 
     async def refuse(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
@@ -158,7 +176,7 @@ def enable_rights(etcd: Etcd) -> None:
 
 async def test_a_user_may_do_what_its_role_permits(etcd: Etcd, client: EtcdClient) -> None:
     async with EtcdClient(Connection([etcd.address], user=USER)) as user:
-        # Before rights are asked for, a user does no harm.
+        # As long as authentication is disabled, etcd accepts a client with a user.
         await user.put(KEY, "1")
         enable_rights(etcd)
         await user.put(KEY, "2")
@@ -176,7 +194,7 @@ async def test_a_user_may_do_what_its_role_permits(etcd: Etcd, client: EtcdClien
         await client.get(KEY)
 
 
-async def test_a_wrong_password_is_refused_and_not_shown(etcd: Etcd) -> None:
+async def test_a_wrong_password_is_refused_and_not_in_the_error(etcd: Etcd) -> None:
     enable_rights(etcd)
     wrong = User(USER.name, "wrong-password")
     async with EtcdClient(Connection([etcd.address], user=wrong)) as client:
@@ -185,7 +203,7 @@ async def test_a_wrong_password_is_refused_and_not_shown(etcd: Etcd) -> None:
     assert wrong.password not in f"{failed.value!r} {wrong!r}"
 
 
-async def test_a_token_lost_with_a_restart_is_renewed(etcd: Etcd) -> None:
+async def test_a_token_is_renewed_after_a_restart_of_etcd(etcd: Etcd) -> None:
     enable_rights(etcd)
     async with EtcdClient(Connection([etcd.address], user=USER)) as client:
         await client.put(KEY, "1")
@@ -216,50 +234,44 @@ async def test_an_expired_token_is_renewed(tmp_path: Path, processes: Callable[[
             return connection._token != old
 
         await until_async(renewed)
-        # A change of rights makes every token stale.
+        # A change of permissions invalidates every token.
         etcd.ctl("role", "grant-permission", "serving", "--prefix=true", "readwrite", "/more/")
         await client.put("/more/", "1")
 
 
 def openssl(*arguments: str) -> None:
     if not shutil.which("openssl"):
-        pytest.skip("openssl, which makes the keys, is not installed")
+        pytest.skip("openssl is not installed")
     subprocess.run(["openssl", *arguments], check=True, capture_output=True)
 
 
 class Authority:
-    """Signs certificates for 127.0.0.1."""
+    """A certificate authority that issues certificates for 127.0.0.1."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self._directory = directory
         self.ca, self._key = directory / f"{name}-ca.pem", directory / f"{name}-ca.key"
-        openssl(
-            *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"),
-            *("-keyout", str(self._key), "-out", str(self.ca)),
-        )
+        output = ["-keyout", str(self._key), "-out", str(self.ca)]
+        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}", *output)
 
     def issue(self, name: str) -> tuple[Path, Path]:
         cert, key, request = (self._directory / f"{name}.{ending}" for ending in ("pem", "key", "csr"))
         names = self._directory / f"{name}.ext"
         names.write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
-        openssl(
-            "req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", "-keyout", str(key), "-out", str(request)
-        )
-        openssl(
-            *("x509", "-req", "-in", str(request), "-CA", str(self.ca), "-CAkey", str(self._key), "-CAcreateserial"),
-            *("-days", "2", "-extfile", str(names), "-out", str(cert)),
-        )
+        output = ["-keyout", str(key), "-out", str(request)]
+        openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", *output)
+        signed_by = ["-CA", str(self.ca), "-CAkey", str(self._key), "-CAcreateserial"]
+        output = ["-days", "2", "-extfile", str(names), "-out", str(cert)]
+        openssl("x509", "-req", "-in", str(request), *signed_by, *output)
         return cert, key
 
 
 async def test_tls_with_a_client_certificate(tmp_path: Path, processes: Callable[[Process], Process]) -> None:
-    authority, stranger = Authority(tmp_path, "house"), Authority(tmp_path, "stranger")
+    authority, stranger = Authority(tmp_path, "trusted"), Authority(tmp_path, "stranger")
     cert, key = authority.issue("member")
     own_cert, own_key = authority.issue("registry")
-    (etcd,) = cluster(
-        *(tmp_path, ["one"], "--cert-file", str(cert), "--key-file", str(key)),
-        *("--client-cert-auth", "--trusted-ca-file", str(authority.ca)),
-    )
+    tls = ["--cert-file", str(cert), "--key-file", str(key), "--trusted-ca-file", str(authority.ca)]
+    (etcd,) = cluster(tmp_path, ["one"], "--client-cert-auth", *tls)
     etcd.ctl_flags = ["--cacert", str(authority.ca), "--cert", str(own_cert), "--key", str(own_key)]
     processes(etcd)
     await etcd.ready()

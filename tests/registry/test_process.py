@@ -1,14 +1,16 @@
-"""`python -m registry` as an operator meets it: flags, health, signals, and etcd that comes and goes."""
+"""`python -m registry` as an operator runs it: flags, health, signals, outages of etcd, failover of its followers."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -17,31 +19,68 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from atserving import transport
-from atserving.config import release_key
+from atserving.cli import service
+from atserving.config import Release, release_key
 from atserving.follower import ConfigFollower
 from atserving.v1 import registry_pb2, registry_pb2_grpc
-from registry.etcd import EtcdClient
+from registry.__main__ import main
+from registry.etcd import Connection, EtcdClient
 from tests.registry.processes import ROOT, Etcd, Process, Registry, cluster, free_ports, until, until_async
 from tests.registry.test_etcd_client import USER, enable_rights
 
 Start = Callable[[Process], Process]
 RELEASE = '{"file": "file:///m.tar"}'
+_numbers = itertools.count()
 
 
-def run(*flags: str) -> subprocess.CompletedProcess[str]:
+@dataclass(frozen=True)
+class Ended:
+    """The exit status and the output of a command."""
+
+    status: object
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Runs the command in this process, for flags with which no registry starts."""
+
+    def run(*flags: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["registry", *flags])
+        with pytest.raises(SystemExit) as ended:
+            service.run(main, "registry")
+        return Ended(ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def app() -> str:
+    """An app of the test's own, in the etcd that the tests share."""
+    return f"process-{next(_numbers)}"
+
+
+@pytest.fixture
+async def shared_client(shared_etcd: Etcd) -> AsyncIterator[EtcdClient]:
+    async with EtcdClient(Connection([shared_etcd.address])) as client:
+        yield client
+
+
+def start(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "registry", *flags]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-async def health(address: str) -> health_pb2.HealthCheckResponse.ServingStatus.ValueType:
+async def health(address: str) -> int:
     async with transport.channel(address) as channel:
         request = health_pb2.HealthCheckRequest(service="atserving.v1.RegistryService")
         answer = await health_pb2_grpc.HealthStub(channel).Check(request, wait_for_ready=True, timeout=30)
-        return answer.status  # type: ignore[no-any-return]
+        return int(answer.status)
 
 
 async def serving(address: str) -> bool:
-    return await health(address) == health_pb2.HealthCheckResponse.SERVING
+    return await health(address) == int(health_pb2.HealthCheckResponse.SERVING)
 
 
 async def watch(address: str) -> object:
@@ -55,9 +94,9 @@ async def refusal(address: str) -> grpc.aio.AioRpcError:
     return failed.value
 
 
-def test_help_names_every_flag() -> None:
+def test_help_names_every_flag(run: Callable[..., Ended]) -> None:
     shown = run("--help")
-    assert shown.returncode == 0
+    assert shown.status == 0
     for flag in (
         "--etcd ",
         "--listen",
@@ -67,7 +106,7 @@ def test_help_names_every_flag() -> None:
         "--log-level",
         "ATSERVING_ETCD_PASSWORD",
     ):
-        assert flag in shown.stdout
+        assert flag in shown.out
 
 
 @pytest.mark.parametrize(
@@ -78,31 +117,31 @@ def test_help_names_every_flag() -> None:
         (["--etcd", "http://h:1"], "'http://h:1' is not host:port"),
         (["--etcd", "h:1", "--lease-ttl", "soon"], "'soon' should be nanoseconds or a duration"),
         (["--etcd", "h:1", "--lease-ttl", "10ms"], "'10ms' should be whole seconds"),
-        (["--etcd", "h:1", "--etcd-cert", "x.pem"], "--etcd-cert and --etcd-key go together"),
-        (["--etcd", "h:1", "--etcd-user", "x"], "--etcd-user and --etcd-password go together"),
-        (["--etcd", "h:1", "--etcd-ca", "/no/such.pem"], "can't use /no/such.pem"),
-        (["--etcd", "h:1", "--etcd-ca", "setup.cfg"], "can't use setup.cfg"),
+        (["--etcd", "h:1", "--etcd-cert", "x.pem"], "--etcd-cert and --etcd-key must be given together"),
+        (["--etcd", "h:1", "--etcd-user", "x"], "--etcd-user and --etcd-password must be given together"),
+        (["--etcd", "h:1", "--etcd-ca", "/no/such.pem"], "can't load /no/such.pem"),
+        (["--etcd", "h:1", "--etcd-ca", "setup.cfg"], "can't load setup.cfg"),
     ],
 )
-def test_a_wrong_flag_is_one_line(flags: list[str], words: str) -> None:
+def test_a_wrong_flag_is_reported_in_one_line(run: Callable[..., Ended], flags: list[str], words: str) -> None:
     refused = run(*flags)
-    assert refused.returncode in (1, 2)
-    assert words in refused.stderr
-    assert refused.stderr.count("\n") == 1
+    assert refused.status in (1, 2)
+    assert words in refused.err
+    assert refused.err.count("\n") == 1
 
 
-def test_a_port_in_use_is_one_line() -> None:
+@pytest.mark.parametrize("flags", [["--listen"], ["--listen", "127.0.0.1:0", "--listen-releases"]])
+def test_a_port_in_use_is_reported_in_one_line(flags: list[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        refused = run(
-            "--etcd", "127.0.0.1:1", "--listen", f"127.0.0.1:{taken.getsockname()[1]}", "--log-level", "error"
-        )
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        refused = start("--etcd", "127.0.0.1:1", *flags, address)
     assert refused.returncode == 1
-    assert [line for line in refused.stderr.splitlines() if line.startswith("registry: cannot listen on")]
+    assert refused.stderr == f"registry: cannot listen on {address}: the address is in use or not this machine's\n"
 
 
-async def test_without_etcd_it_waits_and_says_so_once(tmp_path: Path, processes: Start) -> None:
+async def test_a_registry_waits_for_etcd_and_logs_it_once(tmp_path: Path, processes: Start) -> None:
     (member,) = cluster(tmp_path, ["one"])
     registry = Registry(tmp_path, [member.address])
     processes(registry)
@@ -111,16 +150,16 @@ async def test_without_etcd_it_waits_and_says_so_once(tmp_path: Path, processes:
         error = await refusal(registry.address)
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert "etcd is unreachable" in (error.details() or "")
-    await until(lambda: "etcd unreachable" in registry.logged())
+    await until(lambda: "etcd lost" in registry.logged())
     processes(member)
     await until_async(lambda: serving(registry.address))
     response = await watch(registry.address)
     assert isinstance(response, registry_pb2.WatchResponse)
     assert response.reset
-    assert registry.logged().count('"etcd unreachable"') == 1
+    assert registry.logged().count('"etcd lost"') == 1
 
 
-async def test_with_etcd_away_it_serves_what_it_knows_but_a_new_one_serves_nothing(
+async def test_without_etcd_a_registry_serves_the_last_known_config_but_a_new_one_serves_nothing(
     tmp_path: Path, etcd: Etcd, client: EtcdClient, processes: Start
 ) -> None:
     await client.put(release_key("a", "1"), RELEASE)
@@ -128,7 +167,7 @@ async def test_with_etcd_away_it_serves_what_it_knows_but_a_new_one_serves_nothi
     processes(registry)
     await until_async(lambda: serving(registry.address))
     etcd.kill()
-    await until(lambda: "etcd unreachable" in registry.logged())
+    await until(lambda: "etcd lost" in registry.logged())
     assert await serving(registry.address)
     response = await watch(registry.address)
     assert isinstance(response, registry_pb2.WatchResponse)
@@ -146,8 +185,8 @@ async def test_with_etcd_away_it_serves_what_it_knows_but_a_new_one_serves_nothi
     await until_async(lambda: serving(registry.address))
 
 
-async def test_sigterm_ends_the_streams_and_exits_0(tmp_path: Path, etcd: Etcd, processes: Start) -> None:
-    registry = Registry(tmp_path, [etcd.address])
+async def test_sigterm_ends_the_streams_and_exits_0(tmp_path: Path, shared_etcd: Etcd, processes: Start) -> None:
+    registry = Registry(tmp_path, [shared_etcd.address])
     processes(registry)
     await until_async(lambda: serving(registry.address))
     async with transport.channel(registry.address) as channel:
@@ -160,7 +199,7 @@ async def test_sigterm_ends_the_streams_and_exits_0(tmp_path: Path, etcd: Etcd, 
     assert "Traceback" not in registry.logged()
 
 
-async def test_sigterm_before_etcd_was_seen_exits_0(tmp_path: Path, processes: Start) -> None:
+async def test_sigterm_before_the_first_snapshot_exits_0(tmp_path: Path, processes: Start) -> None:
     registry = Registry(tmp_path, [f"127.0.0.1:{free_ports(1)[0]}"])
     processes(registry)
     await health(registry.address)
@@ -169,34 +208,51 @@ async def test_sigterm_before_etcd_was_seen_exits_0(tmp_path: Path, processes: S
     assert "Traceback" not in registry.logged()
 
 
-async def test_a_follower_goes_from_registry_to_registry(
-    tmp_path: Path, etcd: Etcd, client: EtcdClient, processes: Start
+@asynccontextmanager
+async def running(follower: ConfigFollower) -> AsyncIterator[ConfigFollower]:
+    task = asyncio.create_task(follower.run())
+    try:
+        await follower.synced.wait()
+        yield follower
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def releases(follower: ConfigFollower) -> set[str]:
+    """The releases that a follower of one app knows; its other entries are defaults."""
+    return {key for key, value in follower.entries.items() if isinstance(value, Release)}
+
+
+async def test_a_follower_fails_over_between_registries(
+    tmp_path: Path, shared_etcd: Etcd, shared_client: EtcdClient, processes: Start, app: str
 ) -> None:
-    key = release_key("a", "1")
-    await client.put(key, RELEASE)
-    both = [Registry(tmp_path, [etcd.address]) for _ in range(2)]
-    for registry in both:
-        processes(registry)
+    await shared_client.put(release_key(app, "1"), RELEASE)
+    one, two = (Registry(tmp_path, [shared_etcd.address]) for _ in range(2))
     deleted: set[str] = set()
-    follower = ConfigFollower([r.address for r in both], lambda _, deletes: deleted.update(deletes))
-    following = asyncio.create_task(follower.run())
-    await follower.synced.wait()
-    for number, (lost, other) in enumerate([both, both[::-1]]):
-        await until_async(lambda other=other: serving(other.address))  # type: ignore[misc]
-        (lost.kill if number else lambda lost=lost: lost.send(signal.SIGTERM))()  # type: ignore[misc]
-        new = release_key("a", str(number + 2))
-        await client.put(new, RELEASE)
-        await until(lambda new=new: new in follower.entries)  # type: ignore[misc]
-        if not number:
-            await lost.wait()
-        lost.start()
+
+    async def published(version: str, follower: ConfigFollower) -> None:
+        key = release_key(app, version)
+        await shared_client.put(key, RELEASE)
+        await until(lambda: key in follower.entries)
+
+    for registry in (one, two):
+        processes(registry)
+    addresses = [one.address, two.address]
+    async with running(ConfigFollower(addresses, lambda _, deletes: deleted.update(deletes), app)) as follower:
+        await until_async(lambda: serving(two.address))
+        one.send(signal.SIGTERM)
+        await published("2", follower)
+        await one.wait()
+        one.start()
+        await until_async(lambda: serving(one.address))
+        two.kill()
+        await published("3", follower)
+        assert releases(follower) == {release_key(app, version) for version in ("1", "2", "3")}
     assert not deleted
-    assert follower.entries.keys() == {release_key("a", str(number)) for number in (1, 2, 3)}
-    following.cancel()
-    await asyncio.gather(following, return_exceptions=True)
 
 
-async def test_the_password_comes_by_its_variable_and_is_never_logged(
+async def test_the_password_is_read_from_its_variable_and_never_logged(
     tmp_path: Path, etcd: Etcd, processes: Start
 ) -> None:
     enable_rights(etcd)
@@ -206,14 +262,14 @@ async def test_the_password_comes_by_its_variable_and_is_never_logged(
     await until_async(lambda: serving(registry.address))
     wrong = Registry(tmp_path, [etcd.address], *flags, ATSERVING_ETCD_PASSWORD="not-the-password")
     processes(wrong)
-    await until(lambda: "etcd refuses the registry" in wrong.logged())
-    assert "invalid user ID or password" in (await refusal(wrong.address)).details()  # type: ignore[operator]
+    await until(lambda: "invalid user ID or password" in wrong.logged())
+    assert "invalid user ID or password" in ((await refusal(wrong.address)).details() or "")
     assert USER.password not in registry.logged()
     assert "not-the-password" not in wrong.logged()
 
 
 class Relay:
-    """A way to a port that can be cut and mended."""
+    """Relays a port until it is cut; mend() relays again."""
 
     def __init__(self, target: str) -> None:
         self._target = target.rpartition(":")
@@ -244,59 +300,48 @@ class Relay:
         self._open.discard(writer)
 
 
-async def test_a_follower_leaves_a_registry_that_has_lost_etcd_and_forgets_nothing(
-    tmp_path: Path, etcd: Etcd, processes: Start, client: EtcdClient
+async def test_a_follower_moves_on_from_a_registry_without_etcd_and_forgets_nothing(
+    tmp_path: Path, shared_etcd: Etcd, shared_client: EtcdClient, processes: Start, app: str
 ) -> None:
-    relay = Relay(etcd.address)
+    first, second = release_key(app, "1"), release_key(app, "2")
+    relay = Relay(shared_etcd.address)
     await relay.mend()
-    cut_off, other = Registry(tmp_path, [relay.address]), Registry(tmp_path, [etcd.address])
-    for registry in (cut_off, other):
+    isolated, other = Registry(tmp_path, [relay.address]), Registry(tmp_path, [shared_etcd.address])
+    for registry in (isolated, other):
         processes(registry)
+    for registry in (isolated, other):
         await until_async(lambda registry=registry: serving(registry.address))  # type: ignore[misc]
-    await client.put(release_key("a", "1"), RELEASE)
+    await shared_client.put(first, RELEASE)
     deleted: set[str] = set()
-    follower = ConfigFollower([cut_off.address, other.address], lambda _, deletes: deleted.update(deletes))
-    following = asyncio.create_task(follower.run())
-    await until(lambda: release_key("a", "1") in follower.entries)
-    await relay.cut()
-    await client.put(release_key("a", "2"), RELEASE)
-    await until(lambda: release_key("a", "2") in follower.entries)
-    # With the other one gone too, what the isolated one knows is older than what is known.
-    other.kill()
-    await until(lambda: "has lost etcd" in follower.last_error)
-    assert follower.entries.keys() == {release_key("a", "1"), release_key("a", "2")}
-    # Nobody else being there, one that starts now is better off with the last known config than with none.
-    late = ConfigFollower([cut_off.address], lambda _, __: None)
-    starting = asyncio.create_task(late.run())
-    await late.synced.wait()
-    assert late.entries.keys() == {release_key("a", "1")}
-    await relay.mend()
-    await until(lambda: release_key("a", "2") in late.entries)
+    addresses = [isolated.address, other.address]
+    async with running(ConfigFollower(addresses, lambda _, deletes: deleted.update(deletes), app)) as follower:
+        await until(lambda: first in follower.entries)
+        await relay.cut()
+        await shared_client.put(second, RELEASE)
+        await until(lambda: second in follower.entries)
+        # Without the other registry, the isolated one has an older config than the follower.
+        other.kill()
+        await until(lambda: "has lost etcd" in follower.last_error)
+        assert releases(follower) == {first, second}
+        # A follower that starts now takes the last known config of the only registry.
+        async with running(ConfigFollower([isolated.address], app=app)) as late:
+            assert releases(late) == {first}
+            await relay.mend()
+            await until(lambda: second in late.entries)
     assert not deleted
-    for task in (following, starting):
-        task.cancel()
-    await asyncio.gather(following, starting, return_exceptions=True)
     await relay.cut()
 
 
-async def test_releases_can_have_a_port_of_their_own(tmp_path: Path, etcd: Etcd, processes: Start) -> None:
+async def test_the_release_service_can_have_a_port_of_its_own(
+    tmp_path: Path, shared_etcd: Etcd, processes: Start, app: str
+) -> None:
     (port,) = free_ports(1)
-    registry = Registry(tmp_path, [etcd.address], "--listen-releases", f"127.0.0.1:{port}")
+    registry = Registry(tmp_path, [shared_etcd.address], "--listen-releases", f"127.0.0.1:{port}")
     processes(registry)
     await until_async(lambda: serving(registry.address))
-    request = registry_pb2.ListReleasesRequest()
+    request = registry_pb2.ListReleasesRequest(app=app)
     async with transport.channel(f"127.0.0.1:{port}") as apart, transport.channel(registry.address) as channel:
         assert not (await registry_pb2_grpc.ReleaseServiceStub(apart).ListReleases(request)).releases
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await registry_pb2_grpc.ReleaseServiceStub(channel).ListReleases(request)
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
-
-
-def test_a_second_port_in_use_is_one_line() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        refused = run("--etcd", "127.0.0.1:1", "--listen", "127.0.0.1:0", "--listen-releases", address)
-    assert refused.returncode == 1
-    assert refused.stderr == f"registry: cannot listen on {address}: the address is in use or not this machine's\n"

@@ -1,4 +1,4 @@
-"""The API of two registries side by side on one etcd, each test with an app of its own."""
+"""The API of two registries on one etcd. Each test has an app of its own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _numbers = itertools.count()
 
 @dataclass
 class Api:
-    """One registry's services, and the etcd behind it."""
+    """The stubs of one registry's services."""
 
     registry: registry_pb2_grpc.RegistryServiceAsyncStub
     releases: registry_pb2_grpc.ReleaseServiceAsyncStub
@@ -91,7 +91,7 @@ async def stored(client: EtcdClient, key: str) -> dict[str, object]:
 
 
 def refused(code: grpc.StatusCode, words: str) -> pytest.RaisesExc[grpc.aio.AioRpcError]:
-    """What a call that is refused raises."""
+    """Expect a call to fail with a status, and with ``words`` in its message."""
 
     def fits(error: grpc.aio.AioRpcError) -> bool:
         return error.code() is code and words in (error.details() or "")
@@ -99,18 +99,29 @@ def refused(code: grpc.StatusCode, words: str) -> pytest.RaisesExc[grpc.aio.AioR
     return pytest.raises(grpc.aio.AioRpcError, check=fits)
 
 
-async def test_a_release_is_stored_as_json_that_etcdctl_can_read(api: Api, etcd_client: EtcdClient, app: str) -> None:
+async def test_a_release_is_stored_as_readable_json(api: Api, etcd_client: EtcdClient, app: str) -> None:
     release = await api.publish(
         app,
-        **{"desc": "first", "image_width": 225, "batch_size": 8, "weight": 0, "use_device": "GPU:1"},
+        desc="first",
+        image_width=225,
+        batch_size=8,
+        weight=0,
+        use_device="GPU:1",
         custom_files={"labels": "https://host/labels.csv#sha256=" + "a" * 64},
         custom_values_json='{"net": "classify", "limit": 9007199254740993, "deep": {"a": [1, 2.5, null]}}',
     )
     assert release.phase == STAGING
     assert release.lastmodified.endswith("Z")
     assert await stored(etcd_client, release_key(app, "1")) == {
-        **{"name": app, "version": "1", "file": "file:///m.tar", "phase": "staging", "desc": "first"},
-        **{"image_width": 225, "batch_size": 8, "weight": 0, "use_device": "GPU:1"},
+        "name": app,
+        "version": "1",
+        "file": "file:///m.tar",
+        "phase": "staging",
+        "desc": "first",
+        "image_width": 225,
+        "batch_size": 8,
+        "weight": 0,
+        "use_device": "GPU:1",
         "lastmodified": release.lastmodified,
         "custom_files": {"labels": "https://host/labels.csv#sha256=" + "a" * 64},
         "custom_values": {"net": "classify", "limit": 9007199254740993, "deep": {"a": [1, 2.5, None]}},
@@ -122,7 +133,7 @@ async def test_publishing_the_same_again_changes_nothing(apis: list[Api], etcd_c
     await apis[0].publish(app, custom_values_json='{"a": 1}', desc="first")
     promoted = await apis[0].set_phase(app, PRODUCTION)
     before = await etcd_client.get(key := release_key(app, "1"))
-    # What is left open stays: publishing again does not move a release out of production.
+    # Publishing again without a phase does not move a release out of production.
     assert await apis[1].publish(app, custom_values_json='{ "a" : 1 }') == promoted
     assert await etcd_client.get(key) == before
 
@@ -131,7 +142,7 @@ async def test_a_version_is_immutable_but_for_phase_desc_and_weight(api: Api, ap
     await api.publish(app, custom_values_json='{"a": 1}')
     changed = await api.publish(app, custom_values_json='{"a": 1}', phase=PRODUCTION, desc="better", weight=2)
     assert (changed.phase, changed.desc, changed.weight) == (PRODUCTION, "better", 2)
-    with refused(grpc.StatusCode.ALREADY_EXISTS, f"release {app}/1 exists with another custom_values, file"):
+    with refused(grpc.StatusCode.ALREADY_EXISTS, f"release {app}/1 exists with a different custom_values, file"):
         await api.publish(app, file="file:///other.tar", custom_values_json='{"a": 2}')
 
 
@@ -153,7 +164,7 @@ async def test_a_version_is_immutable_but_for_phase_desc_and_weight(api: Api, ap
         ({"image_width": 0}, "release.image_width: "),
         ({"use_device": "TPU"}, "release.use_device: "),
         ({"phase": 9}, "release.phase: should be PHASE_STAGING or PHASE_PRODUCTION"),
-        ({"custom_values_json": json.dumps({"a": "x" * (1 << 20)})}, "bytes of JSON, more than 1048576"),
+        ({"custom_values_json": json.dumps({"a": "x" * (1 << 20)})}, "bytes of JSON exceed the limit of 1048576"),
     ],
 )
 async def test_a_wrong_field_is_named(api: Api, app: str, fields: dict[str, object], words: str) -> None:
@@ -161,34 +172,34 @@ async def test_a_wrong_field_is_named(api: Api, app: str, fields: dict[str, obje
         await api.publish(app, **{"version": "1", **fields})  # type: ignore[arg-type]
 
 
-async def test_a_phase_is_set_and_an_operators_own_fields_stay(api: Api, etcd_client: EtcdClient, app: str) -> None:
+async def test_setting_a_phase_keeps_the_operators_own_fields(api: Api, etcd_client: EtcdClient, app: str) -> None:
     own = {"file": "file:///m.tar", "owner_team": "vision", "big": 2**70, "custom_values": {"b": 1, "a": 1.0}}
     await etcd_client.put(release_key(app, "1"), json.dumps(own))
     release = await api.set_phase(app, PRODUCTION)
     assert release.phase == PRODUCTION
-    held = await stored(etcd_client, release_key(app, "1"))
-    assert held == {**own, "phase": "production", "lastmodified": release.lastmodified}
+    release_json = await stored(etcd_client, release_key(app, "1"))
+    assert release_json == {**own, "phase": "production", "lastmodified": release.lastmodified}
 
 
-async def test_setting_the_phase_it_has_writes_nothing(api: Api, etcd_client: EtcdClient, app: str) -> None:
+async def test_setting_the_current_phase_writes_nothing(api: Api, etcd_client: EtcdClient, app: str) -> None:
     await api.publish(app, phase=PRODUCTION)
     before = await etcd_client.get(release_key(app, "1"))
     await api.set_phase(app, PRODUCTION)
     assert await etcd_client.get(release_key(app, "1")) == before
 
 
-async def test_concurrent_writers_lose_nothing(apis: list[Api], etcd_client: EtcdClient, app: str) -> None:
+async def test_concurrent_writers_lose_no_change(apis: list[Api], etcd_client: EtcdClient, app: str) -> None:
     await apis[0].publish(app)
     await asyncio.gather(
         apis[0].set_phase(app, PRODUCTION),
         apis[1].publish(app, desc="described"),
         apis[0].publish(app, weight=3),
     )
-    held = await stored(etcd_client, release_key(app, "1"))
-    assert (held["phase"], held["desc"], held["weight"]) == ("production", "described", 3)
+    release_json = await stored(etcd_client, release_key(app, "1"))
+    assert (release_json["phase"], release_json["desc"], release_json["weight"]) == ("production", "described", 3)
 
 
-async def test_phases_of_what_is_not_there(api: Api, etcd_client: EtcdClient, app: str) -> None:
+async def test_a_phase_needs_a_published_and_wellformed_release(api: Api, etcd_client: EtcdClient, app: str) -> None:
     with refused(grpc.StatusCode.NOT_FOUND, f"release {app}/1 is not published"):
         await api.set_phase(app, PRODUCTION)
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "phase: should be"):
@@ -215,7 +226,7 @@ async def test_malformed_keys_are_listed_with_their_reason(api: Api, etcd_client
     assert "weight: " in (await api.listed(app)).malformed[0].reason
 
 
-async def test_an_instance_stays_while_it_is_heard_of_by_any_registry(
+async def test_heartbeats_to_any_registry_keep_an_instance_registered(
     apis: list[Api], etcd_client: EtcdClient, app: str
 ) -> None:
     await apis[0].publish(app)
@@ -223,24 +234,24 @@ async def test_an_instance_stays_while_it_is_heard_of_by_any_registry(
     key = one_instance_key(app)
     first = await etcd_client.get(key)
     assert first
-    # Longer than a lease lives that nobody renews, by turns.
+    # Send heartbeats to both registries in turn, until a lease without renewals has expired.
     lease = await etcd_client.grant(round(ttl_s))
     unrenewed = f"/unrenewed/{app}"
     await etcd_client.put(unrenewed, "", lease.id)
     turns = itertools.cycle(apis)
 
-    async def another_beat() -> bool:
+    async def heartbeat() -> bool:
         assert await next(turns).register(app) == ttl_s
-        return await gone(etcd_client, unrenewed)
+        return await is_deleted(etcd_client, unrenewed)
 
-    await until_async(another_beat)
+    await until_async(heartbeat)
     assert await etcd_client.get(key) == first
-    await until_async(lambda: shown(apis, app, ["10.0.0.1:50052"]))
-    # Not heard of any more.
-    await until_async(lambda: shown(apis, app, []))
+    await until_async(lambda: are_listed(apis, app, ["10.0.0.1:50052"]))
+    # Without heartbeats the instance is deregistered.
+    await until_async(lambda: are_listed(apis, app, []))
 
 
-async def shown(apis: list[Api], app: str, addresses: list[str]) -> bool:
+async def are_listed(apis: list[Api], app: str, addresses: list[str]) -> bool:
     return all([await api.instances(app) == addresses for api in apis])
 
 
@@ -248,31 +259,29 @@ def one_instance_key(app: str) -> str:
     return f"{PREFIX}instance/{app}/1/i"
 
 
-async def test_deregistering_removes_at_once_and_twice_is_fine(
-    apis: list[Api], etcd_client: EtcdClient, app: str
-) -> None:
+async def test_deregistration_is_immediate_and_idempotent(apis: list[Api], etcd_client: EtcdClient, app: str) -> None:
     await apis[0].publish(app)
     await apis[0].register(app)
-    held = await etcd_client.get(one_instance_key(app))
-    assert held
+    kv = await etcd_client.get(one_instance_key(app))
+    assert kv
     await apis[1].deregister(app, address="")
     assert await etcd_client.get(one_instance_key(app)) is None
     await apis[0].deregister(app)
-    await until_async(lambda: shown(apis, app, []))
-    # The lease has gone with it.
-    await etcd_client.revoke(held.lease)
+    await until_async(lambda: are_listed(apis, app, []))
+    # The lease has ended too.
+    await etcd_client.revoke(kv.lease)
 
 
-async def test_an_instance_that_changed_or_was_lost_is_put_anew(api: Api, etcd_client: EtcdClient, app: str) -> None:
+async def test_a_heartbeat_rewrites_a_changed_or_lost_instance(api: Api, etcd_client: EtcdClient, app: str) -> None:
     await api.publish(app)
     await api.register(app)
     await api.register(app, capacity=9)
     assert (await stored(etcd_client, one_instance_key(app)))["capacity"] == 9
-    for lose in (lambda key: etcd_client.delete(key), lambda key: revoke_of(etcd_client, key)):
+    for lose in (etcd_client.delete, lambda key: revoke_lease_of(etcd_client, key)):
         await lose(one_instance_key(app))
         await api.register(app)
         assert (await stored(etcd_client, one_instance_key(app)))["capacity"] == 4
-    # An operator's own, under no lease, gets one.
+    # The registry adds a lease to a key that an operator wrote without one.
     await etcd_client.put(one_instance_key(app), json.dumps({"address": "10.0.0.1:50052", "capacity": 4}))
     await api.register(app)
     kv = await etcd_client.get(one_instance_key(app))
@@ -280,19 +289,19 @@ async def test_an_instance_that_changed_or_was_lost_is_put_anew(api: Api, etcd_c
     assert kv.lease
 
 
-async def revoke_of(client: EtcdClient, key: str) -> None:
+async def revoke_lease_of(client: EtcdClient, key: str) -> None:
     kv = await client.get(key)
     assert kv
     await client.revoke(kv.lease)
 
 
-async def test_the_same_instance_by_both_registries_at_once(apis: list[Api], app: str) -> None:
+async def test_both_registries_can_register_one_instance_at_once(apis: list[Api], app: str) -> None:
     await apis[0].publish(app)
     await asyncio.gather(*(api.register(app) for api in apis for _ in range(4)))
-    await until_async(lambda: shown(apis, app, ["10.0.0.1:50052"]))
+    await until_async(lambda: are_listed(apis, app, ["10.0.0.1:50052"]))
 
 
-async def test_only_instances_of_published_releases(api: Api, etcd_client: EtcdClient, app: str) -> None:
+async def test_an_instance_needs_a_published_release(api: Api, etcd_client: EtcdClient, app: str) -> None:
     with refused(grpc.StatusCode.NOT_FOUND, f"release {app}/1 is not published"):
         await api.register(app)
     await api.publish(app)
@@ -300,10 +309,10 @@ async def test_only_instances_of_published_releases(api: Api, etcd_client: EtcdC
     await etcd_client.delete(release_key(app, "1"))
     with refused(grpc.StatusCode.NOT_FOUND, "is not published"):
         await api.register(app)
-    await until_async(lambda: gone(etcd_client, one_instance_key(app)))
+    await until_async(lambda: is_deleted(etcd_client, one_instance_key(app)))
 
 
-async def gone(client: EtcdClient, key: str) -> bool:
+async def is_deleted(client: EtcdClient, key: str) -> bool:
     return await client.get(key) is None
 
 
@@ -315,7 +324,7 @@ async def test_a_wrong_instance_is_refused(api: Api, app: str, fields: dict[str,
         await api.register(app, **fields)
 
 
-async def test_a_watch_of_one_app_hears_of_it_and_of_the_defaults(
+async def test_a_watch_of_one_app_streams_the_app_and_the_defaults(
     api: Api, etcd_client: EtcdClient, app: str, registries: list[Registry]
 ) -> None:
     other = f"{app}-other"
@@ -337,7 +346,7 @@ async def test_a_watch_of_one_app_hears_of_it_and_of_the_defaults(
         await api.registry.Watch(registry_pb2.WatchRequest(app="a b")).read()
 
 
-async def test_two_registries_show_the_same(
+async def test_two_registries_serve_the_same_config(
     apis: list[Api], registries: list[Registry], etcd_client: EtcdClient, app: str
 ) -> None:
     followers = [ConfigFollower([registry.address]) for registry in registries]

@@ -1,4 +1,4 @@
-"""The config's keys and values: what is read, what is refused and how that is said."""
+"""The config's keys and values: valid ones, malformed ones, and the error for each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from atserving.config import AppMetadata, Instance, MalformedConfig, Release, Wo
 RELEASE_KEY = "/ava/serving/eval/app/v1"
 
 
-def test_a_release_is_read_as_the_seed_writes_it() -> None:
+def test_a_release_with_unknown_fields_and_large_integers_is_read() -> None:
     value = config.parse(
         RELEASE_KEY,
         b"""{"name": "app", "version": "v1", "file": "http://host/model.tar", "phase": "production", "desc": "d",
@@ -27,7 +27,7 @@ def test_a_release_is_read_as_the_seed_writes_it() -> None:
     assert config.parse(RELEASE_KEY, value.to_json()) == value
 
 
-def test_a_release_may_leave_out_what_its_key_says() -> None:
+def test_a_release_may_omit_the_name_and_version_of_its_key() -> None:
     value = config.parse(RELEASE_KEY, '{"file": "file:///x.tar"}')
     assert isinstance(value, Release)
     assert (value.name, value.version, value.phase) == ("app", "v1", "staging")
@@ -48,7 +48,7 @@ def test_a_release_may_leave_out_what_its_key_says() -> None:
         ('{"file": "file:///x", "custom_files": {"tags": "tags.csv"}}', "custom_files.tags: "),
     ],
 )
-def test_a_wrong_value_names_its_field(value: str, reason: str) -> None:
+def test_the_error_names_the_wrong_field(value: str, reason: str) -> None:
     with pytest.raises(MalformedConfig) as caught:
         config.parse(RELEASE_KEY, value)
     assert str(caught.value).startswith(reason)
@@ -67,7 +67,7 @@ def test_an_unknown_key_is_refused(key: str) -> None:
     ("text", "seconds"),
     [("100ms", 0.1), ("1m30s", 90), ("1.5s", 1.5), (2_000_000, 0.002), (0, 0), ("250us", 0.00025), ("1h", 3600)],
 )
-def test_durations_are_nanoseconds_or_gos(text: str | int, seconds: float) -> None:
+def test_a_duration_is_nanoseconds_or_go_notation(text: str | int, seconds: float) -> None:
     value = config.parse(config.DEFAULT_WORKER_KEY, orjson.dumps({"timeout": text}))
     assert isinstance(value, WorkerConfig)
     assert value.timeout == timedelta(seconds=seconds)
@@ -75,7 +75,7 @@ def test_durations_are_nanoseconds_or_gos(text: str | int, seconds: float) -> No
 
 
 @pytest.mark.parametrize("text", ["soon", "", "1", "1 s", "-1s", -1, 1.5, True, "2h", [1], "1s1"])
-def test_what_is_no_duration_is_refused(text: object) -> None:
+def test_an_invalid_duration_is_refused(text: object) -> None:
     with pytest.raises(MalformedConfig, match="timeout: "):
         config.parse(config.DEFAULT_WORKER_KEY, orjson.dumps({"timeout": text}))
 
@@ -88,7 +88,7 @@ def test_the_more_specific_worker_config_wins_field_by_field() -> None:
     )
 
 
-def test_an_instance_has_a_place_and_a_capacity() -> None:
+def test_an_instance_needs_a_valid_address_and_capacity() -> None:
     value = Instance(app="app", version="v1", id="a", address="[::1]:50052", capacity=4)
     assert config.parse(value.key, value.to_json()) == value
     for address in ("host", "host:", ":1", "host:port", "host:1/x", "a b:1", "host:0", "host:65536"):
@@ -98,7 +98,7 @@ def test_an_instance_has_a_place_and_a_capacity() -> None:
         config.parse(value.key, '{"address": "host:1", "capacity": 2147483648000}')
 
 
-def test_metadata_may_leave_everything_open() -> None:
+def test_metadata_may_be_empty() -> None:
     assert config.parse("/ava/serving/app/metadata/app", "{}") == AppMetadata()
 
 
@@ -114,19 +114,19 @@ def test_metadata_may_leave_everything_open() -> None:
         ("/ava/serving/worker/default", None),
     ],
 )
-def test_a_key_concerns_an_app_or_all(key: str, app: str | None) -> None:
+def test_a_key_belongs_to_an_app_or_to_all(key: str, app: str | None) -> None:
     assert config.app_of(key) == app
 
 
 @given(st.text(), st.binary() | st.text())
-def test_rubbish_is_malformed_and_nothing_worse(key: str, value: bytes | str) -> None:
+def test_invalid_keys_and_values_raise_only_malformed_config(key: str, value: bytes | str) -> None:
     for each in (key, config.PREFIX + key, RELEASE_KEY, config.DEFAULT_WORKER_KEY):
         with suppress(MalformedConfig):
             config.parse(each, value)
 
 
 @given(st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"))
-def test_names_are_names(name: str) -> None:
+def test_a_name_has_no_newline_slash_or_leading_dot(name: str) -> None:
     assert config.is_name(name)
     assert not config.is_name(name + "\n")
     assert not config.is_name(name + "/")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -98,7 +97,7 @@ async def test_an_instance_is_ready_once_it_is_registered_and_stays_so_without_e
 
 
 async def ready(address: str) -> bool:
-    return await health(address) == SERVING
+    return bool(await health(address) == SERVING)
 
 
 async def is_listed(registry: str) -> bool:
@@ -106,42 +105,6 @@ async def is_listed(registry: str) -> bool:
     async with transport.channel(registry) as channel:
         listed = await registry_pb2_grpc.ReleaseServiceStub(channel).ListReleases(registry_pb2.ListReleasesRequest())
     return len(listed.releases) == 1
-
-
-class NameServer:
-    """Names for this process alone, in place of a name server's; without ``hosts`` it says nothing."""
-
-    def __init__(self) -> None:
-        self.hosts: dict[str, list[str]] | None = {}
-        self.asked = 0
-        self.answering = threading.Event()
-
-    def getaddrinfo(self, host: str, port: int, **_: object) -> list[tuple[object, ...]]:
-        self.asked += 1
-        if self.hosts is None:
-            self.answering.wait()
-        if self.hosts is None or host not in self.hosts:
-            raise OSError("unknown name")
-        return [(None, None, None, "", (each, port)) for each in self.hosts[host]]
-
-
-async def test_a_name_stands_for_all_its_addresses_and_for_those_it_last_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = NameServer()
-    monkeypatch.setattr(transport.socket, "getaddrinfo", server.getaddrinfo)
-    addresses = transport.Addresses(["registry:50053", "10.0.0.9:1"])
-    assert await addresses.resolve() == ["registry:50053", "10.0.0.9:1"], "not known yet"
-    server.hosts = {"registry": ["10.0.0.1", "10.0.0.2", "fd00::1"], "10.0.0.9": ["10.0.0.9"]}
-    known = ["10.0.0.1:50053", "10.0.0.2:50053", "10.0.0.9:1", "[fd00::1]:50053"]
-    assert sorted(await addresses.resolve()) == known
-    server.hosts = {}
-    assert sorted(await addresses.resolve()) == known, "nobody knows the names"
-    server.hosts, asked = None, server.asked
-    for _ in range(2):
-        assert sorted(await addresses.resolve()) == known, "the name server says nothing"
-    assert server.asked == asked + 2, "one lookup of each name is under way"
-    server.hosts = {"registry": ["10.0.0.3"]}
-    server.answering.set()
-    assert sorted(await addresses.resolve()) == ["10.0.0.3:50053", "10.0.0.9:1"]
 
 
 async def test_a_process_ends_though_a_lookup_does_not(tmp_path: Path) -> None:

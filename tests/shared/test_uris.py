@@ -1,4 +1,4 @@
-"""Resource URIs: which there are, what is shown of them, and whose they are."""
+"""Resource URIs: their schemes, their redacted form, and the caller's uid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from atserving.errors import InvalidArgument
 
 
 @given(st.binary(), st.sampled_from(["", "application/octet-stream", "image/png", "text/plain;charset=utf-8"]))
-def test_any_media_type_in_base64_is_data(data: bytes, media_type: str) -> None:
+def test_base64_data_of_any_media_type_is_decoded(data: bytes, media_type: str) -> None:
     assert uris.decode_data(f"data:{media_type};base64,{base64.b64encode(data).decode()}") == data
 
 
@@ -30,12 +30,12 @@ def test_bad_data_is_refused(uri: str) -> None:
     "uri",
     ["file:///etc/passwd", "ftp://h/x", "gopher://h", "//host/x", "host/x", "", "javascript:1", "http://" + "x" * 9000],
 )
-def test_all_else_is_no_resource(uri: str) -> None:
+def test_other_schemes_are_refused(uri: str) -> None:
     with pytest.raises(InvalidArgument):
         uris.scheme(uri)
 
 
-def test_the_uid_of_a_stored_resource_is_the_callers() -> None:
+def test_a_qiniu_uri_gets_the_callers_uid() -> None:
     assert uris.with_caller("qiniu://1@z0/bucket/a/b?c", 7) == "qiniu://7@z0/bucket/a/b?c"
     assert uris.with_caller("qiniu://z0/bucket/key", 7) == "qiniu://7@z0/bucket/key"
     assert uris.with_caller("qiniu://1@z0/bucket/key", None) == "qiniu://z0/bucket/key"
@@ -45,16 +45,16 @@ def test_the_uid_of_a_stored_resource_is_the_callers() -> None:
             uris.with_caller(bad, 7)
 
 
-def test_what_is_shown_holds_no_secret_and_no_data() -> None:
-    shown = uris.shown("https://user:secret@host/path?token=secret#secret")
-    assert shown == "'https://host/path'"
-    assert uris.shown("https://user:sec@ret@host/a@b") == "'https://host/a@b'"
-    assert "AAAA" not in uris.shown("data:image/png;base64," + "A" * 1000)
-    assert len(uris.shown("http://host/" + "x" * 10_000)) < 100
+def test_a_redacted_uri_holds_no_secret_and_no_data() -> None:
+    redacted = uris.redacted("https://user:secret@host/path?token=secret#secret")
+    assert redacted == "'https://host/path'"
+    assert uris.redacted("https://user:sec@ret@host/a@b") == "'https://host/a@b'"
+    assert "AAAA" not in uris.redacted("data:image/png;base64," + "A" * 1000)
+    assert len(uris.redacted("http://host/" + "x" * 10_000)) < 100
 
 
 @given(st.text())
-def test_rubbish_is_refused_and_nothing_worse(uri: str) -> None:
-    for call in (uris.scheme, uris.decode_data, uris.shown, lambda each: uris.with_caller(each, 1)):
+def test_any_text_is_parsed_or_refused(uri: str) -> None:
+    for call in (uris.scheme, uris.decode_data, uris.redacted, lambda each: uris.with_caller(each, 1)):
         with suppress(InvalidArgument):
             call(uri)

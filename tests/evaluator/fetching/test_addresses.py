@@ -1,4 +1,4 @@
-"""Which addresses a resource may come from."""
+"""Resources may come only from public and from allowed addresses."""
 
 import ipaddress
 import socket
@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from evaluator.fetching.addresses import AddressPolicy, AddressRefused, PolicyResolver
-from tests.evaluator.names import name_server
+from tests.name_server import scripted_names
 
 PUBLIC = ["8.8.8.8", "151.101.1.140", "2606:4700::6810:85e5", "::ffff:8.8.8.8", "64:ff9b::808:808"]
 REFUSED = {
@@ -32,7 +32,7 @@ def test_public_addresses_are_allowed(address: str) -> None:
 
 
 @pytest.mark.parametrize("address", [address for group in REFUSED.values() for address in group])
-def test_what_only_this_machine_can_reach_is_refused(address: str) -> None:
+def test_internal_addresses_are_refused(address: str) -> None:
     assert not AddressPolicy().allows(address)
 
 
@@ -43,7 +43,7 @@ def test_an_operator_may_allow_a_network_in_any_notation(address: str) -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1", "169.254.169.254", "2130706433", "127.1"])
-def test_no_socket_is_made_for_what_is_refused(address: str) -> None:
+def test_no_socket_is_made_for_a_refused_address(address: str) -> None:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with pytest.raises(AddressRefused, match="is not a public address"):
         AddressPolicy().socket((family, socket.SOCK_STREAM, 0, "", (address, 80)))
@@ -52,7 +52,7 @@ def test_no_socket_is_made_for_what_is_refused(address: str) -> None:
 
 
 async def test_a_name_is_refused_by_the_addresses_it_resolves_to() -> None:
-    async with name_server() as names:
+    with scripted_names() as names:
         names.addresses = {
             "public.test": [["8.8.8.8", "1.1.1.1"]],
             "private.test": [["10.0.0.1"]],

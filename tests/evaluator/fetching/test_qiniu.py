@@ -1,4 +1,4 @@
-"""Objects by ``qiniu://``, from a server on this machine that speaks Kodo's API and checks every signature itself."""
+"""``qiniu://`` objects come from a fake Kodo on this machine, which checks every signature itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import ipaddress
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +32,8 @@ from evaluator.fetching.qiniu import QiniuConfig, read_config
 from evaluator.fetching.release import fetch_release
 from evaluator.fetching.resources import ResourceFetcher
 from tests.evaluator.conftest import DIGITS, ROOT, Registry, evaluator
-from tests.evaluator.names import NameServer, name_server
 from tests.evaluator.serving.test_serving import connected
+from tests.name_server import ScriptedNames, scripted_names
 
 ACCESS_KEY, SECRET_KEY = "the-access-key", "the-secret-key"
 HOST, FORBIDDEN = "127.0.0.2", "127.0.0.3"
@@ -42,17 +42,17 @@ MAX_BYTES = 100_000
 
 @dataclass
 class Kodo:
-    """The bucket service, and behind a name for each bucket its objects, all of them private."""
+    """A fake Kodo: the bucket service, and a host name for each bucket with its private objects."""
 
     objects: dict[tuple[str, str], bytes] = field(default_factory=dict)
     regions: dict[str, list[str]] = field(default_factory=lambda: {"photos": ["z0"], "models": ["z0"]})
     io_src: list[str] | None = None
-    """The domains of every bucket; None: its name below kodo.test."""
+    """The domains of every bucket. None: <bucket>.kodo.test."""
     answer: web.Response | None = None
-    """What the bucket service says instead."""
+    """Replaces the response of the bucket service."""
     port: int = 0
     ahead_s: int = 0
-    """How far its clock is ahead."""
+    """By how many seconds its clock is ahead."""
     lookups: list[str] = field(default_factory=list)
     downloads: list[str] = field(default_factory=list)
     elsewhere: list[web.Request] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Kodo:
         if request.host.startswith("other.test"):
             self.elsewhere.append(request)
             return web.Response(body=b"moved")
-        # By its address it serves one bucket.
+        # Under its bare address it serves one bucket.
         return self._download(request, "photos")
 
     async def _query(self, request: web.Request) -> web.StreamResponse:
@@ -130,8 +130,8 @@ async def kodo() -> AsyncIterator[Kodo]:
 
 
 @pytest.fixture
-async def names() -> AsyncIterator[NameServer]:
-    async with name_server() as names:
+def names() -> Iterator[ScriptedNames]:
+    with scripted_names() as names:
         names.addresses = {f"{name}.test": [[HOST]] for name in ("photos.kodo", "models.kodo", "other")}
         names.addresses["inner.test"] = [[FORBIDDEN]]
         yield names
@@ -143,14 +143,14 @@ def config(kodo: Kodo, **fields: Any) -> QiniuConfig:
 
 
 @asynccontextmanager
-async def fetching(kodo: Kodo, names: NameServer, **fields: Any) -> AsyncIterator[ResourceFetcher]:
+async def fetching(kodo: Kodo, names: ScriptedNames, **fields: Any) -> AsyncIterator[ResourceFetcher]:
     policy = AddressPolicy([ipaddress.ip_network(f"{HOST}/32")])
     async with ResourceFetcher(MAX_BYTES, policy, config(kodo, **fields), names.resolver()) as fetcher:
         yield fetcher
 
 
 @pytest.fixture
-async def fetcher(kodo: Kodo, names: NameServer) -> AsyncIterator[ResourceFetcher]:
+async def fetcher(kodo: Kodo, names: ScriptedNames) -> AsyncIterator[ResourceFetcher]:
     async with fetching(kodo, names) as fetcher:
         yield fetcher
 
@@ -159,7 +159,7 @@ async def refused(fetcher: ResourceFetcher, uri: str, kind: type[ServingError], 
     with pytest.raises(kind) as error:
         await fetcher.fetch(uri)
     assert error.value.message == f"resource {message}"
-    # Not even the traceback that a log might show says more.
+    # A logged traceback must not reveal more.
     assert error.value.__cause__ is None
     assert error.value.__context__ is None or error.value.__suppress_context__
     assert not {ACCESS_KEY, SECRET_KEY, "token"} & set(error.value.message.split())
@@ -179,16 +179,33 @@ async def test_a_private_object_is_read_with_the_owners_keys(kodo: Kodo, fetcher
 @pytest.mark.parametrize(
     "key",
     [
-        *("a/b.png", "a b+c", "图 片.jpg", "what?e=1&token=x", "a#b", "100%", "%2e%41", "../x", "a/../b", ".", "/x"),
-        *("//x/", "a//b", "a\\b", "a:b@c", "'\"<>", "a\nb", "&token=", "~!$*(),;="),
+        "a/b.png",
+        "a b+c",
+        "图 片.jpg",
+        "what?e=1&token=x",
+        "a#b",
+        "100%",
+        "%2e%41",
+        "../x",
+        "a/../b",
+        ".",
+        "/x",
+        "//x/",
+        "a//b",
+        "a\\b",
+        "a:b@c",
+        "'\"<>",
+        "a\nb",
+        "&token=",
+        "~!$*(),;=",
     ],
 )
-async def test_a_key_is_taken_as_it_is_written(kodo: Kodo, fetcher: ResourceFetcher, key: str) -> None:
+async def test_a_key_needs_no_quoting(kodo: Kodo, fetcher: ResourceFetcher, key: str) -> None:
     kodo.objects["photos", key] = b"found"
     assert await fetcher.fetch(f"qiniu://z0/photos/{key}") == b"found"
 
 
-async def test_requests_read_only_from_the_buckets_that_are_named(kodo: Kodo, names: NameServer) -> None:
+async def test_requests_read_only_from_named_buckets(kodo: Kodo, names: ScriptedNames) -> None:
     kodo.objects["models", "release.tar"] = b"the owner's"
     uri = "qiniu://z0/models/release.tar"
     for buckets in (["photos"], []):
@@ -199,7 +216,7 @@ async def test_requests_read_only_from_the_buckets_that_are_named(kodo: Kodo, na
         assert await fetcher.fetch(uri) == b"the owner's"
 
 
-async def test_without_keys_there_are_no_objects(names: NameServer) -> None:
+async def test_qiniu_uris_are_refused_without_keys(names: ScriptedNames) -> None:
     async with ResourceFetcher(MAX_BYTES, AddressPolicy(), resolver=names.resolver()) as fetcher:
         await refused(
             fetcher,
@@ -209,7 +226,7 @@ async def test_without_keys_there_are_no_objects(names: NameServer) -> None:
         )
 
 
-async def test_an_object_that_can_not_be_had_is_the_requests_fault(kodo: Kodo, names: NameServer) -> None:
+async def test_an_unavailable_object_blames_the_request(kodo: Kodo, names: ScriptedNames) -> None:
     kodo.objects["photos", "x"] = b"x"
     async with fetching(kodo, names) as fetcher:
         for uri, message in {
@@ -241,35 +258,33 @@ async def test_an_object_that_can_not_be_had_is_the_requests_fault(kodo: Kodo, n
         (web.Response(text='{"hosts": []}' + " " * (1 << 20)), "the bucket service's answer is too long"),
     ],
 )
-async def test_a_bucket_service_that_fails_is_not_the_requests_fault(
+async def test_a_failing_bucket_service_does_not_blame_the_request(
     kodo: Kodo, fetcher: ResourceFetcher, answer: web.Response, reason: str
 ) -> None:
     kodo.answer = answer
     uri = "qiniu://z0/photos/x"
     await refused(fetcher, uri, ResourceUnreachable, f"'{uri}': {reason}")
-    # Nothing of that is kept.
+    # Failures are not cached.
     kodo.answer, kodo.objects = None, {("photos", "x"): b"x"}
     assert await fetcher.fetch(uri) == b"x"
 
 
 @pytest.mark.parametrize("domain", ["http://", "a/b", "a:b", "me@a", "a?b", ""])
-async def test_a_domain_that_is_none_is_not_the_requests_fault(
-    kodo: Kodo, fetcher: ResourceFetcher, domain: str
-) -> None:
+async def test_a_malformed_domain_does_not_blame_the_request(kodo: Kodo, fetcher: ResourceFetcher, domain: str) -> None:
     kodo.io_src = [domain]
     uri = "qiniu://z0/photos/x"
     await refused(fetcher, uri, ResourceUnreachable, f"'{uri}': the bucket service's answer can't be read")
 
 
-async def test_a_bucket_without_a_domain_is_not_the_requests_fault(kodo: Kodo, fetcher: ResourceFetcher) -> None:
+async def test_a_bucket_without_a_domain_does_not_blame_the_request(kodo: Kodo, fetcher: ResourceFetcher) -> None:
     kodo.io_src = []
     uri = "qiniu://z0/photos/x"
     message = f"'{uri}': the bucket service names no domain to download from"
     await refused(fetcher, uri, ResourceUnreachable, message)
 
 
-async def test_a_bucket_service_that_is_silent_or_away_is_not_the_requests_fault(
-    kodo: Kodo, names: NameServer, monkeypatch: pytest.MonkeyPatch
+async def test_an_unreachable_bucket_service_does_not_blame_the_request(
+    kodo: Kodo, names: ScriptedNames, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = "qiniu://z0/photos/x"
     async with fetching(kodo, names, service=f"http://{HOST}:1") as fetcher:
@@ -283,9 +298,7 @@ async def test_a_bucket_service_that_is_silent_or_away_is_not_the_requests_fault
 
 
 @pytest.mark.parametrize("host", [FORBIDDEN, "inner.test", f"[::ffff:{FORBIDDEN}]"])
-async def test_the_rules_of_addresses_hold_for_the_bucket_service_and_for_downloads(
-    kodo: Kodo, names: NameServer, host: str
-) -> None:
+async def test_the_address_policy_covers_lookups_and_downloads(kodo: Kodo, names: ScriptedNames, host: str) -> None:
     uri = "qiniu://z0/photos/x"
     async with fetching(kodo, names, service=f"http://{host}:{kodo.port}") as fetcher:
         await refused(fetcher, uri, ResourceUnreachable, f"'{uri}': the bucket service has no public address")
@@ -297,30 +310,29 @@ async def test_the_rules_of_addresses_hold_for_the_bucket_service_and_for_downlo
     assert kodo.downloads == []
 
 
-async def test_many_requests_for_a_bucket_make_one_lookup(kodo: Kodo, fetcher: ResourceFetcher) -> None:
+async def test_concurrent_requests_for_a_bucket_share_a_lookup(kodo: Kodo, fetcher: ResourceFetcher) -> None:
     kodo.objects = {("photos", str(number)): str(number).encode() for number in range(50)}
     kodo.go_on.clear()
     sources = [f"qiniu://z0/photos/{number}" for number in range(50)]
-    impatient = asyncio.create_task(fetcher.fetch(sources[0]))
-    while not kodo.lookups:  # noqa: ASYNC110 - what is waited for has no event
+    first = asyncio.create_task(fetcher.fetch(sources[0]))
+    while not kodo.lookups:  # noqa: ASYNC110 - there is no event to wait for
         await asyncio.sleep(0)
     tasks = [asyncio.create_task(fetcher.fetch(source)) for source in sources]
     await asyncio.sleep(0)
-    # That the one who began it goes is nothing to the others.
-    impatient.cancel()
-    await asyncio.gather(impatient, return_exceptions=True)
+    # Cancelling the request that started the lookup must not fail the others.
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
     kodo.go_on.set()
     assert await asyncio.gather(*tasks) == [str(number).encode() for number in range(50)]
+    assert await fetcher.fetch(sources[0]) == b"0"
     assert kodo.lookups == ["photos"]
 
 
-async def test_many_requests_share_a_lookup_that_fails_each_by_its_own_name(
-    kodo: Kodo, fetcher: ResourceFetcher
-) -> None:
+async def test_a_failed_lookup_fails_each_request_under_its_own_name(kodo: Kodo, fetcher: ResourceFetcher) -> None:
     kodo.go_on.clear()
     uris = [f"qiniu://z0/gone/{number}" for number in range(20)]
     tasks = [asyncio.create_task(fetcher.fetch(uri)) for uri in uris]
-    while not kodo.lookups:  # noqa: ASYNC110 - what is waited for has no event
+    while not kodo.lookups:  # noqa: ASYNC110 - there is no event to wait for
         await asyncio.sleep(0)
     kodo.go_on.set()
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
@@ -330,21 +342,15 @@ async def test_many_requests_share_a_lookup_that_fails_each_by_its_own_name(
     assert kodo.lookups == ["gone"]
 
 
-async def test_what_was_looked_up_is_forgotten_in_time(
-    kodo: Kodo, names: NameServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_cached_lookup_expires(kodo: Kodo, names: ScriptedNames, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qiniu, "_CACHED_S", 0.05)
     kodo.objects["photos", "x"] = b"x"
     async with fetching(kodo, names) as fetcher:
-        for _ in range(10_000):
+        while len(kodo.lookups) < 2:
             assert await fetcher.fetch("qiniu://z0/photos/x") == b"x"
-            if len(kodo.lookups) > 1:
-                break
-    assert len(kodo.lookups) == 2
-    assert len(kodo.downloads) > 2
 
 
-async def test_where_a_bucket_is_may_be_said_instead_of_looked_up(kodo: Kodo, names: NameServer) -> None:
+async def test_a_configured_domain_needs_no_lookup(kodo: Kodo, names: ScriptedNames) -> None:
     kodo.objects["photos", "x"] = b"x"
     domains = {"photos": f"http://photos.kodo.test:{kodo.port}/"}
     async with fetching(kodo, names, domains=domains, service="http://no.test") as fetcher:
@@ -352,7 +358,7 @@ async def test_where_a_bucket_is_may_be_said_instead_of_looked_up(kodo: Kodo, na
     assert kodo.lookups == []
 
 
-async def test_no_redirect_takes_the_token_along(kodo: Kodo, fetcher: ResourceFetcher) -> None:
+async def test_redirects_do_not_leak_the_token(kodo: Kodo, fetcher: ResourceFetcher) -> None:
     kodo.moved_to = f"http://other.test:{kodo.port}/moved?a=b"
     assert await fetcher.fetch("qiniu://z0/photos/x") == b"moved"
     (request,) = kodo.elsewhere
@@ -363,8 +369,35 @@ async def test_no_redirect_takes_the_token_along(kodo: Kodo, fetcher: ResourceFe
     message = f"'{uri}' may not be fetched: 'inner.test' is not a public address"
     await refused(fetcher, uri, InvalidArgument, message)
     kodo.moved_to = "file:///etc/passwd?x"
-    message = f"'{uri}' leads to 'file:///etc/passwd', which is no http url"
+    message = f"'{uri}' leads to 'file:///etc/passwd', which is not an http url"
     await refused(fetcher, uri, InvalidArgument, message)
+
+
+# The signature
+
+
+@pytest.mark.parametrize(
+    ("url", "expires", "keys", "signature"),
+    [
+        (
+            "http://photos.example.com/7.png",
+            1700000600,
+            ("the-access-key", "the-secret-key"),
+            "gFXPT12jmeozC7Uh1sBhD3XZtOc=",
+        ),
+        (
+            "https://models.example.com/a%20%231.tar",
+            1451494800,
+            ("MY_ACCESS_KEY", "MY_SECRET_KEY"),
+            "CAC6uXC5NshHLfG8NpS405WLvPk=",
+        ),
+        ("http://h/a//b/..", 1, ("ak", "sk-ü"), "_5FVXIKGeI4JqGNcCCTS6KoirBc="),
+    ],
+)
+def test_the_signature_matches_qinius_sdk(url: str, expires: int, keys: tuple[str, str], signature: str) -> None:
+    """The signatures come from ``qiniu.Auth.private_download_url`` of qiniu 7.18.0."""
+    config = QiniuConfig.model_validate({"access_key": keys[0], "secret_key": keys[1]})
+    assert qiniu.sign(url, config, expires) == f"{url}?e={expires}&token={keys[0]}:{signature}"
 
 
 # Releases
@@ -381,7 +414,7 @@ def release(file: str, **fields: object) -> Release:
     return Release.model_validate({"name": "digits", "version": "v1", "file": file, **fields})
 
 
-async def test_a_release_may_lie_in_any_bucket_of_the_owner(kodo: Kodo, workspace: Path) -> None:
+async def test_a_release_may_come_from_any_bucket_of_the_owner(kodo: Kodo, workspace: Path) -> None:
     tar = (DIGITS / "digits-v1.tar").read_bytes()
     kodo.objects = {("photos", "a #1.tar"): tar, ("photos", "tags.csv"): b"0,zero\n"}
     kodo.io_src = [f"{HOST}:{kodo.port}"]
@@ -403,9 +436,7 @@ async def test_a_release_may_lie_in_any_bucket_of_the_owner(kodo: Kodo, workspac
         (f"qiniu://z0/photos/x.tar#sha256={'0' * 64}", "file qiniu://z0/photos/x.tar: its sha256 is "),
     ],
 )
-async def test_a_release_that_can_not_be_had_stops_the_start(
-    kodo: Kodo, workspace: Path, file: str, message: str
-) -> None:
+async def test_an_unavailable_release_stops_the_start(kodo: Kodo, workspace: Path, file: str, message: str) -> None:
     kodo.objects["photos", "x.tar"] = b"no tar"
     kodo.io_src = [f"{HOST}:{kodo.port}"]
     with pytest.raises(StartError) as error:
@@ -417,11 +448,15 @@ async def test_a_release_that_can_not_be_had_stops_the_start(
 # The operator's file
 
 
-def test_the_file_has_the_keys_and_says_what_is_open(tmp_path: Path) -> None:
+def test_the_config_file_hides_its_keys(tmp_path: Path) -> None:
     file = tmp_path / "qiniu.json"
     file.write_text(f'{{"access_key": "{ACCESS_KEY}", "secret_key": "{SECRET_KEY}", "domains": {{"a": "http://b/"}}}}')
     config = read_config(file)
-    assert (config.buckets, config.domains, config.service) == (set(), {"a": "http://b"}, "https://uc.qiniuapi.com")
+    assert (config.buckets, config.domains, config.service) == (
+        frozenset(),
+        {"a": "http://b"},
+        "https://uc.qiniuapi.com",
+    )
     assert ACCESS_KEY not in repr(config)
     assert SECRET_KEY not in repr(config)
 
@@ -442,7 +477,7 @@ def test_the_file_has_the_keys_and_says_what_is_open(tmp_path: Path) -> None:
         ('{"access_key": "a", "secret_key": "x", "domains": {"b": "http://a/b"}}', "domains: b: Value error"),
     ],
 )
-def test_a_file_that_is_wrong_is_one_line(content: str | None, message: str, tmp_path: Path) -> None:
+def test_a_wrong_config_file_is_one_line_without_secrets(content: str | None, message: str, tmp_path: Path) -> None:
     file = tmp_path / "qiniu.json"
     if content is not None:
         file.write_text(content)
@@ -457,9 +492,7 @@ def test_a_file_that_is_wrong_is_one_line(content: str | None, message: str, tmp
 # A whole evaluator
 
 
-async def test_an_evaluator_serves_from_kodo_and_says_nothing_of_its_keys(
-    kodo: Kodo, registry: Registry, tmp_path: Path
-) -> None:
+async def test_an_evaluator_serves_from_kodo_and_logs_no_keys(kodo: Kodo, registry: Registry, tmp_path: Path) -> None:
     tar = (DIGITS / "digits-v1.tar").read_bytes()
     kodo.objects = {("photos", "7.png"): (DIGITS / "images" / "7.png").read_bytes(), ("photos", "digits.tar"): tar}
     kodo.io_src = [f"{HOST}:{kodo.port}"]
@@ -470,7 +503,7 @@ async def test_an_evaluator_serves_from_kodo_and_says_nothing_of_its_keys(
     registry.publish("kodo", file=uri, custom_values={"net": "classify"})
     flags = ("--qiniu", str(file), "--allow-network", "127.0.0.0/8", "--log-level", "debug")
 
-    # In a thread, since what it is fetched from is on this loop.
+    # In a thread: the fake Kodo runs on this event loop.
     context = evaluator(registry, "kodo", "v1", *flags)
     process = await asyncio.to_thread(context.__enter__)
     try:
@@ -483,9 +516,9 @@ async def test_an_evaluator_serves_from_kodo_and_says_nothing_of_its_keys(
         assert [outcome.error.status for outcome in outcomes[1:]] == [400, 400]
         process.terminate()
         assert await asyncio.to_thread(process.wait) == 0
-        said = "\n".join([*process.lines, *(str(outcome) for outcome in outcomes)])
-        assert "qiniu://z0/photos/none" in said
+        output = "\n".join([*process.lines, *(str(outcome) for outcome in outcomes)])
+        assert "qiniu://z0/photos/none" in output
         for secret in (ACCESS_KEY, SECRET_KEY, "token="):
-            assert secret not in said
+            assert secret not in output
     finally:
         context.__exit__(None, None, None)

@@ -1,4 +1,4 @@
-"""A release's files on their way to this machine."""
+"""A release's files are fetched and checked; any failure stops the start with one line."""
 
 import asyncio
 import hashlib
@@ -79,7 +79,7 @@ async def test_a_remote_tar_and_custom_files_are_downloaded(host: str, tar: Path
     local = await fetch_release(
         release(uri, custom_files={"tags": uri, "more": f"file://{tar}"}, custom_values={"threshold": 0.5}), workspace
     )
-    cfg = local.cfg()
+    cfg = local.to_cfg()
     assert set(cfg["tar_files"]) == set(MEMBERS)
     assert contents(cfg["custom_files"]) == {"tags": TAR, "more": TAR}
     assert cfg["custom_values"] == {"threshold": 0.5, "workspace": str(workspace)}
@@ -87,7 +87,7 @@ async def test_a_remote_tar_and_custom_files_are_downloaded(host: str, tar: Path
 
 
 @pytest.mark.parametrize("scheme", ["file", "http"])
-async def test_a_digest_that_differs_stops_the_start(scheme: str, host: str, tar: Path, workspace: Path) -> None:
+async def test_a_wrong_digest_stops_the_start(scheme: str, host: str, tar: Path, workspace: Path) -> None:
     uri = f"file://{tar}" if scheme == "file" else f"{host}/release.tar"
     with pytest.raises(StartError, match=f"its sha256 is {SHA256}, not {'0' * 64}"):
         await fetch_release(release(f"{uri}#sha256={'0' * 64}"), workspace)
@@ -104,7 +104,7 @@ async def test_a_digest_that_differs_stops_the_start(scheme: str, host: str, tar
         ("http://[", "can't be fetched"),
     ],
 )
-async def test_a_file_that_can_not_be_had_stops_the_start(file: str, message: str, workspace: Path) -> None:
+async def test_an_unavailable_file_stops_the_start(file: str, message: str, workspace: Path) -> None:
     with pytest.raises(StartError) as error:
         await fetch_release(release(file), workspace)
     assert message in str(error.value)
@@ -112,7 +112,7 @@ async def test_a_file_that_can_not_be_had_stops_the_start(file: str, message: st
     assert "\n" not in str(error.value)
 
 
-async def test_a_host_that_has_no_such_file_stops_the_start(host: str, workspace: Path) -> None:
+async def test_a_file_unknown_to_its_host_stops_the_start(host: str, workspace: Path) -> None:
     with pytest.raises(StartError, match="its host answered 404"):
         await fetch_release(release(f"{host}/other.tar"), workspace)
 
@@ -135,6 +135,6 @@ def test_a_tar_without_a_net_stops_the_start(missing: str, tar: Path, workspace:
         asyncio.run(fetch_release(release(f"file://{tar}"), workspace))
 
 
-async def test_a_custom_file_that_can_not_be_had_is_named(tar: Path, workspace: Path) -> None:
+async def test_an_unavailable_custom_file_is_named(tar: Path, workspace: Path) -> None:
     with pytest.raises(StartError, match=r"custom_files\.tags file:///none: there is no such file"):
         await fetch_release(release(f"file://{tar}", custom_files={"tags": "file:///none"}), workspace)

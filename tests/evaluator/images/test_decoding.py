@@ -13,6 +13,7 @@ from PIL import Image, ImageFile
 from atserving.errors import InvalidArgument, StartError
 from evaluator.images.decoding import Pixels, decode, read
 from evaluator.limits import Limits
+from evaluator.options import Options
 
 LIMITS = Limits()
 WIDTH, HEIGHT = 48, 32
@@ -253,14 +254,14 @@ def test_a_type_that_lies_is_no_matter_only_the_bytes_count() -> None:
 
 
 def test_limits_come_from_the_release() -> None:
-    limits = Limits.of_release({"max_bytes": 1000, "max_width": 20})
+    limits = Limits.of_release(Options("custom_values", {"max_bytes": 1000, "max_width": 20}))
     assert limits == Limits(1000, 20, 4999)
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "10", None])
 def test_wrong_limits_stop_the_start(value: object) -> None:
     with pytest.raises(StartError, match=r"custom_values\.max_bytes is .*, should be a positive integer"):
-        Limits.of_release({"max_bytes": value})
+        Limits.of_release(Options("custom_values", {"max_bytes": value}))
 
 
 def large(form: str, width: int, height: int, orientation: int = 1) -> bytes:

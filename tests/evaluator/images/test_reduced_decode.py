@@ -11,10 +11,9 @@ import cv2
 import numpy as np
 import pytest
 
-from evaluator import nets
 from evaluator.fetching.unpack import unpack
 from evaluator.net_contract import Ret
-from tests.evaluator.built_in import Array, cfg, loaded
+from tests.evaluator.built_in import Array, config, loaded, start_error
 from tests.evaluator.conftest import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -31,10 +30,8 @@ def enlarged(path: Path) -> tuple[bytes, Array]:
 
 def answer(app: str, body: bytes, folder: Path, **values: Any) -> Ret:
     folder.mkdir()
-    model = loaded(app, cfg(unpack(EXAMPLES / app / f"digits-{app}-v1.tar", folder), **values))
-    functions = nets.built_in(app)
-    assert functions.net_preprocess
-    (ret,) = functions.net_inference(model, {"reqs": [functions.net_preprocess(model, {"data": {"body": body}})]})
+    net = loaded(app, config(unpack(EXAMPLES / app / f"digits-{app}-v1.tar", folder), **values))
+    (ret,) = net.infer("r", [net.preprocess({"data": {"body": body}})])
     assert ret["code"] == 0
     return ret
 
@@ -66,18 +63,16 @@ def test_masks_have_the_size_of_the_whole_image(tmp_path: Path) -> None:
 def test_by_default_pixels_are_those_of_the_whole_image(tmp_path: Path) -> None:
     body, _ = enlarged(EXAMPLES / "detect" / "images" / "1.png")
     release = unpack(EXAMPLES / "detect" / "digits-detect-v1.tar", tmp_path)
-    preprocess = nets.built_in("detect").net_preprocess
-    assert preprocess
-    models = [loaded("detect", cfg(release, **values)) for values in ({}, {"reduced_decode": True})]
-    whole, smaller = (preprocess(model, {"data": {"body": body}}) for model in models)
+    models = [loaded("detect", config(release, **values)) for values in ({}, {"reduced_decode": True})]
+    whole, smaller = (model.preprocess({"data": {"body": body}}) for model in models)
     plain = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)
-    np.testing.assert_array_equal(whole["input"], cv2.resize(plain, (128, 128), interpolation=cv2.INTER_LINEAR))
-    assert whole["size"] == smaller["size"] == plain.shape[1::-1]
-    assert not np.array_equal(whole["input"], smaller["input"])
+    np.testing.assert_array_equal(whole.pixels, cv2.resize(plain, (128, 128), interpolation=cv2.INTER_LINEAR))
+    assert whole.size == smaller.size == plain.shape[1::-1]
+    assert not np.array_equal(whole.pixels, smaller.pixels)
 
 
 @pytest.mark.parametrize("value", [1, "yes", None])
 def test_a_wrong_value_stops_the_start(value: object, tmp_path: Path) -> None:
     release = unpack(EXAMPLES / "detect" / "digits-detect-v1.tar", tmp_path)
-    error = nets.built_in("detect").net_init(cfg(release, reduced_decode=value))["error"]
+    error = start_error("detect", config(release, reduced_decode=value))
     assert error == f"custom_values.reduced_decode is {value!r}, should be true or false"

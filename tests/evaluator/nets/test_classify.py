@@ -1,5 +1,6 @@
 """The built-in classifier, on the digits release and on made-up models."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,50 +10,32 @@ import pytest
 from atserving.errors import StartError
 from evaluator import nets
 from evaluator.fetching.unpack import unpack
-from evaluator.nets import classify, labels
+from evaluator.net_contract import Ret
+from evaluator.nets.classify import Classify
 from evaluator.runtime.net import Net
 from tests.caffe.nets import input_layer, layer
+from tests.evaluator.built_in import answering, config, evaluate, loaded, start_error
 from tests.evaluator.built_in import files as files_of
 from tests.evaluator.conftest import DIGITS
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("digits")
-    return {name: str(path) for name, path in unpack(DIGITS / "digits-v1.tar", folder).items()}
+def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    return unpack(DIGITS / "digits-v1.tar", tmp_path_factory.mktemp("digits"))
 
 
-def cfg(files: dict[str, str], **fields: Any) -> dict[str, Any]:
-    given: dict[str, Any] = {"custom_values": {}, "model_params": {}, "image_width": None, "batch_size": None}
-    return {"tar_files": files, "custom_files": {}, "use_device": "CPU"} | given | fields
+def rets(scores: Any, *limits: int, labels: str = "") -> list[Ret]:
+    """Return what a classifier makes of these scores, one request per limit."""
+    image = np.zeros((2, 2, 3), np.uint8)
+    return evaluate(answering("classify", {"out": scores}, labels), *((image, {"limit": limit}) for limit in limits))
 
 
-class FakeNet:
-    """Answers with the scores it is given, whatever its input."""
-
-    inputs = ("data",)
-
-    def __init__(self, scores: Any) -> None:
-        self._scores = np.asarray(scores, np.float32)
-
-    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {"prob": self._scores}
-
-
-def rets(scores: Any, *limits: int, names: dict[int, str] | None = None) -> list[dict[str, Any]]:
-    model = {"net": FakeNet(scores), "output": "prob", "synset_list": names or {}}
-    reqs = [{"input": np.zeros((3, 2, 2), np.float32), "limit": limit} for limit in limits]
-    return classify.net_inference(model, {"reqid": "r", "reqs": reqs})
-
-
-def test_requests_of_a_batch_get_their_own_answers(files: dict[str, str]) -> None:
-    model = classify.net_init(cfg(files))
-    assert model["error"] == ""
+def test_requests_of_a_batch_get_their_own_answers(files: Mapping[str, Path]) -> None:
+    net = loaded("classify", config(files))
     reqs = [
-        classify.net_preprocess(model, {"data": {"body": (DIGITS / "images" / f"{digit}.png").read_bytes()}})
-        for digit in range(10)
+        net.preprocess({"data": {"body": (DIGITS / "images" / f"{digit}.png").read_bytes()}}) for digit in range(10)
     ]
-    answers = classify.net_inference(model, {"reqid": "r", "reqs": reqs})
+    answers = net.infer("r", reqs)
     assert [ret["result"]["confidences"][0]["index"] for ret in answers] == list(range(10))
 
 
@@ -67,7 +50,7 @@ def test_outputs_of_a_global_pooling_are_scores_too() -> None:
 
 
 def test_a_class_without_a_label_is_named_by_its_index() -> None:
-    confidences = rets([[0.1, 0.9]], 2, names={0: "cat"})[0]["result"]["confidences"]
+    confidences = rets([[0.1, 0.9]], 2, labels="0,cat")[0]["result"]["confidences"]
     assert [each["class"] for each in confidences] == ["1", "cat"]
 
 
@@ -83,42 +66,21 @@ def test_an_output_that_is_no_scores_is_the_nets_failure(scores: Any) -> None:
 )
 def test_a_net_without_scores_of_classes_does_not_start(tmp_path: Path, more: str, shape: str) -> None:
     net = files_of(tmp_path, input_layer(1, 3, 4, 4) + (more or layer("Sigmoid")))
-    error = classify.net_init(cfg({name: str(path) for name, path in net.items()}))["error"]
-    assert error == f"classify takes nets that give one score a class; 'out' is {shape}"
+    assert start_error("classify", config(net)) == f"classify takes nets that give one score a class; 'out' is {shape}"
 
 
-def test_the_batch_size_is_the_releases_or_the_devices(files: dict[str, str]) -> None:
-    assert classify.net_init(cfg(files, batch_size=3))["batch_size"] == 3
-    assert classify.net_init(cfg(files))["batch_size"] == 8
-
-
-def test_threads_are_the_releases(files: dict[str, str]) -> None:
-    assert classify.net_init(cfg(files, model_params={"intra_op_threads": 1}))["error"] == ""
+def test_the_batch_size_is_the_releases_or_the_devices(files: Mapping[str, Path]) -> None:
+    assert loaded("classify", config(files, batch_size=3)).batch_size == 3
+    assert loaded("classify", config(files)).batch_size == 8
 
 
 def test_nets_are_found_by_name() -> None:
-    assert nets.built_in("classify").net_init is classify.net_init
+    assert nets.built_in("classify") is Classify
     with pytest.raises(StartError, match="the built-in nets are: "):
         nets.built_in("no such")
 
 
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [
-        ("0,zero\n1,one\n", {0: "zero", 1: "one"}),
-        ('\ufeff2,"cat, big"\r\n\r\n0,"say ""hi"""', {2: "cat, big", 0: 'say "hi"'}),
-        ("7,cat, unquoted\n 8 , dog ", {7: "cat, unquoted", 8: "dog"}),
-        ("1,\u732b\n", {1: "\u732b"}),
-        ("", {}),
-    ],
-)
-def test_labels_are_read(text: str, names: dict[int, str], tmp_path: Path) -> None:
-    path = tmp_path / "labels.csv"
-    path.write_text(text, encoding="utf-8", newline="")
-    assert labels.read(path) == names
-
-
-def test_a_net_works_as_in_pycaffe(files: dict[str, str]) -> None:
+def test_a_net_works_as_in_pycaffe(files: Mapping[str, Path]) -> None:
     net = Net(files["deploy.prototxt"], files["weight.caffemodel"], 1)
     assert (net.inputs, net.outputs) == (["data"], ["prob"])
     assert net.blobs["data"].shape == (1, 3, 28, 28)

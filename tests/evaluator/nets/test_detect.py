@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from atserving.errors import InvalidArgument
-from evaluator import nets
-from evaluator.net_contract import Model
+from evaluator.net_contract import Ret
 from evaluator.nets import detect
+from evaluator.nets.image_input import ImageNet
 from evaluator.runtime.preprocessing import Transformer
 from tests.caffe.nets import MODELS, input_layer, layer
-from tests.evaluator.built_in import Array, cfg, evaluate, files, loaded
+from tests.evaluator.built_in import Array, answering, config, evaluate, files, loaded, start_error
 
 # A quarter of the image is detected where it is bright: four priors, one a quarter, each with its mean brightness.
 QUARTERS = (
@@ -63,7 +63,7 @@ def picture(**quarter: str) -> Array:
 
 
 def test_detections_have_the_fields_of_the_contract(quarters: dict[str, Path]) -> None:
-    (ret,) = evaluate("detect", loaded("detect", cfg(quarters)), (picture(tr="red"), None))
+    (ret,) = evaluate(loaded("detect", config(quarters)), (picture(tr="red"), None))
     assert (ret["code"], list(ret["result"])) == (0, ["detections"])
     (found,) = ret["result"]["detections"]
     assert list(found) == ["pts", "index", "class", "score"]
@@ -75,10 +75,10 @@ def test_detections_have_the_fields_of_the_contract(quarters: dict[str, Path]) -
 
 
 def test_requests_of_a_batch_get_their_own_detections_best_first(quarters: dict[str, Path]) -> None:
-    model = loaded("detect", cfg(quarters, batch_size=3))
-    assert model["batch_size"] == 3
+    model = loaded("detect", config(quarters, batch_size=3))
+    assert model.batch_size == 3
     both, none, one = evaluate(
-        "detect", model, (picture(bl="dim", tr="blue"), {"threshold": 0.4}), (picture(), {}), (picture(br="red"), None)
+        model, (picture(bl="dim", tr="blue"), {"threshold": 0.4}), (picture(), {}), (picture(br="red"), None)
     )
     assert [each["class"] for each in both["result"]["detections"]] == ["blue", "red thing"]
     scores = [each["score"] for each in both["result"]["detections"]]
@@ -89,8 +89,11 @@ def test_requests_of_a_batch_get_their_own_detections_best_first(quarters: dict[
 
 def test_the_threshold_is_the_requests_else_the_releases_else_a_half(quarters: dict[str, Path]) -> None:
     image = picture(tl="red", br="dim")
-    count = lambda model, params: len(evaluate("detect", model, (image, params))[0]["result"]["detections"])  # noqa: E731
-    default, low = loaded("detect", cfg(quarters)), loaded("detect", cfg(quarters, threshold=0.3))
+
+    def count(model: ImageNet, params: Any) -> int:
+        return len(evaluate(model, (image, params))[0]["result"]["detections"])
+
+    default, low = loaded("detect", config(quarters)), loaded("detect", config(quarters, threshold=0.3))
     assert (count(default, None), count(default, {"threshold": 0.3}), count(default, {"threshold": 1})) == (1, 2, 0)
     assert (count(low, {}), count(low, {"threshold": 0.5})) == (2, 1)
     assert count(default, {"threshold": 0}) >= 2
@@ -98,17 +101,17 @@ def test_the_threshold_is_the_requests_else_the_releases_else_a_half(quarters: d
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, "0.5", None, True, [], 10**400])
 def test_a_bad_threshold_is_refused(quarters: dict[str, Path], threshold: Any) -> None:
-    model = loaded("detect", cfg(quarters))
+    model = loaded("detect", config(quarters))
     with pytest.raises(InvalidArgument, match=r"params\.threshold should be a number from 0 to 1"):
-        evaluate("detect", model, (picture(), {"threshold": threshold}))
+        evaluate(model, (picture(), {"threshold": threshold}))
 
 
 def test_groups_and_odd_params_are_refused(quarters: dict[str, Path]) -> None:
-    model = loaded("detect", cfg(quarters))
+    model = loaded("detect", config(quarters))
     with pytest.raises(InvalidArgument, match="detect takes one image, not a list of them"):
-        detect.net_preprocess(model, {"data": [{"body": b""}]})
+        model.preprocess({"data": [{"body": b""}]})
     with pytest.raises(InvalidArgument, match="params should be an object"):
-        evaluate("detect", model, (picture(), [1]))
+        evaluate(model, (picture(), [1]))
 
 
 def test_boxes_are_of_the_upright_image(quarters: dict[str, Path]) -> None:
@@ -116,45 +119,30 @@ def test_boxes_are_of_the_upright_image(quarters: dict[str, Path]) -> None:
     exif[0x0112] = 6  # turned a quarter: what is at the top left is at the top right when upright
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(picture(tl="red")[:, :, ::-1])).save(buffer, "PNG", exif=exif)
-    model = loaded("detect", cfg(quarters))
-    req = detect.net_preprocess(model, {"data": {"body": buffer.getvalue()}})
-    (ret,) = detect.net_inference(model, {"reqid": "r", "reqs": [req]})
-    assert req["size"] == (80, 160)
+    model = loaded("detect", config(quarters))
+    req = model.preprocess({"data": {"body": buffer.getvalue()}})
+    (ret,) = model.infer("r", [req])
+    assert req.size == (80, 160)
     assert [each["pts"] for each in ret["result"]["detections"]] == [[[40, 0], [79, 0], [79, 80], [40, 80]]]
 
 
 def test_what_is_cut_out_of_a_wider_image_is_put_back_in_its_place(quarters: dict[str, Path]) -> None:
     # The net sees the middle half: columns 40 to 120 and rows 20 to 60.
-    model = loaded("detect", cfg(quarters, image_width=32))
+    model = loaded("detect", config(quarters, image_width=32))
     image = np.zeros((80, 160, 3), np.uint8)
     image[20:40, 80:120] = (0, 0, 255)
-    (ret,) = evaluate("detect", model, (image, None))
+    (ret,) = evaluate(model, (image, None))
     assert [each["pts"] for each in ret["result"]["detections"]] == [[[80, 20], [120, 20], [120, 40], [80, 40]]]
 
 
-class Rows:
-    """A net that gives those rows, whatever its input."""
-
-    inputs = ("data",)
-
-    def __init__(self, *rows: list[float]) -> None:
-        self._rows = np.array(rows, np.float32).reshape(1, 1, -1, 7)
-
-    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {"out": self._rows}
-
-
-class WholeImage:
-    window = (0.0, 0.0, 1.0, 1.0)
-
-
 def detections(
-    *rows: list[float], requests: int = 1, size: tuple[int, int] = (100, 50), transformer: Any = WholeImage
-) -> list[Any]:
-    head = detect.DetectionOutput("out")
-    model: Model = {"net": Rows(*rows), "head": head, "transformer": transformer, "synset_list": {}}
-    req = {"input": np.zeros((3, 2, 2), np.float32), "size": size, "threshold": 0.0}
-    return detect.net_inference(model, {"reqid": "r", "reqs": [req] * requests})
+    *rows: list[float], requests: int = 1, size: tuple[int, int] = (100, 50), transformer: Transformer | None = None
+) -> list[Ret]:
+    """Return the rets for the rows of a DetectionOutput, one per request for an image of that size."""
+    outputs = {"out": np.array(rows).reshape(1, 1, -1, 7)}
+    attributes: dict[str, Any] = {"transformer": transformer} if transformer else {}
+    net = answering("detect", outputs, head=detect.DetectionOutput("out"), **attributes)
+    return net.infer("r", [detect.Input(np.zeros((2, 2, 3), np.uint8), size, 0.0)] * requests)
 
 
 def test_boxes_are_cut_to_the_image_and_those_outside_of_it_left_out() -> None:
@@ -211,23 +199,23 @@ def test_what_is_not_finite_fails_its_own_image() -> None:
 def test_a_release_that_is_no_detector_does_not_start(
     quarters: dict[str, Path], fields: dict[str, Any], message: str
 ) -> None:
-    assert message in nets.built_in("detect").net_init(cfg(quarters, **fields))["error"]
+    assert message in start_error("detect", config(quarters, **fields))
 
 
 def test_a_net_without_detections_does_not_start(tmp_path: Path) -> None:
     net = files(tmp_path, input_layer(1, 3, 4, 4) + layer("Softmax", tops="prob"))
-    assert "'prob' is no such output" in detect.net_init(cfg(net))["error"]
+    assert "'prob' is no such output" in start_error("detect", config(net))
 
 
 @pytest.mark.skipif(not MODELS.is_dir(), reason="the real models are not here")
 def test_a_real_network_finds_the_faces_of_a_photograph() -> None:
     names = ("deploy.prototxt", "weight.caffemodel")
-    release = cfg({name: MODELS / "yuface_ssd_v1" / name for name in names}, mean_values=[103.94, 116.78, 123.68])
+    release = config({name: MODELS / "yuface_ssd_v1" / name for name in names}, mean_values=[103.94, 116.78, 123.68])
     model = loaded("detect", release)
     body = (MODELS / "images" / "mtcnn_test1.jpg").read_bytes()
-    reqs = [detect.net_preprocess(model, {"data": {"body": body}}) for _ in range(2)]
-    first, second = (ret["result"]["detections"] for ret in detect.net_inference(model, {"reqid": "r", "reqs": reqs}))
-    width, height = reqs[0]["size"]
+    reqs = [model.preprocess({"data": {"body": body}}) for _ in range(2)]
+    first, second = (ret["result"]["detections"] for ret in model.infer("r", reqs))
+    width, height = reqs[0].size
     assert len(first) == 2
     assert [each["pts"] for each in first] == [each["pts"] for each in second]
     for face in first:

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from atserving.errors import InvalidArgument
-from evaluator import nets
 from evaluator.nets import feature
 from tests.caffe.nets import input_layer, layer
-from tests.evaluator.built_in import Array, cfg, evaluate, files, loaded
+from tests.evaluator.built_in import Array, answering, config, evaluate, files, loaded, start_error
 
 NET = (
     input_layer(1, 3, 8, 8)
@@ -38,37 +37,37 @@ def numbers(ret: dict[str, Any]) -> Array:
 
 
 def test_the_default_is_the_nets_output(release: dict[str, Path]) -> None:
-    (ret,) = evaluate("feature", loaded("feature", cfg(release)), (picture(1), None))
+    (ret,) = evaluate(loaded("feature", config(release)), (picture(1), None))
     assert numbers(ret).shape == (5,)
     assert numbers(ret).sum() == pytest.approx(1)
 
 
 def test_inner_layers_are_given_by_name_to_each_request_its_own(release: dict[str, Path]) -> None:
-    model = loaded("feature", cfg(release, layers=["conv", "fc"]))
+    model = loaded("feature", config(release, layers=["conv", "fc"]))
     requests = [(picture(1), {"layer": "conv"}), (picture(2), {"layer": "fc"}), (picture(1), {}), (picture(3), None)]
-    conv, fc, prob, other = (numbers(ret) for ret in evaluate("feature", model, *requests))
+    conv, fc, prob, other = (numbers(ret) for ret in evaluate(model, *requests))
     assert (conv.size, fc.size, prob.size) == (4 * 6 * 6, 5, 5)
     assert conv.min() == 0  # after the ReLU, which works in place
-    (alone,) = evaluate("feature", model, (picture(2), {"layer": "prob"}))
+    (alone,) = evaluate(model, (picture(2), {"layer": "prob"}))
     np.testing.assert_allclose(numbers(alone), np.exp(fc - fc.max()) / np.exp(fc - fc.max()).sum(), rtol=1e-4)
     assert not np.array_equal(prob, other)
 
 
 def test_the_default_may_be_an_inner_layer(release: dict[str, Path]) -> None:
-    model = loaded("feature", cfg(release, layers=["fc"], output="fc"))
-    (ret,) = evaluate("feature", model, (picture(1), None))
+    model = loaded("feature", config(release, layers=["fc"], output="fc"))
+    (ret,) = evaluate(model, (picture(1), None))
     assert numbers(ret).sum() != pytest.approx(1)
 
 
 @pytest.mark.parametrize("layer", ["data", "no such", "", None, 5, ["fc"], {"a": 1}])
 def test_other_layers_are_refused(release: dict[str, Path], layer: Any) -> None:
     with pytest.raises(InvalidArgument, match=r"params\.layer should be one of: prob, fc"):
-        evaluate("feature", loaded("feature", cfg(release, layers=["fc"])), (picture(1), {"layer": layer}))
+        evaluate(loaded("feature", config(release, layers=["fc"])), (picture(1), {"layer": layer}))
 
 
 def test_groups_are_refused(release: dict[str, Path]) -> None:
     with pytest.raises(InvalidArgument, match="feature takes one image, not a list of them"):
-        feature.net_preprocess(loaded("feature", cfg(release)), {"data": [{"body": b""}]})
+        loaded("feature", config(release)).preprocess({"data": [{"body": b""}]})
 
 
 @pytest.mark.parametrize(
@@ -81,23 +80,17 @@ def test_groups_are_refused(release: dict[str, Path]) -> None:
     ],
 )
 def test_a_wrong_release_does_not_start(release: dict[str, Path], fields: dict[str, Any], message: str) -> None:
-    assert message in nets.built_in("feature").net_init(cfg(release, **fields))["error"]
+    assert message in start_error("feature", config(release, **fields))
 
 
 def test_a_net_of_several_outputs_says_which_is_the_default(tmp_path: Path) -> None:
     two = files(tmp_path, NET + layer("Flatten", "conv", "flat"))
-    assert "custom_values.output should name" in feature.net_init(cfg(two))["error"]
-    (ret,) = evaluate("feature", loaded("feature", cfg(two, output="flat")), (picture(1), None))
+    assert "custom_values.output should name" in start_error("feature", config(two))
+    (ret,) = evaluate(loaded("feature", config(two, output="flat")), (picture(1), None))
     assert numbers(ret).size == 4 * 6 * 6
 
 
 def test_what_is_not_finite_is_the_nets_failure() -> None:
-    class Broken:
-        inputs = ("data",)
-
-        def run(self, inputs: dict[str, Any], layers: list[str]) -> dict[str, Any]:
-            return {"fc": np.array([[1.0, np.nan], [1, 2]], np.float32), "odd": np.zeros((1, 3), np.float32)}
-
-    reqs = [{"input": np.zeros((3, 2, 2), np.float32), "layer": name} for name in ("fc", "odd")]
-    rets = feature.net_inference({"net": Broken()}, {"reqid": "r", "reqs": reqs})
+    net = answering("feature", {"fc": np.array([[1.0, np.nan], [1, 2]]), "odd": np.zeros((1, 3))})
+    rets = net.infer("r", [feature.Input(np.zeros((2, 2, 3), np.uint8), name) for name in ("fc", "odd")])
     assert [ret["code"] for ret in rets] == [500, 500]

@@ -12,7 +12,7 @@ import pytest
 from evaluator.nets import detect, heads
 from evaluator.options import Options
 from tests.caffe.nets import input_layer, layer, normal
-from tests.evaluator.built_in import Array, cfg, evaluate, files, loaded
+from tests.evaluator.built_in import Array, answering, config, evaluate, files, loaded, start_error
 
 WIDTH, HEIGHT = 64, 32
 
@@ -70,11 +70,9 @@ def yolo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_yolo_boxes_are_where_the_cell_the_anchor_and_the_moves_say(yolo: dict[str, Path]) -> None:
-    model = loaded("detect", cfg(yolo, head=YOLO_HEAD))
+    model = loaded("detect", config(yolo, head=YOLO_HEAD))
     # The cell's centre is (40, 24), and a quarter of 16 pixels further 44; 8 wide, 16 high.
-    blue, red, none = evaluate(
-        "detect", model, (picture((1, 2, 0)), None), (picture((3, 6, 2), stride=8), {}), (picture(), None)
-    )
+    blue, red, none = evaluate(model, (picture((1, 2, 0)), None), (picture((3, 6, 2), stride=8), {}), (picture(), None))
     assert boxes(blue) == [(1, [40, 16, 48, 31])]
     assert boxes(red) == [(0, [48, 24, 56, 31])]
     assert [each["class"] for ret in (blue, red) for each in ret["result"]["detections"]] == ["blue", "red"]
@@ -85,13 +83,13 @@ def test_a_yolo_score_is_objectness_times_class(tmp_path: Path) -> None:
     net = input_layer(1, 3, HEIGHT, WIDTH) + grid(32, 6, "out")
     weights = {"out": [np.zeros((6, 3, 1, 1)), np.array([0, 0, 0, 0, np.log(4), np.log(3)])]}
     head = {"kind": "yolo", "levels": [{"output": "out", "stride": 32, "anchors": [[4, 4]]}]}
-    (ret,) = evaluate("detect", loaded("detect", cfg(files(tmp_path, net, weights), head=head)), (picture(), None))
+    (ret,) = evaluate(loaded("detect", config(files(tmp_path, net, weights), head=head)), (picture(), None))
     assert [each["score"] for each in ret["result"]["detections"]] == pytest.approx([0.8 * 0.75] * 2)
 
 
 def test_boxes_are_of_the_image_and_within_it(yolo: dict[str, Path]) -> None:
-    model = loaded("detect", cfg(yolo, head=YOLO_HEAD))
-    (ret,) = evaluate("detect", model, (cv2.resize(picture((0, 3, 0)), (640, 96)), None))
+    model = loaded("detect", config(yolo, head=YOLO_HEAD))
+    (ret,) = evaluate(model, (cv2.resize(picture((0, 3, 0)), (640, 96)), None))
     # (56 + 4 - 4, 8 - 8) to (64, 16) of 64x32.
     assert boxes(ret) == [(1, [560, 0, 639, 48])]
 
@@ -119,8 +117,8 @@ RETINAFACE_HEAD: dict[str, Any] = {
 
 
 def test_retinaface_boxes_are_where_the_cell_the_anchor_and_the_moves_say(tmp_path: Path) -> None:
-    model = loaded("detect", cfg(files(tmp_path, RETINAFACE, RETINAFACE_WEIGHTS), head=RETINAFACE_HEAD))
-    red, blue = evaluate("detect", model, (picture((1, 2, 2)), None), (picture((0, 1, 0)), None))
+    model = loaded("detect", config(files(tmp_path, RETINAFACE, RETINAFACE_WEIGHTS), head=RETINAFACE_HEAD))
+    red, blue = evaluate(model, (picture((1, 2, 2)), None), (picture((0, 1, 0)), None))
     assert boxes(red) == [(1, [32, 16, 48, 31])]
     # (24 + 0.5 x 8, 8 - 0.25 x 8), 4 wide and 12 high.
     assert boxes(blue) == [(1, [26, 0, 30, 12])]
@@ -133,8 +131,8 @@ def test_the_first_anchors_of_retinaface_have_their_centre_at_8_pixels_whatever_
     }
     net = input_layer(1, 3, HEIGHT, WIDTH) + grid(32, 2, "score") + grid(32, 4, "boxes")
     level = {"scores": "score", "boxes": "boxes", "stride": 32, "anchors": [[12, 8]]}
-    model = loaded("detect", cfg(files(tmp_path, net, weights), head={"kind": "retinaface", "levels": [level]}))
-    (ret,) = evaluate("detect", model, (picture(), None))
+    model = loaded("detect", config(files(tmp_path, net, weights), head={"kind": "retinaface", "levels": [level]}))
+    (ret,) = evaluate(model, (picture(), None))
     assert sorted(boxes(ret)) == [(1, [2, 4, 14, 12]), (1, [34, 4, 46, 12])]
 
 
@@ -196,12 +194,12 @@ def ssd_weights() -> dict[str, list[Array]]:
 
 
 def test_an_ssd_head_finds_what_the_same_nets_detection_output_does(tmp_path: Path) -> None:
-    head = loaded("detect", cfg(files(tmp_path / "head", SSD, ssd_weights()), head=SSD_HEAD, threshold=0.3))
-    rows = loaded("detect", cfg(files(tmp_path / "rows", SSD_ROWS, ssd_weights()), threshold=0.3))
+    head = loaded("detect", config(files(tmp_path / "head", SSD, ssd_weights()), head=SSD_HEAD, threshold=0.3))
+    rows = loaded("detect", config(files(tmp_path / "rows", SSD_ROWS, ssd_weights()), threshold=0.3))
     images = [
         (np.random.default_rng(seed).integers(0, 255, (HEIGHT, WIDTH, 3)).astype(np.uint8), None) for seed in range(3)
     ]
-    for ours, caffes in zip(evaluate("detect", head, *images), evaluate("detect", rows, *images), strict=True):
+    for ours, caffes in zip(evaluate(head, *images), evaluate(rows, *images), strict=True):
         expected = caffes["result"]["detections"]
         assert len(expected) > 10
         assert {each["index"] for each in expected} == {1, 2}
@@ -216,8 +214,8 @@ def crowded(tmp_path: Path, moves: list[float], nms_threshold: float) -> list[tu
     net = input_layer(1, 3, HEIGHT, WIDTH) + grid(16, 7, "out")
     weights = {"out": [np.zeros((7, 3, 1, 1)), np.array([*moves, 9, 9, 9])]}
     head = {"kind": "yolo", "levels": [{"output": "out", "stride": 16, "anchors": [[24, 16]]}]}
-    release = cfg(files(tmp_path, net, weights), head={**head, "nms_threshold": nms_threshold})
-    return boxes(evaluate("detect", loaded("detect", release), (picture(), None))[0])
+    release = config(files(tmp_path, net, weights), head={**head, "nms_threshold": nms_threshold})
+    return boxes(evaluate(loaded("detect", release), (picture(), None))[0])
 
 
 def test_of_boxes_that_overlap_the_surest_of_each_class_stays(tmp_path: Path) -> None:
@@ -262,29 +260,11 @@ def test_what_is_no_number_fails_its_own_image(channel: int) -> None:
     head, outputs = yolo_head(40)
     outputs["out"][1, 4:, 5, 7] = 9
     outputs["out"][1, channel, 5, 7] = np.nan
-    model = {"net": Outputs(outputs), "head": head, "transformer": WholeImage(), "synset_list": {}}
-    reqs = [{"input": np.zeros((3, 2, 2), np.float32), "size": (320, 320), "threshold": 0.1}] * 2
-    rets = detect.net_inference(model, {"reqid": "r", "reqs": reqs})
-    assert [ret["code"] for ret in rets] == [0, 500]
-    # Nor may it be lost among many others.
-    rets = detect.net_inference(model, {"reqid": "r", "reqs": [req | {"threshold": 0.0} for req in reqs]})
-    assert [ret["code"] for ret in rets] == [0, 500]
-
-
-class Outputs:
-    """A net that gives these, whatever its input."""
-
-    inputs = ("data",)
-
-    def __init__(self, outputs: dict[str, Array]) -> None:
-        self._outputs = outputs
-
-    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return self._outputs
-
-
-class WholeImage:
-    window = (0.0, 0.0, 1.0, 1.0)
+    net = answering("detect", outputs, head=head)
+    # Also with a threshold of 0, when many other boxes pass.
+    for threshold in (0.1, 0.0):
+        rets = net.infer("r", [detect.Input(np.zeros((2, 2, 3), np.uint8), (320, 320), threshold)] * 2)
+        assert [ret["code"] for ret in rets] == [0, 500]
 
 
 COARSE, FINE = YOLO_HEAD["levels"]
@@ -342,13 +322,13 @@ COARSE, FINE = YOLO_HEAD["levels"]
     ],
 )
 def test_a_head_that_is_none_or_does_not_fit_does_not_start(yolo: dict[str, Path], head: Any, message: str) -> None:
-    assert message in detect.net_init(cfg(yolo, head=head))["error"]
+    assert message in start_error("detect", config(yolo, head=head))
 
 
 def test_an_output_without_a_grid_is_no_level(tmp_path: Path) -> None:
     net = files(tmp_path, YOLO + layer("Reduction", "data", "sum", "reduction_param { axis: 1 }"))
     head = {"kind": "yolo", "levels": [{**COARSE, "output": "sum"}]}
-    assert "should be an output of shape (12, 2, 4), not ()" in detect.net_init(cfg(net, head=head))["error"]
+    assert "should be an output of shape (12, 2, 4), not ()" in start_error("detect", config(net, head=head))
 
 
 def test_a_retinaface_head_has_to_fit_its_net(tmp_path: Path) -> None:
@@ -362,7 +342,7 @@ def test_a_retinaface_head_has_to_fit_its_net(tmp_path: Path) -> None:
         ({"anchors": [[8, 8]]}, "boxes is 'boxes', should be an output of shape (4, 2, 4), not (8, 2, 4)"),
         ({"boxes": "score"}, "boxes is 'score', should be one of: scores, boxes"),
     ):
-        error = detect.net_init(cfg(net, head={**RETINAFACE_HEAD, "levels": [{**level, **changed}]}))["error"]
+        error = start_error("detect", config(net, head={**RETINAFACE_HEAD, "levels": [{**level, **changed}]}))
         assert f"custom_values.head.levels[0].{message}" in error
 
 
@@ -382,4 +362,4 @@ def test_an_ssd_head_has_to_fit_its_net(tmp_path: Path) -> None:
         ({"variances": [0.1]}, "variances is [0.1], should be two numbers, of the centre and of the size"),
         ({"variances": "x"}, "variances is 'x', should be a finite number or a list of them"),
     ):
-        assert f"custom_values.head.{message}" in detect.net_init(cfg(net, head={**SSD_HEAD, **changed}))["error"]
+        assert f"custom_values.head.{message}" in start_error("detect", config(net, head={**SSD_HEAD, **changed}))

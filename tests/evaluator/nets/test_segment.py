@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atserving.errors import InvalidArgument
-from evaluator import nets
+from evaluator.net_contract import Ret
 from evaluator.nets import segment
 from evaluator.nets.palette import palette
 from evaluator.runtime.preprocessing import Transformer
 from tests.caffe.nets import input_layer, layer
-from tests.evaluator.built_in import Array, cfg, evaluate, files, loaded
+from tests.evaluator.built_in import Array, answering, config, evaluate, files, loaded, start_error
 
 # Halves the size and doubles it again. Class 1 is blue, class 2 red, all else is background.
 SCORES = (
@@ -67,7 +67,7 @@ def mask(ret: dict[str, Any]) -> Array:
 
 
 def test_the_result_has_the_fields_of_the_contract(release: dict[str, Path]) -> None:
-    (ret,) = evaluate("segment", loaded("segment", cfg(release)), (picture(), None))
+    (ret,) = evaluate(loaded("segment", config(release)), (picture(), None))
     assert (ret["code"], list(ret["result"])) == (0, ["mask", "detections"])
     found = ret["result"]["detections"]
     assert len(found) == 3
@@ -80,7 +80,7 @@ def test_the_result_has_the_fields_of_the_contract(release: dict[str, Path]) -> 
 
 
 def test_the_mask_has_the_images_size_and_the_classes_colours(release: dict[str, Path]) -> None:
-    (ret,) = evaluate("segment", loaded("segment", cfg(release)), (picture(), {}))
+    (ret,) = evaluate(loaded("segment", config(release)), (picture(), {}))
     painted = mask(ret)
     assert painted.shape == (64, 128, 3)
     expected = np.zeros_like(painted)
@@ -92,7 +92,7 @@ def test_the_mask_has_the_images_size_and_the_classes_colours(release: dict[str,
 
 
 def test_outlines_are_pixels_of_their_region(release: dict[str, Path]) -> None:
-    (ret,) = evaluate("segment", loaded("segment", cfg(release)), (picture(), None))
+    (ret,) = evaluate(loaded("segment", config(release)), (picture(), None))
     painted = mask(ret)
     for each in ret["result"]["detections"]:
         assert all(type(number) is int for point in each["pts"] for number in point)
@@ -103,8 +103,8 @@ def test_outlines_are_pixels_of_their_region(release: dict[str, Path]) -> None:
 
 
 def test_requests_of_a_batch_get_their_own(release: dict[str, Path]) -> None:
-    model = loaded("segment", cfg(release))
-    empty, full = evaluate("segment", model, (np.zeros((10, 20, 3)), None), (np.full((30, 10, 3), RED), None))
+    model = loaded("segment", config(release))
+    empty, full = evaluate(model, (np.zeros((10, 20, 3)), None), (np.full((30, 10, 3), RED), None))
     assert empty["result"]["detections"] == []
     assert (mask(empty).shape, mask(empty).max()) == ((10, 20, 3), 0)
     (everything,) = full["result"]["detections"]
@@ -112,19 +112,19 @@ def test_requests_of_a_batch_get_their_own(release: dict[str, Path]) -> None:
 
 
 def test_what_the_net_does_not_see_is_background(release: dict[str, Path]) -> None:
-    model = loaded("segment", cfg(release, image_width=64))
-    (ret,) = evaluate("segment", model, (np.full((64, 128, 3), RED), None))
+    model = loaded("segment", config(release, image_width=64))
+    (ret,) = evaluate(model, (np.full((64, 128, 3), RED), None))
     (region,) = ret["result"]["detections"]
     assert region["pts"] == [[32, 16], [32, 47], [95, 47], [95, 16]]
 
 
 def test_colours_and_background_are_the_releases(release: dict[str, Path]) -> None:
-    model = loaded("segment", cfg(release, colors=[[1, 2, 3], [4, 5, 6]], background=1))
-    (ret,) = evaluate("segment", model, (picture(), None))
+    model = loaded("segment", config(release, colors=[[1, 2, 3], [4, 5, 6]], background=1))
+    (ret,) = evaluate(model, (picture(), None))
     assert mask(ret)[0, 0].tolist() == [1, 2, 3]
     assert {each["index"]: each["color"] for each in ret["result"]["detections"]} == {0: [1, 2, 3], 2: [0, 128, 0]}
-    every = loaded("segment", cfg(release, background=-1))
-    (ret,) = evaluate("segment", every, (picture(), None))
+    every = loaded("segment", config(release, background=-1))
+    (ret,) = evaluate(every, (picture(), None))
     assert {each["index"] for each in ret["result"]["detections"]} == {0, 1, 2}
 
 
@@ -139,40 +139,25 @@ def test_colours_and_background_are_the_releases(release: dict[str, Path]) -> No
     ],
 )
 def test_a_wrong_release_does_not_start(release: dict[str, Path], fields: dict[str, Any], message: str) -> None:
-    assert message in nets.built_in("segment").net_init(cfg(release, **fields))["error"]
+    assert message in start_error("segment", config(release, **fields))
 
 
 def test_a_net_without_a_map_does_not_start(tmp_path: Path) -> None:
     net = files(tmp_path, input_layer(1, 3, 4, 4) + layer("Flatten", tops="flat"))
-    assert "'flat' is none" in segment.net_init(cfg(net))["error"]
+    assert "'flat' is none" in start_error("segment", config(net))
 
 
 def test_groups_are_refused(release: dict[str, Path]) -> None:
     with pytest.raises(InvalidArgument, match="segment takes one image, not a list of them"):
-        segment.net_preprocess(loaded("segment", cfg(release)), {"data": [{"body": b""}] * 2})
+        loaded("segment", config(release)).preprocess({"data": [{"body": b""}] * 2})
 
 
-class Maps:
-    """A net that gives that map, whatever its input."""
-
-    inputs = ("data",)
-
-    def __init__(self, given: Array) -> None:
-        self._given = given.astype(np.float32)[np.newaxis]
-
-    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {"out": self._given}
-
-
-class WholeImage:
-    window = (0.0, 0.0, 1.0, 1.0)
-
-
-def of_map(output: Array, size: tuple[int, ...] = (), **fields: Any) -> dict[str, Any]:
-    """The ret for a net's output, of an image of that width and height, or of the same size."""
-    model = {"net": Maps(output), "output": "out", "transformer": WholeImage(), "synset_list": {}, "background": 0}
-    req = {"input": np.zeros((3, 2, 2), np.float32), "size": size or output.shape[:-3:-1]}
-    (ret,) = segment.net_inference(model | {"colors": palette()} | fields, {"reqid": "r", "reqs": [req]})
+def of_map(output: Array, size: tuple[int, int] | None = None, **attributes: Any) -> Ret:
+    """Return the ret for a net's output, for an image of that width and height, or of the output's size."""
+    net = answering("segment", {"out": output[np.newaxis]}, **attributes)
+    (ret,) = net.infer(
+        "r", [segment.Input(np.zeros((2, 2, 3), np.uint8), size or (output.shape[-1], output.shape[-2]))]
+    )
     return ret
 
 
@@ -214,7 +199,7 @@ def test_masks_and_outlines_fit_images_of_any_size(
     shape = (classes, *random.integers(1, 9, 2))
     output = random.normal(0, 3, shape) if classes > 1 else random.integers(0, 4, shape)
     transformer = Transformer((3, *seen), image_width=seen[1] + cut)
-    ret = of_map(output, size=size, transformer=transformer, background=int(random.integers(-1, 2)))
+    ret = of_map(output, size=size, transformer=transformer, _background=int(random.integers(-1, 2)))
     painted = mask(ret)
     assert painted.shape == (size[1], size[0], 3)
     for each in ret["result"]["detections"]:

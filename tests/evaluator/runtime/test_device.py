@@ -1,21 +1,25 @@
 """`use_device` and `model_params`: what they may be, and what they mean where nothing is said."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from atserving.errors import StartError
+from evaluator.net_config import NetConfig
+from evaluator.options import Options
 from evaluator.runtime.device import Device
 
 
-def cfg(use_device: str = "GPU", batch_size: int | None = None, **model_params: Any) -> dict[str, Any]:
-    return {"use_device": use_device, "batch_size": batch_size, "model_params": model_params, "custom_values": {}}
+def release(use_device: str = "GPU", batch_size: int | None = None, **model_params: Any) -> NetConfig:
+    params = Options("model_params", model_params)
+    return NetConfig({}, model_params=params, batch_size=batch_size, use_device=use_device)
 
 
 def test_defaults_are_those_of_the_class() -> None:
-    assert Device.of_release(cfg("CPU")) == Device()
-    assert Device.of_release(cfg("GPU")) == Device("GPU", batch_size=32)
+    assert Device.of_release(release("CPU")) == Device()
+    assert Device.of_release(release("GPU")) == Device("GPU", batch_size=32)
 
 
 def test_what_is_given_is_taken() -> None:
@@ -29,14 +33,13 @@ def test_what_is_given_is_taken() -> None:
         "gpu_mem_limit_mib": 512,
         "cudnn_conv_algo_search": "EXHAUSTIVE",
     }
-    config = cfg("GPU:2", 5, **given) | {"custom_values": {"workspace": "/somewhere"}}
-    device = Device.of_release(config)
+    device = Device.of_release(replace(release("GPU:2", 5, **given), workspace=Path("/somewhere")))
     assert device == Device("GPU:2", batch_size=5, cache=Path("/somewhere/tensorrt"), **given)
     assert (device.index, device.is_cpu) == (2, False)
 
 
 def test_unknown_parameters_are_somebody_elses() -> None:
-    assert Device.of_release(cfg("CPU", script_timeout_s=3, whatever="x")) == Device()
+    assert Device.of_release(release("CPU", script_timeout_s=3, whatever="x")) == Device()
 
 
 @pytest.mark.parametrize(
@@ -53,14 +56,14 @@ def test_unknown_parameters_are_somebody_elses() -> None:
         ("cudnn_conv_algo_search", 1, "a text"),
     ],
 )
-def test_wrong_values_stop_the_start(key: str, value: object, should_be: str) -> None:
+def test_wrong_values_stop_the_start(key: str, value: Any, should_be: str) -> None:
     with pytest.raises(StartError) as error:
-        Device.of_release(cfg("GPU", **{key: value}))
+        Device.of_release(release("GPU", **{key: value}))
     assert str(error.value) == f"model_params.{key} is {value!r}, should be {should_be}"
 
 
 @pytest.mark.parametrize("key", ["tensorrt", "fp16"])
 def test_what_a_cpu_has_not_stops_the_start(key: str) -> None:
     with pytest.raises(StartError, match=f"model_params.{key} is true, but use_device is CPU"):
-        Device.of_release(cfg("CPU", **{key: True}))
-    assert Device.of_release(cfg("CPU", **{key: False})) == Device()
+        Device.of_release(release("CPU", **{key: True}))
+    assert Device.of_release(release("CPU", **{key: False})) == Device()

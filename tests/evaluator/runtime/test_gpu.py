@@ -23,7 +23,7 @@ from evaluator.runtime import gpu
 from evaluator.runtime.device import Device
 from evaluator.runtime.engine import Engine
 from tests.caffe.nets import input_layer, layer, write_net
-from tests.evaluator.built_in import Array, cfg, evaluate, files, loaded
+from tests.evaluator.built_in import Array, config, evaluate, files, loaded
 
 HAS_CUDA = gpu.count() > 0 and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 HAS_TENSORRT = HAS_CUDA and ctypes.util.find_library("nvinfer") is not None
@@ -105,8 +105,8 @@ def test_a_built_in_net_answers_on_a_gpu_as_on_the_cpu(tmp_path: Path) -> None:
     pictures = [np.random.default_rng(seed).integers(0, 256, (40, 30, 3), np.uint8) for seed in range(5)]
     answers = []
     for device in ("CPU", "GPU"):
-        model = loaded("feature", cfg(release, use_device=device, **options))
-        rets = evaluate("feature", model, *((picture, None) for picture in pictures))
+        model = loaded("feature", config(release, use_device=device, **options))
+        rets = evaluate(model, *((picture, None) for picture in pictures))
         answers.append(np.stack([np.frombuffer(ret["result_file"], "<f4") for ret in rets]))
     assert_near(answers[1:], answers[:1], 5e-3)
 
@@ -162,9 +162,11 @@ def test_a_release_in_float16_keeps_pixels_and_means_in_float32(
             super().__init__(model)
 
     monkeypatch.setattr("evaluator.nets.image_input.Engine", Kept)
-    config = cfg(files(tmp_path, NET), use_device="GPU", mean_values=104.01, input_scale=0.017)
-    model = loaded("feature", config | {"model_params": {"fp16": True}})
-    (ret,) = evaluate("feature", model, (np.full((24, 32, 3), 200, np.uint8), None))
+    release = config(
+        files(tmp_path, NET), use_device="GPU", mean_values=104.01, input_scale=0.017, model_params={"fp16": True}
+    )
+    model = loaded("feature", release)
+    (ret,) = evaluate(model, (np.full((24, 32, 3), 200, np.uint8), None))
     assert len(ret["result_file"]) == 9 * 4
     nodes = {node.op_type: node for node in models[0].graph.node if node.name.startswith("pixels/")}
     tensors = {tensor.name: tensor for tensor in models[0].graph.initializer}

@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from evaluator import nets
 from evaluator.caffe import convert
 from evaluator.fetching.unpack import unpack
 from evaluator.images.decoding import decode
-from evaluator.nets import classify
 from evaluator.runtime import input_graph, preprocessing
 from evaluator.runtime.engine import Engine
 from evaluator.runtime.net import Net
 from tests.caffe.nets import input_layer, layer, write_net
-from tests.evaluator.built_in import cfg, evaluate, files, loaded, png
+from tests.evaluator.built_in import config, evaluate, files, loaded, png
 from tests.evaluator.conftest import DIGITS
 from tests.evaluator.runtime.test_preprocessing import write_mean
 
@@ -70,7 +68,7 @@ def test_the_graphs_numbers_are_the_plain_paths(
     if options.pop("mean", False):
         mean = np.random.default_rng(4).normal(110, 30, (channels, HEIGHT + 4, WIDTH + 5)).astype(np.float32)
         release["mean.binaryproto"] = write_mean(tmp_path / "mean.binaryproto", mean, legacy=False)
-    transformer = preprocessing.transformer(cfg(release, **options), (channels, HEIGHT, WIDTH))
+    transformer = preprocessing.transformer(config(release, **options), (channels, HEIGHT, WIDTH))
     graph = convert(release["deploy.prototxt"], release["weight.caffemodel"])
     input_graph.prepend(graph, transformer.arithmetic, on_cpu=on_cpu)
     net = Net.of(Engine(graph))
@@ -93,11 +91,11 @@ def test_a_built_in_net_answers_as_its_plain_net(tmp_path: Path) -> None:
         + layer("InnerProduct", "pool", "fc", "inner_product_param { num_output: 9 }", "fc")
     )
     options = {"mean_values": [104, 117, 123], "input_scale": 0.017, "image_width": 40} | SWAP
-    config = cfg(files(tmp_path, prototxt), **options)
-    plain = Net.load(config)
-    transformer = preprocessing.transformer(config, (3, 24, 32))
+    release = config(files(tmp_path, prototxt), **options)
+    plain = Net.load(release)
+    transformer = preprocessing.transformer(release, (3, 24, 32))
     expected = plain.forward({"data": np.stack([transformer(image) for image in pictures(5)])})["fc"]
-    rets = evaluate("feature", loaded("feature", config), *((image, None) for image in pictures(5)))
+    rets = evaluate(loaded("feature", release), *((image, None) for image in pictures(5)))
     given = np.stack([np.frombuffer(ret["result_file"], "<f4") for ret in rets])
     np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
@@ -105,7 +103,7 @@ def test_a_built_in_net_answers_as_its_plain_net(tmp_path: Path) -> None:
 def test_names_that_the_net_has_are_left_to_it(tmp_path: Path) -> None:
     prototxt = input_layer(1, 3, HEIGHT, WIDTH, name="pixels") + layer("Flatten", "pixels", "pixels_")
     graph = convert(*write_net(tmp_path, prototxt))
-    transformer = preprocessing.transformer(cfg({}, mean_values=5), (3, HEIGHT, WIDTH))
+    transformer = preprocessing.transformer(config({}, mean_values=5), (3, HEIGHT, WIDTH))
     input_graph.prepend(graph, transformer.arithmetic)
     net = Net.of(Engine(graph))
     (image,) = pictures(1)
@@ -115,22 +113,19 @@ def test_names_that_the_net_has_are_left_to_it(tmp_path: Path) -> None:
 
 def test_preparation_leaves_pixels(tmp_path: Path) -> None:
     for channels in (3, 1):
-        model = loaded("feature", cfg(files(tmp_path / str(channels), identity(channels)), image_width=12))
-        functions = nets.built_in("feature")
-        assert functions.net_preprocess
-        req = functions.net_preprocess(model, {"data": {"body": png(pictures(1)[0])}})
-        assert (req["input"].dtype, req["input"].shape) == (np.uint8, (HEIGHT, WIDTH, channels))
+        net = loaded("feature", config(files(tmp_path / str(channels), identity(channels)), image_width=12))
+        pixels = net.preprocess({"data": {"body": png(pictures(1)[0])}}).pixels
+        assert (pixels.dtype, pixels.shape) == (np.uint8, (HEIGHT, WIDTH, channels))
 
 
 def test_several_threads_may_infer_at_once(tmp_path: Path) -> None:
-    paths = {name: str(path) for name, path in unpack(DIGITS / "digits-v1.tar", tmp_path).items()}
-    model = classify.net_init(cfg({}) | {"tar_files": paths})
+    net = loaded("classify", config(unpack(DIGITS / "digits-v1.tar", tmp_path)))
     bodies = [(DIGITS / "images" / f"{digit}.png").read_bytes() for digit in range(10)]
 
     def digits(call: int) -> bool:
         wanted = [(call + each) % 10 for each in range(1 + call % 8)]
-        reqs = [classify.net_preprocess(model, {"data": {"body": bodies[digit]}}) for digit in wanted]
-        rets = classify.net_inference(model, {"reqid": "r", "reqs": reqs})
+        reqs = [net.preprocess({"data": {"body": bodies[digit]}}) for digit in wanted]
+        rets = net.infer("r", reqs)
         return [ret["result"]["confidences"][0]["index"] for ret in rets] == wanted
 
     with ThreadPoolExecutor(4) as threads:
@@ -138,9 +133,9 @@ def test_several_threads_may_infer_at_once(tmp_path: Path) -> None:
 
 
 def test_scripts_have_the_net_without_it(tmp_path: Path) -> None:
-    config = cfg(files(tmp_path, identity(3)), mean_values=100)
-    net = Net.load(config)
+    release = config(files(tmp_path, identity(3)), mean_values=100)
+    net = Net.load(release)
     assert (net.inputs, net.input_shape("data")) == (["data"], (3, HEIGHT, WIDTH))
-    image = decode(png(pictures(1)[0]), limits=loaded("feature", config)["limits"])
-    given = preprocessing.transformer(config, (3, HEIGHT, WIDTH))(image)
+    image = decode(png(pictures(1)[0]), limits=release.limits)
+    given = preprocessing.transformer(release, (3, HEIGHT, WIDTH))(image)
     np.testing.assert_array_equal(net.forward(data=given[np.newaxis])["flat"], given.reshape(1, -1))

@@ -1,23 +1,28 @@
 """From pixels to a net's input, in Caffe's order."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from atserving.errors import StartError
 from evaluator.caffe.caffe_pb2 import BlobProto
-from evaluator.runtime.preprocessing import transformer
+from evaluator.net_config import NetConfig
+from evaluator.options import Options
+from evaluator.runtime.preprocessing import read_mean, transformer
 
 SHAPE = (3, 6, 8)
 
 
-def cfg(image_width: int | None = None, mean: Path | None = None, **custom_values: Any) -> dict[str, Any]:
-    files = {} if mean is None else {"mean.binaryproto": str(mean)}
-    return {"custom_values": custom_values, "image_width": image_width, "tar_files": files}
+def release(image_width: int | None = None, mean: Path | None = None, **custom_values: Any) -> NetConfig:
+    files = {} if mean is None else {"mean.binaryproto": mean}
+    return NetConfig(files, custom_values=Options("custom_values", custom_values), image_width=image_width)
 
 
 @pytest.fixture
@@ -44,7 +49,7 @@ def write_mean(path: Path, mean: NDArray[np.float32], *, legacy: bool) -> Path:
 def test_without_values_pixels_are_resized_and_nothing_else(
     pixels: NDArray[np.uint8], planes: NDArray[np.float32]
 ) -> None:
-    result = transformer(cfg(), SHAPE)(pixels)
+    result = transformer(release(), SHAPE)(pixels)
     assert result.dtype == np.float32
     assert result.flags["C_CONTIGUOUS"]
     np.testing.assert_array_equal(result, planes)
@@ -60,11 +65,22 @@ def test_the_order_is_caffes(pixels: NDArray[np.uint8], planes: NDArray[np.float
     expected = planes / 255
     expected = expected[[2, 1, 0]]
     expected = (expected - np.array([0.1, 0.2, 0.3]).reshape(3, 1, 1)) * 4
-    np.testing.assert_allclose(transformer(cfg(**values), SHAPE)(pixels), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(transformer(release(**values), SHAPE)(pixels), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mean_image_is_in_the_order_of_the_nets_channels(
+    tmp_path: Path, pixels: NDArray[np.uint8], planes: NDArray[np.float32]
+) -> None:
+    mean = np.random.default_rng(5).random((3, 8, 10), np.float32)
+    path = write_mean(tmp_path / "mean.binaryproto", mean, legacy=True)
+    values: dict[str, Any] = {"raw_scale": 2, "channel_swap": [2, 1, 0], "input_scale": 0.5}
+    expected = (planes[[2, 1, 0]] * 2 - mean[:, 1:7, 1:9]) * 0.5
+    result = transformer(release(mean=path, **values), SHAPE)(pixels)
+    np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_one_mean_value_serves_all_channels(pixels: NDArray[np.uint8], planes: NDArray[np.float32]) -> None:
-    np.testing.assert_array_equal(transformer(cfg(mean_values=100), SHAPE)(pixels), planes - 100)
+    np.testing.assert_array_equal(transformer(release(mean_values=100), SHAPE)(pixels), planes - 100)
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -73,18 +89,18 @@ def test_a_larger_mean_image_is_cropped_in_the_middle(
 ) -> None:
     mean = np.random.default_rng(4).random((3, 10, 13), np.float32)
     path = write_mean(tmp_path / "mean.binaryproto", mean, legacy=legacy)
-    result = transformer(cfg(mean=path), SHAPE)(pixels)
+    result = transformer(release(mean=path), SHAPE)(pixels)
     np.testing.assert_array_equal(result, planes - mean[:, 2:8, 2:10])
 
 
 def test_image_width_resizes_wider_and_crops_the_middle(pixels: NDArray[np.uint8]) -> None:
     wide = cv2.resize(pixels, (16, 12), interpolation=cv2.INTER_LINEAR).transpose(2, 0, 1)
-    np.testing.assert_array_equal(transformer(cfg(image_width=16), SHAPE)(pixels), wide[:, 3:9, 4:12])
+    np.testing.assert_array_equal(transformer(release(image_width=16), SHAPE)(pixels), wide[:, 3:9, 4:12])
 
 
 def test_a_net_of_one_channel_sees_grey(pixels: NDArray[np.uint8]) -> None:
     grey = cv2.resize(cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY), (8, 6), interpolation=cv2.INTER_LINEAR)
-    np.testing.assert_array_equal(transformer(cfg(), (1, 6, 8))(pixels), grey[np.newaxis])
+    np.testing.assert_array_equal(transformer(release(), (1, 6, 8))(pixels), grey[np.newaxis])
 
 
 @pytest.mark.parametrize(
@@ -100,20 +116,20 @@ def test_a_net_of_one_channel_sees_grey(pixels: NDArray[np.uint8]) -> None:
 )
 def test_wrong_values_stop_the_start(values: dict[str, Any], message: str) -> None:
     with pytest.raises(StartError) as error:
-        transformer(cfg(**values), SHAPE)
+        transformer(release(**values), SHAPE)
     assert message in str(error.value)
 
 
 def test_a_net_whose_input_is_no_image_stops_the_start() -> None:
     with pytest.raises(StartError, match="the net's input has 4 channels"):
-        transformer(cfg(), (4, 6, 8))
+        transformer(release(), (4, 6, 8))
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 8), (3, 6, 7), (1, 6, 8)])
 def test_a_mean_that_does_not_cover_the_input_stops_the_start(shape: tuple[int, ...], tmp_path: Path) -> None:
     path = write_mean(tmp_path / "mean.binaryproto", np.zeros(shape, np.float32), legacy=True)
     with pytest.raises(StartError, match="does not cover the net's input"):
-        transformer(cfg(mean=path), SHAPE)
+        transformer(release(mean=path), SHAPE)
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xff\xff", b"no mean at all"])
@@ -121,10 +137,28 @@ def test_a_broken_mean_stops_the_start(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "mean.binaryproto"
     path.write_bytes(data)
     with pytest.raises(StartError, match=r"mean\.binaryproto"):
-        transformer(cfg(mean=path), SHAPE)
+        transformer(release(mean=path), SHAPE)
+
+
+def test_a_mean_that_is_cut_short_stops_the_start(tmp_path: Path) -> None:
+    path = write_mean(tmp_path / "mean.binaryproto", np.zeros(SHAPE, np.float32), legacy=True)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(StartError, match=r"mean\.binaryproto: is not a BlobProto"):
+        transformer(release(mean=path), SHAPE)
+
+
+@given(data=st.binary(max_size=300))
+def test_random_bytes_are_a_mean_or_stop_the_start(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mean.binaryproto"
+        path.write_bytes(data)
+        try:
+            assert read_mean(path).ndim == 3
+        except StartError as error:
+            assert "mean.binaryproto" in str(error)
 
 
 def test_two_means_stop_the_start(tmp_path: Path) -> None:
     path = write_mean(tmp_path / "mean.binaryproto", np.zeros(SHAPE, np.float32), legacy=True)
     with pytest.raises(StartError, match="both"):
-        transformer(cfg(mean=path, mean_values=1), SHAPE)
+        transformer(release(mean=path, mean_values=1), SHAPE)

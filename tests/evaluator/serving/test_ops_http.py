@@ -102,8 +102,8 @@ async def test_the_status_says_where_it_is_and_how_it_runs(digits: Process) -> N
     said = orjson.loads(text)
     assert (status, kind) == (200, "application/json")
     assert (said["app"], said["version"], said["state"], said["reason"]) == ("seen", "v1", "serving", "")
-    assert said["address"] == digits.logged(event="registered")["address"]
-    assert said["plan"] == {name: digits.logged(event="warm")[name] for name in said["plan"]}
+    assert said["address"] == digits.logged(event="instance registered")["address"]
+    assert said["plan"] == {name: digits.logged(event="net loaded")[name] for name in said["plan"]}
     assert said["device"] == "CPU"
     assert (await get(digits, "/other"))[0] == 404
 
@@ -129,7 +129,7 @@ def test_a_status_file_outlives_its_process(registry: Registry, tmp_path: Path) 
 
 
 def test_a_port_that_is_taken_stops_the_start(registry: Registry, digits: Process) -> None:
-    port = digits.logged(event="loading")["http_port"]
+    port = digits.logged(event="release loading")["http_port"]
     second = start_evaluator(registry.address, "seen", "v1", "--http", f"127.0.0.1:{port}")
     assert second.wait() == 1
     assert second.lines[-1].startswith(f"evaluator: cannot listen on 127.0.0.1:{port} for --http")

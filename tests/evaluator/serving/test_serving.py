@@ -30,7 +30,7 @@ LOOPBACK = ("--allow-network", "127.0.0.0/8")
 
 
 def address(process: Process) -> str:
-    return str(process.logged(event="registered")["address"])
+    return str(process.logged(event="instance registered")["address"])
 
 
 @asynccontextmanager
@@ -229,9 +229,7 @@ async def test_worker_config_applies_live_and_a_deleted_release_is_served_on(reg
         registry.put("worker/app/live/default", {"max_concurrent": 7, "delay4batch": "1ms"})
         await until(lambda: [each["capacity"] for each in registry.instances("live")] == [7])
         registry.delete("eval/live/v1")
-        await asyncio.to_thread(
-            process.logged, event="the release was deleted; serving goes on until this process is stopped"
-        )
+        await asyncio.to_thread(process.logged, event="release deleted")
         assert (await infer(process, DIGIT)).result_json
 
 
@@ -242,14 +240,14 @@ async def test_leaving_finishes_what_is_held_and_refuses_the_rest(registry: Regi
             held = asyncio.ensure_future(leaving.infer(InferRequest(data=[Resource(uri=slow_host.url)]), 30, None))
             await slow_host.asked.wait()
             process.terminate()
-            await asyncio.to_thread(process.logged, event="deregistered")
+            await asyncio.to_thread(process.logged, event="instance deregistered")
             assert registry.instances("leaving") == []
             error = (await leaving.infer(InferRequest(data=[DIGIT]), 30, None)).error
             assert (error.code, error.refused) == (503, True)
             slow_host.go_on.set()
             assert orjson.loads((await held).result_json)["confidences"][0]["class"] == "seven"
         assert await asyncio.to_thread(process.wait) == 0
-        assert process.logged(event="stopped")
+        assert process.logged(event="service stopped")
 
 
 async def test_the_grace_bounds_how_long_leaving_takes(registry: Registry, slow_host: SlowHost) -> None:
@@ -309,7 +307,7 @@ async def test_a_script_answers_and_what_it_does_to_itself_reaches_nobody_else(
             assert (died.error.code, died.error.message) == (500, "the net's process died")
             assert all(orjson.loads(other.result_json)["sizes"] == [size] for other in others)
             stuck = asyncio.create_task(ask("sleep", timeout=2))
-            await asyncio.to_thread(process.logged, event="script", text="asleep")
+            await asyncio.to_thread(process.logged, event="script printed", text="asleep")
             others = await asyncio.gather(*(ask("answer") for _ in range(8)))
             assert all(orjson.loads(other.result_json)["sizes"] == [size] for other in others)
             # By the instance or, first, by the caller itself.

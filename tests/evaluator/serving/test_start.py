@@ -22,9 +22,9 @@ TARS: dict[str, tuple[dict[str, bytes | None], str]] = {
     "no-net": ({"deploy.prototxt": b"layer {"}, "the net can't be converted: deploy.prototxt: "),
     "broken-weights": ({"weight.caffemodel": b"\xff" * 99}, "the net can't be converted: weight.caffemodel: "),
     "broken-mean": ({"mean.binaryproto": b"\xff" * 99}, "mean.binaryproto: "),
-    "labels-without-names": ({"labels.csv": b"zero\none\n"}, "labels.csv: line 'zero' should be index,name"),
-    "labels-twice": ({"labels.csv": b"0,zero\n0,one\n"}, "labels.csv: index 0 is there twice"),
-    "labels-in-latin-1": ({"labels.csv": b"0,z\xe9ro\n"}, "labels.csv: "),
+    "labels-without-names": ({"labels.csv": b"zero\none\n"}, "labels.csv: line 1 is 'zero', should be a class index"),
+    "labels-twice": ({"labels.csv": b"0,zero\n0,one\n"}, "labels.csv: line 2 names class 0 again"),
+    "labels-in-latin-1": ({"labels.csv": b"0,z\xe9ro\n"}, "labels.csv is not UTF-8 text"),
 }
 FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "gpu": ({"use_device": "GPU"}, "use_device is GPU, but this onnxruntime has no CUDA"),
@@ -106,14 +106,14 @@ def test_sigterm_ends_a_script_that_never_starts(registry: Registry, tmp_path: P
     never = SCRIPT + b"    import sys, time\n    print('waiting')\n    time.sleep(1000)"
     registry.publish("never-starts", file=digits_tar(tmp_path / "release.tar", **{"net.py": never}))
     process = start_evaluator(registry.address, "never-starts")
-    process.logged(event="script", text="waiting")
+    process.logged(event="script printed", text="waiting")
     process.terminate()
     assert process.wait() == 0
 
 
 def test_sigterm_during_the_start_is_a_clean_end(registry: Registry) -> None:
     process = start_evaluator(f"{registry.address}", "never-published", "v1", "--wait", "600", "--log-level", "debug")
-    process.logged(event="starting")
+    process.logged(event="service starting")
     process.terminate()
     assert process.wait() == 0
 

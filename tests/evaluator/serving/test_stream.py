@@ -33,7 +33,7 @@ class Echo(evaluator_pb2_grpc.EvaluatorServiceServicer):
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     frames: int = 0
 
-    async def GateStream(  # type: ignore[override]
+    async def Exchange(  # type: ignore[override]
         self, request_iterator: AsyncIterator[ExchangeRequest], context: Context
     ) -> None:
         async def counted() -> AsyncIterator[ExchangeRequest]:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from atserving.errors import Internal, InvalidArgument, NetError, ServingError, StartError
-from evaluator.net_contract import Model, NetFunctions, Req
+from evaluator.net_config import NetConfig
+from evaluator.net_contract import Req
 from evaluator.worker.net_runner import NetRunner, Prepared, Result
+from evaluator.worker.script import Model, Script
 
 
 @dataclass
@@ -18,12 +20,8 @@ class Holds:
 
 
 def runner(workspace: Path, inference: Any, *, init: Any = None, preprocess: Any = None) -> NetRunner:
-    functions = NetFunctions(init or (lambda _: {"error": "", "batch_size": 2}), inference, preprocess)
-    return NetRunner(functions, cfg(workspace))
-
-
-def cfg(workspace: Path) -> dict[str, Any]:
-    return {"custom_values": {"workspace": str(workspace)}, "tar_files": {}, "custom_files": {}, "batch_size": None}
+    script = Script(init or (lambda _: {"error": "", "batch_size": 2}), inference, preprocess)
+    return NetRunner(script, NetConfig({}, workspace=workspace))
 
 
 def outcome(workspace: Path, ret: Any) -> Result | ServingError:

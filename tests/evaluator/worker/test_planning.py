@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from atserving.errors import StartError
-from evaluator.net_contract import Config, Model, NetFunctions, Req, Ret
+from evaluator.net_config import NetConfig
+from evaluator.net_contract import LoadedNet, Req, Ret
+from evaluator.options import Options
 from evaluator.runtime import cpus
 from evaluator.worker import planning as module
 from evaluator.worker.plan import Plan
@@ -20,38 +23,34 @@ class Net:
 
     def __init__(self, fails_at: int = 0, ret: Ret | None = None) -> None:
         self.sizes: list[int] = []
+        self.batch_size: int | None = None
         self.threads: list[Any] = []
         self._fails_at = fails_at
         self._ret = ret or {"code": 0, "result": {}}
 
-    def init(self, cfg: Config) -> Model:
-        self.threads.append(cfg["model_params"].get("intra_op_threads"))
-        return {"error": "", "batch_size": cfg["batch_size"] or 32}
+    def load(self, config: NetConfig) -> LoadedNet:
+        self.threads.append(config.model_params.fields.get("intra_op_threads"))
+        self.batch_size = config.batch_size or 32
+        return self
 
-    def prepare(self, model: Model, req: Req) -> Req:
+    def preprocess(self, req: Req) -> Req:
         assert req["data"]["body"]
         return req
 
-    def infer(self, model: Model, args: dict[str, Any]) -> list[Ret]:
-        self.sizes.append(len(args["reqs"]))
+    def infer(self, reqid: str, reqs: Sequence[Any]) -> list[Ret]:
+        self.sizes.append(len(reqs))
         ok: Ret = {"code": 0, "result": {}}
-        return [self._ret if len(args["reqs"]) == self._fails_at else ok] * len(args["reqs"])
-
-    @property
-    def functions(self) -> NetFunctions:
-        return NetFunctions(self.init, self.infer, self.prepare)
+        return [self._ret if len(reqs) == self._fails_at else ok] * len(reqs)
 
 
-def cfg(workspace: Path, *, batch_size: int | None = None, use_device: str = "CPU", **params: Any) -> Config:
-    values = {"workspace": str(workspace)}
-    files: Config = {"tar_files": {}, "custom_files": {}}
-    return {
-        **files,
-        "custom_values": values,
-        "model_params": params,
-        "batch_size": batch_size,
-        "use_device": use_device,
-    }
+def release(workspace: Path, *, batch_size: int | None = None, use_device: str = "CPU", **params: Any) -> NetConfig:
+    return NetConfig(
+        {},
+        model_params=Options("model_params", params),
+        workspace=workspace,
+        batch_size=batch_size,
+        use_device=use_device,
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,11 +63,11 @@ def cfg(workspace: Path, *, batch_size: int | None = None, use_device: str = "CP
     ],
 )
 def test_what_a_release_says_is_not_measured(
-    params: dict[str, int], engines: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    params: dict[str, Any], engines: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpus, "available", lambda: 4)
     net = Net()
-    _, plan = for_built_in(net.functions, cfg(tmp_path, batch_size=5, **params))
+    _, plan = for_built_in(net.load, release(tmp_path, batch_size=5, **params))
     assert (plan.engines, plan.threads, plan.batch_size, plan.measured) == (engines, threads, 5, {})
     assert net.threads == [threads]
     # Every bucket of batches, once: it is warm.
@@ -90,7 +89,7 @@ def planned(
 
     monkeypatch.setattr(cpus, "available", lambda: 4)
     monkeypatch.setattr(module._Net, "cost_s", cost_s)
-    return for_built_in(Net().functions, cfg(tmp_path, **fields))[1]
+    return for_built_in(Net().load, release(tmp_path, **fields))[1]
 
 
 def test_engines_of_one_thread_use_every_cpu_and_batches_are_what_is_cheapest(
@@ -129,12 +128,12 @@ def test_what_is_mostly_python_has_one_engine(tmp_path: Path, monkeypatch: pytes
 def test_what_was_measured_once_is_not_measured_again(tmp_path: Path) -> None:
     known = Plan(2, 1, 4, lanes=True, measured={"2x1 batch 1": 1.0})
     net = Net()
-    assert for_built_in(net.functions, cfg(tmp_path), known)[1] is known
+    assert for_built_in(net.load, release(tmp_path), known)[1] is known
     assert net.sizes == [1, 2, 4]
 
 
 def test_a_real_measurement_ends_in_a_plan_that_uses_every_cpu(tmp_path: Path) -> None:
-    _, plan = for_built_in(Net().functions, cfg(tmp_path))
+    _, plan = for_built_in(Net().load, release(tmp_path))
     assert 1 <= plan.engines * plan.threads <= cpus.available()
     assert plan.measured
     assert all(cost_ms > 0 for cost_ms in plan.measured.values())
@@ -142,7 +141,7 @@ def test_a_real_measurement_ends_in_a_plan_that_uses_every_cpu(tmp_path: Path) -
 
 
 def test_a_gpu_has_one_engine_and_threads_that_prepare(tmp_path: Path) -> None:
-    _, plan = for_built_in(Net().functions, cfg(tmp_path, use_device="GPU"))
+    _, plan = for_built_in(Net().load, release(tmp_path, use_device="GPU"))
     assert (plan.engines, plan.batch_size, plan.preparers) == (1, 32, cpus.available())
 
 
@@ -150,11 +149,11 @@ def test_a_gpu_has_one_engine_and_threads_that_prepare(tmp_path: Path) -> None:
 def test_a_net_that_can_not_answer_a_batch_does_not_start(ret: Ret, tmp_path: Path) -> None:
     net = Net(fails_at=2, ret=ret)
     with pytest.raises(StartError, match="failed to warm up: out of memory"):
-        for_built_in(net.functions, cfg(tmp_path, batch_size=2, engines=1))
+        for_built_in(net.load, release(tmp_path, batch_size=2, engines=1))
     assert net.sizes == [1, 2]
 
 
 @pytest.mark.parametrize(("key", "value"), [("engines", 0), ("engines", 1000), ("intra_op_threads", "2")])
 def test_wrong_params_are_named(key: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(StartError, match=f"model_params.{key} is "):
-        for_built_in(Net().functions, cfg(tmp_path, **{key: value}))
+        for_built_in(Net().load, release(tmp_path, **{key: value}))

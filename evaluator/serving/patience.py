@@ -1,0 +1,42 @@
+"""Decides whether a call in the worker is stuck."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from atserving.v1 import evaluator_pb2
+from evaluator.worker.progress import Running
+
+LEAST_S, MOST_S = 1.0, 20.0
+_FACTOR = 10.0
+
+
+class Patience:
+    """How long a call may run after its deadline before it counts as stuck.
+
+    A deadline alone does not make a call stuck: a caller with a short deadline must not kill a script that works. So a
+    call has ten times as long as the longest call so far, but at least 1 s and at most 20 s more than that.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        """After ``timeout_s`` a call is stuck in any case; it may be infinite."""
+        self._timeout_s = timeout_s
+        self._longest_prepare_s = self._longest_infer_s = 0.0
+
+    def learn(self, prepare_s: float, infer_s: float) -> None:
+        """Take the durations of a finished call into account."""
+        self._longest_prepare_s = max(self._longest_prepare_s, prepare_s)
+        self._longest_infer_s = max(self._longest_infer_s, infer_s)
+
+    def learn_stages(self, stages: evaluator_pb2.Stages) -> None:
+        """Take the stages of a reply into account."""
+        self.learn(stages.decode_us / 1e6, (stages.forward_us + stages.postprocess_us) / 1e6)
+
+    def is_over(self, running: Running, deadlines_s: Iterable[float], now_s: float) -> bool:
+        """Return whether ``running``, whose calls have these deadlines, is stuck."""
+        took_s = now_s - running.since_s
+        if took_s > self._timeout_s:
+            return True
+        longest_s = self._longest_prepare_s if running.preparing else self._longest_infer_s
+        patience_s = max(LEAST_S, min(_FACTOR * longest_s, longest_s + MOST_S))
+        return took_s > patience_s and any(deadline_s <= now_s for deadline_s in deadlines_s)
