@@ -201,13 +201,13 @@ def test_weights_in_pieces_beyond_number_are_refused(tmp_path: Path) -> None:
     paths = write_net(tmp_path, CONV, {})
     pieces = b"\x2a\x04\0\0\0\0" * 490_000
     paths[1].write_bytes(delimited(100, delimited(1, b"the_Convolution") + delimited(7, pieces)))
-    assert "a blob is in more than 10000 pieces" in converted_within(64 * 2**20, paths)
+    assert "a blob has more than 10000 pieces" in converted_within(64 * 2**20, paths)
 
 
 def test_blobs_beyond_number_are_refused(tmp_path: Path) -> None:
     paths = write_net(tmp_path, CONV, {})
     paths[1].write_bytes(delimited(100, delimited(1, b"x") + delimited(7, b"") * 490_000))
-    assert "layer 'x': it has more than 1000 blobs" in converted_within(64 * 2**20, paths)
+    assert "layer 'x' has more than 1000 blobs" in converted_within(64 * 2**20, paths)
 
 
 def test_nets_weights_are_no_part_of_what_a_net_may_make(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_no_memory_is_a_conversion_error(monkeypatch: pytest.MonkeyPatch, tmp_pa
     for place in ("read_bytes", "parse_net", "plan_net", "parse_weights", "build"):
         with monkeypatch.context() as patch:
             patch.setattr(converting, place, _out_of_memory)
-            with pytest.raises(ConversionError, match=r"^deploy\.prototxt: needs more memory than there is$"):
+            with pytest.raises(ConversionError, match=r"^deploy\.prototxt: needs more memory than is available$"):
                 convert(*paths)
 
 
