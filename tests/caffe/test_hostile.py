@@ -213,7 +213,7 @@ def test_any_parameters_of_any_layer(prototxt: str) -> None:
 @pytest.mark.parametrize(
     "prototxt",
     [
-        'input: "data" ' * 30_000,
+        'input: "data" ' * 15_000,
         "layer { " * 100_000,
         "# " + "x" * 3_000_000,
         'layer { name: "' + "n" * 1_000_000 + '" }',
