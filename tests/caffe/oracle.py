@@ -1,11 +1,11 @@
-"""OpenCV's reading of Caffe nets, as a second opinion."""
+"""Run Caffe nets in OpenCV, as an independent oracle."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -18,7 +18,7 @@ from .nets import caffemodel
 
 
 class Unpool:
-    """SegNet's Upsample for OpenCV: every number goes to the place in its plane that the mask names."""
+    """SegNet's Upsample as a custom layer of OpenCV: the mask gives each number's position in its plane."""
 
     def __init__(self, params: dict[str, Any], blobs: Any) -> None:
         self._scale = int(params.get("scale", 2))
@@ -35,11 +35,11 @@ class Unpool:
         return [plane.reshape(images, channels, height * self._scale, width * self._scale)]
 
 
-cv2.dnn_registerLayer("Upsample", Unpool)
+cv2.dnn_registerLayer("Upsample", cast(Any, Unpool))
 
 
 def for_opencv(prototxt: str) -> str:
-    """The same net in words that OpenCV knows: SegNet's BN, which is scale and shift, as a Scale layer."""
+    """Replace SegNet's BN, which OpenCV does not know, by an equivalent Scale layer."""
     renamed = prototxt.replace('type: "BN"', 'type: "Scale" scale_param { bias_term: true }')
     return re.sub(r"bn_param\s*\{(?:[^{}]|\{[^{}]*\})*\}", "", renamed)
 
@@ -51,10 +51,17 @@ def opencv_outputs(
     feeds: Mapping[str, NDArray[Any]],
     blobs: Sequence[str],
 ) -> dict[str, NDArray[Any]]:
-    """The blobs as OpenCV computes them; it knows them by the layers that make them."""
+    """Return the given blobs as OpenCV computes them, float32 arrays by name.
+
+    Args:
+        folder: an existing folder for the net's files.
+        weights: the weights by layer name.
+        feeds: the inputs by name.
+    """
     plan = plan_net(parse_net(prototxt.encode(), "net"), "net")
-    makers = {plan.last[name]: name for name in blobs}
-    layers = {makers[top]: layer.spec.name for layer in plan.layers for top in layer.tops if top in makers}
+    names = {plan.last[name]: name for name in blobs}
+    # OpenCV addresses a blob by the layer that produces it.
+    layers = {names[top]: layer.spec.name for layer in plan.layers for top in layer.tops if top in names}
     (folder / "oracle.prototxt").write_text(for_opencv(prototxt))
     (folder / "oracle.caffemodel").write_bytes(caffemodel(weights))
     net = cv2.dnn.readNetFromCaffe(str(folder / "oracle.prototxt"), str(folder / "oracle.caffemodel"))

@@ -1,6 +1,7 @@
-"""Measures the converter and writes docs/converter-accuracy.md: `python -m tests.caffe.report [BENCH.json]`.
+"""Measure the converter's accuracy and write docs/converter-accuracy.md: `python -m tests.caffe.report [BENCH.json]`.
 
-Times and memory come from the file that `python -m bench.converter --json` wrote; without it the page keeps its own.
+Times and memory come from BENCH.json, which `python -m bench.converter --json` writes. Without that file, the page
+keeps its section on them.
 """
 
 from __future__ import annotations
@@ -19,28 +20,30 @@ import pytest
 
 from evaluator.caffe import convert
 
-from .nets import FIXTURES, MODELS, draw_weights, error, normal, run, session, write_net
+from .boxes import rows
+from .nets import FIXTURES, MODELS, Array, draw_weights, error, normal, run, session, write_net
 from .oracle import opencv_outputs
-from .test_models import NETWORKS, STRUCTURES, rows, smaller
+from .test_models import NETWORKS, STRUCTURES, smaller
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "converter-accuracy.md"
-HEAD = """# How exact the converter is
+HEAD = """# Accuracy of the converter
 
-Measured by `python -m tests.caffe.report`, which writes this page: the largest difference to the oracle, relative to
-the largest value of the output, over all outputs of all cases. Everything runs in onnxruntime on a CPU in float32.
-The tests in `tests/caffe` hold single layers to 1e-5 and whole networks to 1e-4.
+This page shows how far the converter's models differ from real Caffe, and what a conversion costs. `python -m
+tests.caffe.report` measures the figures and writes the page. An error is the largest difference from the oracle,
+relative to the largest value of the output, over all outputs of all cases. All models run in onnxruntime on a CPU in
+float32. The tests in `tests/caffe` allow an error of 1e-5 for single layers and 1e-4 for whole networks.
 
 """
 
 
-def compared(actual: np.ndarray, expected: np.ndarray) -> float:
+def compared(actual: Array, expected: Array) -> float:
     if actual.ndim == 4 and actual.shape[-1] == 7:
         return error(rows(actual), rows(expected))
     return error(actual, expected)
 
 
 def fixtures() -> list[str]:
-    """One row a family of fixtures; a family is what its names begin with, but for a declared batch."""
+    """Return one row per family of fixtures. The family is the first word of the name, after any "declared<B>_"."""
     errors: dict[str, list[float]] = defaultdict(list)
     cases: dict[str, int] = defaultdict(int)
     for folder in sorted(FIXTURES.iterdir()):
@@ -84,7 +87,7 @@ def structures() -> list[str]:
     lines = [
         "## Structures with random weights",
         "",
-        "ENet's and YOLOv5s's images are made smaller; blobs before a softmax are compared too.",
+        "ENet and YOLOv5s run on smaller images. Blobs before a softmax are compared too.",
         "",
         "| structure | nodes | largest error | oracle |",
         "|---|---|---|---|",
@@ -107,17 +110,17 @@ def structures() -> list[str]:
 COST = "## Time and memory\n"
 
 
-def cost(rows: list[dict[str, Any]]) -> str:
+def cost(figures: list[dict[str, Any]]) -> str:
     lines = [
         COST,
-        "Measured by `make bench-converter` on two shared cores: medians of conversions in fresh processes, without",
-        "the interpreter's start and imports. Memory is the most that was resident, and how much of it the conversion",
-        "took; the interpreter with its packages has about 45 MB.",
+        "`make bench-converter` measures these figures on two shared cores. They are medians over conversions in fresh",
+        "processes, without the start of the interpreter and its imports. Memory is the peak of resident memory; the",
+        "interpreter with its packages accounts for about 45 MB of it.",
         "",
-        "| net | weights, MB | seconds | memory, MB | of it for the conversion | times the weights |",
+        "| net | weights, MB | seconds | peak memory, MB | conversion's share, MB | share / weights |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in figures:
         if "seconds" in row:
             sizes = [row[key] / 1e6 for key in ("weight_bytes", "peak_bytes", "own_peak_bytes")]
             ratio = f"{sizes[2] / sizes[0]:.1f}" if sizes[0] > 10 else ""
@@ -126,10 +129,11 @@ def cost(rows: list[dict[str, Any]]) -> str:
             )
     lines += [
         "",
-        "The same nets with the same weights, exported by PyTorch, run by turns in onnxruntime on one thread with the",
-        "same options; the ratio is our time by PyTorch's, the median of pairs, good to about a hundredth. Both fold",
-        "every BatchNorm. What onnxruntime makes of the graphs has as many operators for ResNet-50, and two fewer",
-        "for our MobileNet v1: GlobalAveragePool keeps the layout of the convolutions, PyTorch's ReduceMean does not.",
+        "The next table compares our models with PyTorch's exports of the same nets with the same weights. Both run in",
+        "turns in onnxruntime, on one thread with the same options. The ratio is our time divided by PyTorch's, the",
+        "median over pairs of runs, with an uncertainty of about 0.01. Both exports fold every BatchNorm. After",
+        "onnxruntime's optimizations, the graphs of ResNet-50 have equally many operators. Our MobileNet v1 has two",
+        "fewer: GlobalAveragePool keeps the memory layout of the convolutions, PyTorch's ReduceMean does not.",
         "",
         "| net | batch | nodes | PyTorch's nodes | ms | PyTorch's ms | ratio | outputs differ by |",
         "|---|---|---|---|---|---|---|---|",
@@ -137,20 +141,20 @@ def cost(rows: list[dict[str, Any]]) -> str:
     lines += [
         f"| {row['net']} | {row['batch']} | {row['our_nodes']} | {row['their_nodes']} | {row['our_ms']:.1f} "
         f"| {row['their_ms']:.1f} | {row['ratio']:.3f} | {row['difference']:.1e} |"
-        for row in rows
+        for row in figures
         if "ratio" in row
     ]
     return "\n".join([*lines, "", ""])
 
 
 def cost_kept() -> str:
-    """The section as the page has it."""
+    """Return the page's current section on time and memory."""
     _, _, after = OUTPUT.read_text().partition(COST)
     return COST + after.partition("\n## ")[0] + "\n" if after else ""
 
 
 class Recorder:
-    """A pytest plugin that keeps the largest error that each test of some modules measured, and counts its cases."""
+    """A pytest plugin that records the largest error and the number of cases of each test."""
 
     def __init__(self) -> None:
         self.worst: dict[str, float] = {}
@@ -166,27 +170,27 @@ class Recorder:
         self._test = layer + item.originalname.removeprefix("test_").replace("_", " ")
         self.cases[self._test] += 1
 
-    def _measured(self, actual: np.ndarray, expected: np.ndarray) -> float:
+    def _measured(self, actual: Array, expected: Array) -> float:
         found = error(actual, expected)
         self.worst[self._test] = max(found, self.worst.get(self._test, 0.0))
         return found
 
 
 def definitions() -> list[str]:
-    """One row a test of layers that the fixtures do not have."""
+    """Return one row per test of the layers without a fixture."""
     recorder = Recorder()
     files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("published_layers", "detection_output")]
     with contextlib.redirect_stdout(sys.stderr):
         status = pytest.main(["-q", "-p", "no:cacheprovider", *files], plugins=[recorder])
     if status != pytest.ExitCode.OK:
-        raise SystemExit("a layer is not as it is defined")
+        raise SystemExit("a layer differs from its definition")
     lines = [
         "## Layers against their definitions",
         "",
-        "What Caffe's oracle does not have is compared with its published definition in plain numpy, or with OpenCV 4",
-        "where the row says so, by the tests in `test_published_layers.py` and `test_detection_output.py`.",
+        "The Caffe oracle does not support these layers. `test_published_layers.py` and `test_detection_output.py`",
+        "compare them with their published definitions in plain NumPy, or with OpenCV 4 if the test's name says so.",
         "",
-        "| what holds | cases | largest error |",
+        "| test | cases | largest error |",
         "|---|---|---|",
     ]
     for test, worst in recorder.worst.items():
