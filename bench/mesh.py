@@ -20,10 +20,10 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from atserving.cli import examples
 from atserving.cli.mesh import Mesh
 from atserving.cli.up import run_until_stopped
 from atserving.errors import StartError
+from atserving.local import examples
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _UNITS_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}

@@ -16,11 +16,12 @@ from typing import Any
 import click
 import orjson
 
-from atserving.cli import drawing, examples
-from atserving.cli.examples import ROOT
+from atserving.cli import drawing
 from atserving.cli.mesh import Mesh
 from atserving.cli.up import run_until_stopped, starting
 from atserving.errors import StartError
+from atserving.local import examples
+from atserving.local.examples import ROOT
 
 JSON = "-H 'content-type: application/json'"
 BYTES = "-H 'content-type: application/octet-stream'"

@@ -26,9 +26,9 @@ import yaml
 from supervisor.xmlrpc import SupervisorTransport
 
 from atserving import transport
-from atserving.cli import examples
-from atserving.cli.examples import ROOT, Example
 from atserving.errors import StartError
+from atserving.local import examples
+from atserving.local.examples import ROOT, Example
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 
 _POLL_S = 0.05

@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from atserving.cli import examples
-from atserving.cli.examples import Example
 from atserving.cli.mesh import Mesh
 from atserving.errors import StartError
+from atserving.local import examples
+from atserving.local.examples import Example
 
 _HELP = """\
 The mesh serves {apps} at {url}. Try, in another terminal:

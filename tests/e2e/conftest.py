@@ -16,8 +16,8 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from atserving.cli import examples
 from atserving.cli.mesh import Mesh
+from atserving.local import examples
 
 IMAGES = examples.FOLDER / "digits" / "images"
 JSON = {"content-type": "application/json"}

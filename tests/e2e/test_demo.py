@@ -16,10 +16,11 @@ import orjson
 import pytest
 from numpy.typing import NDArray
 
-from atserving.cli import drawing, examples
+from atserving.cli import drawing
 from atserving.cli.demo import Drawing, Scene, ask, play
 from atserving.cli.mesh import Mesh
 from atserving.errors import StartError
+from atserving.local import examples
 from tests.e2e.conftest import image
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")

@@ -18,8 +18,8 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from atserving import transport
-from atserving.cli import examples
 from atserving.cli.mesh import Mesh
+from atserving.local import examples
 from tests.e2e.conftest import Client, etcdctl, image, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

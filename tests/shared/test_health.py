@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from atserving import transport
-from atserving.cli import examples
+from atserving.local import examples
 from atserving.v1 import registry_pb2, registry_pb2_grpc, serving_pb2, serving_pb2_grpc
 from tests.registry.processes import Process, Registry, cluster, free_ports, until, until_async
 
