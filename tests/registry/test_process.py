@@ -19,10 +19,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from atserving import transport
 from atserving.config import release_key
 from atserving.follower import ConfigFollower
+from atserving.local.examples import ROOT
+from atserving.local.ports import free_ports
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 from registry.etcd import EtcdClient
-from tests.registry.processes import ROOT, Etcd, Process, Registry, cluster, free_ports, until, until_async
-from tests.registry.test_etcd_client import USER, enable_rights
+from tests.processes import Etcd, Process, Registry, cluster
+from tests.registry.etcd_users import USER, enable_rights
+from tests.waiting import until, until_async
 
 Start = Callable[[Process], Process]
 RELEASE = '{"file": "file:///m.tar"}'
@@ -111,13 +114,13 @@ async def test_without_etcd_it_waits_and_says_so_once(tmp_path: Path, processes:
         error = await refusal(registry.address)
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert "etcd is unreachable" in (error.details() or "")
-    await until(lambda: "etcd unreachable" in registry.logged())
+    await until(lambda: "etcd unreachable" in registry.log_text())
     processes(member)
     await until_async(lambda: serving(registry.address))
     response = await watch(registry.address)
     assert isinstance(response, registry_pb2.WatchResponse)
     assert response.reset
-    assert registry.logged().count('"etcd unreachable"') == 1
+    assert registry.log_text().count('"etcd unreachable"') == 1
 
 
 async def test_with_etcd_away_it_serves_what_it_knows_but_a_new_one_serves_nothing(
@@ -128,7 +131,7 @@ async def test_with_etcd_away_it_serves_what_it_knows_but_a_new_one_serves_nothi
     processes(registry)
     await until_async(lambda: serving(registry.address))
     etcd.kill()
-    await until(lambda: "etcd unreachable" in registry.logged())
+    await until(lambda: "etcd unreachable" in registry.log_text())
     assert await serving(registry.address)
     response = await watch(registry.address)
     assert isinstance(response, registry_pb2.WatchResponse)
@@ -156,8 +159,8 @@ async def test_sigterm_ends_the_streams_and_exits_0(tmp_path: Path, etcd: Etcd, 
         registry.send(signal.SIGTERM)
         with pytest.raises(grpc.aio.AioRpcError, match="the registry is stopping"):
             await call.read()
-    assert await registry.wait() == 0
-    assert "Traceback" not in registry.logged()
+    assert await registry.ended() == 0
+    assert "Traceback" not in registry.log_text()
 
 
 async def test_sigterm_before_etcd_was_seen_exits_0(tmp_path: Path, processes: Start) -> None:
@@ -165,8 +168,8 @@ async def test_sigterm_before_etcd_was_seen_exits_0(tmp_path: Path, processes: S
     processes(registry)
     await health(registry.address)
     registry.send(signal.SIGTERM)
-    assert await registry.wait() == 0
-    assert "Traceback" not in registry.logged()
+    assert await registry.ended() == 0
+    assert "Traceback" not in registry.log_text()
 
 
 async def test_a_follower_goes_from_registry_to_registry(
@@ -188,7 +191,7 @@ async def test_a_follower_goes_from_registry_to_registry(
         await client.put(new, RELEASE)
         await until(lambda new=new: new in follower.entries)  # type: ignore[misc]
         if not number:
-            await lost.wait()
+            await lost.ended()
         lost.start()
     assert not deleted
     assert follower.entries.keys() == {release_key("a", str(number)) for number in (1, 2, 3)}
@@ -206,10 +209,10 @@ async def test_the_password_comes_by_its_variable_and_is_never_logged(
     await until_async(lambda: serving(registry.address))
     wrong = Registry(tmp_path, [etcd.address], *flags, ATSERVING_ETCD_PASSWORD="not-the-password")
     processes(wrong)
-    await until(lambda: "etcd refuses the registry" in wrong.logged())
+    await until(lambda: "etcd refuses the registry" in wrong.log_text())
     assert "invalid user ID or password" in (await refusal(wrong.address)).details()  # type: ignore[operator]
-    assert USER.password not in registry.logged()
-    assert "not-the-password" not in wrong.logged()
+    assert USER.password not in registry.log_text()
+    assert "not-the-password" not in wrong.log_text()
 
 
 class Relay:
