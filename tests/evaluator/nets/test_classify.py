@@ -13,7 +13,7 @@ from evaluator.nets import classify, labels
 from evaluator.runtime.net import Net
 from tests.caffe.nets import input_layer, layer
 from tests.evaluator.built_in import files as files_of
-from tests.evaluator.conftest import DIGITS
+from tests.evaluator.digits import DIGITS
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from atserving.v1.evaluator_pb2 import InferRequest
-from tests.evaluator.conftest import Process, Registry, digits_tar, evaluator, start_evaluator
-from tests.evaluator.serving.test_serving import DIGIT, Resource, connected, infer, until
+from atserving.v1.serving_pb2 import Resource
+from tests.evaluator.calling import DIGIT, connected, infer
+from tests.evaluator.digits import digits_tar
+from tests.processes import Process, Registry, evaluator, start_evaluator
+from tests.waiting import until
 
 STAGES = {"fetch", "decode", "queue", "forward", "postprocess", "total"}
 
