@@ -40,7 +40,8 @@ from atserving.v1 import evaluator_pb2, serving_pb2
 from evaluator.caffe import convert
 from evaluator.runtime import cpus
 from tests.caffe.nets import MODELS, write_net
-from tests.evaluator.conftest import DIGITS, Registry, running_registry
+from tests.evaluator.digits import DIGITS
+from tests.processes import Registry, running_registry
 
 CALLERS = (1, 8, 32, 64)
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")

@@ -19,8 +19,8 @@ import orjson
 import pytest
 
 from atserving import __version__
-from atserving.cli import examples
-from tests.evaluator.conftest import digits_tar
+from atserving.local import examples
+from tests.evaluator.digits import digits_tar
 from tests.k8s.cluster import Cluster, free_network, running
 from tests.k8s.manifests import K8S, evaluator, kustomize
 

@@ -20,8 +20,9 @@ from gate.connection import EvaluatorConnection
 from tests.caffe.nets import MODELS, error
 from tests.evaluator import mtcnn
 from tests.evaluator.built_in import Array, png
-from tests.evaluator.conftest import DIGITS, Registry, evaluator
-from tests.evaluator.serving.test_serving import connected
+from tests.evaluator.calling import connected
+from tests.evaluator.digits import DIGITS
+from tests.processes import Registry, evaluator
 
 pytestmark = pytest.mark.skipif(not MODELS.is_dir(), reason="the real models are not here")
 
