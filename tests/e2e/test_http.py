@@ -282,7 +282,7 @@ async def test_an_unreadable_request_is_logged(client: Client) -> None:
         await until_async(logged, what="the gate has logged the request")
         [line] = [orjson.loads(line) for line in client.mesh.log("gate").splitlines() if reqid in line]
         assert (line["reqid"], line["code"]) == (reqid, 400)
-        assert "malformed request" in line["message"]
+        assert "malformed request" in line["reason"]
 
 
 async def test_every_error_has_the_callers_request_id(client: Client) -> None:

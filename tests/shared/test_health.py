@@ -88,13 +88,13 @@ async def test_an_instance_is_ready_when_it_is_registered_and_stays_ready_withou
         await until_async(lambda: is_listed(registry.address), grpc.aio.AioRpcError)
         etcd.kill()
         async with running(process):
-            await until(lambda: "not registered, going on to serve and to try" in process.log_text())
+            await until(lambda: "registration failed" in process.log_text())
             assert await health(address, transport.LIVE) == SERVING
             assert await health(address) == NOT_SERVING
             etcd.start()
             await until_async(lambda: ready(address))
             etcd.kill()
-            await until(lambda: process.log_text().count("not registered, going on to serve and to try") == 2)
+            await until(lambda: process.log_text().count("registration failed") == 2)
             assert await health(address) == SERVING
 
 
