@@ -49,11 +49,16 @@ proto: $(VENV)/installed  ## Generate stubs and Envoy's descriptor set from prot
 	$(BIN)/python proto/generate.py
 
 .PHONY: k8s-render
-k8s-render: $(VENV)/installed  ## Render the overlays and the examples' evaluators into docs/kubernetes/
-	$(BIN)/python -m tests.k8s.rendered
+k8s-render: $(VENV)/installed  ## Render the overlays and the example's evaluators into build/k8s/
+	mkdir -p build/k8s
+	for overlay in minimal demo production; do \
+		kubectl kustomize k8s/overlays/$$overlay > build/k8s/$$overlay.yaml || exit; \
+	done
+	$(BIN)/atserving k8s evaluator digits v1 > build/k8s/digits-v1.yaml
+	$(BIN)/atserving k8s evaluator digits v1 --gpu > build/k8s/digits-v1-gpu.yaml
 
 .PHONY: k8s-test
-k8s-test: $(VENV)/installed  ## Play the playbook on the cluster that KUBECONFIG names (IMAGE_PREFIX=, IMAGE_TAG=)
+k8s-test: $(VENV)/installed  ## Run the playbook on the cluster that KUBECONFIG names (IMAGE_PREFIX=, IMAGE_TAG=)
 	IMAGE_PREFIX=$(IMAGE_PREFIX) IMAGE_TAG=$(IMAGE_TAG) $(BIN)/python -m pytest -v tests/k8s/test_cluster.py
 
 .PHONY: bench
