@@ -1,0 +1,47 @@
+"""What an evaluator is measured with: releases of small and large nets, and an image for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import photo
+from bench.nets import mobilenet_v1
+from examples.caffe_files import write_tar
+
+_DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"
+_MEAN = (103.94, 116.78, 123.68)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A release and the image that it is asked about."""
+
+    name: str
+    title: str
+    """The net and the image, for a table."""
+    tar: Path
+    image: bytes
+    mean: tuple[float, float, float]
+    """What the bare loop subtracts from the pixels of each channel, BGR."""
+    custom_values: Mapping[str, Any]
+
+
+def digits(_: Path) -> Workload:
+    """The net of the example digits: so small that most of a request is the service's own work."""
+    image = (_DIGITS / "images" / "7.png").read_bytes()
+    return Workload("digits", "digits, PNG of 64x64", _DIGITS / "digits-v1.tar", image, (0, 0, 0), {"net": "classify"})
+
+
+def mobilenet(folder: Path) -> Workload:
+    """MobileNet v1 with random weights and a large JPEG: most of a request is decoding and the net's work."""
+    tar = folder / "mobilenet.tar"
+    write_tar(tar, mobilenet_v1().files())
+    values = {"net": "classify", "mean_values": list(_MEAN)}
+    return Workload("mobilenet", "MobileNet v1, JPEG of 640x480", tar, photo.jpeg(640, 480), _MEAN, values)
+
+
+WORKLOADS: Mapping[str, Callable[[Path], Workload]] = {"digits": digits, "mobilenet": mobilenet}
+"""By name; each writes what it needs into a folder."""
