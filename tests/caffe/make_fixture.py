@@ -6,8 +6,8 @@ protobuf<3.21 and numpy<1.24, so run it in an environment of its own.
 It writes random weights to `weight.caffemodel`, and inputs and outputs to `expected.npz`: for a batch of one
 (`b1|in|<blob>`, `b1|out|<blob>`) and for three images (`b3|...`). Caffe runs each of the three alone, because the
 converter promises these results for a batch, even if Caffe itself would mix the images of a batch. A fixture named
-declared<B>... has literal sizes for a batch of B, so it runs at that batch size only (`b<B>|...`). A fixture named net_...
-is a small whole net.
+declared<B>... has literal sizes for a batch of B, so it runs at that batch size only (`b<B>|...`). A fixture named
+net_... is a small whole net.
 """
 
 from __future__ import annotations
