@@ -169,7 +169,7 @@ def measure_made(net: CaffeNet, runs: int, *, with_torch: bool) -> tuple[Convers
 
 
 def conversion_table(rows: Sequence[Conversion]) -> str:
-    header = ("net", "weights, MB", "seconds", "memory, MB", "of it for the conversion", "times the weights")
+    header = ("net", "weights, MB", "seconds", "peak memory, MB", "conversion's share, MB", "share / weights")
     lines = []
     for row in rows:
         weights, peak, own = (size / 1e6 for size in (row.weight_bytes, row.peak_bytes, row.own_peak_bytes))

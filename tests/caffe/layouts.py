@@ -56,12 +56,12 @@ def ssd() -> CaffeNet:
     net.layer("Reshape", "conf_rows", ["conf"], "reshape_param { shape { dim: 0 dim: -1 dim: 3 } }")
     net.layer("Softmax", "conf_prob", ["conf_rows"], "softmax_param { axis: 2 }")
     net.layer("Flatten", "conf_flat", ["conf_prob"], "flatten_param { axis: 1 }")
-    fields = [
+    detection = [
         "num_classes: 3 share_location: true background_label_id: 0 code_type: CENTER_SIZE",
         "keep_top_k: 50 confidence_threshold: 0.3 nms_param { nms_threshold: 0.45 top_k: 100 }",
     ]
     bottoms = ["loc", "conf_flat", "priors"]
-    net.layer("DetectionOutput", "detections", bottoms, f"detection_output_param {{ {' '.join(fields)} }}")
+    net.layer("DetectionOutput", "detections", bottoms, f"detection_output_param {{ {' '.join(detection)} }}")
     return net.build()
 
 
@@ -115,7 +115,7 @@ def yolo() -> CaffeNet:
         grids.append(blob)
     pooled = [net.pooling(blob, f"pool{kernel}", "MAX", kernel, pad=kernel // 2) for kernel in (3, 5)]
     blob = swish(net.concat([blob, *pooled], "pyramid"), "deep", 24)
-    outputs = [blob]
+    heads = [blob]
     for number, grid in ((3, grids[2]), (2, grids[1])):
         reduced = swish(blob, f"reduce{number}", 12)
         if number == 3:
@@ -123,8 +123,8 @@ def yolo() -> CaffeNet:
         else:
             larger = net.convolution(reduced, "larger2", 12, 2, stride=2, group=12, kind="Deconvolution")
         blob = swish(net.concat([larger, grid], f"join{number}"), f"grid{number}", 16, 3)
-        outputs.append(blob)
-    for number, each in enumerate(outputs, start=1):
+        heads.append(blob)
+    for number, each in enumerate(heads, start=1):
         net.convolution(each, f"raw{number}", 2 * 8, bias=True)
         shape = "shape { dim: 0 dim: 2 dim: 8 dim: -1 }"
         net.layer("Reshape", f"anchors{number}", [f"raw{number}"], f"reshape_param {{ {shape} }}")

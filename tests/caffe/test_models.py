@@ -21,6 +21,7 @@ from bench.nets import CaffeNet, resnet_50
 from evaluator.caffe import ConversionError, convert
 from evaluator.caffe.caffe_pb2 import BlobProto
 
+from .boxes import rows
 from .layouts import LAYOUTS
 from .nets import FIXTURES, MODELS, draw_weights, error, normal, run, session, write_net
 from .oracle import opencv_outputs
@@ -82,13 +83,6 @@ def structure(name: str) -> str:
     if not path.is_file():
         pytest.skip("the structures are not on this machine")
     return smaller(path.read_text(), STRUCTURES[name][1])
-
-
-def rows(detections: np.ndarray) -> np.ndarray:
-    """Detections without OpenCV's padding of zeros, in an order of their own."""
-    table = detections.reshape(-1, 7)
-    table = table[table[:, 2] > 0]
-    return table[np.lexsort((-table[:, 2], table[:, 1], table[:, 0]))]
 
 
 def check_output(actual: np.ndarray, expected: np.ndarray) -> None:
