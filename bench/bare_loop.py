@@ -1,4 +1,4 @@
-"""A net without a service: loops that decode, resize and run onnxruntime, in this process."""
+"""A net without a service: loops in this process decode, resize and run onnxruntime."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class BareLoop:
         return Row(self._workload.name, what, count / wall_s, *quantiles_ms(took_s), cpu_ms)
 
     def best(self, seconds: float, *, decodes: bool) -> tuple[Setting, list[Row]]:
-        """Return the setting with the most images per second, and the rows of all that were tried."""
+        """Try several settings; return the one with the most images per second, and the rows of all."""
         available = cpus.available()
         shapes = {(1, 1), (available, 1), (1, available)}
         settings = [Setting(*shape, batch) for shape in sorted(shapes) for batch in _BATCHES]

@@ -52,7 +52,7 @@ print(time.perf_counter() - start, peak(), before)
 
 @dataclass(frozen=True)
 class Conversion:
-    """Medians over fresh processes. Memory is the peak of what was resident, with the interpreter and without."""
+    """Medians over fresh processes. Memory is the peak resident size, with the interpreter and without."""
 
     net: str
     weight_bytes: int
@@ -69,7 +69,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One net as converted and as PyTorch exports it; ``ratio`` is our time by theirs, the median of pairs."""
+    """One net, converted and exported by PyTorch; ``ratio`` is our time by theirs, the median of pairs."""
 
     net: str
     batch: int
@@ -108,7 +108,7 @@ def comparisons(net: str, ours: onnx.ModelProto, theirs: onnx.ModelProto, runs: 
     sessions = [_session(model) for model in (ours, theirs)]
     found = []
     for batch in BATCHES:
-        # About as large as pixels less their mean.
+        # On the scale of pixels less their mean.
         image = np.random.default_rng(1).normal(0, 60, (batch, 3, 224, 224)).astype(np.float32)
         outputs = [_timed(session, image)[1].reshape(batch, -1) for session in sessions]
         pairs = []

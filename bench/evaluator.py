@@ -4,8 +4,8 @@
 
 The nets are the small one of the example digits, and MobileNet v1 with random weights. The bare loop decodes, resizes
 and runs the net in the best of several settings: loops, threads of onnxruntime, images in a batch. The evaluator is a
-real one, with a registry and etcd, and is asked as a gate asks it: over one stream, by a load generator on the same
-cores. Both are measured by turns; compare the ratios of one run, never figures of different machines.
+real one, with a registry and etcd. A load generator on the same cores calls it over one stream, like a gate. Loop and
+evaluator are measured by turns; compare the ratios of one run, never figures of different machines.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Figures = dict[str, float]
 def compare(
     registry: Registry, workload: Workload, folder: Path, seconds: float, rounds: int
 ) -> tuple[list[Row], Figures]:
-    """Measure one workload; return every row, and the figures that follow from them."""
+    """Measure one workload; return every row and the figures."""
     loop = BareLoop(workload)
     alone, rows = loop.best(seconds / 4, decodes=False)
     bare, tried = loop.best(seconds / 4, decodes=True)
@@ -85,7 +85,7 @@ def _figures(by_round: list[dict[str, Row]]) -> Figures:
 
 
 def table(workloads: Iterable[Workload], figures: Mapping[str, float]) -> str:
-    """Return the figures as README has them."""
+    """Return the figures as the table of README."""
     header = ("net, image", "callers", "requests/s", "p50", "p99", "CPU per request", "against the bare loop")
     lines = []
     for workload in workloads:
@@ -94,15 +94,20 @@ def table(workloads: Iterable[Workload], figures: Mapping[str, float]) -> str:
             ratio = f"{figures[f'{prefix}.ratio_to_bare_loop']:.2f} of its rate"
             if callers == 1:
                 ratio = f"{figures[f'{prefix}.added_p50_ms']:.2f} ms more at the median"
-            times = [f"{figures[f'{prefix}.{name}']:.3g} ms" for name in ("p50_ms", "p99_ms")]
-            cpu = f"{figures[f'{prefix}.cpu_s'] * 1e3:.2g} ms"
+            times = [_ms(figures[f"{prefix}.{name}"]) for name in ("p50_ms", "p99_ms")]
+            cpu = _ms(figures[f"{prefix}.cpu_s"] * 1e3)
             title = workload.title if callers == CALLERS[0] else ""
             lines.append((title, str(callers), f"{figures[f'{prefix}.per_s']:,.0f}", *times, cpu, ratio))
     return markdown_table(header, lines)
 
 
+def _ms(value: float) -> str:
+    """Return milliseconds with two or three digits."""
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.2g} ms"
+
+
 def measure(names: Iterable[str], folder: Path, seconds: float, rounds: int) -> tuple[list[Row], Figures]:
-    """Measure the workloads one by one, and print what was found."""
+    """Measure the workloads one by one, and print the results."""
     rows: list[Row] = []
     figures: Figures = {}
     workloads = []

@@ -1,4 +1,4 @@
-"""Load on an evaluator: callers that ask again as soon as they are answered, over one stream, like a gate's."""
+"""Load on an evaluator: callers on one stream, like a gate's, each with one request in flight at all times."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TIMEOUT_US = 60_000_000
 
 
 def measure(evaluator: Evaluator, workload: Workload, callers: int, seconds: float) -> Row:
-    """Return what so many callers got in about ``seconds``, and the CPU that each process used for it."""
+    """Run ``callers`` for about ``seconds``; return their rate and latency, and the CPU of each process."""
     before, own_s = evaluator.cpu_s(), time.process_time()
     took_s, errors, wall_s = asyncio.run(_load(evaluator.address, workload.image, callers, seconds))
     cpu_s = {name: used - before[name] for name, used in evaluator.cpu_s().items()}
@@ -29,12 +29,12 @@ def measure(evaluator: Evaluator, workload: Workload, callers: int, seconds: flo
 
 
 class _Calls:
-    """The calls of all callers: writes them for the stream, and keeps when each was sent."""
+    """The calls of all callers, with the time of sending of each."""
 
     def __init__(self, image: bytes) -> None:
         self.sent_s: dict[int, float] = {}
         self._next_id = 0
-        # All fields but the id, serialized once: it is concatenated with the id's, which merges the two.
+        # All fields but the id, serialized once. Protobuf merges the concatenation of two serialized messages.
         request = evaluator_pb2.InferRequest(data=[serving_pb2.Resource(body=image)], reqid="bench")
         self._same = evaluator_pb2.Call(request=request, timeout_us=_TIMEOUT_US).SerializeToString()
 
@@ -68,7 +68,7 @@ async def _load(address: str, image: bytes, callers: int, seconds: float) -> tup
             assert isinstance(response, Message)
             replies = list(response.replies)  # type: ignore[attr-defined] # its type is the deserializer's
             now_s = time.perf_counter()
-            # Count from the first answers on: by then every engine has work, and more waits.
+            # Count from the first answers on: by then every engine has work, and more is queued.
             began_s = began_s or now_s
             for reply in replies:
                 took_s.append(now_s - calls.sent_s.pop(reply.id))

@@ -1,4 +1,4 @@
-"""What one measurement gives, and how it is shown."""
+"""The figures of one measurement, and tables of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A JPEG made in code that costs a decoder as much as a photograph does."""
+"""A JPEG made in code, with the decoding cost of a photograph."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def jpeg(width: int = 640, height: int = 480, seed: int = 0) -> bytes:
-    """Return a colour JPEG of noise at every scale, of less contrast the finer it is, as photographs have it."""
+    """Return a colour JPEG of noise at every scale. Like in a photograph, finer noise has less contrast."""
     random = np.random.default_rng(seed)
     pixels = np.full((height, width, 3), 128.0)
     cell = max(width, height)

@@ -1,4 +1,4 @@
-"""Start the processes that a benchmark measures: etcd, a registry and an evaluator, on loopback ports."""
+"""Start etcd, a registry and an evaluator for a benchmark, on loopback ports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from atserving.v1 import registry_pb2, registry_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = "v1"
-"""The version of every release that a benchmark publishes."""
+"""The version of every release."""
 
 _START_S = 120.0
 _POLL_S = 0.05
@@ -101,7 +101,7 @@ def running_registry(folder: Path) -> Iterator[Registry]:
 
 @contextmanager
 def running_evaluator(registry: Registry, app: str, log: Path) -> Iterator[Evaluator]:
-    """Run an evaluator of a published release, which logs to a file as it does in service."""
+    """Run an evaluator of a published release. It logs to a file, like in service."""
     command = [sys.executable, "-m", "evaluator", "--app", app, "--version", VERSION, "--registry", registry.address]
     with _running([*command, "--listen", "127.0.0.1:0"], log) as process:
         (instance,) = _until(lambda: registry.instances(app), process, log)
@@ -124,7 +124,7 @@ def _running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]
 
 
 def _until(condition: Callable[[], _T], process: subprocess.Popen[bytes], log: Path) -> _T:
-    """Return what the condition gives once it holds. Raises StartError if the process ends before that."""
+    """Wait for the condition; return its value. Raises StartError if the process ends first."""
     deadline_s = time.monotonic() + _START_S
     while not (found := condition()):
         if process.poll() is not None or time.monotonic() > deadline_s:

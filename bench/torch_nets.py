@@ -21,7 +21,7 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 
 
 def _conv(weights: Weights, name: str, stride: int = 1, pad: int = 0, *, relu: bool = True) -> nn.Sequential:
-    """Return a convolution without a bias, with the BatchNorm and Scale that follow it."""
+    """Return a convolution without a bias, and its BatchNorm and Scale."""
     (weight,) = weights[name]
     outputs, inputs, *kernel = weight.shape
     groups = outputs if inputs == 1 else 1

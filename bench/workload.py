@@ -1,4 +1,4 @@
-"""What an evaluator is measured with: releases of small and large nets, and an image for each."""
+"""Workloads for an evaluator: a release of a small or a large net, and an image for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MEAN = (103.94, 116.78, 123.68)
 
 @dataclass(frozen=True)
 class Workload:
-    """A release and the image that it is asked about."""
+    """A release and an image to send to it."""
 
     name: str
     title: str
@@ -25,12 +25,12 @@ class Workload:
     tar: Path
     image: bytes
     mean: tuple[float, float, float]
-    """What the bare loop subtracts from the pixels of each channel, BGR."""
+    """The mean of each channel, BGR, for the bare loop to subtract from pixels."""
     custom_values: Mapping[str, Any]
 
 
 def digits(_: Path) -> Workload:
-    """The net of the example digits: so small that most of a request is the service's own work."""
+    """The net of the example digits: most of a request is the service's own work."""
     image = (_DIGITS / "images" / "7.png").read_bytes()
     return Workload("digits", "digits, PNG of 64x64", _DIGITS / "digits-v1.tar", image, (0, 0, 0), {"net": "classify"})
 
@@ -44,4 +44,4 @@ def mobilenet(folder: Path) -> Workload:
 
 
 WORKLOADS: Mapping[str, Callable[[Path], Workload]] = {"digits": digits, "mobilenet": mobilenet}
-"""By name; each writes what it needs into a folder."""
+"""By name; each writes its files into a folder."""

@@ -13,12 +13,12 @@ from examples.caffe_files import Array, caffemodel
 
 @dataclass(frozen=True)
 class CaffeNet:
-    """A net as its two files have it."""
+    """A net: the contents of its two files."""
 
     name: str
     prototxt: str
     layers: tuple[tuple[str, str, list[Array]], ...]
-    """Name, type and weights of each layer that has weights."""
+    """Name, type and weights of each layer with weights."""
 
     @property
     def weights(self) -> dict[str, list[Array]]:
@@ -43,8 +43,8 @@ class CaffeNet:
 class NetBuilder:
     """Builds a net whose activations keep about the scale of its input, however deep it is.
 
-    Every method adds a layer and returns the name of its top blob. BatchNorm, Scale and ReLU work in place, as nets for
-    Caffe have them. Convolutions get He's initialisation, and BatchNorm statistics near those of its input.
+    Every method adds a layer and returns the name of its top blob. BatchNorm, Scale and ReLU work in place, as usual in
+    Caffe. Convolutions get He's initialisation, and BatchNorm statistics near those of its input.
     """
 
     def __init__(self, name: str, seed: int = 0) -> None:
@@ -68,7 +68,7 @@ class NetBuilder:
         weights: Sequence[Array] = (),
         more_tops: Sequence[str] = (),
     ) -> str:
-        """Add a layer whose top has its name. Unless ``channels`` says otherwise, it has those of its first bottom."""
+        """Add a layer; its top has its name, and by default the channels of its first bottom."""
         self._add(kind, name, bottoms, (name, *more_tops), parameters)
         self._channels[name] = channels or self._channels[bottoms[0]]
         if weights:
@@ -106,9 +106,9 @@ class NetBuilder:
         return self.layer(kind, name, [bottom], f"convolution_param {{ {fields} }}", channels=outputs, weights=blobs)
 
     def batch_norm(self, blob: str, name: str, *, scale: float = 1.0) -> str:
-        """Add a BatchNorm and its Scale in place; ``scale`` multiplies what both make."""
+        """Add a BatchNorm and its Scale in place; ``scale`` multiplies the result."""
         channels = self._channels[blob]
-        # Caffe stores sums of statistics, and what to divide them by.
+        # Caffe stores sums of statistics, and their divisor.
         factor = 2.0
         mean = self._normal((channels,), 0.1) * factor
         variance = self._uniform((channels,)) * factor
@@ -156,7 +156,7 @@ class NetBuilder:
         self._lines.append(f"layer {{ {fields} }}")
 
     def _he(self, shape: tuple[int, ...], inputs: int, scale: float) -> Array:
-        """Draw weights that keep the scale of what a ReLU passed on: https://arxiv.org/abs/1502.01852."""
+        """Draw weights for an input from a ReLU, so that its scale is kept: https://arxiv.org/abs/1502.01852."""
         return self._normal(shape, scale * float(np.sqrt(2 / inputs)))
 
     def _normal(self, shape: tuple[int, ...], deviation: float) -> Array:

@@ -25,7 +25,7 @@ def mobilenet_v1(seed: int = 0, size: int = SIZE) -> CaffeNet:
     def normalized(blob: str) -> str:
         return net.relu(net.batch_norm(blob, blob), blob)
 
-    # The first layer brings pixels to the scale of the others' inputs.
+    # The first layer scales pixels down.
     blob = normalized(net.convolution(net.input(3, size, size), "stem", STEM, 3, stride=2, pad=1, scale=1 / 64))
     channels = STEM
     for number, (outputs, stride) in enumerate(BLOCKS, start=1):

@@ -1,7 +1,7 @@
 """ResNet-50: residual blocks of three convolutions, each with BatchNorm and Scale.
 
-Source: He and others, Deep Residual Learning for Image Recognition, 2015. As in the authors' nets for Caffe, the first
-1x1 convolution of a block has its stride, and the first pooling rounds up.
+Source: He and others, Deep Residual Learning for Image Recognition, 2015. The strides and the pooling follow the
+authors' nets for Caffe: the first 1x1 convolution of a block has its stride, and the pooling rounds up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
 EXPANSION = 4
 """Output channels of a block for each inner channel."""
 CLASSES = 1000
-# A block adds this much to its shortcut, so that sixteen blocks do not blow up the activations.
+# The share of a branch in the sum with its shortcut: sixteen blocks must not blow up the activations.
 _BRANCH = 0.3
 
 

@@ -21,13 +21,15 @@ PACKAGES = ("atserving", "bench", "evaluator", "examples", "registry")
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """What a clone has that benchmarks may use: no tests, and nothing beside the repository."""
+    """A folder with the packages of a clone: no tests, and nothing beside the repository."""
     folder = tmp_path / "clone"
     for name in PACKAGES:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
+# It starts four processes, which takes long on a busy machine.
+@pytest.mark.timeout(300)
 def test_a_short_run_in_a_clone_reports_every_figure(clone: Path) -> None:
     flags = ["--net", "digits", "--seconds", "0.02", "--rounds", "1", "--json", str(clone / "figures.json")]
     environment = {**os.environ, "PYTHONPATH": str(clone)}

@@ -58,7 +58,7 @@ def scene(name: str) -> tuple[bytes, tuple[int, int]]:
 
 
 def opencv_outputs(release: dict[str, Path], image: Array, *layers: str) -> list[Array]:
-    """What OpenCV makes of an image of the net's own size, (height, width, 3)."""
+    """Return OpenCV's outputs for an image of the net's own size, (height, width, 3)."""
     net = cv2.dnn.readNetFromCaffe(str(release["deploy.prototxt"]), str(release["weight.caffemodel"]))
     planes = image.transpose(2, 0, 1).astype(np.float32) - read_mean(release["mean.binaryproto"])
     net.setInput(planes[np.newaxis])
