@@ -27,11 +27,11 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from atserving.local.examples import FOLDER, ROOT
 from bench.measurement import markdown_table
 from bench.nets import CaffeNet, mobilenet_v1, resnet_50
 from evaluator.caffe import convert
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = (
     "digits/digits-v1.tar",
     "digits/digits-v2.tar",
@@ -199,7 +199,7 @@ def main() -> None:
     conversions: list[Conversion] = []
     compared: list[Comparison] = []
     for tar in EXAMPLES:
-        conversions.append(measure_example(ROOT / "examples" / tar))
+        conversions.append(measure_example(FOLDER / tar))
         print(conversions[-1], flush=True)
     for make in (mobilenet_v1, resnet_50):
         its_conversion, its_comparisons = measure_made(make(), arguments.runs, with_torch=has_torch)

@@ -139,7 +139,7 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="atserving-bench-") as folder:
             rows, figures = measure(arguments.net or WORKLOADS, Path(folder), arguments.seconds, arguments.rounds)
-    except StartError as error:
+    except (StartError, TimeoutError) as error:
         raise SystemExit(str(error)) from None
     if arguments.json:
         arguments.json.write_text(json.dumps({**figures, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")

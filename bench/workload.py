@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atserving.local.examples import FOLDER
 from bench import photo
 from bench.nets import mobilenet_v1
 from examples.caffe_files import write_tar
 
-_DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"
 _MEAN = (103.94, 116.78, 123.68)
 
 
@@ -31,8 +31,10 @@ class Workload:
 
 def digits(_: Path) -> Workload:
     """The net of the example digits: most of a request is the service's own work."""
-    image = (_DIGITS / "images" / "7.png").read_bytes()
-    return Workload("digits", "digits, PNG of 64x64", _DIGITS / "digits-v1.tar", image, (0, 0, 0), {"net": "classify"})
+    image = (FOLDER / "digits" / "images" / "7.png").read_bytes()
+    return Workload(
+        "digits", "digits, PNG of 64x64", FOLDER / "digits" / "digits-v1.tar", image, (0, 0, 0), {"net": "classify"}
+    )
 
 
 def mobilenet(folder: Path) -> Workload:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from bench.converter import EXAMPLES, ROOT, Comparison, comparison_table, conversion_table, measure_example
+from atserving.local.examples import FOLDER
+from bench.converter import EXAMPLES, Comparison, comparison_table, conversion_table, measure_example
 
 
 def test_the_conversion_of_an_example_is_measured() -> None:
-    row = measure_example(ROOT / "examples" / EXAMPLES[0])
+    row = measure_example(FOLDER / EXAMPLES[0])
     assert (row.net, row.weight_bytes > 50_000) == ("digits-v1", True)
     assert 0 <= row.own_peak_bytes < row.peak_bytes
     assert row.seconds > 0
@@ -17,7 +18,7 @@ def test_the_conversion_of_an_example_is_measured() -> None:
 
 
 def test_every_example_is_there() -> None:
-    assert all((ROOT / "examples" / name).is_file() for name in EXAMPLES)
+    assert all((FOLDER / name).is_file() for name in EXAMPLES)
 
 
 def test_comparisons_are_shown_as_rows() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from bench.converter import ROOT
+from atserving.local.examples import ROOT
 
 
 def test_benchmarks_import_no_tests() -> None:
