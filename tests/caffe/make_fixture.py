@@ -6,7 +6,8 @@ protobuf<3.21 and numpy<1.24, so run it in an environment of its own.
 It writes random weights to `weight.caffemodel`, and inputs and outputs to `expected.npz`: for a batch of one
 (`b1|in|<blob>`, `b1|out|<blob>`) and for three images (`b3|...`). Caffe runs each of the three alone, because the
 converter promises these results for a batch, even if Caffe itself would mix the images of a batch. A fixture named
-declared<B>... has literal sizes for a batch of B, so it runs at that batch size only (`b<B>|...`).
+declared<B>... has literal sizes for a batch of B, so it runs at that batch size only (`b<B>|...`). A fixture named
+net_... is a small whole net.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ import numpy as np
 Arrays = dict[str, Any]
 
 
-def draw(net: Any, random: np.random.RandomState) -> None:
-    """Draw weights that make no layer's output constant or unbounded."""
+def draw(net: Any, random: np.random.RandomState, whole: bool) -> None:
+    """Draw weights that make no layer's output constant or unbounded, in a ``whole`` net at any depth."""
     for layer in net.layers:
         for i, blob in enumerate(layer.blobs):
             if (layer.type == "BatchNorm" and i > 0) or (layer.type == "Scale" and i == 0):
                 blob.data[...] = random.uniform(0.5, 1.5, blob.data.shape)
+            elif whole and len(blob.data.shape) > 1:
+                blob.data[...] = random.normal(0, (2 * blob.data.shape[0] / blob.data.size) ** 0.5, blob.data.shape)
             else:
-                blob.data[...] = random.normal(0, 0.5, blob.data.shape)
+                blob.data[...] = random.normal(0, 0.2 if whole else 0.5, blob.data.shape)
 
 
 def run(net: Any, feeds: Arrays) -> Arrays:
@@ -54,7 +57,7 @@ def at_declared_batch(net: Any, random: np.random.RandomState) -> Arrays:
 def make(folder: Path) -> None:
     random = np.random.RandomState(zlib.crc32(folder.name.encode()))
     net = caffe.Net(str(folder / "deploy.prototxt"), caffe.TEST)
-    draw(net, random)
+    draw(net, random, folder.name.startswith("net_"))
     net.save(str(folder / "weight.caffemodel"))
     if folder.name.startswith("declared"):
         np.savez_compressed(str(folder / "expected.npz"), **at_declared_batch(net, random))

@@ -17,8 +17,8 @@ from evaluator.caffe.prototxt import parse_net
 from .nets import caffemodel
 
 
-class Unpool:
-    """SegNet's Upsample as a custom layer of OpenCV: the mask gives each number's position in its plane."""
+class Upsample:
+    """Upsample as a custom layer of OpenCV: repeat numbers, or put them at the positions that a mask gives."""
 
     def __init__(self, params: dict[str, Any], blobs: Any) -> None:
         self._scale = int(params.get("scale", 2))
@@ -28,6 +28,8 @@ class Unpool:
         return [[images, channels, height * self._scale, width * self._scale]]
 
     def forward(self, inputs: list[NDArray[Any]]) -> list[NDArray[Any]]:
+        if len(inputs) == 1:
+            return [inputs[0].repeat(self._scale, 2).repeat(self._scale, 3)]
         data, mask = inputs[0], inputs[1].astype(np.int64)
         images, channels, height, width = data.shape
         plane = np.zeros((images, channels, height * self._scale * width * self._scale), np.float32)
@@ -35,7 +37,7 @@ class Unpool:
         return [plane.reshape(images, channels, height * self._scale, width * self._scale)]
 
 
-cv2.dnn_registerLayer("Upsample", cast(Any, Unpool))
+cv2.dnn_registerLayer("Upsample", cast(Any, Upsample))
 
 
 def for_opencv(prototxt: str) -> str:

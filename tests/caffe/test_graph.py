@@ -15,11 +15,12 @@ import numpy as np
 import onnx
 import pytest
 
+from bench.nets import resnet_50
 from evaluator.caffe import convert, summarize
 from evaluator.caffe.layers import CONVERTERS
 
 from . import cases
-from .nets import FIXTURES, MODELS, draw_weights, error, input_layer, layer, normal, run, write_net
+from .nets import FIXTURES, draw_weights, error, input_layer, layer, normal, run, write_net
 
 CONV = "convolution_param { num_output: 4 kernel_size: 3 }"
 SCALE = "scale_param { bias_term: true }"
@@ -244,10 +245,7 @@ def test_concurrent_conversions_are_independent() -> None:
 
 
 def test_resnet_is_reduced_to_its_convolutions(tmp_path: Path) -> None:
-    path = MODELS / "structures" / "resnet-50.prototxt"
-    if not path.is_file():
-        pytest.skip("the structures are not on this machine")
-    model = convert(*write_net(tmp_path, path.read_text()))
+    model = convert(*resnet_50().write(tmp_path))
     # PyTorch's export of its ResNet-50 has the same nodes, but a Flatten for the Reshape, and no Softmax.
     assert Counter(operators(model)) == {
         "Conv": 53,

@@ -1,4 +1,4 @@
-"""The detector on nets that end in grids of anchors: small ones made here, whose boxes one can reckon."""
+"""The detector on nets that end in grids of anchors: small ones, whose boxes one can reckon."""
 
 from __future__ import annotations
 
@@ -14,54 +14,23 @@ from evaluator.options import Options
 from tests.caffe.nets import input_layer, layer, normal
 from tests.evaluator.built_in import Array, answering, config, evaluate, files, loaded, start_error
 
-WIDTH, HEIGHT = 64, 32
-
-
-def grid(stride: int, channels: int, name: str) -> str:
-    """A grid over the input whose numbers are made, by a 1x1 convolution, of the mean colour of each cell."""
-    pooled = f"{name}_mean"
-    return layer(
-        "Pooling", "data", pooled, f"pooling_param {{ pool: AVE kernel_size: {stride} stride: {stride} }}", pooled
-    ) + layer("Convolution", pooled, name, f"convolution_param {{ num_output: {channels} kernel_size: 1 }}", name)
-
-
-def sure_where(colour: int, channel: int, channels: int, bias: list[float]) -> list[Array]:
-    """Weights of such a grid: ``channel`` grows with a colour (0 is blue), which is 0 to 255; all have a bias."""
-    weights = np.zeros((channels, 3, 1, 1))
-    weights[channel, colour] = 0.1
-    return [weights, np.array(bias)]
-
-
-def picture(*cells: tuple[int, int, int], stride: int = 16) -> Array:
-    """Black, of the size of the nets' input, but for cells of a grid, each (row, column, colour)."""
-    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    for row, column, colour in cells:
-        image[row * stride : (row + 1) * stride, column * stride : (column + 1) * stride, colour] = 255
-    return image
+from .head_nets import (
+    HEIGHT,
+    RETINAFACE,
+    RETINAFACE_HEAD,
+    RETINAFACE_WEIGHTS,
+    WIDTH,
+    YOLO,
+    YOLO_HEAD,
+    YOLO_WEIGHTS,
+    grid,
+    picture,
+)
 
 
 def boxes(ret: dict[str, Any]) -> list[tuple[int, list[int]]]:
     assert (ret["code"], ret["message"]) == (0, "")
     return [(each["index"], each["pts"][0] + each["pts"][2]) for each in ret["result"]["detections"]]
-
-
-# Two anchors, each of x, y, width, height, objectness and two classes. The second anchor is sure where it is blue, of
-# its second class; it is moved a quarter of a cell to the right, and made half as wide and twice as high.
-_UNSURE = [0.0, 0, 0, 0, -20, 0, 0]
-YOLO_BIAS = [*_UNSURE, np.log(3), 0, np.log(0.5), np.log(2), -10, -20, 20]
-YOLO = input_layer(1, 3, HEIGHT, WIDTH) + grid(16, 14, "coarse") + grid(8, 14, "fine")
-YOLO_WEIGHTS = {
-    "coarse": sure_where(0, 7 + 4, 14, YOLO_BIAS),
-    # The first anchor of the fine grid is sure of its first class where it is red.
-    "fine": sure_where(2, 4, 14, [0, 0, 0, 0, -10, 20, -20, *_UNSURE]),
-}
-YOLO_HEAD: dict[str, Any] = {
-    "kind": "yolo",
-    "levels": [
-        {"output": "coarse", "stride": 16, "anchors": [[40, 40], [16, 8]]},
-        {"output": "fine", "stride": 8, "anchors": [[8, 8], [30, 30]]},
-    ],
-}
 
 
 @pytest.fixture(scope="module")
@@ -94,28 +63,6 @@ def test_boxes_are_of_the_image_and_within_it(yolo: dict[str, Path]) -> None:
     assert boxes(ret) == [(1, [560, 0, 639, 48])]
 
 
-# The second anchor is sure where it is blue, the first where it is red. The scores of a class come together.
-RETINAFACE = (
-    input_layer(1, 3, HEIGHT, WIDTH)
-    + grid(16, 4, "score")
-    + layer("Reshape", "score", "pairs", "reshape_param { shape { dim: 2 dim: -1 dim: 0 } axis: 1 }", "pairs")
-    + layer("Softmax", "pairs", "prob", name="softmax")
-    + layer("Reshape", "prob", "scores", "reshape_param { shape { dim: 4 dim: -1 dim: 0 } axis: 1 }", "scores")
-    + grid(16, 8, "boxes")
-)
-RETINAFACE_WEIGHTS = {
-    "score": [
-        np.array([[0, 0, 0], [0, 0, 0], [0, 0, 0.1], [0.1, 0, 0]]).reshape(4, 3, 1, 1),
-        np.array([10.0, 10, 0, 0]),
-    ],
-    "boxes": [np.zeros((8, 3, 1, 1)), np.array([0, 0, 0, 0, 0.5, -0.25, np.log(0.5), np.log(1.5)])],
-}
-RETINAFACE_HEAD: dict[str, Any] = {
-    "kind": "retinaface",
-    "levels": [{"scores": "scores", "boxes": "boxes", "stride": 16, "anchors": [[16, 16], [8, 8]]}],
-}
-
-
 def test_retinaface_boxes_are_where_the_cell_the_anchor_and_the_moves_say(tmp_path: Path) -> None:
     model = loaded("detect", config(files(tmp_path, RETINAFACE, RETINAFACE_WEIGHTS), head=RETINAFACE_HEAD))
     red, blue = evaluate(model, (picture((1, 2, 2)), None), (picture((0, 1, 0)), None))
@@ -134,6 +81,23 @@ def test_the_first_anchors_of_retinaface_have_their_centre_at_8_pixels_whatever_
     model = loaded("detect", config(files(tmp_path, net, weights), head={"kind": "retinaface", "levels": [level]}))
     (ret,) = evaluate(model, (picture(), None))
     assert sorted(boxes(ret)) == [(1, [2, 4, 14, 12]), (1, [34, 4, 46, 12])]
+
+
+def test_retinaface_boxes_come_from_every_grid(tmp_path: Path) -> None:
+    net = input_layer(1, 3, HEIGHT, WIDTH)
+    weights: dict[str, list[Array]] = {}
+    levels = []
+    for stride, colour in ((16, 2), (8, 0)):
+        scores, boxes_ = f"scores{stride}", f"boxes{stride}"
+        net += grid(stride, 2, scores) + grid(stride, 4, boxes_)
+        sure = np.zeros((2, 3, 1, 1))
+        sure[1, colour] = 0.9 / 255
+        weights |= {scores: [sure, np.zeros(2)], boxes_: [np.zeros((4, 3, 1, 1)), np.zeros(4)]}
+        levels.append({"scores": scores, "boxes": boxes_, "stride": stride, "anchors": [[stride, stride]]})
+    model = loaded("detect", config(files(tmp_path, net, weights), head={"kind": "retinaface", "levels": levels}))
+    red_and_blue = picture((1, 2, 2)) + picture((0, 1, 0), stride=8)
+    (ret,) = evaluate(model, (red_and_blue, None))
+    assert sorted(boxes(ret)) == [(1, [12, 4, 20, 12]), (1, [32, 16, 48, 31])]
 
 
 def by_anchor(blob: str, numbers: int) -> str:
