@@ -1,4 +1,4 @@
-"""Real networks, each served through a small release of its own, as its authors feed it, and asked over real gRPC."""
+"""Real networks give correct results over real gRPC. Each test publishes one network as a release."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ pytestmark = pytest.mark.skipif(not MODELS.is_dir(), reason="the real models are
 
 Box = Sequence[float]
 
-# Checked by eye: left, top, right and bottom of every face, from the hairline to the chin.
+# Left, top, right and bottom of every face, from the hairline to the chin, measured by eye.
 FACES: dict[str, list[Box]] = {
     "mtcnn_test1.jpg": [(84, 25, 154, 107), (300, 85, 366, 175)],
     "voc000001.jpg": [(150, 54, 275, 220)],
     "cat.jpg": [],
 }
-# The same of the eight children whom the stored input of some networks shows, as if that were 640x480.
+# The faces of the eight children on the stored input of some networks, in a picture of 640x480.
 CHILDREN: list[Box] = [
     (100, 88, 172, 178),
     (205, 66, 258, 138),
@@ -95,8 +95,8 @@ DETECTORS: dict[str, dict[str, Any]] = {
 }
 
 
-class Served:
-    """A release that an evaluator serves."""
+class RunningRelease:
+    """A release on a running evaluator."""
 
     def __init__(self, connection: EvaluatorConnection) -> None:
         self._connection = connection
@@ -117,19 +117,23 @@ class Served:
 
 
 @asynccontextmanager
-async def served(
-    registry: Registry, folder: Path, model: str, members: dict[str, Path] | None = None, **custom_values: Any
-) -> AsyncIterator[Served]:
-    """One of the models as a release, with other members of its tar beside the net's two; ``folder`` names the app."""
+async def serve_model(
+    registry: Registry,
+    folder: Path,
+    model: str,
+    custom_values: dict[str, Any] | None = None,
+    members: dict[str, Path] | None = None,
+) -> AsyncIterator[RunningRelease]:
+    """Serve one of the models, with these members added to its tar; the app has the folder's name."""
     files = {name: MODELS / model / name for name in ("deploy.prototxt", "weight.caffemodel")} | (members or {})
     with tarfile.open(folder / f"{model}.tar", "w") as tar:
         for name, path in files.items():
             tar.add(path, name)
     app = folder.name
-    registry.publish(app, file=f"file://{folder / f'{model}.tar'}", custom_values=custom_values)
+    registry.publish(app, file=f"file://{folder / f'{model}.tar'}", custom_values=custom_values or {})
     with evaluator(registry, app) as process:
         async with connected(process) as connection:
-            yield Served(connection)
+            yield RunningRelease(connection)
 
 
 def photograph(name: str) -> bytes:
@@ -143,14 +147,15 @@ def stored(model: str, blob: str) -> Array:
 
 
 def children(model: str) -> Array:
-    """The picture of the stored input, of the net's own size, (height, width, 3)."""
+    """Return the picture of a network's stored input, in the size of its input: (height, width, 3)."""
     values = DETECTORS[model]
     means = np.reshape(values.get("mean_values", [0]), (-1, 1, 1))
-    return np.rint(stored(model, "in")[0] / values.get("input_scale", 1) + means).transpose(1, 2, 0)
+    picture: Array = np.rint(stored(model, "in")[0] / values.get("input_scale", 1) + means).transpose(1, 2, 0)
+    return picture
 
 
 def overlap(one: Box, other: Box) -> float:
-    """The share of the intersection in the union."""
+    """Return the intersection over the union."""
     width, height = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
     shared = max(width, 0) * max(height, 0)
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
@@ -158,17 +163,17 @@ def overlap(one: Box, other: Box) -> float:
 
 
 def check_faces(found: list[Box], faces: list[Box]) -> None:
-    """Each face is found once, and nothing else."""
+    """Assert that each face is found once, and nothing else."""
     assert len(found) == len(faces), found
     for face in faces:
         assert max(overlap(face, box) for box in found) > 0.5, (face, found)
 
 
 def boxes(result: dict[str, Any], size: tuple[int, int]) -> list[Box]:
-    """What was detected; holds every result to what is promised of it. ``size`` is the picture's width and height."""
+    """Return the boxes of a result, and assert their form. ``size`` is the picture's width and height."""
     scores = [each["score"] for each in result["detections"]]
     assert scores == sorted(scores, reverse=True)
-    found = []
+    found: list[Box] = []
     for each in result["detections"]:
         (left, top), _, (right, bottom), _ = each["pts"]
         assert each["pts"] == [[left, top], [right, top], [right, bottom], [left, bottom]]
@@ -179,24 +184,24 @@ def boxes(result: dict[str, Any], size: tuple[int, int]) -> list[Box]:
     return found
 
 
-async def check_refusals(served: Served, bad_params: dict[str, Sequence[str]]) -> None:
-    """What is no image, or no such request, is told so, and the next request is answered all the same."""
+async def check_refusals(release: RunningRelease, bad_params: dict[str, Sequence[str]]) -> None:
+    """Assert that bad images and params are refused with a reason, and that the release then still gives results."""
     jpeg = photograph("cat.jpg")
     bomb = io.BytesIO(png(np.zeros((1, 1, 3))))
     bomb.seek(16)
     bomb.write(b"\x00\x01\x86\xa0" * 2)
     for body in (b"\x00", b"no image", jpeg[: len(jpeg) // 2], jpeg[:2] + jpeg, b"<svg/>", bomb.getvalue()):
-        response = await served.ask(body)
+        response = await release.ask(body)
         assert (response.error.code, response.error.refused) == (400, False), body[:20]
         assert "image" in response.error.message
     for name, values in bad_params.items():
         for value in values:
-            response = await served.ask(jpeg, f'{{"{name}": {value}}}')
+            response = await release.ask(jpeg, f'{{"{name}": {value}}}')
             assert response.error.code == 400, value
             assert f"params.{name} should be" in response.error.message or "not JSON" in response.error.message
     for params in ("[]", "5", '"x"', "{", "[" * 100_000):
-        assert (await served.ask(jpeg, params)).error.code == 400
-    assert (await served.ask(jpeg)).WhichOneof("outcome") != "error"
+        assert (await release.ask(jpeg, params)).error.code == 400
+    assert (await release.ask(jpeg)).WhichOneof("outcome") != "error"
 
 
 def odd_pictures() -> list[Array]:
@@ -204,12 +209,14 @@ def odd_pictures() -> list[Array]:
     return [np.zeros((1, 1, 3)), np.full((1, 4000, 3), 255), np.full((4000, 1, 3), 90), noise]
 
 
-async def test_lenet_names_the_digits(registry: Registry, tmp_path: Path) -> None:
+async def test_lenet_classifies_the_digits(registry: Registry, tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
     labels.write_text("".join(f"{digit},digit {digit}\n" for digit in range(10)))
-    async with served(registry, tmp_path, "lenet_mnist", {"labels.csv": labels}, input_scale=1 / 256) as lenet:
+    async with serve_model(
+        registry, tmp_path, "lenet_mnist", {"input_scale": 1 / 256}, {"labels.csv": labels}
+    ) as lenet:
         for digit in range(10):
-            # As MNIST has them, with a margin.
+            # The digits of MNIST have a margin.
             image = cv2.imread(str(DIGITS / "images" / f"{digit}.png"))
             assert image is not None
             body = png(cv2.copyMakeBorder(image, 13, 13, 13, 13, cv2.BORDER_CONSTANT))
@@ -225,12 +232,12 @@ async def test_lenet_names_the_digits(registry: Registry, tmp_path: Path) -> Non
         )
 
 
-async def test_cifar10_takes_the_cat_for_one(registry: Registry, tmp_path: Path) -> None:
+async def test_cifar10_classifies_the_cat(registry: Registry, tmp_path: Path) -> None:
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     labels = tmp_path / "labels.csv"
     labels.write_text("".join(f"{index},{name}\n" for index, name in enumerate(names)))
     members = {"labels.csv": labels, "mean.binaryproto": MODELS / "cifar10_quick" / "mean.binaryproto"}
-    async with served(registry, tmp_path, "cifar10_quick", members) as cifar10:
+    async with serve_model(registry, tmp_path, "cifar10_quick", members=members) as cifar10:
         whole = (await cifar10.result(photograph("cat.jpg"), limit=2))["confidences"]
         assert "cat" in [each["class"] for each in whole]
         image = cv2.imdecode(np.frombuffer(photograph("cat.jpg"), np.uint8), cv2.IMREAD_COLOR)
@@ -241,9 +248,9 @@ async def test_cifar10_takes_the_cat_for_one(registry: Registry, tmp_path: Path)
 
 
 @pytest.mark.parametrize("model", ["mtcnn_det1", "mtcnn_det2"])
-async def test_features_are_those_of_caffe(registry: Registry, tmp_path: Path, model: str) -> None:
+async def test_features_equal_those_of_caffe(registry: Registry, tmp_path: Path, model: str) -> None:
     values = {"net": "feature", "output": "prob1", "mean_values": [127.5], "input_scale": 1 / 128}
-    async with served(registry, tmp_path, model, **values) as net:
+    async with serve_model(registry, tmp_path, model, values) as net:
         layer = "conv4-2" if model == "mtcnn_det1" else "conv5-2"
         for params, blob in (({}, "prob1"), ({"layer": "prob1"}, "prob1"), ({"layer": layer}, layer)):
             numbers = await net.stream(photograph("mtcnn_test1.jpg"), **params)
@@ -254,13 +261,15 @@ async def test_features_are_those_of_caffe(registry: Registry, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("model", DETECTORS)
-async def test_faces_are_found_where_they_are(registry: Registry, tmp_path: Path, model: str) -> None:
-    async with served(registry, tmp_path, model, net="detect", **DETECTORS[model]) as detector:
+async def test_detector_finds_every_face_and_nothing_else(registry: Registry, tmp_path: Path, model: str) -> None:
+    async with serve_model(registry, tmp_path, model, {"net": "detect", **DETECTORS[model]}) as detector:
         for name, faces in FACES.items():
             body = photograph(name)
-            height, width = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR).shape[:2]  # type: ignore[union-attr]
+            picture = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)
+            assert picture is not None
+            height, width = picture.shape[:2]
             check_faces(boxes(await detector.result(body, threshold=0.8), (width, height)), faces)
-        if model != "retinaface_mnet25":  # made for an input twice as high as these children's picture
+        if model != "retinaface_mnet25":  # its input is twice as high as the children's picture
             image = children(model)
             height, width = image.shape[:2]
             found = boxes(await detector.result(png(image), threshold=0.8), (width, height))
@@ -272,10 +281,10 @@ async def test_faces_are_found_where_they_are(registry: Registry, tmp_path: Path
         await check_refusals(detector, {"threshold": bad})
 
 
-async def test_detections_are_those_of_opencv(registry: Registry, tmp_path: Path) -> None:
+async def test_detections_equal_those_of_opencv(registry: Registry, tmp_path: Path) -> None:
     values = DETECTORS["yuface_ssd_v1"]
     image = children("yuface_ssd_v1")
-    async with served(registry, tmp_path, "yuface_ssd_v1", net="detect", **values) as detector:
+    async with serve_model(registry, tmp_path, "yuface_ssd_v1", {"net": "detect", **values}) as detector:
         found = (await detector.result(png(image), threshold=0.3))["detections"]
     rows = stored("yuface_ssd_v1", "out|detection_out").reshape(-1, 7)
     rows = rows[rows[:, 2] >= 0.3]
@@ -285,13 +294,13 @@ async def test_detections_are_those_of_opencv(registry: Registry, tmp_path: Path
     np.testing.assert_allclose([each["pts"][0] + each["pts"][2] for each in found], corners, atol=1)
 
 
-async def test_two_nets_find_faces_together_in_a_script(registry: Registry, tmp_path: Path) -> None:
+async def test_script_with_two_nets_finds_faces(registry: Registry, tmp_path: Path) -> None:
     members = {
         "net.py": Path(mtcnn.__file__),
         "det2.prototxt": MODELS / "mtcnn_det2" / "deploy.prototxt",
         "det2.caffemodel": MODELS / "mtcnn_det2" / "weight.caffemodel",
     }
-    async with served(registry, tmp_path, "mtcnn_det1", members) as script:
+    async with serve_model(registry, tmp_path, "mtcnn_det1", members=members) as script:
         for name, faces in FACES.items():
             found = [each["box"] for each in (await script.result(photograph(name)))["faces"]]
             check_faces([(left, top, left + width, top + height) for left, top, width, height in found], faces)
