@@ -49,24 +49,29 @@ proto: $(VENV)/installed  ## Generate stubs and Envoy's descriptor set from prot
 	$(BIN)/python proto/generate.py
 
 .PHONY: k8s-render
-k8s-render: $(VENV)/installed  ## Render the overlays and the examples' evaluators into docs/kubernetes/
-	$(BIN)/python -m tests.k8s.rendered
+k8s-render: $(VENV)/installed  ## Render the overlays and the example's evaluators into build/k8s/
+	mkdir -p build/k8s
+	for overlay in minimal demo production; do \
+		kubectl kustomize k8s/overlays/$$overlay > build/k8s/$$overlay.yaml || exit; \
+	done
+	$(BIN)/atserving k8s evaluator digits v1 > build/k8s/digits-v1.yaml
+	$(BIN)/atserving k8s evaluator digits v1 --gpu > build/k8s/digits-v1-gpu.yaml
 
 .PHONY: k8s-test
-k8s-test: $(VENV)/installed  ## Play the playbook on the cluster that KUBECONFIG names (IMAGE_PREFIX=, IMAGE_TAG=)
+k8s-test: $(VENV)/installed  ## Run the playbook on the cluster that KUBECONFIG names (IMAGE_PREFIX=, IMAGE_TAG=)
 	IMAGE_PREFIX=$(IMAGE_PREFIX) IMAGE_TAG=$(IMAGE_TAG) $(BIN)/python -m pytest -v tests/k8s/test_cluster.py
 
 .PHONY: bench
-bench: $(VENV)/installed  ## Measure the whole mesh: latency and requests a second
-	$(BIN)/python -m bench.mesh
+bench: $(VENV)/installed  ## Measure the whole mesh: latency and requests per second (JSON=file)
+	$(BIN)/python -m bench.mesh $(if $(JSON),--json $(JSON))
 
 .PHONY: bench-evaluator
-bench-evaluator: $(VENV)/installed  ## Measure one evaluator beside a bare loop; JSON=file writes the figures too
+bench-evaluator: $(VENV)/installed  ## Measure one evaluator beside a bare loop (JSON=file)
 	$(BIN)/python -m bench.evaluator $(if $(JSON),--json $(JSON))
 
 .PHONY: bench-converter
-bench-converter: $(VENV)/installed  ## Measure the converter: time, memory, and its nets beside PyTorch's
-	$(BIN)/python -m bench.converter
+bench-converter: $(VENV)/installed  ## Measure the converter: time, memory, and its nets beside PyTorch's (JSON=file)
+	$(BIN)/python -m bench.converter $(if $(JSON),--json $(JSON))
 
 .PHONY: fuzz
 fuzz: FUZZ_EXAMPLES ?= 4000

@@ -10,7 +10,7 @@ from evaluator.options import Options
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may bring. The defaults for images come from the contract (section 4); a release may set others.
+    """The limits of one request. The contract (section 4) has the defaults for images; a release may set others.
 
     ``max_bytes`` bounds one resource, ``max_request_bytes`` all resources of a request together.
     """

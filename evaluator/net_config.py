@@ -1,4 +1,4 @@
-"""What a net gets to know of its release: local files and options, parsed once."""
+"""The config of a net: the local files and the options of its release, parsed once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class NetConfig:
 
     @staticmethod
     def from_cfg(cfg: Mapping[str, Any]) -> NetConfig:
-        """Read what :meth:`to_cfg` wrote; a script may pass a cfg with fields left out."""
+        """Read the dict of :meth:`to_cfg`. A script may leave out fields."""
         custom_values = dict(cfg.get("custom_values", {}))
         workspace = custom_values.pop("workspace", None)
         return NetConfig(
@@ -78,7 +78,7 @@ class NetConfig:
 
     @cached_property
     def limits(self) -> Limits:
-        """What requests may bring. Raises StartError."""
+        """The limits of requests. Raises StartError."""
         return Limits.of_release(self.custom_values)
 
     def with_threads(self, threads: int) -> NetConfig:

@@ -1,4 +1,4 @@
-"""Decides which instance takes a request: versions and phases, weights, free capacity, instances that have left.
+"""Picks the instance for a request, by versions and phases, weights, free capacity and ejections.
 
 A plain, synchronous class: config steps go in, routes and endpoints come out. Spec, section 2, ruling 1.
 """
@@ -55,9 +55,9 @@ class Endpoint(Generic[ConnectionT]):
 
 @dataclass(frozen=True)
 class Route:
-    """All that the config says about requests for one app, or for one version of it.
+    """The config of requests for one app, or for one version of it.
 
-    The router resolves a route once and hands it out until the config changes.
+    The router resolves a route once, and returns it until the config changes.
     """
 
     app: str
@@ -68,7 +68,7 @@ class Route:
     timeout_s: float
     """The bound of one eval; for an unversioned request, the longest of its candidates."""
     metadata: AppMetadata
-    """Who may call the app; empty where nothing is configured."""
+    """The app's own access rules; empty if it has none."""
     default_metadata: AppMetadata
 
 
@@ -142,7 +142,7 @@ class Router(Generic[ConnectionT]):
     def route(self, app: str, version: str) -> Route:
         """Return the route of a request. Raises NotFound for an unknown app or version.
 
-        Routes are cached only for what exists, so that callers cannot grow the cache with made-up names.
+        The router caches routes of existing apps and versions only: made-up names cannot grow the cache.
         """
         route = self._routes.get((app, version))
         if route is None:

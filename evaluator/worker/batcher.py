@@ -29,7 +29,7 @@ class ItemResult:
 
     item: Item
     outcome: Any
-    """What ``infer`` returned for it, or the ServingError that it failed with."""
+    """The result of ``infer``, or the ServingError of a failed request."""
     queue_s: float = 0.0
     forward_s: float = 0.0
     postprocess_s: float = 0.0
@@ -47,7 +47,7 @@ class Work(Protocol):
 
 
 class ProgressLog(Protocol):
-    """Records which requests each thread works on, so that the supervisor can find the cause of a crash."""
+    """Records the requests of each thread, so that the supervisor can find the cause of a crash."""
 
     def begin(self, thread: int, ids: Sequence[int], *, preparing: bool) -> None: ...
 

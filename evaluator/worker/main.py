@@ -1,7 +1,7 @@
 """The worker process, which runs a release's net: ``python -m evaluator.worker.main <socket> <progress memory>``.
 
-Its main thread is an engine, and a script's only one. As the plan says, more threads run batches or prepare requests.
-When the front closes its end of the socket, the process ends, with all that a script has started in its group.
+Its main thread is an engine, and a script's only one. The plan may add threads to run batches or to prepare requests.
+When the front closes its end of the socket, the worker kills its process group, with all children of a script.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from atserving.errors import ServingError, StartError
 from atserving.telemetry import configure_logging
 from atserving.v1 import evaluator_pb2
 from evaluator import nets, scripting
-from evaluator.net_config import NetConfig
+from evaluator.net_config import DEFAULT_NET, NetConfig
 from evaluator.runtime import engine
 from evaluator.worker import channel, planning, request_codec, script
 from evaluator.worker.batcher import Batcher, ItemResult
@@ -173,7 +173,8 @@ def load(config: NetConfig, known: Plan | None) -> tuple[NetRunner, Plan]:
     """Return the warm net and its plan, which is ``known`` after a restart. Raises StartError."""
     folder = _request_folder(config)
     if not (config.script and folder):
-        return planning.for_built_in(nets.built_in(config.net), config, known)
+        name = config.custom_values.fields.get("net", DEFAULT_NET)
+        return planning.for_built_in(nets.built_in(name), config, known)
     scripting.begin(config)
     load_script = script.load(config.script)
     os.chdir(folder.parent)
@@ -222,7 +223,7 @@ def _response(outcome: Any) -> evaluator_pb2.InferResponse:
 
 
 def end() -> NoReturn:
-    """End the process, with all that a script has started in its process group."""
+    """Kill the process group: this process, and all children of a script."""
     os.killpg(0, signal.SIGKILL)
     raise SystemExit
 
@@ -231,7 +232,7 @@ def main() -> None:
     """Serve the socket and the progress memory whose descriptors are the arguments."""
     connection, progress = socket.socket(fileno=int(sys.argv[1])), Progress(int(sys.argv[2]))
     sys.argv = ["net.py"]
-    # The terminal's Ctrl-C is for the front, which ends this process once it has drained.
+    # The terminal's Ctrl-C is for the front. It drains, and then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     configure_logging("evaluator")
     faulthandler.enable()

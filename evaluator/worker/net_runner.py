@@ -33,7 +33,7 @@ class Prepared:
 
     reqid: str
     req: Any
-    """What ``preprocess`` of the net returned."""
+    """The request after ``preprocess`` of the net."""
     files: Files | None = None
     """The files of its resources; the worker removes them after the reply."""
 

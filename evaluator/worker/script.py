@@ -37,7 +37,7 @@ class Script:
     net_preprocess: Callable[[Model, Req], Req] | None = None
 
     def __call__(self, config: NetConfig) -> ScriptNet:
-        """Load the script's net. Raises StartError, and whatever ``net_init`` raises."""
+        """Load the script's net. Raises StartError and the errors of ``net_init``."""
         return ScriptNet(self, config)
 
 
@@ -61,7 +61,7 @@ class ScriptNet:
         return self._net_preprocess(self._model, req) if self._net_preprocess else req
 
     def infer(self, reqid: str, reqs: Sequence[Any]) -> list[Ret]:
-        """Return what ``net_inference`` returns, which need not be a list."""
+        """Return the result of ``net_inference``; a faulty script may return anything."""
         rets: list[Ret] = self._net_inference(self._model, {"reqid": reqid, "reqs": list(reqs)})
         return rets
 

@@ -12,8 +12,9 @@ import orjson
 import pytest
 
 from atserving.errors import StartError
+from atserving.local.examples import ROOT
 from evaluator.check import CheckOptions, check, shape
-from tests.evaluator.conftest import DIGITS, ROOT, digits_tar
+from tests.evaluator.digits import DIGITS, digits_tar
 
 SEVEN = DIGITS / "images" / "7.png"
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Builds gate, registry and evaluator for real where there is no container engine, and runs them as Kubernetes does: as
-# their user, without capabilities, on a read-only root with a /tmp. Not part of the suite: it wants root, Debian's
-# packages buildah and debootstrap, 5 GB and four minutes.
+# Builds the images of gate, registry and evaluator without a container engine. Runs them as Kubernetes does: as their
+# user, without capabilities, on a read-only root with a /tmp. Not part of the suite: it needs root, Debian's packages
+# buildah and debootstrap, 5 GB and four minutes.
 #
-# The base image is a stand-in under the name that the Dockerfile gives: a minimal Debian with a copy of this machine's
-# Python 3.11 in /usr/local, which must have been built from source. Debian's own, 3.11.2, is too old for the evaluator.
+# A minimal Debian stands for the base image, under the name in the Dockerfile. It has a copy of this machine's Python
+# 3.11 in /usr/local, which must have been built from source: Debian's 3.11.2 is too old for the evaluator.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${1:-$PWD/build/images}
@@ -20,7 +20,7 @@ fail() {
 base=docker.io/library/$(sed -n 's/^FROM \(python:.*\) AS base/\1/p' Dockerfile)
 if ! $engine inspect --type image "$base" >/dev/null 2>&1; then
     python=$(python3.11 -c 'import sys; print(sys.base_prefix)')
-    [[ $python != /usr ]] || fail 'python3.11 is not one that was built from source'
+    [[ $python != /usr ]] || fail 'python3.11 was not built from source'
     debootstrap --variant=minbase --include=ca-certificates,libffi8,libsqlite3-0 bookworm "$folder/base"
     cp -r "$python"/{bin,lib} "$folder/base/usr/local"
     find "$folder"/base/usr/local/lib/python3.11/site-packages -mindepth 1 -maxdepth 1 -not -name 'pip*' -exec rm -r {} +
@@ -28,7 +28,7 @@ if ! $engine inspect --type image "$base" >/dev/null 2>&1; then
     ln -sf python3 "$folder/base/usr/local/bin/python"
     chroot "$folder/base" ldconfig
     rm -rf "$folder"/base/var/cache/apt/*.bin "$folder"/base/var/cache/apt/archives/*.deb "$folder"/base/var/lib/apt/lists/*
-    # The package index may be behind an authority that only this machine knows.
+    # The certificate of the package index may come from an authority that only this machine knows.
     cp /etc/ssl/certs/ca-certificates.crt "$folder/base/etc/ssl/certs/"
     container=$($engine from scratch)
     $engine add --quiet "$container" "$folder/base" /
@@ -41,7 +41,7 @@ make images ENGINE="$engine" IMAGES='gate registry evaluator'
 $engine rmi --prune >/dev/null
 $engine images
 
-# run COMMAND...: in the container, as its image's config says
+# run COMMAND...: runs it in the container, as the image's config says
 run() {
     unshare --mount --pid --fork sh -euc '
         root=$1 release=$2
@@ -58,7 +58,7 @@ run() {
         env --ignore-environment "${variables[@]}" "$@"
 }
 
-version=$(sed -n 's/^version = //p' setup.cfg)
+version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' atserving/__init__.py)
 for name in gate registry evaluator; do
     container=$($engine from --pull-never "localhost/atserving/$name:$version")
     root=$($engine mount "$container")

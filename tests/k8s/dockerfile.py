@@ -1,4 +1,4 @@
-"""Reads the Dockerfile and .dockerignore, as far as ours go: no ARG, no heredoc, no wildcard but ``**/name``."""
+"""Read the Dockerfile and .dockerignore. Ours have no ARG, no heredoc, and no wildcard but ``**/name``."""
 
 from __future__ import annotations
 
@@ -13,31 +13,27 @@ _PAIR = re.compile(r'([\w.]+)=(?:"([^"]*)"|(\S+))')
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: its keyword, its flags by name, and what follows."""
+    """One line: its keyword, its flags by name, and the rest."""
 
     keyword: str
     flags: dict[str, str]
     value: str
 
     def words(self) -> list[str]:
-        """The value as an argument list: of the exec form, or split at blanks."""
+        """Return the value as an argument list: the exec form's, or the words between blanks."""
         exec_form: list[str] = json.loads(self.value) if self.value.startswith("[") else self.value.split()
         return exec_form
 
     def pairs(self) -> dict[str, str]:
-        """The value of an ENV or LABEL. Raises ValueError where any of it is not ``name=value``."""
+        """Return the pairs of an ENV or LABEL. Raises ValueError for a part that is not ``name=value``."""
         if rest := _PAIR.sub("", self.value).strip():
             raise ValueError(f"{self.keyword} has {rest!r}, which is not name=value")
         return {name: quoted or bare for name, quoted, bare in _PAIR.findall(self.value)}
 
-    def commands(self) -> list[str]:
-        """What a RUN runs, one after the other, with single blanks."""
-        return [" ".join(part.split()) for part in self.value.split("&&")]
-
 
 @dataclass(frozen=True)
 class Stage:
-    """A FROM and what follows it."""
+    """A FROM and the instructions after it."""
 
     name: str
     base: str
@@ -48,7 +44,7 @@ class Stage:
 
 
 def read(text: str) -> dict[str, Stage]:
-    """The stages by name, in their order."""
+    """Return the stages by name, in their order."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     stages: dict[str, Stage] = {}
     for line in "\n".join(lines).replace("\\\n", " ").splitlines():
@@ -68,21 +64,21 @@ def read(text: str) -> dict[str, Stage]:
 
 
 def chain(stages: dict[str, Stage], name: str) -> list[Stage]:
-    """The stages that an image consists of, from its base to itself."""
+    """Return the stages of an image, from its base to itself."""
     stage = stages[name]
     return [*(chain(stages, stage.base) if stage.base in stages else []), stage]
 
 
 class Context:
-    """The files that a build may see: those that .dockerignore lets through, its last matching line deciding."""
+    """The files that a build sees. The last line of .dockerignore that matches a file decides."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         lines = (folder / ".dockerignore").read_text().splitlines()
-        self.rules = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        self._rules = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
     def files(self, below: str = ".") -> list[Path]:
-        """The files in or at ``below``, relative to the folder."""
+        """Return the files in or at ``below``, relative to the folder."""
         found = []
         for entry in sorted((self._folder / below).iterdir() if (self._folder / below).is_dir() else []):
             path = entry.relative_to(self._folder)
@@ -94,7 +90,7 @@ class Context:
 
     def _let_through(self, path: Path) -> bool:
         through = True
-        for rule in self.rules:
+        for rule in self._rules:
             pattern = rule.removeprefix("!")
             names = path.parts if pattern.startswith("**/") else path.parts[:1]
             if any(fnmatch.fnmatchcase(name, pattern.removeprefix("**/")) for name in names):

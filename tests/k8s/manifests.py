@@ -1,4 +1,7 @@
-"""The mesh's manifests, as kustomize renders them and the command line prints them, and what schemas say of them."""
+"""Render the mesh's manifests and check them against the schemas of Kubernetes and the rules in ``checks/``.
+
+A document that is read twice is parsed twice, so a caller may change what it gets.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import kubernetes_validate
+import kubernetes_validate.utils
 import pytest
 import yaml
+from click.testing import CliRunner
+
+from atserving.cli.k8s import k8s
 
 from .checks import check
 from .checks.model import Document, title
@@ -20,14 +26,22 @@ from .checks.model import Document, title
 ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
 
-# The oldest and the newest Kubernetes that the manifests are for; the newest is the newest whose schema is known.
 VERSIONS = ("1.32", kubernetes_validate.latest_version())
+"""The oldest Kubernetes that the manifests are for, and the newest whose schemas are known."""
+
+# validate() would parse several megabytes of schemas for each document.
+kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 
 
 def kustomizations() -> list[Path]:
-    """The folders that are rendered by themselves: the base and the overlays."""
+    """Return the folders that are rendered by themselves: the base and the overlays."""
     found = [each.parent for part in ("base", "overlays") for each in sorted((K8S / part).rglob("kustomization.yaml"))]
     return [each for each in found if K8S / "components" not in each.parents]
+
+
+def components() -> list[Path]:
+    """Return the folders that are rendered as a part of others only."""
+    return sorted(each.parent for each in (K8S / "components").rglob("kustomization.yaml"))
 
 
 def uses(kustomization: Path, component: Path) -> bool:
@@ -36,28 +50,26 @@ def uses(kustomization: Path, component: Path) -> bool:
     return component in [(kustomization / each).resolve() for each in used]
 
 
-def components() -> list[Path]:
-    """The folders that are rendered as a part of others only."""
-    return sorted(each.parent for each in (K8S / "components").rglob("kustomization.yaml"))
-
-
 def read(text: str) -> list[Document]:
-    return [each for each in yaml.safe_load_all(text) if each]
+    """Return the documents of a YAML file."""
+    # The parser in C is ten times as fast.
+    return [each for each in yaml.load_all(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if each]
 
 
 def kustomize(folder: Path) -> list[Document]:
-    """What a kustomization renders; skips the test where there is no kubectl."""
+    """Return what a kustomization renders. Skips the test where kubectl is not installed."""
     if not shutil.which("kubectl"):
         pytest.skip("kubectl is not installed")
-    run = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    # kustomize says on standard error what it will soon no longer take.
-    assert not run.stderr, run.stderr
-    return read(run.stdout)
+    return read(_rendered(folder))
+
+
+def evaluator(*arguments: str) -> list[Document]:
+    """Return what ``atserving k8s evaluator`` prints."""
+    return read(_printed(arguments))
 
 
 def with_component(base: Path, component: Path, more: list[Document], folder: Path) -> list[Document]:
-    """What a base and more documents become with a component, by a kustomization that is written into a folder."""
+    """Return what a base and more documents become with a component. Writes a kustomization into ``folder``."""
     (folder / "more.yaml").write_text(yaml.safe_dump_all(more))
     below, used = (os.path.relpath(each, folder.resolve()) for each in (base, component))
     kustomization = {"resources": [below, *(["more.yaml"] if more else [])], "components": [used]}
@@ -65,21 +77,13 @@ def with_component(base: Path, component: Path, more: list[Document], folder: Pa
     return kustomize(folder)
 
 
-def evaluator(*arguments: str) -> list[Document]:
-    """What ``atserving k8s evaluator`` prints."""
-    command = [Path(sys.executable).parent / "atserving", "k8s", "evaluator", *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return read(run.stdout)
-
-
 def wrong(documents: list[Document], versions: tuple[str, ...] = VERSIONS) -> list[str]:
-    """What is wrong with the documents of one mesh; the rules read what fits the schemas only."""
+    """Return what is wrong with the documents of one mesh. The rules read only documents that fit the schemas."""
     return validate(documents, versions) or check(documents)
 
 
 def validate(documents: list[Document], versions: tuple[str, ...] = VERSIONS) -> list[str]:
-    """What the schemas of versions of Kubernetes refuse, unknown fields and kinds of others included."""
+    """Return what the strict schemas of these versions refuse. A strict schema refuses unknown fields too."""
     return [
         f"{title(document)}: Kubernetes {version}: {message}"
         for version in versions
@@ -89,8 +93,25 @@ def validate(documents: list[Document], versions: tuple[str, ...] = VERSIONS) ->
 
 
 @functools.cache
+def _rendered(folder: Path) -> str:
+    run = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    # kustomize warns of deprecated fields on standard error.
+    assert not run.stderr, run.stderr
+    return run.stdout
+
+
+@functools.cache
+def _printed(arguments: tuple[str, ...]) -> str:
+    # In this process: a new one takes half a second to import all that the command needs.
+    run = CliRunner().invoke(k8s, ["evaluator", *arguments])
+    assert run.exit_code == 0, run.output
+    return run.stdout
+
+
+@functools.cache
 def _refused(document: str, version: str) -> str | None:
-    # Most documents are the same in all overlays, and the schema is read anew each time.
+    # Most documents are the same in all overlays.
     try:
         kubernetes_validate.validate(json.loads(document), version, strict=True)
     except kubernetes_validate.ValidationError as error:

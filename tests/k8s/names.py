@@ -1,4 +1,4 @@
-"""The names of Services, as a cluster's DNS server tells them: who is ready, as it was up to 30 seconds ago."""
+"""A cluster's DNS: the addresses of the pods behind a Service, as old as a cache may have them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 
 from tests.name_server import Answer, NameServer
 
-TTL_S = 30
-"""How long CoreDNS says that its answers hold. A cache on the node takes it at its word, and so does this one."""
-
-NEGATIVE_TTL_S = 5
+CLUSTER_TTL_S = 30
+"""How long CoreDNS lets a cache keep its answers."""
+TTL_S = 5
+"""How long the stand-in keeps them: as long as it may without making each rollout half a minute longer."""
+NEGATIVE_TTL_S = 1
 
 
 class Names:
-    """A DNS server on any free port, for who asks one, and a hosts file, for who asks the system.
+    """A DNS server on a free port, for programs that ask one, and a hosts file, for programs that ask the system.
 
-    ``addresses`` says which addresses a name stands for just now.
+    ``addresses`` returns the current addresses of a name.
     """
 
     def __init__(self, address: str, hosts: Path, addresses: Callable[[str], list[str]]) -> None:
@@ -30,7 +31,7 @@ class Names:
         self.port = self._server.port
 
     def lookup(self, name: str) -> tuple[list[str], float]:
-        """The addresses of a name, or those it had while that was to be remembered, and for how long that is."""
+        """Return the addresses of a name, cached ones while they are valid, and the seconds for which they are."""
         with self._lock:
             valid_until, found = self._known.get(name, (0.0, []))
             now = time.monotonic()
@@ -41,7 +42,7 @@ class Names:
         return found, valid_until - now
 
     def write_hosts(self, names: list[str]) -> None:
-        """Brings the hosts file up to date, in place, as it is mounted."""
+        """Write the hosts file. It is written in place, as it is mounted into pods."""
         lines = [f"{address} {name}\n" for name in names for address in self.lookup(name)[0]]
         self.hosts.write_text("".join(["127.0.0.1 localhost\n", *lines]))
 

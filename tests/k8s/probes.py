@@ -1,4 +1,4 @@
-"""Probes as a kubelet has them: by gRPC's health service, by HTTP, by a command."""
+"""The probes of a kubelet: gRPC health checks and HTTP requests."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Replays a Dockerfile without an engine: its COPY and RUN instructions in an empty folder, which stands for ``/``.
+"""Replay a Dockerfile without a container engine: its COPY and RUN instructions, in an empty folder instead of ``/``.
 
-The base image is stood in for by a fresh virtual environment at its ``/usr/local``. Nothing keeps a command from seeing
-the machine's other files; none is named in its environment, and the source tree is nowhere near.
+A new virtual environment at its ``/usr/local`` stands for the base image. Commands could see the machine's other files;
+nothing in their environment names those, and the source tree is elsewhere.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from pathlib import Path
 
 from tests.k8s.dockerfile import Context, Instruction, Stage, chain
 
-# How the package index is reached is the machine's business. All else in the environment is the Dockerfile's.
+# The machine says how to reach the package index. The Dockerfile sets the rest of the environment.
 _OF_THE_MACHINE = re.compile(r"(PIP|SSL)_\w+|\w+_proxy|HOME", re.IGNORECASE)
-# So that what the suite installs is fetched once.
+# With pip's cache, the suite downloads each package once.
 _LEFT_OUT = {"PIP_NO_CACHE_DIR"}
 
 
 @dataclass(frozen=True)
 class Image:
-    """A stage that was built, at the place where it was built."""
+    """A built stage, in the folder where it was built."""
 
     root: Path
     environment: dict[str, str]
     entrypoint: list[str]
 
     def popen(self, *arguments: str) -> subprocess.Popen[str]:
-        """Runs the entry point in a folder that nobody can write to."""
+        """Run the entry point in a folder that nobody can write to."""
         return subprocess.Popen(
             [*self.entrypoint, *arguments],
             cwd="/proc",
@@ -53,47 +53,57 @@ class Image:
 
 
 class Replay:
-    """Builds stages below ``folder``; each once, and only those asked for and what they are built from."""
+    """Builds stages below ``folder``, each once: the images that tests ask for, and the stages that those need."""
 
-    def __init__(self, stages: Mapping[str, Stage], context: Context, source: Path, folder: Path) -> None:
+    def __init__(
+        self, stages: Mapping[str, Stage], context: Context, source: Path, folder: Path, settings: Mapping[str, str]
+    ) -> None:
+        """``settings`` are added to the environment of the builds."""
         self._stages = dict(stages)
         self._context = context
         self._source = source
-        # Where a stage is while it is built or run, so that paths inside of it stay true; and where it is kept.
+        self._settings = settings
+        # A stage is built and run in one folder, so that the paths in its files stay valid, and kept in another.
         self._root = folder / "root"
         self._kept = folder / "stages"
         self._kept.mkdir(parents=True)
 
     @contextmanager
     def image(self, target: str) -> Iterator[Image]:
-        """The built stage, in place as long as the context lasts."""
+        """Yield the built stage. It stays in its folder until the context ends."""
         self._build(target)
         stages = chain(self._stages, target)
         entrypoint = [each.words() for stage in stages for each in stage.all("ENTRYPOINT")][-1]
-        (self._kept / target).rename(self._root)
+        self._files(target).rename(self._root)
         try:
             yield Image(self._root, self._environment(target), entrypoint)
         finally:
-            self._root.rename(self._kept / target)
+            self._root.rename(self._files(target))
+
+    def _files(self, name: str) -> Path:
+        """The folder that keeps a stage. A stage that changes no file has its base's."""
+        stage = self._stages[name]
+        changes = stage.base not in self._stages or stage.all("COPY") or stage.all("RUN")
+        return self._kept / name if changes else self._files(stage.base)
 
     def _build(self, name: str) -> None:
-        if (self._kept / name).exists():
-            return
         stage = self._stages[name]
         for needed in [stage.base, *(copy.flags["from"] for copy in stage.all("COPY") if "from" in copy.flags)]:
             if needed in self._stages:
                 self._build(needed)
-        if stage.base in self._stages:
-            shutil.copytree(self._kept / stage.base, self._root, symlinks=True, copy_function=os.link)
-        else:
-            subprocess.run([sys.executable, "-m", "venv", self._root / "usr/local"], check=True)
+        if self._files(name).exists():
+            return
         try:
+            if stage.base in self._stages:
+                shutil.copytree(self._files(stage.base), self._root, symlinks=True, copy_function=os.link)
+            else:
+                subprocess.run([sys.executable, "-m", "venv", self._root / "usr/local"], check=True)
             for instruction in stage.instructions:
                 self._play(name, instruction)
         except BaseException:
-            shutil.rmtree(self._root)
+            shutil.rmtree(self._root, ignore_errors=True)
             raise
-        self._root.rename(self._kept / name)
+        self._root.rename(self._files(name))
 
     def _play(self, name: str, instruction: Instruction) -> None:
         folder = self._workdir(name)
@@ -102,7 +112,7 @@ class Replay:
                 source, destination = instruction.words()
                 if stage := instruction.flags.get("from"):
                     shutil.copytree(
-                        self._kept / stage / source.strip("/"),
+                        self._files(stage) / source.strip("/"),
                         self._root / destination.strip("/"),
                         symlinks=True,
                         copy_function=os.link,
@@ -111,19 +121,20 @@ class Replay:
                 else:
                     self._copy_from_context(source, folder / destination)
             case "RUN":
-                # It would be this machine that is changed.
+                # It would change this machine.
                 assert "apt-get" not in instruction.value
                 command = re.sub(r"(?<![\w./])/opt/", f"{self._root}/opt/", instruction.value)
-                environment = self._environment(name) | {
-                    key: value for key, value in os.environ.items() if _OF_THE_MACHINE.fullmatch(key)
-                }
+                machine = {key: value for key, value in os.environ.items() if _OF_THE_MACHINE.fullmatch(key)}
+                environment = self._environment(name) | machine | dict(self._settings)
                 done = subprocess.run(
                     ["/bin/sh", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
                 )
                 assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
 
     def _copy_from_context(self, source: str, destination: Path) -> None:
-        for path in self._context.files(source):
+        paths = self._context.files(source)
+        assert paths, f"COPY {source}: the context has no such file"
+        for path in paths:
             target = destination / (path.relative_to(source) if (self._source / source).is_dir() else path.name)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(self._source / path, target)

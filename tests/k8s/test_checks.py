@@ -1,85 +1,75 @@
-"""The checks of the manifests can fail: each file in broken/ is refused for what is wrong in it, and for that alone."""
+"""Each rule refuses something: each mistake in ``broken/`` is refused with its messages and no others."""
 
 from __future__ import annotations
 
 import copy
-from decimal import Decimal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jsonpatch
 import pytest
-import yaml
 
 from .checks import RULES
-from .checks.model import Document, Manifests, Workload, quantity, selects, title
-from .manifests import VERSIONS, read, validate, wrong
+from .checks.model import Document, Manifests, Workload, selects, title
+from .manifests import VERSIONS, read, wrong
 
 FOLDER = Path(__file__).parent / "broken"
 GOOD = read((FOLDER / "good.yaml").read_text())
-BROKEN = sorted(set(FOLDER.glob("*.yaml")) - {FOLDER / "good.yaml"})
 
 
-def broken(path: Path) -> list[Document]:
-    """The good mesh with what a file says: what it removes, JSON patches (RFC 6902) by document, and what it adds."""
-    change: dict[str, Any] = yaml.safe_load(path.read_text())
-    assert change.keys() <= {"remove", "patch", "add"}
-    documents = {title(each): copy.deepcopy(each) for each in GOOD}
-    for name in change.get("remove", []):
-        del documents[name]
-    for name, patch in change.get("patch", {}).items():
-        documents[name] = jsonpatch.apply_patch(documents[name], patch)
-    return [*documents.values(), *change.get("add", [])]
+@dataclass(frozen=True)
+class Mistake:
+    """One document of a file in ``broken/``."""
+
+    file: str
+    change: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.change['mistake']}"
+
+    @property
+    def refused(self) -> list[str]:
+        """The messages that the mistake leads to."""
+        lines: list[str] = self.change["refused"].splitlines()
+        return lines
+
+    def mesh(self) -> list[Document]:
+        """Return the good mesh with the mistake in it."""
+        assert self.change.keys() <= {"mistake", "refused", "remove", "patch", "add"}
+        documents = {title(each): copy.deepcopy(each) for each in GOOD}
+        for name in self.change.get("remove", []):
+            del documents[name]
+        for name, patch in self.change.get("patch", {}).items():
+            documents[name] = jsonpatch.apply_patch(documents[name], patch)
+        return [*documents.values(), *self.change.get("add", [])]
 
 
-def refused(path: Path) -> list[str]:
-    """The messages that a file's comments expect."""
-    mark = "# refused: "
-    return [line.removeprefix(mark) for line in path.read_text().splitlines() if line.startswith(mark)]
+MISTAKES = [
+    Mistake(path.stem, change)
+    for path in sorted(FOLDER.glob("*.yaml"))
+    if path.stem != "good"
+    for change in read(path.read_text())
+]
 
 
-@pytest.mark.parametrize("evaluators", [True, False], ids=["with-evaluators", "without"])
-def test_a_good_mesh_is_not_refused(evaluators: bool) -> None:
-    documents = [each for each in GOOD if evaluators or title(each) != "Deployment/digits-v1"]
-    assert wrong(documents) == []
+@pytest.mark.parametrize("evaluators", [True, False], ids=["with evaluators", "without"])
+def test_the_good_mesh_is_not_refused(evaluators: bool) -> None:
+    assert wrong([each for each in GOOD if evaluators or title(each) != "Deployment/digits-v1"]) == []
 
 
-@pytest.mark.parametrize("path", BROKEN, ids=lambda path: path.stem)
-def test_a_broken_mesh_is_refused_for_that(path: Path) -> None:
-    documents = broken(path)
-    assert refused(path), f"{path.name} expects nothing"
-    assert wrong(documents, VERSIONS[:1]) == refused(path)
+@pytest.mark.parametrize("mistake", MISTAKES, ids=str)
+def test_a_mistake_is_refused_with_its_messages(mistake: Mistake) -> None:
+    assert mistake.refused
+    assert wrong(mistake.mesh(), VERSIONS[:1]) == mistake.refused
 
 
-def test_each_rule_refuses_something() -> None:
-    meshes = [Manifests(documents) for path in BROKEN if not validate(documents := broken(path), VERSIONS[:1])]
-    assert [rule.__name__ for rule in RULES if not any(list(rule(mesh)) for mesh in meshes)] == []
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("100m", "0.1"),
-        ("2", "2"),
-        (1, "1"),
-        (0.5, "0.5"),
-        (".5", "0.5"),
-        ("1Ki", "1024"),
-        ("1.5Gi", "1610612736"),
-        ("4G", "4000000000"),
-        ("3e2", "300"),
-        ("2E", "2000000000000000000"),
-        ("-7u", "-0.000007"),
-    ],
-)
-def test_quantities_are_those_of_kubernetes(text: str | float, value: str) -> None:
-    assert quantity(text) == Decimal(value)
-
-
-@pytest.mark.parametrize("text", ["", "1 Gi", "Gi", "1gi", "1mi", "1e", "1e3Gi", "0x1"])
-def test_what_is_no_quantity_is_none(text: str) -> None:
-    with pytest.raises(ValueError, match="no quantity"):
-        quantity(text)
+def test_each_rule_refuses_a_mistake_in_the_file_of_its_name() -> None:
+    meshes: dict[str, list[Manifests]] = {}
+    for each in MISTAKES:
+        meshes.setdefault(each.file, []).append(Manifests(each.mesh()))
+    files = {rule: meshes[rule.__module__.rpartition(".")[2]] for rule in RULES}
+    assert [rule.__name__ for rule in RULES if not any(list(rule(mesh)) for mesh in files[rule])] == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""The playbook on a real cluster, the one that KUBECONFIG names: `make k8s-test`.
+"""The playbook on a real cluster: `make k8s-test` runs it on the cluster that KUBECONFIG names.
 
-The images have to be where its nodes find them: by their own names, or below IMAGE_PREFIX, with the tag IMAGE_TAG.
+The cluster's nodes must be able to pull the images, by their own names or below IMAGE_PREFIX, with the tag IMAGE_TAG.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import orjson
 import pytest
 import yaml
 
-from atserving.cli import examples
+from atserving.local import examples
 from tests.k8s.manifests import K8S, components, evaluator, kustomizations, kustomize, with_component, wrong
 
 BIN = Path(sys.executable).parent
@@ -30,7 +30,7 @@ on_a_cluster = pytest.mark.skipif(not os.environ.get("KUBECONFIG"), reason="KUBE
 
 
 def write_mesh(folder: Path, namespace: str) -> None:
-    """A kustomization of the demo overlay, in a namespace, with the images from where they are."""
+    """Write a kustomization of the demo overlay, in a namespace, with the images from where the nodes pull them."""
     prefix, tag = os.environ.get("IMAGE_PREFIX") or "atserving", os.environ.get("IMAGE_TAG")
     moved = {"newTag": tag} if tag else {}
     kustomization = {
@@ -41,7 +41,7 @@ def write_mesh(folder: Path, namespace: str) -> None:
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
 
 
-def test_what_is_applied_there_passes_the_checks_here(tmp_path: Path) -> None:
+def test_the_mesh_of_the_playbook_passes_the_checks(tmp_path: Path) -> None:
     write_mesh(tmp_path, "atserving-try")
     assert wrong(kustomize(tmp_path)) == []
 
@@ -58,7 +58,7 @@ def done(*arguments: str, given: str | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def namespace() -> Iterator[str]:
-    """A namespace of the test's own, which takes all that is in it along in the end."""
+    """A namespace of the test's own. Deleting it deletes everything in it."""
     name = f"atserving-test-{secrets.token_hex(3)}"
     done("create", "namespace", name)
     yield name
@@ -67,7 +67,7 @@ def namespace() -> Iterator[str]:
 
 @contextmanager
 def forwarded(namespace: str, target: str, port: int) -> Iterator[str]:
-    """A loopback address that leads to a port of a Service's pod."""
+    """Forward a loopback address to a port of a Service's pod, and yield the address."""
     command = ["kubectl", "-n", namespace, "port-forward", target, f":{port}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -81,15 +81,15 @@ def forwarded(namespace: str, target: str, port: int) -> Iterator[str]:
 
 @on_a_cluster
 @pytest.mark.timeout(300)
-def test_everything_is_taken_by_the_server(namespace: str, tmp_path: Path) -> None:
+def test_the_api_server_accepts_everything(namespace: str, tmp_path: Path) -> None:
     rendered = [kustomize(each) for each in kustomizations()]
-    for number, each in enumerate(components()):
+    for number, component in enumerate(components()):
         folder = tmp_path / str(number)
         folder.mkdir()
-        rendered.append(with_component(K8S / "base", each, evaluator("digits", "v1"), folder))
+        rendered.append(with_component(K8S / "base", component, evaluator("digits", "v1"), folder))
     rendered += [evaluator("digits", "v1"), evaluator("digits", "v1", "--gpu")]
     for documents in rendered:
-        # One that is dry makes no namespace that the rest could be in.
+        # A dry run makes no namespace for the other objects.
         inside = [each for each in documents if each["kind"] != "Namespace"]
         for each in inside:
             each["metadata"]["namespace"] = namespace
@@ -98,7 +98,7 @@ def test_everything_is_taken_by_the_server(namespace: str, tmp_path: Path) -> No
 
 @on_a_cluster
 @pytest.mark.timeout(1800)
-def test_a_version_is_rolled_out_watched_and_undone(namespace: str, tmp_path: Path) -> None:
+def test_a_version_is_rolled_out_and_undone(namespace: str, tmp_path: Path) -> None:
     write_mesh(tmp_path, namespace)
     done("apply", "-k", str(tmp_path))
     for workload in ("statefulset/etcd", "deployment/registry", "deployment/gate", "deployment/envoy"):
@@ -111,7 +111,7 @@ def test_a_version_is_rolled_out_watched_and_undone(namespace: str, tmp_path: Pa
     assert_served(namespace)
 
     done("-n", namespace, "set", "image", "deployment/digits-v1", "evaluator=atserving/evaluator:0.0.0-none")
-    assert kubectl(*status, "--timeout=60s").returncode != 0, "a rollout of an image that is not there has ended"
+    assert kubectl(*status, "--timeout=60s").returncode != 0, "the rollout of a missing image finished"
     assert_served(namespace)
     done("-n", namespace, "rollout", "undo", "deployment/digits-v1")
     done(*status, "--timeout=300s")

@@ -1,29 +1,43 @@
-"""`atserving k8s evaluator`: what it prints, and what it refuses."""
+"""`atserving k8s evaluator` prints the manifests of one version, or refuses its arguments with one line."""
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from atserving.cli import main
+from tests.k8s.manifests import read
+
 BIN = Path(sys.executable).parent
 LABELS = ("atserving/app", "atserving/version")
+COMMAND = ("atserving", "k8s", "evaluator")
+# Versions that some parser of YAML takes for a number, a truth or nothing.
+VERSIONS = ("7104e36", "1e3", "0o17", "1.e5", "12e5", "y", "null", "0x1f", "1_000", "on", "201811091530")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([BIN / "atserving", "k8s", "evaluator", *arguments], capture_output=True, text=True)
+    """Run the command in this process. A new process takes half a second to import all that it needs."""
+    output, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
+        patch.setattr(sys, "argv", [*COMMAND, *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main.main()
+    return subprocess.CompletedProcess(arguments, int(stopped.value.code or 0), output.getvalue(), errors.getvalue())
 
 
 def printed(*arguments: str) -> dict[str, Any]:
-    """What is printed, by kind."""
-    said = run(*arguments)
-    assert said.returncode == 0, said.stderr
-    return {each["kind"]: each for each in yaml.safe_load_all(said.stdout)}
+    """Return the printed manifests by kind."""
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    return {each["kind"]: each for each in read(done.stdout)}
 
 
 def container(manifests: dict[str, Any]) -> Any:
@@ -31,7 +45,7 @@ def container(manifests: dict[str, Any]) -> Any:
     return only
 
 
-def test_a_version_is_a_deployment_a_budget_and_an_autoscaler_of_one_name() -> None:
+def test_a_version_has_a_deployment_a_budget_and_an_autoscaler_of_one_name() -> None:
     manifests = printed("digits", "201811091530", "--replicas", "3", "--namespace", "nets")
     assert set(manifests) == {"Deployment", "PodDisruptionBudget", "HorizontalPodAutoscaler"}
     for each in manifests.values():
@@ -42,13 +56,13 @@ def test_a_version_is_a_deployment_a_budget_and_an_autoscaler_of_one_name() -> N
     assert manifests["HorizontalPodAutoscaler"]["spec"]["minReplicas"] == 3
     assert manifests["HorizontalPodAutoscaler"]["spec"]["maxReplicas"] == 12
     assert {"--app=digits", "--version=201811091530"} <= set(container(manifests)["args"])
-    assert "replicas" not in manifests["Deployment"]["spec"], "they are the autoscaler's"
+    assert "replicas" not in manifests["Deployment"]["spec"], "the autoscaler sets them"
     metrics = {each["type"]: each for each in manifests["HorizontalPodAutoscaler"]["spec"]["metrics"]}
     assert metrics["Pods"]["pods"]["metric"]["name"] == "atserving_evaluator_requests_held"
     assert metrics["Resource"]["resource"]["name"] == "cpu"
 
 
-def test_flags_are_put_where_they_belong() -> None:
+def test_flags_set_image_resources_replicas_and_keys() -> None:
     manifests = printed(
         *("digits", "v1", "--image", "registry.example/nets/evaluator:1.2", "--cpu", "500m", "--memory", "3Gi"),
         *("--qiniu", "digits-keys", "--max-replicas", "2"),
@@ -62,7 +76,7 @@ def test_flags_are_put_where_they_belong() -> None:
     assert manifests["HorizontalPodAutoscaler"]["spec"]["maxReplicas"] == 2
 
 
-def test_a_gpu_comes_with_its_image_and_what_lets_it_onto_such_nodes() -> None:
+def test_a_gpu_sets_image_resources_and_toleration() -> None:
     manifests = printed("digits", "v1", "--gpu", "--memory", "6Gi")
     made = container(manifests)
     assert made["image"].startswith("atserving/evaluator-gpu:")
@@ -75,28 +89,34 @@ def test_a_gpu_comes_with_its_image_and_what_lets_it_onto_such_nodes() -> None:
         assert container(printed("digits", "v1", "--gpu", "--image", image))["image"] == image
 
 
-@pytest.mark.parametrize(
-    "version", ["7104e36", "1e3", "0o17", "1.e5", "12e5", "y", "null", "0x1f", "1_000", "on", "201811091530"]
-)
-def test_a_version_stays_text_whoever_reads_it(version: str, tmp_path: Path) -> None:
+def test_the_installed_command_prints_the_same() -> None:
+    done = subprocess.run([BIN / COMMAND[0], *COMMAND[1:], "digits", "v1"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (run("digits", "v1").stdout, "")
+    assert done.stdout.startswith("# atserving k8s evaluator digits v1\n")
+
+
+def test_kubectl_reads_every_version_as_text(tmp_path: Path) -> None:
     if not shutil.which("kubectl"):
         pytest.skip("kubectl is not installed")
-    (tmp_path / "evaluator.yaml").write_text(run("digits", version).stdout)
-    (tmp_path / "kustomization.yaml").write_text("resources: [evaluator.yaml]")
+    files = [tmp_path / f"{number}.yaml" for number in range(len(VERSIONS))]
+    for file, version in zip(files, VERSIONS, strict=True):
+        file.write_text(run("digits", version).stdout)
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump({"resources": [each.name for each in files]}))
     rendered = subprocess.run(["kubectl", "kustomize", tmp_path], capture_output=True, text=True, check=True).stdout
-    for each in yaml.load_all(rendered, Loader=yaml.BaseLoader):
-        assert each["metadata"]["labels"]["atserving/version"] == version
-    labelled = ["kubectl", "label", "--local", "-f", tmp_path / "evaluator.yaml", "-o", "name", "read=again"]
+    labels = [each["metadata"]["labels"]["atserving/version"] for each in yaml.load_all(rendered, yaml.BaseLoader)]
+    assert sorted(labels) == sorted(3 * VERSIONS)
+    named = [flag for each in files for flag in ("-f", str(each))]
+    labelled = ["kubectl", "label", "--local", *named, "-o", "name", "read=again"]
     assert subprocess.run(labelled, capture_output=True, text=True).stderr == ""
 
 
-def test_a_longer_grace_is_one_for_the_pod_too() -> None:
+def test_a_longer_grace_lengthens_the_pods_grace() -> None:
     manifests = printed("digits", "v1", "--grace", "120")
     assert "--grace=120" in container(manifests)["args"]
     assert manifests["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == 130
 
 
-def test_what_is_no_kubernetes_name_gets_one_of_its_own() -> None:
+def test_names_that_kubernetes_refuses_get_unique_others() -> None:
     names = [
         ("a-b", "c"),
         ("a", "b-c"),
@@ -141,7 +161,7 @@ def test_what_is_no_kubernetes_name_gets_one_of_its_own() -> None:
         (["digits", "v1", "--replicas", "99999999999999"], "--replicas"),
     ],
 )
-def test_a_wrong_argument_is_one_line(arguments: list[str], message: str) -> None:
+def test_a_wrong_argument_is_refused_with_one_line(arguments: list[str], message: str) -> None:
     refused = run(*arguments)
     assert refused.returncode == 2
     assert message in refused.stderr

@@ -11,10 +11,10 @@ import cv2
 import numpy as np
 import pytest
 
+from atserving.local.examples import ROOT
 from evaluator.fetching.unpack import unpack
 from evaluator.net_contract import Ret
 from tests.evaluator.built_in import Array, config, loaded, start_error
-from tests.evaluator.conftest import ROOT
 
 EXAMPLES = ROOT / "examples"
 ENLARGED = 8

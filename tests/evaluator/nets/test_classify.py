@@ -16,7 +16,7 @@ from evaluator.runtime.net import Net
 from tests.caffe.nets import input_layer, layer
 from tests.evaluator.built_in import config, evaluate, loaded, start_error, with_outputs
 from tests.evaluator.built_in import files as files_of
-from tests.evaluator.conftest import DIGITS
+from tests.evaluator.digits import DIGITS
 
 
 @pytest.fixture(scope="module")

@@ -14,55 +14,23 @@ from evaluator.options import Options
 from tests.caffe.nets import input_layer, layer, normal
 from tests.evaluator.built_in import Array, config, evaluate, files, loaded, start_error, with_outputs
 
-WIDTH, HEIGHT = 64, 32
-
-
-def grid(stride: int, channels: int, name: str) -> str:
-    """Return the layers of a grid, whose values are a 1x1 convolution of each cell's mean colour."""
-    pooled = f"{name}_mean"
-    return layer(
-        "Pooling", "data", pooled, f"pooling_param {{ pool: AVE kernel_size: {stride} stride: {stride} }}", pooled
-    ) + layer("Convolution", pooled, name, f"convolution_param {{ num_output: {channels} kernel_size: 1 }}", name)
-
-
-def sensitive_to(colour: int, channel: int, channels: int, bias: list[float]) -> list[Array]:
-    """Return the weights of a grid in which ``channel`` grows by 0.1 per unit of a colour, where 0 is blue."""
-    weights = np.zeros((channels, 3, 1, 1))
-    weights[channel, colour] = 0.1
-    return [weights, np.array(bias)]
-
-
-def picture(*cells: tuple[int, int, int], stride: int = 16) -> Array:
-    """Return an image of the nets' input size, black but for these cells of a grid: (row, column, colour)."""
-    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    for row, column, colour in cells:
-        image[row * stride : (row + 1) * stride, column * stride : (column + 1) * stride, colour] = 255
-    return image
+from .head_nets import (
+    HEIGHT,
+    RETINAFACE,
+    RETINAFACE_HEAD,
+    RETINAFACE_WEIGHTS,
+    WIDTH,
+    YOLO,
+    YOLO_HEAD,
+    YOLO_WEIGHTS,
+    grid,
+    picture,
+)
 
 
 def boxes(ret: dict[str, Any]) -> list[tuple[int, list[int]]]:
     assert (ret["code"], ret["message"]) == (0, "")
     return [(each["index"], each["pts"][0] + each["pts"][2]) for each in ret["result"]["detections"]]
-
-
-# Two anchors, each with x, y, width, height, objectness and two classes. A blue cell gives the second anchor a high
-# score of the second class. The net moves this anchor right by a quarter of a cell, halves its width and doubles its
-# height.
-_LOW_SCORED = [0.0, 0, 0, 0, -20, 0, 0]
-YOLO_BIAS = [*_LOW_SCORED, np.log(3), 0, np.log(0.5), np.log(2), -10, -20, 20]
-YOLO = input_layer(1, 3, HEIGHT, WIDTH) + grid(16, 14, "coarse") + grid(8, 14, "fine")
-YOLO_WEIGHTS = {
-    "coarse": sensitive_to(0, 7 + 4, 14, YOLO_BIAS),
-    # A red cell of the fine grid gives the first anchor a high score of the first class.
-    "fine": sensitive_to(2, 4, 14, [0, 0, 0, 0, -10, 20, -20, *_LOW_SCORED]),
-}
-YOLO_HEAD: dict[str, Any] = {
-    "kind": "yolo",
-    "levels": [
-        {"output": "coarse", "stride": 16, "anchors": [[40, 40], [16, 8]]},
-        {"output": "fine", "stride": 8, "anchors": [[8, 8], [30, 30]]},
-    ],
-}
 
 
 @pytest.fixture(scope="module")
@@ -95,28 +63,6 @@ def test_boxes_are_scaled_and_clipped_to_the_image(yolo: dict[str, Path]) -> Non
     assert boxes(ret) == [(1, [560, 0, 639, 48])]
 
 
-# A blue cell gives the second anchor a high score, a red cell the first. The channels are ordered by class.
-RETINAFACE = (
-    input_layer(1, 3, HEIGHT, WIDTH)
-    + grid(16, 4, "score")
-    + layer("Reshape", "score", "pairs", "reshape_param { shape { dim: 2 dim: -1 dim: 0 } axis: 1 }", "pairs")
-    + layer("Softmax", "pairs", "prob", name="softmax")
-    + layer("Reshape", "prob", "scores", "reshape_param { shape { dim: 4 dim: -1 dim: 0 } axis: 1 }", "scores")
-    + grid(16, 8, "boxes")
-)
-RETINAFACE_WEIGHTS = {
-    "score": [
-        np.array([[0, 0, 0], [0, 0, 0], [0, 0, 0.1], [0.1, 0, 0]]).reshape(4, 3, 1, 1),
-        np.array([10.0, 10, 0, 0]),
-    ],
-    "boxes": [np.zeros((8, 3, 1, 1)), np.array([0, 0, 0, 0, 0.5, -0.25, np.log(0.5), np.log(1.5)])],
-}
-RETINAFACE_HEAD: dict[str, Any] = {
-    "kind": "retinaface",
-    "levels": [{"scores": "scores", "boxes": "boxes", "stride": 16, "anchors": [[16, 16], [8, 8]]}],
-}
-
-
 def test_retinaface_box_follows_its_cell_its_anchor_and_its_moves(tmp_path: Path) -> None:
     model = loaded("detect", config(files(tmp_path, RETINAFACE, RETINAFACE_WEIGHTS), head=RETINAFACE_HEAD))
     red, blue = evaluate(model, (picture((1, 2, 2)), None), (picture((0, 1, 0)), None))
@@ -135,6 +81,23 @@ def test_first_anchors_of_retinaface_are_centred_at_8_pixels_for_any_stride(tmp_
     model = loaded("detect", config(files(tmp_path, net, weights), head={"kind": "retinaface", "levels": [level]}))
     (ret,) = evaluate(model, (picture(), None))
     assert sorted(boxes(ret)) == [(1, [2, 4, 14, 12]), (1, [34, 4, 46, 12])]
+
+
+def test_retinaface_boxes_come_from_every_grid(tmp_path: Path) -> None:
+    net = input_layer(1, 3, HEIGHT, WIDTH)
+    weights: dict[str, list[Array]] = {}
+    levels = []
+    for stride, colour in ((16, 2), (8, 0)):
+        scores, boxes_ = f"scores{stride}", f"boxes{stride}"
+        net += grid(stride, 2, scores) + grid(stride, 4, boxes_)
+        sure = np.zeros((2, 3, 1, 1))
+        sure[1, colour] = 0.9 / 255
+        weights |= {scores: [sure, np.zeros(2)], boxes_: [np.zeros((4, 3, 1, 1)), np.zeros(4)]}
+        levels.append({"scores": scores, "boxes": boxes_, "stride": stride, "anchors": [[stride, stride]]})
+    model = loaded("detect", config(files(tmp_path, net, weights), head={"kind": "retinaface", "levels": levels}))
+    red_and_blue = picture((1, 2, 2)) + picture((0, 1, 0), stride=8)
+    (ret,) = evaluate(model, (red_and_blue, None))
+    assert sorted(boxes(ret)) == [(1, [12, 4, 20, 12]), (1, [32, 16, 48, 31])]
 
 
 def by_anchor(blob: str, numbers: int) -> str:

@@ -18,8 +18,8 @@ from evaluator.runtime.engine import Engine
 from evaluator.runtime.net import Net
 from tests.caffe.nets import input_layer, layer, write_net
 from tests.evaluator.built_in import config, evaluate, files, loaded, png
-from tests.evaluator.conftest import DIGITS
-from tests.evaluator.runtime.test_preprocessing import write_mean
+from tests.evaluator.digits import DIGITS
+from tests.evaluator.mean_file import write_mean
 
 HEIGHT, WIDTH = 6, 8
 SWAP = {"channel_swap": [2, 1, 0]}

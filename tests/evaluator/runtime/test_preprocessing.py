@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from atserving.errors import StartError
-from evaluator.caffe.caffe_pb2 import BlobProto
 from evaluator.net_config import NetConfig
 from evaluator.options import Options
 from evaluator.runtime.preprocessing import read_mean, transformer
+from tests.evaluator.mean_file import write_mean
 
 SHAPE = (3, 6, 8)
 
@@ -34,16 +34,6 @@ def pixels() -> NDArray[np.uint8]:
 def planes(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return the input of a net whose release has no scaling."""
     return cv2.resize(pixels, (8, 6), interpolation=cv2.INTER_LINEAR).transpose(2, 0, 1).astype(np.float32)
-
-
-def write_mean(path: Path, mean: NDArray[np.float32], *, legacy: bool) -> Path:
-    blob = BlobProto(data=mean.ravel().tolist())
-    if legacy:
-        blob.num, blob.channels, blob.height, blob.width = 1, *mean.shape
-    else:
-        blob.shape.dim.extend(mean.shape)
-    path.write_bytes(blob.SerializeToString())
-    return path
 
 
 def test_pixels_are_only_resized_by_default(pixels: NDArray[np.uint8], planes: NDArray[np.float32]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +16,18 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from atserving import transport
-from atserving.config import Instance
 from atserving.v1 import evaluator_pb2
 from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
 from atserving.v1.serving_pb2 import Resource
-from gate.connection import EvaluatorConnection, TransportError
-from tests.evaluator.conftest import DIGITS, Process, Registry, digits_tar, evaluator
+from gate.connection import TransportError
+from tests.evaluator.calling import DIGIT, address, connected, infer
+from tests.evaluator.digits import DIGITS, digits_tar
+from tests.processes import Process, Registry, evaluator
+from tests.waiting import until
 
 IMAGES = DIGITS / "images"
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-DIGIT = Resource(body=(IMAGES / "7.png").read_bytes())
 LOOPBACK = ("--allow-network", "127.0.0.0/8")
-
-
-def address(process: Process) -> str:
-    return str(process.logged(event="instance registered")["address"])
-
-
-@asynccontextmanager
-async def connected(process: Process) -> AsyncIterator[EvaluatorConnection]:
-    """The process as a gate reaches it."""
-    at = address(process)
-    connection = EvaluatorConnection(Instance(app="any", version="any", id="any", address=at, capacity=1))
-    try:
-        yield connection
-    finally:
-        await connection.close()
-
-
-async def infer(process: Process, *data: Resource, timeout: float = 30, **fields: Any) -> InferResponse:
-    async with connected(process) as evaluator:
-        return await evaluator.infer(InferRequest(data=data, **fields), timeout, None)
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Returns once it holds; asked of another process, so asked again."""
-    while not await asyncio.to_thread(condition):  # noqa: ASYNC110 - what is waited for is in other processes
-        await asyncio.sleep(0.01)
 
 
 class SlowHost:

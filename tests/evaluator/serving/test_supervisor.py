@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from atserving.errors import DeadlineExceeded, Internal, ServingError, StartError, Unavailable
+from atserving.local.examples import ROOT
 from atserving.v1.evaluator_pb2 import InferResponse
 from atserving.v1.serving_pb2 import Resource
 from evaluator.serving import patience as module
-from tests.evaluator.conftest import ROOT, digits_tar
+from tests.evaluator.digits import digits_tar
 from tests.evaluator.scripts import OBEDIENT, Served, result, started, wait_for
 
 

@@ -1,54 +1,42 @@
-"""What no schema says of the mesh's manifests: small rules, each of which reads them all and says what is wrong.
+"""Rules of the mesh that no schema knows. Each rule reads all manifests of one mesh and yields what is wrong.
 
-A rule is a function that yields messages, as an operator can act on:
-``Deployment/gate: container 'gate' has no memory limit``.
+A file answers one question about the manifests:
+
+- ``belongs``: which mesh, component and namespace does each part belong to?
+- ``confined``: is every pod confined as the restricted Pod Security Standard demands?
+- ``finds``: does every pod find the files, variables and accounts that it names?
+- ``listens``: does every process listen where others look for it?
+- ``reaches``, ``outside``: what do NetworkPolicies let through, inside the mesh and across its border?
+- ``drains``: do probes, hooks and grace periods let pods be replaced without losing requests?
+- ``scales``: how many pods run, and how many survive a node drain?
+- ``edge``: does Envoy's bootstrap fit the pod and the mesh?
+
+A message says what an operator can change: ``Deployment/gate: container 'gate' has no memory limit``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from . import (
-    containers,
-    edge,
-    etcd,
-    files,
-    identity,
-    listening,
-    network,
-    outside,
-    probes,
-    references,
-    rollouts,
-    scaling,
-    security,
-    server,
-    services,
-)
+from . import belongs, confined, drains, edge, finds, listens, outside, reaches, scales
 from .model import Document, Manifests
 
 Rule = Callable[[Manifests], Iterator[str]]
 
 RULES: tuple[Rule, ...] = (
-    *identity.RULES,
-    *server.RULES,
-    *containers.RULES,
-    *probes.RULES,
-    *references.RULES,
-    *files.RULES,
-    *listening.RULES,
-    *services.RULES,
-    *network.RULES,
+    *belongs.RULES,
+    *confined.RULES,
+    *finds.RULES,
+    *listens.RULES,
+    *reaches.RULES,
     *outside.RULES,
-    *scaling.RULES,
-    *rollouts.RULES,
+    *drains.RULES,
+    *scales.RULES,
     *edge.RULES,
-    *etcd.RULES,
-    *security.RULES,
 )
 
 
 def check(documents: list[Document]) -> list[str]:
-    """What is wrong with the documents of one mesh, in the order of the rules; empty where nothing is."""
+    """Return what is wrong with the documents of one mesh, in the order of the rules."""
     manifests = Manifests(documents)
     return [message for rule in RULES for message in rule(manifests)]

@@ -1,10 +1,9 @@
-"""What the rules read: workloads, their pods' containers, label selectors and quantities, out of manifests."""
+"""The objects that the rules read: workloads, their containers, and label selectors."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from decimal import Decimal
 from functools import cached_property
 from typing import Any
 
@@ -16,41 +15,35 @@ WORKLOADS = ("Deployment", "StatefulSet")
 
 _TARGET = ("spec", "scaleTargetRef")
 
-_EXPONENTS = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
-_POWERS = {"Ki": 1, "Mi": 2, "Gi": 3, "Ti": 4, "Pi": 5, "Ei": 6}
-_QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:e([+-]?\d+)|([numkMGTPE]?|[KMGTPE]i))")
-
 
 def at(value: Any, *path: str, default: Any = None) -> Any:
-    """What is at a path of fields; ``default`` where it, or a field before it, is absent or null."""
+    """Return the value at a path of fields, or ``default`` where a field is absent or null."""
     for field in path:
         value = value.get(field) if isinstance(value, dict) else None
     return default if value is None else value
 
 
+def list_at(value: Any, *path: str) -> list[Any]:
+    """Return the list at a path of fields; empty where it is absent."""
+    found: list[Any] = at(value, *path, default=[])
+    return found
+
+
+def dict_at(value: Any, *path: str) -> Document:
+    """Return the object at a path of fields; empty where it is absent."""
+    found: Document = at(value, *path, default={})
+    return found
+
+
 def title(document: Document) -> str:
-    """As messages name a document: ``Deployment/gate``."""
+    """Return a document's name in messages: ``Deployment/gate``."""
     return f"{document.get('kind')}/{at(document, 'metadata', 'name')}"
 
 
-def quantity(value: str | int | float) -> Decimal:
-    """A quantity of a resource, such as ``500m`` or ``1Gi``, in its unit. Raises ValueError.
-
-    The grammar is that of ``k8s.io/apimachinery/pkg/api/resource``.
-    """
-    match = _QUANTITY.fullmatch(str(value))
-    if not match:
-        raise ValueError(f"{value!r} is no quantity")
-    number, exponent, suffix = match.groups()
-    if suffix in _POWERS:
-        return Decimal(number) * 1024 ** _POWERS[suffix]
-    return Decimal(number).scaleb(int(exponent) if exponent else _EXPONENTS[suffix or ""])
-
-
 def selects(selector: Document, labels: dict[str, str]) -> bool:
-    """Whether a LabelSelector selects what has these labels; an empty one selects all."""
-    return all(labels.get(key) == value for key, value in at(selector, "matchLabels", default={}).items()) and all(
-        _meets(each, labels) for each in at(selector, "matchExpressions", default=[])
+    """Whether a LabelSelector selects an object with these labels. An empty selector selects everything."""
+    return all(labels.get(key) == value for key, value in dict_at(selector, "matchLabels").items()) and all(
+        _meets(each, labels) for each in list_at(selector, "matchExpressions")
     )
 
 
@@ -67,14 +60,9 @@ def _meets(expression: Document, labels: dict[str, str]) -> bool:
             return key not in labels
 
 
-def number_of(value: int | str, whole: int) -> int:
-    """A number, or a percentage of ``whole`` rounded up, as disruption budgets count."""
-    return -(-whole * int(value.removesuffix("%")) // 100) if isinstance(value, str) else value
-
-
 @dataclass(frozen=True)
 class Container:
-    """A container of a workload's pods, and how messages name it."""
+    """A container of a workload's pods."""
 
     workload: str
     spec: Document
@@ -84,35 +72,43 @@ class Container:
 
     @property
     def ports(self) -> list[Document]:
-        return at(self.spec, "ports", default=[])
+        return list_at(self.spec, "ports")
 
-    def declares(self, port: str | int, protocol: str = "TCP") -> bool:
-        """Whether a port, by its name or its number, is among those it declares."""
-        return self.number(port, protocol) is not None
+    @property
+    def words(self) -> list[str]:
+        """Its command line."""
+        return [str(each) for part in ("command", "args") for each in list_at(self.spec, part)]
+
+    @property
+    def variables(self) -> list[Document]:
+        return list_at(self.spec, "env")
+
+    @property
+    def mounts(self) -> list[Document]:
+        return list_at(self.spec, "volumeMounts")
 
     def number(self, port: str | int, protocol: str = "TCP") -> int | None:
-        """The number of a port that it declares, given its name or its number."""
+        """Return the number of a declared port, given its name or its number."""
         for each in self.ports:
             if port in (each.get("name"), each["containerPort"]) and protocol == each.get("protocol", "TCP"):
                 return int(each["containerPort"])
         return None
 
     def flag(self, name: str, prefix: str = "ATSERVING") -> str | None:
-        """The value of ``--name`` in its arguments, or else of the variable ``<prefix>_<NAME>`` that stands for it."""
-        words = [*at(self.spec, "command", default=[]), *at(self.spec, "args", default=[])]
-        for word, following in zip(words, [*words[1:], ""], strict=False):
+        """Return the value of ``--name``, or else of the variable ``<prefix>_<NAME>`` that stands for it."""
+        for word, following in zip(self.words, [*self.words[1:], ""], strict=False):
             if word == f"--{name}":
-                return str(following)
+                return following
             if word.startswith(f"--{name}="):
-                return str(word.partition("=")[2])
+                return word.partition("=")[2]
         variable = f"{prefix}_{name.upper().replace('-', '_')}"
-        values = [each.get("value") for each in at(self.spec, "env", default=[]) if each["name"] == variable]
+        values = [each.get("value") for each in self.variables if each["name"] == variable]
         return values[-1] if values else None
 
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """A Deployment or StatefulSet and the pods it makes."""
+    """A Deployment or StatefulSet and the pods that it makes."""
 
     document: Document
 
@@ -129,55 +125,44 @@ class Workload:
 
     @property
     def selector(self) -> Document:
-        return at(self.document, "spec", "selector", default={})
+        return dict_at(self.document, "spec", "selector")
 
-    @property
+    @cached_property
     def labels(self) -> dict[str, str]:
         """The labels of its pods."""
-        return at(self.document, "spec", "template", "metadata", "labels", default={})
+        return dict_at(self.document, "spec", "template", "metadata", "labels")
 
-    @property
+    @cached_property
     def annotations(self) -> dict[str, str]:
         """The annotations of its pods."""
-        return at(self.document, "spec", "template", "metadata", "annotations", default={})
+        return dict_at(self.document, "spec", "template", "metadata", "annotations")
 
-    @property
+    @cached_property
     def component(self) -> str | None:
         return self.labels.get(COMPONENT)
 
-    @property
+    @cached_property
     def pod(self) -> Document:
         """The spec of its pods."""
-        return at(self.document, "spec", "template", "spec", default={})
+        return dict_at(self.document, "spec", "template", "spec")
 
     @property
     def volumes(self) -> list[Document]:
-        return at(self.pod, "volumes", default=[])
+        return list_at(self.pod, "volumes")
 
     @property
-    def claims(self) -> list[Document]:
-        """The claims that a StatefulSet makes for each pod."""
-        return at(self.document, "spec", "volumeClaimTemplates", default=[])
+    def claims(self) -> set[str]:
+        """The names of the volumes that a StatefulSet claims for each pod."""
+        claims = list_at(self.document, "spec", "volumeClaimTemplates")
+        return {str(at(each, "metadata", "name")) for each in claims}
 
     @cached_property
     def containers(self) -> list[Container]:
-        """All of a pod's containers, those that run before the others included."""
-        return [Container(str(self), each) for each in (*at(self.pod, "initContainers", default=[]), *self._main)]
-
-    @cached_property
-    def lasting(self) -> list[Container]:
-        """The containers that run as long as the pod does."""
-        before = at(self.pod, "initContainers", default=[])
-        sidecars = [each for each in before if each.get("restartPolicy") == "Always"]
-        return [Container(str(self), each) for each in (*sidecars, *self._main)]
-
-    @property
-    def _main(self) -> list[Document]:
-        return at(self.pod, "containers", default=[])
+        return [Container(str(self), each) for each in list_at(self.pod, "containers")]
 
     def number(self, port: str | int, protocol: str = "TCP") -> int | None:
-        """The number of a port that its pods listen on, given its name or its number."""
-        return next((found for each in self.lasting if (found := each.number(port, protocol)) is not None), None)
+        """Return the number of a port that its pods declare, given its name or its number."""
+        return next((found for each in self.containers if (found := each.number(port, protocol)) is not None), None)
 
 
 class Manifests:
@@ -187,6 +172,11 @@ class Manifests:
         self.documents = documents
         self.workloads = [Workload(each) for each in documents if each.get("kind") in WORKLOADS]
 
+    @property
+    def containers(self) -> Iterator[tuple[Workload, Container]]:
+        """All containers, each with its workload."""
+        return ((workload, container) for workload in self.workloads for container in workload.containers)
+
     def of(self, kind: str) -> list[Document]:
         return [each for each in self.documents if each.get("kind") == kind]
 
@@ -194,17 +184,24 @@ class Manifests:
         return next((each for each in self.of(kind) if at(each, "metadata", "name") == name), None)
 
     def selected(self, selector: Document) -> list[Workload]:
-        """The workloads whose pods a LabelSelector selects."""
+        """Return the workloads whose pods a LabelSelector selects."""
         return [each for each in self.workloads if selects(selector, each.labels)]
 
+    def behind(self, service: Document) -> list[Workload]:
+        """Return the workloads whose pods a Service leads to."""
+        selector = at(service, "spec", "selector")
+        if not selector or at(service, "spec", "type") == "ExternalName":
+            return []
+        return self.selected({"matchLabels": selector})
+
     def scalers(self, workload: Workload) -> list[Document]:
-        """The HorizontalPodAutoscalers of a workload."""
+        """Return the HorizontalPodAutoscalers of a workload."""
         wanted = (workload.kind, workload.name)
         scalers = self.of("HorizontalPodAutoscaler")
         return [each for each in scalers if wanted == (at(each, *_TARGET, "kind"), at(each, *_TARGET, "name"))]
 
     def replicas(self, workload: Workload) -> int:
-        """How many pods a workload has at least."""
+        """Return the least number of pods that a workload runs."""
         for scaler in self.scalers(workload):
             return int(at(scaler, "spec", "minReplicas", default=1))
         return int(at(workload.document, "spec", "replicas", default=1))

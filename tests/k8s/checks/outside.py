@@ -1,4 +1,4 @@
-"""Rules of what NetworkPolicies let pass between the mesh and the outside: callers, names, what evaluators fetch."""
+"""What do NetworkPolicies let through across the mesh's border? Callers, names, metrics, and evaluators' downloads."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from itertools import product
 from evaluator.fetching.addresses import _REFUSED, Address, AddressPolicy, Network
 
 from .arrows import FROM_OR_TO, is_inside, pods_of, ports_of, rules
-from .model import Document, Manifests, Workload, at, title
-from .services import behind
+from .model import Document, Manifests, Workload, at, list_at, title
 
 DNS_PORT = 53
-# The pods that answer for names, as every distribution of Kubernetes labels them.
 DNS_PEER = {
     "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
     "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
 }
-# Where metrics are, which a Prometheus in another namespace reads.
+"""The pods that answer DNS, as every distribution of Kubernetes labels them."""
 METRICS = {"envoy": "ops", "etcd": "metrics", "evaluator": "http"}
-# What resources are fetched on.
+"""The ports that a Prometheus in another namespace reads."""
+# Evaluators download resources on these ports.
 _WEB = (80, 443)
 
-# The networks of special purpose, by IANA's registries of IPv4 and IPv6, with multicast, and those that the evaluator
-# names itself. IPv4-mapped addresses are left out: packets to them are IPv4's.
+# The special-purpose networks of IANA's registries for IPv4 and IPv6, multicast, and the evaluator's own list. Packets
+# to IPv4-mapped addresses are IPv4 packets, so those networks are left out.
 _SPECIAL: tuple[Network, ...] = (
     *(
         IPv4Network(each)
@@ -47,7 +46,7 @@ _SPECIAL: tuple[Network, ...] = (
 
 
 def callers_reach_the_edge(manifests: Manifests) -> Iterator[str]:
-    """Each port that a Service leads callers to."""
+    """Policies open each port that a Service leads callers to."""
     for workload in (each for each in manifests.workloads if each.component == "envoy"):
         opened = {
             workload.number(*port)
@@ -55,114 +54,123 @@ def callers_reach_the_edge(manifests: Manifests) -> Iterator[str]:
             for port in ports_of(rule)
             if direction == "ingress" and workload in pods and not rule.get("from")
         }
-        services = [each for each in manifests.of("Service") if workload in behind(manifests, each)]
+        services = [each for each in manifests.of("Service") if workload in manifests.behind(each)]
         if not services:
             yield f"{workload}: no Service leads callers to it"
         for service in services:
-            for port in at(service, "spec", "ports", default=[]):
+            for port in list_at(service, "spec", "ports"):
                 target = port.get("targetPort", port["port"])
                 if workload.number(target) not in {None, *opened}:
                     yield f"NetworkPolicies: none lets callers of {title(service)} reach {workload} on port {target}"
 
 
-def names_can_be_asked_for(manifests: Manifests) -> Iterator[str]:
+def pods_can_ask_dns(manifests: Manifests) -> Iterator[str]:
     asking = [
         each
         for _, direction, pods, rule in rules(manifests)
         for each in pods
         if direction == "egress"
-        and DNS_PEER in at(rule, "to", default=[])
+        and DNS_PEER in list_at(rule, "to")
         and {(DNS_PORT, "UDP"), (DNS_PORT, "TCP")} <= set(ports_of(rule))
     ]
     for pods in pods_of(manifests):
         if pods not in asking:
-            yield f"NetworkPolicies: none lets {pods} ask kube-dns for names, on port {DNS_PORT} (UDP and TCP)"
+            yield f"NetworkPolicies: none lets {pods} ask kube-dns, on port {DNS_PORT} (UDP and TCP)"
 
 
-def other_namespaces_are_asked_for_names(manifests: Manifests) -> Iterator[str]:
+def other_namespaces_give_dns_only(manifests: Manifests) -> Iterator[str]:
     for policy, direction, _, rule in rules(manifests):
-        for peer in at(rule, "to", default=[]) if direction == "egress" else ():
-            names = peer == DNS_PEER and all(port == DNS_PORT for port, _ in ports_of(rule))
-            if "namespaceSelector" in peer and not names:
-                yield f"{title(policy)}: its egress leads to another namespace, and not to kube-dns for names alone"
+        for peer in list_at(rule, "to") if direction == "egress" else ():
+            dns = peer == DNS_PEER and all(port == DNS_PORT for port, _ in ports_of(rule))
+            if "namespaceSelector" in peer and not dns:
+                yield f"{title(policy)}: its egress leads to another namespace, for more than to ask kube-dns"
 
 
-def only_the_edge_is_open(manifests: Manifests) -> Iterator[str]:
-    """From anywhere, only Envoy's public ports are reached; to anywhere, nothing goes."""
+def only_the_edge_is_public(manifests: Manifests) -> Iterator[str]:
+    """Anybody reaches Envoy's public ports and nothing else; no pod reaches everything."""
     for policy, direction, pods, rule in rules(manifests):
         if at(rule, FROM_OR_TO[direction]):
             continue
         for port, protocol in ports_of(rule):
             if direction == "egress" or not all(_is_edge(each, port, protocol) for each in pods):
-                whence = "from" if direction == "ingress" else "to"
-                yield f"{title(policy)}: its {direction} lets {protocol} port {port} pass {whence} anywhere"
+                which = "from" if direction == "ingress" else "to"
+                yield f"{title(policy)}: its {direction} lets {protocol} port {port} through {which} anywhere"
 
 
 def blocks_are_public(manifests: Manifests) -> Iterator[str]:
-    """Pods, nodes and the metadata of clouds have addresses too, which a block lets pass like any other."""
+    """Pods, nodes and a cloud's metadata service have addresses too, which a block may contain."""
     for policy, direction, _, rule in rules(manifests):
-        for block in (each["ipBlock"] for each in at(rule, FROM_OR_TO[direction], default=[]) if "ipBlock" in each):
+        for block in (each["ipBlock"] for each in list_at(rule, FROM_OR_TO[direction]) if "ipBlock" in each):
             whole, left_out = ip_network(block["cidr"]), _left_out(block)
             for network in refused():
                 if whole.version == network.version and whole.overlaps(network) and not _covered(network, left_out):
-                    yield f"{title(policy)}: its {direction} lets {network} pass, which is not public, in {whole}"
+                    yield f"{title(policy)}: its {direction} lets {network} through, which is not public, in {whole}"
 
 
-def evaluators_reach_what_is_public(manifests: Manifests) -> Iterator[str]:
+def evaluators_reach_public_addresses(manifests: Manifests) -> Iterator[str]:
     evaluators = [each for each in pods_of(manifests) if each.component == "evaluator"]
     for workload, port in product(evaluators, _WEB):
         blocks = [
-            (ip_network(peer["ipBlock"]["cidr"]), _left_out(peer["ipBlock"]))
+            (peer["ipBlock"]["cidr"], *list_at(peer["ipBlock"], "except"))
             for _, direction, pods, rule in rules(manifests)
             if direction == "egress"
             and workload in pods
             and any(_has(each, port) for each in at(rule, "ports", default=[{}]))
-            for peer in at(rule, "to", default=[])
+            for peer in list_at(rule, "to")
             if "ipBlock" in peer
         ]
-        for public in _public():
-            if not any(public in whole and not any(public in each for each in out) for whole, out in blocks):
-                yield f"NetworkPolicies: none lets {workload} reach public addresses such as {public} on port {port}"
-                break
+        public = _not_reached(tuple(blocks))
+        if public:
+            yield f"NetworkPolicies: none lets {workload} reach public addresses such as {public} on port {port}"
 
 
-def only_evaluators_go_out(manifests: Manifests) -> Iterator[str]:
+def only_evaluators_reach_public_addresses(manifests: Manifests) -> Iterator[str]:
     for policy, direction, pods, rule in rules(manifests):
-        if direction == "egress" and any("ipBlock" in each for each in at(rule, "to", default=[])):
+        if direction == "egress" and any("ipBlock" in each for each in list_at(rule, "to")):
             for each in pods:
                 if each.component != "evaluator":
-                    yield f"{title(policy)}: its egress lets {each} reach what is outside of the mesh"
+                    yield f"{title(policy)}: its egress lets {each} leave the mesh"
 
 
-def outsiders_read_metrics_alone(manifests: Manifests) -> Iterator[str]:
-    """Nobody publishes a release from there either: that goes through the node, by ``kubectl port-forward``."""
+def outsiders_read_metrics_only(manifests: Manifests) -> Iterator[str]:
+    """Releases are not published from outside either: ``kubectl port-forward`` goes through the node."""
     for policy, direction, pods, rule in rules(manifests):
-        if direction == "egress" or all(is_inside(each) for each in at(rule, "from", default=[])):
+        if direction == "egress" or all(is_inside(each) for each in list_at(rule, "from")):
             continue
         for (port, protocol), each in product(ports_of(rule), pods):
             metrics = each.number(METRICS.get(each.component or "", ""))
             if each.number(port, protocol) not in (None, metrics) and not _is_edge(each, port, protocol):
-                yield f"{title(policy)}: its ingress lets others than the mesh reach {each} on {protocol} port {port}"
+                yield f"{title(policy)}: its ingress lets outsiders reach {each} on {protocol} port {port}"
 
 
 @cache
 def refused() -> tuple[Network, ...]:
-    """The networks of special purpose that an evaluator refuses to fetch from."""
+    """Return the special-purpose networks that an evaluator refuses to download from."""
     policy = AddressPolicy()
     return tuple(each for each in dict.fromkeys(_SPECIAL) if not policy.allows(str(each[0])))
 
 
 @cache
 def _public() -> tuple[Address, ...]:
-    """Addresses all over both spaces, of those that an evaluator fetches from."""
+    """Addresses from all over both address spaces that an evaluator may download from."""
     spread: list[Address] = [IPv4Address((first << 24) + 1) for first in range(256)]
     spread += [IPv6Address((first << 112) + 1) for first in range(0x2000, 0x4000, 0x100)]
     policy = AddressPolicy()
     return tuple(each for each in spread if policy.allows(str(each)))
 
 
+@cache
+def _not_reached(blocks: tuple[tuple[str, ...], ...]) -> Address | None:
+    """Return a public address that is in none of these blocks, each of which leaves out all networks but its first."""
+    networks = [[ip_network(each) for each in block] for block in blocks]
+    for public in _public():
+        if not any(public in whole and not any(public in each for each in out) for whole, *out in networks):
+            return public
+    return None
+
+
 def _left_out(block: Document) -> list[Network]:
-    networks = [ip_network(each) for each in at(block, "except", default=[])]
+    networks = [ip_network(each) for each in list_at(block, "except")]
     return [
         *collapse_addresses(each for each in networks if isinstance(each, IPv4Network)),
         *collapse_addresses(each for each in networks if isinstance(each, IPv6Network)),
@@ -186,11 +194,11 @@ def _is_edge(pods: Workload, port: int | str, protocol: str) -> bool:
 
 RULES = (
     callers_reach_the_edge,
-    names_can_be_asked_for,
-    other_namespaces_are_asked_for_names,
-    only_the_edge_is_open,
+    pods_can_ask_dns,
+    other_namespaces_give_dns_only,
+    only_the_edge_is_public,
     blocks_are_public,
-    evaluators_reach_what_is_public,
-    only_evaluators_go_out,
-    outsiders_read_metrics_alone,
+    evaluators_reach_public_addresses,
+    only_evaluators_reach_public_addresses,
+    outsiders_read_metrics_only,
 )
