@@ -1,6 +1,6 @@
-"""A release's net.py: one net finds digits on an image, and another names each from an enlarged part of the image.
+"""A net.py with two nets: the first finds digits on an image, the second names each from an enlarged part of it.
 
-The tar has the example digits-detect as the release's net, and the net and the mean of digits-segment beside it, as
+The release's net is the example digits-detect. Its tar also has the net and the mean of digits-segment, as
 ``second.prototxt``, ``second.caffemodel`` and ``second.binaryproto``.
 """
 
@@ -16,9 +16,9 @@ from evaluator import scripting
 
 Array = NDArray[Any]
 
-SURE = 0.5
+MIN_SCORE = 0.5
 MARGIN = 2.5
-"""The side of the part that the second net sees, by that of the box."""
+"""The side of the second net's part of the image, relative to the side of the box."""
 
 
 def net_init(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -52,12 +52,12 @@ def find(model: dict[str, Any], image: Array) -> Array:
     (rows,) = model["first"].forward(data=model["first_input"](image)[np.newaxis]).values()
     rows = rows.reshape(-1, 7)
     height, width = image.shape[:2]
-    sure: Array = rows[rows[:, 2] >= SURE, 3:] * [width, height, width, height]
+    sure: Array = rows[rows[:, 2] >= MIN_SCORE, 3:] * [width, height, width, height]
     return sure
 
 
 def enlarged(image: Array, box: Array) -> Array:
-    """Return a square around a box as 128x128 pixels; pixels at the edge are repeated beyond it."""
+    """Return a square around a box as 128x128 pixels; outside the image, repeat its edge."""
     side = MARGIN * max(box[2] - box[0], box[3] - box[1])
     left, top = (box[0] + box[2] - side) / 2, (box[1] + box[3] - side) / 2
     scale = 128 / side
@@ -66,7 +66,7 @@ def enlarged(image: Array, box: Array) -> Array:
 
 
 def name(model: dict[str, Any], parts: list[Array]) -> list[int]:
-    """Return the label that the second net gives to most of the middle of each part, all run in one batch."""
+    """Run the parts as one batch, and return the likeliest label of each part's middle."""
     if not parts:
         return []
     (maps,) = model["second"].forward(data=np.stack([model["second_input"](part) for part in parts])).values()

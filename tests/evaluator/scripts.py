@@ -70,8 +70,8 @@ def answer(model, args, req):
     if do == "numbers":
         return {"code": 0, "result": {"x": np.float32(1.5), "y": np.arange(3)}}
     if do == "print":
-        print("said by", "the script", file=sys.stdout)
-        os.write(1, b"said below python\\n")
+        print("printed by", "the script", file=sys.stdout)
+        os.write(1, b"written below python\\n")
     if do == "file":
         Path("result.bin").write_bytes(bytes(range(256)))
         return {"code": 0, "message": "m", "result_file": params.get("as", "result.bin")}

@@ -1,4 +1,4 @@
-"""Small nets whose boxes one can reckon: they end in grids of anchors that are sure where a colour is."""
+"""Small nets that end in grids of anchors. Cells of one colour get a high score, so tests can calculate the boxes."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ WIDTH, HEIGHT = 64, 32
 
 
 def grid(stride: int, channels: int, name: str) -> str:
-    """A grid over the input whose numbers are made, by a 1x1 convolution, of the mean colour of each cell."""
+    """Return the layers of a grid, whose values are a 1x1 convolution of each cell's mean colour."""
     pooled = f"{name}_mean"
     return layer(
         "Pooling", "data", pooled, f"pooling_param {{ pool: AVE kernel_size: {stride} stride: {stride} }}", pooled
     ) + layer("Convolution", pooled, name, f"convolution_param {{ num_output: {channels} kernel_size: 1 }}", name)
 
 
-def sure_where(colour: int, channel: int, channels: int, bias: list[float]) -> list[Array]:
-    """Weights of such a grid: ``channel`` grows with a colour (0 is blue), which is 0 to 255; all have a bias."""
+def sensitive_to(colour: int, channel: int, channels: int, bias: list[float]) -> list[Array]:
+    """Return the weights of a grid in which ``channel`` grows by 0.1 per unit of a colour, where 0 is blue."""
     weights = np.zeros((channels, 3, 1, 1))
     weights[channel, colour] = 0.1
     return [weights, np.array(bias)]
 
 
 def picture(*cells: tuple[int, int, int], stride: int = 16) -> Array:
-    """Black, of the size of the nets' input, but for cells of a grid, each (row, column, colour)."""
+    """Return an image of the nets' input size, black but for these cells of a grid: (row, column, colour)."""
     image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     for row, column, colour in cells:
         image[row * stride : (row + 1) * stride, column * stride : (column + 1) * stride, colour] = 255
     return image
 
 
-# Two anchors, each of x, y, width, height, objectness and two classes. The second anchor is sure where it is blue, of
-# its second class; it is moved a quarter of a cell to the right, and made half as wide and twice as high.
-_UNSURE = [0.0, 0, 0, 0, -20, 0, 0]
-YOLO_BIAS = [*_UNSURE, np.log(3), 0, np.log(0.5), np.log(2), -10, -20, 20]
+# Two anchors, each with x, y, width, height, objectness and two classes. A blue cell gives the second anchor a high
+# score of the second class. The net moves this anchor right by a quarter of a cell, halves its width and doubles its
+# height.
+_LOW_SCORED = [0.0, 0, 0, 0, -20, 0, 0]
+YOLO_BIAS = [*_LOW_SCORED, np.log(3), 0, np.log(0.5), np.log(2), -10, -20, 20]
 YOLO = input_layer(1, 3, HEIGHT, WIDTH) + grid(16, 14, "coarse") + grid(8, 14, "fine")
 YOLO_WEIGHTS = {
-    "coarse": sure_where(0, 7 + 4, 14, YOLO_BIAS),
-    # The first anchor of the fine grid is sure of its first class where it is red.
-    "fine": sure_where(2, 4, 14, [0, 0, 0, 0, -10, 20, -20, *_UNSURE]),
+    "coarse": sensitive_to(0, 7 + 4, 14, YOLO_BIAS),
+    # A red cell of the fine grid gives the first anchor a high score of the first class.
+    "fine": sensitive_to(2, 4, 14, [0, 0, 0, 0, -10, 20, -20, *_LOW_SCORED]),
 }
 YOLO_HEAD: dict[str, Any] = {
     "kind": "yolo",
@@ -53,7 +54,7 @@ YOLO_HEAD: dict[str, Any] = {
     ],
 }
 
-# The second anchor is sure where it is blue, the first where it is red. The scores of a class come together.
+# A blue cell gives the second anchor a high score, a red cell the first. The channels are ordered by class.
 RETINAFACE = (
     input_layer(1, 3, HEIGHT, WIDTH)
     + grid(16, 4, "score")

@@ -1,4 +1,4 @@
-"""Releases that an evaluator process serves, asked over real gRPC."""
+"""Serves releases with evaluator processes, and sends requests to them over real gRPC."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.processes import Process, Registry, evaluator
 Box = Sequence[float]
 
 
-class Served:
-    """A release that an evaluator serves."""
+class RunningRelease:
+    """A release on a running evaluator."""
 
     def __init__(self, connection: EvaluatorConnection) -> None:
         self._connection = connection
@@ -52,14 +52,14 @@ def serving(registry: Registry, app: str, tar: Path, **custom_values: Any) -> It
 
 
 @asynccontextmanager
-async def asked(process: Process) -> AsyncIterator[Served]:
-    """The release of a running evaluator."""
+async def connected_release(process: Process) -> AsyncIterator[RunningRelease]:
+    """Connect to the release of a running evaluator."""
     async with connected(process) as connection:
-        yield Served(connection)
+        yield RunningRelease(connection)
 
 
 def write_tar(path: Path, members: Mapping[str, Path]) -> Path:
-    """Write a release's tar of files, by their names in it."""
+    """Write a release's tar of these files, by name."""
     with tarfile.open(path, "w") as tar:
         for name, member in members.items():
             tar.add(member, name)
@@ -67,7 +67,7 @@ def write_tar(path: Path, members: Mapping[str, Path]) -> Path:
 
 
 def overlap(one: Box, other: Box) -> float:
-    """The share of the intersection in the union."""
+    """Return the intersection over the union of two boxes."""
     width, height = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
     both = max(width, 0) * max(height, 0)
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
@@ -75,7 +75,7 @@ def overlap(one: Box, other: Box) -> float:
 
 
 def boxes(result: dict[str, Any], size: tuple[int, int]) -> list[Box]:
-    """Return the detected boxes, and check the result's form. ``size`` is the image's width and height."""
+    """Return the boxes of a result, and assert its form. ``size`` is the image's width and height."""
     scores = [each["score"] for each in result["detections"]]
     assert scores == sorted(scores, reverse=True)
     found: list[Box] = []
@@ -89,23 +89,23 @@ def boxes(result: dict[str, Any], size: tuple[int, int]) -> list[Box]:
     return found
 
 
-async def check_refusals(served: Served, image: bytes, bad_params: dict[str, Sequence[str]]) -> None:
-    """Check that a body that is no image, and bad params, are a 400, and that the next request is answered."""
+async def check_refusals(release: RunningRelease, image: bytes, bad_params: dict[str, Sequence[str]]) -> None:
+    """Assert that bad images and bad params give code 400, and that the next request gets its result."""
     bomb = io.BytesIO(png(np.zeros((1, 1, 3))))
     bomb.seek(16)
     bomb.write(b"\x00\x01\x86\xa0" * 2)
     for body in (b"\x00", b"no image", image[: len(image) // 2], image[:2] + image, b"<svg/>", bomb.getvalue()):
-        response = await served.ask(body)
+        response = await release.ask(body)
         assert (response.error.code, response.error.refused) == (400, False), body[:20]
         assert "image" in response.error.message
     for name, values in bad_params.items():
         for value in values:
-            response = await served.ask(image, f'{{"{name}": {value}}}')
+            response = await release.ask(image, f'{{"{name}": {value}}}')
             assert response.error.code == 400, value
             assert f"params.{name} should be" in response.error.message or "not JSON" in response.error.message
     for params in ("[]", "5", '"x"', "{", "[" * 100_000):
-        assert (await served.ask(image, params)).error.code == 400
-    assert (await served.ask(image)).WhichOneof("outcome") != "error"
+        assert (await release.ask(image, params)).error.code == 400
+    assert (await release.ask(image)).WhichOneof("outcome") != "error"
 
 
 BAD_LIMITS = ("0", "-1", "1.0", "true", "null", '"1"', "[1]", "NaN", "1e400", "-1e30")

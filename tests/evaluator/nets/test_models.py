@@ -1,6 +1,6 @@
-"""Published networks, each served as a release with its authors' preprocessing, and asked over real gRPC.
+"""Published networks give correct results over real gRPC, with the preprocessing of their authors.
 
-The repository does not contain them; `test_served.py` promises the same of nets of our own.
+The repository does not contain them; `test_served.py` promises the same with nets of our own.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .served import (
     BAD_LIMITS,
     BAD_THRESHOLDS,
     Box,
-    Served,
-    asked,
+    RunningRelease,
     boxes,
     check_refusals,
+    connected_release,
     odd_images,
     overlap,
     serving,
@@ -37,13 +37,13 @@ from .served import (
 
 pytestmark = pytest.mark.skipif(not MODELS.is_dir(), reason="the real models are not here")
 
-# Checked by eye: left, top, right and bottom of every face, from the hairline to the chin.
+# Left, top, right and bottom of every face, from the hairline to the chin, measured by eye.
 FACES: dict[str, list[Box]] = {
     "mtcnn_test1.jpg": [(84, 25, 154, 107), (300, 85, 366, 175)],
     "voc000001.jpg": [(150, 54, 275, 220)],
     "cat.jpg": [],
 }
-# The same of the eight children whom the stored input of some networks shows, as if that were 640x480.
+# The faces of the eight children on the stored input of some networks, in a picture of 640x480.
 CHILDREN: list[Box] = [
     (100, 88, 172, 178),
     (205, 66, 258, 138),
@@ -106,14 +106,14 @@ DETECTORS: dict[str, dict[str, Any]] = {
 
 
 @asynccontextmanager
-async def served(
+async def serve_model(
     registry: Registry, folder: Path, model: str, members: dict[str, Path] | None = None, **custom_values: Any
-) -> AsyncIterator[Served]:
-    """One of the models as a release, with other members of its tar beside the net's two; ``folder`` names the app."""
+) -> AsyncIterator[RunningRelease]:
+    """Serve one of the models, with these members added to its tar; the app has the folder's name."""
     files = {name: MODELS / model / name for name in ("deploy.prototxt", "weight.caffemodel")} | (members or {})
     tar = write_tar(folder / f"{model}.tar", files)
     with serving(registry, folder.name, tar, **custom_values) as process:
-        async with asked(process) as release:
+        async with connected_release(process) as release:
             yield release
 
 
@@ -128,7 +128,7 @@ def stored(model: str, blob: str) -> Array:
 
 
 def children(model: str) -> Array:
-    """The picture of the stored input, of the net's own size, (height, width, 3)."""
+    """Return the picture of a network's stored input, in the size of its input: (height, width, 3)."""
     values = DETECTORS[model]
     means = np.reshape(values.get("mean_values", [0]), (-1, 1, 1))
     planes: Array = np.rint(stored(model, "in")[0] / values.get("input_scale", 1) + means)
@@ -136,18 +136,18 @@ def children(model: str) -> Array:
 
 
 def check_faces(found: list[Box], faces: list[Box]) -> None:
-    """Each face is found once, and nothing else."""
+    """Assert that each face is found once, and nothing else."""
     assert len(found) == len(faces), found
     for face in faces:
         assert max(overlap(face, box) for box in found) > 0.5, (face, found)
 
 
-async def test_lenet_names_the_digits(registry: Registry, tmp_path: Path) -> None:
+async def test_lenet_classifies_the_digits(registry: Registry, tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
     labels.write_text("".join(f"{digit},digit {digit}\n" for digit in range(10)))
-    async with served(registry, tmp_path, "lenet_mnist", {"labels.csv": labels}, input_scale=1 / 256) as lenet:
+    async with serve_model(registry, tmp_path, "lenet_mnist", {"labels.csv": labels}, input_scale=1 / 256) as lenet:
         for digit in range(10):
-            # As MNIST has them, with a margin.
+            # The digits of MNIST have a margin.
             image = cv2.imread(str(DIGITS / "images" / f"{digit}.png"))
             assert image is not None
             body = png(cv2.copyMakeBorder(image, 13, 13, 13, 13, cv2.BORDER_CONSTANT))
@@ -161,12 +161,12 @@ async def test_lenet_names_the_digits(registry: Registry, tmp_path: Path) -> Non
         await check_refusals(lenet, photograph("cat.jpg"), {"limit": BAD_LIMITS})
 
 
-async def test_cifar10_takes_the_cat_for_one(registry: Registry, tmp_path: Path) -> None:
+async def test_cifar10_classifies_the_cat(registry: Registry, tmp_path: Path) -> None:
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     labels = tmp_path / "labels.csv"
     labels.write_text("".join(f"{index},{name}\n" for index, name in enumerate(names)))
     members = {"labels.csv": labels, "mean.binaryproto": MODELS / "cifar10_quick" / "mean.binaryproto"}
-    async with served(registry, tmp_path, "cifar10_quick", members) as cifar10:
+    async with serve_model(registry, tmp_path, "cifar10_quick", members) as cifar10:
         whole = (await cifar10.result(photograph("cat.jpg"), limit=2))["confidences"]
         assert "cat" in [each["class"] for each in whole]
         image = cv2.imdecode(np.frombuffer(photograph("cat.jpg"), np.uint8), cv2.IMREAD_COLOR)
@@ -177,9 +177,9 @@ async def test_cifar10_takes_the_cat_for_one(registry: Registry, tmp_path: Path)
 
 
 @pytest.mark.parametrize("model", ["mtcnn_det1", "mtcnn_det2"])
-async def test_features_are_those_of_caffe(registry: Registry, tmp_path: Path, model: str) -> None:
+async def test_features_equal_those_of_caffe(registry: Registry, tmp_path: Path, model: str) -> None:
     values: dict[str, Any] = {"net": "feature", "output": "prob1", "mean_values": [127.5], "input_scale": 1 / 128}
-    async with served(registry, tmp_path, model, **values) as net:
+    async with serve_model(registry, tmp_path, model, **values) as net:
         layer = "conv4-2" if model == "mtcnn_det1" else "conv5-2"
         for params, blob in (({}, "prob1"), ({"layer": "prob1"}, "prob1"), ({"layer": layer}, layer)):
             numbers = await net.stream(photograph("mtcnn_test1.jpg"), **params)
@@ -190,13 +190,15 @@ async def test_features_are_those_of_caffe(registry: Registry, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("model", DETECTORS)
-async def test_faces_are_found_where_they_are(registry: Registry, tmp_path: Path, model: str) -> None:
-    async with served(registry, tmp_path, model, net="detect", **DETECTORS[model]) as detector:
+async def test_detector_finds_every_face_and_nothing_else(registry: Registry, tmp_path: Path, model: str) -> None:
+    async with serve_model(registry, tmp_path, model, net="detect", **DETECTORS[model]) as detector:
         for name, faces in FACES.items():
             body = photograph(name)
-            height, width = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR).shape[:2]  # type: ignore[union-attr]
+            picture = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)
+            assert picture is not None
+            height, width = picture.shape[:2]
             check_faces(boxes(await detector.result(body, threshold=0.8), (width, height)), faces)
-        if model != "retinaface_mnet25":  # made for an input twice as high as these children's picture
+        if model != "retinaface_mnet25":  # its input is twice as high as the children's picture
             image = children(model)
             height, width = image.shape[:2]
             found = boxes(await detector.result(png(image), threshold=0.8), (width, height))
@@ -207,10 +209,10 @@ async def test_faces_are_found_where_they_are(registry: Registry, tmp_path: Path
         await check_refusals(detector, photograph("cat.jpg"), {"threshold": BAD_THRESHOLDS})
 
 
-async def test_detections_are_those_of_opencv(registry: Registry, tmp_path: Path) -> None:
+async def test_detections_equal_those_of_opencv(registry: Registry, tmp_path: Path) -> None:
     values = DETECTORS["yuface_ssd_v1"]
     image = children("yuface_ssd_v1")
-    async with served(registry, tmp_path, "yuface_ssd_v1", net="detect", **values) as detector:
+    async with serve_model(registry, tmp_path, "yuface_ssd_v1", net="detect", **values) as detector:
         found = (await detector.result(png(image), threshold=0.3))["detections"]
     rows = stored("yuface_ssd_v1", "out|detection_out").reshape(-1, 7)
     rows = rows[rows[:, 2] >= 0.3]
@@ -220,13 +222,13 @@ async def test_detections_are_those_of_opencv(registry: Registry, tmp_path: Path
     np.testing.assert_allclose([each["pts"][0] + each["pts"][2] for each in found], corners, atol=1)
 
 
-async def test_two_nets_find_faces_together_in_a_script(registry: Registry, tmp_path: Path) -> None:
+async def test_script_with_two_nets_finds_faces(registry: Registry, tmp_path: Path) -> None:
     members = {
         "net.py": Path(mtcnn.__file__),
         "det2.prototxt": MODELS / "mtcnn_det2" / "deploy.prototxt",
         "det2.caffemodel": MODELS / "mtcnn_det2" / "weight.caffemodel",
     }
-    async with served(registry, tmp_path, "mtcnn_det1", members) as script:
+    async with serve_model(registry, tmp_path, "mtcnn_det1", members) as script:
         for name, faces in FACES.items():
             found = [each["box"] for each in (await script.result(photograph(name)))["faces"]]
             check_faces([(left, top, left + width, top + height) for left, top, width, height in found], faces)

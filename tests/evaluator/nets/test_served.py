@@ -1,4 +1,4 @@
-"""Nets of our own, each served as a release and asked over real gRPC."""
+"""Nets of our own give correct results over real gRPC."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from .served import (
     BAD_LIMITS,
     BAD_THRESHOLDS,
     Box,
-    asked,
     boxes,
     check_refusals,
+    connected_release,
     odd_images,
     overlap,
     serving,
@@ -50,7 +50,7 @@ def unpacked(tar: Path, folder: Path) -> dict[str, Path]:
 
 
 def scene(name: str) -> tuple[bytes, tuple[int, int]]:
-    """An image with digits, and its width and height."""
+    """Return an image with digits, and its width and height."""
     path = FOLDER / "detect" / "images" / name
     image = cv2.imread(str(path))
     assert image is not None
@@ -71,9 +71,9 @@ def detector(registry: Registry) -> Iterator[Process]:
         yield process
 
 
-async def test_a_classifier_names_the_digits(registry: Registry) -> None:
+async def test_classifier_names_the_digits(registry: Registry) -> None:
     with serving(registry, "served-digits", DIGITS_TAR, net="classify") as process:
-        async with asked(process) as digits:
+        async with connected_release(process) as digits:
             for digit, name in enumerate(NAMES):
                 (best,) = (await digits.result((DIGITS / "images" / f"{digit}.png").read_bytes()))["confidences"]
                 assert (best["index"], best["class"]) == (digit, name)
@@ -85,14 +85,14 @@ async def test_a_classifier_names_the_digits(registry: Registry) -> None:
             await check_refusals(digits, JPEG, {"limit": BAD_LIMITS})
 
 
-async def test_features_are_those_of_opencv(registry: Registry, tmp_path: Path) -> None:
+async def test_features_equal_those_of_opencv(registry: Registry, tmp_path: Path) -> None:
     release = unpacked(DIGITS_TAR, tmp_path)
     image = cv2.imread(str(DIGITS / "images" / "7.png"))
     assert image is not None
     image = cv2.resize(image, (28, 28))
     expected = dict(zip(("prob", "ip1"), opencv_outputs(release, image, "prob", "relu3"), strict=True))
     with serving(registry, "served-feature", DIGITS_TAR, net="feature", layers=["ip1"]) as process:
-        async with asked(process) as net:
+        async with connected_release(process) as net:
             for params, layer in (({}, "prob"), ({"layer": "prob"}, "prob"), ({"layer": "ip1"}, "ip1")):
                 assert error(await net.stream(png(image), **params), expected[layer].ravel()) < 1e-4
             for odd in odd_images():
@@ -100,8 +100,8 @@ async def test_features_are_those_of_opencv(registry: Registry, tmp_path: Path) 
             await check_refusals(net, JPEG, {"layer": BAD_LAYERS})
 
 
-async def test_a_detector_finds_every_digit_and_nothing_else(detector: Process) -> None:
-    async with asked(detector) as net:
+async def test_detector_finds_every_digit_and_nothing_else(detector: Process) -> None:
+    async with connected_release(detector) as net:
         for name, truth in TRUTH.items():
             body, size = scene(name)
             result = await net.result(body)
@@ -113,7 +113,7 @@ async def test_a_detector_finds_every_digit_and_nothing_else(detector: Process) 
 
 
 def check_found(found: list[Box], classes: list[str], truth: list[dict[str, Any]]) -> None:
-    """Check that each digit is found once, by its name, and nothing else."""
+    """Assert that each digit is found once with the right class, and nothing else."""
     assert len(found) == len(truth), found
     for digit in truth:
         overlaps = [overlap(digit["box"], box) for box in found]
@@ -121,7 +121,7 @@ def check_found(found: list[Box], classes: list[str], truth: list[dict[str, Any]
         assert classes[int(np.argmax(overlaps))] == digit["class"]
 
 
-async def test_detections_are_those_of_opencv(detector: Process, tmp_path: Path) -> None:
+async def test_detections_equal_those_of_opencv(detector: Process, tmp_path: Path) -> None:
     body, _ = scene("1.png")
     image = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR)
     assert image is not None
@@ -130,7 +130,7 @@ async def test_detections_are_those_of_opencv(detector: Process, tmp_path: Path)
     rows = rows.reshape(-1, 7)
     rows = rows[rows[:, 2] >= 0.3]
     rows = rows[np.argsort(-rows[:, 2], kind="stable")]
-    async with asked(detector) as net:
+    async with connected_release(detector) as net:
         found = (await net.result(png(image), threshold=0.3))["detections"]
     assert len(rows) >= 3
     np.testing.assert_allclose([each["score"] for each in found], rows[:, 2], atol=1e-4)
@@ -138,16 +138,16 @@ async def test_detections_are_those_of_opencv(detector: Process, tmp_path: Path)
     np.testing.assert_allclose([each["pts"][0] + each["pts"][2] for each in found], corners, atol=1)
 
 
-async def test_a_head_of_the_release_reads_the_grids_of_its_net(registry: Registry, tmp_path: Path) -> None:
+async def test_head_of_the_release_reads_the_grids_of_its_net(registry: Registry, tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "grids.tar", files(tmp_path, YOLO, YOLO_WEIGHTS, "0,red\n1,blue\n"))
     with serving(registry, "served-head", tar, net="detect", head=YOLO_HEAD) as process:
-        async with asked(process) as net:
+        async with connected_release(process) as net:
             result = await net.result(png(picture((1, 2, 0))))
             assert boxes(result, (64, 32)) == [(40, 16, 48, 31)]
             assert [each["class"] for each in result["detections"]] == ["blue"]
 
 
-async def test_two_nets_find_and_name_digits_together_in_a_script(registry: Registry, tmp_path: Path) -> None:
+async def test_script_with_two_nets_finds_and_names_digits(registry: Registry, tmp_path: Path) -> None:
     second = unpacked(SEGMENT_TAR, tmp_path / "second")
     members = unpacked(DETECT_TAR, tmp_path / "first") | {
         "net.py": Path(cascade.__file__),
@@ -156,7 +156,7 @@ async def test_two_nets_find_and_name_digits_together_in_a_script(registry: Regi
         "second.binaryproto": second["mean.binaryproto"],
     }
     with serving(registry, "served-cascade", write_tar(tmp_path / "cascade.tar", members)) as process:
-        async with asked(process) as script:
+        async with connected_release(process) as script:
             for name, truth in TRUTH.items():
                 digits = (await script.result(scene(name)[0]))["digits"]
                 check_found([each["box"] for each in digits], [each["class"] for each in digits], truth)
