@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 
 from atserving.errors import InvalidArgument, StartError
-from evaluator.images import decoding
+from evaluator.images import Pixels, read
 from evaluator.limits import Limits
 from evaluator.net_contract import Config, Model, Req
 from evaluator.nets import labels
@@ -79,7 +79,7 @@ def output(net: Net, cfg: Config, holds: str) -> str:
     return name
 
 
-def image(model: Model, req: Req, net: str) -> tuple[decoding.Pixels, tuple[int, int]]:
+def image(model: Model, req: Req, net: str) -> tuple[Pixels, tuple[int, int]]:
     """What the net sees of the request's image, (height, width, channels) uint8, and the size of the whole image.
 
     That is (width, height) once it is upright. ``net``: whose image it is. Raises InvalidArgument.
@@ -87,7 +87,7 @@ def image(model: Model, req: Req, net: str) -> tuple[decoding.Pixels, tuple[int,
     data = req["data"]
     if isinstance(data, list):
         raise InvalidArgument(f"{net} takes one image, not a list of them")
-    picture = decoding.read(data["body"], model["limits"], model["least"])
+    picture = read(data["body"], model["limits"], model["least"])
     return model["transformer"].pixels(picture.pixels), picture.size
 
 

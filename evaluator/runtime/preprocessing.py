@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from atserving.errors import StartError
 from evaluator.caffe import ConversionError
 from evaluator.caffe.caffemodel import read_blob
-from evaluator.images.decoding import Pixels
+from evaluator.images import Pixels
 from evaluator.options import Options
 
 Planes = NDArray[np.float32]

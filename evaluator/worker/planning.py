@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from atserving.errors import ServingError, StartError
-from evaluator.images.decoding import sample
+from evaluator.images import sample
 from evaluator.net_contract import Config, NetFunctions, Req
 from evaluator.options import Options
 from evaluator.runtime import cpus

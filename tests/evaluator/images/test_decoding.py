@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from atserving.errors import InvalidArgument, StartError
-from evaluator.images.decoding import Pixels, decode, read
+from evaluator.images import Pixels, decode, read
 from evaluator.limits import Limits
 
 LIMITS = Limits()
