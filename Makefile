@@ -62,16 +62,16 @@ k8s-test: $(VENV)/installed  ## Run the playbook on the cluster that KUBECONFIG 
 	IMAGE_PREFIX=$(IMAGE_PREFIX) IMAGE_TAG=$(IMAGE_TAG) $(BIN)/python -m pytest -v tests/k8s/test_cluster.py
 
 .PHONY: bench
-bench: $(VENV)/installed  ## Measure the whole mesh: latency and requests a second
-	$(BIN)/python -m bench.mesh
+bench: $(VENV)/installed  ## Measure the whole mesh: latency and requests per second (JSON=file)
+	$(BIN)/python -m bench.mesh $(if $(JSON),--json $(JSON))
 
 .PHONY: bench-evaluator
-bench-evaluator: $(VENV)/installed  ## Measure one evaluator beside a bare loop; JSON=file writes the figures too
+bench-evaluator: $(VENV)/installed  ## Measure one evaluator beside a bare loop (JSON=file)
 	$(BIN)/python -m bench.evaluator $(if $(JSON),--json $(JSON))
 
 .PHONY: bench-converter
-bench-converter: $(VENV)/installed  ## Measure the converter: time, memory, and its nets beside PyTorch's
-	$(BIN)/python -m bench.converter
+bench-converter: $(VENV)/installed  ## Measure the converter: time, memory, and its nets beside PyTorch's (JSON=file)
+	$(BIN)/python -m bench.converter $(if $(JSON),--json $(JSON))
 
 .PHONY: fuzz
 fuzz: FUZZ_EXAMPLES ?= 4000

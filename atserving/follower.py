@@ -81,7 +81,9 @@ class ConfigFollower:
     async def _follow(self, channel: grpc.aio.Channel, alone: bool) -> str:
         """Follow one registry; return the reason to move to the next."""
         call = registry_pb2_grpc.RegistryServiceStub(channel).Watch(registry_pb2.WatchRequest(app=self._app))
-        response = await asyncio.wait_for(call.read(), _FIRST_RESPONSE_S)
+        # Not wait_for: before Python 3.12 it loses a cancellation that comes in the moment in which the read ends.
+        async with asyncio.timeout(_FIRST_RESPONSE_S):
+            response = await call.read()
         while isinstance(response, registry_pb2.WatchResponse):
             if response.stale and self.synced.is_set() and not alone:
                 # The entries may be newer than the snapshot of a registry without etcd.

@@ -1,10 +1,11 @@
-"""The converter: how long a conversion takes and how much memory, and how fast its nets are beside PyTorch's.
+"""Measure the converter: the time and memory of a conversion, and the speed of its nets beside PyTorch's.
 
     python -m bench.converter [--runs 30] [--json FILE]
 
-A conversion runs in a process of its own; time and memory are the conversion's, without the interpreter's start and
-its imports. PyTorch exports the same nets with the same weights, if it is installed, with onnxscript; both models run
-in onnxruntime with the same options, by turns. Compare ratios of one run, never times of different machines.
+The nets are those of the examples, and MobileNet v1 and ResNet-50 with random weights. A conversion runs in a process
+of its own; time and memory are the conversion's, without the interpreter's start and its imports. If PyTorch and
+onnxscript are installed, PyTorch exports the same nets with the same weights; both models run in onnxruntime with the
+same options, by turns. Compare ratios of one run, never times of different machines.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,11 +27,17 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from atserving.local.examples import FOLDER, ROOT
+from bench.measurement import markdown_table
+from bench.nets import CaffeNet, mobilenet_v1, resnet_50
 from evaluator.caffe import convert
-from tests.caffe.nets import MODELS, draw_weights, error, write_net
 
-# With the layer before the softmax.
-NETS = {"mobilenet_v1": "fc7", "resnet-50": "fc1000"}
+EXAMPLES = (
+    "digits/digits-v1.tar",
+    "digits/digits-v2.tar",
+    "detect/digits-detect-v1.tar",
+    "segment/digits-segment-v1.tar",
+)
 BATCHES = (1, 8)
 _FRESH = """
 import sys, time
@@ -44,7 +52,7 @@ print(time.perf_counter() - start, peak(), before)
 
 @dataclass(frozen=True)
 class Conversion:
-    """Medians over fresh processes. Memory is the most that was resident, with the interpreter and without."""
+    """Medians over fresh processes. Memory is the peak resident size, with the interpreter and without."""
 
     net: str
     weight_bytes: int
@@ -52,10 +60,16 @@ class Conversion:
     peak_bytes: int
     own_peak_bytes: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.net}: {self.weight_bytes / 1e6:.1f} MB of weights in {self.seconds:.2f} s; memory "
+            f"{self.peak_bytes / 1e6:.0f} MB, {self.own_peak_bytes / 1e6:.0f} MB of it for the conversion"
+        )
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """One net as converted and as PyTorch exports it; `ratio` is our time by theirs, the median of pairs."""
+    """One net, converted and exported by PyTorch; ``ratio`` is our time by theirs, the median of pairs."""
 
     net: str
     batch: int
@@ -66,120 +80,140 @@ class Comparison:
     ratio: float
     difference: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.net}, batch {self.batch}: {self.our_nodes} nodes, PyTorch's {self.their_nodes}; "
+            f"{self.our_ms:.1f} ms, PyTorch's {self.their_ms:.1f} ms; ratio {self.ratio:.3f}; "
+            f"outputs differ by {self.difference:.1e}"
+        )
+
 
 def conversion(name: str, paths: Sequence[Path], runs: int) -> Conversion:
-    said = [
+    """Convert a net in ``runs`` processes, one after the other."""
+    printed = [
         subprocess.run(
-            [sys.executable, "-c", _FRESH, *paths], check=True, capture_output=True, text=True
+            [sys.executable, "-c", _FRESH, *paths], check=True, capture_output=True, text=True, cwd=ROOT
         ).stdout.split()
         for _ in range(runs)
     ]
     seconds, peak, own = (
         statistics.median(numbers)
-        for numbers in zip(*((float(s), int(p), int(p) - int(b)) for s, p, b in said), strict=True)
+        for numbers in zip(*((float(s), int(p), int(p) - int(b)) for s, p, b in printed), strict=True)
     )
     return Conversion(name, paths[1].stat().st_size, seconds, int(peak), int(own))
 
 
-def session(model: bytes) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def timed(engine: onnxruntime.InferenceSession, image: np.ndarray) -> tuple[float, np.ndarray]:
-    name = engine.get_inputs()[0].name
-    start = time.perf_counter()
-    (output,) = engine.run(None, {name: image})
-    return (time.perf_counter() - start) * 1000, output
-
-
-def comparisons(name: str, ours: onnx.ModelProto, theirs: onnx.ModelProto, runs: int) -> list[Comparison]:
-    engines = [session(model.SerializeToString()) for model in (ours, theirs)]
+def comparisons(net: str, ours: onnx.ModelProto, theirs: onnx.ModelProto, runs: int) -> list[Comparison]:
+    """Run both models by turns, at each batch size."""
+    sessions = [_session(model) for model in (ours, theirs)]
     found = []
     for batch in BATCHES:
-        image = np.random.default_rng(1).normal(0, 1, (batch, 3, 224, 224)).astype(np.float32)
-        outputs = [timed(engine, image)[1] for engine in engines]
+        # On the scale of pixels less their mean.
+        image = np.random.default_rng(1).normal(0, 60, (batch, 3, 224, 224)).astype(np.float32)
+        outputs = [_timed(session, image)[1].reshape(batch, -1) for session in sessions]
         pairs = []
         for i in range(runs):
             # Each goes first as often as the other, so that neither has the warmer cache.
             order = (0, 1) if i % 2 == 0 else (1, 0)
-            times = {which: timed(engines[which], image)[0] for which in order}
+            times = {which: _timed(sessions[which], image)[0] for which in order}
             pairs.append((times[0], times[1]))
         found.append(
             Comparison(
-                name,
+                net,
                 batch,
                 len(ours.graph.node),
                 len(theirs.graph.node),
                 statistics.median(pair[0] for pair in pairs),
                 statistics.median(pair[1] for pair in pairs),
                 statistics.median(pair[0] / pair[1] for pair in pairs),
-                error(outputs[0].reshape(batch, -1), outputs[1].reshape(batch, -1)),
+                float(np.abs(outputs[0] - outputs[1]).max() / np.abs(outputs[1]).max()),
             )
         )
     return found
 
 
-def softened(prototxt: str, last: str) -> dict[str, list[np.ndarray]]:
-    """Drawn weights, those before the softmax made small: one that is 0 and 1 shows no difference between nets."""
-    weights = draw_weights(prototxt)
+def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _timed(session: onnxruntime.InferenceSession, image: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return the milliseconds of one run, and its output."""
+    name = session.get_inputs()[0].name
+    start = time.perf_counter()
+    (output,) = session.run(None, {name: image})
+    return (time.perf_counter() - start) * 1000, output
+
+
+def measure_example(tar: Path) -> Conversion:
+    """Measure the conversion of an example's net."""
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(tar) as archive:
+        archive.extractall(folder, filter="data")
+        return conversion(tar.stem, [Path(folder, "deploy.prototxt"), Path(folder, "weight.caffemodel")], 3)
+
+
+def measure_made(net: CaffeNet, runs: int, *, with_torch: bool) -> tuple[Conversion, list[Comparison]]:
+    """Measure the conversion of a net made in code, and compare it with PyTorch's export."""
     with tempfile.TemporaryDirectory() as folder:
-        engine = session(convert(*write_net(Path(folder), prototxt, weights), outputs=[last]).SerializeToString())
-    image = np.random.default_rng(0).normal(0, 1, (1, 3, 224, 224)).astype(np.float32)
-    (scores,) = engine.run([last], {engine.get_inputs()[0].name: image})
-    weights[last][0] = weights[last][0] / np.abs(scores).max()
-    return weights
+        paths = net.write(Path(folder))
+        its_conversion = conversion(net.name, paths, 5)
+        if not with_torch:
+            return its_conversion, []
+        from bench.torch_nets import export
+
+        exported = Path(folder) / "torch.onnx"
+        export(net, exported)
+        return its_conversion, comparisons(net.name, convert(*paths), onnx.load(exported), runs)
 
 
-def show(row: Conversion | Comparison) -> str:
-    if isinstance(row, Conversion):
-        return (
-            f"{row.net}: {row.weight_bytes / 1e6:.1f} MB of weights in {row.seconds:.2f} s; memory "
-            f"{row.peak_bytes / 1e6:.0f} MB, {row.own_peak_bytes / 1e6:.0f} MB of it for the conversion"
+def conversion_table(rows: Sequence[Conversion]) -> str:
+    header = ("net", "weights, MB", "seconds", "peak memory, MB", "conversion's share, MB", "share / weights")
+    lines = []
+    for row in rows:
+        weights, peak, own = (size / 1e6 for size in (row.weight_bytes, row.peak_bytes, row.own_peak_bytes))
+        ratio = f"{own / weights:.1f}" if weights > 10 else ""
+        lines.append((row.net, f"{weights:.1f}", f"{row.seconds:.2f}", f"{peak:.0f}", f"{own:.0f}", ratio))
+    return markdown_table(header, lines)
+
+
+def comparison_table(rows: Sequence[Comparison]) -> str:
+    header = ("net", "batch", "nodes", "PyTorch's nodes", "ms", "PyTorch's ms", "ratio", "outputs differ by")
+    lines = [
+        (
+            *(row.net, str(row.batch), str(row.our_nodes), str(row.their_nodes)),
+            *(f"{row.our_ms:.1f}", f"{row.their_ms:.1f}", f"{row.ratio:.3f}", f"{row.difference:.1e}"),
         )
-    return (
-        f"{row.net}, batch {row.batch}: {row.our_nodes} nodes, PyTorch's {row.their_nodes}; {row.our_ms:.1f} ms, "
-        f"PyTorch's {row.their_ms:.1f} ms; ratio {row.ratio:.3f}; outputs differ by {row.difference:.1e}"
-    )
+        for row in rows
+    ]
+    return markdown_table(header, lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--runs", type=int, default=30, help="pairs of runs a net and batch (default 30)")
-    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--runs", type=int, default=30, help="pairs of runs per net and batch (default: 30)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     arguments = parser.parse_args()
-    structures = MODELS / "structures"
-    if not structures.is_dir():
-        sys.exit(f"the nets to convert are not there: {structures}")
-    rows: list[Conversion | Comparison] = []
-    has_torch = importlib.util.find_spec("torch") and importlib.util.find_spec("onnxscript")
-    for path in sorted(structures.parent.glob("*/weight.caffemodel")):
-        rows.append(conversion(path.parent.name, (path.with_name("deploy.prototxt"), path), 3))
-        print(show(rows[-1]), flush=True)
-    for path in sorted(path for path in structures.glob("*.prototxt") if path.stem not in NETS):
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(conversion(path.stem, write_net(Path(folder), path.read_text()), 3))
-        print(show(rows[-1]), flush=True)
-    for name, last in NETS.items():
-        prototxt = (structures / f"{name}.prototxt").read_text()
-        weights = softened(prototxt, last)
-        with tempfile.TemporaryDirectory() as folder:
-            paths = write_net(Path(folder), prototxt, weights)
-            found: list[Conversion | Comparison] = [conversion(name, paths, 5)]
-            if has_torch:
-                from bench.torch_nets import export
-
-                export(name, weights, Path(folder) / "torch.onnx")
-                found += comparisons(name, convert(*paths), onnx.load(Path(folder) / "torch.onnx"), arguments.runs)
-        for row in found:
-            print(show(row), flush=True)
-        rows += found
-    if not has_torch:
-        print("PyTorch with onnxscript is not installed: nothing to compare the nets' speed with")
+    has_torch = all(importlib.util.find_spec(name) for name in ("torch", "onnxscript"))
+    conversions: list[Conversion] = []
+    compared: list[Comparison] = []
+    for tar in EXAMPLES:
+        conversions.append(measure_example(FOLDER / tar))
+        print(conversions[-1], flush=True)
+    for make in (mobilenet_v1, resnet_50):
+        its_conversion, its_comparisons = measure_made(make(), arguments.runs, with_torch=has_torch)
+        print(*(its_conversion, *its_comparisons), sep="\n", flush=True)
+        conversions.append(its_conversion)
+        compared += its_comparisons
+    print(f"\n{conversion_table(conversions)}\n")
+    if has_torch:
+        print(comparison_table(compared))
+    else:
+        print("For the comparison with PyTorch, install it with onnxscript: pip install torch onnxscript")
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=2))
+        rows = [asdict(row) for row in conversions] + [asdict(row) for row in compared]
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

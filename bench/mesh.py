@@ -1,9 +1,9 @@
-"""The whole mesh under load: latency with one caller, requests a second with many, and where the CPU's time goes.
+"""Measure the whole mesh under load: latency for one caller, requests per second for many, and CPU time by process.
 
     python -m bench.mesh [--seconds 10] [--json FILE]
 
-Everything runs on this machine, the load generator (wrk, one thread of C) too: its own share of the CPU is shown, so
-that one can see that it is not the bottleneck. Compare the ratios of one run, never figures of different machines.
+Everything runs on this machine, the load generator (wrk, with one thread) too. Its share of the CPU is shown, so that
+you can see whether it is the bottleneck. Compare the ratios of one run, never figures of different machines.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from atserving.cli import examples
-from atserving.cli.mesh import Mesh
-from atserving.cli.up import run_until_stopped
 from atserving.errors import StartError
+from atserving.local import examples, proc
+from atserving.local.foreground import run_until_stopped
+from atserving.local.mesh import Mesh
+from bench.measurement import markdown_table, milliseconds
 
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+_DIGITS = "digits"
 _UNITS_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. CPU is milliseconds a request, by process."""
+    """One measurement. CPU is in milliseconds per request, by process."""
 
     name: str
     callers: int
@@ -43,30 +43,33 @@ class Row:
 
 
 def cpu_seconds(mesh: Mesh) -> dict[str, float]:
-    """User and system time so far of each of the mesh's processes."""
-    seconds: dict[str, float] = defaultdict(float)
-    for info in mesh.supervisor.getAllProcessInfo():
-        if info["pid"]:
-            fields = Path(f"/proc/{info['pid']}/stat").read_text().rpartition(")")[2].split()
-            seconds[info["name"]] += (int(fields[11]) + int(fields[12])) * _TICK_S
+    """Return the CPU seconds so far of each process of the mesh.
+
+    The worker process of an evaluator is a child of its front process, and counted apart from it.
+    """
+    seconds: dict[str, float] = {}
+    for name, pid in mesh.pids().items():
+        seconds[name] = proc.cpu_s(pid)
+        if children := proc.descendants(pid):
+            seconds[f"{name} worker"] = sum(each.cpu_s for each in children)
     return seconds
 
 
 def wrk(url: str, script: Path, callers: int, seconds: float) -> tuple[float, float, float, int, int, float]:
-    """Requests a second, p50 and p99 in ms, requests, errors, and wrk's own CPU seconds."""
+    """Return requests per second, p50 and p99 in ms, requests, errors, and wrk's own CPU seconds."""
     before = os.times()
     command = ["wrk", "-t1", f"-c{callers}", f"-d{seconds:g}s", "--latency", "--timeout", "30s", "-s", str(script), url]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     after = os.times()
     own_s = after.children_user + after.children_system - before.children_user - before.children_system
 
     def number(pattern: str) -> float:
-        found = re.search(pattern, said)
+        found = re.search(pattern, report)
         return float(found[1]) if found else 0.0
 
     def latency_ms(percent: int) -> float:
-        found = re.search(rf"^\s+{percent}%\s+([\d.]+)(us|ms|s)$", said, re.MULTILINE)
-        assert found, said
+        found = re.search(rf"^\s+{percent}%\s+([\d.]+)(us|ms|s)$", report, re.MULTILINE)
+        assert found, report
         return float(found[1]) * _UNITS_MS[found[2]]
 
     requests = int(number(r"(\d+) requests in"))
@@ -75,14 +78,14 @@ def wrk(url: str, script: Path, callers: int, seconds: float) -> tuple[float, fl
 
 
 def measure(mesh: Mesh, name: str, path: str, body: bytes | None, callers: int, seconds: float) -> Row:
-    """One row, after a short warm-up."""
+    """Measure one row, after a short warm-up."""
     with tempfile.TemporaryDirectory() as directory:
         script = Path(directory) / "request.lua"
         script.write_text(_script(body))
         wrk(mesh.url + path, script, callers, min(2.0, seconds))
         before = cpu_seconds(mesh)
         rate, p50_ms, p99_ms, requests, errors, own_s = wrk(mesh.url + path, script, callers, seconds)
-        used = {each: now - before[each] for each, now in cpu_seconds(mesh).items()} | {"load generator": own_s}
+        used = {each: now - before.get(each, 0) for each, now in cpu_seconds(mesh).items()} | {"load generator": own_s}
     cpu_ms = {each: round(used_s / requests * 1e3, 3) for each, used_s in used.items() if used_s / requests >= 1e-6}
     return Row(name, callers, rate, p50_ms, p99_ms, errors, cpu_ms)
 
@@ -95,24 +98,38 @@ def _script(body: bytes | None) -> str:
 
 
 async def run(seconds: float, rows: list[Row]) -> None:
-    """Every measurement, on one mesh, into ``rows``."""
+    """Add every measurement to ``rows``, all on one mesh."""
     image = (examples.FOLDER / "digits" / "images" / "7.png").read_bytes()
     async with Mesh() as mesh:
         for name, path, body, callers in (
             ("edge alone", "/health", None, 1),
             ("edge alone", "/health", None, 32),
-            ("digits", "/v1/eval/digits/v1", image, 1),
-            ("digits", "/v1/eval/digits/v1", image, 8),
-            ("digits", "/v1/eval/digits/v1", image, 32),
+            (_DIGITS, "/v1/eval/digits/v1", image, 1),
+            (_DIGITS, "/v1/eval/digits/v1", image, 8),
+            (_DIGITS, "/v1/eval/digits/v1", image, 32),
             ("digits, refused by the gate", "/v1/eval/nothing", image, 32),
         ):
             rows.append(await asyncio.to_thread(measure, mesh, name, path, body, callers, seconds))
 
 
+def table(rows: list[Row]) -> str:
+    """Return the rows of the digits as the table of README."""
+    header = ("callers", "requests/s", "p50", "p99", "CPU per request")
+    lines = [
+        (
+            *(str(row.callers), f"{row.requests_per_s:,.0f}"),
+            *(milliseconds(value) for value in (row.p50_ms, row.p99_ms, sum(row.cpu_ms.values()))),
+        )
+        for row in rows
+        if row.name == _DIGITS
+    ]
+    return markdown_table(header, lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seconds", type=float, default=10.0, help="how long each row takes (default: 10)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_args()
     if not shutil.which("wrk"):
         raise SystemExit("the benchmark needs wrk, a load generator: apt-get install wrk")
@@ -121,13 +138,14 @@ def main() -> None:
         run_until_stopped(run(arguments.seconds, rows))
     except StartError as error:
         raise SystemExit(str(error)) from None
-    print(f"{'request':28}{'callers':>8}{'req/s':>9}{'p50 ms':>9}{'p99 ms':>9}{'errors':>8}  CPU ms a request")
+    print(f"{'request':28}{'callers':>8}{'req/s':>9}{'p50 ms':>9}{'p99 ms':>9}{'errors':>8}  CPU ms per request")
     for row in rows:
         cpu = ", ".join(f"{name} {value:g}" for name, value in sorted(row.cpu_ms.items(), key=lambda each: -each[1]))
         print(
             f"{row.name:28}{row.callers:8}{row.requests_per_s:9.0f}{row.p50_ms:9.2f}{row.p99_ms:9.2f}"
             f"{row.errors:8}  {cpu}"
         )
+    print(f"\n{table(rows)}")
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 

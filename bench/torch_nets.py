@@ -1,16 +1,17 @@
-"""MobileNet v1 and ResNet-50 in PyTorch, as their Caffe prototxts have them and with the same weights."""
+"""The nets of `bench.nets` in PyTorch, with the same weights."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+from bench.nets import CaffeNet, mobilenet, resnet
 
 Weights = Mapping[str, Sequence[np.ndarray]]
 
@@ -19,21 +20,19 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, np.float32))
 
 
-def conv(weights: Weights, name: str, norm: str, stride: int = 1, pad: int = 0, *, relu: bool = True) -> nn.Sequential:
-    """A convolution with the BatchNorm and Scale that follow it; `norm` has `{}` for "bn" and for "scale"."""
-    blobs = weights[name]
-    shape = blobs[0].shape
-    groups = shape[0] if shape[1] == 1 else 1
-    made = nn.Conv2d(shape[1] * groups, shape[0], shape[2:], stride, pad, groups=groups, bias=len(blobs) > 1)
-    made.weight.data = _tensor(blobs[0])
-    if made.bias is not None:
-        made.bias.data = _tensor(blobs[1])
-    mean, variance, factor = weights[norm.format("bn")]
-    batch_norm = nn.BatchNorm2d(shape[0], eps=1e-5)
+def _conv(weights: Weights, name: str, stride: int = 1, pad: int = 0, *, relu: bool = True) -> nn.Sequential:
+    """Return a convolution without a bias, and its BatchNorm and Scale."""
+    (weight,) = weights[name]
+    outputs, inputs, *kernel = weight.shape
+    groups = outputs if inputs == 1 else 1
+    conv = nn.Conv2d(inputs * groups, outputs, kernel, stride, pad, groups=groups, bias=False)
+    conv.weight.data = _tensor(weight)
+    mean, variance, factor = weights[f"{name}/bn"]
+    batch_norm = nn.BatchNorm2d(outputs, eps=1e-5)
     batch_norm.running_mean = _tensor(mean / factor)
     batch_norm.running_var = _tensor(variance / factor)
-    batch_norm.weight.data, batch_norm.bias.data = (_tensor(blob) for blob in weights[norm.format("scale")])
-    return nn.Sequential(made, batch_norm, *([nn.ReLU()] if relu else []))
+    batch_norm.weight.data, batch_norm.bias.data = (_tensor(blob) for blob in weights[f"{name}/scale"])
+    return nn.Sequential(conv, batch_norm, *([nn.ReLU()] if relu else []))
 
 
 class Residual(nn.Module):
@@ -41,56 +40,56 @@ class Residual(nn.Module):
 
     def __init__(self, weights: Weights, name: str, stride: int) -> None:
         super().__init__()
-
-        def branch(which: str, stride: int = 1, pad: int = 0, *, relu: bool = True) -> nn.Sequential:
-            return conv(weights, f"res{name}_{which}", f"{{}}{name}_{which}", stride, pad, relu=relu)
-
-        self.long = nn.Sequential(branch("branch2a", stride), branch("branch2b", pad=1), branch("branch2c", relu=False))
-        has_branch = f"res{name}_branch1" in weights
-        self.short = branch("branch1", stride, relu=False) if has_branch else nn.Identity()
+        self.branch = nn.Sequential(
+            _conv(weights, f"{name}/reduce", stride),
+            _conv(weights, f"{name}/middle", pad=1),
+            _conv(weights, f"{name}/expand", relu=False),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if f"{name}/shortcut" in weights:
+            self.shortcut = _conv(weights, f"{name}/shortcut", stride, relu=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.long(x) + self.short(x))
+        return torch.relu(self.branch(x) + self.shortcut(x))
 
 
 def resnet_50(weights: Weights) -> nn.Module:
     blocks = [
-        Residual(weights, f"{stage}{'abcdef'[i]}", 2 if i == 0 and stage > 2 else 1)
-        for stage, depth in ((2, 3), (3, 4), (4, 6), (5, 3))
-        for i in range(depth)
+        Residual(weights, f"stage{stage}/block{number}", stride if number == 1 else 1)
+        for stage, (_, depth, stride) in enumerate(resnet.STAGES, start=1)
+        for number in range(1, depth + 1)
     ]
-    last = nn.Linear(2048, 1000)
-    last.weight.data, last.bias.data = (_tensor(blob) for blob in weights["fc1000"])
-    first = conv(weights, "conv1", "{}_conv1", stride=2, pad=3)
+    weight, bias = weights["classifier"]
+    last = nn.Linear(weight.shape[1], weight.shape[0])
+    last.weight.data, last.bias.data = _tensor(weight), _tensor(bias)
+    first = _conv(weights, "stem", stride=2, pad=3)
     pool = nn.MaxPool2d(3, 2, ceil_mode=True)
     return nn.Sequential(first, pool, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), last, nn.Softmax(1))
 
 
 def mobilenet_v1(weights: Weights) -> nn.Module:
-    strides = [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]
-    names = ["2_1", "2_2", "3_1", "3_2", "4_1", "4_2", *(f"5_{i}" for i in range(1, 7)), "6"]
-    parts: list[nn.Module] = [conv(weights, "conv1", "conv1/{}", stride=2, pad=1)]
-    for name, stride in zip(names, strides, strict=True):
-        depthwise, pointwise = f"conv{name}/dw", f"conv{name}/sep"
-        parts.append(conv(weights, depthwise, f"{depthwise}/{{}}", stride, 1))
-        parts.append(conv(weights, pointwise, f"{pointwise}/{{}}"))
-    last = nn.Conv2d(1024, 1000, 1)
+    parts: list[nn.Module] = [_conv(weights, "stem", stride=2, pad=1)]
+    for number, (_, stride) in enumerate(mobilenet.BLOCKS, start=1):
+        parts.append(_conv(weights, f"block{number}/depthwise", stride, 1))
+        parts.append(_conv(weights, f"block{number}/pointwise"))
+    weight, bias = weights["classifier"]
+    last = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
     assert last.bias is not None
-    last.weight.data, last.bias.data = (_tensor(blob) for blob in weights["fc7"])
+    last.weight.data, last.bias.data = _tensor(weight), _tensor(bias)
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), last, nn.Softmax(1))
 
 
-NETS: dict[str, Any] = {"mobilenet_v1": mobilenet_v1, "resnet-50": resnet_50}
+_NETS: Mapping[str, Callable[[Weights], nn.Module]] = {"mobilenet_v1": mobilenet_v1, "resnet_50": resnet_50}
 
 
-def export(name: str, weights: Weights, path: Path) -> None:
-    """PyTorch's own export with any batch, folded as far as it folds."""
-    net = NETS[name](weights).eval()
+def export(net: CaffeNet, path: Path) -> None:
+    """Write PyTorch's own export of a net, for any batch, folded as far as PyTorch folds."""
+    module = _NETS[net.name](net.weights).eval()
     image = torch.zeros(2, 3, 224, 224)
     batch = torch.export.Dim("batch")
-    # It warns of what it lacks for nets that are not these.
+    # It warns of packages that other nets would need.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(action="ignore"):
         torch.onnx.export(
-            net, (image,), path, dynamo=True, dynamic_shapes=({0: batch},), external_data=False, verbose=False
+            module, (image,), path, dynamo=True, dynamic_shapes=({0: batch},), external_data=False, verbose=False
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import grpc
@@ -112,10 +112,9 @@ class ReleaseServicer(registry_pb2_grpc.ReleaseServiceServicer):
 
     async def _until_mirrored(self, stored: Stored) -> None:
         # A caller that lists releases after a write should see it. The write is done even if the mirror is late.
-        try:
-            await asyncio.wait_for(self._mirror.view.reached(stored.revision), _READ_YOUR_WRITES_S)
-        except TimeoutError:
-            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_READ_YOUR_WRITES_S):
+                await self._mirror.view.reached(stored.revision)
 
     def _list(self, app: str) -> registry_pb2.ListReleasesResponse:
         view = self._mirror.view

@@ -20,7 +20,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from atserving.cli import examples
+from atserving.local import examples
 from evaluator.caffe import convert
 from evaluator.nets import labels
 from evaluator.nets.image_input import ImageNet

@@ -1,4 +1,4 @@
-"""`atserving demo`: the whole HTTP API and every example app, played with curl on a mesh of its own."""
+"""`atserving demo`: play the HTTP API and every example app with curl, on a mesh of its own."""
 
 from __future__ import annotations
 
@@ -8,140 +8,39 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import orjson
 
-from atserving.cli import drawing, examples
-from atserving.cli.examples import ROOT
-from atserving.cli.mesh import Mesh
-from atserving.cli.up import run_until_stopped, starting
+from atserving.cli.scenes import Drawing, Scene, scenes
+from atserving.cli.up import starting
 from atserving.errors import StartError
-
-JSON = "-H 'content-type: application/json'"
-BYTES = "-H 'content-type: application/octet-stream'"
+from atserving.local import examples
+from atserving.local.examples import ROOT
+from atserving.local.foreground import run_until_stopped
+from atserving.local.mesh import Mesh
 
 _LONGEST_TEXT = 100
 _LONGEST_LIST = 8
-_SHOWN = 3  # of a list that is longer
+_SHOWN = 3
+"""How many items of a longer list are printed."""
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """What a scene's answer is drawn on, as a path in the checkout, how, and into which file."""
-
-    image: str
-    draw: Callable[[bytes, dict[str, Any]], bytes]
-    file: str
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One request of the demo, as a line of shell, and the HTTP status it is to have."""
-
-    title: str
-    line: str
-    status: int = 200
-    drawing: Drawing | None = None
-
-
-def scenes(url: str, files: str) -> Iterator[Scene]:
-    """Every row of the HTTP API and every example. The lines are run in the checkout; ``files`` serves its examples."""
-    yield Scene("Is the edge up?", f"curl {url}/health")
-    yield from _digits(url, files)
-    yield from _other_nets(url)
-    yield from _streams(url, files)
-    digit = "--data-binary @examples/digits/images/1.png"
-    yield Scene("An app that does not exist", f"curl {url}/v1/eval/cats {BYTES} {digit}", 404)
-    yield Scene("A body that is no image", f"curl {url}/v1/eval/digits {BYTES} -d 'not an image'", 400)
-
-
-def _digits(url: str, files: str) -> Iterator[Scene]:
-    images = "examples/digits/images"
-    by_url = f"{files}/digits/images"
-    yield Scene(
-        "An image as a data URI, in JSON",
-        f"""curl {url}/v1/eval/digits {JSON} -d '{{"data": {{"uri": """
-        f""""data:application/octet-stream;base64,'$(base64 -w0 {images}/7.png)'"}}}}'""",
-    )
-    best_3 = f"""-d '{{"data": {{"uri": "{by_url}/3.png"}}, "params": {{"limit": 3}}}}'"""
-    yield Scene("An image by its URL, with a parameter", f"curl {url}/v1/eval/digits {JSON} {best_3}")
-    yield Scene(
-        "The same on the version in staging, which only answers by name",
-        f"curl {url}/v1/eval/digits/v2 {JSON} {best_3}",
-    )
-    yield Scene("An image as it is", f"curl {url}/v1/eval/digits {BYTES} --data-binary @{images}/5.jpg")
-    yield Scene("The same, versioned", f"curl {url}/v1/eval/digits/v2 {BYTES} --data-binary @{images}/5.jpg")
-    yield Scene(
-        "A group, several images for one answer: classify takes one",
-        f"""curl {url}/v1/eval/digits {JSON} """
-        f"""-d '{{"data": [{{"uri": "{by_url}/1.png"}}, {{"uri": "{by_url}/2.png"}}]}}'""",
-        400,
-    )
-    yield Scene(
-        "A batch of independent tasks, of which two fail",
-        f"""curl {url}/v1/batch {JSON} -d '[
-    {{"op": "/v1/eval/digits", "data": {{"uri": "{by_url}/8.png"}}}},
-    {{"op": "/v1/eval/digits", "data": {{"uri": "{by_url}/nothing.png"}}}},
-    {{"op": "/v1/eval/digits/v9", "data": {{"uri": "{by_url}/8.png"}}}},
-    {{"op": "/v1/eval/digits/v2", "data": {{"uri": "{by_url}/9.png"}}}}]'""",
-    )
-
-
-def _other_nets(url: str) -> Iterator[Scene]:
-    image = "examples/detect/images/3.png"
-    yield Scene(
-        "Where things are on an image: the built-in net detect",
-        f"curl {url}/v1/eval/digits-detect {BYTES} --data-binary @{image}",
-        drawing=Drawing(image, drawing.boxes, "detect.png"),
-    )
-    image = "examples/segment/images/2.png"
-    yield Scene(
-        "Which pixels are what: the built-in net segment (what is long is cut here)",
-        f"curl {url}/v1/eval/digits-segment {BYTES} --data-binary @{image}",
-        drawing=Drawing(image, drawing.mask, "segment.png"),
-    )
-
-
-def _streams(url: str, files: str) -> Iterator[Scene]:
-    seven = f"{files}/digits/images/7.png"
-    yield Scene(
-        "What a net makes of an image, as little-endian float32: the built-in net feature",
-        f"curl {url}/v1/eval/digits-feature {BYTES} --data-binary @examples/digits/images/7.png | od -A d -t f4 -w40",
-    )
-    yield Scene(
-        "The same of an inner layer: how many bytes?",
-        f"""curl {url}/v1/eval/digits-feature {JSON} """
-        f"""-d '{{"data": {{"uri": "{seven}"}}, "params": {{"layer": "ip1"}}}}' | wc -c""",
-    )
-    fives = f'"data": [{{"uri": "{files}/digits/images/5.png"}}, {{"uri": "{files}/digits/images/5.jpg"}}]'
-    yield Scene(
-        "A group, two images for one answer: a net of its own, by a net.py",
-        f"curl {url}/v1/eval/digits-similar {JSON} -d '{{{fives}}}'",
-    )
-    yield Scene(
-        "The same as a stream, if the net.py is asked for it: how many bytes?",
-        f"""curl {url}/v1/eval/digits-similar {JSON} -d '{{{fives}, "params": {{"format": "stream"}}}}' | wc -c""",
-    )
-
-
-@click.command(help="Start the mesh, play the HTTP API and the examples with curl, and stop it again.")
+@click.command(help="Start the mesh, play the HTTP API and the examples with curl, and stop the mesh.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("demo"),
     show_default=True,
-    help="The folder of the pictures that are drawn.",
+    help="The folder for the pictures that the demo draws.",
 )
 def demo(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StartError(f"the pictures can't be drawn into {out}: {error.strerror}") from None
+        raise StartError(f"cannot make the folder {out} for the pictures: {error.strerror}") from None
     run_until_stopped(_demo(out))
 
 
@@ -159,15 +58,14 @@ async def _demo(out: Path) -> None:
 
 
 async def play(scene: Scene, out: Path) -> Path | None:
-    """Runs a scene and prints it; the picture that its answer was drawn into.
+    """Run a scene and print it. Return the picture that was drawn from its result, if it has one.
 
-    Raises StartError where it is answered with another status than the scene has, or with nothing to draw.
+    Raises StartError if the response has another status than the scene, or nothing to draw.
     """
     print(f"# {scene.title}\n$ {scene.line}")
     status, version, body = await asyncio.to_thread(ask, scene.line)
-    print(
-        f"HTTP {status}" + (f", x-serving-version: {version}" if version else "") + f"\n{shortened(body)}", flush=True
-    )
+    heading = f"HTTP {status}" + (f", x-serving-version: {version}" if version else "")
+    print(f"{heading}\n{shortened(body)}", flush=True)
     if status != scene.status:
         raise StartError(f"{scene.title!r} was answered with HTTP {status}, not {scene.status}")
     path = _draw(scene.title, scene.drawing, orjson.loads(body)["result"], out) if scene.drawing else None
@@ -175,31 +73,31 @@ async def play(scene: Scene, out: Path) -> Path | None:
     return path
 
 
-def _draw(title: str, what: Drawing, result: dict[str, Any], out: Path) -> Path:
+def _draw(title: str, drawing: Drawing, result: dict[str, Any], out: Path) -> Path:
     if not result.get("detections"):
         raise StartError(f"{title!r} has no detections to draw")
-    path = out / what.file
-    path.write_bytes(what.draw((ROOT / what.image).read_bytes(), result))
+    path = out / drawing.file
+    path.write_bytes(drawing.draw((ROOT / drawing.image).read_bytes(), result))
     return path
 
 
 def ask(line: str) -> tuple[int, str, str]:
-    """Runs a line of curl as it is shown; the HTTP status, the version that answered, and what the line wrote."""
+    """Run a line of curl in the checkout. Return the HTTP status, the version that answered, and the line's output."""
     with tempfile.NamedTemporaryFile() as headers:
         quiet = f"curl --silent --show-error --dump-header {headers.name} "
         shell = ["bash", "-o", "pipefail", "-c", line.replace("curl ", quiet, 1)]
         run = subprocess.run(shell, cwd=ROOT, stdout=subprocess.PIPE, text=True, errors="replace", check=False)
         if run.returncode:
             raise StartError(f"curl failed with exit status {run.returncode}")
-        said = headers.read().decode()
-    # An interim response, 100 Continue, comes before the one that counts.
-    status = re.findall(r"^HTTP/\S+ (\d+)", said, re.MULTILINE)[-1]
-    version = re.search(r"^x-serving-version: (\S+)", said, re.MULTILINE)
+        text = headers.read().decode()
+    # An interim response, 100 Continue, comes before the final one.
+    status = re.findall(r"^HTTP/\S+ (\d+)", text, re.MULTILINE)[-1]
+    version = re.search(r"^x-serving-version: (\S+)", text, re.MULTILINE)
     return int(status), version[1] if version else "", run.stdout.rstrip("\n")
 
 
 def shortened(body: str) -> str:
-    """The body as it is; where it is JSON with long texts or lists in it, their beginnings and how long they are."""
+    """Return the body, with long texts and lists cut if it is JSON: their beginnings, and how long they are."""
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""What a net found, drawn on the picture that it was asked about. Pictures are the bytes of image files."""
+"""Draw a net's result on the picture of its request. Pictures are the bytes of image files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Pixels = NDArray[np.uint8]  # (height, width, 3), BGR
 Color = tuple[int, int, int]  # blue, green, red
 
-_LONG_SIDE = 768  # pixels; a smaller picture is enlarged by a whole number to about that
+_LONG_SIDE = 768  # pixels; a smaller picture is enlarged to about this size, by a whole number
 _LINE = 2
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _FONT_SCALE = 0.6
@@ -23,9 +23,9 @@ _WHITE: Color = (255, 255, 255)
 
 
 def boxes(image: bytes, result: dict[str, Any]) -> bytes:
-    """A PNG of the image with the boxes of a ``detect`` result, each in its class's colour with its name and score."""
+    """Return a PNG of the image with the boxes of a ``detect`` result, with colour and name by class, and scores."""
     canvas, scale = _canvas(image)
-    # The surest comes first, and is to lie on top.
+    # The result lists the highest score first: draw it last, on top.
     for detection in reversed(result["detections"]):
         corners = np.array(detection["pts"], np.int32) * scale
         cv2.polylines(canvas, [corners], True, color_of(detection["index"]), _LINE)
@@ -36,9 +36,9 @@ def boxes(image: bytes, result: dict[str, Any]) -> bytes:
 
 
 def mask(image: bytes, result: dict[str, Any]) -> bytes:
-    """A PNG of the image with the mask of a ``segment`` result over it, each region outlined, with its name and score.
+    """Return a PNG of the image under the mask of a ``segment`` result; regions have outlines, names and scores.
 
-    Where the mask is black, which is the background's colour unless a release says otherwise, the image stays.
+    The image stays as it is where the mask is black, the default colour of the background.
     """
     canvas, scale = _canvas(image)
     small = _decode(base64.b64decode(result["mask"].partition(",")[2]))
@@ -46,7 +46,7 @@ def mask(image: bytes, result: dict[str, Any]) -> bytes:
     blended = cv2.addWeighted(colors, _MASK_SHARE, canvas, 1 - _MASK_SHARE, 0)
     canvas = np.where(colors.any(axis=2, keepdims=True), blended, canvas).astype(np.uint8)
     for detection in result["detections"]:
-        # The middles of the pixels on the outline.
+        # Through the centres of the pixels on the outline.
         outline = np.array(detection["pts"], np.int32) * scale + scale // 2
         cv2.polylines(canvas, [outline], True, _WHITE, _LINE)
     for detection in reversed(result["detections"]):
@@ -56,18 +56,18 @@ def mask(image: bytes, result: dict[str, Any]) -> bytes:
 
 
 def color_of(index: int) -> Color:
-    """A light colour for a class, unlike those of the classes next to it."""
+    """Return a light colour for a class that differs from those of its neighbours."""
     hue = np.array([[[index * 67 % 180, 150, 255]]], np.uint8)
     blue, green, red = cv2.cvtColor(hue, cv2.COLOR_HSV2BGR)[0, 0].tolist()
     return blue, green, red
 
 
-def _label(canvas: Pixels, detection: dict[str, Any], place: Sequence[int], color: Color) -> None:
-    """Name and score on a ground of that colour, above the place where there is room, else below."""
+def _label(canvas: Pixels, detection: dict[str, Any], corner: Sequence[int], color: Color) -> None:
+    """Write name and score on a ground of that colour: above the corner if there is room, else below."""
     text = f"{detection['class']} {detection['score']:.2f}"
     (width, height), _ = cv2.getTextSize(text, _FONT, _FONT_SCALE, 1)
-    left = max(0, min(int(place[0]), canvas.shape[1] - width - 2 * _PADDING))
-    top = max(0, int(place[1]) - height - 2 * _PADDING)
+    left = max(0, min(int(corner[0]), canvas.shape[1] - width - 2 * _PADDING))
+    top = max(0, int(corner[1]) - height - 2 * _PADDING)
     bottom_right = left + width + 2 * _PADDING, top + height + 2 * _PADDING
     cv2.rectangle(canvas, (left, top), bottom_right, color, cv2.FILLED)
     ink = (0, 0, 0) if sum(color) > 380 else _WHITE
@@ -75,7 +75,7 @@ def _label(canvas: Pixels, detection: dict[str, Any], place: Sequence[int], colo
 
 
 def _canvas(image: bytes) -> tuple[Pixels, int]:
-    """The image, enlarged where it is small, and how many times."""
+    """Return the image, enlarged if it is small, and the factor."""
     pixels = _decode(image)
     scale = max(1, round(_LONG_SIDE / max(pixels.shape[:2])))
     large = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
@@ -84,7 +84,7 @@ def _canvas(image: bytes) -> tuple[Pixels, int]:
 
 def _decode(image: bytes) -> Pixels:
     pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
-    assert pixels is not None, "a picture that a net has taken can be decoded"
+    assert pixels is not None, "the net has already decoded this picture"
     return pixels.astype(np.uint8)
 
 

@@ -15,9 +15,9 @@ import click
 import jsonpatch
 import yaml
 
-from atserving.cli.examples import ROOT
 from atserving.config import is_name
 from atserving.errors import StartError
+from atserving.local.examples import ROOT
 
 _TEMPLATE = ("deployment.yaml", "disruption.yaml", "autoscaler.yaml")
 _GPU_PATCH = "components/gpu/evaluator.yaml"

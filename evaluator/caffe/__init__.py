@@ -1,9 +1,10 @@
-"""Converts Caffe networks, prototxt and caffemodel, to ONNX.
+"""Convert Caffe nets (prototxt and caffemodel) to ONNX.
 
     model = convert("deploy.prototxt", "weight.caffemodel")
 
-The modules in the order in which a net passes them: `prototxt` and `caffemodel` read, `net` decides what runs, `layers`
-convert one layer at a time into a `graph`, `passes` rewrite it, `export` makes the model.
+A net passes the modules in this order: `prototxt` and `caffemodel` read the files, `net_plan` selects the layers that
+run at test time, `layers` converts them one at a time into a `graph`, `passes` optimizes the graph, and `export` builds
+the ONNX model.
 """
 
 from .convert import convert

@@ -1,4 +1,4 @@
-"""`python -m evaluator.caffe`: the converter by itself."""
+"""Run `atserving convert` as `python -m evaluator.caffe`."""
 
 from .cli import convert
 

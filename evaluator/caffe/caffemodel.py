@@ -1,7 +1,7 @@
-"""Reads the weights of a caffemodel: blobs by layer name, and nothing else of it.
+"""Read the weights of a caffemodel: a list of blobs for each layer name.
 
-A caffemodel repeats the net it was trained with, whose structure and parameters are not the deploy net's; only the
-blobs count. Field numbers come from `caffe.proto`.
+A caffemodel also contains the structure of the training net. That structure can differ from the deploy net's, so only
+the blobs are read. Field numbers come from `caffe.proto`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ from .errors import ConversionError
 
 FloatArray = NDArray[np.float32]
 
-# An ONNX file is one protocol buffer, which cannot be larger.
+# The size limit of a protocol buffer, and an ONNX file is one.
 MAX_BYTES = 2**31 - 1
-# No layer has more than a dozen blobs, and writers store each in one piece.
+# Real layers have at most a dozen blobs, and writers store each blob in one piece.
 _MAX_BLOBS, _MAX_PIECES = 1000, 10_000
 
 
 @dataclass(frozen=True)
 class StoredBlob:
-    """One weight: `dims` as stored and `data`, flat float32, a view of the file where its format allows."""
+    """One weight as stored.
+
+    Attributes:
+        dims: the stored shape; its product is the size of `data`.
+        data: flat float32; a view of the file's bytes if the file stores packed little-endian float32.
+    """
 
     dims: tuple[int, ...]
     data: FloatArray
@@ -38,7 +43,11 @@ Weights = dict[str, list[StoredBlob]]
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """A file's bytes. Raises ConversionError where it cannot be read or is larger than `limit`."""
+    """Return the bytes of a file.
+
+    Raises:
+        ConversionError: the file cannot be read, is not a regular file, or has more than `limit` bytes.
+    """
     name = path.name or str(path)
     try:
         with open(path, "rb", opener=_open_at_once) as file:
@@ -46,32 +55,31 @@ def read_bytes(path: Path, limit: int) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 raise ConversionError("cannot be read: not a regular file", file=name)
             if status.st_size > limit:
-                raise ConversionError(
-                    f"{status.st_size} bytes are more than the {limit} that can be converted", file=name
-                )
+                raise ConversionError(f"has {status.st_size} bytes, more than the limit of {limit}", file=name)
             data = file.read(status.st_size + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a path"
         raise ConversionError(f"cannot be read: {reason}", file=name) from error
     if len(data) > status.st_size:
-        raise ConversionError("cannot be read: it grew meanwhile", file=name)
+        raise ConversionError("cannot be read: the file grew during the read", file=name)
     return data
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Opens without waiting for whoever would write into a FIFO."""
+    """Open without blocking: opening a FIFO would wait for a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def parse_weights(data: bytes, file: str) -> Weights:
-    """The blobs of every layer that has any, old (V1) layers and new alike.
+    """Return the blobs of every layer that has any, for new and old (V1) layers.
 
     Args:
-        data: the bytes of a serialized NetParameter.
-        file: the name to blame.
+        data: a serialized NetParameter.
+        file: the file name for error messages.
 
     Raises:
-        ConversionError: not a caffemodel, a blob whose dimensions do not fit its data, two layers of one name.
+        ConversionError: the data is not a caffemodel, a blob's dimensions do not match its data, or two layers with
+            one name have weights.
     """
     scanner = wire.Scanner(data)
     weights: Weights = {}
@@ -87,7 +95,7 @@ def parse_weights(data: bytes, file: str) -> Weights:
                 continue
             name, blobs = _layer(scanner, field, *numbers)
             if blobs and name in weights:
-                raise ConversionError("two layers of this name have weights", layer=name, file=file)
+                raise ConversionError("two layers with this name have weights", layer=name, file=file)
             if blobs:
                 weights[name] = blobs
     except wire.WireError as error:
@@ -96,13 +104,14 @@ def parse_weights(data: bytes, file: str) -> Weights:
 
 
 def read_blob(path: Path | str) -> FloatArray:
-    """A file that holds a single BlobProto, as `mean.binaryproto` does.
+    """Read a file that contains a single BlobProto, such as `mean.binaryproto`.
 
     Returns:
-        float32 of the stored dimensions; for a mean usually (1, 3, H, W) in BGR planes.
+        float32 in the stored shape; for a mean file usually (1, 3, H, W) with BGR planes.
 
     Raises:
-        ConversionError: unreadable, not a BlobProto, or dimensions that do not fit the data.
+        ConversionError: the file cannot be read, is not a BlobProto, contains no data, or has dimensions that do not
+            match its data.
     """
     path = Path(path)
     data = read_bytes(path, MAX_BYTES)
@@ -111,7 +120,7 @@ def read_blob(path: Path | str) -> FloatArray:
     except wire.WireError as error:
         raise ConversionError(f"is not a BlobProto: {error}", file=path.name) from error
     if blob.data.size == 0:
-        raise ConversionError("holds no data", file=path.name)
+        raise ConversionError("contains no data", file=path.name)
     return blob.data.reshape(blob.dims)
 
 
@@ -127,7 +136,7 @@ def _layer(
         elif field.number == blobs_number:
             blobs.append((field.start, field.stop))
             if len(blobs) > _MAX_BLOBS:
-                raise wire.WireError(f"layer {name!r}: it has more than {_MAX_BLOBS} blobs")
+                raise wire.WireError(f"layer {name!r} has more than {_MAX_BLOBS} blobs")
     try:
         return name, [_blob(scanner, start, stop) for start, stop in blobs]
     except wire.WireError as error:
@@ -158,7 +167,7 @@ def _blob(scanner: wire.Scanner, start: int, stop: int) -> StoredBlob:
             part, position = _numbers(scanner, field, stop)
             parts.append(part)
             if len(parts) > _MAX_PIECES:
-                raise wire.WireError(f"a blob is in more than {_MAX_PIECES} pieces")
+                raise wire.WireError(f"a blob has more than {_MAX_PIECES} pieces")
     values = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.float32), *parts])
     if dims is None:
         dims = tuple(legacy.get(number, 0) for number in _LEGACY_DIMS) if legacy else (values.size,)
@@ -185,7 +194,7 @@ def _numbers(
     if field.wire_type == wire.LENGTH:
         length = field.stop - field.start
         if length % size:
-            raise wire.WireError(f"byte {field.start}: {length} bytes of data are not {size} a number")
+            raise wire.WireError(f"byte {field.start}: {length} bytes of data are not a multiple of {size}")
         raw, position = np.frombuffer(scanner.data, np.uint8, length, field.start), field.stop
     elif field.wire_type == (wire.FIXED32 if is_float else wire.FIXED64):
         raw, position = scanner.run(field, stop)
@@ -199,9 +208,9 @@ def _fitting(dims: tuple[int, ...], size: int) -> tuple[int, ...]:
     count = 1
     for dim in dims:
         count *= dim
-        # A product of sizes of any kind is cheap only while it is small.
+        # Checked at every step: a product of many large dimensions would be slow to compute.
         if dim < 0 or count > MAX_BYTES:
             raise wire.WireError(f"a blob has the dimensions {list(dims)[:8]}")
     if count != size:
-        raise wire.WireError(f"a blob of the dimensions {list(dims)[:8]} has {size} numbers")
+        raise wire.WireError(f"a blob with the dimensions {list(dims)[:8]} has {size} numbers")
     return dims

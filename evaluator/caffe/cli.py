@@ -1,4 +1,4 @@
-"""`atserving convert`: a Caffe net to a file for onnxruntime, with what it is and, on request, whether it is right."""
+"""`atserving convert`: convert a Caffe net to an ONNX file, print a summary, and verify the result on request."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .saving import check_target, write
 from .summary import summarize
 from .verify import verify as verify_model
 
-# A net of fewer bytes is converted before a bar could be read.
-_LARGE = 16 * 2**20
+# Smaller nets convert too fast for a progress bar to be useful.
+_LARGE_BYTES = 16 * 2**20
 _STEPS = ("reading", "layers", "weights", "writing")
 _STEP_PARTS = 100
 
@@ -28,13 +28,15 @@ _STEP_PARTS = 100
 @click.argument("prototxt", type=click.Path(path_type=Path))
 @click.argument("caffemodel", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default="net.onnx", show_default=True, help="The file."
+    "-o", "--output", type=click.Path(path_type=Path), default="net.onnx", show_default=True, help="The file to write."
 )
-@click.option("--add-output", "outputs", multiple=True, metavar="BLOB", help="A further blob to have as an output.")
-@click.option("--dynamic-size", is_flag=True, help="Leave height and width open, for fully convolutional nets.")
-@click.option("--verify", is_flag=True, help="Run it on random input; compare with Caffe and OpenCV, where they are.")
-@click.option("--caffe-python", default="", metavar="PYTHON", help="An interpreter that can import caffe.")
-@click.option("--json", "json_wanted", is_flag=True, help="Report in JSON.")
+@click.option(
+    "--add-output", "outputs", multiple=True, metavar="BLOB", help="Make this blob an output too. Repeatable."
+)
+@click.option("--dynamic-size", is_flag=True, help="Keep height and width symbolic, for fully convolutional nets.")
+@click.option("--verify", is_flag=True, help="Run on random input; compare with Caffe and OpenCV if installed.")
+@click.option("--caffe-python", default="", metavar="PYTHON", help="Interpreter for --verify that can import caffe.")
+@click.option("--json", "json_wanted", is_flag=True, help="Print the report as JSON.")
 def convert(
     prototxt: Path,
     caffemodel: Path,
@@ -45,9 +47,9 @@ def convert(
     caffe_python: str,
     json_wanted: bool,
 ) -> None:
-    """Convert a Caffe net, its PROTOTXT and CAFFEMODEL, to ONNX.
+    """Convert a Caffe net (PROTOTXT and CAFFEMODEL) to ONNX.
 
-    The exit status is 1 if it cannot be converted, or if --verify finds an output that is not Caffe's.
+    The exit status is 1 if the net cannot be converted, or if --verify finds an output that differs from Caffe's.
     """
     try:
         _refuse_overwriting(output, prototxt, caffemodel)
@@ -58,11 +60,11 @@ def convert(
             progress("writing", 1, 1)
         verification = verify_model(model, prototxt, caffemodel, caffe_python) if verify else None
     except (ConversionError, OSError) as error:
-        _stop(_said(error))
+        _exit_with(_message(error))
     except MemoryError:
-        _stop(f"{prototxt.name}: needs more memory than there is")
+        _exit_with(f"{prototxt.name}: needs more memory than is available")
     except ModuleNotFoundError as error:
-        _stop(f"--verify needs the package {error.name}")
+        _exit_with(f"--verify needs the package {error.name}")
     summary = summarize(model)
     if json_wanted:
         click.echo(json.dumps(as_json(output, summary, verification), indent=2))
@@ -75,13 +77,13 @@ def convert(
 def _refuse_overwriting(output: Path, *inputs: Path) -> None:
     check_target(output)
     if any(output.exists() and path.exists() and output.samefile(path) for path in inputs):
-        raise ConversionError("is to be converted, and cannot be the output too", file=output.name)
+        raise ConversionError("is an input and cannot be the output too", file=output.name)
 
 
 @contextmanager
 def _progress_bar(caffemodel: Path) -> Iterator[Progress]:
-    """A bar on the terminal for a net that is large enough; elsewhere nothing."""
-    shown = sys.stderr.isatty() and caffemodel.is_file() and caffemodel.stat().st_size >= _LARGE
+    """Show a progress bar on standard error if it is a terminal and the caffemodel is large."""
+    shown = sys.stderr.isatty() and caffemodel.is_file() and caffemodel.stat().st_size >= _LARGE_BYTES
     with click.progressbar(
         length=len(_STEPS) * _STEP_PARTS,
         label=caffemodel.name,
@@ -98,14 +100,17 @@ def _progress_bar(caffemodel: Path) -> Iterator[Progress]:
         yield progress
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename2 or error.filename or 'the output'}: {error.strerror}"
     return str(error)
 
 
-def _stop(message: str) -> None:
-    """One line, of characters that do a terminal no harm whatever the file holds."""
+def _exit_with(message: str) -> None:
+    """Print the message as one line and exit with status 1.
+
+    The message can quote names from an untrusted file, so control characters are removed.
+    """
     line = " ".join("".join(char if char.isprintable() else " " for char in message).split())
     click.echo(f"atserving convert: {line}", err=True)
     sys.exit(1)

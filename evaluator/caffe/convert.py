@@ -1,4 +1,4 @@
-"""prototxt + caffemodel -> ONNX: reading, planning, the layers one by one, passes, export."""
+"""Convert a prototxt and a caffemodel to an ONNX model: read, plan, convert each layer, run the passes, export."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from . import export, passes, prototxt, shapes
 from .caffemodel import MAX_BYTES, parse_weights, read_bytes
 from .errors import ConversionError
 from .graph import Graph, Node, Value
-from .layers import CONVERTERS, Blobs, LayerContext
+from .layers import CONVERTERS, LayerContext, WeightSource
 from .net_plan import BlobRef, NetLayer, NetPlan, plan_net
 from .prototxt import NetSpec, parse_net
 from .shapes import BATCH, ROIS, Dim, ShapeError, Symbol, check
 from .sharing import refuse_overwritten
-from .weights import LoadedBlobs
+from .weights import CaffemodelWeights
 
-# Told the step, "reading", "layers" or "weights", how much of it is done, and of how much.
+# Called with the step ("reading", "layers" or "weights"), the amount done, and the total amount of that step.
 Progress = Callable[[str, int, int], None]
 
-# What a graph may take, besides as much as the caffemodel has bytes: names, nodes, SSD's priors, bilinear filters.
-MADE_BYTES = 64 * 2**20
+# Memory for generated data: names, nodes, SSD's priors, bilinear filters. The budget for weights is separate: the
+# caffemodel's size.
+GENERATED_BYTES = 64 * 2**20
 
 
 def convert(
@@ -37,28 +38,30 @@ def convert(
     dynamic_size: bool = False,
     progress: Progress | None = None,
 ) -> onnx.ModelProto:
-    """The ONNX model (opset 22, IR 10) that computes what Caffe computes in its test phase.
+    """Convert a Caffe net to an ONNX model (opset 22, IR 10) that computes what Caffe computes in its test phase.
 
-    Inputs and outputs are float32 and have the names of the Caffe blobs. The batch, axis 0, is symbolic: a batch of b
-    gives the b answers that its images would get alone, one after the other along that axis. An output that a layer
-    writes in place over an input is called `<blob>/<layer>`, since ONNX cannot give it the input's name.
+    Inputs and outputs are float32 and keep the names of the Caffe blobs. The batch (axis 0) is symbolic: a batch of b
+    images gives the same results as b single images, concatenated along axis 0. If a layer writes an output in place
+    over an input, the output is called `<blob>/<layer>`, because ONNX names must be unique.
 
     Args:
         prototxt_path: the net's structure and parameters.
-        caffemodel_path: its weights, matched by layer name.
-        outputs: further blobs to have as outputs, after those that the net has; by name, each in its last version.
-        dynamic_size: keep the height and width of four-dimensional inputs symbolic too, for fully convolutional nets;
-            inputs of one declared size share them.
-        progress: called as the conversion goes on, with the step, what is done of it, and of how much.
+        caffemodel_path: the net's weights, matched by layer name.
+        outputs: names of blobs to add as outputs, after the net's own; a blob written several times gives its last
+            content.
+        dynamic_size: keep the height and width of four-dimensional inputs symbolic too, for fully convolutional nets.
+            Inputs with the same declared size share one height and width.
+        progress: called with (step, amount done, total amount) during the conversion.
 
     Raises:
-        ConversionError: a file cannot be read, or the net cannot be converted exactly. Nothing else is raised.
+        ConversionError: a file cannot be read, or the net cannot be converted exactly. Bad input raises no other
+            exception.
     """
     structure, weights = Path(prototxt_path), Path(caffemodel_path)
     try:
-        return _convert(structure, weights, outputs, dynamic_size, progress or _unseen)
+        return _convert(structure, weights, outputs, dynamic_size, progress or _ignore_progress)
     except MemoryError as error:
-        raise ConversionError("needs more memory than there is", file=structure.name) from error
+        raise ConversionError("needs more memory than is available", file=structure.name) from error
 
 
 def _convert(
@@ -69,7 +72,7 @@ def _convert(
     data = read_bytes(weights, MAX_BYTES)
     net = parse_net(text, structure.name)
     plan = plan_net(net, structure.name)
-    blobs = LoadedBlobs(parse_weights(data, weights.name))
+    blobs = CaffemodelWeights(parse_weights(data, weights.name))
     report("reading", 1, 1)
     graph = build(
         net,
@@ -79,7 +82,7 @@ def _convert(
         dynamic_size=dynamic_size,
         file=structure.name,
         progress=report,
-        room=MADE_BYTES + len(data),
+        byte_budget=GENERATED_BYTES + len(data),
     )
     _refuse_surplus(plan, blobs)
     return export.model(
@@ -95,39 +98,51 @@ def _convert(
     )
 
 
-def _refuse_surplus(plan: NetPlan, blobs: LoadedBlobs) -> None:
-    """Fails, as Caffe does, where a layer has other weights than its type and parameters need: it is another layer."""
+def _refuse_surplus(plan: NetPlan, blobs: CaffemodelWeights) -> None:
+    """Refuse a layer with more weight blobs than its type and parameters need, as Caffe does.
+
+    A surplus is evidence of a mismatch: the caffemodel comes from a different layer of that name.
+    """
     for layer in plan.layers:
-        name, have, used = layer.spec.name, blobs.count(layer.spec.name), blobs.used(layer.spec.name)
-        if have > used:
+        name, stored, used = layer.spec.name, blobs.count(layer.spec.name), blobs.used(layer.spec.name)
+        if stored > used:
             raise ConversionError(
-                f"has {have} weight blobs in the caffemodel, and needs {used}", layer=name, layer_type=layer.spec.type
+                f"has {stored} weight blobs in the caffemodel but needs {used}", layer=name, layer_type=layer.spec.type
             )
 
 
-def _unseen(step: str, done: int, of: int) -> None:
-    """The progress that nobody asked for."""
+def _ignore_progress(step: str, done: int, of: int) -> None:
+    """Do nothing; the default for `progress`."""
 
 
 def build(
     net: NetSpec,
     plan: NetPlan,
-    blobs: Blobs,
+    blobs: WeightSource,
     *,
     outputs: Sequence[str] = (),
     dynamic_size: bool = False,
     file: str,
-    progress: Progress = _unseen,
-    room: int = sys.maxsize,
+    progress: Progress = _ignore_progress,
+    byte_budget: int = sys.maxsize,
 ) -> Graph:
-    """The graph of a net, with all passes done. `blobs` may be any source of weights, `room` is how large it may be."""
-    graph = Graph(net.name, room=room)
+    """Build the graph of a net and run all passes on it.
+
+    Args:
+        blobs: the weights; any `WeightSource`.
+        file: the prototxt's name for error messages.
+        byte_budget: the memory that the graph may use, in bytes.
+
+    Raises:
+        ConversionError: the net cannot be converted exactly.
+    """
+    graph = Graph(net.name, byte_budget=byte_budget)
     values: dict[BlobRef, Value] = {}
-    # Blobs keep their names, so nothing else may have them.
+    # Reserve the blobs' names: values keep them in the model.
     for name in {ref.name for ref, _ in plan.inputs} | {ref.name for layer in plan.layers for ref in layer.tops}:
         graph.unique(name)
     batch = _add_inputs(graph, plan, values, dynamic_size, file)
-    # Numbers from a file may be anything; what Caffe makes of them is in the result and nothing to warn about.
+    # Weights can be NaN or overflow. Caffe computes with them silently, and so does the converter.
     with np.errstate(all="ignore"):
         for done, layer in enumerate(plan.layers, 1):
             _add_layer(graph, layer, values, batch, blobs)
@@ -144,7 +159,7 @@ def build(
 
 
 def _add_inputs(graph: Graph, plan: NetPlan, values: dict[BlobRef, Value], dynamic_size: bool, file: str) -> int:
-    """Declares the inputs and returns the batch that the prototxt was written for, 0 where they have several."""
+    """Declare the inputs. Return the declared batch size, or 0 if the inputs declare several."""
     regions = {layer.bottoms[1] for layer in plan.layers if layer.spec.type == "ROIPooling" and len(layer.bottoms) == 2}
     sizes: dict[tuple[int, ...], int] = {}
     for ref, declared in plan.inputs:
@@ -156,7 +171,7 @@ def _add_inputs(graph: Graph, plan: NetPlan, values: dict[BlobRef, Value], dynam
             raise ConversionError(f"input {ref.name!r} has no axes", file=file)
         shape: list[Dim] = [Symbol(ROIS if ref in regions else BATCH), *declared[1:]]
         if dynamic_size and len(declared) == 4:
-            # Inputs declared alike are fed alike; of others nothing is known, so they have symbols of their own.
+            # Inputs with one declared size are assumed to have one size at run time; others get symbols of their own.
             number = sizes.setdefault(declared[2:], len(sizes) + 1)
             shape[2:] = [Symbol(axis if number == 1 else f"{axis}{number}") for axis in "HW"]
         value = Value(ref.name, tuple(shape))
@@ -167,11 +182,11 @@ def _add_inputs(graph: Graph, plan: NetPlan, values: dict[BlobRef, Value], dynam
     return batches.pop() if len(batches) == 1 else 0
 
 
-def _add_layer(graph: Graph, layer: NetLayer, values: dict[BlobRef, Value], batch: int, blobs: Blobs) -> None:
+def _add_layer(graph: Graph, layer: NetLayer, values: dict[BlobRef, Value], batch: int, blobs: WeightSource) -> None:
     spec = layer.spec
     converter = CONVERTERS.get(spec.type)
     if converter is None:
-        raise ConversionError("this layer type is not known", layer=spec.name, layer_type=spec.type)
+        raise ConversionError("this layer type is not supported", layer=spec.name, layer_type=spec.type)
     context = LayerContext(
         spec.name, spec.type, spec.param, tuple(values[ref] for ref in layer.bottoms), spec.tops, batch, graph, blobs
     )
@@ -180,11 +195,11 @@ def _add_layer(graph: Graph, layer: NetLayer, values: dict[BlobRef, Value], batc
     except ShapeError as error:
         raise ConversionError(str(error), layer=spec.name, layer_type=spec.type) from error
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        # A converter meets numbers of any size; whatever it trips over is the layer's fault and the user's to see.
+        # Absurd parameters can raise these anywhere in a converter; to the user they are errors of the layer.
         raise ConversionError(f"cannot be converted: {error}", layer=spec.name, layer_type=spec.type) from error
     if len(made) != len(layer.tops):
         raise ConversionError(
-            f"has {len(layer.tops)} tops and makes {len(made)} blobs", layer=spec.name, layer_type=spec.type
+            f"has {len(layer.tops)} tops but produces {len(made)} blobs", layer=spec.name, layer_type=spec.type
         )
     values.update(zip(layer.tops, made, strict=True))
 
@@ -202,18 +217,21 @@ def _extra(plan: NetPlan, outputs: Sequence[str], file: str) -> list[BlobRef]:
 
 
 def _refuse_moved_batch(plan: NetPlan, values: dict[BlobRef, Value], outputs: Sequence[BlobRef]) -> None:
-    """Fails where an output has the batch, but not in front: nobody could part it into images."""
+    """Refuse an output with the batch on another axis than 0: a client could not split it into images."""
     makers = {ref: layer.spec for layer in plan.layers for ref in layer.tops}
     for ref in outputs:
         batches = [isinstance(dim, Symbol) and dim.name in (BATCH, ROIS) for dim in values[ref].shape]
         if ref in makers and any(batches) and not batches[0]:
             shape = shapes.text(values[ref].shape)
-            reason = f"output {ref.name!r} is {shape}, and an output's batch has to be on axis 0"
+            reason = f"output {ref.name!r} has the shape {shape}, but an output's batch must be on axis 0"
             raise ConversionError(reason, layer=makers[ref].name, layer_type=makers[ref].type)
 
 
 def _name_values(graph: Graph, plan: NetPlan, values: dict[BlobRef, Value], outputs: Sequence[BlobRef]) -> None:
-    """Gives the values their blobs' names, and the outputs theirs even where a blob is another one's alias."""
+    """Name the values after their blobs, and add the outputs to the graph.
+
+    Several blobs can be aliases of one value. Then each output gets a value of its own.
+    """
     inputs = {value.name for value in graph.inputs}
     layer_of = {ref: layer.spec.name for layer in plan.layers for ref in layer.tops}
     names: dict[str, str] = {}
@@ -245,7 +263,7 @@ def _name_values(graph: Graph, plan: NetPlan, values: dict[BlobRef, Value], outp
 
 
 def _copy(graph: Graph, value: Value, layer: str) -> Value:
-    """A value of its own for an output that is an input, a constant or another output."""
+    """Add an Identity node, for an output that is also an input, a constant or another output."""
     made = graph.add_value(f"{layer}/output", value.shape, value.dtype)
     graph.nodes.append(Node("Identity", graph.unique_node(layer), [value.name], [made.name]))
     return made

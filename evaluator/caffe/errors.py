@@ -1,20 +1,20 @@
-"""The one error of this package."""
+"""The only exception that this package raises for bad input."""
 
 from __future__ import annotations
 
-# A name may be as long as its file; a message is one line to read.
+# A name can be as long as its file, but a message has to stay readable.
 _MAX_TEXT = 200
 
 
 class ConversionError(Exception):
     """A Caffe net cannot be read, or cannot be converted exactly.
 
-    The message names the file, or the layer with its type, and the reason, of long ones the beginning and the end; it
-    never shows more of a path than the file's name.
+    The message names the file or the layer with its type, then gives the reason. Long texts are cut in the middle. A
+    path is reduced to the file's name.
 
     Attributes:
-        reason: what is wrong, without its place.
-        layer: the layer's name, or None where no layer is to blame.
+        reason: the problem, without file or layer.
+        layer: the layer's name, or None if the problem concerns no single layer.
         layer_type: the layer's Caffe type, or None.
         file: the file's name without its folder, or None.
     """
@@ -31,13 +31,13 @@ class ConversionError(Exception):
         self.layer = layer = None if layer is None else _cut(layer)
         self.layer_type = layer_type = None if layer_type is None else _cut(layer_type)
         self.file = file
-        place = ""
+        prefix = ""
         if file is not None:
-            place += f"{file}: "
+            prefix += f"{file}: "
         if layer is not None:
-            place += f"layer {layer!r}"
-            place += f" ({layer_type}): " if layer_type else ": "
-        super().__init__(place + reason)
+            prefix += f"layer {layer!r}"
+            prefix += f" ({layer_type}): " if layer_type else ": "
+        super().__init__(prefix + reason)
 
 
 def _cut(text: str) -> str:

@@ -1,4 +1,4 @@
-"""From the graph to an ONNX model."""
+"""Export the graph as an ONNX model."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from .errors import ConversionError
 from .graph import Array, Graph, Node, Value
 from .shapes import BATCH, ROIS, Symbol
 
-# Stated, since the onnx package's own defaults are newer than onnxruntime accepts. Opset 22 is the first in which
-# pooling's ceil_mode has Caffe's meaning.
+# Explicit, because the onnx package's defaults can be newer than onnxruntime accepts. Opset 22 is the first in which
+# ceil_mode of pooling has Caffe's meaning.
 OPSET = 22
 IR_VERSION = 10
 PRODUCER = "atserving-caffe"
 VERSION = "1.0.0"
 
-# A serialized protocol buffer is smaller than 2 GiB.
+# The size limit of a protocol buffer.
 _MAX_BYTES = 2**31 - 1
-# Beside a tensor's numbers and name: its type, and the length of every part.
+# A tensor's overhead beyond its numbers and name: its type, and the lengths of its parts.
 _TENSOR_BYTES, _DIM_BYTES = 64, 11
 
 
 def model(
     graph: Graph, metadata: dict[str, str], file: str, progress: Callable[[str, int, int], None]
 ) -> onnx.ModelProto:
-    """The ONNX model of `graph`, whose constants are taken out of it one by one so as not to hold them twice.
+    """Build the ONNX model of `graph`.
+
+    Constants are removed from the graph one by one, so that the weights are never in memory twice.
 
     Raises:
-        ConversionError: the model is larger than an ONNX file can be.
+        ConversionError: the model would exceed the size limit of an ONNX file.
     """
     proto = onnx.ModelProto(
         ir_version=IR_VERSION,
@@ -50,7 +52,7 @@ def model(
     made = {name for node in graph.nodes for name in node.outputs} - set(graph.outputs)
     out.value_info.extend(_value_info(graph.values[name]) for name in graph.values if name in made)
     if proto.ByteSize() + _constants_size(graph) > _MAX_BYTES:
-        raise ConversionError("makes a model of more than the 2 GiB that an ONNX file can hold", file=file)
+        raise ConversionError("gives a model above the 2 GiB limit of an ONNX file", file=file)
     with np.errstate(all="ignore"):
         names = list(graph.constants)
         for done, name in enumerate(names, 1):
@@ -60,7 +62,7 @@ def model(
 
 
 def _constants_size(graph: Graph) -> int:
-    """At least what the constants will take of the file."""
+    """Return an upper bound of the constants' size in the file, in bytes."""
     return sum(
         array.nbytes + len(name.encode()) + _TENSOR_BYTES + _DIM_BYTES * array.ndim
         for name, array in graph.constants.items()
@@ -79,7 +81,7 @@ def _tensor(tensor: onnx.TensorProto, name: str, array: Array) -> onnx.TensorPro
     tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
     tensor.dims.extend(array.shape)
     numbers = array.tobytes()
-    # An array made for this is given back before the tensor gets its copy.
+    # Free a temporary array before the tensor makes its own copy of the bytes.
     del array
     tensor.raw_data = numbers
     return tensor
@@ -93,5 +95,5 @@ def _value_info(value: Value) -> onnx.ValueInfoProto:
 def _dim(dim: int | Symbol) -> int | str | None:
     if isinstance(dim, int):
         return dim
-    # Sizes computed from a symbolic height are expressions, of no use to a reader of the model.
+    # Sizes derived from a symbolic height are expressions of the converter, which ONNX tools cannot interpret.
     return str(dim) if dim.name in (BATCH, ROIS) or re.fullmatch("[HW][0-9]*", dim.name) else None

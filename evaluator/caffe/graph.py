@@ -1,8 +1,8 @@
-"""The graph between Caffe and ONNX: ONNX operators, with weights as arrays, open to rewriting.
+"""The intermediate graph between Caffe and ONNX: ONNX operators with weights as arrays, which the passes rewrite.
 
-Beside ONNX's there is one operator of our own, `Affine`: x * scale + shift, with `scale` and `shift` float64 in its
-attributes, either scalars or one number a channel (axis 1). BatchNorm, Scale, Bias and Power(1) are all affine, so one
-pass folds them into convolutions and one place lowers what is left.
+The graph has one operator beyond ONNX's: `Affine`, x * scale + shift. Its attributes `scale` and `shift` are float64,
+either scalars or one number per channel (axis 1). BatchNorm, Scale, Bias and Power(1) all become `Affine`, so that one
+pass can fold them into convolutions and then lower the rest to ONNX.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .shapes import Shape, ShapeError
 Array = NDArray[Any]
 FLOAT = np.dtype(np.float32)
 AFFINE = "Affine"
-# What a value or node is taken to need beside its numbers, here and in the model, and for every letter of its name.
-_ENTRY, _LETTER = 512, 8
+# Estimated memory of a value or node beyond its numbers, here and in the model, plus an amount per letter of its name.
+_ENTRY_BYTES, _LETTER_BYTES = 512, 8
 
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the graph by name; `dtype` is float32 for everything that Caffe calls a blob."""
+    """A named tensor of the graph. Every Caffe blob is float32; other dtypes are intermediate results."""
 
     name: str
     shape: Shape
@@ -35,7 +35,7 @@ class Value:
 
 @dataclass
 class Node:
-    """One operator. An empty name among `inputs` is an optional input left out."""
+    """One operator. An empty name in `inputs` omits an optional input."""
 
     op: str
     name: str
@@ -46,17 +46,17 @@ class Node:
 
 @dataclass
 class Graph:
-    """A net on its way.
+    """A net during its conversion.
 
     Attributes:
         inputs, outputs: in the order of the net.
-        nodes: in an order of execution.
+        nodes: in execution order.
         constants: weights and other known tensors, by the name of the value.
-        factors: what a constant is still to be multiplied with, float64 that broadcasts to it. Multiplying when the
-            constant is exported keeps a net's weights from being in memory twice.
+        factors: pending factors of constants, by the name of the value; float64 that broadcasts to the constant. The
+            export multiplies, so that the weights are never in memory twice.
         values: every value by name.
-        masks: by the name of a Pooling's mask, the MaxPool behind it and the name of its indices.
-        room: how many bytes may still be added, in constants, values and nodes.
+        masks: for the name of each Pooling mask, its MaxPool node and the name of the node's indices.
+        byte_budget: the remaining memory for constants, values and nodes, in bytes.
     """
 
     name: str
@@ -67,54 +67,58 @@ class Graph:
     factors: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     values: dict[str, Value] = field(default_factory=dict)
     masks: dict[str, tuple[Node, str]] = field(default_factory=dict)
-    room: int = sys.maxsize
+    byte_budget: int = sys.maxsize
     _value_names: dict[str, int] = field(default_factory=dict)
     _node_names: dict[str, int] = field(default_factory=dict)
 
     def unique(self, name: str) -> str:
-        """`name` for a value, or `name` with a number if it is taken; the result is taken from now on."""
+        """Reserve a name for a value: `name`, or `name` with a number if it is already used."""
         return _unique(name, self._value_names)
 
     def unique_node(self, name: str) -> str:
-        """The same for a node: nodes are called after layers, which often have the names of blobs."""
+        """Reserve a name for a node. Nodes and values have separate names: layers often share names with blobs."""
         self._spend(name)
         return _unique(name, self._node_names)
 
-    def afford(self, size: int) -> None:
-        """Raises ShapeError unless a constant of `size` bytes may be added; for large ones, before they are made."""
-        if size > self.room:
-            raise ShapeError("with it the net would be larger than its files allow")
+    def check_budget(self, size: int) -> None:
+        """Check that a constant of `size` bytes fits the budget. Call it before allocating a large constant.
+
+        Raises:
+            ShapeError: the constant does not fit.
+        """
+        if size > self.byte_budget:
+            raise ShapeError("the converted net would exceed its memory limit")
 
     def _spend(self, name: str, size: int = 0) -> None:
-        cost = _ENTRY + _LETTER * len(name) + size
-        self.afford(cost)
-        self.room -= cost
+        cost = _ENTRY_BYTES + _LETTER_BYTES * len(name) + size
+        self.check_budget(cost)
+        self.byte_budget -= cost
 
     def add_value(self, name: str, shape: Shape, dtype: np.dtype[Any] = FLOAT) -> Value:
-        """A new value, under `name` if it is free."""
+        """Add a value, named `name` or, if that is already used, `name` with a number."""
         self._spend(name)
         value = Value(self.unique(name), shape, dtype)
         self.values[value.name] = value
         return value
 
     def add_constant(self, name: str, array: Array) -> Value:
-        """A new constant, under `name` if it is free. The array is kept, not copied."""
-        self.afford(array.nbytes)
+        """Add a constant, named as in `add_value`. The graph keeps the array itself, not a copy."""
+        self.check_budget(array.nbytes)
         value = self.add_value(name, array.shape, array.dtype)
-        self.room -= array.nbytes
+        self.byte_budget -= array.nbytes
         self.constants[value.name] = array
         return value
 
     def take_constant(self, name: str) -> Array:
-        """Removes a constant from the graph and returns it, multiplied with its factor."""
+        """Remove a constant from the graph and return it, multiplied by its factor."""
         array, factor = self.constants.pop(name), self.factors.pop(name, None)
         if factor is None:
             return array
-        # In float64, but piece by piece: no float64 copy of the whole is made.
+        # `out` and `casting` make NumPy multiply in float64 in small pieces, without a float64 copy of the array.
         return np.multiply(array, factor, out=np.empty_like(array), dtype=np.float64, casting="unsafe")
 
     def consumers(self) -> dict[str, list[Node]]:
-        """The nodes that read each value, one entry a reading."""
+        """Return the nodes that read each value; a node appears once per input that reads it."""
         found: dict[str, list[Node]] = {}
         for node in self.nodes:
             for name in node.inputs:
@@ -122,11 +126,11 @@ class Graph:
         return found
 
     def producers(self) -> dict[str, Node]:
-        """The node that makes each value."""
+        """Return the node that produces each value."""
         return {name: node for node in self.nodes for name in node.outputs}
 
     def rename(self, names: dict[str, str]) -> None:
-        """Gives values other names, or puts other values in their place, wherever nodes and outputs speak of them."""
+        """Rename values in nodes, outputs and constants. A new name that already exists replaces the old value."""
         if not names:
             return
         for node in self.nodes:
@@ -143,28 +147,28 @@ class Graph:
                     self.factors[new] = self.factors.pop(old)
 
     def remove(self, nodes: Iterable[Node]) -> None:
-        """Takes nodes out of the graph."""
-        gone = {id(node) for node in nodes}
-        self.nodes = [node for node in self.nodes if id(node) not in gone]
+        """Remove nodes from the graph."""
+        removed = {id(node) for node in nodes}
+        self.nodes = [node for node in self.nodes if id(node) not in removed]
 
 
-def _unique(name: str, taken: dict[str, int]) -> str:
+def _unique(name: str, used: dict[str, int]) -> str:
     stem = candidate = name or "unnamed"
-    number = taken.get(stem, 0)
-    while candidate in taken:
+    number = used.get(stem, 0)
+    while candidate in used:
         number += 1
         candidate = f"{stem}_{number}"
-    taken[candidate] = 0
-    # Where the search ended, so that many values of one name do not take quadratic time.
-    taken[stem] = number
+    used[candidate] = 0
+    # The next search for this stem continues here; otherwise many values with one name would take quadratic time.
+    used[stem] = number
     return candidate
 
 
 def per_channel(numbers: Array, rank: int) -> Array:
-    """One number a channel, shaped to broadcast along axis 1 of a blob of `rank` axes."""
+    """Reshape one number per channel to broadcast along axis 1 of a blob with `rank` axes; scalars stay scalars."""
     return numbers.reshape((-1,) + (1,) * (rank - 2)) if numbers.ndim else numbers
 
 
 def names(values: Sequence[Value]) -> list[str]:
-    """The values' names."""
+    """Return the names of the values."""
     return [value.name for value in values]

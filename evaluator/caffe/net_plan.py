@@ -1,7 +1,7 @@
-"""From the layers of a prototxt to the layers that run, in single-assignment form.
+"""Select the layers of a prototxt that run at test time, and resolve their blobs in single-assignment form.
 
-Caffe names blobs and lets a layer write over its input. Here every layer's top is a `BlobRef` of its own: the blob's
-name and the number of times it was written before.
+Caffe lets a layer overwrite its input blob. In a plan every top is a separate `BlobRef`: the blob's name plus the
+number of earlier writes to it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ DATA_TYPES = frozenset(
         "WindowData",
     }
 )
-# Training's ends: a deploy net has no labels for them. SoftmaxWithLoss is not among them, it serves as Softmax.
+# Layers at the end of a training net. They need labels, and a deploy net has none. SoftmaxWithLoss is not listed,
+# because it is converted to a Softmax.
 LOSS_TYPES = frozenset(
     {
         "Accuracy",
@@ -47,7 +48,7 @@ LOSS_TYPES = frozenset(
 
 @dataclass(frozen=True)
 class BlobRef:
-    """The `version`-th content of the blob `name`."""
+    """The content of the blob `name` after `version` earlier writes."""
 
     name: str
     version: int
@@ -55,7 +56,7 @@ class BlobRef:
 
 @dataclass(frozen=True)
 class NetLayer:
-    """One layer that runs."""
+    """One layer that runs at test time."""
 
     spec: LayerSpec
     bottoms: tuple[BlobRef, ...]
@@ -64,12 +65,12 @@ class NetLayer:
 
 @dataclass
 class NetPlan:
-    """What to convert.
+    """The part of a net that runs at test time.
 
     Attributes:
-        inputs: the blobs to feed with their declared shapes (batch first), in order.
-        layers: in Caffe's order, which is one of execution.
-        outputs: the blobs that no layer consumes, inputs excluded, in the order of their making.
+        inputs: the input blobs with their declared shapes (batch first), in the net's order.
+        layers: in the prototxt's order, which is an execution order.
+        outputs: the blobs that no layer reads, without inputs, in execution order.
         last: the last content of every blob, by name.
     """
 
@@ -80,10 +81,14 @@ class NetPlan:
 
 
 def plan_net(net: NetSpec, file: str) -> NetPlan:
-    """The layers that run at test time, with their blobs resolved.
+    """Return the layers that run at test time, with their blobs resolved.
+
+    Args:
+        file: the prototxt's name for error messages.
 
     Raises:
-        ConversionError: an unknown bottom, a top made twice, two layers of one name, nothing to run, no input shape.
+        ConversionError: a bottom is unknown, two layers produce one blob or have one name, the net has no output, or
+            an input has no shape.
     """
     layers = [layer for layer in net.layers if runs(layer, net.state)]
     _check_names(layers, file)
@@ -97,7 +102,7 @@ def plan_net(net: NetSpec, file: str) -> NetPlan:
 
 
 def runs(layer: LayerSpec, state: NetState) -> bool:
-    """Whether a layer is part of the net in phase TEST (Caffe's Net::FilterNet)."""
+    """Return whether a layer is part of the net in phase TEST (Caffe's Net::FilterNet)."""
     if layer.include and layer.exclude:
         raise ConversionError("has both include and exclude rules", layer=layer.name, layer_type=layer.type)
     if layer.include:
@@ -129,7 +134,7 @@ def _check_has_shape(net: NetSpec, layers: Sequence[LayerSpec], file: str) -> No
         return
     if any(layer.type in DATA_TYPES for layer in layers):
         raise ConversionError(
-            "has only Data layers, so its input has no shape; a deploy net has an Input layer instead", file=file
+            "has only Data layers, so its input has no shape; replace them with an Input layer", file=file
         )
     raise ConversionError("has no input", file=file)
 
@@ -152,7 +157,7 @@ class _Builder:
 
     def add(self, layer: LayerSpec) -> None:
         if "" in layer.tops:
-            raise self._error(layer, "makes a blob without a name")
+            raise self._error(layer, "has a top without a name")
         if layer.type == "Input":
             self._add_input_layer(layer)
         elif layer.type in DATA_TYPES:
@@ -170,22 +175,22 @@ class _Builder:
             raise self._error(layer, f"has {len(shapes)} shapes for {len(layer.tops)} tops")
         for top, shape in zip(layer.tops, shapes, strict=True):
             if top in self._plan.last:
-                raise self._error(layer, f"blob {top!r} is made by another layer too")
+                raise self._error(layer, f"an earlier layer already produces blob {top!r}")
             self.add_input(top, shape)
 
     def _add_layer(self, layer: LayerSpec) -> None:
         names, tops = layer.bottoms, layer.tops
         if layer.type == "SoftmaxWithLoss":
-            # The label has no place in a deploy net. With two tops the second is the softmax, the first the loss.
+            # A deploy net has no labels. If the layer has two tops, the first is the loss and the second the softmax.
             self._labels.update(names[1:])
             names, tops = names[:1], tops[1:2] or tops[:1] or (layer.name,)
         bottoms = tuple(self._bottom(layer, name) for name in names)
         self._consumed.update(bottoms)
         if len(set(tops)) != len(tops):
-            raise self._error(layer, "makes one blob twice")
+            raise self._error(layer, "has two tops with one name")
         for top in tops:
             if (top in self._plan.last and top not in names) or top in self._made_by_data:
-                raise self._error(layer, f"blob {top!r} is made by another layer too")
+                raise self._error(layer, f"an earlier layer already produces blob {top!r}")
         refs = tuple(self._new(top) for top in tops)
         self._plan.layers.append(NetLayer(layer, bottoms, refs))
 
@@ -193,11 +198,11 @@ class _Builder:
         if name in self._plan.last:
             return self._plan.last[name]
         source = self._made_by_data.get(name)
-        reason = f"no layer before it makes its bottom {name!r}"
+        reason = f"no earlier layer produces its bottom {name!r}"
         if source is not None:
             reason = (
-                f"its bottom {name!r} comes from the {source.type} layer {source.name!r}, which gives it no shape; "
-                "a deploy net has an Input layer instead"
+                f"its bottom {name!r} comes from the {source.type} layer {source.name!r}, so it has no shape; "
+                "replace that layer with an Input layer"
             )
         raise self._error(layer, reason)
 
@@ -212,7 +217,7 @@ class _Builder:
 
     def finish(self) -> NetPlan:
         plan = self._plan
-        # A label that only a loss reads would have to be fed and change nothing.
+        # Drop labels that only losses read: clients would have to send them without any effect.
         plan.inputs = [
             (ref, shape) for ref, shape in plan.inputs if ref in self._consumed or ref.name not in self._labels
         ]

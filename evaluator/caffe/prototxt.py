@@ -1,4 +1,4 @@
-"""Reads a prototxt: the net's inputs and layers, old (V1) layers brought to the new form."""
+"""Read a prototxt: the net's inputs and layers. Old (V1) layers are upgraded to the current format."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from google.protobuf import text_format
 from .caffe_pb2 import LayerParameter, NetParameter, NetState, NetStateRule, V1LayerParameter
 from .errors import ConversionError
 
-# The largest published nets have a megabyte of prototxt; the text parser takes a second or so for each.
+# The largest published nets have a prototxt of one megabyte. The text parser takes about a second per megabyte.
 MAX_BYTES = 4 * 2**20
-# The deepest published nets have some thousand layers of a handful of messages. A message takes a kilobyte once it is
-# parsed, an empty layer nine letters.
+# The deepest published nets have about a thousand layers, each with a few messages. An empty layer takes nine letters
+# in the file, but a parsed message takes a kilobyte of memory.
 MAX_LAYERS = 20_000
 _MAX_MESSAGES = 120_000
 _MAX_NAME = 512
@@ -24,9 +24,9 @@ class LayerSpec:
     """One layer of the prototxt.
 
     Attributes:
-        name: as written; may be empty.
-        type: the Caffe type, "Convolution" also where the file says CONVOLUTION.
-        param: the layer's parameter messages, by their new names.
+        name: as in the file; can be empty.
+        type: the Caffe type in the current form: "Convolution" even if the file says CONVOLUTION.
+        param: the layer's parameter messages, by their current names.
     """
 
     name: str
@@ -40,7 +40,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class NetSpec:
-    """A prototxt's content: net-level inputs with the shapes written for them, and all layers, unfiltered."""
+    """The content of a prototxt: the net-level inputs with their declared shapes, and all layers of every phase."""
 
     name: str
     inputs: tuple[tuple[str, tuple[int, ...]], ...]
@@ -48,7 +48,7 @@ class NetSpec:
     state: NetState
 
 
-# Where the new name is not the enum's name in camel case.
+# The exceptions: all other V1 types are the enum's name in camel case.
 _V1_TYPES = {
     "ABSVAL": "AbsVal",
     "ARGMAX": "ArgMax",
@@ -64,17 +64,17 @@ _V1_TYPES = {
 
 
 def parse_net(data: bytes, file: str) -> NetSpec:
-    """The net that a prototxt describes.
+    """Parse a prototxt.
 
-    Fields that the format does not know are skipped, since every fork has its own; values that do not fit a known
-    field are errors.
+    Unknown fields are skipped, because every Caffe fork adds its own. A value of the wrong type in a known field is an
+    error.
 
     Args:
-        data: the file's bytes, in UTF-8; other bytes do no harm in comments.
-        file: the name to blame.
+        data: the file's bytes in UTF-8; invalid UTF-8 is replaced, so comments can be in any encoding.
+        file: the file name for error messages.
 
     Raises:
-        ConversionError: no prototxt, a layer in the format of 2013 (V0), inputs without shapes.
+        ConversionError: the data is not a prototxt, a layer is in the V0 format of 2013, or an input has no shape.
     """
     text = data.decode("utf-8-sig", "replace")
     if text.count("{") + text.count("<") > _MAX_MESSAGES:
@@ -85,7 +85,7 @@ def parse_net(data: bytes, file: str) -> NetSpec:
     except text_format.ParseError as error:
         raise ConversionError(f"is not a prototxt: {error}", file=file) from error
     except RecursionError as error:
-        raise ConversionError("is not a prototxt: its messages are nested too deeply", file=file) from error
+        raise ConversionError("is not a prototxt: its messages are nested too deep", file=file) from error
     except ValueError as error:
         raise ConversionError(f"is not a prototxt: {error}", file=file) from error
     if net.layer and net.layers:
@@ -100,7 +100,7 @@ def parse_net(data: bytes, file: str) -> NetSpec:
 
 
 def _check_lengths(net: NetParameter, layers: Sequence[LayerSpec], file: str) -> None:
-    """Everything made of a layer has its name in its own, so that a long one would be there very often."""
+    """Limit the length of names: a layer's name is repeated in the name of every node and weight made from it."""
     for name in (net.name, *net.input):
         if len(name) > _MAX_NAME:
             raise ConversionError(f"has the name {name!r} of more than {_MAX_NAME} letters", file=file)
@@ -108,7 +108,7 @@ def _check_lengths(net: NetParameter, layers: Sequence[LayerSpec], file: str) ->
         for name in (layer.name, *layer.bottoms, *layer.tops):
             if len(name) > _MAX_NAME:
                 raise ConversionError(
-                    f"the name {name!r} has more than {_MAX_NAME} letters", layer=layer.name, layer_type=layer.type
+                    f"has the name {name!r} of more than {_MAX_NAME} letters", layer=layer.name, layer_type=layer.type
                 )
 
 
@@ -119,12 +119,12 @@ def _inputs(net: NetParameter, file: str) -> tuple[tuple[str, tuple[int, ...]], 
     if net.input_dim:
         dims = list(net.input_dim)
         if len(dims) != 4 * len(names):
-            raise ConversionError(f"has {len(dims)} input_dim for {len(names)} inputs, not four each", file=file)
+            raise ConversionError(f"has {len(dims)} input_dim for {len(names)} inputs; needs four per input", file=file)
         shapes = [tuple(dims[i : i + 4]) for i in range(0, len(dims), 4)]
     else:
         shapes = [tuple(shape.dim) for shape in net.input_shape]
     if len(shapes) != len(names):
-        raise ConversionError(f"has {len(names)} inputs and {len(shapes)} shapes for them", file=file)
+        raise ConversionError(f"has {len(names)} inputs but {len(shapes)} input shapes", file=file)
     return tuple(zip(names, shapes, strict=True))
 
 
@@ -135,7 +135,7 @@ def _layer(layer: LayerParameter) -> LayerSpec:
 def _v1_layer(layer: V1LayerParameter, file: str) -> LayerSpec:
     if layer.HasField("layer"):
         raise ConversionError(
-            "is in the format of 2013 (V0 layers); Caffe's upgrade_net_proto_text brings it up to date",
+            "is in the V0 format of 2013; upgrade the file with Caffe's upgrade_net_proto_text",
             layer=layer.layer.name,
             file=file,
         )

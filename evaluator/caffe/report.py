@@ -1,4 +1,4 @@
-"""A conversion's result for people and for programs."""
+"""Format the result of a conversion as text or JSON."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from .summary import Summary
-from .verify import SEED, TOLERANCE, Judgement, Verification
+from .verify import SEED, TOLERANCE, Verdict, Verification
 
 
 def as_json(output: Path, summary: Summary, verification: Verification | None) -> dict[str, Any]:
-    """Everything, in values that JSON has: shapes as lists, sizes in bytes, a difference that is not known as null."""
+    """Return the whole report as JSON values: shapes as lists, sizes in bytes, an unknown difference as None."""
     fields = asdict(summary)
     nodes = fields.pop("layers")
     result = {"output": str(output), **fields, "layers": _layers(summary), "nodes": nodes}
@@ -21,26 +21,26 @@ def as_json(output: Path, summary: Summary, verification: Verification | None) -
             "seed": SEED,
             "tolerance": TOLERANCE,
             "agrees": verification.agrees,
-            "inputs": dict(verification.shapes),
+            "inputs": dict(verification.inputs),
             "outputs": dict(verification.outputs),
-            "oracles": [_judgement(judgement) for judgement in verification.judgements],
+            "oracles": [_verdict(verdict) for verdict in verification.verdicts],
         }
     return result
 
 
-def _judgement(judgement: Judgement) -> dict[str, Any]:
+def _verdict(verdict: Verdict) -> dict[str, Any]:
     return {
-        "oracle": judgement.oracle,
-        "status": _status(judgement),
-        "reason": judgement.reason,
-        "outputs": [{**asdict(one), "agrees": one.agrees} for one in judgement.comparisons],
+        "oracle": verdict.oracle,
+        "status": _status(verdict),
+        "reason": verdict.reason,
+        "outputs": [{**asdict(one), "agrees": one.agrees} for one in verdict.comparisons],
     }
 
 
-def _status(judgement: Judgement) -> str:
-    if judgement.reason:
+def _status(verdict: Verdict) -> str:
+    if verdict.reason:
         return "not used"
-    return "agrees" if judgement.agrees else "disagrees"
+    return "agrees" if verdict.agrees else "disagrees"
 
 
 def _layers(summary: Summary) -> int:
@@ -48,13 +48,13 @@ def _layers(summary: Summary) -> int:
 
 
 def as_text(output: Path, summary: Summary, verification: Verification | None) -> str:
-    """Some lines for a terminal."""
+    """Return a short report in lines for a terminal."""
     facts = [
         *_named("inputs", summary.inputs),
         *_named("outputs", summary.outputs),
-        ("layers", f"{_layers(summary)}, as {len(summary.layers)} nodes"),
+        ("layers", f"{_layers(summary)}, as {len(summary.layers)} ONNX nodes"),
         ("parameters", f"{summary.parameters:,}"),
-        ("multiply-adds", f"{summary.multiply_adds:,} an image"),
+        ("multiply-adds", f"{summary.multiply_adds:,} per image"),
         ("opset", str(summary.opset)),
         ("size", f"{summary.size:,} bytes"),
     ]
@@ -65,21 +65,21 @@ def as_text(output: Path, summary: Summary, verification: Verification | None) -
 
 
 def _verification(verification: Verification) -> list[str]:
-    lines = [f"ran in onnxruntime on random input (seed {SEED}): {_shapes(verification.shapes.items())}"]
-    used = [judgement for judgement in verification.judgements if not judgement.reason]
-    for judgement in verification.judgements:
-        if judgement.reason:
-            lines.append(f"{judgement.oracle} {judgement.reason}")
-    for judgement in used:
-        lines += [f"{judgement.oracle} {_status(judgement)}, to {TOLERANCE:g} of the largest value:"]
+    lines = [f"ran in onnxruntime on random input (seed {SEED}): {_shapes(verification.inputs.items())}"]
+    used = [verdict for verdict in verification.verdicts if not verdict.reason]
+    for verdict in verification.verdicts:
+        if verdict.reason:
+            lines.append(f"{verdict.oracle} {verdict.reason}")
+    for verdict in used:
+        lines += [f"{verdict.oracle} {_status(verdict)} (tolerance {TOLERANCE:g} of the largest value):"]
         rows = [("output", "shape", "largest difference", "")]
-        for one in judgement.comparisons:
+        for one in verdict.comparisons:
             difference = one.reason if one.difference is None else f"{one.difference:.1e}"
             shape = _shape(verification.outputs[one.output])
             rows.append((one.output, shape, difference, "agrees" if one.agrees else "DISAGREES"))
         lines += _table(rows)
     if not used:
-        lines.append("there is no oracle to compare it with")
+        lines.append("no oracle could run this net, so nothing was compared")
     return lines
 
 
@@ -90,9 +90,9 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _named(what: str, shapes: Mapping[str, Sequence[int | str]]) -> list[tuple[str, str]]:
-    """One a line, the first of them beside what they are."""
-    return [(what if i == 0 else "", f"{name} {_shape(shape)}") for i, (name, shape) in enumerate(shapes.items())]
+def _named(label: str, shapes: Mapping[str, Sequence[int | str]]) -> list[tuple[str, str]]:
+    """Return one fact per shape; only the first carries the label."""
+    return [(label if i == 0 else "", f"{name} {_shape(shape)}") for i, (name, shape) in enumerate(shapes.items())]
 
 
 def _shapes(named: Iterable[tuple[str, Sequence[int | str]]]) -> str:
@@ -104,5 +104,5 @@ def _shape(shape: Sequence[int | str]) -> str:
 
 
 def _printable(line: str) -> str:
-    """Names come from a file that anyone may have written, and go to a terminal."""
+    """Replace control characters: names come from an untrusted file and are printed to a terminal."""
     return "".join(char if char.isprintable() else "?" for char in line)

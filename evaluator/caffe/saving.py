@@ -1,4 +1,4 @@
-"""Writes a model to a file, piece by piece: serialized as a whole its weights would be in memory twice more."""
+"""Write a model to a file piece by piece: serializing it at once would need two more copies of the weights."""
 
 from __future__ import annotations
 
@@ -20,32 +20,36 @@ _INITIALIZER = onnx.GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
 
 
 def write(model: onnx.ModelProto, path: Path) -> None:
-    """Writes the model to `path` all at once: whatever happens, the file is the old one or the new one.
+    """Write the model to `path` atomically: after a failure the old file is unchanged.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     check_target(path)
     try:
         _write(model, Path(os.path.realpath(path)))
     except OSError as error:
-        # The user knows nothing of the temporary file.
+        # Name the user's path, not the temporary file.
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def check_target(path: Path) -> None:
-    """Raises OSError where something is at `path` that no file may replace: a folder, a device, a FIFO."""
+    """Check that `path` is free or a regular file.
+
+    Raises:
+        OSError: `path` is a folder, a device or a FIFO.
+    """
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder; -o names a file", str(path))
+        raise IsADirectoryError(errno.EISDIR, "is a folder; -o needs the name of a file", str(path))
     if path.exists() and not path.is_file():
-        raise FileExistsError(errno.EEXIST, "is there and is no file that could be replaced", str(path))
+        raise FileExistsError(errno.EEXIST, "exists and is not a regular file", str(path))
 
 
 def _write(model: onnx.ModelProto, target: Path) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
     try:
         with open(handle, "wb") as file:
-            # mkstemp lets nobody else read; the file shall have the rights of any other new file.
+            # mkstemp creates the file with mode 0600; give it the mode of any other new file.
             os.fchmod(file.fileno(), 0o666 & ~_umask())
             file.writelines(_pieces(model))
             file.flush()
@@ -57,12 +61,15 @@ def _write(model: onnx.ModelProto, target: Path) -> None:
 
 
 def size(model: onnx.ModelProto) -> int:
-    """The bytes of the model's file."""
+    """Return the size of the model's file in bytes."""
     return sum(map(len, _pieces(model)))
 
 
 def _pieces(model: onnx.ModelProto) -> Iterator[bytes]:
-    """The serialized model; a weight a piece. A message's fields may come in any order."""
+    """Yield the serialized model, each weight as a piece of its own.
+
+    The weights come last. Readers accept this: a protocol buffer's fields can be in any order.
+    """
     rest = _without(model.graph, "initializer").SerializeToString(deterministic=True)
     lengths = [tensor.ByteSize() for tensor in model.graph.initializer]
     heads = [wire.length_field(_INITIALIZER, length) for length in lengths]
@@ -75,7 +82,7 @@ def _pieces(model: onnx.ModelProto) -> Iterator[bytes]:
 
 
 def _without(message: _Message, name: str) -> _Message:
-    """A copy of the message but for one field."""
+    """Return a copy of the message without the field `name`."""
     copy = type(message)()
     for field, value in message.ListFields():
         if field.name == name:

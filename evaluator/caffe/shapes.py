@@ -1,7 +1,7 @@
-"""Shapes in which the batch, and on request height and width, are symbols.
+"""Shapes with a symbolic batch and, on request, symbolic height and width.
 
-A dimension is an int, or a `Symbol` times an int. A symbolic leading dimension 3*N lists three rows of the first
-image, then three of the second: the order in which Caffe lays out a batch.
+A dimension is an int, or a `Symbol` times an int. A leading dimension of 3*N has three rows of the first image, then
+three rows of the second, and so on, which is Caffe's layout of a batch.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# Caffe counts a blob's elements in an int and refuses more, and it refuses more axes.
+# Caffe's own limits: it counts the elements of a blob in an int, and allows 32 axes.
 MAX_COUNT = 2**31 - 1
 MAX_AXES = 32
-# Sizes computed of sizes are called after how, in at most so many letters.
+# The name of a computed size is its formula, up to this many letters.
 _MAX_SYMBOL = 80
 
 
 @dataclass(frozen=True)
 class Symbol:
-    """`factor` times a size known only at run time. Equal names are equal sizes; a long name is kept as its digest."""
+    """`factor` times a size known only at run time.
+
+    Equal names mean equal sizes. A long name is replaced by its digest.
+    """
 
     name: str
     factor: int = 1
@@ -38,41 +41,56 @@ Shape = tuple[Dim, ...]
 
 
 class ShapeError(ValueError):
-    """A shape does not fit its use. Whoever knows the layer turns it into a ConversionError."""
+    """A shape does not fit its use. The caller that knows the layer converts it to a ConversionError."""
 
 
 def product(dims: Iterable[Dim]) -> Dim:
-    """The number of elements. Raises ShapeError for more than one symbol, or for more than Caffe can count."""
+    """Return the product of the dimensions: the number of elements.
+
+    Raises:
+        ShapeError: more than one dimension is symbolic, or the product exceeds Caffe's limit.
+    """
     number, symbol = 1, None
     for dim in dims:
         if isinstance(dim, Symbol):
             if symbol is not None:
-                raise ShapeError(f"the product of the sizes {symbol} and {dim} is not known before run time")
+                raise ShapeError(f"the product of the sizes {symbol} and {dim} is unknown before run time")
             symbol = dim.name
             number *= dim.factor
         else:
             number *= dim
     if number > MAX_COUNT:
-        raise ShapeError(f"{number} elements are more than Caffe can count")
+        raise ShapeError(f"{number} elements exceed Caffe's limit of {MAX_COUNT}")
     return number if symbol is None else Symbol(symbol, number)
 
 
 def known(dim: Dim, what: str) -> int:
-    """`dim` where it is an int; ShapeError saying that `what` has to be known otherwise."""
+    """Return `dim`, which must be an int.
+
+    Args:
+        what: the name of the size for the error message.
+
+    Raises:
+        ShapeError: `dim` is a symbol.
+    """
     if isinstance(dim, Symbol):
-        raise ShapeError(f"{what} has to be known, and is {dim}")
+        raise ShapeError(f"{what} must be known before run time, but is {dim}")
     return dim
 
 
 def known_product(dims: Iterable[Dim], what: str) -> int:
-    """The number of elements of dimensions that must all be known."""
+    """Return the product of the dimensions, which must all be ints; see `product` and `known`."""
     return known(product(known(dim, what) for dim in dims), what)
 
 
 def check(shape: Shape) -> Shape:
-    """`shape` itself, if Caffe could hold it for a batch of one; ShapeError otherwise."""
+    """Return `shape` if it is within Caffe's limits for a batch of one.
+
+    Raises:
+        ShapeError: the shape is empty, or has too many axes or elements.
+    """
     if len(shape) > MAX_AXES:
-        raise ShapeError(f"{len(shape)} axes are more than Caffe's {MAX_AXES}")
+        raise ShapeError(f"{len(shape)} axes exceed Caffe's limit of {MAX_AXES}")
     count = 1
     for dim in shape:
         size = dim.factor if isinstance(dim, Symbol) else dim
@@ -80,22 +98,26 @@ def check(shape: Shape) -> Shape:
             raise ShapeError(f"the shape {text(shape)} is empty")
         count *= size
     if count > MAX_COUNT:
-        raise ShapeError(f"the shape {text(shape)} has more elements than Caffe can count")
+        raise ShapeError(f"the shape {text(shape)} exceeds Caffe's limit of {MAX_COUNT} elements")
     return shape
 
 
 def axis_of(axis: int, rank: int, what: str = "axis") -> int:
-    """A Caffe axis, which may be negative, as an index; ShapeError where there is no such axis."""
+    """Convert a Caffe axis, which can be negative, to an index.
+
+    Raises:
+        ShapeError: the axis does not exist.
+    """
     if not -rank <= axis < rank:
-        raise ShapeError(f"{what} {axis} does not exist in a blob of {rank} axes")
+        raise ShapeError(f"{what} {axis} does not exist in a blob with {rank} axes")
     return axis % rank
 
 
 def text(shape: Sequence[Dim]) -> str:
-    """A shape for people: (N, 3, 224, 224)."""
+    """Format a shape for messages, such as (N, 3, 224, 224)."""
     return "(" + ", ".join(str(dim) for dim in shape) + ")"
 
 
 BATCH = "N"
-# The number of regions in Fast R-CNN's nets, which is not the number of images.
+# The number of regions (R-CNN nets), which differs from the number of images.
 ROIS = "R"

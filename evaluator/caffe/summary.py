@@ -1,4 +1,4 @@
-"""What a converted net is, in numbers."""
+"""Summarize a converted net: shapes, parameters and multiply-adds."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ Shape = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One node: its name, which begins with the Caffe layer's, its operator, what it makes and what it costs.
+    """One ONNX node.
 
     Attributes:
-        shapes: of its outputs; a size known only at run time is its name, or "?".
-        parameters: numbers in its weights; those shared with an earlier node count there.
-        multiply_adds: multiplications with a following addition for one image; only convolutions, deconvolutions
-            and inner products have any.
+        name: the node's name, which begins with the Caffe layer's name.
+        op: the ONNX operator.
+        shapes: the shapes of its outputs; a size known only at run time is a symbol's name or "?".
+        parameters: the count of numbers in its weights, without weights that an earlier node already counts.
+        multiply_adds: the multiply-adds for one image; 0 unless the node is a convolution, deconvolution or inner
+            product.
     """
 
     name: str
@@ -32,7 +34,15 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A model: inputs and outputs with their shapes by name, its nodes, and totals. `size` is in bytes."""
+    """A model.
+
+    Attributes:
+        inputs, outputs: the shapes by name.
+        layers: the nodes, in execution order.
+        parameters, multiply_adds: totals over all nodes, for one image.
+        size: the size of the ONNX file in bytes.
+        metadata: the model's metadata properties.
+    """
 
     inputs: dict[str, Shape]
     outputs: dict[str, Shape]
@@ -45,7 +55,7 @@ class Summary:
 
 
 def summarize(model: onnx.ModelProto) -> Summary:
-    """The summary of a model that `convert` made. Multiply-adds are those of one image."""
+    """Summarize a model that `convert` returned."""
     graph = model.graph
     infos = [*graph.input, *graph.output, *graph.value_info]
     shapes = {info.name: _shape(info) for info in infos}
@@ -89,13 +99,13 @@ def _multiply_adds(node: onnx.NodeProto, shapes: dict[str, Shape], weights: dict
     weight = weights.get(node.input[1], ())
     if node.op_type == "Gemm":
         return prod(weight) * _rows(shapes.get(node.output[0], ()))
-    # A convolution uses every weight once at each place of its output, a deconvolution at each of its input.
-    places = shapes.get(node.output[0] if node.op_type == "Conv" else node.input[0], ())[2:]
-    return prod(weight) * prod(dim for dim in places if isinstance(dim, int))
+    # A convolution uses every weight once per output position, a deconvolution once per input position.
+    positions = shapes.get(node.output[0] if node.op_type == "Conv" else node.input[0], ())[2:]
+    return prod(weight) * prod(dim for dim in positions if isinstance(dim, int))
 
 
 def _rows(shape: Shape) -> int:
-    """The rows of a matrix that one image has: 5 of 5*N."""
+    """Return the rows per image of a matrix: 5 if its first dimension is 5*N."""
     first = str(shape[0]) if shape else ""
     factor = first.split("*")[0]
     return int(factor) if factor.isdigit() else 1

@@ -1,4 +1,4 @@
-"""Hands a caffemodel's blobs to the layers, in the shapes they ask for."""
+"""Supply the layers with a caffemodel's weights, in the shapes of their converters."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from .caffemodel import Weights
 from .shapes import ShapeError
 
 
-class LoadedBlobs:
-    """The `Blobs` of a caffemodel that has been read."""
+class CaffemodelWeights:
+    """The `WeightSource` of a parsed caffemodel."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
         self._used: dict[str, int] = {}
 
     def count(self, layer: str) -> int:
-        """How many blobs the caffemodel has for the layer."""
+        """Return the number of the layer's blobs in the caffemodel."""
         return len(self._weights.get(layer, ()))
 
     def used(self, layer: str) -> int:
-        """How many of them were asked for."""
+        """Return the number of the layer's blobs taken so far."""
         return self._used.get(layer, 0)
 
     def take(self, layer: str, index: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """The layer's `index`-th blob as float32 of `shape`.
+        """Return the layer's blob number `index` (from 0) as float32 in `shape`.
 
-        Old caffemodels pad every shape to four dimensions, with ones in front or, for SegNet's BN, around: ones at
-        either end make no difference, every other disagreement does.
+        Old caffemodels pad every shape to four dimensions with ones: in front, or on both sides for SegNet's BN. So
+        leading and trailing ones are ignored; all other dimensions must match.
 
         Raises:
-            ShapeError: no such blob, or one of another shape.
+            ShapeError: the blob does not exist or has another shape.
         """
         blobs = self._weights.get(layer, ())
         self._used[layer] = max(self._used.get(layer, 0), index + 1)
         if index >= len(blobs):
-            have = f"only {len(blobs)} weight blobs" if blobs else "no weights"
-            raise ShapeError(f"has {have} in the caffemodel, and needs one of the shape {list(shape)}")
+            stored = f"only {len(blobs)} weight blobs" if blobs else "no weights"
+            raise ShapeError(f"has {stored} in the caffemodel but needs a blob with the shape {list(shape)}")
         blob = blobs[index]
         if blob.data.size != prod(shape) or _core(blob.dims) != _core(shape):
             raise ShapeError(
-                f"weight blob {index} has the shape {list(blob.dims)[:8]} in the caffemodel, and needs {list(shape)}"
+                f"weight blob {index} has the shape {list(blob.dims)[:8]} in the caffemodel but needs {list(shape)}"
             )
         return blob.data.reshape(shape)
 

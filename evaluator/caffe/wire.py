@@ -1,7 +1,9 @@
-"""Protocol buffers' wire format, scanned in place.
+"""Scan the wire format of protocol buffers in place.
 
-Weights are most of a caffemodel. Parsing them into messages would hold them several times over, so the fields are
-walked and the payloads handed out as views of the file's bytes.
+Weights make up most of a caffemodel. Parsing them into messages would keep several copies of them in memory. The
+scanner walks the fields instead and returns payloads as views of the file's bytes.
+
+Source: https://protobuf.dev/programming-guides/encoding/
 """
 
 from __future__ import annotations
@@ -14,17 +16,22 @@ from numpy.typing import NDArray
 
 VARINT, FIXED64, LENGTH, GROUP_START, GROUP_END, FIXED32 = range(6)
 
-# A real net has some thousands of fields outside its weights; a crafted file could make the scan take minutes.
+# A real net has a few thousand fields outside its weights. Without a limit, a crafted file could take minutes to scan.
 MAX_FIELDS = 1_000_000
 
 
 class WireError(ValueError):
-    """The bytes are not a protocol buffer."""
+    """The bytes are not a valid protocol buffer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One field: `value` is the integer of a varint, `start` and `stop` bound every other payload."""
+    """One field of a message.
+
+    Attributes:
+        value: the integer of a varint; 0 for other wire types.
+        start, stop: the payload's offsets in the file, [start, stop).
+    """
 
     number: int
     wire_type: int
@@ -34,10 +41,10 @@ class Field:
 
 
 class Scanner:
-    """Walks the fields of one file's messages.
+    """A scanner for the fields of one file's messages.
 
     Args:
-        data: the whole file; fields refer to it by offset.
+        data: the bytes of the whole file. Fields refer to them by offset.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -45,7 +52,11 @@ class Scanner:
         self._fields_left = MAX_FIELDS
 
     def fields(self, start: int, stop: int) -> Iterator[Field]:
-        """The fields of the message at [start, stop). Raises WireError where there is none."""
+        """Yield the fields of the message at [start, stop).
+
+        Raises:
+            WireError: the bytes are not a message, or the file has more than `MAX_FIELDS` fields.
+        """
         position = start
         while position < stop:
             field = self.field(position, stop)
@@ -53,19 +64,19 @@ class Scanner:
             position = field.stop
 
     def run(self, field: Field, stop: int) -> tuple[NDArray[np.uint8], int]:
-        """The payloads of `field` and of the unpacked fields of its number that follow without a gap.
+        """Return the payloads of `field` and of all directly following fields with the same number.
 
-        Only for a fixed-size field with a number under 16, which has a tag of one byte.
+        Valid only for fixed-size fields with a number below 16, because their tag is one byte.
 
         Returns:
-            uint8 (n, 4) or (n, 8), a view of the file, and the offset at which the next field starts.
+            uint8 (n, 4) or (n, 8), a view of the file's bytes, and the offset of the next field.
         """
         size = 4 if field.wire_type == FIXED32 else 8
         first = field.start - 1
         most = (stop - first) // (size + 1)
         table = np.frombuffer(self.data, np.uint8, most * (size + 1), first).reshape(most, size + 1)
         tag, found, look = table[0, 0], 1, 64
-        # Looking ahead in growing steps keeps the cost in proportion to the run, not to the rest of the file.
+        # Growing steps make the cost proportional to the run's length, not to the rest of the file.
         while found < most:
             other = np.flatnonzero(table[found : found + look, 0] != tag)
             if other.size:
@@ -76,7 +87,11 @@ class Scanner:
         return table[:found, 1:], first + found * (size + 1)
 
     def field(self, position: int, stop: int) -> Field:
-        """The field that starts at `position` of a message that ends at `stop`. Raises WireError."""
+        """Return the field at `position` in a message that ends at `stop`.
+
+        Raises:
+            WireError: the bytes are not a field, or the file has more than `MAX_FIELDS` fields.
+        """
         self._spend()
         key, position = self._varint(position, stop)
         number, wire_type = key >> 3, key & 7
@@ -100,7 +115,7 @@ class Scanner:
         value = 0
         for shift in range(0, 70, 7):
             if position >= stop:
-                raise WireError(f"byte {position}: it ends within a number")
+                raise WireError(f"byte {position}: the data ends inside a number")
             byte = self.data[position]
             position += 1
             value |= (byte & 0x7F) << shift
@@ -111,10 +126,10 @@ class Scanner:
     def _spend(self) -> None:
         self._fields_left -= 1
         if self._fields_left < 0:
-            raise WireError(f"it has more than {MAX_FIELDS} fields")
+            raise WireError(f"the data has more than {MAX_FIELDS} fields")
 
     def varints(self, start: int, stop: int) -> list[int]:
-        """The numbers of a packed repeated field, as signed 64-bit integers."""
+        """Return the numbers of a packed repeated field as signed 64-bit integers."""
         numbers = []
         while start < stop:
             self._spend()
@@ -124,12 +139,12 @@ class Scanner:
 
 
 def signed(value: int) -> int:
-    """A varint's bits as a signed 64-bit integer."""
+    """Convert a varint's unsigned value to a signed 64-bit integer."""
     return value - (1 << 64) if value >> 63 else value
 
 
 def length_field(number: int, length: int) -> bytes:
-    """What stands before the payload of a field of `length` bytes."""
+    """Return the tag and length that precede a payload of `length` bytes."""
     return _varint_bytes(number << 3 | LENGTH) + _varint_bytes(length)
 
 

@@ -30,7 +30,9 @@ def providers(device: Device, model: onnx.ModelProto) -> list[Any]:
     """
     available = onnxruntime.get_available_providers()
     if _CUDA not in available:
-        raise StartError(f"use_device is {device.name}, but this onnxruntime has no CUDA (install atserving[gpu])")
+        raise StartError(
+            f"use_device is {device.name}, but this onnxruntime has no CUDA: install the extra gpu in place of cpu"
+        )
     if device.tensorrt and _TENSORRT not in available:
         raise StartError("model_params.tensorrt is true, but this onnxruntime has no TensorRT")
     onnxruntime.set_default_logger_severity(_ERRORS_ONLY)

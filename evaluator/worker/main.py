@@ -27,7 +27,7 @@ from atserving.errors import ServingError, StartError
 from atserving.telemetry import configure_logging
 from atserving.v1 import evaluator_pb2
 from evaluator import nets, scripting
-from evaluator.net_config import NetConfig
+from evaluator.net_config import DEFAULT_NET, NetConfig
 from evaluator.runtime import engine
 from evaluator.worker import channel, planning, request_codec, script
 from evaluator.worker.batcher import Batcher, ItemResult
@@ -173,7 +173,8 @@ def load(config: NetConfig, known: Plan | None) -> tuple[NetRunner, Plan]:
     """Return the warm net and its plan, which is ``known`` after a restart. Raises StartError."""
     folder = _request_folder(config)
     if not (config.script and folder):
-        return planning.for_built_in(nets.built_in(config.net), config, known)
+        name = config.custom_values.fields.get("net", DEFAULT_NET)
+        return planning.for_built_in(nets.built_in(name), config, known)
     scripting.begin(config)
     load_script = script.load(config.script)
     os.chdir(folder.parent)

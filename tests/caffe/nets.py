@@ -15,6 +15,9 @@ from evaluator.caffe import convert
 from evaluator.caffe.convert import build
 from evaluator.caffe.net_plan import plan_net
 from evaluator.caffe.prototxt import parse_net
+from examples import caffe_files
+from examples.caffe_files import delimited as delimited
+from examples.caffe_files import varint as varint
 
 Array = NDArray[Any]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -32,29 +35,9 @@ def layer(kind: str, bottoms: str = "data", tops: str = "out", more: str = "", n
     return f'layer {{ name: "{name or "the_" + kind}" type: "{kind}" {" ".join(blobs)} {more} }}\n'
 
 
-def varint(number: int) -> bytes:
-    encoded = bytearray()
-    while number > 0x7F:
-        encoded.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*encoded, number])
-
-
-def delimited(number: int, payload: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(payload)) + payload
-
-
-def blob_bytes(array: Array) -> bytes:
-    dims = b"".join(varint(dim) for dim in np.shape(array))
-    return delimited(7, delimited(1, dims)) + delimited(5, np.asarray(array, "<f4").tobytes())
-
-
 def caffemodel(weights: Mapping[str, Sequence[Array]]) -> bytes:
-    """A caffemodel as Caffe writes it."""
-    return b"".join(
-        delimited(100, delimited(1, name.encode()) + b"".join(delimited(7, blob_bytes(blob)) for blob in blobs))
-        for name, blobs in weights.items()
-    )
+    """A caffemodel without the types of its layers, which nothing reads."""
+    return caffe_files.caffemodel("", [(name, "", blobs) for name, blobs in weights.items()])
 
 
 class DrawnBlobs:

@@ -1,11 +1,11 @@
-"""OpenCV's reading of Caffe nets, as a second opinion."""
+"""Run Caffe nets in OpenCV, as an independent oracle."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -17,8 +17,8 @@ from evaluator.caffe.prototxt import parse_net
 from .nets import caffemodel
 
 
-class Unpool:
-    """SegNet's Upsample for OpenCV: every number goes to the place in its plane that the mask names."""
+class Upsample:
+    """Upsample as a custom layer of OpenCV: repeat numbers, or put them at the positions that a mask gives."""
 
     def __init__(self, params: dict[str, Any], blobs: Any) -> None:
         self._scale = int(params.get("scale", 2))
@@ -28,6 +28,8 @@ class Unpool:
         return [[images, channels, height * self._scale, width * self._scale]]
 
     def forward(self, inputs: list[NDArray[Any]]) -> list[NDArray[Any]]:
+        if len(inputs) == 1:
+            return [inputs[0].repeat(self._scale, 2).repeat(self._scale, 3)]
         data, mask = inputs[0], inputs[1].astype(np.int64)
         images, channels, height, width = data.shape
         plane = np.zeros((images, channels, height * self._scale * width * self._scale), np.float32)
@@ -35,11 +37,11 @@ class Unpool:
         return [plane.reshape(images, channels, height * self._scale, width * self._scale)]
 
 
-cv2.dnn_registerLayer("Upsample", Unpool)
+cv2.dnn_registerLayer("Upsample", cast(Any, Upsample))
 
 
 def for_opencv(prototxt: str) -> str:
-    """The same net in words that OpenCV knows: SegNet's BN, which is scale and shift, as a Scale layer."""
+    """Replace SegNet's BN, which OpenCV does not know, by an equivalent Scale layer."""
     renamed = prototxt.replace('type: "BN"', 'type: "Scale" scale_param { bias_term: true }')
     return re.sub(r"bn_param\s*\{(?:[^{}]|\{[^{}]*\})*\}", "", renamed)
 
@@ -51,10 +53,17 @@ def opencv_outputs(
     feeds: Mapping[str, NDArray[Any]],
     blobs: Sequence[str],
 ) -> dict[str, NDArray[Any]]:
-    """The blobs as OpenCV computes them; it knows them by the layers that make them."""
+    """Return the given blobs as OpenCV computes them, float32 arrays by name.
+
+    Args:
+        folder: an existing folder for the net's files.
+        weights: the weights by layer name.
+        feeds: the inputs by name.
+    """
     plan = plan_net(parse_net(prototxt.encode(), "net"), "net")
-    makers = {plan.last[name]: name for name in blobs}
-    layers = {makers[top]: layer.spec.name for layer in plan.layers for top in layer.tops if top in makers}
+    names = {plan.last[name]: name for name in blobs}
+    # OpenCV addresses a blob by the layer that produces it.
+    layers = {names[top]: layer.spec.name for layer in plan.layers for top in layer.tops if top in names}
     (folder / "oracle.prototxt").write_text(for_opencv(prototxt))
     (folder / "oracle.caffemodel").write_bytes(caffemodel(weights))
     net = cv2.dnn.readNetFromCaffe(str(folder / "oracle.prototxt"), str(folder / "oracle.caffemodel"))

@@ -1,4 +1,4 @@
-"""DetectionOutput against SSD's definition in plain numpy, and against OpenCV."""
+"""DetectionOutput matches SSD's definition in plain NumPy, and OpenCV."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import pytest
 
 from evaluator.caffe import convert
 
-from .nets import error, input_layer, layer, run, write_net
+from .boxes import overlap, rows
+from .nets import Array, error, input_layer, layer, run, write_net
 from .oracle import opencv_outputs
-from .test_models import rows
-from .test_published_layers import overlap
 
 
 @dataclass(frozen=True)
 class Case:
-    """Parameters of a DetectionOutput, as the layer has them."""
+    """The parameters of a DetectionOutput layer; `overlap` is nms_threshold and `threshold` confidence_threshold."""
 
     classes: int = 4
     shared: bool = True
@@ -49,39 +48,41 @@ class Case:
         )
 
 
-def decode(case: Case, location: np.ndarray, prior: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    moved = location if case.in_target else location * variance
+def decode(case: Case, location: Array, prior: Array, variance: Array) -> Array:
+    delta = location if case.in_target else location * variance
     size = prior[2:] - prior[:2]
     if case.code == "CORNER":
-        return prior + moved
-    if case.code == "CORNER_SIZE":
-        return prior + moved * np.tile(size, 2)
-    centre = (prior[:2] + prior[2:]) / 2 + moved[:2] * size
-    half = np.exp(moved[2:]) * size / 2
-    return np.concatenate([centre - half, centre + half])
+        box: Array = prior + delta
+    elif case.code == "CORNER_SIZE":
+        box = prior + delta * np.tile(size, 2)
+    else:
+        centre = (prior[:2] + prior[2:]) / 2 + delta[:2] * size
+        half = np.exp(delta[2:]) * size / 2
+        box = np.concatenate([centre - half, centre + half])
+    return box
 
 
-def area(box: np.ndarray) -> float:
+def area(box: Array) -> float:
     return float(np.prod(np.maximum(box[2:] - box[:2], 0)))
 
 
-def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+def jaccard(a: Array, b: Array) -> float:
     return overlap(a, b, 0) if area(a) > 0 and area(b) > 0 else 0.0
 
 
-def detected(case: Case, loc: np.ndarray, conf: np.ndarray, priors: np.ndarray) -> np.ndarray:
-    """The rows of a batch, by SSD's code."""
+def detected(case: Case, loc: Array, conf: Array, priors: Array) -> Array:
+    """Return the rows of a batch as SSD's detection_output_layer.cpp computes them."""
     number = priors.shape[1] // 4
     table: list[list[float]] = []
     for image in range(len(loc)):
         locations = loc[image].reshape(number, -1, 4)
         scores = conf[image].reshape(number, case.classes)
-        found: list[tuple[float, int, np.ndarray]] = []
+        found: list[tuple[float, int, Array]] = []
         for label in range(case.classes):
             if label == case.background:
                 continue
             best = [p for p in np.argsort(-scores[:, label], kind="stable") if passes(case, scores[p, label])]
-            kept: list[np.ndarray] = []
+            kept: list[Array] = []
             for p in best[: case.top_k if case.top_k > -1 else None]:
                 at = slice(4 * p, 4 * p + 4)
                 box = decode(case, locations[p, 0 if case.shared else label], priors[0, at], priors[1, at])
@@ -95,10 +96,10 @@ def detected(case: Case, loc: np.ndarray, conf: np.ndarray, priors: np.ndarray) 
 
 
 def passes(case: Case, score: float) -> bool:
-    return case.threshold is None or score > np.float32(case.threshold)
+    return case.threshold is None or bool(score > np.float32(case.threshold))
 
 
-def draw(case: Case, images: int, priors: int) -> dict[str, np.ndarray]:
+def draw(case: Case, images: int, priors: int) -> dict[str, Array]:
     random = np.random.default_rng(13)
     centres, half = random.uniform(0.2, 0.8, (priors, 2)), random.uniform(0.05, 0.3, (priors, 2))
     boxes = np.concatenate([centres - half, centres + half], axis=1).reshape(-1)
@@ -119,12 +120,12 @@ CASES = {
     "top_k": Case(top_k=10),
     "keep_top_k": Case(keep_top_k=7),
     "both": Case(top_k=12, keep_top_k=9, overlap=0.2),
-    "more than there are": Case(top_k=5000, keep_top_k=5000),
+    "limits above the number of candidates": Case(top_k=5000, keep_top_k=5000),
     "not shared": Case(shared=False, top_k=15),
     "corner": Case(code="CORNER", overlap=0.1),
     "corner size": Case(code="CORNER_SIZE", keep_top_k=20),
     "corner not shared": Case(code="CORNER", shared=False, keep_top_k=20),
-    "encoded": Case(in_target=True, overlap=0.3),
+    "variance in target": Case(in_target=True, overlap=0.3),
     "no background": Case(background=-1, keep_top_k=30),
     "last is background": Case(background=3),
     "no threshold": Case(threshold=None, top_k=5),
@@ -137,7 +138,7 @@ CASES = {
 
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_rows_are_those_of_ssd(case: Case, images: int, tmp_path: Path) -> None:
+def test_rows_match_ssd(case: Case, images: int, tmp_path: Path) -> None:
     model = convert(*write_net(tmp_path, case.prototxt(60), {}))
     feeds = draw(case, images, 60)
     expected = detected(case, feeds["loc"], feeds["conf"], feeds["priors"][0])
@@ -146,8 +147,8 @@ def test_rows_are_those_of_ssd(case: Case, images: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["keep_top_k", "both", "corner keep", "not shared keep", "one class"])
-def test_rows_are_those_of_opencv(name: str, tmp_path: Path) -> None:
-    """With a keep_top_k only: without one OpenCV 4.14 writes beyond its memory."""
+def test_rows_match_opencv(name: str, tmp_path: Path) -> None:
+    # All cases have a keep_top_k: without one, OpenCV 4.14 writes outside its memory.
     case = CASES[name]
     prototxt = case.prototxt(60)
     feeds = draw(case, 1, 60)
@@ -156,11 +157,11 @@ def test_rows_are_those_of_opencv(name: str, tmp_path: Path) -> None:
     assert error(rows(ours), rows(theirs)) < 1e-5
 
 
-def test_nothing_detected_is_no_row(tmp_path: Path) -> None:
+def test_image_without_detections_has_no_rows(tmp_path: Path) -> None:
     case = Case(threshold=1.1)
     model = convert(*write_net(tmp_path, case.prototxt(60), {}))
     assert run(model, draw(case, 2, 60))["out"].shape == (1, 1, 0, 7)
-    found_in_one = draw(Case(), 2, 60)
-    found_in_one["conf"][0] = 0
+    second_image_only = draw(Case(), 2, 60)
+    second_image_only["conf"][0] = 0
     model = convert(*write_net(tmp_path, Case().prototxt(60), {}))
-    assert set(run(model, found_in_one)["out"][0, 0, :, 0]) == {1.0}
+    assert set(run(model, second_image_only)["out"][0, 0, :, 0]) == {1.0}

@@ -1,71 +1,57 @@
-"""Every fixture gives Caffe's answers, at any batch, from a clean graph."""
+"""Every fixture gives Caffe's results, at any batch size, from a valid graph."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
-from evaluator.caffe import convert
+from . import cases
+from .nets import FIXTURES, error, run
 
-from .nets import FIXTURES, error, run, session
-
-CASES = sorted(path.name for path in FIXTURES.iterdir())
 TOLERANCE = 1e-5
 
 
-def load(case: str) -> tuple[onnx.ModelProto, dict[str, dict[str, dict[str, np.ndarray]]]]:
-    """The model, and arrays by batch key, in or out, and blob."""
-    folder = FIXTURES / case
-    arrays: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-    with np.load(folder / "expected.npz") as stored:
-        for key in stored.files:
-            batch, kind, blob = key.split("|")
-            arrays.setdefault(batch, {}).setdefault(kind, {})[blob] = stored[key]
-    return convert(folder / "deploy.prototxt", folder / "weight.caffemodel"), arrays
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_fixture_gives_the_answers_of_caffe_at_batches_of_one_and_three(case: str) -> None:
-    model, arrays = load(case)
-    engine = session(model)
-    for batch in arrays.values():
-        if "out" not in batch:
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_fixture_matches_caffe(name: str) -> None:
+    for batch in cases.batches(name).values():
+        if not batch.outputs:
             continue
-        outputs = run(engine, batch["in"])
-        assert outputs.keys() == batch["out"].keys()
-        for blob, expected in batch["out"].items():
+        outputs = run(cases.engine(name), batch.inputs)
+        assert outputs.keys() == batch.outputs.keys()
+        for blob, expected in batch.outputs.items():
             assert error(outputs[blob], expected) < TOLERANCE, blob
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_fixture_answers_every_image_of_a_batch_as_if_it_were_alone(case: str) -> None:
-    model, arrays = load(case)
-    if not all(output.type.tensor_type.shape.dim[0].dim_param for output in model.graph.output):
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_fixture_gives_each_image_of_a_batch_the_same_result_as_alone(name: str) -> None:
+    if not all(output.type.tensor_type.shape.dim[0].dim_param for output in cases.model(name).graph.output):
         pytest.skip("its output is a constant without a batch axis")
-    engine = session(model)
+    engine = cases.engine(name)
     random = np.random.default_rng(7)
-    images = {blob: random.normal(0, 1, (16, *array.shape[1:])) for blob, array in arrays["b1"]["in"].items()}
-    images = {blob: array.astype(np.float32) for blob, array in images.items()}
+    images = {
+        blob: random.normal(0, 1, (16, *array.shape[1:])).astype(np.float32)
+        for blob, array in cases.batches(name)["b1"].inputs.items()
+    }
     alone = [run(engine, {blob: array[i : i + 1] for blob, array in images.items()}) for i in range(16)]
     for batch in (1, 2, 5, 16):
         together = run(engine, {blob: array[:batch] for blob, array in images.items()})
         for blob, output in together.items():
-            assert error(output, np.concatenate([answer[blob] for answer in alone[:batch]])) < TOLERANCE, blob
+            assert error(output, np.concatenate([outputs[blob] for outputs in alone[:batch]])) < TOLERANCE, blob
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_fixture_makes_a_valid_model_whose_shapes_onnx_agrees_with(case: str) -> None:
-    model, _ = load(case)
+@pytest.mark.parametrize("name", cases.NAMES)
+def test_fixture_gives_a_valid_model_with_correct_shapes(name: str) -> None:
+    model = cases.model(name)
     onnx.checker.check_model(model, full_check=True)
-    stated = shapes(model)
-    del model.graph.value_info[:]
-    inferred = shapes(onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True))
-    for name, shape in stated.items():
-        for ours, theirs in zip(shape, inferred.get(name, shape), strict=True):
-            assert not (isinstance(ours, int) and isinstance(theirs, int)) or ours == theirs, name
+    declared = shapes(model)
+    without_shapes = onnx.ModelProto()
+    without_shapes.CopyFrom(model)
+    del without_shapes.graph.value_info[:]
+    inferred = shapes(onnx.shape_inference.infer_shapes(without_shapes, strict_mode=True, data_prop=True))
+    for value, shape in declared.items():
+        for ours, theirs in zip(shape, inferred.get(value, shape), strict=True):
+            assert not (isinstance(ours, int) and isinstance(theirs, int)) or ours == theirs, value
 
 
 def shapes(model: onnx.ModelProto) -> dict[str, list[int | str]]:
@@ -77,7 +63,7 @@ def shapes(model: onnx.ModelProto) -> dict[str, list[int | str]]:
     }
 
 
-def test_every_fixture_is_complete() -> None:
-    for case in CASES:
-        files = {path.name for path in Path(FIXTURES / case).iterdir()}
-        assert files == {"deploy.prototxt", "weight.caffemodel", "expected.npz"}, case
+def test_every_fixture_has_all_files() -> None:
+    for name in cases.NAMES:
+        files = {path.name for path in (FIXTURES / name).iterdir()}
+        assert files == {"deploy.prototxt", "weight.caffemodel", "expected.npz"}, name

@@ -1,4 +1,4 @@
-"""Files that are none, messages as long as a file, models larger than ONNX can hold."""
+"""Limits: irregular files, long messages, and models above the size limit of ONNX."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(cli.convert, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
-def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
+def test_irregular_file_is_refused(tmp_path: Path) -> None:
     good = write_net(tmp_path, NET, {})
     os.mkfifo(tmp_path / "fifo")
     for path in (Path("/dev/zero"), Path("/dev/null"), tmp_path / "fifo"):
@@ -35,12 +35,12 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
             convert(folder, good[1])
 
 
-def test_file_that_grows_while_it_is_read_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_file_that_grows_during_the_read_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     paths = write_net(tmp_path, NET, {})
     status = os.stat(paths[0])
     earlier = os.stat_result((*status[:6], status.st_size - 1, *status[7:10]))
     monkeypatch.setattr(os, "fstat", lambda _: earlier)
-    with pytest.raises(ConversionError, match=r"^deploy\.prototxt: cannot be read: it grew meanwhile$"):
+    with pytest.raises(ConversionError, match=r"^deploy\.prototxt: cannot be read: the file grew during the read$"):
         convert(*paths)
 
 
@@ -54,14 +54,14 @@ def test_file_that_grows_while_it_is_read_is_refused(monkeypatch: pytest.MonkeyP
         "".join(f"{letter}: " for letter in "x" * 10**5),
     ],
 )
-def test_message_is_one_to_read(prototxt: str, tmp_path: Path) -> None:
+def test_message_has_bounded_length(prototxt: str, tmp_path: Path) -> None:
     paths = write_net(tmp_path, prototxt, {})
     with pytest.raises(ConversionError) as caught:
         convert(*paths)
     assert len(str(caught.value)) < 800
 
 
-def test_long_reason_keeps_its_beginning_and_its_end() -> None:
+def test_long_reason_is_cut_in_the_middle() -> None:
     error = ConversionError(f"begins {'x' * 1000} ends", layer="n" * 1000, layer_type="ReLU")
     assert error.reason.startswith("begins xxx")
     assert error.reason.endswith("xxx ends")
@@ -78,19 +78,19 @@ def test_long_reason_keeps_its_beginning_and_its_end() -> None:
         "prior_box_param { min_size: 2 }",
     ],
 )
-def test_model_beyond_what_onnx_can_hold_is_refused(more: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_model_above_the_size_limit_is_refused(more: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kind, bottoms = ("PriorBox", "data data") if "prior" in more else ("Convolution", "data")
     paths = write_net(tmp_path, input_layer(1, 3, 8, 8) + layer(kind, bottoms, more=more))
     whole = size(convert(*paths))
     for limit in range(0, whole, 7):
         monkeypatch.setattr(export, "_MAX_BYTES", limit)
-        with pytest.raises(ConversionError, match="more than the 2 GiB that an ONNX file can hold"):
+        with pytest.raises(ConversionError, match="above the 2 GiB limit of an ONNX file"):
             convert(*paths)
     monkeypatch.setattr(export, "_MAX_BYTES", whole + 500)
     assert size(convert(*paths)) == whole
 
 
-def test_constant_that_is_several_outputs_is_stored_once(tmp_path: Path) -> None:
+def test_constant_shared_by_outputs_is_stored_once(tmp_path: Path) -> None:
     prior = layer("PriorBox", "data data", "p", "prior_box_param { min_size: 2 }")
     aliases = layer("Split", "p", " ".join(f"s{i}" for i in range(9)))
     model = convert(*write_net(tmp_path, input_layer(1, 3, 80, 80) + prior + aliases, {}))
@@ -98,7 +98,7 @@ def test_constant_that_is_several_outputs_is_stored_once(tmp_path: Path) -> None
     assert [output.name for output in model.graph.output] == [f"s{i}" for i in range(9)]
 
 
-def test_nothing_but_a_file_is_written_over(tmp_path: Path) -> None:
+def test_only_a_regular_file_is_overwritten(tmp_path: Path) -> None:
     paths = write_net(tmp_path / "in", NET, {})
     model = convert(*paths)
     os.mkfifo(tmp_path / "fifo")
@@ -107,7 +107,7 @@ def test_nothing_but_a_file_is_written_over(tmp_path: Path) -> None:
     for name in ("fifo", "folder", "link"):
         done = invoke(*paths, "-o", tmp_path / name)
         assert (done.exit_code, done.stdout) == (1, "")
-        assert done.stderr.startswith(f"atserving convert: {tmp_path / name}: is ")
+        assert done.stderr.startswith(f"atserving convert: {tmp_path / name}: ")
         with pytest.raises(OSError, match=str(tmp_path / name)):
             write(model, tmp_path / name)
     assert (tmp_path / "fifo").is_fifo()
@@ -115,28 +115,29 @@ def test_nothing_but_a_file_is_written_over(tmp_path: Path) -> None:
     done = invoke(*paths, "-o", "/dev/null")
     assert (done.exit_code, done.stderr) == (
         1,
-        "atserving convert: /dev/null: is there and is no file that could be replaced\n",
+        "atserving convert: /dev/null: exists and is not a regular file\n",
     )
 
 
 @pytest.mark.parametrize("output", ["/nonexistent/x.onnx", "nonexistent/x.onnx", ".", "", "/dev/null/x"])
-def test_error_names_the_output_as_it_was_given(output: str, tmp_path: Path) -> None:
+def test_error_names_the_output_as_given(output: str, tmp_path: Path) -> None:
     done = invoke(*write_net(tmp_path, NET, {}), "-o", output)
     assert done.exit_code == 1
     assert done.stderr.startswith(f"atserving convert: {output or '.'}: ")
     assert done.stderr.count("\n") == 1
 
 
-def test_input_as_an_output_is_said_to_be_one(tmp_path: Path) -> None:
+def test_input_cannot_be_added_as_an_output(tmp_path: Path) -> None:
     done = invoke(*write_net(tmp_path, NET, {}), "-o", tmp_path / "x.onnx", "--add-output", "data")
-    said = "atserving convert: deploy.prototxt: blob 'data' is an input and cannot be an output\n"
-    assert (done.exit_code, done.stderr) == (1, said)
+    message = "atserving convert: deploy.prototxt: blob 'data' is an input and cannot be an output\n"
+    assert (done.exit_code, done.stderr) == (1, message)
 
 
-def test_no_memory_for_writing_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_memory_error_during_the_write_prints_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def no_memory(*_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(cli, "write", no_memory)
     done = invoke(*write_net(tmp_path, NET, {}), "-o", tmp_path / "x.onnx")
-    assert (done.exit_code, done.stderr) == (1, "atserving convert: deploy.prototxt: needs more memory than there is\n")
+    message = "atserving convert: deploy.prototxt: needs more memory than is available\n"
+    assert (done.exit_code, done.stderr) == (1, message)

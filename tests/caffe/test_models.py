@@ -1,23 +1,41 @@
-"""Whole trained networks give the answers of real Caffe, and whole structures those of OpenCV."""
+"""Whole nets give the answers of other engines: real Caffe, or OpenCV.
+
+Nets of our own are the fixtures `net_...`, the layouts and the examples. Where published networks are at hand, they
+are compared too.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 
+from bench.nets import CaffeNet, resnet_50
 from evaluator.caffe import ConversionError, convert
+from evaluator.caffe.caffe_pb2 import BlobProto
 
-from .nets import MODELS, draw_weights, error, normal, run, session, write_net
+from .boxes import rows
+from .layouts import LAYOUTS
+from .nets import FIXTURES, MODELS, draw_weights, error, normal, run, session, write_net
 from .oracle import opencv_outputs
 
+ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
 BATCHES = (1, 2, 5, 16)
+# Trained nets of ours, and an image for each.
+EXAMPLES = {
+    "digits/digits-v1": "digits/images/7.png",
+    "digits/digits-v2": "digits/images/3.png",
+    "detect/digits-detect-v1": "detect/images/1.png",
+    "segment/digits-segment-v1": "segment/images/2.png",
+}
 NETWORKS = (
     "cifar10_quick",
     "lenet_mnist",
@@ -33,8 +51,6 @@ NETWORKS = (
 STRUCTURES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "enet_deploy_final": ((), {"dim: 512": "dim: 64", "dim: 1024": "dim: 96"}),
     "mobilenet_ssd_voc_deploy": (("mbox_loc", "mbox_conf_flatten"), {}),
-    "mobilenet_v1": (("fc7", "conv4_1/dw"), {}),
-    "resnet-50": (("fc1000", "res3d"), {}),
     "squeezenet_v1.1": (("pool10",), {}),
     "yolov5s": ((), {"dim: 640": "dim: 160", "dim: 80": "dim: 20", "dim: 40": "dim: 10", "dim: 20": "dim: 5"}),
 }
@@ -69,17 +85,71 @@ def structure(name: str) -> str:
     return smaller(path.read_text(), STRUCTURES[name][1])
 
 
-def rows(detections: np.ndarray) -> np.ndarray:
-    """Detections without OpenCV's padding of zeros, in an order of their own."""
-    table = detections.reshape(-1, 7)
-    table = table[table[:, 2] > 0]
-    return table[np.lexsort((-table[:, 2], table[:, 1], table[:, 0]))]
-
-
 def check_output(actual: np.ndarray, expected: np.ndarray) -> None:
     if actual.shape[-1:] == (7,) and actual.ndim == 4:
         actual, expected = rows(actual), rows(expected)
     assert error(actual, expected) < TOLERANCE
+
+
+def layout_image(net: CaffeNet, shape: list[int], seed: int = 0) -> np.ndarray:
+    # The nets of the benchmark take pixels.
+    return normal(1, *shape, seed=seed) * (60 if net.name in ("mobilenet_v1", "resnet_50") else 1)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> tuple[CaffeNet, tuple[str, ...]]:
+    found = LAYOUTS[request.param]
+    return found.make(), found.blobs
+
+
+def test_layout_gives_the_answers_of_opencv(layout: tuple[CaffeNet, tuple[str, ...]], tmp_path: Path) -> None:
+    net, blobs = layout
+    model = convert(*net.write(tmp_path), outputs=blobs)
+    onnx.checker.check_model(model, full_check=True)
+    engine = session(model)
+    image = {"data": layout_image(net, engine.get_inputs()[0].shape[1:])}
+    outputs = run(engine, image)
+    expected = opencv_outputs(tmp_path, net.prototxt, net.weights, image, list(outputs))
+    for blob, output in outputs.items():
+        check_output(output, expected[blob])
+
+
+def test_layout_answers_every_image_of_a_batch_as_if_it_were_alone(
+    layout: tuple[CaffeNet, tuple[str, ...]], tmp_path: Path
+) -> None:
+    net, _ = layout
+    engine = session(convert(*net.write(tmp_path)))
+    check_batches(engine, [layout_image(net, engine.get_inputs()[0].shape[1:], seed) for seed in range(3)])
+
+
+def example(name: str, folder: Path) -> tuple[tuple[Path, Path], np.ndarray]:
+    """Return the files of an example's net and one of its images as the net's input."""
+    with tarfile.open(ROOT / "examples" / f"{name}.tar") as tar:
+        tar.extractall(folder, filter="data")
+    paths = folder / "deploy.prototxt", folder / "weight.caffemodel"
+    size = session(convert(*paths)).get_inputs()[0].shape[2:]
+    image = cv2.imread(str(ROOT / "examples" / EXAMPLES[name]))
+    assert image is not None
+    mean = BlobProto.FromString((folder / "mean.binaryproto").read_bytes())
+    planes = cv2.resize(image, size[::-1]).transpose(2, 0, 1) - np.reshape(mean.data, (3, *size))
+    return paths, planes[np.newaxis].astype(np.float32)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_gives_the_answers_of_opencv(name: str, tmp_path: Path) -> None:
+    paths, image = example(name, tmp_path)
+    outputs = run(convert(*paths), {"data": image})
+    net = cv2.dnn.readNetFromCaffe(*map(str, paths))
+    net.setInput(image, "data")
+    (output,) = outputs.values()
+    assert output.size > 9
+    check_output(output, net.forward())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_answers_every_image_of_a_batch_as_if_it_were_alone(name: str, tmp_path: Path) -> None:
+    paths, image = example(name, tmp_path)
+    check_batches(session(convert(*paths)), [image, image[..., ::-1].copy(), image + 9 * normal(*image.shape)])
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -103,7 +173,7 @@ def check_batches(engine: onnxruntime.InferenceSession, images: list[np.ndarray]
         together = run(engine, {feed: np.concatenate([images[i % len(images)] for i in range(batch)])})
         for blob, output in together.items():
             answers = [alone[i % len(images)][blob] for i in range(batch)]
-            if blob == "detection_out":
+            if output.ndim == 4 and output.shape[-1] == 7:
                 # Its first column is the image's place in the batch, and its rows lie along axis 2.
                 answers = [np.concatenate([np.full_like(a[..., :1], i), a[..., 1:]], 3) for i, a in enumerate(answers)]
                 assert error(output, np.concatenate(answers, axis=2)) < TOLERANCE
@@ -139,30 +209,39 @@ def test_structure_with_random_weights_gives_the_answers_of_opencv(name: str, tm
         check_output(output, expected[blob])
 
 
-def test_training_net_with_only_data_layers_is_refused_for_want_of_a_shape() -> None:
-    folder = MODELS / "lenet_mnist"
-    if not folder.is_dir():
-        pytest.skip("the trained networks are not on this machine")
+TRAINING = """
+layer { name: "train" type: "Data" top: "data" top: "label" include { phase: TRAIN } data_param { source: "a" } }
+layer { name: "test" type: "Data" top: "data" top: "label" include { phase: TEST } data_param { source: "b" } }
+"""
+LOSS = """
+layer { name: "loss" type: "SoftmaxWithLoss" bottom: "fc2" bottom: "label" top: "loss" }
+layer { name: "accuracy" type: "Accuracy" bottom: "fc2" bottom: "label" top: "accuracy" include { phase: TEST } }
+"""
+
+
+def training_net(head: str) -> str:
+    """Return the net of a fixture as it is trained: with another head in place of its input, and a loss at its end."""
+    lines = (FIXTURES / "net_digits" / "deploy.prototxt").read_text().splitlines()
+    return head + "\n".join(line for line in lines if "Input" not in line and "Softmax" not in line) + LOSS
+
+
+def test_training_net_with_only_data_layers_is_refused_for_want_of_a_shape(tmp_path: Path) -> None:
+    (tmp_path / "train_test.prototxt").write_text(training_net(TRAINING))
+    weights = FIXTURES / "net_digits" / "weight.caffemodel"
     with pytest.raises(ConversionError, match=r"train_test\.prototxt: has only Data layers, so its input has no shape"):
-        convert(folder / "train_test.prototxt", folder / "weight.caffemodel")
+        convert(tmp_path / "train_test.prototxt", weights)
 
 
 def test_training_net_with_an_input_serves_its_loss_as_a_softmax(tmp_path: Path) -> None:
-    folder = MODELS / "lenet_mnist"
-    if not folder.is_dir():
-        pytest.skip("the trained networks are not on this machine")
-    prototxt = 'input: "data" input_shape { dim: 64 dim: 1 dim: 28 dim: 28 }\n'
-    text = (folder / "train_test.prototxt").read_text()
-    # The Data layers end where the first convolution begins.
-    prototxt += text[text.index('layer {\n  name: "conv1"') :]
-    (tmp_path / "deploy.prototxt").write_text(prototxt)
-    model = convert(tmp_path / "deploy.prototxt", folder / "weight.caffemodel")
-    expected = np.load(folder / "expected.npz")
-    assert error(run(model, {"data": expected["img1|in"]})["loss"], expected["img1|out|prob"]) < TOLERANCE
+    head = 'input: "data" input_shape { dim: 64 dim: 1 dim: 28 dim: 28 }\n'
+    (tmp_path / "deploy.prototxt").write_text(training_net(head))
+    model = convert(tmp_path / "deploy.prototxt", FIXTURES / "net_digits" / "weight.caffemodel")
+    expected = np.load(FIXTURES / "net_digits" / "expected.npz")
+    assert error(run(model, {"data": expected["b3|in|data"]})["loss"], expected["b3|out|prob"]) < TOLERANCE
 
 
 def test_a_large_net_is_in_memory_at_most_three_times(tmp_path: Path) -> None:
-    prototxt, weights = write_net(tmp_path, structure("resnet-50"))
+    prototxt, weights = resnet_50().write(tmp_path)
     script = (
         "import sys\n"
         "from evaluator.caffe import convert\n"
@@ -175,13 +254,13 @@ def test_a_large_net_is_in_memory_at_most_three_times(tmp_path: Path) -> None:
         check=True,
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
     assert int(done.stdout) * 1024 < 3 * weights.stat().st_size
 
 
 def test_the_command_needs_no_more_memory_than_the_library_and_its_interpreter(tmp_path: Path) -> None:
-    paths = write_net(tmp_path, structure("resnet-50"))
+    paths = resnet_50().write(tmp_path)
     script = (
         "import resource, subprocess, sys\n"
         "subprocess.run([sys.executable, '-m', 'evaluator.caffe', *sys.argv[1:]], check=True, stdout=2)\n"
@@ -192,6 +271,6 @@ def test_the_command_needs_no_more_memory_than_the_library_and_its_interpreter(t
         check=True,
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
     assert int(done.stdout) * 1024 < 3 * paths[1].stat().st_size

@@ -1,4 +1,4 @@
-"""Layers that the fixtures do not have, against their published definitions in plain numpy, or OpenCV."""
+"""Layers without a fixture match their published definitions in plain NumPy, or OpenCV."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 from evaluator.caffe import ConversionError, convert
 
-from .nets import FIXTURES, answer, draw_weights, error, input_layer, layer, normal, run, write_net
+from .boxes import overlap
+from .nets import FIXTURES, Array, answer, draw_weights, error, input_layer, layer, normal, run, write_net
 from .oracle import opencv_outputs
 
 TOLERANCE = 1e-5
@@ -18,15 +19,15 @@ DATA = normal(3, 4, 9, 11, seed=3)
 NET = input_layer(1, 4, 9, 11)
 
 
-def against_opencv(folder: Path, prototxt: str, data: np.ndarray, blob: str = "out") -> None:
+def check_against_opencv(folder: Path, prototxt: str, data: Array) -> None:
     weights = draw_weights(prototxt)
     ours = run(convert(*write_net(folder, prototxt, weights)), {"data": data})
-    theirs = opencv_outputs(folder, prototxt, weights, {"data": data}, [blob])
-    assert error(ours[blob], theirs[blob]) < TOLERANCE
+    theirs = opencv_outputs(folder, prototxt, weights, {"data": data}, ["out"])
+    assert error(ours["out"], theirs["out"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["DepthwiseConvolution", "ConvolutionDepthwise"])
-def test_depthwise_convolution_has_a_group_a_channel(kind: str, tmp_path: Path) -> None:
+def test_depthwise_convolution_has_one_group_per_channel(kind: str, tmp_path: Path) -> None:
     fixture = FIXTURES / "conv_depthwise"
     prototxt = (fixture / "deploy.prototxt").read_text().replace('"Convolution"', f'"{kind}"')
     assert kind in prototxt
@@ -38,7 +39,7 @@ def test_depthwise_convolution_has_a_group_a_channel(kind: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
-def test_deconvolution_without_weights_is_the_bilinear_filler(size: int, tmp_path: Path) -> None:
+def test_deconvolution_without_weights_uses_the_bilinear_filler(size: int, tmp_path: Path) -> None:
     prototxt = NET + layer(
         "Deconvolution",
         more=f"convolution_param {{ num_output: 4 group: 4 kernel_size: {size} stride: 2 pad: 1 bias_term: false "
@@ -54,7 +55,7 @@ def test_deconvolution_without_weights_is_the_bilinear_filler(size: int, tmp_pat
     assert error(answer(tmp_path, prototxt, {}, data=DATA), expected) < TOLERANCE
 
 
-def test_batch_norm_with_a_factor_of_zero_has_neither_mean_nor_variance(tmp_path: Path) -> None:
+def test_batch_norm_with_a_factor_of_zero_has_zero_mean_and_variance(tmp_path: Path) -> None:
     prototxt = NET + layer("BatchNorm", more="batch_norm_param { eps: 0.01 }")
     weights = {"the_BatchNorm": [np.full(4, 3.0), np.full(4, 5.0), np.zeros(1)]}
     assert error(answer(tmp_path, prototxt, weights, data=DATA), DATA / 0.1) < TOLERANCE
@@ -73,20 +74,20 @@ def test_segnet_bn_is_scale_and_shift(shape: tuple[int, ...], tmp_path: Path) ->
     ("more", "factor"),
     [("alpha: 0 k: 4 beta: 0.5", 0.5), ("beta: 0 k: 4", 1.0), ("alpha: 0 k: 4 norm_region: WITHIN_CHANNEL", 1.0)],
 )
-def test_lrn_without_alpha_or_beta_is_a_factor(more: str, factor: float, tmp_path: Path) -> None:
+def test_lrn_with_zero_alpha_or_beta_is_a_factor(more: str, factor: float, tmp_path: Path) -> None:
     assert error(answer(tmp_path, NET + layer("LRN", more=f"lrn_param {{ {more} }}"), data=DATA), DATA * factor) < 1e-6
 
 
-def test_relu6_is_clipped_at_six(tmp_path: Path) -> None:
+def test_relu6_clips_at_zero_and_six(tmp_path: Path) -> None:
     assert error(answer(tmp_path, NET + layer("ReLU6"), data=DATA * 5), np.clip(DATA * 5, 0, 6)) < TOLERANCE
 
 
-def test_clip_is_clipped_at_its_limits(tmp_path: Path) -> None:
+def test_clip_clips_at_its_limits(tmp_path: Path) -> None:
     prototxt = NET + layer("Clip", more="clip_param { min: -0.5 max: 0.25 }")
     assert error(answer(tmp_path, prototxt, data=DATA), DATA.clip(-0.5, 0.25)) < TOLERANCE
 
 
-def test_shuffle_channel_deals_the_groups_out_in_turn(tmp_path: Path) -> None:
+def test_shuffle_channel_interleaves_the_groups(tmp_path: Path) -> None:
     prototxt = input_layer(1, 12, 3, 4) + layer("ShuffleChannel", more="shuffle_channel_param { group: 3 }")
     data = normal(2, 12, 3, 4)
     expected = data.reshape(2, 3, 4, 3, 4).transpose(0, 2, 1, 3, 4).reshape(data.shape)
@@ -102,13 +103,13 @@ def test_axpy_scales_the_channels_and_adds(wide: tuple[int, ...], tmp_path: Path
     assert error(answer(tmp_path, prototxt, a=factor, data=DATA, y=y), expected) < TOLERANCE
 
 
-def bilinear(data: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Corners on corners."""
+def bilinear(data: Array, height: int, width: int) -> Array:
+    """Resize with aligned corners."""
     for axis, size in ((2, height), (3, width)):
-        place = np.arange(size) * ((data.shape[axis] - 1) / (size - 1) if size > 1 else 0)
-        low = np.minimum(np.floor(place).astype(int), data.shape[axis] - 1)
+        position = np.arange(size) * ((data.shape[axis] - 1) / (size - 1) if size > 1 else 0)
+        low = np.minimum(np.floor(position).astype(int), data.shape[axis] - 1)
         high = np.minimum(low + 1, data.shape[axis] - 1)
-        share = (place - low).reshape([-1 if i == axis else 1 for i in range(4)])
+        share = (position - low).reshape([-1 if i == axis else 1 for i in range(4)])
         data = np.take(data, low, axis) * (1 - share) + np.take(data, high, axis) * share
     return data
 
@@ -126,7 +127,7 @@ def bilinear(data: np.ndarray, height: int, width: int) -> np.ndarray:
         ("zoom_factor: 2 pad_beg: 0 pad_end: -1", (15, 19), (0, 1)),
     ],
 )
-def test_interp_is_bilinear_with_corners_on_corners(
+def test_interp_is_bilinear_with_aligned_corners(
     more: str, size: tuple[int, int], crop: tuple[int, int], tmp_path: Path
 ) -> None:
     cropped = DATA[:, :, crop[0] : 9 - crop[1], crop[0] : 11 - crop[1]]
@@ -134,8 +135,8 @@ def test_interp_is_bilinear_with_corners_on_corners(
     assert error(result, bilinear(cropped, *size)) < TOLERANCE
 
 
-def test_interp_agrees_with_opencv(tmp_path: Path) -> None:
-    against_opencv(tmp_path, NET + layer("Interp", more="interp_param { height: 20 width: 15 }"), DATA)
+def test_interp_matches_opencv(tmp_path: Path) -> None:
+    check_against_opencv(tmp_path, NET + layer("Interp", more="interp_param { height: 20 width: 15 }"), DATA)
 
 
 def test_upsample_repeats_rows_and_columns(tmp_path: Path) -> None:
@@ -147,7 +148,9 @@ def test_upsample_repeats_rows_and_columns(tmp_path: Path) -> None:
     ("height", "width", "more"),
     [(8, 12, "scale: 2"), (7, 11, "scale: 2 upsample_h: 7 upsample_w: 11"), (7, 12, "scale: 2 pad_out_h: true")],
 )
-def test_upsample_with_a_mask_puts_the_maxima_back(height: int, width: int, more: str, tmp_path: Path) -> None:
+def test_upsample_with_a_mask_restores_the_positions_of_the_maxima(
+    height: int, width: int, more: str, tmp_path: Path
+) -> None:
     prototxt = (
         input_layer(1, 3, height, width)
         + layer("Pooling", tops="pool mask", more="pooling_param { kernel_size: 2 stride: 2 }")
@@ -165,7 +168,7 @@ def test_upsample_with_a_mask_puts_the_maxima_back(height: int, width: int, more
 
 @pytest.mark.parametrize("across", ["true", "false"])
 @pytest.mark.parametrize("shared", ["true", "false"])
-def test_normalize_divides_by_the_root_of_the_squares(across: str, shared: str, tmp_path: Path) -> None:
+def test_normalize_divides_by_the_root_of_the_sum_of_squares(across: str, shared: str, tmp_path: Path) -> None:
     prototxt = NET + layer(
         "Normalize", more=f"norm_param {{ across_spatial: {across} channel_shared: {shared} eps: 0.5 }}"
     )
@@ -186,23 +189,23 @@ PRIORS = [
 
 
 @pytest.mark.parametrize("more", PRIORS)
-def test_prior_box_agrees_with_opencv(more: str, tmp_path: Path) -> None:
+def test_prior_box_matches_opencv(more: str, tmp_path: Path) -> None:
     prototxt = (
         input_layer(1, 3, 32, 40)
         + layer("Pooling", tops="pool", more="pooling_param { kernel_size: 8 stride: 8 }")
         + layer("PriorBox", "pool data", more=f"prior_box_param {{ {more} {VARIANCE} }}")
     )
-    against_opencv(tmp_path, prototxt, normal(1, 3, 32, 40))
+    check_against_opencv(tmp_path, prototxt, normal(1, 3, 32, 40))
 
 
-def pooled_regions(data: np.ndarray, regions: np.ndarray, size: tuple[int, int], scale: float) -> np.ndarray:
-    """ROIPooling as Fast R-CNN defines it."""
+def pooled_regions(data: Array, regions: Array, size: tuple[int, int], scale: float) -> Array:
+    """Compute ROIPooling as in Fast R-CNN's roi_pooling_layer.cpp."""
     pooled = np.zeros((len(regions), data.shape[1], *size), np.float32)
     for r, (image, *box) in enumerate(regions):
         left, top, right, bottom = (int(np.floor(number * scale + 0.5)) for number in box)
         height, width = max(bottom - top + 1, 1), max(right - left + 1, 1)
         for y, x in np.ndindex(*size):
-            # In float32, in which the published code divides first and then multiplies.
+            # In float32, and a division before the multiplication, as in the published code.
             row_step, column_step = np.float32(height) / np.float32(size[0]), np.float32(width) / np.float32(size[1])
             rows = np.floor(y * row_step) + top, np.ceil((y + 1) * row_step) + top
             columns = np.floor(x * column_step) + left, np.ceil((x + 1) * column_step) + left
@@ -213,7 +216,7 @@ def pooled_regions(data: np.ndarray, regions: np.ndarray, size: tuple[int, int],
     return pooled
 
 
-def test_roi_pooling_takes_the_maximum_of_every_part(tmp_path: Path) -> None:
+def test_roi_pooling_gives_the_maximum_of_every_part(tmp_path: Path) -> None:
     prototxt = input_layer(1, 4, 9, 11) + input_layer(1, 5, name="rois")
     prototxt += layer(
         "ROIPooling", "data rois", more="roi_pooling_param { pooled_h: 3 pooled_w: 2 spatial_scale: 0.25 }"
@@ -225,8 +228,8 @@ def test_roi_pooling_takes_the_maximum_of_every_part(tmp_path: Path) -> None:
     assert error(answer(tmp_path, prototxt, data=DATA, rois=regions), expected) < TOLERANCE
 
 
-def proposed(scores: np.ndarray, deltas: np.ndarray, info: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
-    """One image's proposals as py-faster-rcnn defines them, with their scores in front."""
+def proposed(scores: Array, deltas: Array, info: Array, settings: dict[str, Any]) -> Array:
+    """Compute one image's proposals as in py-faster-rcnn's proposal_layer.py; rows (score, x1, y1, x2, y2)."""
     anchors = []
     for ratio in (0.5, 1, 2):
         width = np.round(np.sqrt(256 / ratio))
@@ -245,21 +248,11 @@ def proposed(scores: np.ndarray, deltas: np.ndarray, info: np.ndarray, settings:
         if min(box[2:] - box[:2] + 1) >= settings["min_size"] * info[2]:
             found.append([scores[9 + a, y, x], *box])
     table = np.array(sorted(found, key=lambda row: -row[0])[: settings["pre_nms_topn"]])
-    kept: list[np.ndarray] = []
+    kept: list[Array] = []
     for row in table:
         if all(overlap(row[1:], other[1:], 1) <= settings["nms_thresh"] for other in kept):
             kept.append(row)
     return np.array(kept[: settings["post_nms_topn"]])
-
-
-def overlap(a: np.ndarray, b: np.ndarray, extra: float) -> float:
-    width = min(a[2], b[2]) - max(a[0], b[0]) + extra
-    height = min(a[3], b[3]) - max(a[1], b[1]) + extra
-    if width <= 0 or height <= 0:
-        return 0.0
-    both = width * height
-    areas = [(box[2] - box[0] + extra) * (box[3] - box[1] + extra) for box in (a, b)]
-    return float(both / (areas[0] + areas[1] - both))
 
 
 @pytest.mark.parametrize(
@@ -277,9 +270,7 @@ def overlap(a: np.ndarray, b: np.ndarray, extra: float) -> float:
         ),
     ],
 )
-def test_proposal_gives_the_regions_of_faster_rcnn(
-    kind: str, settings: dict[str, Any], more: str, tmp_path: Path
-) -> None:
+def test_proposal_matches_faster_rcnn(kind: str, settings: dict[str, Any], more: str, tmp_path: Path) -> None:
     prototxt = input_layer(1, 18, 6, 8, name="scores") + input_layer(1, 36, 6, 8, name="deltas")
     prototxt += input_layer(1, 3, name="info") + layer(kind, "scores deltas info", "rois probs", more)
     random = np.random.default_rng(11)
@@ -297,5 +288,7 @@ def test_proposal_gives_the_regions_of_faster_rcnn(
 
 def test_other_python_layers_are_refused(tmp_path: Path) -> None:
     prototxt = NET + layer("Python", more='python_param { module: "mine" layer: "Layer" }')
-    with pytest.raises(ConversionError, match=r"layer 'the_Python' \(Python\): the Python layer mine\.Layer"):
+    with pytest.raises(
+        ConversionError, match=r"layer 'the_Python' \(Python\): the Python layer mine\.Layer is not supported"
+    ):
         convert(*write_net(tmp_path, prototxt, {}))

@@ -1,7 +1,8 @@
-"""Prototxt and caffemodel in all the forms in which they are found."""
+"""The converter reads every form of prototxt and caffemodel."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,17 +56,17 @@ def legacy(array: Array) -> bytes:
     return fields + delimited(5, array.astype("<f4").tobytes())
 
 
-def without_shape(array: Array) -> bytes:
-    """With gradients, and fields of other forks, beside the data."""
+def with_other_fields(array: Array) -> bytes:
+    """Serialize the data with gradients and a fork's unknown field before it."""
     return delimited(6, array.tobytes()) + delimited(99, b"?") + packed(array)
 
 
-FORMS = (packed, unpacked, unpacked_dims, double, unpacked_double, in_pieces, legacy, without_shape)
+FORMS = (packed, unpacked, unpacked_dims, double, unpacked_double, in_pieces, legacy, with_other_fields)
 
 
 @pytest.mark.parametrize("version", ["new", "V1"])
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-def test_weights_are_read_from_every_form_of_blob(form: Callable[[Array], bytes], version: str, tmp_path: Path) -> None:
+def test_every_form_of_blob_is_read(form: Callable[[Array], bytes], version: str, tmp_path: Path) -> None:
     net, name, blobs = (100, 1, 7) if version == "new" else (2, 4, 6)
     body = delimited(name, b"the_InnerProduct") + b"".join(delimited(blobs, form(array)) for array in (WEIGHT, BIAS))
     paths = write_net(tmp_path, NET, {})
@@ -73,13 +74,13 @@ def test_weights_are_read_from_every_form_of_blob(form: Callable[[Array], bytes]
     assert error(run(convert(*paths), {"data": DATA})["out"], EXPECTED) < 1e-5
 
 
-def test_structure_comes_from_the_prototxt_and_only_weights_from_the_caffemodel(tmp_path: Path) -> None:
+def test_caffemodel_supplies_only_weights(tmp_path: Path) -> None:
     trained = delimited(100, delimited(1, b"data") + delimited(2, b"Data"))
     trained += delimited(
         100,
         delimited(1, b"the_InnerProduct")
         + delimited(2, b"Mystery")
-        + delimited(3, b"gone")
+        + delimited(3, b"other")
         + delimited(7, packed(WEIGHT))
         + delimited(7, packed(BIAS)),
     )
@@ -88,7 +89,7 @@ def test_structure_comes_from_the_prototxt_and_only_weights_from_the_caffemodel(
     assert error(run(convert(*paths), {"data": DATA})["out"], EXPECTED) < 1e-5
 
 
-def test_fields_that_the_format_does_not_have_are_skipped(tmp_path: Path) -> None:
+def test_unknown_fields_are_skipped(tmp_path: Path) -> None:
     prototxt = NET.replace(
         "inner_product_param {", 'mystery_param { a: 1 b { c: "x" } } inner_product_param { new: [1, 2] '
     )
@@ -98,8 +99,8 @@ def test_fields_that_the_format_does_not_have_are_skipped(tmp_path: Path) -> Non
     assert error(run(convert(*paths), {"data": DATA})["out"], EXPECTED) < 1e-5
 
 
-def test_every_way_to_write_a_prototxt_is_read(tmp_path: Path) -> None:
-    ways = {
+def test_every_style_of_prototxt_is_read(tmp_path: Path) -> None:
+    styles = {
         "CRLF": NET.replace("\n", "\r\n").replace("layer {", "layer {\r\n"),
         "old Mac": NET.replace("\n", " "),
         "single quotes": NET.replace('"', "'"),
@@ -111,16 +112,16 @@ def test_every_way_to_write_a_prototxt_is_read(tmp_path: Path) -> None:
         "list of dims": NET.replace("dim: 1 dim: 3 dim: 4 dim: 5", "dim: [1, 3, 4, 5]"),
         "hexadecimal": NET.replace("num_output: 2", "num_output: 0x2"),
         "strings in pieces": NET.replace('"the_InnerProduct"', "\"the_\" 'InnerProduct'"),
-        "no last line": NET.strip(),
+        "no last newline": NET.strip(),
     }
-    for name, prototxt in ways.items():
+    for name, prototxt in styles.items():
         paths = write_net(tmp_path, NET, {"the_InnerProduct": [WEIGHT, BIAS]})
         paths[0].write_bytes(prototxt.encode())
         assert error(run(convert(*paths), {"data": DATA})["out"], EXPECTED) < 1e-5, name
 
 
-def test_paths_may_be_strings_or_anything_like_a_path(tmp_path: Path) -> None:
-    class Somewhere:
+def test_paths_can_be_strings_or_path_likes(tmp_path: Path) -> None:
+    class PathLike:
         def __init__(self, path: Path) -> None:
             self._path = path
 
@@ -128,17 +129,18 @@ def test_paths_may_be_strings_or_anything_like_a_path(tmp_path: Path) -> None:
             return str(self._path)
 
     paths = write_net(tmp_path, NET, {"the_InnerProduct": [WEIGHT, BIAS]})
-    models = [convert(*map(kind, paths)) for kind in (Path, str, Somewhere)]
+    kinds: tuple[Callable[[Path], str | os.PathLike[str]], ...] = (Path, str, PathLike)
+    models = [convert(kind(paths[0]), kind(paths[1])) for kind in kinds]
     assert models[0] == models[1] == models[2]
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "conv 1", "été-卷积", "a:0", "x" * 300, "data", "out"])
-def test_layers_and_blobs_have_any_names(name: str, tmp_path: Path) -> None:
+def test_layers_and_blobs_can_have_any_names(name: str, tmp_path: Path) -> None:
     blob = f"{name}/blob"
     prototxt = input_layer(1, 3, 4, 5)
     prototxt += layer("InnerProduct", tops="@", more="inner_product_param { num_output: 2 }", name=name)
     prototxt = prototxt.replace('"@"', f'"{blob}"')
-    # The input has the name of a layer already, which is no layer that runs.
+    # Rename the Input layer, because one of the names is its own.
     prototxt = prototxt.replace('name: "data" type: "Input"', 'name: "the input" type: "Input"')
     model = convert(*write_net(tmp_path, prototxt, {name: [WEIGHT, BIAS]}))
     assert error(run(model, {"data": DATA})[blob], EXPECTED) < 1e-5
@@ -154,15 +156,15 @@ def test_deep_net_of_old_layers_is_read(tmp_path: Path) -> None:
         prototxt += f'layers {{ name: "conv{i}" type: CONVOLUTION bottom: "{i}" top: "{i + 1}" '
         prototxt += "convolution_param { num_output: 2 kernel_size: 1 } }\n"
         prototxt += f'layers {{ name: "relu{i}" type: RELU bottom: "{i + 1}" top: "{i + 1}" }}\n'
-        turn = np.array([[0.8, 0.3], [0.4, 0.7]]) if i % 2 else np.array([[0.2, 0.9], [0.8, 0.1]])
-        weights[f"conv{i}"] = [turn.reshape(2, 2, 1, 1), np.full(2, 0.01)]
-        expected = np.maximum(np.einsum("oc,nchw->nohw", turn, expected) + 0.01, 0)
+        weight = np.array([[0.8, 0.3], [0.4, 0.7]]) if i % 2 else np.array([[0.2, 0.9], [0.8, 0.1]])
+        weights[f"conv{i}"] = [weight.reshape(2, 2, 1, 1), np.full(2, 0.01)]
+        expected = np.maximum(np.einsum("oc,nchw->nohw", weight, expected) + 0.01, 0)
     model = convert(*write_net(tmp_path, prototxt, weights))
     assert len(model.graph.node) == 2 * depth
     assert error(run(model, {"0": data})[str(depth)], expected.astype(np.float32)) < 1e-4
 
 
-def test_dynamic_size_leaves_height_and_width_open(tmp_path: Path) -> None:
+def test_dynamic_size_keeps_height_and_width_symbolic(tmp_path: Path) -> None:
     conv = "convolution_param { num_output: 4 kernel_size: 3 pad: 1 stride: 2 }"
     up = "convolution_param { num_output: 4 group: 4 kernel_size: 4 stride: 2 pad: 1 bias_term: false }"
     prototxt = (
@@ -196,10 +198,10 @@ TWO_SIZES = input_layer(1, 3, 12, 16) + input_layer(1, 3, 6, 8, name="b")
     [
         ("Eltwise", "", r"different shapes, \(N, 3, H, W\) and \(N, 3, H2, W2\)"),
         ("Concat", "", r"the shapes \(N, 3, H, W\) and \(N, 3, H2, W2\)"),
-        ("Crop", "crop_param { axis: 2 offset: 1 }", "whether H2 from offset 1 is within H on axis 2 is not known"),
+        ("Crop", "crop_param { axis: 2 offset: 1 }", "a crop of H2 from offset 1 might exceed the size H of axis 2"),
     ],
 )
-def test_dynamic_sizes_of_several_inputs_are_not_taken_for_equal(
+def test_dynamic_sizes_of_several_inputs_are_not_assumed_equal(
     kind: str, more: str, reason: str, tmp_path: Path
 ) -> None:
     paths = write_net(tmp_path, TWO_SIZES + layer(kind, "data b", more=more), {})
@@ -207,7 +209,7 @@ def test_dynamic_sizes_of_several_inputs_are_not_taken_for_equal(
         convert(*paths, dynamic_size=True)
 
 
-def test_dynamic_size_has_symbols_for_each_declared_size(tmp_path: Path) -> None:
+def test_dynamic_size_has_separate_symbols_for_each_declared_size(tmp_path: Path) -> None:
     net = TWO_SIZES + input_layer(1, 3, 12, 16, name="c") + layer("Eltwise", "data c", "s") + layer("ReLU", "b", "r")
     model = convert(*write_net(tmp_path, net, {}), dynamic_size=True)
     dims = [[dim.dim_param for dim in value.type.tensor_type.shape.dim[2:]] for value in model.graph.input]
@@ -218,7 +220,7 @@ def test_dynamic_size_has_symbols_for_each_declared_size(tmp_path: Path) -> None
     assert error(outputs["r"], small.clip(0)) == 0
 
 
-def test_an_open_size_is_not_taken_for_a_known_one(tmp_path: Path) -> None:
+def test_dynamic_size_is_not_assumed_equal_to_a_known_size(tmp_path: Path) -> None:
     pool = layer("Pooling", tops="g", more="pooling_param { global_pooling: true }")
     paths = write_net(tmp_path, input_layer(1, 3, 1, 1) + pool + layer("Eltwise", "data g"), {})
     assert convert(*paths)
@@ -226,9 +228,9 @@ def test_an_open_size_is_not_taken_for_a_known_one(tmp_path: Path) -> None:
         convert(*paths, dynamic_size=True)
 
 
-def test_dynamic_size_is_refused_where_a_layer_needs_the_size(tmp_path: Path) -> None:
+def test_dynamic_size_is_refused_if_a_layer_needs_the_size(tmp_path: Path) -> None:
     paths = write_net(tmp_path, NET, {"the_InnerProduct": [WEIGHT, BIAS]})
-    with pytest.raises(ConversionError, match=r"layer 'the_InnerProduct' \(InnerProduct\): .* has to be known"):
+    with pytest.raises(ConversionError, match=r"layer 'the_InnerProduct' \(InnerProduct\): .* must be known"):
         convert(*paths, dynamic_size=True)
 
 

@@ -1,6 +1,6 @@
-"""What nets may answer, through gate and Envoy: streams, messages, and codes of their own.
+"""Every kind of result through gate and Envoy: streams, messages, and codes of a net's own.
 
-The mesh is the real one; the instance is this test's, since no built-in net answers all of this.
+The mesh is real. The instance is part of the test, because no built-in net returns all of these.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc.aio
 import orjson
@@ -15,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from atserving import transport
-from atserving.cli.mesh import Mesh
+from atserving.local.mesh import Mesh
 from atserving.v1 import (
     evaluator_pb2,
     evaluator_pb2_grpc,
@@ -25,7 +26,8 @@ from atserving.v1 import (
     serving_pb2_grpc,
 )
 from evaluator.serving.stream import GateStream
-from tests.e2e.conftest import Client, until
+from tests.e2e.client import Client
+from tests.waiting import until_async
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -34,14 +36,14 @@ Context = grpc.aio.ServicerContext[evaluator_pb2.ExchangeRequest, evaluator_pb2.
 
 
 class Obedient(evaluator_pb2_grpc.EvaluatorServiceServicer):
-    """Answers what the request's params say."""
+    """An evaluator that returns the result that the request's params ask for."""
 
     def __init__(self) -> None:
         self.asked = 0
         self.hanging = asyncio.Event()
         self.cancelled = asyncio.Event()
 
-    async def GateStream(  # type: ignore[override]
+    async def Exchange(  # type: ignore[override]
         self, request_iterator: AsyncIterator[evaluator_pb2.ExchangeRequest], context: Context
     ) -> None:
         await GateStream(self._infer).run(request_iterator, context.write)
@@ -49,8 +51,8 @@ class Obedient(evaluator_pb2_grpc.EvaluatorServiceServicer):
     async def _infer(self, call: evaluator_pb2.Call) -> evaluator_pb2.InferResponse:
         request = call.request
         self.asked += 1
-        wish = orjson.loads(request.params_json or "{}")
-        match wish:
+        params = orjson.loads(request.params_json or "{}")
+        match params:
             case {"stream": True}:
                 return evaluator_pb2.InferResponse(stream=STREAM)
             case {"code": int(code), "status": int(status)}:
@@ -62,13 +64,13 @@ class Obedient(evaluator_pb2_grpc.EvaluatorServiceServicer):
                     await asyncio.Event().wait()
                 finally:
                     self.cancelled.set()
-        seen = {"uris": [each.uri for each in request.data], "group": request.group, "params": wish}
-        return evaluator_pb2.InferResponse(result_json=orjson.dumps(seen).decode(), message="a word")
+        received = {"uris": [each.uri for each in request.data], "group": request.group, "params": params}
+        return evaluator_pb2.InferResponse(result_json=orjson.dumps(received).decode(), message="a word")
 
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def net(mesh: Mesh, client: Client) -> AsyncIterator[Obedient]:
-    """The app `obedient`, whose one instance is in this process."""
+    """The app `obedient`, with one instance, in this process."""
     servicer, server = Obedient(), transport.Server([])
     evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(servicer, server.grpc)
     address = f"127.0.0.1:{await server.start('127.0.0.1:0')}"
@@ -85,7 +87,7 @@ async def net(mesh: Mesh, client: Client) -> AsyncIterator[Obedient]:
         async def serves() -> bool:
             return (await client.bytes("/v1/eval/obedient", b"x")).status == 200
 
-        await until(serves, "the instance serves")
+        await until_async(serves, what="the instance serves")
         yield servicer
         await registry.DeregisterInstance(registry_pb2.DeregisterInstanceRequest(instance=instance))
     await server.stop(0)
@@ -95,7 +97,7 @@ def ask(**params: object) -> dict[str, object]:
     return {"data": {"uri": "http://host/a"}, "params": params}
 
 
-async def test_a_stream_is_the_bytes_as_they_are(net: Obedient, client: Client) -> None:
+async def test_a_stream_is_the_body_of_the_response(net: Obedient, client: Client) -> None:
     for path in ("/v1/eval/obedient", "/v1/eval/obedient/v1"):
         response = await client.json(path, ask(stream=True))
         assert (response.status, response.headers["content-type"]) == (200, "application/octet-stream")
@@ -114,7 +116,7 @@ async def test_a_stream_in_a_batch_is_a_data_uri(net: Obedient, client: Client) 
 
 
 @pytest.mark.parametrize(("code", "status"), [(-1, 400), (-2, 500), (-3, 400), (422, 422), (575, 575), (599, 599)])
-async def test_a_nets_own_code_is_in_the_body(net: Obedient, client: Client, code: int, status: int) -> None:
+async def test_a_code_of_the_net_is_in_the_body(net: Obedient, client: Client, code: int, status: int) -> None:
     response = await client.json("/v1/eval/obedient", ask(code=code, status=status))
     assert response.status == status
     assert response.headers["content-type"] == "application/json"
@@ -131,14 +133,14 @@ async def test_a_group_reaches_the_net_as_one_request(net: Obedient, client: Cli
     }
 
 
-async def test_a_caller_that_hangs_up_takes_its_work_along(net: Obedient, client: Client) -> None:
+async def test_a_request_is_cancelled_when_its_caller_disconnects(net: Obedient, client: Client) -> None:
     asking = asyncio.create_task(client.json("/v1/eval/obedient", ask(hang=True)))
     await asyncio.wait_for(net.hanging.wait(), 30)
     asking.cancel()
     await asyncio.wait_for(net.cancelled.wait(), 30)
 
 
-async def test_the_same_by_grpc(net: Obedient, mesh: Mesh) -> None:
+async def test_streams_and_codes_of_the_net_over_grpc(net: Obedient, mesh: Mesh) -> None:
     resource = serving_pb2.Resource(uri="http://host/a", attribute_json='{"a":1}')
     async with transport.channel(f"127.0.0.1:{mesh.ports.edge}") as channel:
         stub = serving_pb2_grpc.ServingServiceStub(channel)
@@ -149,13 +151,14 @@ async def test_the_same_by_grpc(net: Obedient, mesh: Mesh) -> None:
             await stub.Eval(request)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert caught.value.details() == 'the net said "no" ✗\n'
-        assert dict(caught.value.trailing_metadata() or ())["x-serving-code"] == "-3"
+        trailers: Any = caught.value.trailing_metadata()
+        assert dict(trailers)["x-serving-code"] == "-3"
         [item] = (await stub.Batch(serving_pb2.BatchRequest(tasks=[request]))).results
         assert (item.code, item.message) == (-3, 'the net said "no" ✗\n')
 
 
 @pytest.mark.parametrize(("code", "status"), [(502, 502), (503, 503), (500, 500), (504, 504), (575, 575)])
-async def test_what_a_net_answered_is_asked_once(
+async def test_an_error_of_the_net_is_not_retried(
     net: Obedient, mesh: Mesh, client: Client, code: int, status: int
 ) -> None:
     asked = net.asked

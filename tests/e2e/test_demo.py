@@ -1,11 +1,10 @@
-"""`atserving demo` and `atserving up`: what a newcomer runs first works, and fails where something is wrong."""
+"""`atserving demo` and `atserving up`, the commands that a newcomer runs first, work and report what is wrong."""
 
 from __future__ import annotations
 
 import asyncio
 import re
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,17 @@ import orjson
 import pytest
 from numpy.typing import NDArray
 
-from atserving.cli import drawing, examples
-from atserving.cli.demo import Drawing, Scene, ask, play
-from atserving.cli.mesh import Mesh
+from atserving.cli import drawing
+from atserving.cli.demo import ask, play
+from atserving.cli.scenes import Drawing, Scene
 from atserving.errors import StartError
-from tests.e2e.conftest import image
+from atserving.local import commands, examples
+from atserving.local.child import bound_to_parent
+from atserving.local.mesh import Mesh
+from tests.e2e.client import image
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-ATSERVING = Path(sys.executable).parent / "atserving"
 DETECT = examples.FOLDER / "detect" / "images" / "3.png"
 SEGMENT = examples.FOLDER / "segment" / "images"
 
@@ -35,31 +36,37 @@ def picture(path: Path, flags: int = cv2.IMREAD_COLOR) -> NDArray[np.uint8]:
     return decoded.astype(np.uint8)
 
 
+async def started(*arguments: str) -> asyncio.subprocess.Process:
+    """Start `atserving` with its output piped."""
+    command = bound_to_parent([str(commands.BIN / "atserving"), *arguments])
+    return await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+
+
 def scenes_of(output: str) -> dict[str, str]:
-    """What the demo printed for each request line, from its status on."""
+    """Return the demo's output for each request line, from the status on."""
     return dict(re.findall(r"^\$ (.+?)\n(HTTP .+?)\n\n", output, re.MULTILINE | re.DOTALL))
 
 
-def said_of(output: str, *parts: str) -> str:
-    """What the only request line with those parts was answered, without the status."""
-    [said] = [said for line, said in scenes_of(output).items() if all(part in line for part in parts)]
-    return said.partition("\n")[2]
+def body_of(output: str, *parts: str) -> str:
+    """Return the response to the only request line with those parts, without its status."""
+    [response] = [each for line, each in scenes_of(output).items() if all(part in line for part in parts)]
+    return response.partition("\n")[2]
 
 
-async def test_the_demo_plays_every_example_and_draws_what_was_found(tmp_path: Path) -> None:
-    demo = await asyncio.create_subprocess_exec(ATSERVING, "demo", "--out", tmp_path, stdout=asyncio.subprocess.PIPE)
+async def test_the_demo_plays_every_example_and_draws_the_results(tmp_path: Path) -> None:
+    demo = await started("demo", "--out", str(tmp_path))
     output = (await demo.communicate())[0].decode()
     assert demo.returncode == 0, output
     for example in examples.ALL:
         assert f"/v1/eval/{example.app} " in output or f"/v1/eval/{example.app}/{example.version} " in output
     assert f"Drawn: {tmp_path}/detect.png, {tmp_path}/segment.png." in output
-    assert "0.99999535" in said_of(output, "/digits-feature ", "| od")
-    assert said_of(output, "/digits-feature ", "| wc") == "256"
-    assert said_of(output, "/digits-similar ", "| wc") == "512"
-    alike = [said for line, said in scenes_of(output).items() if "/digits-similar " in line and "| wc" not in line]
-    assert orjson.loads(alike[0].partition("\n")[2])["result"]["similarity"] > 0.7
+    assert "0.99999535" in body_of(output, "/digits-feature ", "| od")
+    assert body_of(output, "/digits-feature ", "| wc") == "256"
+    assert body_of(output, "/digits-similar ", "| wc") == "512"
+    similar = [each for line, each in scenes_of(output).items() if "/digits-similar " in line and "| wc" not in line]
+    assert orjson.loads(similar[0].partition("\n")[2])["result"]["similarity"] > 0.7
 
-    found = orjson.loads(said_of(output, "/digits-detect ").partition("\n")[0])["result"]["detections"]
+    found = orjson.loads(body_of(output, "/digits-detect ").partition("\n")[0])["result"]["detections"]
     assert {each["class"] for each in found} == {"five", "nine"}
     check_boxes(picture(tmp_path / "detect.png"), picture(DETECT), found)
     check_mask(picture(tmp_path / "segment.png"))
@@ -73,7 +80,7 @@ def check_boxes(drawn: NDArray[np.uint8], original: NDArray[np.uint8], found: li
 
 
 def check_mask(drawn: NDArray[np.uint8]) -> None:
-    """Over the digits, as the truth has them, the picture is another, and elsewhere hardly."""
+    """Check that the picture changed on the pixels that are labelled as digits, and hardly elsewhere."""
     original, truth = picture(SEGMENT / "2.png"), picture(SEGMENT / "2.mask.png", cv2.IMREAD_GRAYSCALE)
     scale = drawn.shape[0] // original.shape[0]
     enlarged = cv2.resize(original, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
@@ -83,14 +90,14 @@ def check_mask(drawn: NDArray[np.uint8]) -> None:
     assert changed[~digits].mean() < 0.1
 
 
-async def test_a_status_that_is_not_the_scenes_stops_the_demo(mesh: Mesh, tmp_path: Path) -> None:
+async def test_an_unexpected_status_stops_the_demo(mesh: Mesh, tmp_path: Path) -> None:
     line = f"curl {mesh.url}/v1/eval/cats -H 'content-type: application/octet-stream' -d x"
     assert await play(Scene("Fine", line, 404), tmp_path) is None
     with pytest.raises(StartError, match="'Wrong' was answered with HTTP 404, not 200"):
         await play(Scene("Wrong", line), tmp_path)
 
 
-async def test_an_answer_with_nothing_to_draw_stops_the_demo(mesh: Mesh, tmp_path: Path) -> None:
+async def test_a_result_with_nothing_to_draw_stops_the_demo(mesh: Mesh, tmp_path: Path) -> None:
     seven = "examples/digits/images/7.png"
     line = f"curl {mesh.url}/v1/eval/digits -H 'content-type: application/octet-stream' --data-binary @{seven}"
     with pytest.raises(StartError, match="'No boxes' has no detections"):
@@ -99,17 +106,17 @@ async def test_an_answer_with_nothing_to_draw_stops_the_demo(mesh: Mesh, tmp_pat
 
 
 @pytest.mark.parametrize("line", ["curl http://127.0.0.1:1/", "curl http://127.0.0.1:1/ | wc -c"])
-async def test_a_curl_that_fails_stops_the_demo(line: str) -> None:
+async def test_a_failing_curl_stops_the_demo(line: str) -> None:
     with pytest.raises(StartError, match="exit status 7"):
         ask(line)
 
 
 async def test_up_serves_the_examples_until_it_is_interrupted() -> None:
-    up = await asyncio.create_subprocess_exec(ATSERVING, "up", "--port", "0", stdout=asyncio.subprocess.PIPE)
+    up = await started("up", "--port", "0")
     assert up.stdout
-    said = (await up.stdout.readuntil(b"Ctrl-C")).decode()
-    serves = re.search(r"^The mesh serves (.+) at (http://\S+)\. ", said, re.MULTILINE)
-    assert serves, said
+    output = (await up.stdout.readuntil(b"Ctrl-C")).decode()
+    serves = re.search(r"^The mesh serves (.+) at (http://\S+)\. ", output, re.MULTILINE)
+    assert serves, output
     assert serves[1].split(", ") == list(dict.fromkeys(example.app for example in examples.ALL))
     headers = {"content-type": "application/octet-stream"}
     async with aiohttp.ClientSession() as session:

@@ -1,14 +1,13 @@
-"""What dies, and what callers notice of it: nothing, where anything can be done."""
+"""Processes stop, crash and lose each other, and callers do not notice it wherever that is possible."""
 
 from __future__ import annotations
 
 import asyncio
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
+from functools import partial
 
 import aiohttp
 import grpc.aio
@@ -18,14 +17,15 @@ import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from atserving import transport
-from atserving.cli import examples
-from atserving.cli.mesh import Mesh
-from tests.e2e.conftest import Client, etcdctl, image, until
+from atserving.local import commands, examples
+from atserving.local.mesh import Mesh
+from tests.e2e.client import Client, image
+from tests.processes import Evaluator, etcdctl, start_evaluator
+from tests.waiting import until_async
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 INSTANCES = "/ava/serving/instance/digits/"
-BIN = Path(sys.executable).parent
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -38,11 +38,7 @@ async def mesh() -> AsyncIterator[Mesh]:
 async def client(mesh: Mesh) -> AsyncIterator[Client]:
     async with aiohttp.ClientSession() as session:
         yield Client(mesh, session)
-        await until(lambda: answers(client_of(mesh, session), "/v1/eval/digits"), "the mesh serves again")
-
-
-def client_of(mesh: Mesh, session: aiohttp.ClientSession) -> Client:
-    return Client(mesh, session)
+        await until_async(lambda: answers(Client(mesh, session), "/v1/eval/digits"), what="the mesh serves again")
 
 
 async def answers(client: Client, path: str) -> bool:
@@ -50,7 +46,7 @@ async def answers(client: Client, path: str) -> bool:
 
 
 class Load:
-    """Callers that ask without a pause, and what they were answered."""
+    """Count the responses of callers that send requests without a pause."""
 
     def __init__(self) -> None:
         self.answers: Counter[str] = Counter()
@@ -64,7 +60,7 @@ class Load:
             self._changed.set()
 
     async def more(self, count: int = 50) -> None:
-        """Waits until so many more have been answered."""
+        """Wait until so many more requests were answered."""
         enough = self.answers.total() + count
         async with asyncio.timeout(60):
             while self.answers.total() < enough:
@@ -74,7 +70,7 @@ class Load:
 
 @asynccontextmanager
 async def load(client: Client, path: str = "/v1/eval/digits", callers: int = 4) -> AsyncIterator[Load]:
-    """Steady load while the block runs. Afterwards not one request may have failed."""
+    """Send requests while the block runs, and check afterwards that none failed."""
     running = Load()
     tasks = [asyncio.create_task(running.ask(client, path)) for _ in range(callers)]
     try:
@@ -89,12 +85,12 @@ async def load(client: Client, path: str = "/v1/eval/digits", callers: int = 4) 
 
 
 def atserving(mesh: Mesh, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [BIN / "atserving", "release", *arguments, "--registry", mesh.registry]
+    command = [str(commands.BIN / "atserving"), "release", *arguments, "--registry", mesh.registry]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 async def check_config_flows(client: Client, app: str) -> None:
-    """A release published now reaches the gate."""
+    """Check that a release published now reaches the gate."""
 
     async def published() -> bool:
         tar = examples.DIGITS[0].path.as_uri()
@@ -104,44 +100,44 @@ async def check_config_flows(client: Client, app: str) -> None:
     async def known() -> bool:
         return (await client.bytes(f"/v1/eval/{app}", b"x")).status == 503
 
-    await until(published, f"{app} can be published")
-    await until(known, f"the gate knows {app}")
-    etcdctl(client.mesh, "del", f"/ava/serving/eval/{app}/v1")
+    await until_async(published, what=f"{app} can be published")
+    await until_async(known, what=f"the gate knows {app}")
+    etcdctl(client.mesh.etcd, "del", f"/ava/serving/eval/{app}/v1")
 
 
-async def test_requests_go_on_while_etcd_is_down_and_config_flows_again_afterwards(client: Client) -> None:
+async def test_requests_succeed_while_etcd_is_down_and_config_flows_again_afterwards(client: Client) -> None:
     async with load(client) as running:
-        await asyncio.to_thread(client.mesh.stop_process, "etcd")
+        await client.mesh.stop_process("etcd")
         await running.more(200)
-        refused = await asyncio.to_thread(atserving, client.mesh, "list")
-        assert refused.returncode == 0, "what is known can still be listed"
+        listing = await asyncio.to_thread(atserving, client.mesh, "list")
+        assert listing.returncode == 0, "the registry still lists the releases that it knows"
         client.mesh.start_process("etcd")
         await running.more()
         await check_config_flows(client, "after-stop")
 
 
-async def test_a_crash_of_etcd_is_not_noticed(client: Client) -> None:
+async def test_callers_do_not_notice_a_crash_of_etcd(client: Client) -> None:
     async with load(client) as running:
         client.mesh.kill_process("etcd")
         await running.more(200)
         await check_config_flows(client, "after-crash")
 
 
-async def test_a_crash_of_the_registry_is_not_noticed(client: Client) -> None:
+async def test_callers_do_not_notice_a_crash_of_the_registry(client: Client) -> None:
     async with load(client) as running:
         client.mesh.kill_process("registry")
         await running.more(200)
         await check_config_flows(client, "after-registry")
 
 
-async def test_leases_that_ran_out_while_every_registry_was_down_cost_nothing(client: Client) -> None:
+async def test_callers_do_not_notice_that_leases_expired_while_the_registry_was_down(client: Client) -> None:
     async with load(client) as running:
-        await asyncio.to_thread(client.mesh.stop_process, "registry")
+        await client.mesh.stop_process("registry")
 
         async def none_left() -> bool:
-            return not await asyncio.to_thread(etcdctl, client.mesh, "get", "--prefix", "--keys-only", INSTANCES)
+            return not await asyncio.to_thread(etcdctl, client.mesh.etcd, "get", "--prefix", "--keys-only", INSTANCES)
 
-        await until(none_left, "the leases have run out")
+        await until_async(none_left, what="the leases have expired")
         client.mesh.start_process("registry")
         await check_config_flows(client, "after-leases")
         await running.more(200)
@@ -149,129 +145,122 @@ async def test_leases_that_ran_out_while_every_registry_was_down_cost_nothing(cl
         async def all_back() -> bool:
             return not await none_left()
 
-        await until(all_back, "the instances are registered again")
+        await until_async(all_back, what="the instances are registered again")
 
 
-async def test_a_malformed_value_is_reported_and_changes_nothing(client: Client) -> None:
+async def test_a_malformed_config_value_is_reported_and_ignored(client: Client) -> None:
     key = "/ava/serving/eval/digits/v1"
-    good = etcdctl(client.mesh, "get", "--print-value-only", key).strip()
+    good = etcdctl(client.mesh.etcd, "get", "--print-value-only", key).strip()
     async with load(client) as running:
-        etcdctl(client.mesh, "put", key, '{"file": 7')
-        etcdctl(client.mesh, "put", "/ava/serving/worker/default", '{"timeout": "soon"}')
+        etcdctl(client.mesh.etcd, "put", key, '{"file": 7')
+        etcdctl(client.mesh.etcd, "put", "/ava/serving/worker/default", '{"timeout": "soon"}')
 
         async def reported() -> bool:
-            said = (await asyncio.to_thread(atserving, client.mesh, "list")).stderr
-            return f"malformed: {key}" in said and "malformed: /ava/serving/worker/default: timeout" in said
+            errors = (await asyncio.to_thread(atserving, client.mesh, "list")).stderr
+            return f"malformed: {key}" in errors and "malformed: /ava/serving/worker/default: timeout" in errors
 
-        await until(reported, "the malformed keys are listed")
+        await until_async(reported, what="the malformed keys are listed")
         await running.more()
-        etcdctl(client.mesh, "put", key, good)
-        etcdctl(client.mesh, "del", "/ava/serving/worker/default")
+        etcdctl(client.mesh.etcd, "put", key, good)
+        etcdctl(client.mesh.etcd, "del", "/ava/serving/worker/default")
 
-        async def mended() -> bool:
+        async def repaired() -> bool:
             return "malformed" not in (await asyncio.to_thread(atserving, client.mesh, "list")).stderr
 
-        await until(mended, "nothing is malformed any more")
+        await until_async(repaired, what="no key is malformed any more")
 
 
-async def test_a_promotion_and_a_rollback_under_load(client: Client) -> None:
+async def test_a_promotion_and_a_rollback_under_load_lose_no_request(client: Client) -> None:
     async def served(version: str) -> bool:
         return (await client.bytes("/v1/eval/digits", image("1.png"))).headers["x-serving-version"] == version
 
     async with load(client) as running:
         for new, old in (("v2", "v1"), ("v1", "v2")):
             assert atserving(client.mesh, "phase", "digits", new, "production").returncode == 0
-            await until(lambda new=new: served(new), f"{new} serves")
+            await until_async(partial(served, new), what=f"{new} serves")
             assert atserving(client.mesh, "phase", "digits", old, "staging").returncode == 0
             await running.more()
 
 
 @asynccontextmanager
-async def second_instance(mesh: Mesh) -> AsyncIterator[asyncio.subprocess.Process]:
-    """One more evaluator of v1, started by hand, once it is registered."""
+async def second_instance(mesh: Mesh) -> AsyncIterator[Evaluator]:
+    """Run one more evaluator of v1, started by hand, that is registered."""
     before = len(listed(mesh))
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "evaluator", "--app", "digits", "--version", "v1"),
-        *("--registry", mesh.registry, "--listen", "127.0.0.1:0"),
-        stderr=asyncio.subprocess.DEVNULL,
-    )
+    instance = start_evaluator(mesh.registry, "digits", "v1")
     try:
 
         async def registered() -> bool:
             return len(await asyncio.to_thread(listed, mesh)) > before
 
-        await until(registered, "the second instance is registered")
-        yield process
+        await until_async(registered, what="the second instance is registered")
+        yield instance
     finally:
-        if process.returncode is None:
-            process.terminate()
-        await process.wait()
+        instance.kill()
 
 
 def listed(mesh: Mesh) -> list[str]:
-    """The ids of v1's instances, as `atserving release list` shows them."""
+    """Return the ids of v1's instances as `atserving release list` shows them."""
     releases = orjson.loads(atserving(mesh, "list", "--json").stdout)["releases"]
     [v1] = [each for each in releases if (each["release"]["name"], each["release"]["version"]) == ("digits", "v1")]
     return [each["id"] for each in v1.get("instances", [])]
 
 
-async def test_an_instance_that_is_stopped_loses_nothing_and_exits_0(client: Client) -> None:
+async def test_an_instance_that_stops_under_load_loses_no_request_and_exits_0(client: Client) -> None:
     async with load(client, callers=8) as running, second_instance(client.mesh) as second:
         await running.more()
         second.terminate()
-        assert await second.wait() == 0
+        assert await second.ended() == 0
         await running.more()
 
 
-async def test_an_instance_that_crashes_under_load_loses_nothing(client: Client) -> None:
+async def test_an_instance_that_crashes_under_load_loses_no_request(client: Client) -> None:
     async with load(client, callers=8) as running, second_instance(client.mesh) as second:
         await running.more()
         second.kill()
-        await second.wait()
         await running.more(200)
 
-        async def gone() -> bool:
+        async def deregistered() -> bool:
             return len(await asyncio.to_thread(listed, client.mesh)) == 1
 
-        await until(gone, "its lease has run out")
+        await until_async(deregistered, what="its lease has expired")
 
 
-async def test_without_an_instance_callers_get_a_503_until_it_is_back(client: Client) -> None:
+async def test_a_version_whose_only_instance_crashed_is_a_503_until_it_is_back(client: Client) -> None:
     client.mesh.kill_process("evaluator-digits-v1")
 
-    async def refused() -> bool:
+    async def unavailable() -> bool:
         response = await client.bytes("/v1/eval/digits/v1", image("1.png"))
         return response.status == 503 and response.json["code"] == 503
 
-    await until(refused, "the version is unavailable")
-    await until(lambda: answers(client, "/v1/eval/digits/v1"), "the instance was started again")
+    await until_async(unavailable, what="the version is unavailable")
+    await until_async(lambda: answers(client, "/v1/eval/digits/v1"), what="the instance was started again")
     assert (await client.get("/health")).status == 200
 
 
-async def test_without_a_gate_the_edge_says_so_until_it_is_back(client: Client) -> None:
-    await asyncio.to_thread(client.mesh.stop_process, "gate")
+async def test_the_edge_reports_that_no_gate_is_ready_until_one_is_back(client: Client) -> None:
+    await client.mesh.stop_process("gate")
 
-    async def says_so() -> bool:
+    async def reported() -> bool:
         response = await client.bytes("/v1/eval/digits", image("1.png"))
         assert (response.status, response.json["code"], response.json["message"]) == (503, 503, "no gate is ready")
         return (await client.get("/health")).status == 503
 
-    await until(says_so, "the edge is unhealthy")
+    await until_async(reported, what="the edge is unhealthy")
     client.mesh.start_process("gate")
-    await until(lambda: answers(client, "/v1/eval/digits"), "the gate is back")
+    await until_async(lambda: answers(client, "/v1/eval/digits"), what="the gate is back")
 
 
-async def test_publishing_again_keeps_a_promotion(client: Client) -> None:
+async def test_publishing_again_keeps_the_phase(client: Client) -> None:
     tar = examples.DIGITS[0].path.as_uri()
     assert atserving(client.mesh, "publish", "again", "v1", tar, "--desc", "first").returncode == 0
     assert atserving(client.mesh, "phase", "again", "v1", "production").returncode == 0
-    said = atserving(client.mesh, "publish", "again", "v1", tar, "--desc", "second")
-    assert (said.returncode, said.stdout) == (0, "again v1 is published, in production\n")
+    again = atserving(client.mesh, "publish", "again", "v1", tar, "--desc", "second")
+    assert (again.returncode, again.stdout) == (0, "again v1 is published, in production\n")
     assert "second" in atserving(client.mesh, "list", "--app", "again").stdout
     other = atserving(client.mesh, "publish", "again", "v1", "file:///other.tar")
     assert other.returncode == 1
     assert "file" in other.stderr
-    etcdctl(client.mesh, "del", "/ava/serving/eval/again/v1")
+    etcdctl(client.mesh.etcd, "del", "/ava/serving/eval/again/v1")
 
 
 async def serves(port: int) -> bool:
@@ -283,8 +272,8 @@ async def serves(port: int) -> bool:
     return bool(health.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-@pytest.mark.parametrize("stop", ["kill_process", "stop_process"])
-async def test_with_two_gates_one_may_go_at_any_time(stop: str) -> None:
+@pytest.mark.parametrize("stop", ["SIGKILL", "SIGTERM"])
+async def test_one_of_two_gates_may_end_at_any_time(stop: str) -> None:
     async with Mesh(gates=2) as mesh, aiohttp.ClientSession() as session:
         client = Client(mesh, session)
 
@@ -296,8 +285,10 @@ async def test_with_two_gates_one_may_go_at_any_time(stop: str) -> None:
 
         async with load(client, callers=8) as running, load(client, "/v1/eval/digits/v2", callers=2):
             for gate in ("gate", "gate-1"):
-                await until(both_serve, "both gates serve, and Envoy knows")
-                await asyncio.to_thread(getattr(mesh, stop), gate)
+                await until_async(both_serve, what="both gates serve, and Envoy considers them healthy")
+                if stop == "SIGKILL":
+                    mesh.kill_process(gate)
+                else:
+                    await mesh.stop_process(gate)
                 await running.more(300)
-                if stop == "stop_process":
-                    mesh.start_process(gate)
+                mesh.start_process(gate)

@@ -1,10 +1,11 @@
-"""The typed interface, through Envoy and at the gate itself, with health and reflection everywhere."""
+"""The gRPC API, through Envoy and at the gate itself; health and reflection of every service."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -13,9 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from atserving import transport
-from atserving.cli.mesh import Mesh
+from atserving.local.mesh import Mesh
 from atserving.v1 import edge_pb2, edge_pb2_grpc, registry_pb2, registry_pb2_grpc, serving_pb2, serving_pb2_grpc
-from tests.e2e.conftest import data_uri, image
+from tests.e2e.client import data_uri, image
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -32,12 +33,12 @@ def serving(channel: grpc.aio.Channel) -> serving_pb2_grpc.ServingServiceAsyncSt
     return serving_pb2_grpc.ServingServiceStub(channel)
 
 
-def request(digit: int, **fields: str) -> serving_pb2.EvalRequest:
+def request(digit: int, **fields: Any) -> serving_pb2.EvalRequest:
     resource = serving_pb2.Resource(body=image(f"{digit}.png"))
     return serving_pb2.EvalRequest(**{"app": "digits", **fields}, data=[resource])
 
 
-async def test_eval_answers_with_its_version_and_the_callers_id(
+async def test_eval_returns_the_version_and_the_callers_request_id(
     serving: serving_pb2_grpc.ServingServiceAsyncStub,
 ) -> None:
     for version, answered in (("", "v1"), ("v1", "v1"), ("v2", "v2")):
@@ -49,7 +50,7 @@ async def test_eval_answers_with_its_version_and_the_callers_id(
         assert (metadata["x-reqid"], metadata["x-serving-version"]) == ("mine", answered)
 
 
-async def test_eval_takes_uris_and_params(serving: serving_pb2_grpc.ServingServiceAsyncStub) -> None:
+async def test_eval_accepts_uris_and_params(serving: serving_pb2_grpc.ServingServiceAsyncStub) -> None:
     resource = serving_pb2.Resource(uri=data_uri("5.jpg")["uri"], attribute_json="[1]")
     response = await serving.Eval(serving_pb2.EvalRequest(app="digits", data=[resource], params_json='{"limit": 2}'))
     assert response.result_json.count('"class"') == 2
@@ -64,23 +65,24 @@ async def test_eval_takes_uris_and_params(serving: serving_pb2_grpc.ServingServi
         ({"params_json": "not json"}, grpc.StatusCode.INVALID_ARGUMENT, "400"),
     ],
 )
-async def test_a_failure_is_a_status_with_the_code_and_the_id(
+async def test_a_failure_is_a_status_with_the_code_and_the_request_id(
     serving: serving_pb2_grpc.ServingServiceAsyncStub, fields: dict[str, str], status: grpc.StatusCode, code: str
 ) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await serving.Eval(request(1, **fields), metadata=(("x-reqid", "mine"),))
     assert caught.value.code() is status
-    metadata = dict(caught.value.trailing_metadata() or ())
+    trailers: Any = caught.value.trailing_metadata()
+    metadata = dict(trailers)
     assert (metadata["x-serving-code"], metadata["x-reqid"]) == (code, "mine")
 
 
-async def test_a_callers_deadline_bounds_the_call(serving: serving_pb2_grpc.ServingServiceAsyncStub) -> None:
+async def test_the_callers_deadline_limits_the_call(serving: serving_pb2_grpc.ServingServiceAsyncStub) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await serving.Eval(request(1), timeout=0.0001)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-async def test_a_batch_answers_in_order(serving: serving_pb2_grpc.ServingServiceAsyncStub) -> None:
+async def test_a_batch_returns_its_results_in_order(serving: serving_pb2_grpc.ServingServiceAsyncStub) -> None:
     tasks = [request(1), request(2, app="cats"), request(3, version="v2")]
     call = serving.Batch(serving_pb2.BatchRequest(tasks=tasks), metadata=(("x-reqid", "mine"),))
     results = (await call).results
@@ -92,12 +94,12 @@ async def test_a_batch_answers_in_order(serving: serving_pb2_grpc.ServingService
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_many_calls_at_once_share_a_connection(serving: serving_pb2_grpc.ServingServiceAsyncStub) -> None:
+async def test_concurrent_calls_share_a_connection(serving: serving_pb2_grpc.ServingServiceAsyncStub) -> None:
     results = await asyncio.gather(*(serving.Eval(request(n % 10)) for n in range(48)))
     assert [each.result_json.count('"class"') for each in results] == [1] * 48
 
 
-async def test_the_edges_own_service_is_not_for_callers(mesh: Mesh) -> None:
+async def test_callers_cannot_reach_the_edge_service(mesh: Mesh) -> None:
     async with transport.channel(f"127.0.0.1:{mesh.ports.edge}") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await edge_pb2_grpc.EdgeServiceStub(channel).Eval(edge_pb2.EdgeEvalRequest(app="digits"))
@@ -113,26 +115,26 @@ async def addresses(mesh: Mesh) -> list[str]:
     return [f"127.0.0.1:{mesh.ports.edge}", f"127.0.0.1:{mesh.ports.gates[0]}", mesh.registry, *evaluators]
 
 
-async def test_every_process_says_that_it_serves_and_what(mesh: Mesh) -> None:
+async def test_every_service_has_health_and_reflection(mesh: Mesh) -> None:
     for address in await addresses(mesh):
         async with transport.channel(address) as channel:
             health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
             assert health.status == health_pb2.HealthCheckResponse.SERVING
             ask = reflection_pb2.ServerReflectionRequest(list_services="")
             call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([ask]))
-            said = [service.name async for reply in call for service in reply.list_services_response.service]
-            assert any(name.startswith("atserving.v1.") for name in said), said
-            assert "grpc.health.v1.Health" in said
+            names = [service.name async for reply in call for service in reply.list_services_response.service]
+            assert any(name.startswith("atserving.v1.") for name in names), names
+            assert "grpc.health.v1.Health" in names
 
 
 @pytest.mark.parametrize("program", ["gate", "registry"])
-async def test_a_listening_address_that_can_not_be_had_is_one_line(mesh: Mesh, program: str) -> None:
+async def test_an_unavailable_listen_address_is_one_line_on_stderr(mesh: Mesh, program: str) -> None:
     registry = "--registry" if program == "gate" else "--etcd"
     run = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", program, registry, mesh.registry, "--listen", "192.0.2.1:1"),
         stderr=asyncio.subprocess.PIPE,
     )
-    _, said = await run.communicate()
+    _, errors = await run.communicate()
     assert run.returncode == 1
     expected = f"{program}: cannot listen on 192.0.2.1:1: the address is in use or not this machine's"
-    assert said.decode().splitlines()[-1] == expected
+    assert errors.decode().splitlines()[-1] == expected

@@ -1,4 +1,4 @@
-"""The HTTP API through the real Envoy: every row, every error, and what comes with each response."""
+"""The HTTP API through the real Envoy: every row, every error, and the headers of every response."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import orjson
 import pytest
 
-from tests.e2e.conftest import JSON, Client, Response, data_uri, etcdctl, image, until
+from tests.e2e.client import JSON, Client, Response, data_uri, image
+from tests.processes import etcdctl
+from tests.waiting import until_async
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -20,13 +22,13 @@ PUBLIC_HEADERS = {
 }
 
 
-def check_error(response: Response, status: int, says: str = "", code: int | None = None) -> None:
-    """Every error has the same body, the caller's id and no internal header."""
+def check_error(response: Response, status: int, message: str = "", code: int | None = None) -> None:
+    """Check an error response: the body of every error, the request id, and no internal header."""
     assert response.status == status, response.body
     assert response.headers["content-type"] == "application/json"
     assert response.json.keys() == {"code", "message"}
     assert response.json["code"] == (status if code is None else code)
-    assert says in response.json["message"]
+    assert message in response.json["message"]
     assert response.headers["x-reqid"]
     check_headers(response)
 
@@ -36,7 +38,7 @@ def check_headers(response: Response) -> None:
 
 
 @pytest.mark.parametrize("digit", range(10))
-async def test_an_image_as_bytes(client: Client, digit: int) -> None:
+async def test_an_image_as_bytes_is_classified(client: Client, digit: int) -> None:
     response = await client.bytes("/v1/eval/digits", image(f"{digit}.png"))
     assert response.status == 200
     assert response.headers["content-type"] == "application/json"
@@ -50,12 +52,12 @@ async def test_an_image_as_bytes(client: Client, digit: int) -> None:
 
 
 @pytest.mark.parametrize("media_type", ["application/octet-stream", "image/png"])
-async def test_an_image_as_a_data_uri(client: Client, media_type: str) -> None:
+async def test_an_image_as_a_data_uri_is_classified(client: Client, media_type: str) -> None:
     response = await client.json("/v1/eval/digits", {"data": data_uri("7.png", media_type)})
     assert (response.status, response.best) == (200, "seven")
 
 
-async def test_an_image_by_http(client: Client) -> None:
+async def test_an_image_with_an_http_url_is_classified(client: Client) -> None:
     response = await client.json("/v1/eval/digits", {"data": {**client.uri("3.png"), "attribute": {"any": ["thing"]}}})
     assert (response.status, response.best) == (200, "three")
 
@@ -69,7 +71,7 @@ async def test_a_named_version_answers_even_in_staging(client: Client) -> None:
         assert (response.status, response.headers["x-serving-version"]) == (200, version)
 
 
-async def test_integers_stay_integers_on_their_way_to_the_net(client: Client) -> None:
+async def test_integers_reach_the_net_as_integers(client: Client) -> None:
     request: dict[str, Any] = {"data": data_uri("7.png"), "params": {"limit": 3}}
     response = await client.json("/v1/eval/digits", request)
     scores = [each["score"] for each in response.json["result"]["confidences"]]
@@ -84,13 +86,13 @@ async def test_unknown_fields_and_the_query_are_ignored(client: Client) -> None:
     assert (response.status, response.best, response.headers["x-serving-version"]) == (200, "seven", "v1")
 
 
-async def test_a_group_is_refused_by_a_net_that_takes_one_image(client: Client) -> None:
+async def test_a_net_for_single_images_rejects_a_group(client: Client) -> None:
     check_error(
         await client.json("/v1/eval/digits", {"data": [client.uri("1.png"), client.uri("2.png")]}), 400, "one image"
     )
 
 
-async def test_a_batch_keeps_order_and_its_items_fail_alone(client: Client) -> None:
+async def test_a_batch_keeps_the_order_and_each_item_fails_by_itself(client: Client) -> None:
     tasks: list[Any] = [
         {"op": "/v1/eval/digits", "data": client.uri("1.png")},
         {"op": "/v1/eval/nothing", "data": client.uri("1.png")},
@@ -112,22 +114,22 @@ async def test_a_batch_keeps_order_and_its_items_fail_alone(client: Client) -> N
     assert len(items[2]["result"]["confidences"]) == 2
 
 
-async def test_a_batch_larger_than_the_instances_queue_is_spread(client: Client) -> None:
+async def test_a_batch_may_exceed_the_capacity_of_the_instance(client: Client) -> None:
     tasks = [{"op": "/v1/eval/digits", "data": data_uri(f"{n % 10}.png")} for n in range(200)]
     response = await client.json("/v1/batch", tasks)
     assert [each["result"]["confidences"][0]["index"] for each in response.json] == [n % 10 for n in range(200)]
 
 
-async def test_a_malformed_batch_is_refused_whole(client: Client) -> None:
+async def test_a_malformed_batch_is_rejected_as_a_whole(client: Client) -> None:
     for body in (b"{}", b"[]", b"[1,", b""):
         check_error(await client.post("/v1/batch", body, JSON), 400)
     check_error(await client.json("/v1/batch", [1] * 1001), 413, "1001 tasks")
     check_error(await client.bytes("/v1/batch", b"x"), 415)
 
 
-async def test_what_is_malformed_is_a_400_that_says_so(client: Client) -> None:
-    async def refused(value: Any, says: str) -> None:
-        check_error(await client.json("/v1/eval/digits", value), 400, says)
+async def test_a_malformed_request_is_a_400_with_the_reason(client: Client) -> None:
+    async def refused(value: Any, message: str) -> None:
+        check_error(await client.json("/v1/eval/digits", value), 400, message)
 
     check_error(await client.post("/v1/eval/digits", b'{"data":', JSON), 400, "malformed JSON")
     check_error(await client.post("/v1/eval/digits", b"", JSON), 400, "malformed JSON")
@@ -143,14 +145,14 @@ async def test_what_is_malformed_is_a_400_that_says_so(client: Client) -> None:
     check_error(await client.bytes("/v1/eval/digits", image("7.png")[:200]), 400, "image")
 
 
-async def test_a_resource_whose_host_is_not_there_is_a_502(client: Client) -> None:
+async def test_an_unreachable_resource_is_a_502(client: Client) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{unused.getsockname()[1]}/x.png"
         check_error(await client.json("/v1/eval/digits", {"data": {"uri": uri}}), 502)
 
 
-async def test_what_does_not_exist_is_a_404(client: Client) -> None:
+async def test_an_unknown_app_version_or_path_is_a_404(client: Client) -> None:
     check_error(await client.bytes("/v1/eval/cats", b"x"), 404, "unknown app 'cats'")
     check_error(await client.bytes("/v1/eval/digits/v9", b"x"), 404, "no version 'v9'")
     check_error(await client.bytes("/v1/eval/digits%2Fv1", b"x"), 404)
@@ -161,7 +163,7 @@ async def test_what_does_not_exist_is_a_404(client: Client) -> None:
     check_error(await client.bytes("/atserving.v1.ServingService/Eval", b"x"), 404, "unknown path")
 
 
-async def test_another_method_is_a_405_that_names_the_right_one(client: Client) -> None:
+async def test_a_wrong_method_is_a_405_that_names_the_right_one(client: Client) -> None:
     for path in ("/v1/eval/digits", "/v1/batch"):
         response = await client.get(path)
         check_error(response, 405)
@@ -169,69 +171,70 @@ async def test_another_method_is_a_405_that_names_the_right_one(client: Client) 
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "image/png", "multipart/form-data", "application/jsonx"])
-async def test_another_content_type_is_a_415(client: Client, content_type: str) -> None:
+async def test_a_wrong_content_type_is_a_415(client: Client, content_type: str) -> None:
     response = await client.post("/v1/eval/digits", image("1.png"), {"content-type": content_type})
     check_error(response, 415, "content type")
 
 
 async def test_a_body_over_20_mib_is_a_413(client: Client) -> None:
     check_error(await client.bytes("/v1/eval/digits", bytes((20 << 20) + 1)), 413, "20 MiB")
-    # Just below, it reaches the evaluator, which has a lower limit for one image.
+    # A smaller body passes the edge and reaches the evaluator, which has a lower limit for one image.
     check_error(await client.bytes("/v1/eval/digits", bytes((20 << 20) - 1000)), 400, "larger than")
 
 
 async def test_a_version_without_an_instance_is_a_503(client: Client) -> None:
-    etcdctl(client.mesh, "put", "/ava/serving/eval/lonely/v1", '{"file": "file:///nowhere.tar", "phase": "production"}')
+    key = "/ava/serving/eval/lonely/v1"
+    etcdctl(client.mesh.etcd, "put", key, '{"file": "file:///nowhere.tar", "phase": "production"}')
 
     async def known() -> bool:
         return (await client.bytes("/v1/eval/lonely", b"x")).status != 404
 
-    await until(known, "the gate knows the app")
+    await until_async(known, what="the gate knows the app")
     check_error(await client.bytes("/v1/eval/lonely", b"x"), 503, "no instance of app 'lonely' is ready")
     check_error(await client.bytes("/v1/eval/lonely/v1", b"x"), 503, "no instance of version 'v1'")
-    etcdctl(client.mesh, "del", "/ava/serving/eval/lonely/v1")
+    etcdctl(client.mesh.etcd, "del", key)
 
 
-async def test_an_app_that_is_not_public_is_a_401(client: Client) -> None:
-    etcdctl(client.mesh, "put", "/ava/serving/app/metadata/digits", '{"public": false, "owner": {"uid": 7}}')
+async def test_a_private_app_is_a_401(client: Client) -> None:
+    etcdctl(client.mesh.etcd, "put", "/ava/serving/app/metadata/digits", '{"public": false, "owner": {"uid": 7}}')
 
-    async def closed() -> bool:
+    async def private() -> bool:
         return (await client.bytes("/v1/eval/digits", image("1.png"))).status != 200
 
-    await until(closed, "the gate knows that the app is closed")
+    await until_async(private, what="the gate knows that the app is private")
     check_error(await client.bytes("/v1/eval/digits", image("1.png")), 401, "not public")
-    etcdctl(client.mesh, "del", "/ava/serving/app/metadata/digits")
+    etcdctl(client.mesh.etcd, "del", "/ava/serving/app/metadata/digits")
 
-    async def open_() -> bool:
-        return not await closed()
+    async def public() -> bool:
+        return not await private()
 
-    await until(open_, "the gate knows that the app is open again")
+    await until_async(public, what="the gate knows that the app is public again")
 
 
 async def test_a_request_past_its_apps_timeout_is_a_504(client: Client) -> None:
-    etcdctl(client.mesh, "put", "/ava/serving/worker/app/digits/release/v2", '{"timeout": "1us"}')
+    etcdctl(client.mesh.etcd, "put", "/ava/serving/worker/app/digits/release/v2", '{"timeout": "1us"}')
 
     async def late() -> bool:
         return (await client.bytes("/v1/eval/digits/v2", image("1.png"))).status != 200
 
-    await until(late, "the gate knows the timeout")
+    await until_async(late, what="the gate knows the timeout")
     check_error(await client.bytes("/v1/eval/digits/v2", image("1.png")), 504, "did not answer within")
     assert (await client.bytes("/v1/eval/digits", image("1.png"))).status == 200
     batch = await client.json(
         "/v1/batch", [{"op": f"/v1/eval/digits/{version}", "data": data_uri("1.png")} for version in ("v2", "v1")]
     )
     assert [each["code"] for each in batch.json] == [504, 0]
-    etcdctl(client.mesh, "del", "/ava/serving/worker/app/digits/release/v2")
+    etcdctl(client.mesh.etcd, "del", "/ava/serving/worker/app/digits/release/v2")
 
     async def in_time() -> bool:
         return not await late()
 
-    await until(in_time, "the gate knows that the timeout has gone")
+    await until_async(in_time, what="the gate knows that the timeout was removed")
 
 
-async def test_more_than_an_instance_holds_is_a_429_with_a_delay(client: Client) -> None:
+async def test_a_request_beyond_the_capacity_is_a_429_with_a_delay(client: Client) -> None:
     key = "/ava/serving/worker/app/digits/release/v2"
-    etcdctl(client.mesh, "put", key, '{"max_concurrent": 1, "delay4batch": "300ms"}')
+    etcdctl(client.mesh.etcd, "put", key, '{"max_concurrent": 1, "delay4batch": "300ms"}')
     refused: list[Response] = []
 
     async def full() -> bool:
@@ -239,20 +242,20 @@ async def test_more_than_an_instance_holds_is_a_429_with_a_delay(client: Client)
         refused.extend(each for each in both if each.status != 200)
         return any(each.status == 200 for each in both) and bool(refused)
 
-    await until(full, "the instance is full")
+    await until_async(full, what="the instance rejects requests")
     for response in refused:
         check_error(response, 429)
         assert int(response.headers["retry-after"]) >= 1
-    etcdctl(client.mesh, "del", key)
+    etcdctl(client.mesh.etcd, "del", key)
 
     async def roomy() -> bool:
         both = await asyncio.gather(*(client.bytes("/v1/eval/digits/v2", image("1.png")) for _ in range(4)))
         return all(each.status == 200 for each in both)
 
-    await until(roomy, "the instance has room again")
+    await until_async(roomy, what="the instance accepts all requests again")
 
 
-async def test_the_request_id_is_the_callers_everywhere(client: Client) -> None:
+async def test_the_callers_request_id_is_in_the_response_and_in_every_log(client: Client) -> None:
     reqid = "My-id_42"
     response = await client.bytes("/v1/eval/digits", image("1.png"), **{"x-reqid": reqid, "traceparent": TRACE})
     assert response.headers["x-reqid"] == reqid
@@ -261,7 +264,7 @@ async def test_the_request_id_is_the_callers_everywhere(client: Client) -> None:
         async def logged(name: str = name) -> bool:
             return reqid in client.mesh.log(name)
 
-        await until(logged, f"{name}'s log has the id")
+        await until_async(logged, what=f"{name}'s log has the id")
         [line] = [orjson.loads(line) for line in client.mesh.log(name).splitlines() if reqid in line]
         assert (line["reqid"], line["code"] in (0, 200), line["traceparent"]) == (reqid, True, TRACE)
 
@@ -269,25 +272,25 @@ async def test_the_request_id_is_the_callers_everywhere(client: Client) -> None:
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
-async def test_a_request_that_can_not_be_read_is_a_line_in_the_log_too(client: Client) -> None:
+async def test_an_unreadable_request_is_logged(client: Client) -> None:
     for path, reqid in (("/v1/eval/digits", "unreadable-eval"), ("/v1/batch", "unreadable-batch")):
         check_error(await client.json(path, 7, **{"x-reqid": reqid}), 400)
 
         async def logged(reqid: str = reqid) -> bool:
             return reqid in client.mesh.log("gate")
 
-        await until(logged, "the gate has logged it")
+        await until_async(logged, what="the gate has logged the request")
         [line] = [orjson.loads(line) for line in client.mesh.log("gate").splitlines() if reqid in line]
         assert (line["reqid"], line["code"]) == (reqid, 400)
-        assert "malformed request" in line["message"]
+        assert "malformed request" in line["reason"]
 
 
-async def test_the_request_id_comes_back_on_every_error(client: Client) -> None:
+async def test_every_error_has_the_callers_request_id(client: Client) -> None:
     for path, body in (("/nothing", b""), ("/v1/eval/cats", b"x"), ("/v1/eval/digits", bytes((20 << 20) + 1))):
         assert (await client.bytes(path, body, **{"x-reqid": "my-id"})).headers["x-reqid"] == "my-id"
 
 
-async def test_a_request_id_is_made_where_none_or_a_bad_one_is_given(client: Client) -> None:
+async def test_a_missing_or_malformed_request_id_is_replaced(client: Client) -> None:
     made = {
         (await client.bytes("/v1/eval/digits", image("1.png"), **given)).headers["x-reqid"]
         for given in ({}, {"x-reqid": "two words"}, {"x-reqid": "x" * 129}, {})
@@ -296,12 +299,12 @@ async def test_a_request_id_is_made_where_none_or_a_bad_one_is_given(client: Cli
     assert all(each and len(each) <= 64 for each in made)
 
 
-async def test_internal_headers_of_a_caller_mean_nothing(client: Client) -> None:
+async def test_internal_headers_of_a_caller_are_ignored(client: Client) -> None:
     response = await client.bytes("/v1/eval/digits", image("1.png"), **{"x-serving-status": "201", "grpc-status": "3"})
     assert response.status == 200
 
 
-async def test_health_says_that_the_edge_can_serve(client: Client) -> None:
+async def test_health_is_200_while_the_edge_can_serve(client: Client) -> None:
     response = await client.get("/health")
     assert (response.status, response.json) == (200, {"code": 0, "message": ""})
     check_headers(response)
@@ -311,7 +314,7 @@ async def test_health_says_that_the_edge_can_serve(client: Client) -> None:
     "text",
     [b"RUBBISH\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"POST /v1/batch HTTP/1.1\r\nHost: x\r\nContent-Length: z\r\n\r\n"],
 )
-async def test_what_is_not_http_is_a_400(client: Client, text: bytes) -> None:
+async def test_bytes_that_are_not_http_are_a_400(client: Client, text: bytes) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", client.mesh.ports.edge)
     writer.write(text)
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
@@ -340,7 +343,7 @@ async def test_http_1_0_is_served(client: Client) -> None:
         ("/v1/eval/%00", {}, 400),
     ],
 )
-async def test_what_the_edge_refuses_has_the_same_body_and_an_id(
+async def test_an_error_of_the_edge_has_the_body_of_every_error_and_a_request_id(
     client: Client, path: str, headers: dict[str, str], status: int
 ) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", client.mesh.ports.edge)
@@ -367,14 +370,12 @@ async def test_what_the_edge_refuses_has_the_same_body_and_an_id(
     ],
     ids=lambda headers: "".join(headers),
 )
-async def test_headers_that_mean_something_to_grpc_mean_nothing_by_http(
-    client: Client, headers: dict[str, str]
-) -> None:
+async def test_grpc_headers_of_an_http_caller_are_ignored(client: Client, headers: dict[str, str]) -> None:
     response = await client.bytes("/v1/eval/digits", image("7.png"), **headers)
     assert (response.status, response.best) == (200, "seven")
 
 
-async def test_a_body_of_very_many_values_holds_nobody_up(client: Client) -> None:
+async def test_a_body_of_very_many_values_does_not_delay_other_requests(client: Client) -> None:
     tasks = b"[" + b'{"op":"/v1/eval/x"},' * 900_000 + b"1]"
     params = b'{"data":{"uri":"http://h"},"params":[' + b'{"a":[]},' * 2_000_000 + b"1]}"
     refused = asyncio.gather(client.post("/v1/batch", tasks, JSON), client.post("/v1/eval/digits", params, JSON))
@@ -386,7 +387,7 @@ async def test_a_body_of_very_many_values_holds_nobody_up(client: Client) -> Non
     check_error(single, 400, "longer than")
 
 
-async def test_integers_of_any_size_and_deep_nesting_reach_the_net_or_fail_alone(client: Client) -> None:
+async def test_huge_integers_and_deep_nesting_reach_the_net_or_fail_by_themselves(client: Client) -> None:
     op = b'{"op": "/v1/eval/digits", "data": {"uri": "%s"}, "params": %%s}' % data_uri("7.png")["uri"].encode()
     deep, too_deep = (b'{"any": ' + b"[" * depth + b"]" * depth + b"}" for depth in (300, 100_000))
     body = b"[%s,%s,%s]" % (op % deep, op % b'{"any": 123456789012345678901234567890}', op % b'{"limit": 1}')

@@ -1,4 +1,4 @@
-"""Built-in nets in this process, with nets made for a test."""
+"""Loads built-in nets in the test process, with releases or outputs that a test makes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Array = NDArray[Any]
 
 
 def config(files: Mapping[str, Path], **fields: Any) -> NetConfig:
-    """Return the config of a net. Fields that a config does not have go into ``custom_values``."""
+    """Return the config of a net. Fields unknown to a config go into ``custom_values``."""
     known = {name: fields.pop(name) for name in ("image_width", "batch_size", "use_device") if name in fields}
     params = Options("model_params", fields.pop("model_params", {}))
     return NetConfig(files, custom_values=Options("custom_values", fields), model_params=params, **known)
@@ -64,7 +64,7 @@ def evaluate(net: LoadedNet, *requests: tuple[Array, Any]) -> list[Ret]:
 
 
 class FixedOutputs:
-    """Stands for a net: returns the same outputs for any input."""
+    """A stand-in for a net, with the same outputs for any input."""
 
     inputs = ("data",)
 
@@ -94,8 +94,8 @@ def _tiny(net: str, labels: str) -> ImageNet:
         return loaded(net, config(release, **custom_values))
 
 
-def answering(net: str, outputs: Mapping[str, Array], labels: str = "", **attributes: Any) -> ImageNet:
-    """Return a built-in net that gets these outputs from its graph, whose own output is called ``out``.
+def with_outputs(net: str, outputs: Mapping[str, Array], labels: str = "", **attributes: Any) -> ImageNet:
+    """Return a built-in net whose graph gives these outputs; ``out`` is the graph's own output.
 
     ``attributes`` replace those of the net.
     """

@@ -1,6 +1,6 @@
-"""A release's net.py: the first two nets of MTCNN find faces, one on a pyramid of windows, the other on what it found.
+"""A net.py that finds faces with the first two nets of MTCNN: a proposer on all windows, a refiner on its boxes.
 
-The tar has det1 as the release's net, and det2 beside it. Source: Zhang and others, Joint Face Detection and Alignment
+The release's net is det1; det2 is in the tar too. Source: Zhang and others, Joint Face Detection and Alignment
 using Multi-task Cascaded Convolutional Networks, 2016; landmarks and the third net are left out.
 """
 
@@ -16,9 +16,9 @@ from evaluator import scripting
 
 Array = NDArray[Any]
 
-LEAST_SIDE = 60.0
+MIN_SIDE = 60.0
 FACTOR = 0.71
-SURE = 0.8
+MIN_SCORE = 0.8
 
 
 def net_init(cfg: dict[str, Any]) -> dict[str, Any]:
@@ -29,18 +29,18 @@ def net_init(cfg: dict[str, Any]) -> dict[str, Any]:
 
 def net_inference(model: dict[str, Any], args: dict[str, Any]) -> list[dict[str, Any]]:
     image = scripting.read_image(args["reqs"][0]["data"]["body"])
-    boxes, scores = seen(model["proposer"], *pyramid(image), overlap=0.7)
+    boxes, scores = detect(model["proposer"], *pyramid(image), overlap=0.7)
     if len(boxes):
         boxes = np.array([square(box) for box in boxes])
-        boxes, scores = seen(model["refiner"], boxes, [cut(image, box) for box in boxes], overlap=0.3)
+        boxes, scores = detect(model["refiner"], boxes, [crop(image, box) for box in boxes], overlap=0.3)
     faces = [{"box": box, "score": score} for box, score in zip(boxes.round().tolist(), scores.tolist(), strict=True)]
     return [{"code": 0, "message": "", "result": {"faces": faces}}]
 
 
 def pyramid(image: Array) -> tuple[Array, list[Array]]:
-    """Square windows of all sizes all over the image, as (left, top, width, height), and each as 12x12 pixels."""
+    """Return all square windows of the image as (left, top, width, height), and the 12x12 pixels of each."""
     boxes, patches = [], []
-    side = LEAST_SIDE
+    side = MIN_SIDE
     while side <= min(image.shape[:2]):
         small = cv2.resize(image, None, fx=12 / side, fy=12 / side)
         windows = np.lib.stride_tricks.sliding_window_view(small, (12, 12), axis=(0, 1))[::2, ::2]
@@ -57,23 +57,23 @@ def square(box: Array) -> Array:
     return np.array([left + (width - side) / 2, top + (height - side) / 2, side, side])
 
 
-def cut(image: Array, box: Array) -> Array:
-    """A square of the image, black where it reaches out of it, as 24x24 pixels."""
+def crop(image: Array, box: Array) -> Array:
+    """Return a square of the image as 24x24 pixels, black outside the image."""
     left, top, side, _ = box
     scale = 24 / side
     return cv2.warpAffine(image, np.array([[scale, 0, -left * scale], [0, scale, -top * scale]]), (24, 24))
 
 
-def seen(net: scripting.Net, boxes: Array, patches: list[Array], overlap: float) -> tuple[Array, Array]:
-    """The boxes that a net takes for faces, as it corrects them, and its scores; of those that overlap the surest."""
+def detect(net: scripting.Net, boxes: Array, patches: list[Array], overlap: float) -> tuple[Array, Array]:
+    """Return a net's boxes of faces, moved as the net says, and their scores, after non-maximum suppression."""
     if not patches:
         return np.zeros((0, 4)), np.zeros(0)
-    # Trained in MATLAB: RGB, and columns before rows.
+    # MTCNN was trained in MATLAB: its input is RGB, with columns before rows.
     outputs = net.forward(data=(np.array(patches)[..., ::-1].transpose(0, 3, 2, 1) - 127.5) / 128)
     scores = outputs["prob1"].reshape(len(boxes), 2)[:, 1]
     (moves,) = (output.reshape(len(boxes), 4) for name, output in outputs.items() if name != "prob1")
     starts = boxes[:, :2] + moves[:, :2] * boxes[:, 2:]
     ends = boxes[:, :2] + (1 + moves[:, 2:]) * boxes[:, 2:]
     boxes = np.hstack([starts, ends - starts])
-    kept = np.array(cv2.dnn.NMSBoxes(boxes.tolist(), scores.tolist(), SURE, overlap), int)
+    kept = np.array(cv2.dnn.NMSBoxes(boxes.tolist(), scores.tolist(), MIN_SCORE, overlap), int)
     return boxes[kept], scores[kept]

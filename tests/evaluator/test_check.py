@@ -1,4 +1,4 @@
-"""`python -m evaluator check`: what an author sees of a release, good or bad, without a mesh."""
+"""`python -m evaluator check` reports how a release loads and replies, or why it does not, without a mesh."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import orjson
 import pytest
 
 from atserving.errors import StartError
+from atserving.local.examples import ROOT
 from evaluator.check import CheckOptions, check, shape
-from tests.evaluator.conftest import DIGITS, ROOT, digits_tar
+from tests.evaluator.digits import DIGITS, digits_tar
 
 SEVEN = DIGITS / "images" / "7.png"
 
@@ -28,30 +29,32 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_good_release_is_reported(tmp_path: Path) -> None:
-    said = command(DIGITS / "digits-v1.tar", "--image", SEVEN, "--batch-size", 4, "--params", '{"limit": 2}')
-    assert (said.returncode, said.stderr) == (0, "")
-    lines = said.stdout.splitlines()
+def test_report_has_the_net_the_plan_the_result_and_the_times(tmp_path: Path) -> None:
+    process = command(DIGITS / "digits-v1.tar", "--image", SEVEN, "--batch-size", 4, "--params", '{"limit": 2}')
+    assert (process.returncode, process.stderr) == (0, "")
+    lines = process.stdout.splitlines()
     assert lines[0].startswith("classify on CPU, loaded in ")
     assert lines[1].startswith("batch size 4, ")
     assert lines[2] == '7.png: {"confidences": [2 x {"index": integer, "class": text, "score": number}]}'
     assert [line.split(":")[0] for line in lines[3:]] == ["prepare", "batch of 1", "batch of 4", "peak memory"]
 
 
-def test_all_of_a_release_can_be_given(tmp_path: Path) -> None:
+def test_options_give_custom_files_and_model_params(tmp_path: Path) -> None:
     (tmp_path / "tags.txt").write_text("cat")
     script = "def net_init(cfg):\n    return {'tags': open(cfg['custom_files']['taglist_file']).read(), **cfg}\n"
     script += "def net_inference(model, args):\n"
     script += "    return [{'result': [model['tags'], model['model_params']['x']]} for _ in args['reqs']]\n"
     arguments = ["--custom-file", f"taglist_file={tmp_path / 'tags.txt'}", "--model-params", '{"x": 5}', "--json"]
-    said = command(tar(tmp_path, script), *arguments)
-    assert orjson.loads(said.stdout)["answers"][0]["result"] == "[2 x text]"
+    process = command(tar(tmp_path, script), *arguments)
+    assert orjson.loads(process.stdout)["answers"][0]["result"] == "[2 x text]"
     assert command(tar(tmp_path, script), "--custom-file", "taglist_file=none").returncode == 2
 
 
-def test_the_report_comes_as_json_too() -> None:
-    said = command(DIGITS / "digits-v1.tar", "--net", "feature", "--custom-values", '{"layers": ["pool2"]}', "--json")
-    report = orjson.loads(said.stdout)
+def test_json_option_prints_the_report_as_json() -> None:
+    process = command(
+        DIGITS / "digits-v1.tar", "--net", "feature", "--custom-values", '{"layers": ["pool2"]}', "--json"
+    )
+    report = orjson.loads(process.stdout)
     assert report["answers"] == [{"request": "a made-up image", "result": "a stream of 40 bytes"}]
     assert set(report["by_batch_ms"]) == {"1", str(report["plan"]["batch_size"])}
     assert report["plan"]["engines"] * report["plan"]["threads"] >= 1
@@ -66,10 +69,10 @@ def test_the_report_comes_as_json_too() -> None:
         (["no-such.tar"], 2, "does not exist"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_a_status(arguments: list[Any], status: int, message: str) -> None:
-    said = command(*arguments)
-    assert (said.returncode, said.stdout, said.stderr.count("\n")) == (status, "", 1)
-    assert message in said.stderr
+def test_error_is_printed_as_one_line_with_an_exit_status(arguments: list[Any], status: int, message: str) -> None:
+    process = command(*arguments)
+    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (status, "", 1)
+    assert message in process.stderr
 
 
 SCRIPT = """
@@ -98,21 +101,21 @@ def net_inference(model, args):
 """
 
 
-async def test_a_script_runs_the_releases_net(tmp_path: Path) -> None:
+async def test_script_runs_the_net_of_its_release(tmp_path: Path) -> None:
     report = await check(CheckOptions(tar(tmp_path, SCRIPT), {}, [SEVEN, DIGITS / "images" / "1.png"]))
     assert (report.net, report.plan.batch_size) == ("net.py", 2)
     assert [answer.result for answer in report.answers] == ['{"names": [1 x text]}'] * 2
     assert list(report.by_batch_ms) == [1, 2]
 
 
-async def test_the_script_of_the_documentation_works(tmp_path: Path) -> None:
+async def test_script_of_the_documentation_runs(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "write-a-net.md").read_text()
     block = page[page.index("    import numpy") : page.index("| function | when |")]
     report = await check(CheckOptions(tar(tmp_path, textwrap.dedent(block)), {}, [SEVEN]))
     assert [answer.result for answer in report.answers] == ['{"best": integer}']
 
 
-async def test_all_images_may_be_one_group(tmp_path: Path) -> None:
+async def test_group_option_sends_all_images_as_one_group(tmp_path: Path) -> None:
     images = [SEVEN, DIGITS / "images" / "1.png"]
     report = await check(CheckOptions(tar(tmp_path, SCRIPT), {}, images, group=True))
     assert [(each.request, each.result) for each in report.answers] == [
@@ -120,7 +123,7 @@ async def test_all_images_may_be_one_group(tmp_path: Path) -> None:
     ]
 
 
-async def test_a_script_that_wants_groups_is_given_one(tmp_path: Path) -> None:
+async def test_script_that_refuses_single_images_gets_a_group(tmp_path: Path) -> None:
     script = "def net_init(cfg): return {}\ndef net_inference(model, args):\n"
     script += "    return [{'code': 0 if isinstance(r['data'], list) else 400} for r in args['reqs']]\n"
     (answer,) = (await check(CheckOptions(tar(tmp_path, script), {}))).answers
@@ -136,14 +139,14 @@ async def test_a_script_that_wants_groups_is_given_one(tmp_path: Path) -> None:
         ("[{}] if len(args['reqs']) == 1 else []", "a batch of 2 requests failed, though each alone does not"),
     ],
 )
-async def test_a_script_that_does_not_answer_fails_the_check(ret: str, message: str, tmp_path: Path) -> None:
+async def test_wrong_return_value_of_a_script_fails_the_check(ret: str, message: str, tmp_path: Path) -> None:
     script = f"def net_init(cfg): return {{}}\ndef net_inference(model, args): return {ret}\n"
     with pytest.raises(StartError) as error:
         await check(CheckOptions(tar(tmp_path, script), {"batch_size": 2}))
     assert message in str(error.value)
 
 
-async def test_a_malformed_field_or_image_is_named(tmp_path: Path) -> None:
+async def test_error_names_the_malformed_field_or_image(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="the release is malformed: use_device"):
         await check(CheckOptions(DIGITS / "digits-v1.tar", {"use_device": "TPU"}))
     with pytest.raises(StartError, match=r"release\.tar: code 400: the image can't be decoded"):
@@ -152,7 +155,7 @@ async def test_a_malformed_field_or_image_is_named(tmp_path: Path) -> None:
         await check(CheckOptions(DIGITS / "digits-v1.tar", {}, [Path("none.png")]))
 
 
-def test_shapes_are_readable() -> None:
+def test_shape_describes_a_json_value() -> None:
     value = {"a": [1, 2, 3], "b": [], "c": {"d": None, "e": True, "f": "x"}, "g": [[0.5]]}
     assert shape(value) == (
         '{"a": [3 x integer], "b": [], "c": {"d": null, "e": boolean, "f": text}, "g": [1 x [1 x number]]}'

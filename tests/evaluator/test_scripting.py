@@ -1,4 +1,4 @@
-"""What scripts that were written for pycaffe find here: the device is the release's to choose."""
+"""Scripts written for pycaffe run unchanged, but only the release chooses the device."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.caffe.nets import input_layer, layer, write_net
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
+def _restore_the_device() -> Iterator[None]:
     yield
     scripting.begin(NetConfig({}, use_device="CPU"))
 
 
-def test_a_net_of_pycaffe_runs_by_its_own_lines(tmp_path: Path) -> None:
+def test_pycaffe_code_runs_a_net_unchanged(tmp_path: Path) -> None:
     caffe: Any = scripting
     paths = write_net(tmp_path, input_layer(1, 3, 4, 4) + layer("ReLU"))
     caffe.set_mode_cpu()
@@ -42,7 +42,7 @@ def test_a_net_of_pycaffe_runs_by_its_own_lines(tmp_path: Path) -> None:
         ("GPU:1", "set_device", (0,), "the script asks for GPU 0, but use_device is GPU:1"),
     ],
 )
-def test_a_script_may_not_choose_another_device(
+def test_script_may_not_choose_another_device(
     use_device: str, call: str, arguments: tuple[int, ...], message: str
 ) -> None:
     scripting.begin(NetConfig({}, use_device=use_device))
@@ -51,13 +51,13 @@ def test_a_script_may_not_choose_another_device(
 
 
 @pytest.mark.parametrize(("use_device", "index"), [("GPU", 0), ("GPU:1", 1)])
-def test_a_script_may_say_what_the_release_says(use_device: str, index: int) -> None:
+def test_script_may_name_the_device_of_its_release(use_device: str, index: int) -> None:
     scripting.begin(NetConfig({}, use_device=use_device))
     scripting.set_mode_gpu()
     scripting.set_device(index)
 
 
-def test_a_net_of_a_gpu_release_is_never_loaded_for_the_cpu(tmp_path: Path) -> None:
+def test_net_of_a_gpu_release_is_never_loaded_on_the_cpu(tmp_path: Path) -> None:
     scripting.begin(NetConfig({}, use_device="GPU:63"))
     paths = write_net(tmp_path, input_layer(1, 3, 4, 4) + layer("ReLU"))
     with pytest.raises(StartError, match="use_device is GPU:63, but"):

@@ -1,4 +1,4 @@
-"""The router's promises: who answers what, in which proportion, and what happens to instances that leave."""
+"""The router picks ready instances by version, weight and free capacity, and remembers those that left for a while."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Clock:
 
 @dataclass
 class Table:
-    """A router over named instances, whose connections are their addresses."""
+    """A router of named instances; an instance's address stands in for its connection."""
 
     clock: Clock = field(default_factory=Clock)
 
@@ -64,18 +64,18 @@ def table() -> Table:
     return Table()
 
 
-def test_a_named_version_answers_whatever_its_phase(table: Table) -> None:
+def test_request_for_a_version_reaches_it_in_any_phase(table: Table) -> None:
     table.put(release("v1"), release("v2", "staging"), instance("v1", "a"), instance("v2", "b"))
     assert table.pick("app", "v1").instance.id == "a"
     assert table.pick("app", "v2").instance.id == "b"
 
 
-def test_a_staging_version_takes_no_unversioned_traffic(table: Table) -> None:
+def test_staging_version_receives_no_unversioned_traffic(table: Table) -> None:
     table.put(release("v1"), release("v2", "staging"), instance("v1", "a"), instance("v2", "b"))
     assert {table.pick("app", "").instance.id for _ in range(200)} == {"a"}
 
 
-def test_a_promotion_and_a_rollback_move_the_traffic(table: Table) -> None:
+def test_promotion_and_rollback_move_the_unversioned_traffic(table: Table) -> None:
     table.put(release("v1"), release("v2", "staging"), instance("v1", "a"), instance("v2", "b"))
     table.put(release("v1", "staging"), release("v2"))
     assert {table.pick("app", "").instance.id for _ in range(50)} == {"b"}
@@ -83,7 +83,7 @@ def test_a_promotion_and_a_rollback_move_the_traffic(table: Table) -> None:
     assert {table.pick("app", "").instance.id for _ in range(50)} == {"a"}
 
 
-def test_what_does_not_exist_is_not_found(table: Table) -> None:
+def test_unknown_app_or_version_is_not_found(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"))
     with pytest.raises(NotFound, match="unknown app 'nothing'"):
         table.pick("nothing", "")
@@ -91,7 +91,7 @@ def test_what_does_not_exist_is_not_found(table: Table) -> None:
         table.pick("app", "v9")
 
 
-def test_an_app_without_a_ready_instance_is_unavailable(table: Table) -> None:
+def test_app_without_a_ready_instance_is_unavailable(table: Table) -> None:
     table.put(release("v1"), release("v2", "staging"), instance("v2", "b"))
     with pytest.raises(Unavailable, match="no instance of app 'app' is ready"):
         table.pick("app", "")
@@ -100,34 +100,34 @@ def test_an_app_without_a_ready_instance_is_unavailable(table: Table) -> None:
         table.pick("app", "")
 
 
-def test_an_instance_without_a_release_takes_nothing(table: Table) -> None:
+def test_instance_without_a_release_receives_no_traffic(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"), instance("ghost", "b"))
     with pytest.raises(NotFound):
         table.pick("app", "ghost")
     assert {table.pick("app", "").instance.id for _ in range(50)} == {"a"}
 
 
-def test_the_least_loaded_instance_of_a_version_is_taken(table: Table) -> None:
+def test_router_picks_the_least_loaded_instance_of_a_version(table: Table) -> None:
     table.put(release("v1"), instance("v1", "small", 2), instance("v1", "large", 8))
-    taken: Counter[str] = Counter()
+    picked: Counter[str] = Counter()
     for _ in range(10):
         endpoint = table.pick("app", "v1")
         endpoint.in_flight += 1
-        taken[endpoint.instance.id] += 1
-        shares = [each / most for each, most in ((taken["small"], 2), (taken["large"], 8))]
+        picked[endpoint.instance.id] += 1
+        shares = [each / most for each, most in ((picked["small"], 2), (picked["large"], 8))]
         assert max(shares) - min(shares) <= 0.5
     with pytest.raises(ResourceExhausted):
         table.pick("app", "v1")
-    assert taken == {"small": 2, "large": 8}
+    assert picked == {"small": 2, "large": 8}
 
 
 def test_versions_share_the_traffic_by_free_capacity_and_weight(table: Table) -> None:
     table.put(release("v1"), release("v2", weight=0.25), instance("v1", "a", 30), instance("v2", "b", 40))
-    taken = Counter(table.pick("app", "").instance.version for _ in range(4000))
-    assert taken["v1"] / taken["v2"] == pytest.approx(3, rel=0.15)
+    picked = Counter(table.pick("app", "").instance.version for _ in range(4000))
+    assert picked["v1"] / picked["v2"] == pytest.approx(3, rel=0.15)
 
 
-def test_weight_0_takes_no_unversioned_traffic(table: Table) -> None:
+def test_version_of_weight_0_receives_no_unversioned_traffic(table: Table) -> None:
     table.put(release("v1"), release("v2", weight=0), instance("v1", "a"), instance("v2", "b"))
     assert {table.pick("app", "").instance.id for _ in range(200)} == {"a"}
     assert table.pick("app", "v2").instance.id == "b"
@@ -136,7 +136,7 @@ def test_weight_0_takes_no_unversioned_traffic(table: Table) -> None:
         table.pick("app", "")
 
 
-def test_a_full_app_is_exhausted_and_says_when_to_come_back(table: Table) -> None:
+def test_full_app_is_exhausted_and_gives_a_retry_delay(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a", 1))
     with table.pick("app", "").hold(), pytest.raises(ResourceExhausted) as caught:
         table.pick("app", "")
@@ -144,7 +144,7 @@ def test_a_full_app_is_exhausted_and_says_when_to_come_back(table: Table) -> Non
     assert table.pick("app", "").instance.id == "a"
 
 
-def test_an_instance_that_left_is_the_last_resort_until_it_refuses(table: Table) -> None:
+def test_instance_that_left_is_the_last_resort_until_it_refuses_a_request(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"), instance("v1", "b"))
     table.delete(instance("v1", "a"))
     assert {table.pick("app", "").instance.id for _ in range(50)} == {"b"}
@@ -159,7 +159,7 @@ def test_an_instance_that_left_is_the_last_resort_until_it_refuses(table: Table)
     assert table.router.expired() == []
 
 
-def test_an_instance_that_left_is_forgotten_after_a_while_when_idle(table: Table) -> None:
+def test_instance_that_left_expires_once_it_is_idle(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"))
     endpoint = table.pick("app", "")
     table.delete(instance("v1", "a"))
@@ -171,7 +171,7 @@ def test_an_instance_that_left_is_forgotten_after_a_while_when_idle(table: Table
     assert table.router.expired() == [endpoint]
 
 
-def test_an_instance_that_comes_back_keeps_its_connection(table: Table) -> None:
+def test_instance_that_registers_again_keeps_its_connection(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"))
     before = table.pick("app", "")
     table.delete(instance("v1", "a"))
@@ -182,7 +182,7 @@ def test_an_instance_that_comes_back_keeps_its_connection(table: Table) -> None:
     assert table.router.expired() == []
 
 
-def test_an_instance_with_a_new_address_gets_a_new_connection(table: Table) -> None:
+def test_instance_with_a_new_address_gets_a_new_connection(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"))
     before = table.pick("app", "")
     table.put(instance("v1", "a", port=PORT + 1))
@@ -190,7 +190,7 @@ def test_an_instance_with_a_new_address_gets_a_new_connection(table: Table) -> N
     assert table.router.expired() == [before]
 
 
-def test_an_instance_whose_transport_failed_is_passed_over_for_a_while(table: Table) -> None:
+def test_instance_is_ejected_for_a_while_after_its_transport_failed(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"), instance("v1", "b"))
     failed = table.pick("app", "")
     table.router.failed(failed)
@@ -199,13 +199,13 @@ def test_an_instance_whose_transport_failed_is_passed_over_for_a_while(table: Ta
     assert failed in {table.pick("app", "") for _ in range(50)}
 
 
-def test_the_only_instance_is_tried_even_after_a_failure(table: Table) -> None:
+def test_only_instance_is_picked_even_while_it_is_ejected(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"))
     table.router.failed(table.pick("app", ""))
     assert table.pick("app", "").instance.id == "a"
 
 
-def test_the_most_specific_timeout_wins_field_by_field(table: Table) -> None:
+def test_most_specific_worker_config_wins_field_by_field(table: Table) -> None:
     def worker(key: str, value: str) -> None:
         found = parse(key, value)
         assert isinstance(found, WorkerConfig)
@@ -229,7 +229,7 @@ def test_the_most_specific_timeout_wins_field_by_field(table: Table) -> None:
     assert timeout_s() == 2
 
 
-def test_a_route_carries_the_metadata_of_its_app_and_the_default(table: Table) -> None:
+def test_route_carries_the_metadata_of_its_app_and_the_default(table: Table) -> None:
     closed, default = AppMetadata(public=False), AppMetadata(public=True)
     table.put(release("v1"), release("v1", app="other"))
     table.router.apply({"/ava/serving/app/metadata/app": closed, "/ava/serving/app/default/metadata": default}, set())
@@ -238,7 +238,7 @@ def test_a_route_carries_the_metadata_of_its_app_and_the_default(table: Table) -
     assert (other.metadata, other.default_metadata) == (AppMetadata(), default)
 
 
-def test_the_router_resolves_a_route_once_until_the_config_changes(table: Table) -> None:
+def test_router_resolves_a_route_once_until_the_config_changes(table: Table) -> None:
     table.put(release("v1"), instance("v1", "a"))
     route = table.router.route("app", "")
     assert table.router.route("app", "") is route
@@ -251,9 +251,9 @@ VERSIONS = st.sampled_from(["v1", "v2", "v3"])
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("release"), VERSIONS, st.sampled_from(["staging", "production"])),
-        st.tuples(st.just("unrelease"), VERSIONS, st.none()),
-        st.tuples(st.just("enter"), VERSIONS, st.sampled_from("abc")),
-        st.tuples(st.just("leave"), VERSIONS, st.sampled_from("abc")),
+        st.tuples(st.just("delete"), VERSIONS, st.none()),
+        st.tuples(st.just("register"), VERSIONS, st.sampled_from("abc")),
+        st.tuples(st.just("deregister"), VERSIONS, st.sampled_from("abc")),
         st.tuples(st.just("pick"), st.sampled_from(["", "v1", "v2", "v3"]), st.none()),
         st.tuples(st.just("end"), st.just(""), st.none()),
         st.tuples(st.just("refuse"), st.just(""), st.none()),
@@ -265,54 +265,52 @@ STEPS = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(STEPS)
-def test_whatever_happens_only_ready_instances_of_fitting_versions_are_picked(
+def test_only_ready_instances_of_matching_versions_are_picked(
     steps: list[tuple[str, str, str | None]],
 ) -> None:
     table = Table()
     phases: dict[str, str] = {}
-    there: set[tuple[str, str]] = set()
-    under_way: list[Endpoint[str]] = []
+    registered: set[tuple[str, str]] = set()
+    picked: list[Endpoint[str]] = []
     closed: list[Endpoint[str]] = []
-    for what, version, detail in steps:
-        if what == "release" and detail:
+    for step, version, detail in steps:
+        if step == "release" and detail:
             table.put(release(version, detail))
             phases[version] = detail
-        elif what == "unrelease":
+        elif step == "delete":
             table.delete(release(version))
             phases.pop(version, None)
-        elif what == "enter" and detail:
+        elif step == "register" and detail:
             table.put(instance(version, detail))
-            there.add((version, detail))
-        elif what == "leave" and detail:
+            registered.add((version, detail))
+        elif step == "deregister" and detail:
             table.delete(instance(version, detail))
-            there.discard((version, detail))
-        elif what == "end" and under_way:
-            under_way.pop().in_flight -= 1
-        elif what == "refuse" and under_way:
-            endpoint = under_way.pop()
+            registered.discard((version, detail))
+        elif step == "end" and picked:
+            picked.pop().in_flight -= 1
+        elif step == "refuse" and picked:
+            endpoint = picked.pop()
             endpoint.in_flight -= 1
             table.router.refused(endpoint)
-        elif what == "later":
+        elif step == "later":
             table.clock.now += LINGER_S / 2
-            gone = table.router.expired()
-            assert not set(gone) & set(closed), "a connection is handed out to be closed once"
-            assert all(each.in_flight == 0 for each in gone)
-            closed += gone
-        elif what == "pick":
-            fitting = {version} & phases.keys() if version else {v for v, p in phases.items() if p == "production"}
+            expired = table.router.expired()
+            assert not set(expired) & set(closed), "each connection expires once"
+            assert all(each.in_flight == 0 for each in expired)
+            closed += expired
+        elif step == "pick":
+            matching = {version} & phases.keys() if version else {v for v, p in phases.items() if p == "production"}
             try:
                 endpoint = table.pick("app", version)
             except ServingError as error:
-                ready = [each for each in there if each[0] in fitting]
-                full = all(
-                    sum(u.instance.version == v and u.instance.id == i for u in under_way) >= 4 for v, i in ready
-                )
+                ready = [each for each in registered if each[0] in matching]
+                full = all(sum(u.instance.version == v and u.instance.id == i for u in picked) >= 4 for v, i in ready)
                 assert full, f"{error.message}, but {ready} are ready"
                 continue
-            assert endpoint.instance.version in fitting
+            assert endpoint.instance.version in matching
             assert endpoint not in closed
             assert endpoint.in_flight < endpoint.instance.capacity
-            left = (endpoint.instance.version, endpoint.instance.id) not in there
-            assert not (left and any(each[0] == endpoint.instance.version for each in there))
+            left = (endpoint.instance.version, endpoint.instance.id) not in registered
+            assert not (left and any(each[0] == endpoint.instance.version for each in registered))
             endpoint.in_flight += 1
-            under_way.append(endpoint)
+            picked.append(endpoint)

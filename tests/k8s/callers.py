@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 import aiohttp
 import orjson
 
-from atserving.cli import examples
+from atserving.local import examples
 from tests.k8s.cluster import Cluster
 
 SEVEN = (examples.FOLDER / "digits" / "images" / "7.png").read_bytes()

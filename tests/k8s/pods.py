@@ -1,46 +1,40 @@
-"""A pod as a local process: its manifest's own command, arguments, environment, files, ports and probes.
+"""A pod as a local process: the command, arguments, environment, files, ports and probes of its manifest.
 
-What a container has to itself is mapped: its addresses to one loopback address, its paths to a folder. A mount
-namespace gives it the cluster's names as /etc/hosts, and lets it write to its volumes alone. All else is as the
-manifest says; a flag, a path or a probe that is wrong there fails here.
+Two things are mapped: the container's addresses to one loopback address, and its paths to a folder. A mount namespace
+gives the process the cluster's names as /etc/hosts, and makes everything but its volumes read-only. The rest is as in
+the manifest: a wrong flag, path or probe there fails here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
-from tests.k8s.dockerfile import chain, read
+from atserving.local.commands import BIN
+from tests.k8s.container import expanded, image_config
+from tests.k8s.mount_namespace import in_namespace
 from tests.k8s.probes import passes
-
-ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
 
 Files = Mapping[str, bytes]
 Volumes = Callable[[dict[str, Any]], Files]
-"""The files of a volume of a pod's spec, by name."""
+"""Returns the files of a volume of a pod's spec, by name."""
 
 
 class PodError(AssertionError):
-    """A pod did what a cluster would restart it for, or kill it."""
+    """A pod did something that makes a cluster restart or kill it."""
 
 
 class Pod:
-    """One pod of one container."""
+    """A pod with one container."""
 
     def __init__(
         self,
@@ -52,7 +46,7 @@ class Pod:
         volumes: Volumes,
         hosts: Path | None,
     ) -> None:
-        """``values`` looks up ``configMapKeyRef``s; ``hosts`` has the names of the cluster, if it is to know them."""
+        """``values`` looks up a ``configMapKeyRef``. ``hosts`` replaces /etc/hosts in the pod."""
         self.name, self.ip, self.labels = name, ip, manifest["metadata"]["labels"]
         self.ready = self.terminating = False
         self.ready_since = 0.0
@@ -73,17 +67,17 @@ class Pod:
         return str(self.labels["app.kubernetes.io/component"])
 
     def connections(self) -> list[tuple[str, int]]:
-        """The other ends of the process's TCP connections."""
+        """Return the remote ends of the process's TCP connections."""
         assert self._process
         connections = psutil.Process(self._process.pid).net_connections("tcp")
         return [(each.raddr.ip.removeprefix("::ffff:"), each.raddr.port) for each in connections if each.raddr]
 
     def listens_on(self, port: int) -> bool:
-        """Whether the manifest says so."""
+        """Whether the manifest declares the port."""
         return port in self._ports.values()
 
     async def start(self) -> None:
-        """Starts the container's process and its probes; again, with its files as they are, once it has stopped."""
+        """Start the container's process and its probes. A stopped one starts again with the files that it left."""
         self.ready = self.terminating = False
         environment = {name: self._here(value) for name, value in self._environment.items()}
         if "/tmp" in self._paths:
@@ -103,11 +97,10 @@ class Pod:
         command = [*given, *self._container.get("args", [])]
         program = sys.executable if command[0] == "python" else command[0]
         arguments = [self._here(expanded(each, self._environment)) for each in command[1:]]
-        writable = [str(path) for path in self._writable]
-        return [*namespace(), str(self._hosts), str(len(writable)), *writable, program, *arguments]
+        return in_namespace([program, *arguments], self._hosts, self._writable)
 
     async def wait_ready(self, patience_s: float) -> None:
-        """Raises PodError where a probe or the process failed for good, or a port that it declares is not there."""
+        """Wait until it is ready. Raises PodError if a cluster would restart it, or a declared port does not listen."""
         async with asyncio.timeout(patience_s), self._changed:
             await self._changed.wait_for(lambda: self.ready or self.failure)
         self.check()
@@ -118,12 +111,12 @@ class Pod:
             raise self._error(f"does not listen on {missing}")
 
     def check(self) -> None:
-        """Raises PodError where a cluster would have restarted it."""
+        """Raise PodError if a cluster would have restarted it."""
         if self.failure:
             raise self.failure
 
     async def stop(self) -> None:
-        """What a kubelet does: the hook, SIGTERM, and the wait, all within the grace. Raises PodError."""
+        """Stop it as a kubelet does: hook, SIGTERM and wait, within the grace period. Raises PodError."""
         self.terminating = True
         self.check()
         try:
@@ -138,7 +131,7 @@ class Pod:
             raise self._error("did not stop within its terminationGracePeriodSeconds") from None
         finally:
             await self.kill()
-        # Ours end with 0; others may end of the signal.
+        # Our services exit with 0; other programs may die from the signal.
         if status != 0 and not (status == -signal.SIGTERM and "command" in self._container):
             raise self._error(f"ended with status {status}")
 
@@ -151,19 +144,19 @@ class Pod:
                     program, *map(self._here, arguments), stderr=asyncio.subprocess.PIPE, cwd=self._folder
                 )
                 try:
-                    _, said = await hook.communicate()
+                    _, errors = await hook.communicate()
                 finally:
                     if hook.returncode is None:
                         hook.kill()
-                if hook.returncode or said:
-                    raise self._error(f"its preStop hook failed: {said.decode()}")
+                if hook.returncode or errors:
+                    raise self._error(f"failed in its preStop hook: {errors.decode()}")
             case None:
                 pass
             case other:
-                raise self._error(f"has a hook that is unknown here: {other}")
+                raise self._error(f"has a hook of an unknown kind: {other}")
 
     async def kill(self) -> None:
-        """Ends it at once, if it hasn't ended."""
+        """Kill it, without effect if it has ended."""
         await self._end_probing()
         if self._process and self._process.returncode is None:
             with suppress(ProcessLookupError):
@@ -189,14 +182,14 @@ class Pod:
             await asyncio.gather(ended, probes, return_exceptions=True)
 
     async def _probes(self) -> PodError:
-        """Probes until one says that the container is to be restarted."""
+        """Probe until a probe fails so that the container has to be restarted; return the failure."""
         started = self._container["startupProbe"]
         for _ in range(started["failureThreshold"]):
             if await passes(started, self.ip, self._ports):
                 break
             await asyncio.sleep(started["periodSeconds"])
         else:
-            return self._error("failed its start-up probe")
+            return self._error("failed its startup probe")
         readiness = asyncio.create_task(self._watch_readiness())
         try:
             return await self._watch_liveness()
@@ -250,7 +243,7 @@ class Pod:
         return environment
 
     def _mount(self, volumes: Volumes) -> dict[str, Path]:
-        """Lays the volumes' files out; where each path of the container is here."""
+        """Write the files of the volumes. Return the local path of each path in the container."""
         by_name = {each["name"]: each for each in self._spec.get("volumes", [])}
         paths = {"/dev/termination-log": self._folder / "termination-log"}
         for mount in self._container.get("volumeMounts", []):
@@ -273,7 +266,7 @@ class Pod:
             return content
 
     def _here(self, text: str) -> str:
-        """What a container's text is here: its own addresses and paths, in one pass, and the cluster's names."""
+        """Replace the container's own addresses and paths in a text with the local ones, in one pass."""
         paths = sorted(self._paths, key=len, reverse=True)
         pattern = (
             rf"(?<![\w.])(0\.0\.0\.0|127\.0\.0\.1)(?![\w.])|(?<![\w./-])({'|'.join(map(re.escape, paths))})(?![\w.-])"
@@ -281,57 +274,7 @@ class Pod:
         return re.sub(pattern, lambda found: self.ip if found[1] else str(self._paths[found[2]]), text)
 
 
-_NAMESPACE = """
-set -e
-mount --bind "$1" /etc/hosts
-count=$2
-shift 2
-while [ "$count" -gt 0 ]; do
-    mount --bind "$1" "$1"
-    shift
-    count=$((count - 1))
-done
-mount -o remount,ro,bind /
-exec "$@"
-"""
-
-
-@cache
-def namespace() -> list[str]:
-    """What starts a program in a mount namespace; skips the test where there can be none."""
-    as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
-    # So that nothing is left where the suite is killed.
-    command = ["unshare", "--mount", *as_root, "setpriv", "--pdeathsig", "KILL", "sh", "-c"]
-    if shutil.which("unshare") is None or subprocess.run([*command, "true"], capture_output=True).returncode:
-        pytest.skip("mount namespaces, which keep a pod to its volumes, can't be had")
-    return [*command, _NAMESPACE, "sh"]
-
-
-def expanded(text: str, environment: Mapping[str, str]) -> str:
-    """``$(NAME)`` as Kubernetes has it: from the environment, as it is where there is no such name; ``$$`` is ``$``."""
-    return re.sub(
-        r"\$(\$|\(([A-Za-z_][\w.-]*)\))",
-        lambda found: "$" if found[1] == "$" else environment.get(found[2], found[0]),
-        text,
-    )
-
-
-def image_config(image: str) -> tuple[list[str], dict[str, str]]:
-    """The ENTRYPOINT and the ENV of one of our images, which are targets of the Dockerfile; of others, nothing."""
-    stages = read((ROOT / "Dockerfile").read_text())
-    name, _, _ = image.removeprefix("atserving/").partition(":")
-    if not image.startswith("atserving/"):
-        return [], {}
-    inherited = chain(stages, name)
-    (*_, entry_point) = [each.words() for stage in inherited for each in stage.all("ENTRYPOINT")]
-    environment = {
-        key: value for stage in inherited for each in stage.all("ENV") for key, value in each.pairs().items()
-    }
-    # Where its programs are is another matter here.
-    return entry_point, {key: value for key, value in environment.items() if key != "PATH"}
-
-
 def config_map_files(config_map: dict[str, Any]) -> dict[str, bytes]:
-    """A ConfigMap's files by name."""
+    """Return the files of a ConfigMap by name."""
     text = {name: content.encode() for name, content in config_map.get("data", {}).items()}
     return text | {name: base64.b64decode(content) for name, content in config_map.get("binaryData", {}).items()}

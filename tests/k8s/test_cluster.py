@@ -18,7 +18,7 @@ import orjson
 import pytest
 import yaml
 
-from atserving.cli import examples
+from atserving.local import examples
 from tests.k8s.manifests import K8S, components, evaluator, kustomizations, kustomize, with_component, wrong
 
 BIN = Path(sys.executable).parent

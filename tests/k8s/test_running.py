@@ -14,8 +14,8 @@ import aiohttp
 import pytest
 
 from atserving import __version__
-from atserving.cli import examples
-from tests.evaluator.conftest import digits_tar
+from atserving.local import examples
+from tests.evaluator.digits import digits_tar
 from tests.k8s.authority import Authority
 from tests.k8s.callers import BYTES, SEVEN, answered, load
 from tests.k8s.checks.model import Manifests

@@ -1,21 +1,20 @@
+"""Etcd members and registries: some shared by tests, some for one test to break."""
+
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
-import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from registry.etcd import Connection, EtcdClient
-from tests.registry.processes import PATIENCE_S, POLL_S, Etcd, Process, Registry, cluster
+from tests.processes import Etcd, Process, Registry, cluster
 
 
 @pytest.fixture
 def processes() -> Iterator[Callable[[Process], Process]]:
-    """Starts a process and ends it with the test, whatever state it is in."""
+    """Return a function that starts a process. The test ends with the process killed, in whatever state it is."""
     started: list[Process] = []
 
     def start(process: Process) -> Process:
@@ -30,7 +29,7 @@ def processes() -> Iterator[Callable[[Process], Process]]:
 
 @pytest.fixture
 async def etcd(tmp_path: Path, processes: Callable[[Process], Process]) -> Etcd:
-    """An etcd of the test's own, to be ill-treated."""
+    """An etcd of the test's own, which the test may break."""
     (member,) = cluster(tmp_path, ["one"])
     processes(member)
     await member.ready()
@@ -65,26 +64,13 @@ def shared_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
 
 @pytest.fixture(scope="package")
 def registries(shared_etcd: Etcd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Registry]]:
-    """Two registries side by side, serving."""
+    """Two registries of one etcd, both serving."""
     directory = tmp_path_factory.mktemp("registries")
     both = [Registry(directory, [shared_etcd.address], "--lease-ttl", "2s") for _ in range(2)]
     for registry in both:
         registry.start()
     for registry in both:
-        wait_serving(registry.address)
+        registry.wait_serving()
     yield both
     for registry in both:
         registry.kill()
-
-
-def wait_serving(address: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    with grpc.insecure_channel(address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        request = health_pb2.HealthCheckRequest(service="")
-        while (
-            stub.Check(request, wait_for_ready=True, timeout=PATIENCE_S).status
-            != health_pb2.HealthCheckResponse.SERVING
-        ):
-            assert time.monotonic() < deadline, "not serving"
-            time.sleep(POLL_S)

@@ -14,6 +14,7 @@ import grpc.aio
 import pytest
 
 from atserving.config import PREFIX
+from atserving.local.ports import free_ports
 from atserving.v1 import etcd_pb2
 from registry.etcd import (
     Compacted,
@@ -28,10 +29,11 @@ from registry.etcd import (
     put,
     written_at,
 )
-from tests.registry.processes import Etcd, Process, cluster, free_ports, until_async
+from tests.processes import Etcd, Process, cluster
+from tests.registry.etcd_users import USER, enable_rights
+from tests.waiting import until_async
 
 KEY = f"{PREFIX}worker/default"
-USER = User("registry", "correct horse")
 _numbers = itertools.count()
 
 
@@ -161,17 +163,6 @@ async def test_a_transaction_without_an_answer_is_not_retried() -> None:
         assert await client.commit([], [put(KEY, "1")]) is None
         assert len(calls) == 2
     await server.stop(None)
-
-
-def enable_rights(etcd: Etcd) -> None:
-    etcd.ctl("user", "add", "root:root")
-    etcd.ctl("user", "grant-role", "root", "root")
-    etcd.ctl("user", "add", f"{USER.name}:{USER.password}")
-    etcd.ctl("role", "add", "serving")
-    etcd.ctl("role", "grant-permission", "serving", "--prefix=true", "readwrite", PREFIX)
-    etcd.ctl("user", "grant-role", USER.name, "serving")
-    etcd.ctl("auth", "enable")
-    etcd.ctl_flags = ["--user", "root:root"]
 
 
 async def test_a_user_may_do_what_its_role_permits(etcd: Etcd, client: EtcdClient) -> None:

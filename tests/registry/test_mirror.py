@@ -15,7 +15,8 @@ from atserving.config import PREFIX, release_key
 from registry.etcd import Connection, EtcdClient, EtcdUnavailable, Snapshot, delete, put
 from registry.mirror import Mirror
 from registry.view import Delta, View
-from tests.registry.processes import Etcd, Process, cluster, until, until_async
+from tests.processes import Etcd, Process, cluster
+from tests.waiting import until, until_async
 
 A1, A2, B1 = release_key("a", "1"), release_key("a", "2"), release_key("b", "1")
 BAD = '{"file": 3}'

@@ -22,11 +22,14 @@ from atserving import transport
 from atserving.cli import service
 from atserving.config import Release, release_key
 from atserving.follower import ConfigFollower
+from atserving.local.examples import ROOT
+from atserving.local.ports import free_ports
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 from registry.__main__ import main
 from registry.etcd import Connection, EtcdClient
-from tests.registry.processes import ROOT, Etcd, Process, Registry, cluster, free_ports, until, until_async
-from tests.registry.test_etcd_client import USER, enable_rights
+from tests.processes import Etcd, Process, Registry, cluster
+from tests.registry.etcd_users import USER, enable_rights
+from tests.waiting import until, until_async
 
 Start = Callable[[Process], Process]
 RELEASE = '{"file": "file:///m.tar"}'
@@ -150,13 +153,13 @@ async def test_a_registry_waits_for_etcd_and_logs_it_once(tmp_path: Path, proces
         error = await refusal(registry.address)
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert "etcd is unreachable" in (error.details() or "")
-    await until(lambda: "etcd lost" in registry.logged())
+    await until(lambda: "etcd lost" in registry.log_text())
     processes(member)
     await until_async(lambda: serving(registry.address))
     response = await watch(registry.address)
     assert isinstance(response, registry_pb2.WatchResponse)
     assert response.reset
-    assert registry.logged().count('"etcd lost"') == 1
+    assert registry.log_text().count('"etcd lost"') == 1
 
 
 async def test_without_etcd_a_registry_serves_the_last_known_config_but_a_new_one_serves_nothing(
@@ -167,7 +170,7 @@ async def test_without_etcd_a_registry_serves_the_last_known_config_but_a_new_on
     processes(registry)
     await until_async(lambda: serving(registry.address))
     etcd.kill()
-    await until(lambda: "etcd lost" in registry.logged())
+    await until(lambda: "etcd lost" in registry.log_text())
     assert await serving(registry.address)
     response = await watch(registry.address)
     assert isinstance(response, registry_pb2.WatchResponse)
@@ -195,8 +198,8 @@ async def test_sigterm_ends_the_streams_and_exits_0(tmp_path: Path, shared_etcd:
         registry.send(signal.SIGTERM)
         with pytest.raises(grpc.aio.AioRpcError, match="the registry is stopping"):
             await call.read()
-    assert await registry.wait() == 0
-    assert "Traceback" not in registry.logged()
+    assert await registry.ended() == 0
+    assert "Traceback" not in registry.log_text()
 
 
 async def test_sigterm_before_the_first_snapshot_exits_0(tmp_path: Path, processes: Start) -> None:
@@ -204,8 +207,8 @@ async def test_sigterm_before_the_first_snapshot_exits_0(tmp_path: Path, process
     processes(registry)
     await health(registry.address)
     registry.send(signal.SIGTERM)
-    assert await registry.wait() == 0
-    assert "Traceback" not in registry.logged()
+    assert await registry.ended() == 0
+    assert "Traceback" not in registry.log_text()
 
 
 @asynccontextmanager
@@ -243,7 +246,7 @@ async def test_a_follower_fails_over_between_registries(
         await until_async(lambda: serving(two.address))
         one.send(signal.SIGTERM)
         await published("2", follower)
-        await one.wait()
+        await one.ended()
         one.start()
         await until_async(lambda: serving(one.address))
         two.kill()
@@ -262,10 +265,10 @@ async def test_the_password_is_read_from_its_variable_and_never_logged(
     await until_async(lambda: serving(registry.address))
     wrong = Registry(tmp_path, [etcd.address], *flags, ATSERVING_ETCD_PASSWORD="not-the-password")
     processes(wrong)
-    await until(lambda: "invalid user ID or password" in wrong.logged())
+    await until(lambda: "invalid user ID or password" in wrong.log_text())
     assert "invalid user ID or password" in ((await refusal(wrong.address)).details() or "")
-    assert USER.password not in registry.logged()
-    assert "not-the-password" not in wrong.logged()
+    assert USER.password not in registry.log_text()
+    assert "not-the-password" not in wrong.log_text()
 
 
 class Relay:

@@ -17,7 +17,8 @@ from atserving.config import PREFIX, release_key
 from atserving.follower import ConfigFollower
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 from registry.etcd import Connection, EtcdClient
-from tests.registry.processes import Etcd, Registry, until, until_async
+from tests.processes import Etcd, Registry
+from tests.waiting import until, until_async
 
 STAGING, PRODUCTION = registry_pb2.PHASE_STAGING, registry_pb2.PHASE_PRODUCTION
 _numbers = itertools.count()

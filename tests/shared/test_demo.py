@@ -1,4 +1,4 @@
-"""What the demo prints of an answer."""
+"""The demo cuts long values of a response before it prints it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import orjson
 from atserving.cli.demo import shortened
 
 
-def test_only_what_is_long_is_shortened() -> None:
+def test_only_long_values_are_cut() -> None:
     short = '{"a": [1, 2.50, "x"], "b": {"c": []}}'
     assert shortened(short) == short
     assert shortened("0000040 not JSON") == "0000040 not JSON"

@@ -1,4 +1,4 @@
-"""What the health service says of each process: alive from the start, ready only once it can serve."""
+"""The health service of each process: alive from its start, ready only when it can serve."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from atserving import transport
-from atserving.cli import examples
+from atserving.local import examples
+from atserving.local.ports import free_ports
 from atserving.v1 import registry_pb2, registry_pb2_grpc, serving_pb2, serving_pb2_grpc
-from tests.registry.processes import Process, Registry, cluster, free_ports, until, until_async
+from tests.processes import Process, Registry, cluster
+from tests.waiting import until, until_async
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -53,7 +55,7 @@ def service(directory: Path, name: str, *flags: str) -> tuple[Process, str]:
         ("evaluator", ["--app", "a", "--version", "v1", "--registry", NOWHERE, "--wait", "0"]),
     ],
 )
-async def test_what_waits_for_others_lives_is_not_ready_and_stops_when_told(
+async def test_a_process_that_waits_for_others_is_alive_not_ready_and_stops_on_sigterm(
     name: str, flags: list[str], tmp_path: Path
 ) -> None:
     process, address = service(tmp_path, name, *flags)
@@ -61,10 +63,10 @@ async def test_what_waits_for_others_lives_is_not_ready_and_stops_when_told(
         assert await health(address, transport.LIVE) == SERVING
         assert await health(address) == NOT_SERVING
         process.send(signal.SIGTERM)
-        assert await process.wait() == 0
+        assert await process.ended() == 0
 
 
-async def test_a_gate_without_a_config_says_so_instead_of_that_apps_are_unknown(tmp_path: Path) -> None:
+async def test_a_gate_without_a_config_does_not_report_unknown_apps(tmp_path: Path) -> None:
     process, address = service(tmp_path, "gate", "--registry", NOWHERE, "--wait", "0")
     async with running(process):
         await health(address)
@@ -74,7 +76,7 @@ async def test_a_gate_without_a_config_says_so_instead_of_that_apps_are_unknown(
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_an_instance_is_ready_once_it_is_registered_and_stays_so_without_etcd(tmp_path: Path) -> None:
+async def test_an_instance_is_ready_when_it_is_registered_and_stays_ready_without_etcd(tmp_path: Path) -> None:
     (etcd,) = cluster(tmp_path, ["one"])
     registry = Registry(tmp_path, [etcd.address])
     process, address = service(
@@ -86,13 +88,13 @@ async def test_an_instance_is_ready_once_it_is_registered_and_stays_so_without_e
         await until_async(lambda: is_listed(registry.address), grpc.aio.AioRpcError)
         etcd.kill()
         async with running(process):
-            await until(lambda: "not registered, going on to serve and to try" in process.logged())
+            await until(lambda: "registration failed" in process.log_text())
             assert await health(address, transport.LIVE) == SERVING
             assert await health(address) == NOT_SERVING
             etcd.start()
             await until_async(lambda: ready(address))
             etcd.kill()
-            await until(lambda: process.logged().count("not registered, going on to serve and to try") == 2)
+            await until(lambda: process.log_text().count("registration failed") == 2)
             assert await health(address) == SERVING
 
 
@@ -101,13 +103,12 @@ async def ready(address: str) -> bool:
 
 
 async def is_listed(registry: str) -> bool:
-
     async with transport.channel(registry) as channel:
         listed = await registry_pb2_grpc.ReleaseServiceStub(channel).ListReleases(registry_pb2.ListReleasesRequest())
     return len(listed.releases) == 1
 
 
-async def test_a_process_ends_though_a_lookup_does_not(tmp_path: Path) -> None:
+async def test_a_process_ends_while_a_lookup_hangs(tmp_path: Path) -> None:
     _, address = service(tmp_path, "gate")
     never = "import socket, threading; socket.getaddrinfo = lambda *_, **__: threading.Event().wait()"
     start = "from atserving.cli import service; from gate.__main__ import main; service.run(main, 'gate')"
@@ -116,12 +117,12 @@ async def test_a_process_ends_though_a_lookup_does_not(tmp_path: Path) -> None:
     async with running(process):
         assert await health(address, transport.LIVE) == SERVING
         process.send(signal.SIGTERM)
-        assert await process.wait() == 0
+        assert await process.ended() == 0
 
 
 @pytest.mark.parametrize("name", ["registry..cluster", "r" * 70])
-async def test_a_name_that_is_none_is_said(name: str, tmp_path: Path) -> None:
+async def test_an_invalid_host_name_is_reported(name: str, tmp_path: Path) -> None:
     process, _ = service(tmp_path, "gate", "--registry", f"{name}:1", "--wait", "0.5")
     async with running(process):
-        assert await process.wait() == 1
-        assert f"gate: no config within 0.5 s: registry {name}:1: " in process.logged()
+        assert await process.ended() == 1
+        assert f"gate: no config within 0.5 s: registry {name}:1: " in process.log_text()

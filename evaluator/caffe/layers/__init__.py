@@ -1,7 +1,6 @@
-"""The converters, one module a family of layers.
+"""The layer converters, one module per family of layers.
 
-Every module here registers its converters when it is imported, and every module here is imported, so that adding a
-layer is adding a file.
+This package imports all of its modules, and each registers its converters on import. To add a layer, add a module.
 """
 
 from __future__ import annotations
@@ -9,9 +8,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from .converters import CONVERTERS, Blobs, LayerContext
+from .converters import CONVERTERS, LayerContext, WeightSource
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["CONVERTERS", "Blobs", "LayerContext"]
+__all__ = ["CONVERTERS", "LayerContext", "WeightSource"]

@@ -1,4 +1,4 @@
-"""Activations: one input, one output of the same shape, number by number."""
+"""Activations: element-wise functions of one input."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def relu(ctx: LayerContext) -> list[Value]:
 
 @converts("ReLU6")
 def relu6(ctx: LayerContext) -> list[Value]:
-    """The MobileNet forks' ReLU6: min(max(x, 0), 6)."""
+    """ReLU6 of the MobileNet forks: min(max(x, 0), 6)."""
     data = ctx.bottom()
     if ctx.param.relu6_param.negative_slope or ctx.param.relu_param.negative_slope:
-        ctx.fail("a negative_slope is not supported")
+        ctx.fail("negative_slope is not supported")
     return [ctx.emit("Clip", [data, ctx.constant(0.0, "min"), ctx.constant(6.0, "max")], data.shape)]
 
 
@@ -40,10 +40,10 @@ def clip(ctx: LayerContext) -> list[Value]:
 
 @converts("PReLU")
 def prelu(ctx: LayerContext) -> list[Value]:
-    """Caffe's PReLU: one slope a channel (axis 1), or one for all with channel_shared."""
+    """Caffe's PReLU: max(x, 0) + slope * min(x, 0), with one slope per channel (axis 1) or one if channel_shared."""
     data = ctx.bottom()
     if len(data.shape) < 2:
-        ctx.fail("its bottom has no channels")
+        ctx.fail("its bottom has no channel axis")
     if ctx.param.prelu_param.channel_shared:
         slope = ctx.blob(0, ()).reshape(1)
     else:
@@ -53,14 +53,14 @@ def prelu(ctx: LayerContext) -> list[Value]:
 
 @converts("ELU")
 def elu(ctx: LayerContext) -> list[Value]:
-    """Caffe's ELU: x, or alpha * (e^x - 1) below 0."""
+    """Caffe's ELU: x if x > 0, else alpha * (e^x - 1)."""
     data = ctx.bottom()
     return [ctx.emit("Elu", [data], data.shape, alpha=ctx.param.elu_param.alpha)]
 
 
 @converts("Sigmoid", "TanH", "AbsVal", "BNLL")
 def named(ctx: LayerContext) -> list[Value]:
-    """Caffe's Sigmoid, TanH, AbsVal, and BNLL, which is log(1 + e^x)."""
+    """Caffe's Sigmoid, TanH, AbsVal, and BNLL: log(1 + e^x)."""
     data = ctx.bottom()
     op = {"Sigmoid": "Sigmoid", "TanH": "Tanh", "AbsVal": "Abs", "BNLL": "Softplus"}[ctx.type]
     return [ctx.emit(op, [data], data.shape)]
@@ -77,7 +77,7 @@ def swish(ctx: LayerContext) -> list[Value]:
 
 @converts("Threshold")
 def threshold(ctx: LayerContext) -> list[Value]:
-    """Caffe's Threshold: 1 above the threshold, 0 elsewhere."""
+    """Caffe's Threshold: 1 if x > threshold, else 0."""
     data = ctx.bottom()
     limit = ctx.constant(ctx.param.threshold_param.threshold, "threshold")
     above = ctx.emit("Greater", [data, limit], data.shape, np.bool_)
@@ -86,12 +86,12 @@ def threshold(ctx: LayerContext) -> list[Value]:
 
 @converts("Power")
 def power(ctx: LayerContext) -> list[Value]:
-    """Caffe's Power: (shift + scale * x) ^ power, and the same number everywhere where x has no part in it."""
+    """Caffe's Power: (shift + scale * x) ^ power; a constant if power or scale is 0."""
     data, param = ctx.bottom(), ctx.param.power_param
     if param.power == 0:
-        return [_everywhere(ctx, data, 1.0)]
+        return [_filled_like(ctx, data, 1.0)]
     if param.scale == 0:
-        return [_everywhere(ctx, data, float(np.power(np.float64(param.shift), param.power)))]
+        return [_filled_like(ctx, data, float(np.power(np.float64(param.shift), param.power)))]
     base = _scaled(ctx, data, param.scale, param.shift)
     match param.power:
         case 1:
@@ -107,7 +107,7 @@ def power(ctx: LayerContext) -> list[Value]:
 
 @converts("Exp")
 def exp(ctx: LayerContext) -> list[Value]:
-    """Caffe's Exp: base ^ (shift + scale * x), where the base -1 stands for e."""
+    """Caffe's Exp: base ^ (shift + scale * x). A base of -1 means e."""
     data, param = ctx.bottom(), ctx.param.exp_param
     factor = _log_of_base(ctx, param.base)
     exponent = _scaled(ctx, data, param.scale * factor, param.shift * factor)
@@ -116,11 +116,11 @@ def exp(ctx: LayerContext) -> list[Value]:
 
 @converts("Log")
 def log(ctx: LayerContext) -> list[Value]:
-    """Caffe's Log: the logarithm of shift + scale * x to a base, where the base -1 stands for e."""
+    """Caffe's Log: the logarithm of shift + scale * x to the given base. A base of -1 means e."""
     data, param = ctx.bottom(), ctx.param.log_param
     factor = _log_of_base(ctx, param.base)
     if factor == 0:
-        ctx.fail("a logarithm to the base 1 does not exist")
+        ctx.fail("the base is 1, which has no logarithm")
     natural = ctx.emit("Log", [_scaled(ctx, data, param.scale, param.shift)], data.shape)
     return [_scaled(ctx, natural, 1 / factor, 0.0)]
 
@@ -129,7 +129,7 @@ def _log_of_base(ctx: LayerContext, base: float) -> float:
     if base == -1:
         return 1.0
     if not base > 0 or math.isinf(base):
-        ctx.fail(f"the base {base} is neither positive nor -1")
+        ctx.fail(f"the base is {base} but must be positive and finite, or -1")
     return math.log(base)
 
 
@@ -139,6 +139,6 @@ def _scaled(ctx: LayerContext, data: Value, scale: float, shift: float) -> Value
     return ctx.affine(data, np.asarray(scale), np.asarray(shift))
 
 
-def _everywhere(ctx: LayerContext, data: Value, number: float) -> Value:
+def _filled_like(ctx: LayerContext, data: Value, number: float) -> Value:
     shape = ctx.emit("Shape", [data], (len(data.shape),), np.int64)
     return ctx.emit("ConstantOfShape", [shape], data.shape, value=np.array([number], np.float32))

@@ -1,4 +1,4 @@
-"""Layers that combine several blobs: Eltwise, Concat, Axpy; and those that pass a blob on: Dropout, Split, Silence."""
+"""Layers that combine blobs (Eltwise, Concat, Axpy) or pass them on (Dropout, Split, Silence)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .converters import LayerContext, converts
 
 @converts("Dropout", "Split")
 def alias(ctx: LayerContext) -> list[Value]:
-    """Caffe's Dropout, which at test time does nothing, and Split: every top is the bottom."""
+    """Caffe's Split, and Dropout at test time: every top is an alias of the bottom."""
     return [ctx.bottom()] * len(ctx.tops)
 
 
 @converts("Silence")
 def silence(ctx: LayerContext) -> list[Value]:
-    """Caffe's Silence takes blobs out of the outputs."""
+    """Caffe's Silence: reads its bottoms, so that they are not outputs of the net."""
     return []
 
 
 @converts("Eltwise")
 def eltwise(ctx: LayerContext) -> list[Value]:
-    """Caffe's Eltwise of two or more blobs of one shape: PROD, MAX, or SUM with a coefficient each."""
+    """Caffe's Eltwise of two or more blobs with one shape: PROD, MAX, or SUM with optional coefficients."""
     first, param = ctx.bottom(2, None), ctx.param.eltwise_param
     for other in ctx.bottoms[1:]:
         if not ctx.same(first.shape, other.shape):
@@ -35,7 +35,7 @@ def eltwise(ctx: LayerContext) -> list[Value]:
         return [ctx.emit("Max", ctx.bottoms, first.shape)]
     if param.operation == EltwiseParameter.PROD:
         if param.coeff:
-            ctx.fail("coefficients are for SUM, not for PROD")
+            ctx.fail("coefficients are only allowed for SUM")
         made = first
         for other in ctx.bottoms[1:]:
             made = ctx.emit("Mul", [made, other], first.shape)
@@ -56,20 +56,20 @@ def _sum(ctx: LayerContext, coefficients: list[float]) -> Value:
 
 @converts("Axpy")
 def axpy(ctx: LayerContext) -> list[Value]:
-    """SENet's Axpy: a * x + y, a (N, C) or (N, C, 1, 1) over x and y (N, C, H, W)."""
+    """SENet's Axpy: a * x + y, with a (N, C) or (N, C, 1, 1), and x and y (N, C, H, W)."""
     factor, x, y = ctx.bottom(3, 3), ctx.bottoms[1], ctx.bottoms[2]
     if not ctx.same(x.shape, y.shape):
         ctx.fail(f"its second and third bottoms have different shapes, {text(x.shape)} and {text(y.shape)}")
     ones = (1,) * (len(x.shape) - 2)
     if factor.shape[:2] != x.shape[:2] or factor.shape[2:] not in ((), ones):
-        ctx.fail(f"its first bottom has the shape {text(factor.shape)}, not one number a channel of {text(x.shape)}")
+        ctx.fail(f"its first bottom has the shape {text(factor.shape)}, not one number per channel of {text(x.shape)}")
     wide = ctx.reshape(factor, factor.shape[:2] + ones)
     return [ctx.emit("Add", [ctx.emit("Mul", [x, wide], x.shape), y], x.shape)]
 
 
 @converts("Concat")
 def concat(ctx: LayerContext) -> list[Value]:
-    """Caffe's Concat along `axis`, or `concat_dim` where only that is given; constants give a constant."""
+    """Caffe's Concat along `axis`, or `concat_dim` if only that is given. Constant bottoms give a constant."""
     first, param = ctx.bottom(1, None), ctx.param.concat_param
     if param.HasField("axis") and param.HasField("concat_dim"):
         ctx.fail("has both axis and concat_dim")
@@ -81,7 +81,10 @@ def concat(ctx: LayerContext) -> list[Value]:
     sizes: list[Dim] = []
     for value in ctx.bottoms:
         if len(value.shape) != len(first.shape) or not ctx.same(value.shape[:axis] + value.shape[axis + 1 :], rest):
-            ctx.fail(f"its bottoms have the shapes {text(first.shape)} and {text(value.shape)}")
+            ctx.fail(
+                f"its bottoms have the shapes {text(first.shape)} and {text(value.shape)}; "
+                f"they can differ on axis {axis} only"
+            )
         sizes.append(value.shape[axis])
     static = [dim for dim in sizes if isinstance(dim, int)]
     size: Dim = sum(static) if len(static) == len(sizes) else Symbol("+".join(map(str, sizes)))

@@ -1,4 +1,4 @@
-"""Convolution, its depthwise forms, and Deconvolution."""
+"""Convolution, its depthwise variants, and Deconvolution."""
 
 from __future__ import annotations
 
@@ -13,28 +13,32 @@ from ..graph import Value
 from ..shapes import Dim, Symbol, known
 from .converters import LayerContext, converts
 
-# A filler makes a blob out of nothing but the prototxt, which must not ask for any amount of memory.
+# A filler creates weights from the prototxt alone, so a small file could ask for any amount of memory.
 _MAX_FILLED = 2**24
 
 
 @converts("Convolution")
 def convolution(ctx: LayerContext) -> list[Value]:
-    """Caffe's Convolution (N, C, spatial...) -> (N, num_output, spatial...), over any number of spatial axes."""
+    """Caffe's Convolution, (N, C, spatial...) -> (N, num_output, spatial...), with any number of spatial axes."""
     return _convolve(ctx, ctx.param.convolution_param.group)
 
 
 @converts("DepthwiseConvolution", "ConvolutionDepthwise", "DepthwiseConv")
 def depthwise(ctx: LayerContext) -> list[Value]:
-    """The forks' depthwise layers: a Convolution with one group a channel, whatever `group` says."""
+    """The depthwise layers of forks: a Convolution with one group per channel. `group` is ignored."""
     data = ctx.bottom()
     if len(data.shape) < 2:
-        ctx.fail("its bottom has no channels")
+        ctx.fail("its bottom has no channel axis")
     return _convolve(ctx, known(data.shape[1], "the number of channels"))
 
 
 @converts("Deconvolution")
 def deconvolution(ctx: LayerContext) -> list[Value]:
-    """Caffe's Deconvolution: s(H-1) + d(k-1) + 1 - 2p a spatial axis. Without blobs the bilinear filler's weights."""
+    """Caffe's Deconvolution, (N, C, spatial...) -> (N, num_output, spatial...).
+
+    A spatial size H becomes s(H-1) + d(k-1) + 1 - 2p. Without weights in the caffemodel, the weights are those of
+    Caffe's bilinear filler.
+    """
     data = ctx.bottom()
     param = ctx.param.convolution_param
     window = _Window(ctx, param, data)
@@ -82,18 +86,21 @@ def _channels(ctx: LayerContext, data: Value, outputs: int, group: int) -> tuple
     if not 1 <= outputs < 2**31:
         ctx.fail(f"num_output is {outputs}")
     if group < 1 or channels % group or outputs % group:
-        ctx.fail(f"{channels} channels and {outputs} outputs cannot be parted into {group} groups")
+        ctx.fail(f"{channels} channels and {outputs} outputs cannot be split into {group} groups")
     return channels, outputs
 
 
 class _Window:
-    """Kernel, pad, stride and dilation, one number a spatial axis (BaseConvolutionLayer)."""
+    """Kernel, pad, stride and dilation, with one number per spatial axis.
+
+    Source: BVLC Caffe, base_conv_layer.cpp.
+    """
 
     def __init__(self, ctx: LayerContext, param: ConvolutionParameter, data: Value) -> None:
         if len(data.shape) < 3:
-            ctx.fail(f"its bottom has {len(data.shape)} axes and no spatial ones")
+            ctx.fail(f"its bottom has {len(data.shape)} axes, so none is spatial")
         if ctx.axis(param.axis, data) != 1:
-            ctx.fail(f"channels on axis {param.axis}, not 1, are not supported")
+            ctx.fail(f"axis is {param.axis}; only channels on axis 1 are supported")
         self._ctx = ctx
         self._spatial = len(data.shape) - 2
         self.kernel = self._pair("kernel", param.kernel_size, param, ("kernel_h", "kernel_w"), None)
@@ -111,7 +118,7 @@ class _Window:
     ) -> list[int]:
         if fields and (param.HasField(fields[0]) or param.HasField(fields[1])):  # type: ignore[arg-type]
             if self._spatial != 2:
-                self._ctx.fail(f"{fields[0]} and {fields[1]} are for two spatial axes, not {self._spatial}")
+                self._ctx.fail(f"{fields[0]} and {fields[1]} need two spatial axes, not {self._spatial}")
             sizes = [getattr(param, name) for name in fields]
         elif len(repeated) in (1, self._spatial):
             sizes = list(repeated) * (self._spatial // len(repeated))
@@ -140,21 +147,24 @@ class _Window:
             return Symbol(f"deconv({size},{extent},{pad},{stride})")
         result = stride * (size - 1) + extent - 2 * pad
         if result < 1:
-            self._ctx.fail(f"padding {pad} leaves nothing of {stride * (size - 1) + extent} positions")
+            self._ctx.fail(f"the pad {pad} removes all {stride * (size - 1) + extent} positions")
         return result
 
 
 def _bilinear(ctx: LayerContext, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The weights of Caffe's BilinearFiller, the same for every channel."""
+    """Return the weights of Caffe's BilinearFiller, which are the same for every channel.
+
+    Source: BVLC Caffe, filler.hpp.
+    """
     filler = ctx.param.convolution_param.weight_filler.type
     if filler != "bilinear" or ctx.param.convolution_param.bias_term:
         ctx.fail("has no weights in the caffemodel")
     if len(shape) != 4 or shape[2] != shape[3]:
-        ctx.fail(f"the bilinear filler is for square kernels, not {list(shape[2:])}")
+        ctx.fail(f"the bilinear filler needs a square kernel, not {list(shape[2:])}")
     count = int(np.prod([float(size) for size in shape]))
     if count > _MAX_FILLED:
         ctx.fail(f"the bilinear filler would make {count} weights")
-    ctx.graph.afford(4 * count)
+    ctx.graph.check_budget(4 * count)
     size = shape[3]
     factor = (size + 1) // 2
     centre = (2 * factor - 1 - factor % 2) / (2.0 * factor)

@@ -1,4 +1,4 @@
-"""Layers that take parts of a blob, or repeat it: Slice, Crop, Tile."""
+"""Layers that cut or repeat a blob: Slice, Crop, Tile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .converters import LayerContext, converts
 
 @converts("Slice")
 def slice_(ctx: LayerContext) -> list[Value]:
-    """Caffe's Slice along `axis`, or `slice_dim` where only that is given, at the slice points or into even parts."""
+    """Caffe's Slice along `axis`, or `slice_dim` if only that is given: at the slice points, or into equal parts."""
     data, param = ctx.bottom(), ctx.param.slice_param
     if param.HasField("axis") and param.HasField("slice_dim"):
         ctx.fail("has both axis and slice_dim")
@@ -27,9 +27,9 @@ def slice_(ctx: LayerContext) -> list[Value]:
         cuts = [0, *param.slice_point, size]
         sizes = [stop - start for start, stop in pairwise(cuts)]
         if len(sizes) != parts or min(sizes) < 1:
-            ctx.fail(f"the slice points {list(param.slice_point)[:8]} do not part a size of {size} into {parts}")
+            ctx.fail(f"the slice points {list(param.slice_point)[:8]} do not split a size of {size} into {parts}")
     elif parts == 0 or size % parts:
-        ctx.fail(f"a size of {size} cannot be parted into {parts}")
+        ctx.fail(f"a size of {size} cannot be split into {parts} equal parts")
     else:
         sizes = [size // parts] * parts
     outputs = [((*data.shape[:axis], length, *data.shape[axis + 1 :]), np.float32) for length in sizes]
@@ -38,7 +38,10 @@ def slice_(ctx: LayerContext) -> list[Value]:
 
 @converts("Crop")
 def crop(ctx: LayerContext) -> list[Value]:
-    """Caffe's Crop: from `axis` on the size of the second bottom, cut at one offset for all axes or one for each."""
+    """Caffe's Crop: cut the first bottom to the second bottom's size, on `axis` and all axes after it.
+
+    The offsets are one number for all these axes, or one per axis.
+    """
     data, param = ctx.bottom(2, 2), ctx.param.crop_param
     like = ctx.bottoms[1].shape
     axis = ctx.axis(param.axis, data)
@@ -64,14 +67,14 @@ def crop(ctx: LayerContext) -> list[Value]:
 def _is_cut(ctx: LayerContext, size: Dim, wanted: Dim, offset: int, axis: int) -> bool:
     if isinstance(size, int) and isinstance(wanted, int):
         if offset + wanted > size:
-            ctx.fail(f"{wanted} from offset {offset} are more than the {size} on axis {axis}")
+            ctx.fail(f"a crop of {wanted} from offset {offset} exceeds the size {size} of axis {axis}")
         return size != wanted
     if size == wanted and offset == 0:
         return False
     if axis == 0:
         ctx.fail("cropping the batch axis would mix the images of a batch")
     if isinstance(size, int) or isinstance(wanted, int) or not ctx.one_size():
-        ctx.fail(f"whether {wanted} from offset {offset} is within {size} on axis {axis} is not known before run time")
+        ctx.fail(f"a crop of {wanted} from offset {offset} might exceed the size {size} of axis {axis} at run time")
     return True
 
 
@@ -88,7 +91,7 @@ def _ends(ctx: LayerContext, axes: list[int], starts: list[int], like: tuple[Dim
 
 @converts("Tile")
 def tile(ctx: LayerContext) -> list[Value]:
-    """Caffe's Tile: the blob `tiles` times over along `axis`."""
+    """Caffe's Tile: repeat the blob `tiles` times along `axis`."""
     data, param = ctx.bottom(), ctx.param.tile_param
     axis = ctx.axis(param.axis, data)
     if not 1 <= param.tiles < 2**31:

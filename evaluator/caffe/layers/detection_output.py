@@ -1,4 +1,8 @@
-"""DetectionOutput."""
+"""SSD's DetectionOutput: decode boxes, suppress overlapping ones, and list the best of every image.
+
+Sources: Liu and others, SSD: Single Shot MultiBox Detector, 2016; and its code, github.com/weiliu89/caffe, branch ssd:
+detection_output_layer.cpp and bbox_util.cpp. Each step below names the function that it follows.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +19,34 @@ from .converters import LayerContext, converts
 
 @converts("DetectionOutput")
 def detection_output(ctx: LayerContext) -> list[Value]:
-    """SSD's DetectionOutput: rows (image, label, score, x1, y1, x2, y2), (1, 1, rows, 7); no detection is no row.
+    """SSD's DetectionOutput: detections as (1, 1, rows, 7), each row (image, label, score, x1, y1, x2, y2).
 
-    Bottoms: locations (N, priors * classes * 4), or without classes where the location is shared; confidences
-    (N, priors * classes); priors (1, 2, priors * 4). Per image and class the top_k best above the threshold go
-    through non-maximum suppression; per image the keep_top_k best of all classes are kept, listed by class, then
-    by falling score.
+    Bottoms: locations (N, priors * classes * 4), or (N, priors * 4) if shared by all classes; confidences
+    (N, priors * classes); priors (1, 2, priors * 4). For each image and class, the top_k best scores above the
+    threshold pass through non-maximum suppression. For each image, the keep_top_k best of the rest are listed by class,
+    then by falling score. An image without detections has no rows; Caffe's padding row of -1 is omitted.
+
+    Source: DetectionOutputLayer::Forward_cpu.
     """
     sizes = _Sizes(ctx)
     boxes = _boxes(ctx, sizes)
-    scores, places = _candidates(ctx, sizes)
-    candidates = _gather_boxes(ctx, sizes, boxes, places)
+    scores, indices = _candidates(ctx, sizes)
+    candidates = _gather_boxes(ctx, sizes, boxes, indices)
     kept = _suppress(ctx, sizes, candidates, scores)
     return [_rows(ctx, sizes, candidates, scores, _best(ctx, sizes, scores, kept))]
 
 
 class _Sizes:
-    """What the parameters and the bottoms' shapes say, checked."""
+    """The sizes that follow from the parameters and the bottoms' shapes, validated.
+
+    Attributes:
+        images: the number of images, N.
+        labels: the class numbers without the background.
+        top_k: the number of candidates per image and class.
+        keep: the maximal number of detections per image.
+
+    Source: DetectionOutputLayer::LayerSetUp and Reshape.
+    """
 
     def __init__(self, ctx: LayerContext) -> None:
         locations = ctx.bottom(3, 4)
@@ -45,11 +60,13 @@ class _Sizes:
         per_prior = 4 if self.shared else 4 * self.classes
         for value, wanted in ((locations, self.priors * per_prior), (ctx.bottoms[1], self.priors * self.classes)):
             if known_product(value.shape[1:], "the number of a bottom's elements") != wanted:
-                ctx.fail(f"a bottom has the shape {text(value.shape)}, not {wanted} numbers for {self.priors} priors")
+                ctx.fail(
+                    f"a bottom has the shape {text(value.shape)} but needs {wanted} numbers for {self.priors} priors"
+                )
         background = param.background_label_id
         self.labels = [label for label in range(self.classes) if label != background]
         if not self.labels:
-            ctx.fail("has no class beside the background")
+            ctx.fail("has no class other than the background")
         if param.nms_param.eta != 1:
             ctx.fail("adaptive suppression (eta other than 1) is not supported")
         if not param.nms_param.nms_threshold >= 0:
@@ -59,9 +76,10 @@ class _Sizes:
         every = len(self.labels) * self.top_k
         self.keep = min(param.keep_top_k, every) if param.keep_top_k > -1 else every
         if self.top_k == 0 or self.keep == 0:
-            ctx.fail("top_k or keep_top_k is 0, so that it detects nothing")
+            ctx.fail("top_k or keep_top_k is 0, so it detects nothing")
 
     def flat(self, number: int) -> Dim:
+        """Return N * number."""
         return self.images * number if isinstance(self.images, int) else Symbol(self.images.name, number)
 
 
@@ -70,13 +88,13 @@ def _prior_count(ctx: LayerContext, priors: Value) -> int:
         ctx.fail(f"its third bottom has the shape {text(priors.shape)}, not (1, 2, priors * 4)")
     numbers = known_product(priors.shape[2:], "the number of priors")
     if numbers % 4:
-        ctx.fail(f"its third bottom has {numbers} numbers a row, which is not four a prior")
+        ctx.fail(f"its third bottom has {numbers} numbers per row, not a multiple of four")
     return numbers // 4
 
 
 @dataclass(frozen=True)
 class _Priors:
-    """Corners, and per corner pair what a location is multiplied with; each (priors, 2)."""
+    """The priors' corners (low is x1, y1 and high is x2, y2) and their variances, float32 (priors, 2) each."""
 
     low: Value
     high: Value
@@ -85,7 +103,10 @@ class _Priors:
 
 
 def _priors(ctx: LayerContext, sizes: _Sizes) -> _Priors:
-    """The priors and variances in pairs, from the constant that PriorBox layers make or from an input."""
+    """Split the priors and variances into pairs, at conversion time if the priors are a constant of PriorBox layers.
+
+    Source: GetPriorBBoxes in bbox_util.cpp.
+    """
     value = ctx.bottoms[2]
     shape = (2, sizes.priors, 4)
     array = ctx.graph.constants.get(value.name)
@@ -112,7 +133,10 @@ def _priors(ctx: LayerContext, sizes: _Sizes) -> _Priors:
 
 
 def _boxes(ctx: LayerContext, sizes: _Sizes) -> Value:
-    """Decodes the locations: (N, priors, 4), or (N, priors, classes, 4) where they are not shared."""
+    """Decode the locations to corners: (N, priors, 4), or (N, priors, classes, 4) if not shared.
+
+    Source: GetLocPredictions and DecodeBBoxesAll in bbox_util.cpp.
+    """
     param = ctx.param.detection_output_param
     priors = _priors(ctx, sizes)
     if sizes.shared:
@@ -139,6 +163,14 @@ def _boxes(ctx: LayerContext, sizes: _Sizes) -> Value:
 def _decode(
     ctx: LayerContext, param: DetectionOutputParameter, priors: _Priors, first: Value, second: Value
 ) -> tuple[Value, Value]:
+    """Decode pairs of location numbers to the low and high corners, in the given shape of the pairs.
+
+    With CORNER, the numbers are offsets of the corners; with CORNER_SIZE, multiples of the prior's size. With
+    CENTER_SIZE (SSD, section 2.2), the first pair moves the centre by multiples of the prior's size, and the second is
+    the logarithm of the size's factor.
+
+    Source: DecodeBBox in bbox_util.cpp.
+    """
     pair = first.shape
     if param.code_type == PriorBoxParameter.CORNER:
         return ctx.emit("Add", [first, priors.low], pair), ctx.emit("Add", [second, priors.high], pair)
@@ -155,7 +187,7 @@ def _decode(
 
 
 def _of_constants(ctx: LayerContext, op: str, left: Value, right: Value) -> Value:
-    """Computes now what two constants give, and in the graph what depends on an input."""
+    """Apply `op` at conversion time to two constants, or add a node if one of the values is no constant."""
     arrays = [ctx.graph.constants.get(value.name) for value in (left, right)]
     if arrays[0] is None or arrays[1] is None:
         return ctx.emit(op, [left, right], left.shape)
@@ -164,7 +196,10 @@ def _of_constants(ctx: LayerContext, op: str, left: Value, right: Value) -> Valu
 
 
 def _candidates(ctx: LayerContext, sizes: _Sizes) -> tuple[Value, Value]:
-    """The top_k scores of each class and image, falling, and the priors they belong to: (N, labels, top_k) each."""
+    """Return the top_k scores of each image and class, falling, and their priors' indices: (N, labels, top_k) each.
+
+    Source: GetConfidenceScores and GetMaxScoreIndex in bbox_util.cpp. The threshold is applied later, in `_suppress`.
+    """
     labels = len(sizes.labels)
     confidences = ctx.reshape(ctx.bottoms[1], (sizes.images, sizes.priors, sizes.classes))
     scores = ctx.transpose(confidences, (0, 2, 1))
@@ -172,14 +207,14 @@ def _candidates(ctx: LayerContext, sizes: _Sizes) -> tuple[Value, Value]:
         index = ctx.constant(sizes.labels, "labels")
         scores = ctx.emit("Gather", [scores, index], (sizes.images, labels, sizes.priors), axis=1)
     shape = (sizes.images, labels, sizes.top_k)
-    best, places = ctx.emit_many(
+    best, indices = ctx.emit_many(
         "TopK", [scores, ctx.constant([sizes.top_k], "top_k")], [(shape, np.float32), (shape, np.int64)], axis=2
     )
-    return best, places
+    return best, indices
 
 
-def _gather_boxes(ctx: LayerContext, sizes: _Sizes, boxes: Value, places: Value) -> Value:
-    """The candidates' boxes, (N * labels, top_k, 4)."""
+def _gather_boxes(ctx: LayerContext, sizes: _Sizes, boxes: Value, indices: Value) -> Value:
+    """Return the candidates' boxes, (N * labels, top_k, 4)."""
     labels = len(sizes.labels)
     if not sizes.shared:
         boxes = ctx.transpose(boxes, (0, 2, 1, 3))
@@ -187,13 +222,19 @@ def _gather_boxes(ctx: LayerContext, sizes: _Sizes, boxes: Value, places: Value)
             index = ctx.constant(sizes.labels, "labels")
             boxes = ctx.emit("Gather", [boxes, index], (sizes.images, labels, sizes.priors, 4), axis=1)
     shape = (sizes.images, labels, sizes.top_k)
-    index = ctx.emit("Unsqueeze", [places, ctx.constant([3], "axes")], (*shape, 1), np.int64)
+    index = ctx.emit("Unsqueeze", [indices, ctx.constant([3], "axes")], (*shape, 1), np.int64)
     found = ctx.emit("GatherND", [boxes, index], (*shape, 4), batch_dims=1 if sizes.shared else 2)
     return ctx.reshape(found, (sizes.flat(labels), sizes.top_k, 4))
 
 
 def _suppress(ctx: LayerContext, sizes: _Sizes, boxes: Value, scores: Value) -> Value:
-    """Indices of what survives, counted through all candidates: (kept,), int64."""
+    """Suppress candidates below the threshold and those that overlap a better one of their image and class.
+
+    Returns:
+        int64 (kept,): the remaining candidates' indices in N * labels * top_k.
+
+    Source: ApplyNMSFast and JaccardOverlap in bbox_util.cpp.
+    """
     param = ctx.param.detection_output_param
     labels = len(sizes.labels)
     if param.code_type != PriorBoxParameter.CENTER_SIZE:
@@ -202,27 +243,36 @@ def _suppress(ctx: LayerContext, sizes: _Sizes, boxes: Value, scores: Value) -> 
         boxes,
         ctx.reshape(scores, (sizes.flat(labels), 1, sizes.top_k)),
         ctx.constant([sizes.top_k], "most"),
-        # No overlap is greater than 1, and onnxruntime takes no greater threshold.
+        # onnxruntime allows no threshold above 1. The clamp changes nothing, because no overlap exceeds 1.
         ctx.constant([min(param.nms_param.nms_threshold, 1.0)], "overlap"),
     ]
     if param.HasField("confidence_threshold"):
         inputs.append(ctx.constant([param.confidence_threshold], "threshold"))
     chosen = ctx.emit("NonMaxSuppression", inputs, (Symbol("kept"), 3), np.int64)
-    # (row, 0, place) times (top_k, 0, 1) is the index through rows of top_k.
+    # A chosen box is (row, 0, column) in rows of top_k candidates; its index is row * top_k + column.
     weights = ctx.constant([[sizes.top_k], [0], [1]], "strides")
     index = ctx.emit("MatMul", [chosen, weights], (Symbol("kept"), 1), np.int64)
     return ctx.emit("Squeeze", [index, ctx.constant([1], "last_axis")], (Symbol("kept"),), np.int64)
 
 
 def _without_inverted(ctx: LayerContext, boxes: Value) -> Value:
-    """Boxes whose corners are in the wrong order made empty: SSD lets those overlap nothing."""
+    """Make boxes with swapped corners empty, so that they overlap no other box.
+
+    Source: BBoxSize in bbox_util.cpp, which gives such boxes the size 0.
+    """
     pair = (*boxes.shape[:2], 2)
     low, high = ctx.emit_many("Split", [boxes, ctx.constant([2, 2], "halves")], [(pair, np.float32)] * 2, axis=2)
     return ctx.emit("Concat", [low, ctx.emit("Max", [low, high], pair)], boxes.shape, axis=2)
 
 
 def _best(ctx: LayerContext, sizes: _Sizes, scores: Value, kept: Value) -> Value:
-    """The keep_top_k best of every image, as indices through all candidates in the order of the rows: (rows,)."""
+    """Select the keep_top_k best candidates of every image.
+
+    Returns:
+        int64 (rows,): the candidates' indices in N * labels * top_k, in the order of the output's rows.
+
+    Source: the keep_top_k part of DetectionOutputLayer::Forward_cpu, with SortScorePairDescend.
+    """
     every = len(sizes.labels) * sizes.top_k
     flat = ctx.reshape(scores, (sizes.flat(every),))
     length = ctx.emit("Shape", [flat], (1,), np.int64)
@@ -230,16 +280,17 @@ def _best(ctx: LayerContext, sizes: _Sizes, scores: Value, kept: Value) -> Value
     kept_scores = ctx.emit("Gather", [flat, kept], kept.shape, axis=0)
     sparse = ctx.emit("ScatterElements", [nothing, kept, kept_scores], flat.shape, axis=0)
     shape = (sizes.images, sizes.keep)
-    best, place = ctx.emit_many(
+    best, position = ctx.emit_many(
         "TopK",
         [ctx.reshape(sparse, (sizes.images, every)), ctx.constant([sizes.keep], "keep_top_k")],
         [(shape, np.float32), (shape, np.int64)],
         axis=1,
     )
     found = ctx.emit("Greater", [best, ctx.constant(-np.inf, "nothing")], shape, np.bool_)
-    # Candidates lie by class and falling score, so putting the best in their own order again gives the rows'.
+    # Candidates have the order of the rows: by class, then by falling score. So sort the best candidates by index,
+    # with unused slots at the end.
     end = ctx.constant(every, "end")
-    marked = ctx.emit("Where", [found, place, end], shape, np.int64)
+    marked = ctx.emit("Where", [found, position, end], shape, np.int64)
     ordered = ctx.emit_many(
         "TopK", [marked, ctx.constant([sizes.keep], "keep_top_k")], [(shape, np.int64)] * 2, axis=1, largest=0
     )[0]
@@ -252,6 +303,10 @@ def _best(ctx: LayerContext, sizes: _Sizes, scores: Value, kept: Value) -> Value
 
 
 def _rows(ctx: LayerContext, sizes: _Sizes, boxes: Value, scores: Value, index: Value) -> Value:
+    """Assemble the output rows from the selected candidates, (1, 1, rows, 7).
+
+    Source: the end of DetectionOutputLayer::Forward_cpu.
+    """
     labels, rows = len(sizes.labels), Symbol("rows")
     every = labels * sizes.top_k
     axes = ctx.constant([1], "last_axis")
@@ -262,9 +317,9 @@ def _rows(ctx: LayerContext, sizes: _Sizes, boxes: Value, scores: Value, index: 
 
     image = ctx.emit("Div", [index, ctx.constant(every, "an_image")], (rows,), np.int64)
     within = ctx.emit("Mod", [index, ctx.constant(every, "an_image")], (rows,), np.int64)
-    place = ctx.emit("Div", [within, ctx.constant(sizes.top_k, "a_class")], (rows,), np.int64)
+    label_index = ctx.emit("Div", [within, ctx.constant(sizes.top_k, "a_class")], (rows,), np.int64)
     label_ids = ctx.constant(np.asarray(sizes.labels, np.float32), "label_ids")
-    label = ctx.emit("Gather", [label_ids, place], (rows,), axis=0)
+    label = ctx.emit("Gather", [label_ids, label_index], (rows,), axis=0)
     score = ctx.emit("Gather", [ctx.reshape(scores, (sizes.flat(every),)), index], (rows,), axis=0)
     flat = ctx.reshape(boxes, (sizes.flat(every), 4))
     box = ctx.emit("Gather", [flat, index], (rows, 4), axis=0)

@@ -9,9 +9,9 @@ from .converters import LayerContext, converts
 
 @converts("InnerProduct")
 def inner_product(ctx: LayerContext) -> list[Value]:
-    """Caffe's InnerProduct: the axes from `axis` on are flattened and multiplied, (N, ...) -> (N, num_output).
+    """Caffe's InnerProduct, (N, ...) -> (N, num_output): flatten the axes from `axis` on, and multiply by the weight.
 
-    The weight is (num_output, K), or (K, num_output) with `transpose`, where K is the flattened size.
+    The weight is (num_output, K), or (K, num_output) with `transpose`; K is the flattened size.
     """
     data = ctx.bottom()
     param = ctx.param.inner_product_param
@@ -26,7 +26,7 @@ def inner_product(ctx: LayerContext) -> list[Value]:
     inputs = [ctx.constant(weight, "weight")]
     if param.bias_term:
         inputs.append(ctx.constant(ctx.blob(1, (outputs,)), "bias"))
-    # Gemm is for matrices only; more leading axes are rows like any other.
+    # Gemm accepts only matrices, so all leading axes become rows.
     rows = product(data.shape[:axis])
     flat = ctx.reshape(data, (rows, inner))
     made = ctx.emit("Gemm", [flat, *inputs], (rows, outputs), transB=int(not param.transpose))

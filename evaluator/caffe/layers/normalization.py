@@ -12,9 +12,9 @@ from .converters import LayerContext, converts
 
 @converts("BatchNorm")
 def batch_norm(ctx: LayerContext) -> list[Value]:
-    """Caffe's BatchNorm at test time: (x - mean) / sqrt(variance + eps), a channel.
+    """Caffe's BatchNorm at test time: (x - mean) / sqrt(variance + eps) per channel.
 
-    Mean and variance are stored times blob[2]; a blob[2] of 0, of a net never trained, makes both 0.
+    The stored mean and variance are divided by blob 2. If blob 2 is 0, as in an untrained net, both are 0.
     """
     data, param = ctx.bottom(), ctx.param.batch_norm_param
     if param.HasField("use_global_stats") and not param.use_global_stats:
@@ -30,14 +30,14 @@ def batch_norm(ctx: LayerContext) -> list[Value]:
 
 @converts("BN")
 def bn(ctx: LayerContext) -> list[Value]:
-    """SegNet's BN in a deploy net: x * scale + shift, a channel, the statistics already in the two."""
+    """SegNet's BN in a deploy net: x * scale + shift per channel. Both already include the batch statistics."""
     data = ctx.bottom()
     if ctx.param.bn_param.HasField("bn_mode") and ctx.param.bn_param.bn_mode != BNParameter.INFERENCE:
         ctx.fail("bn_mode is LEARN, so it would mix the images of a batch")
     if ctx.blob_count() > 2:
-        ctx.fail(f"has {ctx.blob_count()} weight blobs; only SegNet's form with scale and shift is supported")
+        ctx.fail(f"has {ctx.blob_count()} weight blobs; only SegNet's BN with scale and shift is supported")
     if len(data.shape) < 2:
-        ctx.fail("its bottom has no channels")
+        ctx.fail("its bottom has no channel axis")
     channels = known(data.shape[1], "the number of channels")
     scale, shift = (ctx.blob(i, (channels,)).astype(np.float64) for i in range(2))
     return [ctx.affine(data, scale, shift)]
@@ -45,11 +45,14 @@ def bn(ctx: LayerContext) -> list[Value]:
 
 @converts("Scale")
 def scale(ctx: LayerContext) -> list[Value]:
-    """Caffe's Scale: x * scale (+ bias), scale a weight or the second bottom, laid on from `axis` over `num_axes`."""
+    """Caffe's Scale: x * scale (+ bias), where scale is a weight or the second bottom.
+
+    A weight covers `num_axes` axes from `axis` on; a second bottom covers as many axes as it has.
+    """
     data, param = ctx.bottom(1, 2), ctx.param.scale_param
     if len(ctx.bottoms) == 2:
         axis = ctx.axis(param.axis, data)
-        factor = _laid_on(ctx, data, ctx.bottoms[1], axis)
+        factor = _broadcast(ctx, data, ctx.bottoms[1], axis)
         scaled = ctx.emit("Mul", [data, factor], data.shape)
         if not param.bias_term:
             return [scaled]
@@ -66,11 +69,11 @@ def scale(ctx: LayerContext) -> list[Value]:
 
 @converts("Bias")
 def bias(ctx: LayerContext) -> list[Value]:
-    """Caffe's Bias: x + bias, a weight or the second bottom, laid on from `axis` over `num_axes`."""
+    """Caffe's Bias: x + bias, where bias is a weight or the second bottom; see `scale` for the axes."""
     data, param = ctx.bottom(1, 2), ctx.param.bias_param
     if len(ctx.bottoms) == 2:
         axis = ctx.axis(param.axis, data)
-        return [ctx.emit("Add", [data, _laid_on(ctx, data, ctx.bottoms[1], axis)], data.shape)]
+        return [ctx.emit("Add", [data, _broadcast(ctx, data, ctx.bottoms[1], axis)], data.shape)]
     axis, covered = _axes(ctx, data, param.axis, param.num_axes)
     if _is_per_channel(axis, covered):
         shift = ctx.blob(0, covered).astype(np.float64)
@@ -80,19 +83,22 @@ def bias(ctx: LayerContext) -> list[Value]:
 
 @converts("LRN")
 def lrn(ctx: LayerContext) -> list[Value]:
-    """Caffe's LRN: x * (k + alpha/size * sum of squares)^-beta over channels, or, WITHIN_CHANNEL, x * (1 + alpha *
-    mean of squares)^-beta over a square of positions, which knows no k."""
+    """Caffe's LRN.
+
+    ACROSS_CHANNELS: x * (k + alpha/size * sum of squares)^-beta, over `size` neighbouring channels.
+    WITHIN_CHANNEL: x * (1 + alpha * mean of squares)^-beta, over a square of positions; k is ignored.
+    """
     data, param = ctx.bottom(), ctx.param.lrn_param
     size = param.local_size
     if len(data.shape) != 4:
         ctx.fail(f"its bottom has {len(data.shape)} axes, not 4")
     if size % 2 == 0 or size >= 2**31:
-        ctx.fail(f"local_size is {size}, and has to be odd")
+        ctx.fail(f"local_size is {size} but must be odd")
     if not param.alpha >= 0 or not param.beta >= 0:
-        ctx.fail(f"alpha is {param.alpha} and beta {param.beta}; onnxruntime takes no negative ones")
+        ctx.fail(f"alpha is {param.alpha} and beta is {param.beta}; onnxruntime supports no negative values")
     across = param.norm_region == LRNParameter.ACROSS_CHANNELS
     if param.alpha == 0 or param.beta == 0:
-        # Nor zeros, with which only k is left of the formula.
+        # onnxruntime does not support 0 either. Then the formula reduces to a factor.
         constant = np.float64(param.k) ** -param.beta if across else 1.0
         return [ctx.affine(data, np.asarray(constant), np.asarray(0.0))]
     if across:
@@ -107,7 +113,7 @@ def lrn(ctx: LayerContext) -> list[Value]:
 
 @converts("MVN")
 def mvn(ctx: LayerContext) -> list[Value]:
-    """Caffe's MVN: x - mean, divided by sqrt(variance) + eps, over H and W, or C too with across_channels."""
+    """Caffe's MVN: (x - mean) / (sqrt(variance) + eps), over H and W, or C, H and W with across_channels."""
     data, param = ctx.bottom(), ctx.param.mvn_param
     rank = len(data.shape)
     if not 2 <= rank <= 4:
@@ -130,7 +136,7 @@ def mvn(ctx: LayerContext) -> list[Value]:
 
 @converts("Normalize")
 def normalize(ctx: LayerContext) -> list[Value]:
-    """SSD's Normalize: x / sqrt(sum of squares + eps) * scale, the sum over C, or C, H and W with across_spatial."""
+    """SSD's Normalize: x / sqrt(sum of squares + eps) * scale, over C, or C, H and W with across_spatial."""
     data, param = ctx.bottom(), ctx.param.norm_param
     if len(data.shape) != 4:
         ctx.fail(f"its bottom has {len(data.shape)} axes, not 4")
@@ -146,7 +152,7 @@ def normalize(ctx: LayerContext) -> list[Value]:
 
 
 def _axes(ctx: LayerContext, data: Value, axis: int, num_axes: int) -> tuple[int, tuple[int, ...]]:
-    """Where a weight of Scale or Bias lies: its first axis, and its shape."""
+    """Return the first axis that a weight of Scale or Bias covers, and the weight's shape."""
     if num_axes == 0:
         return 0, ()
     if num_axes < -1:
@@ -154,7 +160,7 @@ def _axes(ctx: LayerContext, data: Value, axis: int, num_axes: int) -> tuple[int
     start = ctx.axis(axis, data)
     stop = len(data.shape) if num_axes == -1 else start + num_axes
     if stop > len(data.shape):
-        ctx.fail(f"{num_axes} axes from axis {start} are more than the bottom's {len(data.shape)}")
+        ctx.fail(f"num_axes {num_axes} from axis {start} exceeds the {len(data.shape)} axes of the bottom")
     return start, _covered(ctx, data, start, stop - start)
 
 
@@ -162,7 +168,7 @@ def _covered(ctx: LayerContext, data: Value, axis: int, number: int) -> tuple[in
     covered = []
     for dim in data.shape[axis : axis + number]:
         if dim == Symbol(BATCH) and ctx.batch != 1:
-            ctx.fail("its weights are for one batch size")
+            ctx.fail("its weights depend on the batch size")
         covered.append(1 if dim == Symbol(BATCH) else known(dim, "the size of its weights"))
     return tuple(covered)
 
@@ -180,11 +186,11 @@ def _add_weight(ctx: LayerContext, data: Value, index: int, axis: int, covered: 
     return ctx.emit("Add", [data, ctx.constant(weight, "bias")], data.shape)
 
 
-def _laid_on(ctx: LayerContext, data: Value, other: Value, axis: int) -> Value:
-    """The second bottom, with ones behind it so that it broadcasts over the axes after those it covers."""
+def _broadcast(ctx: LayerContext, data: Value, other: Value, axis: int) -> Value:
+    """Append ones to the shape of the second bottom, so that it broadcasts to `data` from `axis` on."""
     if not other.shape:
         return other
     stop = axis + len(other.shape)
     if not ctx.same(data.shape[axis:stop], other.shape):
-        ctx.fail(f"its second bottom, {text(other.shape)}, does not lie on {text(data.shape)} from axis {axis}")
+        ctx.fail(f"its second bottom {text(other.shape)} does not match {text(data.shape)} from axis {axis} on")
     return ctx.reshape(other, other.shape + (1,) * (len(data.shape) - stop))

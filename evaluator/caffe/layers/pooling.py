@@ -12,17 +12,19 @@ from ..graph import FLOAT, Value
 from ..shapes import Dim, Symbol, known
 from .converters import LayerContext, converts
 
-# The shares of an image's windows are a constant; an image of such a size is none.
+# The largest output, per axis, for which the windows' shares of pixels become a constant. Real images are smaller.
 _MAX_SHARES = 2**12
 
 
 @converts("Pooling")
 def pooling(ctx: LayerContext) -> list[Value]:
-    """Caffe's Pooling (N, C, H, W): MAX, also with its mask as second top, or AVE.
+    """Caffe's Pooling of (N, C, H, W): MAX, optionally with a mask as second top, or AVE.
 
-    The output has ceil((H + 2p - k) / s) + 1 rows, and one less where the last would start beyond the image and its
-    leading padding; ONNX's ceil_mode says the same from opset 22 on. AVE divides by the window with its padding but
-    without what lies beyond the padded image.
+    The output has ceil((H + 2p - k) / s) + 1 rows, or one row less if the last window would start beyond the image and
+    its leading padding. ONNX's ceil_mode has this meaning since opset 22. AVE divides by the size of the window,
+    including padding but without positions beyond the padded image.
+
+    Source: BVLC Caffe, pooling_layer.cpp.
     """
     data = ctx.bottom()
     param = ctx.param.pooling_param
@@ -43,21 +45,22 @@ def pooling(ctx: LayerContext) -> list[Value]:
     shares = window.shares()
     if shares is None:
         return [ctx.emit("AveragePool", [data], shape, count_include_pad=1, **attributes)]
-    # Where a window ends beyond the padding, Caffe counts the padding and not what is beyond it; engines that can only
-    # count all or nothing of that need not. The mean of the pixels alone is the same everywhere, and the window's share
-    # of pixels is known.
+    # If a window ends beyond the padded image, Caffe counts the padding but nothing beyond it. Some engines can only
+    # count both or neither, but all agree on the mean over pixels alone. So multiply that mean by each window's share
+    # of pixels.
     pixels = ctx.emit("AveragePool", [data], shape, **attributes)
     return [ctx.emit("Mul", [pixels, ctx.constant(shares[None, None], "shares")], shape)]
 
 
 def _with_mask(ctx: LayerContext, window: _Window, shape: tuple[Dim, ...]) -> list[Value]:
-    """MAX with a second top: ONNX's indices, which count through the whole batch.
+    """Convert MAX pooling with a mask as second top.
 
-    MaxUnpool takes them as they are. For any other reader they become Caffe's mask, the position within the plane.
+    ONNX's indices count through the whole batch, and MaxUnpool needs them in that form. Other readers of the mask get
+    Caffe's indices, which count within one plane.
     """
     data = ctx.bottoms[0]
     if ctx.param.pooling_param.pool != PoolingParameter.MAX:
-        ctx.fail("only MAX pooling has a mask for a second top")
+        ctx.fail("a mask as second top needs MAX pooling")
     pooled, indices = ctx.emit_many("MaxPool", [data], [(shape, np.float32), (shape, np.int64)], **window.attributes())
     plane = known(data.shape[2], "the height under a mask") * known(data.shape[3], "the width under a mask")
     pool = ctx.graph.nodes[-1]
@@ -68,7 +71,7 @@ def _with_mask(ctx: LayerContext, window: _Window, shape: tuple[Dim, ...]) -> li
 
 
 class _Window:
-    """Kernel, stride, pad and result of a Pooling layer, (h, w) each."""
+    """Kernel, stride, pad and output size of a Pooling layer, each (height, width)."""
 
     def __init__(self, ctx: LayerContext, param: PoolingParameter, data: Value) -> None:
         self._ctx = ctx
@@ -89,9 +92,9 @@ class _Window:
 
     def _global(self, param: PoolingParameter) -> None:
         if param.HasField("kernel_size") or param.HasField("kernel_h") or param.HasField("kernel_w"):
-            self._ctx.fail("global pooling takes no kernel size")
+            self._ctx.fail("global pooling allows no kernel size")
         if any(self.pad) or self.stride != [1, 1]:
-            self._ctx.fail("global pooling takes no pad and no stride")
+            self._ctx.fail("global pooling allows no pad and no stride")
         if len(self._ctx.tops) == 2:
             self._ctx.fail("global pooling with a mask is not supported")
         self.kernel = [0, 0]
@@ -107,26 +110,26 @@ class _Window:
         if min(self.stride) < 1 or max(self.stride) >= 2**31:
             self._ctx.fail(f"the stride is {self.stride}")
         if any(pad >= size for pad, size in zip(self.pad, self.kernel, strict=True)):
-            self._ctx.fail(f"the pad {self.pad} is not smaller than the kernel {self.kernel}")
+            self._ctx.fail(f"the pad {self.pad} must be smaller than the kernel {self.kernel}")
 
     def _pooled(self, axis: int, size: Dim) -> Dim:
         kernel, stride, pad = self.kernel[axis], self.stride[axis], self.pad[axis]
         if isinstance(size, Symbol):
             if not any(self.pad) and kernel < stride:
-                self._ctx.fail(f"a kernel of {kernel} with a stride of {stride} needs a known size")
+                self._ctx.fail(f"the kernel {kernel} is smaller than the stride {stride}, which needs a known size")
             return Symbol(f"pool({size},{kernel},{pad},{stride},{int(self.ceil)})")
-        room = size + 2 * pad - kernel
-        if self.ceil and -stride < room < 0:
-            # Rounding up leaves one window, which Caffe ends where the padded input does.
+        span = size + 2 * pad - kernel
+        if self.ceil and -stride < span < 0:
+            # Rounding up gives one window, which Caffe clips to the padded input.
             self.kernel[axis] = size + 2 * pad
             return 1
-        if room < 0:
+        if span < 0:
             self._ctx.fail(f"the kernel {kernel} is larger than the padded input, {size + 2 * pad}")
-        outputs = (-(-room // stride) if self.ceil else room // stride) + 1
+        outputs = (-(-span // stride) if self.ceil else span // stride) + 1
         if (outputs - 1) * stride >= size + pad:
             if not any(self.pad):
                 self._ctx.fail(
-                    f"its last window would start at {(outputs - 1) * stride}, beyond the input of {size}: Caffe's "
+                    f"its last window starts at {(outputs - 1) * stride}, beyond the input size {size}, so Caffe's "
                     "result is undefined"
                 )
             outputs -= 1
@@ -141,7 +144,10 @@ class _Window:
         return attributes
 
     def shares(self) -> NDArray[np.float32] | None:
-        """Which share of each window is pixels, the rest being padding; None where no window ends beyond that."""
+        """Return each window's share of pixels, the rest being padding, as float32 (rows, columns).
+
+        Return None if no window ends beyond the padding, or the size is unknown or above `_MAX_SHARES`.
+        """
         lines = []
         exceeds = False
         for axis, (size, outputs) in enumerate(zip(self._ctx.bottoms[0].shape[2:], self.outputs, strict=True)):
@@ -154,13 +160,13 @@ class _Window:
             lines.append((np.minimum(stop, size) - np.maximum(start, 0)) / counted)
         if not exceeds:
             return None
-        self._ctx.graph.afford(lines[0].size * lines[1].size * FLOAT.itemsize)
-        # In float64, but with no float64 copy of the whole.
+        self._ctx.graph.check_budget(lines[0].size * lines[1].size * FLOAT.itemsize)
+        # `out` and `casting` make NumPy multiply in float64 without a float64 copy of the result.
         made = np.empty((lines[0].size, lines[1].size), FLOAT)
         return np.multiply(lines[0][:, None], lines[1], out=made, dtype=np.float64, casting="unsafe")
 
     def _needs_ceil(self) -> bool:
-        """Whether rounding up makes a difference; without it other passes and runtimes know the node better."""
+        """Return whether rounding up changes the output size; runtimes optimize nodes without ceil_mode better."""
         if not self.ceil:
             return False
         for axis, size in enumerate(self._ctx.bottoms[0].shape[2:]):

@@ -1,4 +1,4 @@
-"""PriorBox."""
+"""SSD's PriorBox."""
 
 from __future__ import annotations
 
@@ -13,34 +13,36 @@ from ..graph import FLOAT, Value
 from ..shapes import known
 from .converters import LayerContext, converts
 
-# SSD nets have some ten thousand priors; the prototxt must not ask for any amount of memory.
+# SSD nets have about ten thousand priors. Without limits, a small prototxt could ask for any amount of memory.
 _MAX_NUMBERS = 2**24
-_MAX_AT_A_PLACE = 2**12
+_MAX_PER_POSITION = 2**12
 
 
 @converts("PriorBox")
 def prior_box(ctx: LayerContext) -> list[Value]:
-    """SSD's PriorBox: a constant (1, 2, H * W * priors * 4), corners as shares of the image and their variances.
+    """SSD's PriorBox: a constant (1, 2, H * W * priors * 4) with the corners, relative to the image, and the variances.
 
-    At every position of the first bottom, and for every min_size: a square of it, a square of sqrt(min * max), then
-    the aspect ratios and with `flip` their inverses.
+    Every position of the first bottom has, for every min_size: a square of min_size, a square of
+    sqrt(min_size * max_size), then one box per aspect ratio and, with `flip`, per inverse ratio.
+
+    Sources: Liu and others, SSD, 2016, section 2.2; github.com/weiliu89/caffe, branch ssd, prior_box_layer.cpp.
     """
     feature, image = ctx.bottom(2, 2), ctx.bottoms[1]
     if len(feature.shape) != 4 or len(image.shape) != 4:
-        ctx.fail("its bottoms need four axes each")
+        ctx.fail("its bottoms must have four axes each")
     rows, columns = (known(dim, "the size of a PriorBox's bottom") for dim in feature.shape[2:])
     height, width = _image_size(ctx, image)
     step_y, step_x = _steps(ctx, height / rows, width / columns)
     sizes = _sizes(ctx)
     if rows * columns * len(sizes) * 8 > _MAX_NUMBERS:
-        ctx.fail(f"{rows * columns * len(sizes)} priors are more than any net has")
-    ctx.graph.afford(rows * columns * len(sizes) * 8 * FLOAT.itemsize)
+        ctx.fail(f"{rows * columns * len(sizes)} priors exceed the limit of {_MAX_NUMBERS // 8}")
+    ctx.graph.check_budget(rows * columns * len(sizes) * 8 * FLOAT.itemsize)
     x = (np.arange(columns) + ctx.param.prior_box_param.offset) * step_x
     y = (np.arange(rows) + ctx.param.prior_box_param.offset) * step_y
     half = np.asarray(sizes) / 2
     priors = np.empty((2, rows, columns, len(sizes), 4), FLOAT)
     for corner, sign in enumerate((-1, 1)):
-        # A row's x are every row's, a column's y every column's.
+        # All rows share one set of x edges, and all columns one set of y edges.
         priors[0, ..., 2 * corner] = _edges(ctx, x, sign * half[:, 0], width)
         priors[0, ..., 2 * corner + 1] = _edges(ctx, y, sign * half[:, 1], height)[:, None]
     priors[1] = _variance(ctx)
@@ -48,7 +50,7 @@ def prior_box(ctx: LayerContext) -> list[Value]:
 
 
 def _edges(ctx: LayerContext, centres: NDArray[Any], offsets: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """(centres, offsets): where the priors' edges are, as shares of the image."""
+    """Return the priors' edges relative to the image size, (centres, offsets)."""
     edges = (centres[:, None] + offsets) / size
     return edges.clip(0, 1) if ctx.param.prior_box_param.clip else edges
 
@@ -77,21 +79,21 @@ def _steps(ctx: LayerContext, step_y: float, step_x: float) -> tuple[float, floa
 
 
 def _sizes(ctx: LayerContext) -> list[tuple[float, float]]:
-    """(width, height) of the priors at one position, in pixels."""
+    """Return the (width, height) of every prior at one position, in pixels."""
     param = ctx.param.prior_box_param
     if not param.min_size or not _positive(param.min_size):
-        ctx.fail("needs min_size, greater than 0")
+        ctx.fail("needs a min_size greater than 0")
     if param.max_size and len(param.max_size) != len(param.min_size):
-        ctx.fail(f"has {len(param.min_size)} min_size and {len(param.max_size)} max_size")
+        ctx.fail(f"has {len(param.min_size)} min_size but {len(param.max_size)} max_size")
     ratios = _ratios(ctx, param)
-    if len(param.min_size) * (len(ratios) + 2) > _MAX_AT_A_PLACE:
-        ctx.fail(f"{len(param.min_size)} min_size and {len(ratios)} aspect ratios are more than any net has")
+    if len(param.min_size) * (len(ratios) + 2) > _MAX_PER_POSITION:
+        ctx.fail(f"{len(param.min_size)} min_size with {len(ratios)} aspect ratios exceed the limit of priors")
     sizes: list[tuple[float, float]] = []
     for i, least in enumerate(param.min_size):
         sizes.append((least, least))
         if param.max_size:
             if not param.max_size[i] > least:
-                ctx.fail(f"max_size {param.max_size[i]} is not greater than min_size {least}")
+                ctx.fail(f"max_size {param.max_size[i]} must be greater than min_size {least}")
             middle = float(np.sqrt(least * param.max_size[i]))
             sizes.append((middle, middle))
         sizes += [(least * root, least / root) for root in np.sqrt(ratios)]
@@ -99,9 +101,9 @@ def _sizes(ctx: LayerContext) -> list[tuple[float, float]]:
 
 
 def _ratios(ctx: LayerContext, param: PriorBoxParameter) -> list[float]:
-    """The aspect ratios beside 1, each once."""
+    """Return the distinct aspect ratios other than 1."""
     if not _positive(param.aspect_ratio) or len(param.aspect_ratio) > 1000:
-        ctx.fail("has an aspect_ratio that is not greater than 0, or more than 1000")
+        ctx.fail("every aspect_ratio must be greater than 0, and there can be at most 1000")
     ratios = [1.0]
     for ratio in param.aspect_ratio:
         if all(abs(ratio - other) >= 1e-6 for other in ratios):
@@ -112,7 +114,7 @@ def _ratios(ctx: LayerContext, param: PriorBoxParameter) -> list[float]:
 def _variance(ctx: LayerContext) -> NDArray[np.float64]:
     variance = list(ctx.param.prior_box_param.variance) or [0.1]
     if len(variance) not in (1, 4) or not _positive(variance):
-        ctx.fail(f"needs one variance or four, greater than 0, and has {len(variance)}")
+        ctx.fail(f"has {len(variance)} variances; needs one or four, all greater than 0")
     return np.asarray(variance)
 
 

@@ -1,4 +1,8 @@
-"""Faster R-CNN's Proposal."""
+"""Faster R-CNN's Proposal.
+
+Sources: Ren and others, Faster R-CNN, 2015, section 3.1; and its code, github.com/rbgirshick/py-faster-rcnn,
+lib/rpn/proposal_layer.py and generate_anchors.py.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +16,33 @@ from ..graph import Value
 from ..shapes import ROIS, Symbol, known, product, text
 from .converters import LayerContext, converts
 
+# Without a limit, a small prototxt could ask for any amount of memory.
+_MAX_ANCHORS = 2**20
+
 
 @converts("Python")
 def python(ctx: LayerContext) -> list[Value]:
-    """Python layers cannot be converted, but for the one that published Faster R-CNN nets have: ProposalLayer."""
+    """Convert the Python layer ProposalLayer of published Faster R-CNN nets. All other Python layers are refused."""
     param = ctx.param.python_param
     if param.layer != "ProposalLayer":
-        ctx.fail(f"the Python layer {param.module}.{param.layer} cannot be converted")
+        ctx.fail(f"the Python layer {param.module}.{param.layer} is not supported")
     settings = ProposalParameter()
-    # param_str is YAML; what the published layer reads of it is the stride, and scales in later versions.
+    # param_str is YAML. The published layer reads only feat_stride from it, and scales in later versions.
     stride = re.search(r"feat_stride'?\"?\s*:\s*(\d{1,6})\b", param.param_str)
     if stride is None:
         ctx.fail("its param_str has no feat_stride")
     if "scales" in param.param_str:
-        ctx.fail("scales in its param_str are not supported")
+        ctx.fail("scales in its param_str is not supported")
     settings.feat_stride = int(stride.group(1))
     return _propose(ctx, settings)
 
 
 @converts("Proposal")
 def proposal(ctx: LayerContext) -> list[Value]:
-    """Faster R-CNN's Proposal: regions (R, 5), rows of (image, x1, y1, x2, y2), and as second top their scores (R, 1).
+    """Faster R-CNN's Proposal: regions (R, 5) with rows (image, x1, y1, x2, y2), and their scores (R, 1) as second top.
 
-    Bottoms: objectness (N, 2A, H, W), box deltas (N, 4A, H, W), and (N, 3) rows of (height, width, scale).
+    Bottoms: objectness (N, 2A, H, W), box deltas (N, 4A, H, W), and image sizes (N, 3) with rows (height, width,
+    scale). Corners are in pixels of the net's input.
     """
     return _propose(ctx, ctx.param.proposal_param)
 
@@ -45,13 +53,13 @@ def _propose(ctx: LayerContext, param: ProposalParameter) -> list[Value]:
     images = scores.shape[0]
     number = len(anchors)
     if len(scores.shape) != 4 or len(deltas.shape) != 4 or product(info.shape[1:]) != 3:
-        ctx.fail("its bottoms are not (N, 2A, H, W), (N, 4A, H, W) and (N, 3)")
+        ctx.fail("its bottoms must have the shapes (N, 2A, H, W), (N, 4A, H, W) and (N, 3)")
     rows, columns = (known(dim, "the size of a Proposal's bottom") for dim in scores.shape[2:])
     if scores.shape[1] != 2 * number or deltas.shape != (images, 4 * number, rows, columns):
-        ctx.fail(f"its bottoms {text(scores.shape)} and {text(deltas.shape)} are not for {number} anchors")
+        ctx.fail(f"its bottoms {text(scores.shape)} and {text(deltas.shape)} do not match {number} anchors")
     every = rows * columns * number
-    if every > 2**20:
-        ctx.fail(f"{every} anchors are more than any net has")
+    if every > _MAX_ANCHORS:
+        ctx.fail(f"{every} anchors exceed the limit of {_MAX_ANCHORS}")
     info = ctx.reshape(info, (images, 3))
     boxes = _clipped(ctx, _moved(ctx, deltas, _shifted(param, anchors, rows, columns), every), info)
     foreground = _foreground(ctx, scores, number, every)
@@ -60,11 +68,14 @@ def _propose(ctx: LayerContext, param: ProposalParameter) -> list[Value]:
 
 
 def _anchors(ctx: LayerContext, param: ProposalParameter) -> NDArray[np.float64]:
-    """(A, 4) corners about the first cell: every ratio by every scale, with the rounding of the published code."""
+    """Return the corners of the first cell's anchors in pixels, (A, 4), for every ratio and every scale.
+
+    Source: generate_anchors.py, including its rounding.
+    """
     ratios, scales = list(param.ratio) or [0.5, 1.0, 2.0], list(param.scale) or [8.0, 16.0, 32.0]
     numbers = np.asarray([*ratios, *scales])
     if not np.all((numbers > 0) & np.isfinite(numbers)) or len(ratios) * len(scales) > 1000:
-        ctx.fail("has a ratio or scale that is not greater than 0, or more than 1000 of them")
+        ctx.fail("every ratio and scale must be greater than 0, with at most 1000 anchors per cell")
     if not 1 <= param.base_size < 2**16 or not 1 <= param.feat_stride < 2**16:
         ctx.fail(f"base_size is {param.base_size}, feat_stride {param.feat_stride}")
     if param.pre_nms_topn < 1 or param.post_nms_topn < 1 or not 0 <= param.nms_thresh <= 1:
@@ -81,14 +92,17 @@ def _anchors(ctx: LayerContext, param: ProposalParameter) -> NDArray[np.float64]
 
 
 def _shifted(param: ProposalParameter, anchors: NDArray[np.float64], rows: int, columns: int) -> NDArray[np.float64]:
-    """(H * W * A, 4): the anchors at every cell."""
+    """Return the corners of every cell's anchors, (H * W * A, 4)."""
     x, y = np.meshgrid(np.arange(columns) * param.feat_stride, np.arange(rows) * param.feat_stride)
     shifts = np.stack([x, y, x, y], axis=-1)[:, :, None]
     return (shifts + anchors).reshape(-1, 4)
 
 
 def _moved(ctx: LayerContext, deltas: Value, anchors: NDArray[np.float64], every: int) -> Value:
-    """The anchors moved and stretched by the deltas: (N, H * W * A, 4)."""
+    """Apply the deltas to the anchors and return the boxes' corners, (N, H * W * A, 4).
+
+    Source: bbox_transform_inv in lib/fast_rcnn/bbox_transform.py.
+    """
     images = deltas.shape[0]
     listed = ctx.reshape(ctx.transpose(deltas, (0, 2, 3, 1)), (images, every, 4))
     pair = (images, every, 2)
@@ -102,7 +116,7 @@ def _moved(ctx: LayerContext, deltas: Value, anchors: NDArray[np.float64], every
 
 
 def _clipped(ctx: LayerContext, boxes: Value, info: Value) -> Value:
-    """Boxes within their image, 0 to size - 1."""
+    """Clip the boxes to their image, 0 to size - 1."""
     images = boxes.shape[0]
     order = ctx.constant([1, 0, 1, 0], "width_height")
     sizes = ctx.emit("Gather", [info, order], (images, 4), axis=1)
@@ -119,7 +133,7 @@ def _foreground(ctx: LayerContext, scores: Value, number: int, every: int) -> Va
 
 
 def _large_enough(ctx: LayerContext, param: ProposalParameter, boxes: Value, info: Value, scores: Value) -> Value:
-    """The scores, and -inf for boxes that are smaller than min_size in the original image."""
+    """Replace the scores of boxes smaller than min_size in the original image by -inf."""
     images, every = scores.shape
     low, high = ctx.emit_many(
         "Split", [boxes, ctx.constant([2, 2], "halves")], [((images, every, 2), np.float32)] * 2, axis=2
@@ -133,14 +147,15 @@ def _large_enough(ctx: LayerContext, param: ProposalParameter, boxes: Value, inf
 
 
 def _selected(ctx: LayerContext, param: ProposalParameter, boxes: Value, scores: Value, every: int) -> list[Value]:
+    """Suppress overlapping boxes among the pre_nms_topn best. Return the regions, and scores for a second top."""
     images, number = boxes.shape[0], min(param.pre_nms_topn, every)
     shape = (images, number)
-    best, places = ctx.emit_many(
+    best, positions = ctx.emit_many(
         "TopK", [scores, ctx.constant([number], "pre_nms")], [(shape, np.float32), (shape, np.int64)], axis=1
     )
-    index = ctx.emit("Unsqueeze", [places, ctx.constant([2], "axes")], (*shape, 1), np.int64)
+    index = ctx.emit("Unsqueeze", [positions, ctx.constant([2], "axes")], (*shape, 1), np.int64)
     found = ctx.emit("GatherND", [boxes, index], (*shape, 4), batch_dims=1)
-    # The published code counts a box's last pixel in: its overlaps are those of boxes one larger.
+    # The published code includes a box's last pixel, so it computes overlaps of boxes that are one pixel larger.
     whole = ctx.emit("Add", [found, ctx.constant([0.0, 0.0, 1.0, 1.0], "last_pixel")], found.shape)
     inputs = [
         whole,

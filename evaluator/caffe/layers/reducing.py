@@ -19,7 +19,7 @@ _REDUCTIONS = {
 
 @converts("Reduction")
 def reduction(ctx: LayerContext) -> list[Value]:
-    """Caffe's Reduction: SUM, ASUM, SUMSQ or MEAN of all axes from `axis` on, times coeff."""
+    """Caffe's Reduction: SUM, ASUM, SUMSQ or MEAN over all axes from `axis` on, times coeff."""
     data, param = ctx.bottom(), ctx.param.reduction_param
     axis = ctx.axis(param.axis, data)
     for i in range(axis, len(data.shape)):
@@ -33,11 +33,11 @@ def reduction(ctx: LayerContext) -> list[Value]:
 
 @converts("ArgMax")
 def arg_max(ctx: LayerContext) -> list[Value]:
-    """Caffe's ArgMax, whose result is floats.
+    """Caffe's ArgMax; indices are float32.
 
-    With `axis` the top_k indices along it, or with out_max_val their values. Without, of all numbers of an image:
-    (N, 1, top_k, 1) indices, or with out_max_val (N, 2, top_k, 1) indices and values; with fewer than four axes the
-    result has three. Among equal numbers Caffe takes the last.
+    With `axis`: the top_k indices along it, or their values with out_max_val. Without `axis`: the top_k of all numbers
+    of an image, as (N, 1, top_k, 1) indices, or (N, 2, top_k, 1) indices and values with out_max_val; bottoms with
+    fewer than four axes give three axes. Among equal numbers, Caffe selects the last.
     """
     data, param = ctx.bottom(), ctx.param.argmax_param
     rank = len(data.shape)
@@ -48,7 +48,7 @@ def arg_max(ctx: LayerContext) -> list[Value]:
         indices, values = _best(ctx, data, axis, size)
         return [values if param.out_max_val else indices]
     if rank < 2:
-        ctx.fail("its bottom has the batch axis only")
+        ctx.fail("its bottom has only the batch axis")
     size = known_product(data.shape[1:], "the size of an image")
     indices, values = _best(ctx, ctx.reshape(data, (data.shape[0], size)), 1, size)
     ones = (1,) * (max(rank, 3) - 3)
@@ -60,20 +60,20 @@ def arg_max(ctx: LayerContext) -> list[Value]:
 
 
 def _best(ctx: LayerContext, data: Value, axis: int, size: int) -> tuple[Value, Value]:
-    """The top_k indices along an axis, as floats, and their values."""
+    """Return the top_k indices along an axis, as float32, and their values."""
     top_k = ctx.param.argmax_param.top_k
     if not 1 <= top_k <= size:
-        ctx.fail(f"top_k is {top_k} of {size}")
+        ctx.fail(f"top_k is {top_k} but must be 1 to {size}")
     shape = (*data.shape[:axis], top_k, *data.shape[axis + 1 :])
     if top_k == 1:
         best = ctx.emit("ArgMax", [data], shape, np.int64, axis=axis, keepdims=1, select_last_index=1)
         values = ctx.emit("ReduceMax", [data, ctx.constant([axis], "axes")], shape, keepdims=1)
     else:
-        # TopK takes the first among equals, so it is given the numbers from the last to the first.
-        ends = [ctx.constant([number], what) for number, what in ((-1, "start"), (-(2**31), "end"), (axis, "axis"))]
+        # TopK selects the first of equal numbers and Caffe the last, so reverse the axis first.
+        ends = [ctx.constant([number], name) for number, name in ((-1, "start"), (-(2**31), "end"), (axis, "axis"))]
         backward = ctx.emit("Slice", [data, *ends, ctx.constant([-1], "step")], data.shape)
-        values, place = ctx.emit_many(
+        values, position = ctx.emit_many(
             "TopK", [backward, ctx.constant([top_k], "k")], [(shape, np.float32), (shape, np.int64)], axis=axis
         )
-        best = ctx.emit("Sub", [ctx.constant(size - 1, "last"), place], shape, np.int64)
+        best = ctx.emit("Sub", [ctx.constant(size - 1, "last"), position], shape, np.int64)
     return ctx.emit("Cast", [best], shape, to=1), values

@@ -8,7 +8,7 @@ from .converters import LayerContext, converts
 
 @converts("Softmax", "SoftmaxWithLoss")
 def softmax(ctx: LayerContext) -> list[Value]:
-    """Caffe's Softmax along `axis` only, whatever the number of axes; a SoftmaxWithLoss serves as one."""
+    """Caffe's Softmax along `axis`. A SoftmaxWithLoss is converted to a Softmax of its first bottom."""
     data = ctx.bottom()
     axis = ctx.axis(ctx.param.softmax_param.axis, data)
     ctx.refuse_batch(data, axis, "a softmax")

@@ -1,7 +1,8 @@
-"""Other engines that run Caffe nets, each in a process of its own: on a net they cannot run, they may abort.
+"""Run a Caffe net in other engines, the oracles: BVLC Caffe and OpenCV 4.
 
-Caffe itself (BVLC's) ends its process where a check fails; OpenCV 4 has been seen to crash. What such a program is
-given and gives back is files of a folder: `request.json`, `in_<i>.npy` and `out_<i>.npy`.
+Each oracle runs in a process of its own, because it can abort: Caffe ends its process after a failed check, and OpenCV
+can crash. Such a program reads `request.json` and `in_<i>.npy` from a folder and writes `out_<i>.npy` and `version` to
+it.
 """
 
 from __future__ import annotations
@@ -18,23 +19,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..net_plan import NetPlan
-from .differences import unfit, unfit_caffe
+from .differences import caffe_difference, opencv_difference
 
 Float32 = NDArray[np.float32]
 
 _PROGRAMS = {"Caffe": "caffe_program.py", "OpenCV": "opencv_program.py"}
-_MISSING = 3
+# The exit status of a program that cannot import its engine.
+_NOT_INSTALLED = 3
 _TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What an oracle said: its outputs by their name in the model, or the reason why there are none.
+class OracleResult:
+    """The result of an oracle: its outputs, or the reason why it did not run.
 
     Attributes:
-        oracle: "Caffe" or "OpenCV", with the version where it is known.
-        outputs: by name; an output that the oracle does not have is missing.
-        reason: why it was not there, could not run the net, or cannot judge it; "" where it ran.
+        oracle: "Caffe" or "OpenCV", with the version if the oracle ran.
+        outputs: float32 arrays by the output's name in the model, without outputs that the oracle does not know.
+        reason: why the oracle is not installed, could not run the net, or cannot judge it; "" if it ran.
     """
 
     oracle: str
@@ -43,12 +45,12 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Question:
-    """A net, what to feed it, and which of its blobs to ask for.
+class OracleRequest:
+    """A net with its input.
 
     Attributes:
-        feeds: by input blob.
-        outputs: the model's outputs in the order of the plan's.
+        feeds: float32 arrays by input blob.
+        outputs: the names of the model's outputs, in the order of `plan.outputs`.
     """
 
     prototxt: Path
@@ -58,25 +60,26 @@ class Question:
     outputs: tuple[str, ...]
 
 
-def ask_caffe(question: Question, python: str = "") -> Answer:
-    """BVLC Caffe's answer; `python` is an interpreter that can import caffe, if this one cannot.
+def run_caffe(request: OracleRequest, python: str = "") -> OracleResult:
+    """Run the net in BVLC Caffe, unless the model differs from it on purpose; see `caffe_difference`.
 
-    It is not asked about a loss, in whose place the model has the softmax.
+    Args:
+        python: an interpreter that can import caffe; "" for the running one.
     """
-    reason = unfit_caffe(question.plan)
-    return Answer("Caffe", {}, reason) if reason else _ask("Caffe", python or sys.executable, question)
+    reason = caffe_difference(request.plan)
+    return OracleResult("Caffe", {}, reason) if reason else _run("Caffe", python or sys.executable, request)
 
 
-def ask_opencv(question: Question) -> Answer:
-    """OpenCV's answer. It is not asked about layers that it is known to compute otherwise than Caffe."""
-    reason = unfit(question.plan)
-    return Answer("OpenCV", {}, reason) if reason else _ask("OpenCV", sys.executable, question)
+def run_opencv(request: OracleRequest) -> OracleResult:
+    """Run the net in OpenCV, unless OpenCV is known to differ from Caffe on one of the layers."""
+    reason = opencv_difference(request.plan)
+    return OracleResult("OpenCV", {}, reason) if reason else _run("OpenCV", sys.executable, request)
 
 
-def _ask(oracle: str, python: str, question: Question) -> Answer:
+def _run(oracle: str, python: str, request: OracleRequest) -> OracleResult:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _write(folder, question)
+        _write(folder, request)
         program = Path(__file__).with_name(_PROGRAMS[oracle])
         try:
             done = subprocess.run(
@@ -89,44 +92,44 @@ def _ask(oracle: str, python: str, question: Question) -> Answer:
                 check=False,
             )
         except OSError as error:
-            return Answer(oracle, {}, f"{python}: {error.strerror}")
+            return OracleResult(oracle, {}, f"{python}: {error.strerror}")
         except subprocess.TimeoutExpired:
-            return Answer(oracle, {}, f"could not run the net in {_TIMEOUT_S} s")
-        if done.returncode == _MISSING:
-            return Answer(oracle, {}, "is not installed")
+            return OracleResult(oracle, {}, f"could not run the net in {_TIMEOUT_S} s")
+        if done.returncode == _NOT_INSTALLED:
+            return OracleResult(oracle, {}, "is not installed")
         if done.returncode != 0:
-            return Answer(oracle, {}, f"could not run the net: {_complaint(done)}")
-        return _read(folder, oracle, question)
+            return OracleResult(oracle, {}, f"could not run the net: {_failure_reason(done)}")
+        return _read(folder, oracle, request)
 
 
-def _write(folder: Path, question: Question) -> None:
-    makers = {ref: (layer.spec.name, index) for layer in question.plan.layers for index, ref in enumerate(layer.tops)}
-    request = {
-        "prototxt": str(question.prototxt.resolve()),
-        "caffemodel": str(question.caffemodel.resolve()),
-        "inputs": list(question.feeds),
-        "outputs": [(ref.name, *makers[ref]) for ref in question.plan.outputs],
+def _write(folder: Path, request: OracleRequest) -> None:
+    producers = {ref: (layer.spec.name, index) for layer in request.plan.layers for index, ref in enumerate(layer.tops)}
+    content = {
+        "prototxt": str(request.prototxt.resolve()),
+        "caffemodel": str(request.caffemodel.resolve()),
+        "inputs": list(request.feeds),
+        "outputs": [(ref.name, *producers[ref]) for ref in request.plan.outputs],
     }
-    (folder / "request.json").write_text(json.dumps(request))
-    for i, array in enumerate(question.feeds.values()):
+    (folder / "request.json").write_text(json.dumps(content))
+    for i, array in enumerate(request.feeds.values()):
         np.save(folder / f"in_{i}.npy", array)
 
 
-def _read(folder: Path, oracle: str, question: Question) -> Answer:
+def _read(folder: Path, oracle: str, request: OracleRequest) -> OracleResult:
     version = (folder / "version").read_text()
     found = {
-        name: np.load(path) for i, name in enumerate(question.outputs) if (path := folder / f"out_{i}.npy").is_file()
+        name: np.load(path) for i, name in enumerate(request.outputs) if (path := folder / f"out_{i}.npy").is_file()
     }
-    return Answer(f"{oracle} {version}", found)
+    return OracleResult(f"{oracle} {version}", found)
 
 
-def _complaint(done: subprocess.CompletedProcess[str]) -> str:
-    """The line that says why: Caffe's failed check, an exception, or the signal that ended it."""
+def _failure_reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the reason for the failure: Caffe's failed check, an exception's message, or the signal."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip() and "***" not in line]
     checks = [line for line in lines if "Check failed" in line or line.startswith("F0")]
     if checks:
         return checks[0].split("] ", 1)[-1]
     errors = [line for line in lines if "rror:" in line]
     if done.returncode < 0 and not errors:
-        return f"it was ended by signal {-done.returncode}"
+        return f"killed by signal {-done.returncode}"
     return (errors or lines or [f"exit status {done.returncode}"])[-1]

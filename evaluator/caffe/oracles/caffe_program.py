@@ -1,4 +1,7 @@
-"""Runs a net with BVLC Caffe: `python caffe_program.py FOLDER`. Works with the old Pythons that Caffe is found for."""
+"""Run a net in BVLC Caffe: `python caffe_program.py FOLDER`; see `oracles` for the folder's files.
+
+Caffe is available for old Pythons only, so this program must run on Python 3.6 and import nothing of ours.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Runs a net with OpenCV's dnn: `python opencv_program.py FOLDER`."""
+"""Run a net in OpenCV's dnn module: `python opencv_program.py FOLDER`; see `oracles` for the folder's files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def main(folder: Path) -> int:
 
     request = json.loads((folder / "request.json").read_text())
     if not hasattr(cv2.dnn, "readNetFromCaffe"):
-        raise RuntimeError(f"error: OpenCV {cv2.__version__} no longer reads Caffe nets; 4.x does")
+        raise RuntimeError(f"error: OpenCV {cv2.__version__} cannot read Caffe nets; install a 4.x version")
     net = cv2.dnn.readNetFromCaffe(request["prototxt"], request["caffemodel"])
     for i, name in enumerate(request["inputs"]):
         net.setInput(np.load(folder / f"in_{i}.npy"), name)
     known = set(net.getLayerNames())
-    # OpenCV knows blobs by the layers that make them, and calls some of those after the blob.
+    # OpenCV addresses a blob by the layer that produces it, and names some layers after the blob.
     wanted = [
         (i, layer if layer in known else blob, top)
         for i, (blob, layer, top) in enumerate(request["outputs"])

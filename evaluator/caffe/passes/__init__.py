@@ -1,4 +1,4 @@
-"""Rewriting of the graph, in an order in which each pass leaves nothing for those before it."""
+"""Optimize the graph in passes. In this order, one run of each is enough."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from . import affine, dead, dedupe, moves
 
 
 def run(graph: Graph) -> None:
-    """All passes. The names of inputs and outputs stay as they are."""
+    """Run all passes on the graph. The names of inputs and outputs do not change."""
     dead.remove_unused(graph)
     affine.fold(graph)
     affine.lower(graph)

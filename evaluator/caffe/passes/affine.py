@@ -1,4 +1,4 @@
-"""Folds affine maps (BatchNorm, Scale, Bias, Power) into the layer before them, and lowers the rest to ONNX."""
+"""Fold affine maps (BatchNorm, Scale, Bias, Power) into the layer before them, and lower the rest to ONNX."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from ..graph import AFFINE, Graph, Node, per_channel
 
 Float64 = NDArray[np.float64]
 
-# Weights' axis that counts the outputs, for the operators that a following map can be folded into.
 _FOLDABLE = ("Conv", "ConvTranspose", "Gemm")
 
 
 def fold(graph: Graph) -> None:
-    """Folds each map into a map, convolution, deconvolution or inner product before it that nothing else reads.
+    """Fold each affine map into the map, convolution, deconvolution or inner product before it.
 
-    Exact but for rounding: the products are made in float64.
+    A node whose result has another reader, or is an output, stays as it is. The fold multiplies in float64, so the only
+    error is the rounding to float32.
     """
     readers = graph.consumers()
     producers = graph.producers()
     outputs = set(graph.outputs)
-    gone = []
+    folded = []
     for node in graph.nodes:
         if node.op != AFFINE:
             continue
@@ -34,11 +34,11 @@ def fold(graph: Graph) -> None:
             _fold_into(graph, source, node)
         else:
             continue
-        # The source now makes what the map made, so the next map finds it there.
+        # The source takes over the map's output, so that a following map can be folded into it too.
         source.outputs[0] = node.outputs[0]
         producers[node.outputs[0]] = source
-        gone.append(node)
-    graph.remove(gone)
+        folded.append(node)
+    graph.remove(folded)
 
 
 def _merge(first: Node, second: Node) -> None:
@@ -68,10 +68,10 @@ def _fold_into(graph: Graph, node: Node, affine: Node) -> None:
 
 
 def _over_weights(shape: tuple[int, ...], scale: Float64, node: Node) -> Float64:
-    """One factor an output, laid out so that it broadcasts to the weights."""
+    """Arrange one factor per output so that it broadcasts to weights of `shape`."""
     ones = (1,) * (len(shape) - 2)
     if node.op == "ConvTranspose":
-        # (inputs, outputs / group, ...), the inputs of a group in a row.
+        # The weights are (inputs, outputs / group, ...), sorted by group.
         group = node.attributes.get("group", 1)
         return np.repeat(scale.reshape(group, shape[1], *ones), shape[0] // group, axis=0)
     if node.op == "Gemm" and not node.attributes["transB"]:
@@ -80,7 +80,7 @@ def _over_weights(shape: tuple[int, ...], scale: Float64, node: Node) -> Float64
 
 
 def lower(graph: Graph) -> None:
-    """Replaces the maps that are left: by nothing, a Mul, an Add, or one BatchNormalization instead of both."""
+    """Replace the remaining affine maps by an Identity, a Mul, an Add, both, or one BatchNormalization."""
     nodes: list[Node] = []
     for node in graph.nodes:
         if node.op != AFFINE:
@@ -101,7 +101,7 @@ def lower(graph: Graph) -> None:
 def _batch_normalization(graph: Graph, node: Node) -> Node:
     channels = graph.values[node.inputs[0]].shape[1]
     assert isinstance(channels, int)
-    # cuDNN has a least epsilon, so it is kept and taken off the variance.
+    # cuDNN requires an epsilon of at least 1e-5; the variance compensates for it.
     epsilon = 1e-5
     numbers = {
         "scale": np.broadcast_to(node.attributes["scale"], (channels,)),

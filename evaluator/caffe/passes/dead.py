@@ -1,4 +1,4 @@
-"""Removes what no output depends on."""
+"""Remove unused nodes, constants and values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..graph import Graph
 
 
 def remove_unused(graph: Graph) -> None:
-    """Drops nodes, constants and values that no output needs; the inputs stay."""
+    """Remove nodes, constants and values that no output depends on. All inputs stay."""
     needed = set(graph.outputs)
     kept = []
     for node in reversed(graph.nodes):

@@ -1,4 +1,4 @@
-"""Stores equal constants once."""
+"""Store equal constants once."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..graph import Array, Graph
 
 
 def share_constants(graph: Graph) -> None:
-    """Replaces every constant by the first that has the same type, shape and bytes."""
+    """Replace every constant by the first constant with the same dtype, shape, bytes and pending factor."""
     alike: dict[tuple[str, tuple[int, ...]], list[str]] = defaultdict(list)
     for name, array in graph.constants.items():
         alike[str(array.dtype), array.shape].append(name)
     replaced: dict[str, str] = {}
     for names in alike.values():
         first: dict[bytes, str] = {}
-        # Hashing is for those that have a rival: the large weights of most nets have none.
+        # Hash only constants that share dtype and shape with another: the large weights of most nets do not.
         for name in names if len(names) > 1 else ():
             hashed = hashlib.blake2b(_bytes(graph.constants[name]), digest_size=32)
             hashed.update(_bytes(graph.factors.get(name, np.empty(0))))

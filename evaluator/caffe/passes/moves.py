@@ -1,4 +1,4 @@
-"""Removes operators that only move or copy data to where it already is."""
+"""Remove copies, and moves without effect."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from ..graph import Graph, Node
 
 
 def simplify(graph: Graph) -> None:
-    """Drops Identity, and Reshape and Transpose that do nothing; joins a Reshape to a Reshape, a Transpose to a
-    Transpose before it. What stays is what an output's name or an actual move needs."""
-    _join(graph)
-    _drop_idle(graph)
+    """Merge consecutive Reshapes and consecutive Transposes, then remove Identity and every Reshape and Transpose
+    without effect. An Identity stays if it is needed to give an output its name."""
+    _merge_consecutive(graph)
+    _remove_idle(graph)
 
 
-def _join(graph: Graph) -> None:
-    """Lets a Reshape or Transpose read what the one before it read."""
+def _merge_consecutive(graph: Graph) -> None:
+    """Connect a Reshape or Transpose to the input of the one before it."""
     producers = graph.producers()
     for node in graph.nodes:
         before = producers.get(node.inputs[0]) if node.inputs else None
@@ -24,12 +24,12 @@ def _join(graph: Graph) -> None:
         if node.op == "Transpose":
             node.attributes["perm"] = [before.attributes["perm"][axis] for axis in node.attributes["perm"]]
             node.inputs[0] = before.inputs[0]
-        elif node.op == "Reshape" and _keeps_meaning(graph, node, before.inputs[0]):
+        elif node.op == "Reshape" and _gives_same_shape(graph, node, before.inputs[0]):
             node.inputs[0] = before.inputs[0]
 
 
-def _keeps_meaning(graph: Graph, node: Node, source: str) -> bool:
-    """Whether a Reshape gives the same shape from `source`: its zeros stand for sizes of what it reads."""
+def _gives_same_shape(graph: Graph, node: Node, source: str) -> bool:
+    """Return whether a Reshape of `source` gives the same shape: a 0 in its target copies a size of its input."""
     old, new = graph.values[source].shape, graph.values[node.outputs[0]].shape
     zeros = np.flatnonzero(graph.constants[node.inputs[1]] == 0)
     return all(i < len(old) and old[i] == new[i] for i in zeros)
@@ -43,12 +43,12 @@ def _idle(graph: Graph, node: Node) -> bool:
     return node.op == "Reshape" and graph.values[node.inputs[0]].shape == graph.values[node.outputs[0]].shape
 
 
-def _drop_idle(graph: Graph) -> None:
+def _remove_idle(graph: Graph) -> None:
     producers = graph.producers()
     outputs = set(graph.outputs)
     fixed = {value.name for value in graph.inputs} | set(graph.constants)
     aliases: dict[str, str] = {}
-    gone = []
+    idle = []
 
     def final(name: str) -> str:
         while name in aliases:
@@ -62,10 +62,10 @@ def _drop_idle(graph: Graph) -> None:
         if made not in outputs:
             aliases[made] = source
         elif source not in outputs and source not in fixed and source in producers:
-            # The output's name has to live on, so what made the source makes it now.
+            # Keep the output's name: the source's producer now produces it.
             aliases[source] = made
         else:
             continue
-        gone.append(node)
-    graph.remove(gone)
+        idle.append(node)
+    graph.remove(idle)
     graph.rename({name: final(name) for name in aliases})

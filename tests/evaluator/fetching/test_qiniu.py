@@ -24,6 +24,7 @@ from aiohttp import web
 
 from atserving.config import Release
 from atserving.errors import InvalidArgument, ResourceUnreachable, ServingError, StartError
+from atserving.local.examples import ROOT
 from atserving.v1.evaluator_pb2 import InferRequest
 from atserving.v1.serving_pb2 import Resource
 from evaluator.fetching import qiniu
@@ -31,9 +32,10 @@ from evaluator.fetching.addresses import AddressPolicy
 from evaluator.fetching.qiniu import QiniuConfig, read_config
 from evaluator.fetching.release import fetch_release
 from evaluator.fetching.resources import ResourceFetcher
-from tests.evaluator.conftest import DIGITS, ROOT, Registry, evaluator
-from tests.evaluator.serving.test_serving import connected
+from tests.evaluator.calling import connected
+from tests.evaluator.digits import DIGITS
 from tests.name_server import ScriptedNames, scripted_names
+from tests.processes import Registry, evaluator
 
 ACCESS_KEY, SECRET_KEY = "the-access-key", "the-secret-key"
 HOST, FORBIDDEN = "127.0.0.2", "127.0.0.3"

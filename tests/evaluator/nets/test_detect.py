@@ -1,4 +1,4 @@
-"""The built-in detector, on a small SSD made here, on made-up rows, and on a real network."""
+"""The built-in detector, tested with a small SSD made here, with rows of a DetectionOutput, and with a real network."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from evaluator.nets import detect
 from evaluator.nets.image_input import ImageNet
 from evaluator.runtime.preprocessing import Transformer
 from tests.caffe.nets import MODELS, input_layer, layer
-from tests.evaluator.built_in import Array, answering, config, evaluate, files, loaded, start_error
+from tests.evaluator.built_in import Array, config, evaluate, files, loaded, start_error, with_outputs
 
-# A quarter of the image is detected where it is bright: four priors, one a quarter, each with its mean brightness.
+# Has one prior for each quarter of the image, and detects the quarter if its mean colour is bright.
 QUARTERS = (
     input_layer(1, 3, 16, 16)
     + layer("Pooling", "data", "quarters", "pooling_param { pool: AVE kernel_size: 8 stride: 8 }")
@@ -41,7 +41,7 @@ QUARTERS = (
         "keep_top_k: 10 code_type: CENTER_SIZE confidence_threshold: 0.01 }",
     )
 )
-# Class 1 is blue, class 2 red; the background has 2.5, and grey of 85 in all channels is nobody's.
+# Class 1 is blue, class 2 red. The background has a constant score of 2.5, which is higher than a dark colour's.
 WEIGHTS = {
     "conf": [np.array([[0, 0, 0], [0.02, 0, 0], [0, 0, 0.02]]).reshape(3, 3, 1, 1), np.array([2.5, 0, 0])],
     "loc": [np.zeros((4, 3, 1, 1)), np.zeros(4)],
@@ -54,15 +54,15 @@ def quarters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def picture(**quarter: str) -> Array:
-    """160 wide, 80 high, black but for the quarters that are named."""
+    """Return an image 160 wide and 80 high, with these quarters in colour and the others black."""
     image = np.zeros((80, 160, 3), np.uint8)
     slices = {"tl": np.s_[:40, :80], "tr": np.s_[:40, 80:], "bl": np.s_[40:, :80], "br": np.s_[40:, 80:]}
-    for place, colour in quarter.items():
-        image[slices[place]] = {"blue": (255, 0, 0), "red": (0, 0, 255), "dim": (0, 0, 115)}[colour]
+    for name, colour in quarter.items():
+        image[slices[name]] = {"blue": (255, 0, 0), "red": (0, 0, 255), "dim": (0, 0, 115)}[colour]
     return image
 
 
-def test_detections_have_the_fields_of_the_contract(quarters: dict[str, Path]) -> None:
+def test_detection_has_the_fields_of_the_contract(quarters: dict[str, Path]) -> None:
     (ret,) = evaluate(loaded("detect", config(quarters)), (picture(tr="red"), None))
     assert (ret["code"], list(ret["result"])) == (0, ["detections"])
     (found,) = ret["result"]["detections"]
@@ -74,7 +74,7 @@ def test_detections_have_the_fields_of_the_contract(quarters: dict[str, Path]) -
     assert 0.5 < found["score"] <= 1
 
 
-def test_requests_of_a_batch_get_their_own_detections_best_first(quarters: dict[str, Path]) -> None:
+def test_each_request_of_a_batch_gets_its_own_detections_best_first(quarters: dict[str, Path]) -> None:
     model = loaded("detect", config(quarters, batch_size=3))
     assert model.batch_size == 3
     both, none, one = evaluate(
@@ -87,7 +87,7 @@ def test_requests_of_a_batch_get_their_own_detections_best_first(quarters: dict[
     assert [each["pts"][0] for each in one["result"]["detections"]] == [[80, 40]]
 
 
-def test_the_threshold_is_the_requests_else_the_releases_else_a_half(quarters: dict[str, Path]) -> None:
+def test_threshold_comes_from_the_request_or_else_the_release_or_else_is_a_half(quarters: dict[str, Path]) -> None:
     image = picture(tl="red", br="dim")
 
     def count(model: ImageNet, params: Any) -> int:
@@ -100,13 +100,13 @@ def test_the_threshold_is_the_requests_else_the_releases_else_a_half(quarters: d
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, "0.5", None, True, [], 10**400])
-def test_a_bad_threshold_is_refused(quarters: dict[str, Path], threshold: Any) -> None:
+def test_bad_threshold_is_refused(quarters: dict[str, Path], threshold: Any) -> None:
     model = loaded("detect", config(quarters))
     with pytest.raises(InvalidArgument, match=r"params\.threshold should be a number from 0 to 1"):
         evaluate(model, (picture(), {"threshold": threshold}))
 
 
-def test_groups_and_odd_params_are_refused(quarters: dict[str, Path]) -> None:
+def test_group_and_params_that_are_no_object_are_refused(quarters: dict[str, Path]) -> None:
     model = loaded("detect", config(quarters))
     with pytest.raises(InvalidArgument, match="detect takes one image, not a list of them"):
         model.preprocess({"data": [{"body": b""}]})
@@ -114,9 +114,9 @@ def test_groups_and_odd_params_are_refused(quarters: dict[str, Path]) -> None:
         evaluate(model, (picture(), [1]))
 
 
-def test_boxes_are_of_the_upright_image(quarters: dict[str, Path]) -> None:
+def test_boxes_refer_to_the_upright_image(quarters: dict[str, Path]) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned a quarter: what is at the top left is at the top right when upright
+    exif[0x0112] = 6  # a quarter turn: the stored top left is the top right of the upright image
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(picture(tl="red")[:, :, ::-1])).save(buffer, "PNG", exif=exif)
     model = loaded("detect", config(quarters))
@@ -126,7 +126,7 @@ def test_boxes_are_of_the_upright_image(quarters: dict[str, Path]) -> None:
     assert [each["pts"] for each in ret["result"]["detections"]] == [[[40, 0], [79, 0], [79, 80], [40, 80]]]
 
 
-def test_what_is_cut_out_of_a_wider_image_is_put_back_in_its_place(quarters: dict[str, Path]) -> None:
+def test_boxes_of_a_cropped_input_refer_to_the_whole_image(quarters: dict[str, Path]) -> None:
     # The net sees the middle half: columns 40 to 120 and rows 20 to 60.
     model = loaded("detect", config(quarters, image_width=32))
     image = np.zeros((80, 160, 3), np.uint8)
@@ -141,11 +141,11 @@ def detections(
     """Return the rets for the rows of a DetectionOutput, one per request for an image of that size."""
     outputs = {"out": np.array(rows).reshape(1, 1, -1, 7)}
     attributes: dict[str, Any] = {"transformer": transformer} if transformer else {}
-    net = answering("detect", outputs, head=detect.DetectionOutput("out"), **attributes)
+    net = with_outputs("detect", outputs, head=detect.DetectionOutput("out"), **attributes)
     return net.infer("r", [detect.Input(np.zeros((2, 2, 3), np.uint8), size, 0.0)] * requests)
 
 
-def test_boxes_are_cut_to_the_image_and_those_outside_of_it_left_out() -> None:
+def test_boxes_are_clipped_to_the_image_and_boxes_outside_are_dropped() -> None:
     (ret,) = detections(
         [0, 1, 0.9, -0.5, -0.5, 1.5, 1.5],
         [0, 2, 0.8, 0.25, 0.5, 0.5, 1.0],
@@ -162,14 +162,14 @@ def test_boxes_are_cut_to_the_image_and_those_outside_of_it_left_out() -> None:
 
 @given(
     size=st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
-    seen=st.tuples(st.integers(1, 400), st.integers(1, 400)),
-    cut=st.integers(0, 400),
+    input_size=st.tuples(st.integers(1, 400), st.integers(1, 400)),
+    margin=st.integers(0, 400),
     box=st.tuples(*[st.floats(-3, 3, width=32)] * 4),
 )
-def test_corners_are_clockwise_from_top_left_within_images_of_any_size(
-    size: tuple[int, int], seen: tuple[int, int], cut: int, box: tuple[float, ...]
+def test_corners_are_clockwise_from_top_left_and_inside_images_of_any_size(
+    size: tuple[int, int], input_size: tuple[int, int], margin: int, box: tuple[float, ...]
 ) -> None:
-    transformer = Transformer((3, *seen), image_width=seen[1] + cut)
+    transformer = Transformer((3, *input_size), image_width=input_size[1] + margin)
     for each in detections([0, 1, 0.9, *box], size=size, transformer=transformer)[0]["result"]["detections"]:
         (left, top), _, (right, bottom), _ = each["pts"]
         assert each["pts"] == [[left, top], [right, top], [right, bottom], [left, bottom]]
@@ -177,13 +177,13 @@ def test_corners_are_clockwise_from_top_left_within_images_of_any_size(
         assert 0 <= top <= bottom < size[1]
 
 
-def test_rows_of_no_image_and_no_rows_are_no_detections() -> None:
+def test_rows_without_an_image_and_an_empty_output_give_no_detections() -> None:
     assert [ret["result"] for ret in detections(requests=2)] == [{"detections": []}] * 2
     rets = detections([-1, 1, 0.9, 0, 0, 1, 1], [1, 1, 0.9, 0, 0, 1, 1], requests=2)
     assert [len(ret["result"]["detections"]) for ret in rets] == [0, 1]
 
 
-def test_what_is_not_finite_fails_its_own_image() -> None:
+def test_row_that_is_not_finite_fails_only_its_own_image() -> None:
     rets = detections([0, 1, float("nan"), 0, 0, 1, 1], [1, 1, 0.9, 0, 0, 1, 1], requests=2)
     assert [ret["code"] for ret in rets] == [500, 0]
 
@@ -196,19 +196,17 @@ def test_what_is_not_finite_fails_its_own_image() -> None:
         ({"output": "conf"}, "the net's outputs are ['detections']; custom_values.output should name"),
     ],
 )
-def test_a_release_that_is_no_detector_does_not_start(
-    quarters: dict[str, Path], fields: dict[str, Any], message: str
-) -> None:
+def test_wrong_custom_values_fail_to_load(quarters: dict[str, Path], fields: dict[str, Any], message: str) -> None:
     assert message in start_error("detect", config(quarters, **fields))
 
 
-def test_a_net_without_detections_does_not_start(tmp_path: Path) -> None:
+def test_net_without_detections_does_not_load(tmp_path: Path) -> None:
     net = files(tmp_path, input_layer(1, 3, 4, 4) + layer("Softmax", tops="prob"))
     assert "'prob' is no such output" in start_error("detect", config(net))
 
 
 @pytest.mark.skipif(not MODELS.is_dir(), reason="the real models are not here")
-def test_a_real_network_finds_the_faces_of_a_photograph() -> None:
+def test_real_network_finds_the_faces_of_a_photograph() -> None:
     names = ("deploy.prototxt", "weight.caffemodel")
     release = config({name: MODELS / "yuface_ssd_v1" / name for name in names}, mean_values=[103.94, 116.78, 123.68])
     model = loaded("detect", release)

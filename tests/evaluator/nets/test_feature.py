@@ -1,4 +1,4 @@
-"""The built-in net for features, on a small net made here."""
+"""The built-in net for features, tested with a small net made here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from atserving.errors import InvalidArgument
 from evaluator.nets import feature
 from tests.caffe.nets import input_layer, layer
-from tests.evaluator.built_in import Array, answering, config, evaluate, files, loaded, start_error
+from tests.evaluator.built_in import Array, config, evaluate, files, loaded, start_error, with_outputs
 
 NET = (
     input_layer(1, 3, 8, 8)
@@ -36,13 +36,13 @@ def numbers(ret: dict[str, Any]) -> Array:
     return np.frombuffer(ret["result_file"], "<f4")
 
 
-def test_the_default_is_the_nets_output(release: dict[str, Path]) -> None:
+def test_default_feature_is_the_output_of_the_net(release: dict[str, Path]) -> None:
     (ret,) = evaluate(loaded("feature", config(release)), (picture(1), None))
     assert numbers(ret).shape == (5,)
     assert numbers(ret).sum() == pytest.approx(1)
 
 
-def test_inner_layers_are_given_by_name_to_each_request_its_own(release: dict[str, Path]) -> None:
+def test_each_request_gets_the_layer_that_it_names(release: dict[str, Path]) -> None:
     model = loaded("feature", config(release, layers=["conv", "fc"]))
     requests = [(picture(1), {"layer": "conv"}), (picture(2), {"layer": "fc"}), (picture(1), {}), (picture(3), None)]
     conv, fc, prob, other = (numbers(ret) for ret in evaluate(model, *requests))
@@ -53,19 +53,19 @@ def test_inner_layers_are_given_by_name_to_each_request_its_own(release: dict[st
     assert not np.array_equal(prob, other)
 
 
-def test_the_default_may_be_an_inner_layer(release: dict[str, Path]) -> None:
+def test_default_feature_can_be_an_inner_layer(release: dict[str, Path]) -> None:
     model = loaded("feature", config(release, layers=["fc"], output="fc"))
     (ret,) = evaluate(model, (picture(1), None))
     assert numbers(ret).sum() != pytest.approx(1)
 
 
 @pytest.mark.parametrize("layer", ["data", "no such", "", None, 5, ["fc"], {"a": 1}])
-def test_other_layers_are_refused(release: dict[str, Path], layer: Any) -> None:
+def test_unknown_layer_is_refused(release: dict[str, Path], layer: Any) -> None:
     with pytest.raises(InvalidArgument, match=r"params\.layer should be one of: prob, fc"):
         evaluate(loaded("feature", config(release, layers=["fc"])), (picture(1), {"layer": layer}))
 
 
-def test_groups_are_refused(release: dict[str, Path]) -> None:
+def test_group_is_refused(release: dict[str, Path]) -> None:
     with pytest.raises(InvalidArgument, match="feature takes one image, not a list of them"):
         loaded("feature", config(release)).preprocess({"data": [{"body": b""}]})
 
@@ -79,18 +79,18 @@ def test_groups_are_refused(release: dict[str, Path]) -> None:
         ({"output": "fc"}, "custom_values.output should name the one of features"),
     ],
 )
-def test_a_wrong_release_does_not_start(release: dict[str, Path], fields: dict[str, Any], message: str) -> None:
+def test_wrong_custom_values_fail_to_load(release: dict[str, Path], fields: dict[str, Any], message: str) -> None:
     assert message in start_error("feature", config(release, **fields))
 
 
-def test_a_net_of_several_outputs_says_which_is_the_default(tmp_path: Path) -> None:
+def test_net_of_several_outputs_requires_a_default_feature(tmp_path: Path) -> None:
     two = files(tmp_path, NET + layer("Flatten", "conv", "flat"))
     assert "custom_values.output should name" in start_error("feature", config(two))
     (ret,) = evaluate(loaded("feature", config(two, output="flat")), (picture(1), None))
     assert numbers(ret).size == 4 * 6 * 6
 
 
-def test_what_is_not_finite_is_the_nets_failure() -> None:
-    net = answering("feature", {"fc": np.array([[1.0, np.nan], [1, 2]]), "odd": np.zeros((1, 3))})
+def test_feature_that_is_not_finite_or_lacks_a_row_gives_code_500() -> None:
+    net = with_outputs("feature", {"fc": np.array([[1.0, np.nan], [1, 2]]), "odd": np.zeros((1, 3))})
     rets = net.infer("r", [feature.Input(np.zeros((2, 2, 3), np.uint8), name) for name in ("fc", "odd")])
     assert [ret["code"] for ret in rets] == [500, 500]

@@ -1,4 +1,4 @@
-"""The detector on nets that end in grids of anchors: small ones made here, whose boxes one can reckon."""
+"""The detector reads nets that end in grids of anchors. The nets are small, so that tests can calculate the boxes."""
 
 from __future__ import annotations
 
@@ -12,32 +12,20 @@ import pytest
 from evaluator.nets import detect, heads
 from evaluator.options import Options
 from tests.caffe.nets import input_layer, layer, normal
-from tests.evaluator.built_in import Array, answering, config, evaluate, files, loaded, start_error
+from tests.evaluator.built_in import Array, config, evaluate, files, loaded, start_error, with_outputs
 
-WIDTH, HEIGHT = 64, 32
-
-
-def grid(stride: int, channels: int, name: str) -> str:
-    """A grid over the input whose numbers are made, by a 1x1 convolution, of the mean colour of each cell."""
-    pooled = f"{name}_mean"
-    return layer(
-        "Pooling", "data", pooled, f"pooling_param {{ pool: AVE kernel_size: {stride} stride: {stride} }}", pooled
-    ) + layer("Convolution", pooled, name, f"convolution_param {{ num_output: {channels} kernel_size: 1 }}", name)
-
-
-def sure_where(colour: int, channel: int, channels: int, bias: list[float]) -> list[Array]:
-    """Weights of such a grid: ``channel`` grows with a colour (0 is blue), which is 0 to 255; all have a bias."""
-    weights = np.zeros((channels, 3, 1, 1))
-    weights[channel, colour] = 0.1
-    return [weights, np.array(bias)]
-
-
-def picture(*cells: tuple[int, int, int], stride: int = 16) -> Array:
-    """Black, of the size of the nets' input, but for cells of a grid, each (row, column, colour)."""
-    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    for row, column, colour in cells:
-        image[row * stride : (row + 1) * stride, column * stride : (column + 1) * stride, colour] = 255
-    return image
+from .head_nets import (
+    HEIGHT,
+    RETINAFACE,
+    RETINAFACE_HEAD,
+    RETINAFACE_WEIGHTS,
+    WIDTH,
+    YOLO,
+    YOLO_HEAD,
+    YOLO_WEIGHTS,
+    grid,
+    picture,
+)
 
 
 def boxes(ret: dict[str, Any]) -> list[tuple[int, list[int]]]:
@@ -45,33 +33,14 @@ def boxes(ret: dict[str, Any]) -> list[tuple[int, list[int]]]:
     return [(each["index"], each["pts"][0] + each["pts"][2]) for each in ret["result"]["detections"]]
 
 
-# Two anchors, each of x, y, width, height, objectness and two classes. The second anchor is sure where it is blue, of
-# its second class; it is moved a quarter of a cell to the right, and made half as wide and twice as high.
-_UNSURE = [0.0, 0, 0, 0, -20, 0, 0]
-YOLO_BIAS = [*_UNSURE, np.log(3), 0, np.log(0.5), np.log(2), -10, -20, 20]
-YOLO = input_layer(1, 3, HEIGHT, WIDTH) + grid(16, 14, "coarse") + grid(8, 14, "fine")
-YOLO_WEIGHTS = {
-    "coarse": sure_where(0, 7 + 4, 14, YOLO_BIAS),
-    # The first anchor of the fine grid is sure of its first class where it is red.
-    "fine": sure_where(2, 4, 14, [0, 0, 0, 0, -10, 20, -20, *_UNSURE]),
-}
-YOLO_HEAD: dict[str, Any] = {
-    "kind": "yolo",
-    "levels": [
-        {"output": "coarse", "stride": 16, "anchors": [[40, 40], [16, 8]]},
-        {"output": "fine", "stride": 8, "anchors": [[8, 8], [30, 30]]},
-    ],
-}
-
-
 @pytest.fixture(scope="module")
 def yolo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files(tmp_path_factory.mktemp("yolo"), YOLO, YOLO_WEIGHTS, "0,red\n1,blue\n")
 
 
-def test_yolo_boxes_are_where_the_cell_the_anchor_and_the_moves_say(yolo: dict[str, Path]) -> None:
+def test_yolo_box_follows_its_cell_its_anchor_and_its_moves(yolo: dict[str, Path]) -> None:
     model = loaded("detect", config(yolo, head=YOLO_HEAD))
-    # The cell's centre is (40, 24), and a quarter of 16 pixels further 44; 8 wide, 16 high.
+    # The cell's centre is (40, 24); the box is moved by a quarter of 16 pixels to x = 44, and is 8 wide and 16 high.
     blue, red, none = evaluate(model, (picture((1, 2, 0)), None), (picture((3, 6, 2), stride=8), {}), (picture(), None))
     assert boxes(blue) == [(1, [40, 16, 48, 31])]
     assert boxes(red) == [(0, [48, 24, 56, 31])]
@@ -79,7 +48,7 @@ def test_yolo_boxes_are_where_the_cell_the_anchor_and_the_moves_say(yolo: dict[s
     assert none["result"] == {"detections": []}
 
 
-def test_a_yolo_score_is_objectness_times_class(tmp_path: Path) -> None:
+def test_yolo_score_is_objectness_times_class_score(tmp_path: Path) -> None:
     net = input_layer(1, 3, HEIGHT, WIDTH) + grid(32, 6, "out")
     weights = {"out": [np.zeros((6, 3, 1, 1)), np.array([0, 0, 0, 0, np.log(4), np.log(3)])]}
     head = {"kind": "yolo", "levels": [{"output": "out", "stride": 32, "anchors": [[4, 4]]}]}
@@ -87,36 +56,14 @@ def test_a_yolo_score_is_objectness_times_class(tmp_path: Path) -> None:
     assert [each["score"] for each in ret["result"]["detections"]] == pytest.approx([0.8 * 0.75] * 2)
 
 
-def test_boxes_are_of_the_image_and_within_it(yolo: dict[str, Path]) -> None:
+def test_boxes_are_scaled_and_clipped_to_the_image(yolo: dict[str, Path]) -> None:
     model = loaded("detect", config(yolo, head=YOLO_HEAD))
     (ret,) = evaluate(model, (cv2.resize(picture((0, 3, 0)), (640, 96)), None))
     # (56 + 4 - 4, 8 - 8) to (64, 16) of 64x32.
     assert boxes(ret) == [(1, [560, 0, 639, 48])]
 
 
-# The second anchor is sure where it is blue, the first where it is red. The scores of a class come together.
-RETINAFACE = (
-    input_layer(1, 3, HEIGHT, WIDTH)
-    + grid(16, 4, "score")
-    + layer("Reshape", "score", "pairs", "reshape_param { shape { dim: 2 dim: -1 dim: 0 } axis: 1 }", "pairs")
-    + layer("Softmax", "pairs", "prob", name="softmax")
-    + layer("Reshape", "prob", "scores", "reshape_param { shape { dim: 4 dim: -1 dim: 0 } axis: 1 }", "scores")
-    + grid(16, 8, "boxes")
-)
-RETINAFACE_WEIGHTS = {
-    "score": [
-        np.array([[0, 0, 0], [0, 0, 0], [0, 0, 0.1], [0.1, 0, 0]]).reshape(4, 3, 1, 1),
-        np.array([10.0, 10, 0, 0]),
-    ],
-    "boxes": [np.zeros((8, 3, 1, 1)), np.array([0, 0, 0, 0, 0.5, -0.25, np.log(0.5), np.log(1.5)])],
-}
-RETINAFACE_HEAD: dict[str, Any] = {
-    "kind": "retinaface",
-    "levels": [{"scores": "scores", "boxes": "boxes", "stride": 16, "anchors": [[16, 16], [8, 8]]}],
-}
-
-
-def test_retinaface_boxes_are_where_the_cell_the_anchor_and_the_moves_say(tmp_path: Path) -> None:
+def test_retinaface_box_follows_its_cell_its_anchor_and_its_moves(tmp_path: Path) -> None:
     model = loaded("detect", config(files(tmp_path, RETINAFACE, RETINAFACE_WEIGHTS), head=RETINAFACE_HEAD))
     red, blue = evaluate(model, (picture((1, 2, 2)), None), (picture((0, 1, 0)), None))
     assert boxes(red) == [(1, [32, 16, 48, 31])]
@@ -124,7 +71,7 @@ def test_retinaface_boxes_are_where_the_cell_the_anchor_and_the_moves_say(tmp_pa
     assert boxes(blue) == [(1, [26, 0, 30, 12])]
 
 
-def test_the_first_anchors_of_retinaface_have_their_centre_at_8_pixels_whatever_the_stride(tmp_path: Path) -> None:
+def test_first_anchors_of_retinaface_are_centred_at_8_pixels_for_any_stride(tmp_path: Path) -> None:
     weights = {
         "score": [np.zeros((2, 3, 1, 1)), np.array([0.1, 0.9])],
         "boxes": [np.zeros((4, 3, 1, 1)), np.zeros(4)],
@@ -136,8 +83,25 @@ def test_the_first_anchors_of_retinaface_have_their_centre_at_8_pixels_whatever_
     assert sorted(boxes(ret)) == [(1, [2, 4, 14, 12]), (1, [34, 4, 46, 12])]
 
 
+def test_retinaface_boxes_come_from_every_grid(tmp_path: Path) -> None:
+    net = input_layer(1, 3, HEIGHT, WIDTH)
+    weights: dict[str, list[Array]] = {}
+    levels = []
+    for stride, colour in ((16, 2), (8, 0)):
+        scores, boxes_ = f"scores{stride}", f"boxes{stride}"
+        net += grid(stride, 2, scores) + grid(stride, 4, boxes_)
+        sure = np.zeros((2, 3, 1, 1))
+        sure[1, colour] = 0.9 / 255
+        weights |= {scores: [sure, np.zeros(2)], boxes_: [np.zeros((4, 3, 1, 1)), np.zeros(4)]}
+        levels.append({"scores": scores, "boxes": boxes_, "stride": stride, "anchors": [[stride, stride]]})
+    model = loaded("detect", config(files(tmp_path, net, weights), head={"kind": "retinaface", "levels": levels}))
+    red_and_blue = picture((1, 2, 2)) + picture((0, 1, 0), stride=8)
+    (ret,) = evaluate(model, (red_and_blue, None))
+    assert sorted(boxes(ret)) == [(1, [12, 4, 20, 12]), (1, [32, 16, 48, 31])]
+
+
 def by_anchor(blob: str, numbers: int) -> str:
-    """The numbers of a grid as (anchors, numbers), as an SSD has them."""
+    """Return layers that reshape a grid's values to (anchors, values), in the order of an SSD."""
     order = "permute_param { order: 0 order: 2 order: 3 order: 1 }"
     shape = f"reshape_param {{ shape {{ dim: 0 dim: -1 dim: {numbers} }} }}"
     last, rows = f"{blob}_last", f"{blob}_rows"
@@ -151,7 +115,7 @@ def prior_box(grid: str, size: int) -> str:
     return layer("PriorBox", f"{grid}_conf data", priors, parameters, priors)
 
 
-# An SSD of two grids, and the same with the layers that find the boxes.
+# An SSD of two grids, first without and then with the layers that decode its boxes.
 SSD = (
     input_layer(1, 3, HEIGHT, WIDTH)
     + "".join(grid(stride, 6, f"{name}_conf") + by_anchor(f"{name}_conf", 3) for name, stride in (("a", 8), ("b", 16)))
@@ -193,24 +157,24 @@ def ssd_weights() -> dict[str, list[Array]]:
     }
 
 
-def test_an_ssd_head_finds_what_the_same_nets_detection_output_does(tmp_path: Path) -> None:
+def test_ssd_head_gives_the_boxes_of_a_detection_output_of_the_same_net(tmp_path: Path) -> None:
     head = loaded("detect", config(files(tmp_path / "head", SSD, ssd_weights()), head=SSD_HEAD, threshold=0.3))
     rows = loaded("detect", config(files(tmp_path / "rows", SSD_ROWS, ssd_weights()), threshold=0.3))
     images = [
         (np.random.default_rng(seed).integers(0, 255, (HEIGHT, WIDTH, 3)).astype(np.uint8), None) for seed in range(3)
     ]
-    for ours, caffes in zip(evaluate(head, *images), evaluate(rows, *images), strict=True):
-        expected = caffes["result"]["detections"]
+    for ours, reference in zip(evaluate(head, *images), evaluate(rows, *images), strict=True):
+        expected = reference["result"]["detections"]
         assert len(expected) > 10
         assert {each["index"] for each in expected} == {1, 2}
-        assert boxes(ours) == boxes(caffes)
+        assert boxes(ours) == boxes(reference)
         np.testing.assert_allclose(
             [each["score"] for each in ours["result"]["detections"]], [each["score"] for each in expected], rtol=1e-5
         )
 
 
-def crowded(tmp_path: Path, moves: list[float], nms_threshold: float) -> list[tuple[int, list[int]]]:
-    """What is found by a YOLO of one anchor of 24x16 a cell, all of which are sure of two classes."""
+def overlapping_boxes(tmp_path: Path, moves: list[float], nms_threshold: float) -> list[tuple[int, list[int]]]:
+    """Return the boxes of a YOLO with one anchor of 24x16 in each cell; every anchor scores high in two classes."""
     net = input_layer(1, 3, HEIGHT, WIDTH) + grid(16, 7, "out")
     weights = {"out": [np.zeros((7, 3, 1, 1)), np.array([*moves, 9, 9, 9])]}
     head = {"kind": "yolo", "levels": [{"output": "out", "stride": 16, "anchors": [[24, 16]]}]}
@@ -218,21 +182,21 @@ def crowded(tmp_path: Path, moves: list[float], nms_threshold: float) -> list[tu
     return boxes(evaluate(loaded("detect", release), (picture(), None))[0])
 
 
-def test_of_boxes_that_overlap_the_surest_of_each_class_stays(tmp_path: Path) -> None:
+def test_overlapping_boxes_of_a_class_are_suppressed(tmp_path: Path) -> None:
     # Neighbours share 8 of 40 columns, a fifth of their union.
-    apart, together = (crowded(tmp_path, [0, 0, 0, 0], threshold) for threshold in (0.21, 0.19))
+    apart, together = (overlapping_boxes(tmp_path, [0, 0, 0, 0], threshold) for threshold in (0.21, 0.19))
     assert [len(apart), len(together)] == [16, 8]
     assert {each for each, _ in together} == {0, 1}
 
 
-def test_an_anchor_can_not_be_stretched_beyond_all_bounds(tmp_path: Path) -> None:
-    found = crowded(tmp_path, [0, 0, 1e30, 1e30], 1.0)
+def test_huge_moves_give_boxes_inside_the_image_or_none(tmp_path: Path) -> None:
+    found = overlapping_boxes(tmp_path, [0, 0, 1e30, 1e30], 1.0)
     assert found == [(label, [0, 0, WIDTH - 1, HEIGHT - 1]) for label, _ in found]
-    assert crowded(tmp_path, [-1e30, 1e30, -1e30, -1e30], 1.0) == []
+    assert overlapping_boxes(tmp_path, [-1e30, 1e30, -1e30, -1e30], 1.0) == []
 
 
 def yolo_head(size: int) -> tuple[heads.Head, dict[str, Array]]:
-    """A head on a net of one grid of ``size`` x ``size`` cells and one class, and outputs of two images, all unsure."""
+    """Return a head of one grid of ``size`` x ``size`` cells and one class, and low-scored outputs of two images."""
 
     class Grid:
         outputs = ("out",)
@@ -245,7 +209,7 @@ def yolo_head(size: int) -> tuple[heads.Head, dict[str, Array]]:
     return heads.read(Options("head", fields), Grid(), (size * 8, size * 8)), {"out": outputs}  # type: ignore[arg-type]
 
 
-def test_the_surest_thousand_boxes_of_an_image_are_looked_at() -> None:
+def test_thousand_highest_scored_boxes_of_an_image_are_read() -> None:
     head, outputs = yolo_head(100)
     outputs["out"][1] = np.random.default_rng(1).normal(0, 1, (6, 100, 100))
     rows = head.rows(outputs, 1, 0.0)
@@ -256,12 +220,12 @@ def test_the_surest_thousand_boxes_of_an_image_are_looked_at() -> None:
 
 
 @pytest.mark.parametrize("channel", range(6))
-def test_what_is_no_number_fails_its_own_image(channel: int) -> None:
+def test_value_that_is_not_finite_fails_only_its_own_image(channel: int) -> None:
     head, outputs = yolo_head(40)
     outputs["out"][1, 4:, 5, 7] = 9
     outputs["out"][1, channel, 5, 7] = np.nan
-    net = answering("detect", outputs, head=head)
-    # Also with a threshold of 0, when many other boxes pass.
+    net = with_outputs("detect", outputs, head=head)
+    # With a threshold of 0 many other boxes pass as well.
     for threshold in (0.1, 0.0):
         rets = net.infer("r", [detect.Input(np.zeros((2, 2, 3), np.uint8), (320, 320), threshold)] * 2)
         assert [ret["code"] for ret in rets] == [0, 500]
@@ -321,17 +285,17 @@ COARSE, FINE = YOLO_HEAD["levels"]
         ),
     ],
 )
-def test_a_head_that_is_none_or_does_not_fit_does_not_start(yolo: dict[str, Path], head: Any, message: str) -> None:
+def test_malformed_head_fails_to_load(yolo: dict[str, Path], head: Any, message: str) -> None:
     assert message in start_error("detect", config(yolo, head=head))
 
 
-def test_an_output_without_a_grid_is_no_level(tmp_path: Path) -> None:
+def test_output_without_a_grid_is_refused_as_a_level(tmp_path: Path) -> None:
     net = files(tmp_path, YOLO + layer("Reduction", "data", "sum", "reduction_param { axis: 1 }"))
     head = {"kind": "yolo", "levels": [{**COARSE, "output": "sum"}]}
     assert "should be an output of shape (12, 2, 4), not ()" in start_error("detect", config(net, head=head))
 
 
-def test_a_retinaface_head_has_to_fit_its_net(tmp_path: Path) -> None:
+def test_retinaface_head_must_fit_its_net(tmp_path: Path) -> None:
     net = files(tmp_path, RETINAFACE, RETINAFACE_WEIGHTS)
     (level,) = RETINAFACE_HEAD["levels"]
     for changed, message in (
@@ -346,7 +310,7 @@ def test_a_retinaface_head_has_to_fit_its_net(tmp_path: Path) -> None:
         assert f"custom_values.head.levels[0].{message}" in error
 
 
-def test_an_ssd_head_has_to_fit_its_net(tmp_path: Path) -> None:
+def test_ssd_head_must_fit_its_net(tmp_path: Path) -> None:
     net = files(tmp_path, SSD, ssd_weights())
     fine, coarse = SSD_HEAD["levels"]
     for changed, message in (

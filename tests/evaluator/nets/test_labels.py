@@ -1,4 +1,4 @@
-"""``labels.csv``: class names by index, and one clear message for what is wrong."""
+"""``labels.csv`` gives class names by index; an error in it is one message that names the line."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ FORM = "a class index and a name, such as 0,cat"
         ("", {}),
     ],
 )
-def test_labels_are_read(text: str, names: dict[int, str], tmp_path: Path) -> None:
+def test_labels_are_read_by_index(text: str, names: dict[int, str], tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text(text, encoding="utf-8", newline="")
     assert labels.read(path) == names
 
 
-def test_without_a_file_there_are_no_labels() -> None:
+def test_release_without_a_file_has_no_labels() -> None:
     assert labels.read(None) == {}
 
 
@@ -50,7 +50,7 @@ def test_without_a_file_there_are_no_labels() -> None:
         (b"0," + b"x" * 200_000, "labels.csv: line 1: field larger than field limit (131072)"),
     ],
 )
-def test_an_error_names_its_line(data: bytes, message: str, tmp_path: Path) -> None:
+def test_error_names_the_line_and_the_form(data: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_bytes(data)
     with pytest.raises(StartError) as error:

@@ -1,4 +1,4 @@
-"""The built-in segmenter, on small nets made here: score maps, label maps, regions, colours."""
+"""The built-in segmenter, tested with small nets made here: score maps, label maps, regions and colours."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from evaluator.nets import segment
 from evaluator.nets.palette import palette
 from evaluator.runtime.preprocessing import Transformer
 from tests.caffe.nets import input_layer, layer
-from tests.evaluator.built_in import Array, answering, config, evaluate, files, loaded, start_error
+from tests.evaluator.built_in import Array, config, evaluate, files, loaded, start_error, with_outputs
 
-# Halves the size and doubles it again. Class 1 is blue, class 2 red, all else is background.
+# Halves the size and doubles it again. Class 1 is blue, class 2 red, any other colour is background.
 SCORES = (
     input_layer(1, 3, 32, 32)
     + layer("Convolution", "data", "small", "convolution_param { num_output: 3 kernel_size: 2 stride: 2 }", "small")
@@ -51,7 +51,7 @@ def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def picture() -> Array:
-    """128 wide, 64 high: a blue rectangle, a red one, and a blue one far from the first."""
+    """Return an image 128 wide and 64 high with two blue rectangles, far from each other, and a red one."""
     image = np.zeros((64, 128, 3), np.uint8)
     image[8:24, 16:48] = BLUE
     image[32:56, 64:96] = RED
@@ -60,13 +60,15 @@ def picture() -> Array:
 
 
 def mask(ret: dict[str, Any]) -> Array:
-    """(height, width, 3), red, green and blue."""
+    """Return the mask of a ret as (height, width, 3): red, green and blue."""
     head, _, data = ret["result"]["mask"].partition(",")
     assert head == "data:image/png;base64"
-    return cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1]
+    decoded = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)
+    assert decoded is not None
+    return decoded[:, :, ::-1]
 
 
-def test_the_result_has_the_fields_of_the_contract(release: dict[str, Path]) -> None:
+def test_result_has_the_fields_of_the_contract(release: dict[str, Path]) -> None:
     (ret,) = evaluate(loaded("segment", config(release)), (picture(), None))
     assert (ret["code"], list(ret["result"])) == (0, ["mask", "detections"])
     found = ret["result"]["detections"]
@@ -79,30 +81,30 @@ def test_the_result_has_the_fields_of_the_contract(release: dict[str, Path]) -> 
     assert scores == sorted(scores, reverse=True)
 
 
-def test_the_mask_has_the_images_size_and_the_classes_colours(release: dict[str, Path]) -> None:
+def test_mask_has_the_size_of_the_image_and_the_colours_of_the_classes(release: dict[str, Path]) -> None:
     (ret,) = evaluate(loaded("segment", config(release)), (picture(), {}))
-    painted = mask(ret)
-    assert painted.shape == (64, 128, 3)
-    expected = np.zeros_like(painted)
+    colours = mask(ret)
+    assert colours.shape == (64, 128, 3)
+    expected = np.zeros_like(colours)
     expected[(picture() == BLUE).all(axis=2)] = (128, 0, 0)
     expected[(picture() == RED).all(axis=2)] = (0, 128, 0)
-    # Borders may move by a pixel of the net's output, which is four of the image's.
-    assert (painted == expected).all(axis=2).mean() > 0.95
-    assert {tuple(colour) for colour in painted.reshape(-1, 3).tolist()} == {(0, 0, 0), (128, 0, 0), (0, 128, 0)}
+    # Borders may move by a pixel of the net's output, or four pixels of the image.
+    assert (colours == expected).all(axis=2).mean() > 0.95
+    assert {tuple(colour) for colour in colours.reshape(-1, 3).tolist()} == {(0, 0, 0), (128, 0, 0), (0, 128, 0)}
 
 
-def test_outlines_are_pixels_of_their_region(release: dict[str, Path]) -> None:
+def test_outline_consists_of_pixels_of_its_region(release: dict[str, Path]) -> None:
     (ret,) = evaluate(loaded("segment", config(release)), (picture(), None))
-    painted = mask(ret)
+    colours = mask(ret)
     for each in ret["result"]["detections"]:
         assert all(type(number) is int for point in each["pts"] for number in point)
-        assert all(painted[y, x].tolist() == each["color"] for x, y in each["pts"])
+        assert all(colours[y, x].tolist() == each["color"] for x, y in each["pts"])
     (red,) = (each for each in ret["result"]["detections"] if each["index"] == 2)
     left, top, width, height = cv2.boundingRect(np.array(red["pts"]))
     np.testing.assert_allclose([left, top, width, height], [64, 32, 32, 24], atol=4)
 
 
-def test_requests_of_a_batch_get_their_own(release: dict[str, Path]) -> None:
+def test_each_request_of_a_batch_gets_its_own_result(release: dict[str, Path]) -> None:
     model = loaded("segment", config(release))
     empty, full = evaluate(model, (np.zeros((10, 20, 3)), None), (np.full((30, 10, 3), RED), None))
     assert empty["result"]["detections"] == []
@@ -111,14 +113,14 @@ def test_requests_of_a_batch_get_their_own(release: dict[str, Path]) -> None:
     assert everything["pts"] == [[0, 0], [0, 29], [9, 29], [9, 0]]
 
 
-def test_what_the_net_does_not_see_is_background(release: dict[str, Path]) -> None:
+def test_margin_outside_the_cropped_input_is_background(release: dict[str, Path]) -> None:
     model = loaded("segment", config(release, image_width=64))
     (ret,) = evaluate(model, (np.full((64, 128, 3), RED), None))
     (region,) = ret["result"]["detections"]
     assert region["pts"] == [[32, 16], [32, 47], [95, 47], [95, 16]]
 
 
-def test_colours_and_background_are_the_releases(release: dict[str, Path]) -> None:
+def test_release_chooses_the_colours_and_the_background(release: dict[str, Path]) -> None:
     model = loaded("segment", config(release, colors=[[1, 2, 3], [4, 5, 6]], background=1))
     (ret,) = evaluate(model, (picture(), None))
     assert mask(ret)[0, 0].tolist() == [1, 2, 3]
@@ -138,30 +140,30 @@ def test_colours_and_background_are_the_releases(release: dict[str, Path]) -> No
         ({"background": -2}, "custom_values.background is -2, should be the index of a class, or -1 for none"),
     ],
 )
-def test_a_wrong_release_does_not_start(release: dict[str, Path], fields: dict[str, Any], message: str) -> None:
+def test_wrong_custom_values_fail_to_load(release: dict[str, Path], fields: dict[str, Any], message: str) -> None:
     assert message in start_error("segment", config(release, **fields))
 
 
-def test_a_net_without_a_map_does_not_start(tmp_path: Path) -> None:
+def test_net_without_a_map_does_not_load(tmp_path: Path) -> None:
     net = files(tmp_path, input_layer(1, 3, 4, 4) + layer("Flatten", tops="flat"))
     assert "'flat' is none" in start_error("segment", config(net))
 
 
-def test_groups_are_refused(release: dict[str, Path]) -> None:
+def test_group_is_refused(release: dict[str, Path]) -> None:
     with pytest.raises(InvalidArgument, match="segment takes one image, not a list of them"):
         loaded("segment", config(release)).preprocess({"data": [{"body": b""}] * 2})
 
 
 def of_map(output: Array, size: tuple[int, int] | None = None, **attributes: Any) -> Ret:
     """Return the ret for a net's output, for an image of that width and height, or of the output's size."""
-    net = answering("segment", {"out": output[np.newaxis]}, **attributes)
+    net = with_outputs("segment", {"out": output[np.newaxis]}, **attributes)
     (ret,) = net.infer(
         "r", [segment.Input(np.zeros((2, 2, 3), np.uint8), size or (output.shape[-1], output.shape[-2]))]
     )
     return ret
 
 
-def test_regions_touch_at_corners_and_may_lie_in_anothers_hole() -> None:
+def test_pixels_that_touch_at_corners_are_one_region_and_an_island_is_another() -> None:
     labels = np.zeros((9, 9))
     labels[0:7, 0:7] = 1
     labels[1:6, 1:6] = 0
@@ -173,52 +175,52 @@ def test_regions_touch_at_corners_and_may_lie_in_anothers_hole() -> None:
     assert [each["score"] for each in found] == [1.0, 1.0]
 
 
-def test_a_regions_score_is_its_mean() -> None:
+def test_score_of_a_region_is_the_mean_over_its_pixels() -> None:
     scores = np.zeros((2, 2, 4))
     scores[1] = [[0.9, 0.7, 0.2, 0.6], [0.9, 0.7, 0.2, 0.6]]
     scores[0] = 1 - scores[1]
     found = of_map(scores)["result"]["detections"]
     assert [round(each["score"], 4) for each in found] == [0.8, 0.6]
-    # What does not add up to one goes through a softmax.
+    # The segmenter applies a softmax to scores whose sum is not one.
     found = of_map(np.stack([np.zeros((2, 2)), np.full((2, 2), np.log(3))]))["result"]["detections"]
     assert [round(each["score"], 4) for each in found] == [0.75]
 
 
 @given(
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    seen=st.tuples(st.integers(1, 30), st.integers(1, 30)),
-    cut=st.integers(0, 40),
+    input_size=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    margin=st.integers(0, 40),
     classes=st.integers(1, 4),
     seed=st.integers(0, 1000),
 )
 @settings(deadline=None)
-def test_masks_and_outlines_fit_images_of_any_size(
-    size: tuple[int, int], seen: tuple[int, int], cut: int, classes: int, seed: int
+def test_mask_and_outlines_fit_images_of_any_size(
+    size: tuple[int, int], input_size: tuple[int, int], margin: int, classes: int, seed: int
 ) -> None:
     random = np.random.default_rng(seed)
     shape = (classes, *random.integers(1, 9, 2))
     output = random.normal(0, 3, shape) if classes > 1 else random.integers(0, 4, shape)
-    transformer = Transformer((3, *seen), image_width=seen[1] + cut)
+    transformer = Transformer((3, *input_size), image_width=input_size[1] + margin)
     ret = of_map(output, size=size, transformer=transformer, _background=int(random.integers(-1, 2)))
-    painted = mask(ret)
-    assert painted.shape == (size[1], size[0], 3)
+    colours = mask(ret)
+    assert colours.shape == (size[1], size[0], 3)
     for each in ret["result"]["detections"]:
         assert all(0 <= x < size[0] and 0 <= y < size[1] for x, y in each["pts"])
-        assert all(painted[y, x].tolist() == each["color"] for x, y in each["pts"])
+        assert all(colours[y, x].tolist() == each["color"] for x, y in each["pts"])
         assert 0 <= each["score"] <= 1
 
 
-def test_noise_gives_the_largest_regions_only() -> None:
+def test_only_the_1000_largest_regions_are_listed() -> None:
     noise = np.random.default_rng(1).random((300, 300)) < 0.1
     assert len(of_map(noise)["result"]["detections"]) == 1000
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1, 2**20])
-def test_an_output_that_is_no_map_is_the_nets_failure(value: float) -> None:
+def test_output_that_is_no_map_gives_code_500(value: float) -> None:
     assert of_map(np.full((4, 4), value))["code"] == 500
 
 
-def test_the_palette_is_that_of_pascal_voc() -> None:
+def test_default_palette_is_the_palette_of_pascal_voc() -> None:
     assert palette()[:4].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
     assert palette()[[8, 15, 20, 255]].tolist() == [[64, 0, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192]]
     assert len(np.unique(palette(), axis=0)) == 256

@@ -1,4 +1,4 @@
-"""How many threads are worth having is what the container grants, not what the machine has."""
+"""The number of CPUs follows the quotas of the container, not the size of the machine."""
 
 import os
 from pathlib import Path
@@ -24,20 +24,20 @@ def _eight_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         ("?", 8),
     ],
 )
-def test_the_quota_of_a_cgroup_counts(quota: str, count: int, tmp_path: Path) -> None:
+def test_quota_of_a_cgroup_limits_the_cpus(quota: str, count: int, tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text(quota + "\n")
     assert cpus.available(tmp_path, tmp_path / "none") == count
 
 
 @pytest.mark.parametrize(("quota_us", "count"), [("-1", 8), ("250000", 3)])
-def test_the_older_cgroups_quota_counts_too(quota_us: str, count: int, tmp_path: Path) -> None:
+def test_quota_of_a_version_1_cgroup_limits_the_cpus(quota_us: str, count: int, tmp_path: Path) -> None:
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota_us)
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000")
     assert cpus.available(tmp_path, tmp_path / "none") == count
 
 
-def test_without_a_cgroup_the_affinity_counts(tmp_path: Path) -> None:
+def test_affinity_limits_the_cpus_without_a_cgroup(tmp_path: Path) -> None:
     assert cpus.available(tmp_path, tmp_path / "none") == 8
 
 
@@ -50,7 +50,7 @@ def test_without_a_cgroup_the_affinity_counts(tmp_path: Path) -> None:
         ("0::/../outside\n", {"a": "100000 100000"}, 8),
     ],
 )
-def test_a_cgroup_of_its_own_counts_and_those_above_it(
+def test_smallest_quota_of_the_own_cgroup_and_its_parents_limits_the_cpus(
     own: str, quotas: dict[str, str], count: int, tmp_path: Path
 ) -> None:
     (tmp_path / "own").write_text("12:memory:/a\n" + own)
@@ -60,7 +60,7 @@ def test_a_cgroup_of_its_own_counts_and_those_above_it(
     assert cpus.available(tmp_path / "cgroup", tmp_path / "own") == count
 
 
-def test_the_older_cgroup_of_its_own_counts_too(tmp_path: Path) -> None:
+def test_quota_of_the_own_version_1_cgroup_limits_the_cpus(tmp_path: Path) -> None:
     (tmp_path / "own").write_text("4:cpu,cpuacct:/service\n")
     folder = tmp_path / "cpu" / "service"
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""One session of onnxruntime on the CPU; see test_gpu.py for others."""
+"""An engine is one session of onnxruntime, here on the CPU. test_gpu.py tests the others."""
 
 import onnx
 import pytest
@@ -20,12 +20,12 @@ def model() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
 
 
-def test_inputs_and_outputs_are_known_without_their_batch() -> None:
+def test_engine_gives_names_and_shapes_without_the_batch() -> None:
     engine = Engine(model(), Device(intra_op_threads=1))
     assert [(blob.name, blob.shape) for blob in (*engine.inputs, *engine.outputs)] == [("data", (3,)), ("prob", (3,))]
 
 
-def test_a_graph_that_can_not_be_loaded_is_one_line() -> None:
+def test_broken_graph_gives_an_error_of_one_line() -> None:
     broken = model()
     broken.graph.node[0].op_type = "NoSuchOperator"
     with pytest.raises(StartError, match="onnxruntime can't load the net on CPU") as error:

@@ -1,6 +1,6 @@
-"""Nets on a GPU: the answers of the CPU, by CUDA, by TensorRT and in float16; and how it fails where there is none.
+"""Nets on a GPU give the results of the CPU, with CUDA, with TensorRT and in float16, or say what is missing.
 
-What needs a GPU is skipped elsewhere; all else of the seam, ``evaluator/runtime/gpu.py``, is tried on the CPU.
+Tests that need a GPU are skipped elsewhere; the others run ``evaluator/runtime/gpu.py`` on the CPU.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def batch(size: int) -> dict[str, Array]:
     return {"data": np.random.default_rng(size).normal(0, 1, (size, 3, 24, 32)).astype(np.float32)}
 
 
-def assert_near(given: Sequence[Array], expected: Sequence[Array], tolerance: float) -> None:
-    """``tolerance`` is relative to the largest number of an output."""
-    for actual, wanted in zip(given, expected, strict=True):
-        assert (actual.dtype, actual.shape) == (np.float32, wanted.shape)
-        np.testing.assert_allclose(actual, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+def assert_near(actual: Sequence[Array], expected: Sequence[Array], tolerance: float) -> None:
+    """Assert that outputs are equal but for ``tolerance``, a share of the largest value of an output."""
+    for output, wanted in zip(actual, expected, strict=True):
+        assert (output.dtype, output.shape) == (np.dtype(np.float32), wanted.shape)
+        np.testing.assert_allclose(output, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -82,7 +82,9 @@ def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
         pytest.param(replace(GPU, tensorrt=True, fp16=True), 3e-2, marks=with_tensorrt, id="tensorrt, fp16"),
     ],
 )
-def test_answers_are_those_of_the_cpu(device: Device, tolerance: float, net: tuple[Path, Path], tmp_path: Path) -> None:
+def test_gpu_gives_the_outputs_of_the_cpu(
+    device: Device, tolerance: float, net: tuple[Path, Path], tmp_path: Path
+) -> None:
     plain = Engine(graph(net))
     model = gpu.halved(graph(net)) if device.halves_graph else graph(net)
     engine = Engine(model, replace(device, cache=tmp_path / "tensorrt"))
@@ -94,25 +96,25 @@ def test_answers_are_those_of_the_cpu(device: Device, tolerance: float, net: tup
         assert len(list((tmp_path / "tensorrt").glob("*.engine"))) == 1
     with ThreadPoolExecutor(4) as threads:
         sizes = BATCHES * 8
-        for size, given in zip(sizes, threads.map(lambda size: engine.run(OUTPUTS, batch(size)), sizes), strict=True):
-            assert_near(given, expected[size], tolerance)
+        for size, actual in zip(sizes, threads.map(lambda size: engine.run(OUTPUTS, batch(size)), sizes), strict=True):
+            assert_near(actual, expected[size], tolerance)
 
 
 @on_gpu
-def test_a_built_in_net_answers_on_a_gpu_as_on_the_cpu(tmp_path: Path) -> None:
+def test_built_in_net_gives_the_same_result_on_gpu_and_cpu(tmp_path: Path) -> None:
     release = files(tmp_path, NET)
     options = {"channel_swap": [2, 1, 0], "mean_values": [104, 117, 123], "input_scale": 0.017, "output": "prob"}
     pictures = [np.random.default_rng(seed).integers(0, 256, (40, 30, 3), np.uint8) for seed in range(5)]
-    answers = []
+    outputs_by_device = []
     for device in ("CPU", "GPU"):
         model = loaded("feature", config(release, use_device=device, **options))
         rets = evaluate(model, *((picture, None) for picture in pictures))
-        answers.append(np.stack([np.frombuffer(ret["result_file"], "<f4") for ret in rets]))
-    assert_near(answers[1:], answers[:1], 5e-3)
+        outputs_by_device.append(np.stack([np.frombuffer(ret["result_file"], "<f4") for ret in rets]))
+    assert_near(outputs_by_device[1:], outputs_by_device[:1], 5e-3)
 
 
 @on_gpu
-def test_a_gpu_that_is_not_there_stops_the_start(net: tuple[Path, Path]) -> None:
+def test_missing_gpu_fails_to_load(net: tuple[Path, Path]) -> None:
     with pytest.raises(StartError, match=f"use_device is GPU:{gpu.count()}, but the last GPU here is"):
         Engine(graph(net), Device(f"GPU:{gpu.count()}"))
 
@@ -122,17 +124,17 @@ def bound_runs(bound: onnxruntime.InferenceSession, sizes: Sequence[int]) -> lis
         return list(threads.map(lambda size: gpu.run(bound, OUTPUTS, batch(size)), sizes))
 
 
-def test_inputs_and_outputs_are_bound_for_each_call(net: tuple[Path, Path]) -> None:
+def test_concurrent_calls_have_their_own_inputs_and_outputs(net: tuple[Path, Path]) -> None:
     plain = session(graph(net))
     expected = {size: plain.run(OUTPUTS, batch(size)) for size in BATCHES}
     sizes = BATCHES * 8
-    # All are kept until the end, when nothing but themselves holds their numbers.
-    given = bound_runs(session(graph(net)), sizes)
-    for size, outputs in zip(sizes, given, strict=True):
+    # All outputs stay alive until the end, so that none may reuse another's memory.
+    actual = bound_runs(session(graph(net)), sizes)
+    for size, outputs in zip(sizes, actual, strict=True):
         assert_near(outputs, expected[size], 1e-6)
 
 
-def test_only_the_outputs_that_are_asked_for_come_in_their_order(net: tuple[Path, Path]) -> None:
+def test_run_returns_the_requested_outputs_in_order(net: tuple[Path, Path]) -> None:
     bound = session(graph(net))
     fc, prob = gpu.run(bound, ["fc", "prob"], batch(2))
     (alone,) = gpu.run(bound, ["fc"], batch(2))
@@ -140,7 +142,7 @@ def test_only_the_outputs_that_are_asked_for_come_in_their_order(net: tuple[Path
     assert prob.sum() == pytest.approx(2, abs=1e-5)
 
 
-def test_float16_is_inside_only(net: tuple[Path, Path]) -> None:
+def test_halved_graph_keeps_float32_inputs_and_outputs(net: tuple[Path, Path]) -> None:
     halved = gpu.halved(graph(net))
     types = [value.type.tensor_type.elem_type for value in (*halved.graph.input, *halved.graph.output)]
     assert set(types) == {onnx.TensorProto.FLOAT}
@@ -151,17 +153,15 @@ def test_float16_is_inside_only(net: tuple[Path, Path]) -> None:
     assert_near(session(halved).run(OUTPUTS, batch(3)), session(graph(net)).run(OUTPUTS, batch(3)), 2e-2)
 
 
-def test_a_release_in_float16_keeps_pixels_and_means_in_float32(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_release_in_float16_keeps_pixels_and_means_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models: list[onnx.ModelProto] = []
 
-    class Kept(Engine):
+    class RecordingEngine(Engine):
         def __init__(self, model: onnx.ModelProto, device: Device) -> None:
             models.append(model)
             super().__init__(model)
 
-    monkeypatch.setattr("evaluator.nets.image_input.Engine", Kept)
+    monkeypatch.setattr("evaluator.nets.image_input.Engine", RecordingEngine)
     release = config(
         files(tmp_path, NET), use_device="GPU", mean_values=104.01, input_scale=0.017, model_params={"fp16": True}
     )
@@ -174,7 +174,7 @@ def test_a_release_in_float16_keeps_pixels_and_means_in_float32(
     assert tensors[nodes["Sub"].input[1]].data_type == onnx.TensorProto.FLOAT
 
 
-def test_providers_get_the_releases_options(
+def test_options_of_the_release_reach_the_providers(
     net: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -198,17 +198,22 @@ def test_providers_get_the_releases_options(
 
 
 @without_cuda
-def test_an_onnxruntime_without_cuda_does_not_fall_back(net: tuple[Path, Path]) -> None:
+def test_gpu_release_is_refused_by_an_onnxruntime_without_cuda(net: tuple[Path, Path]) -> None:
     with pytest.raises(StartError, match="use_device is GPU:1, but this onnxruntime has no CUDA"):
         Engine(graph(net), Device("GPU:1"))
 
 
-class Silent:
-    """onnxruntime, as it was seen where CUDA's or TensorRT's libraries can't be loaded, or the GPU is not there."""
+class FakeOnnxruntime:
+    """Acts as onnxruntime does without a GPU or without the libraries of CUDA or TensorRT.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, gpus: int, got: list[str], error: str = "") -> None:
+    Its sessions get only some providers, without an error, or raise ``error``.
+    """
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, gpus: int, session_providers: list[str], error: str = ""
+    ) -> None:
         self._session = onnxruntime.InferenceSession
-        self._got, self._error = got, error
+        self._providers, self._error = session_providers, error
         available = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
         monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
         monkeypatch.setattr(onnxruntime, "InferenceSession", self)
@@ -219,16 +224,16 @@ class Silent:
         if self._error:
             raise RuntimeError(self._error)
         made = self._session(graph, options, providers=["CPUExecutionProvider"])
-        made.get_providers = lambda: self._got
+        made.get_providers = lambda: self._providers
         return made
 
 
 CPU_ONLY = ["CPUExecutionProvider"]
-CUDA_TOO = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+CUDA_AND_CPU = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
 @pytest.mark.parametrize(
-    ("device", "gpus", "got", "error", "message"),
+    ("device", "gpus", "session_providers", "error", "message"),
     [
         (Device("GPU"), 0, CPU_ONLY, "", "use_device is GPU, but .* there is no GPU, or no driver"),
         (Device("GPU:2"), 1, CPU_ONLY, "", "use_device is GPU:2, but the last GPU here is GPU:0"),
@@ -240,7 +245,7 @@ CUDA_TOO = ["CUDAExecutionProvider", "CPUExecutionProvider"]
             "use_device is GPU:2, but the last GPU here",
         ),
         (Device("GPU"), 1, CPU_ONLY, "", r"use_device is GPU, but onnxruntime can't use CUDA here \(its libraries"),
-        (Device("GPU", tensorrt=True), 1, CUDA_TOO, "", "model_params.tensorrt is true, but onnxruntime can't use"),
+        (Device("GPU", tensorrt=True), 1, CUDA_AND_CPU, "", "model_params.tensorrt is true, but onnxruntime can't use"),
         (
             Device("GPU", tensorrt=True),
             1,
@@ -258,16 +263,16 @@ CUDA_TOO = ["CUDAExecutionProvider", "CPUExecutionProvider"]
         (Device("GPU"), 1, [], "CUDA failure 2: out of memory\n at", "can't load the net on GPU: CUDA failure 2: out"),
     ],
 )
-def test_a_session_that_got_less_than_it_should_is_refused(
+def test_session_without_the_requested_provider_is_refused(
     device: Device,
     gpus: int,
-    got: list[str],
+    session_providers: list[str],
     error: str,
     message: str,
     net: tuple[Path, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    Silent(monkeypatch, gpus, got, error)
+    FakeOnnxruntime(monkeypatch, gpus, session_providers, error)
     with pytest.raises(StartError, match=message) as raised:
         Engine(graph(net), device)
     assert "\n" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""The arithmetic of a release, done in the graph: the numbers are those that the plain path makes."""
+"""The graph of a built-in net scales, swaps and subtracts exactly as the transformer does."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from evaluator.caffe import convert
 from evaluator.fetching.unpack import unpack
-from evaluator.images.decoding import decode
+from evaluator.images import decode
 from evaluator.runtime import input_graph, preprocessing
 from evaluator.runtime.engine import Engine
 from evaluator.runtime.net import Net
 from tests.caffe.nets import input_layer, layer, write_net
 from tests.evaluator.built_in import config, evaluate, files, loaded, png
-from tests.evaluator.conftest import DIGITS
-from tests.evaluator.runtime.test_preprocessing import write_mean
+from tests.evaluator.digits import DIGITS
+from tests.evaluator.mean_file import write_mean
 
 HEIGHT, WIDTH = 6, 8
 SWAP = {"channel_swap": [2, 1, 0]}
@@ -45,12 +45,12 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def identity(channels: int) -> str:
-    """A net that gives its input."""
+    """Return a net that gives its input."""
     return input_layer(1, channels, HEIGHT, WIDTH) + layer("Flatten", tops="flat")
 
 
 def pictures(count: int) -> list[NDArray[np.uint8]]:
-    """Of several sizes."""
+    """Return images of different sizes."""
     random = np.random.default_rng(3)
     return [random.integers(0, 256, (20 + 7 * each, 31 - each, 3), np.uint8) for each in range(count)]
 
@@ -58,7 +58,7 @@ def pictures(count: int) -> list[NDArray[np.uint8]]:
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("channels", [3, 1], ids=["colour", "grey"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_graphs_numbers_are_the_plain_paths(
+def test_graph_gives_the_numbers_of_the_transformer(
     options: dict[str, Any], channels: int, on_cpu: bool, tmp_path: Path
 ) -> None:
     options = dict(options)
@@ -77,12 +77,12 @@ def test_the_graphs_numbers_are_the_plain_paths(
         batch = np.stack([transformer.pixels(image) for image in pictures(count)])
         assert batch.dtype == np.uint8
         expected = np.stack([transformer(image) for image in pictures(count)])
-        # To the bit: each step is one operation on float32, here as there.
+        # Equal to the bit: each step is one operation on float32 on both sides.
         np.testing.assert_array_equal(net.run({net.inputs[0]: batch})["flat"], expected.reshape(count, -1))
 
 
-def test_a_built_in_net_answers_as_its_plain_net(tmp_path: Path) -> None:
-    """The whole way, over convolutions, which may be laid out otherwise behind other nodes: hence a tolerance."""
+def test_built_in_net_gives_the_outputs_of_the_plain_net(tmp_path: Path) -> None:
+    """The tolerance is for convolutions, whose layout onnxruntime may change behind other nodes."""
     prototxt = (
         input_layer(1, 3, 24, 32)
         + layer("Convolution", "data", "conv", "convolution_param { num_output: 16 kernel_size: 3 pad: 1 }", "conv")
@@ -96,11 +96,11 @@ def test_a_built_in_net_answers_as_its_plain_net(tmp_path: Path) -> None:
     transformer = preprocessing.transformer(release, (3, 24, 32))
     expected = plain.forward({"data": np.stack([transformer(image) for image in pictures(5)])})["fc"]
     rets = evaluate(loaded("feature", release), *((image, None) for image in pictures(5)))
-    given = np.stack([np.frombuffer(ret["result_file"], "<f4") for ret in rets])
-    np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    actual = np.stack([np.frombuffer(ret["result_file"], "<f4") for ret in rets])
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
-def test_names_that_the_net_has_are_left_to_it(tmp_path: Path) -> None:
+def test_added_nodes_have_names_unused_in_the_net(tmp_path: Path) -> None:
     prototxt = input_layer(1, 3, HEIGHT, WIDTH, name="pixels") + layer("Flatten", "pixels", "pixels_")
     graph = convert(*write_net(tmp_path, prototxt))
     transformer = preprocessing.transformer(config({}, mean_values=5), (3, HEIGHT, WIDTH))
@@ -111,7 +111,7 @@ def test_names_that_the_net_has_are_left_to_it(tmp_path: Path) -> None:
     np.testing.assert_array_equal(outputs["pixels_"].reshape(3, HEIGHT, WIDTH), transformer(image))
 
 
-def test_preparation_leaves_pixels(tmp_path: Path) -> None:
+def test_preprocess_gives_pixels_in_uint8(tmp_path: Path) -> None:
     for channels in (3, 1):
         net = loaded("feature", config(files(tmp_path / str(channels), identity(channels)), image_width=12))
         pixels = net.preprocess({"data": {"body": png(pictures(1)[0])}}).pixels
@@ -132,10 +132,10 @@ def test_several_threads_may_infer_at_once(tmp_path: Path) -> None:
         assert all(threads.map(digits, range(200)))
 
 
-def test_scripts_have_the_net_without_it(tmp_path: Path) -> None:
+def test_net_of_a_script_has_no_input_graph(tmp_path: Path) -> None:
     release = config(files(tmp_path, identity(3)), mean_values=100)
     net = Net.load(release)
     assert (net.inputs, net.input_shape("data")) == (["data"], (3, HEIGHT, WIDTH))
     image = decode(png(pictures(1)[0]), limits=release.limits)
-    given = preprocessing.transformer(release, (3, HEIGHT, WIDTH))(image)
-    np.testing.assert_array_equal(net.forward(data=given[np.newaxis])["flat"], given.reshape(1, -1))
+    planes = preprocessing.transformer(release, (3, HEIGHT, WIDTH))(image)
+    np.testing.assert_array_equal(net.forward(data=planes[np.newaxis])["flat"], planes.reshape(1, -1))

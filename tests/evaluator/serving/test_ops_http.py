@@ -15,8 +15,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from atserving.v1.evaluator_pb2 import InferRequest
-from tests.evaluator.conftest import Process, Registry, digits_tar, evaluator, start_evaluator
-from tests.evaluator.serving.test_serving import DIGIT, Resource, connected, infer, until
+from atserving.v1.serving_pb2 import Resource
+from tests.evaluator.calling import DIGIT, connected, infer
+from tests.evaluator.digits import digits_tar
+from tests.processes import Process, Registry, evaluator, start_evaluator
+from tests.waiting import until
 
 STAGES = {"fetch", "decode", "queue", "forward", "postprocess", "total"}
 
@@ -30,7 +33,7 @@ def digits(registry: Registry) -> Iterator[Process]:
 
 async def get(process: Process, path: str, **headers: str) -> tuple[int, str, str]:
     """Status, content type and text."""
-    url = f"http://127.0.0.1:{process.logged(event='loading')['http_port']}{path}"
+    url = f"http://127.0.0.1:{process.logged(event='release loading')['http_port']}{path}"
     async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as response:
         return response.status, response.headers["Content-Type"], await response.text()
 

@@ -4,7 +4,7 @@ import asyncio
 
 from atserving.config import Instance
 from evaluator.serving.registration import Registration
-from tests.evaluator.conftest import Registry
+from tests.processes import Registry
 
 
 def registration(registries: list[str], capacity: list[int]) -> Registration:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from atserving.errors import StartError
+from atserving.local.examples import ROOT
 from evaluator.serving.instance import InstanceSettings, run
-from tests.evaluator.conftest import DIGITS, ROOT, Registry, digits_tar, start_evaluator
+from tests.evaluator.digits import DIGITS, digits_tar
+from tests.processes import Registry, start_evaluator
 
 SCRIPT = b"def net_inference(model, args): ...\ndef net_init(cfg):\n"
 TARS: dict[str, tuple[dict[str, bytes | None], str]] = {

@@ -20,6 +20,7 @@ from atserving.v1.evaluator_pb2 import Call, ExchangeRequest, ExchangeResponse, 
 from evaluator.serving.stream import MOST_OPEN, GateStream
 from gate.connection import EvaluatorConnection, TransportError
 
+WAIT_S = 60.0
 Context = grpc.aio.ServicerContext[ExchangeRequest, ExchangeResponse]
 
 
@@ -57,7 +58,7 @@ class Echo(evaluator_pb2_grpc.EvaluatorServiceServicer):
         return InferResponse(result_json=name)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(WAIT_S):
             while not condition():
                 self.changed.clear()
                 await self.changed.wait()
@@ -68,7 +69,8 @@ async def serving(servicer: Echo, port: int = 0) -> AsyncIterator[tuple[transpor
     server = transport.Server([])
     evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(servicer, server.grpc)
     port = await server.start(f"127.0.0.1:{port}")
-    connection = EvaluatorConnection(Instance(app="a", version="v", id="i", address=f"127.0.0.1:{port}", capacity=1))
+    instance = Instance(app="a", version="v", id="i", address=f"127.0.0.1:{port}", capacity=1)
+    connection = EvaluatorConnection(instance, connect_timeout_s=WAIT_S)
     try:
         yield server, connection, port
     finally:
@@ -76,7 +78,7 @@ async def serving(servicer: Echo, port: int = 0) -> AsyncIterator[tuple[transpor
         await server.stop(0)
 
 
-def ask(connection: EvaluatorConnection, name: str, timeout_s: float = 30) -> asyncio.Task[InferResponse]:
+def ask(connection: EvaluatorConnection, name: str, timeout_s: float = WAIT_S) -> asyncio.Task[InferResponse]:
     return asyncio.create_task(connection.infer(InferRequest(params_json=name), timeout_s, None))
 
 
@@ -128,15 +130,19 @@ async def test_a_call_taken_back_before_it_is_sent_never_runs() -> None:
         assert echo.ran == {"next": 1}
 
 
-async def test_a_deadline_cancels_the_work_there() -> None:
+async def test_deadline_cancels_the_call_at_the_instance() -> None:
     echo = Echo(lambda _: asyncio.Event().wait())
+    timeout_s = 0.05
     async with serving(echo) as (_, connection, _):
-        with pytest.raises(TimeoutError):
-            await ask(connection, "slow", timeout_s=0.05)
-        await echo.until(lambda: bool(echo.cancelled or not echo.ran))
+        # On a busy machine a deadline may pass before the call has begun.
+        while not echo.ran:
+            with pytest.raises(TimeoutError):
+                await ask(connection, "slow", timeout_s)
+            timeout_s *= 2
+        await echo.until(lambda: echo.cancelled == echo.ran)
 
 
-async def test_a_stream_that_breaks_fails_what_was_on_it_and_is_opened_again() -> None:
+async def test_broken_stream_fails_its_calls_and_is_opened_again() -> None:
     echo = Echo(lambda _: asyncio.Event().wait())
     async with serving(echo) as (server, connection, port):
         lost = ask(connection, "lost")
@@ -148,7 +154,7 @@ async def test_a_stream_that_breaks_fails_what_was_on_it_and_is_opened_again() -
         with pytest.raises(TransportError) as caught:
             await ask(connection, "refused")
         assert not caught.value.reached
-        assert echo.cancelled == {"lost": 1}
+        await echo.until(lambda: echo.cancelled == {"lost": 1})
         async with serving(Echo(), port):
             while True:
                 try:

@@ -1,4 +1,4 @@
-"""Real threads under the batcher: each request gets one answer, its own, whatever the others do."""
+"""The batcher gives each request one result, its own, even if others fail. The tests run it with real threads."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ WAIT_S = 30.0
 
 
 class Engine:
-    """Answers ten times the request; a negative one fails its batch, and "bad" can't be prepared."""
+    """Work whose result is ten times the request. A negative request fails its batch; "bad" fails its preparation."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
-        self.open = threading.Event()
+        self.unblocked = threading.Event()
         self.entered = threading.Event()
-        self.open.set()
+        self.unblocked.set()
 
     def prepare(self, item: Item) -> Any:
         if item.request == "bad":
@@ -38,7 +38,7 @@ class Engine:
     def infer(self, prepared: Sequence[int]) -> tuple[list[int | ServingError], float]:
         self.batches.append(list(prepared))
         self.entered.set()
-        assert self.open.wait(WAIT_S)
+        assert self.unblocked.wait(WAIT_S)
         if any(request < 0 for request in prepared):
             raise Internal("poisoned")
         if 777 in prepared:
@@ -46,35 +46,35 @@ class Engine:
         return [InvalidArgument("its own") if each == 666 else each * 10 for each in prepared], 0.001
 
 
-class Books:
-    """A batcher with threads of its own, the answers that came, and who is written down as at work."""
+class Harness:
+    """A batcher with threads of its own, its results by request, and the requests that its threads work on."""
 
     ids = itertools.count(1)
 
-    def __init__(self, *, lanes: int = 0, helpers: int = 0, batch_size: int = 4, delay_s: float = 0.0) -> None:
+    def __init__(self, *, lanes: int = 0, preparers: int = 0, batch_size: int = 4, delay_s: float = 0.0) -> None:
         self.engine = Engine()
-        self.answers: dict[int, list[ItemResult]] = {}
-        self.at_work: dict[int, list[int]] = {}
+        self.results: dict[int, list[ItemResult]] = {}
+        self.in_progress: dict[int, list[int]] = {}
         self.changed = threading.Condition()
         schedule = Schedule(batch_size=batch_size, engines=max(lanes, 1), delay_s=delay_s)
-        self.batcher = Batcher(schedule, self.engine, self.answered, self, lanes=bool(lanes))
+        self.batcher = Batcher(schedule, self.engine, self.report, self, lanes=bool(lanes))
         roles = [(True, True)] * lanes or [(True, False), (False, True), (False, True)]
-        roles += [(False, True)] * helpers
+        roles += [(False, True)] * preparers
         for number, (forwards, prepares) in enumerate(roles):
             arguments = {"forwards": forwards, "prepares": prepares}
             threading.Thread(target=self.batcher.run, args=(number,), kwargs=arguments, daemon=True).start()
 
     def begin(self, thread: int, ids: Sequence[int], *, preparing: bool) -> None:
-        assert thread not in self.at_work
-        self.at_work[thread] = list(ids)
+        assert thread not in self.in_progress
+        self.in_progress[thread] = list(ids)
 
     def end(self, thread: int) -> None:
-        del self.at_work[thread]
+        del self.in_progress[thread]
 
-    def answered(self, answers: Sequence[ItemResult]) -> None:
+    def report(self, results: Sequence[ItemResult]) -> None:
         with self.changed:
-            for answer in answers:
-                self.answers.setdefault(answer.item.id, []).append(answer)
+            for result in results:
+                self.results.setdefault(result.item.id, []).append(result)
             self.changed.notify_all()
 
     def submit(self, *requests: Any, lives_s: float = 1000.0) -> list[Item]:
@@ -85,40 +85,40 @@ class Books:
 
     def outcomes(self, items: Sequence[Item]) -> list[Any]:
         with self.changed:
-            assert self.changed.wait_for(lambda: all(item.id in self.answers for item in items), WAIT_S)
+            assert self.changed.wait_for(lambda: all(item.id in self.results for item in items), WAIT_S)
         for item in items:
-            assert len(self.answers[item.id]) == 1
-        return [self.answers[item.id][0].outcome for item in items]
+            assert len(self.results[item.id]) == 1, "a request got several results"
+        return [self.results[item.id][0].outcome for item in items]
 
     def ask(self, *requests: Any) -> list[Any]:
         return self.outcomes(self.submit(*requests))
 
 
-@pytest.fixture(scope="module", params=["lanes", "specialists", "a lane and its help"])
-def books(request: pytest.FixtureRequest) -> Books:
+@pytest.fixture(scope="module", params=["lanes", "engines and preparers", "lane with preparers"])
+def harness(request: pytest.FixtureRequest) -> Harness:
     match request.param:
         case "lanes":
-            return Books(lanes=2)
-        case "specialists":
-            return Books()
-    books = Books(lanes=1, helpers=2)
-    # As if every preparation took long.
-    books.batcher._prepare_s = 1e6
-    return books
+            return Harness(lanes=2)
+        case "engines and preparers":
+            return Harness()
+    harness = Harness(lanes=1, preparers=2)
+    # The batcher believes that preparations take long.
+    harness.batcher._prepare_s = 1e6
+    return harness
 
 
 REQUESTS = st.lists(st.one_of(st.integers(0, 99), st.sampled_from([-1, -2, 666, "bad", "worse"])), max_size=12)
 
 
 @settings(max_examples=150, deadline=None)
-@given(bursts=st.lists(REQUESTS, max_size=4), gone=st.sets(st.integers(0, 40)))
-def test_nothing_is_lost_or_mixed_up(books: Books, bursts: list[list[Any]], gone: set[int]) -> None:
-    books.engine.batches.clear()
-    items = [item for burst in bursts for item in books.submit(*burst)]
-    left = {items[who].id for who in gone if who < len(items)}
-    books.batcher.cancel(left)
-    for item, outcome in zip(items, books.outcomes(items), strict=True):
-        if item.id in left and isinstance(outcome, DeadlineExceeded):
+@given(bursts=st.lists(REQUESTS, max_size=4), cancelled=st.sets(st.integers(0, 40)))
+def test_each_request_gets_its_own_result(harness: Harness, bursts: list[list[Any]], cancelled: set[int]) -> None:
+    harness.engine.batches.clear()
+    items = [item for burst in bursts for item in harness.submit(*burst)]
+    cancelled_ids = {items[index].id for index in cancelled if index < len(items)}
+    harness.batcher.cancel(cancelled_ids)
+    for item, outcome in zip(items, harness.outcomes(items), strict=True):
+        if item.id in cancelled_ids and isinstance(outcome, DeadlineExceeded):
             continue
         match item.request:
             case "bad" | 666:
@@ -127,113 +127,112 @@ def test_nothing_is_lost_or_mixed_up(books: Books, bursts: list[list[Any]], gone
                 assert isinstance(outcome, Internal)
             case request if request < 0:
                 assert isinstance(outcome, Internal)
-                assert [request] in books.engine.batches
+                # A failed batch runs again, one request at a time.
+                assert [request] in harness.engine.batches
             case request:
                 assert outcome == request * 10
-    assert all(1 <= len(batch) <= 4 for batch in books.engine.batches)
-    # A batch that failed ran again one by one, and nothing else ran twice.
-    assert books.at_work == {} or all(books.at_work.values())
+    assert all(1 <= len(batch) <= 4 for batch in harness.engine.batches)
+    assert harness.in_progress == {}
 
 
-def test_a_forward_pass_that_loses_a_request_is_an_error_not_another_ones_answer() -> None:
-    books = Books(batch_size=2, delay_s=60)
-    assert [type(outcome) for outcome in books.ask(777, 5)] == [int, int]
-    # Alone each is answered: only together did they come to one answer.
-    assert books.engine.batches == [[777, 5], [777], [5]]
+def test_batch_with_a_missing_outcome_runs_again_one_by_one() -> None:
+    harness = Harness(batch_size=2, delay_s=60)
+    assert [type(outcome) for outcome in harness.ask(777, 5)] == [int, int]
+    assert harness.engine.batches == [[777, 5], [777], [5]]
 
 
-def test_a_batch_is_what_gathered_while_the_engine_was_busy() -> None:
-    books = Books(batch_size=4)
-    books.engine.open.clear()
-    first = books.submit(1)
-    assert books.engine.entered.wait(WAIT_S)
-    rest = books.submit(2, 3, 4)
+def test_requests_that_arrive_during_a_batch_form_the_next_one() -> None:
+    harness = Harness(batch_size=4)
+    harness.engine.unblocked.clear()
+    first = harness.submit(1)
+    assert harness.engine.entered.wait(WAIT_S)
+    rest = harness.submit(2, 3, 4)
     deadline_s = time.monotonic() + WAIT_S
-    while books.batcher._schedule.ready < 3:
+    while harness.batcher._schedule.ready < 3:
         assert time.monotonic() < deadline_s
         time.sleep(0.001)
-    books.engine.open.set()
-    assert books.outcomes([*first, *rest]) == [10, 20, 30, 40]
-    assert [sorted(batch) for batch in books.engine.batches] == [[1], [2, 3, 4]]
+    harness.engine.unblocked.set()
+    assert harness.outcomes([*first, *rest]) == [10, 20, 30, 40]
+    assert [sorted(batch) for batch in harness.engine.batches] == [[1], [2, 3, 4]]
 
 
-def test_the_next_batch_is_prepared_while_one_runs() -> None:
-    books = Books(batch_size=4)
-    books.engine.open.clear()
-    running = books.submit(1)
-    assert books.engine.entered.wait(WAIT_S)
-    bad = books.submit("bad")
-    assert isinstance(books.outcomes(bad)[0], InvalidArgument)
-    books.engine.open.set()
-    books.outcomes(running)
+def test_next_batch_is_prepared_while_one_runs() -> None:
+    harness = Harness(batch_size=4)
+    harness.engine.unblocked.clear()
+    running = harness.submit(1)
+    assert harness.engine.entered.wait(WAIT_S)
+    bad = harness.submit("bad")
+    assert isinstance(harness.outcomes(bad)[0], InvalidArgument)
+    harness.engine.unblocked.set()
+    harness.outcomes(running)
 
 
 @pytest.mark.parametrize("lanes", [0, 1])
-def test_what_has_expired_or_left_never_runs(lanes: int) -> None:
-    books = Books(lanes=lanes, batch_size=1)
-    books.engine.open.clear()
-    running = books.submit(1)
-    assert books.engine.entered.wait(WAIT_S)
-    gone = books.submit(2)
-    expired = books.submit(3, lives_s=0)
-    books.batcher.cancel([gone[0].id])
-    books.engine.open.set()
-    assert books.outcomes(running) == [10]
-    assert [type(each) for each in books.outcomes([*gone, *expired])] == [DeadlineExceeded] * 2
-    assert books.engine.batches == [[1]]
+def test_expired_or_cancelled_request_never_runs(lanes: int) -> None:
+    harness = Harness(lanes=lanes, batch_size=1)
+    harness.engine.unblocked.clear()
+    running = harness.submit(1)
+    assert harness.engine.entered.wait(WAIT_S)
+    cancelled = harness.submit(2)
+    expired = harness.submit(3, lives_s=0)
+    harness.batcher.cancel([cancelled[0].id])
+    harness.engine.unblocked.set()
+    assert harness.outcomes(running) == [10]
+    assert [type(each) for each in harness.outcomes([*cancelled, *expired])] == [DeadlineExceeded] * 2
+    assert harness.engine.batches == [[1]]
 
 
-def test_a_shorter_delay_applies_to_what_already_waits() -> None:
-    books = Books(batch_size=3, delay_s=3600)
-    items = books.submit(1)
-    books.batcher.configure(delay_s=0)
-    assert books.outcomes(items) == [10]
+def test_shorter_delay_applies_to_waiting_requests() -> None:
+    harness = Harness(batch_size=3, delay_s=3600)
+    items = harness.submit(1)
+    harness.batcher.configure(delay_s=0)
+    assert harness.outcomes(items) == [10]
 
 
-def test_stages_add_up() -> None:
-    books = Books(batch_size=2, delay_s=60)
-    items = books.submit(1, 2)
-    books.outcomes(items)
+def test_result_has_the_durations_and_the_batch_size() -> None:
+    harness = Harness(batch_size=2, delay_s=60)
+    items = harness.submit(1, 2)
+    harness.outcomes(items)
     for item in items:
-        (answer,) = books.answers[item.id]
-        assert (answer.batch_size, answer.forward_s) == (2, 0.001)
-        assert answer.queue_s >= 0
+        (result,) = harness.results[item.id]
+        assert (result.batch_size, result.forward_s) == (2, 0.001)
+        assert result.queue_s >= 0
         assert item.prepare_s >= 0
 
 
-def test_those_that_only_prepare_help_a_lane_where_that_takes_long() -> None:
-    books = Books(lanes=1, helpers=1)
-    books.engine.open.clear()
-    running = books.submit(1)
-    assert books.engine.entered.wait(WAIT_S)
-    quick = books.submit("bad")
-    books.batcher._prepare_s = 1e6
-    slow = books.submit("bad")
-    # The lane runs its batch all the while.
-    assert [type(each) for each in books.outcomes([*slow, *quick])] == [InvalidArgument] * 2
-    books.engine.open.set()
-    assert books.outcomes(running) == [10]
+def test_preparers_help_a_busy_lane_if_preparations_take_long() -> None:
+    harness = Harness(lanes=1, preparers=1)
+    harness.engine.unblocked.clear()
+    running = harness.submit(1)
+    assert harness.engine.entered.wait(WAIT_S)
+    quick = harness.submit("bad")
+    harness.batcher._prepare_s = 1e6
+    slow = harness.submit("bad")
+    # The lane is busy with its batch.
+    assert [type(each) for each in harness.outcomes([*slow, *quick])] == [InvalidArgument] * 2
+    harness.engine.unblocked.set()
+    assert harness.outcomes(running) == [10]
 
 
-def test_what_goes_while_a_lane_prepares_others_is_not_prepared() -> None:
-    books = Books(lanes=1, batch_size=8)
-    asked: list[object] = []
-    going = threading.Event()
+def test_request_cancelled_or_expired_behind_a_preparation_is_not_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness(lanes=1, batch_size=8)
+    prepared: list[object] = []
+    preparing = threading.Event()
 
     def prepare(item: Item) -> object:
-        asked.append(item.request)
-        going.set()
-        assert books.engine.open.wait(WAIT_S)
+        prepared.append(item.request)
+        preparing.set()
+        assert harness.engine.unblocked.wait(WAIT_S)
         return item.request
 
-    books.engine.prepare = prepare  # type: ignore[method-assign]
-    books.engine.open.clear()
-    items = books.submit(1, 2, 3)
-    assert going.wait(WAIT_S)
-    books.batcher.cancel([items[1].id])
+    monkeypatch.setattr(harness.engine, "prepare", prepare)
+    harness.engine.unblocked.clear()
+    items = harness.submit(1, 2, 3)
+    assert preparing.wait(WAIT_S)
+    harness.batcher.cancel([items[1].id])
     items[2].expires_s = 0
-    books.engine.open.set()
-    outcomes = books.outcomes(items)
+    harness.engine.unblocked.set()
+    outcomes = harness.outcomes(items)
     assert outcomes[0] == 10
     assert [type(each) for each in outcomes[1:]] == [DeadlineExceeded] * 2
-    assert asked == [1]
+    assert prepared == [1]

@@ -1,4 +1,4 @@
-"""What the net's answers mean, good and bad."""
+"""The net runner checks and encodes the rets of a net, and hides the details of its failures."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from evaluator.worker.script import Model, Script
 
 
 @dataclass
-class Holds:
+class Measurement:
     number: float
 
 
@@ -28,7 +28,7 @@ def outcome(workspace: Path, ret: Any) -> Result | ServingError:
     return runner(workspace, lambda model, args: [ret]).infer([Prepared("r", {})])[0]
 
 
-def test_the_net_is_given_the_batch_in_order(tmp_path: Path) -> None:
+def test_net_gets_the_batch_in_order(tmp_path: Path) -> None:
     def inference(model: Model, args: dict[str, Any]) -> list[dict[str, Any]]:
         assert args["reqid"] == "a,b"
         return [{"code": 0, "message": "", "result": req} for req in args["reqs"]]
@@ -37,7 +37,7 @@ def test_the_net_is_given_the_batch_in_order(tmp_path: Path) -> None:
     assert results == [Result("", b'{"n":1}'), Result("", b'{"n":2}')]
 
 
-def test_results_are_json_or_bytes_or_a_file_of_the_workspace(tmp_path: Path) -> None:
+def test_result_is_json_or_bytes_or_a_file_of_the_workspace(tmp_path: Path) -> None:
     (tmp_path / "out.bin").write_bytes(b"\x00\x01")
     assert outcome(tmp_path, {"code": 0, "message": "hi", "result": None}) == Result("hi", b"null")
     assert outcome(tmp_path, {"result": {"x": np.float32(1.5), "y": np.arange(2)}}) == Result(
@@ -45,7 +45,7 @@ def test_results_are_json_or_bytes_or_a_file_of_the_workspace(tmp_path: Path) ->
     )
     assert outcome(tmp_path, {"code": 0, "result_file": b"raw"}) == Result("", stream=b"raw")
     assert outcome(tmp_path, {"code": 0, "result_file": str(tmp_path / "out.bin")}) == Result("", stream=b"\x00\x01")
-    # It was the net's to make and is this request's alone.
+    # The runner removes a result file after reading it.
     assert not (tmp_path / "out.bin").exists()
 
 
@@ -53,7 +53,7 @@ def test_results_are_json_or_bytes_or_a_file_of_the_workspace(tmp_path: Path) ->
     ("code", "status"),
     [(400, 400), (415, 415), (571, 571), (599, 599), (-1, 400), (-2, 500), (-3, 400), (7, 500), (700, 500)],
 )
-def test_a_nets_own_code_is_kept_and_has_a_status(code: int, status: int, tmp_path: Path) -> None:
+def test_nets_own_code_is_kept_and_maps_to_a_status(code: int, status: int, tmp_path: Path) -> None:
     error = outcome(tmp_path, {"code": code, "message": "bad face"})
     assert isinstance(error, NetError)
     assert (error.code, error.status, error.message) == (code, status, "bad face")
@@ -71,26 +71,26 @@ def test_a_nets_own_code_is_kept_and_has_a_status(code: int, status: int, tmp_pa
         {"code": 0, "result": [None, {"x": [np.float32("inf")]}]},
         {"code": 0, "result": {"x": object()}},
         {"code": 0, "result": {1: 2}},
-        {"code": 0, "result": Holds(float("nan"))},
+        {"code": 0, "result": Measurement(float("nan"))},
         {"code": 0, "result": {"x": 2**70}},
         {"code": 0, "result_file": "/etc/passwd"},
         {"code": 0, "result_file": "../outside"},
         {"code": 0, "result_file": 5},
     ],
 )
-def test_a_malformed_ret_is_the_nets_failure_and_shows_nothing(ret: Any, tmp_path: Path) -> None:
+def test_malformed_ret_gives_code_500_without_details(ret: Any, tmp_path: Path) -> None:
     error = outcome(tmp_path, ret)
     assert isinstance(error, Internal)
     assert error.message == "the net's result is malformed"
 
 
 @pytest.mark.parametrize("rets", [None, [], [{}] * 3, ({}, {})])
-def test_another_number_of_rets_fails_the_batch(rets: Any, tmp_path: Path) -> None:
+def test_wrong_number_of_rets_fails_the_batch(rets: Any, tmp_path: Path) -> None:
     with pytest.raises(Internal, match="the net did not return one result a request"):
         runner(tmp_path, lambda model, args: rets).infer([Prepared("a", {}), Prepared("b", {})])
 
 
-def test_exceptions_show_neither_paths_nor_traces(tmp_path: Path) -> None:
+def test_error_of_a_net_exception_has_no_paths_or_traces(tmp_path: Path) -> None:
     def fail(*_: Any) -> Any:
         raise ValueError("in /srv/secret/net.py")
 
@@ -105,7 +105,7 @@ def test_exceptions_show_neither_paths_nor_traces(tmp_path: Path) -> None:
     )
 
 
-def test_what_preprocess_says_of_the_request_passes(tmp_path: Path) -> None:
+def test_error_that_preprocess_raises_reaches_the_caller(tmp_path: Path) -> None:
     def refuse(model: Model, req: Req) -> Req:
         raise InvalidArgument("no face")
 
@@ -113,7 +113,7 @@ def test_what_preprocess_says_of_the_request_passes(tmp_path: Path) -> None:
         runner(tmp_path, lambda *_: [], preprocess=refuse).prepare("a", {})
 
 
-def test_a_net_that_says_it_can_not_start_does_not(tmp_path: Path) -> None:
+def test_net_init_that_fails_is_a_start_error(tmp_path: Path) -> None:
     def raises(_: Any) -> Model:
         raise OSError("/srv/secret")
 

@@ -1,4 +1,4 @@
-"""The schedule's invariants, as they stand above it, under any order of arrivals, departures and ends of work."""
+"""The schedule keeps the invariants of its docstring in any order of arrivals, cancellations and work."""
 
 from __future__ import annotations
 
@@ -8,15 +8,27 @@ from collections import Counter
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
 
 from evaluator.worker.schedule import Expired, Forward, Item, Prepare, Schedule, Wait, Work
 
 
-class Play(RuleBasedStateMachine):
-    """Threads that ask for work and end it at any time, lanes or specialists, and requests that come, go and expire."""
+class ScheduleMachine(RuleBasedStateMachine):
+    """Requests arrive, expire and are cancelled at any time. Threads take work and end it at any time.
 
-    works = Bundle("works")
+    The threads are either lanes, or engines and preparers.
+    """
+
+    unfinished: Bundle[Work] = Bundle("unfinished")
 
     @initialize(
         batch_size=st.integers(1, 4), engines=st.integers(1, 3), lanes=st.booleans(), delay_s=st.sampled_from([0, 0, 3])
@@ -29,7 +41,7 @@ class Play(RuleBasedStateMachine):
         self.removed: set[int] = set()
         self.running = 0
         self.preparing = 0
-        self.under_way: list[Work] = []
+        self.started: list[Work] = []
 
     @rule(count=st.integers(1, 6), lives_s=st.sampled_from([math.inf, math.inf, 2]))
     def arrive(self, count: int, lives_s: float) -> None:
@@ -41,17 +53,17 @@ class Play(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.now_s += seconds
 
-    @rule(who=st.integers(0, 100))
-    def leave(self, who: int) -> None:
+    @rule(index=st.integers(0, 100))
+    def cancel(self, index: int) -> None:
         waiting = [item for item in self.items if not self.left[item.id] and item.id not in self.removed]
         if waiting:
-            item = waiting[who % len(waiting)]
+            item = waiting[index % len(waiting)]
             if self.schedule.remove(item):
                 self.left[item.id] += 1
             self.removed.add(item.id)
 
-    @rule(target=works, idle=st.integers(1, 3), forwards=st.booleans())
-    def ask(self, idle: int, forwards: bool) -> Work:
+    @rule(target=unfinished, idle=st.integers(1, 3), forwards=st.booleans())
+    def take(self, idle: int, forwards: bool) -> Work | MultipleResults[Work]:
         if forwards and self.running == self.engines:
             return multiple()
         prepares = self.lanes or not forwards
@@ -69,34 +81,34 @@ class Play(RuleBasedStateMachine):
                 assert full or self.now_s >= oldest_s + self.schedule.delay_s
                 for item in items:
                     assert item.prepared
-                self._not_in_vain(items)
+                self._assert_wanted(items)
             case Prepare(items):
                 self.preparing += len(items)
                 assert 1 <= len(items) <= self.schedule.batch_size
                 assert not any(item.prepared for item in items)
-                self._not_in_vain(items)
+                self._assert_wanted(items)
             case Wait(until_s):
                 assert until_s > self.now_s
-                # A free engine never waits for what is ready, unless the release says so.
+                # A free engine waits only if nothing is ready, or if the release sets a delay.
                 assert not (forwards and self.schedule.ready and self.schedule.delay_s == 0)
-                # A thread that prepares waits only where enough is prepared.
+                # A preparing thread waits only if enough is prepared.
                 assert not (prepares and self.schedule.has_arrived)
                 return multiple()
-        self.under_way.append(work)
+        self.started.append(work)
         return work
 
-    def _not_in_vain(self, items: list[Item]) -> None:
+    def _assert_wanted(self, items: list[Item]) -> None:
         for item in items:
             assert item.id not in self.removed
             assert item.expires_s > self.now_s
             assert not self.left[item.id]
 
-    @rule(work=consumes(works), fit=st.booleans())
+    @rule(work=consumes(unfinished), fit=st.booleans())
     def end(self, work: Work, fit: bool) -> None:
         self._end(work, fit)
 
     def _end(self, work: Work, fit: bool) -> None:
-        self.under_way.remove(work)
+        self.started.remove(work)
         match work:
             case Prepare(items):
                 for item in items:
@@ -112,23 +124,23 @@ class Play(RuleBasedStateMachine):
                 self.left.update(item.id for item in items)
 
     @invariant()
-    def nobody_leaves_twice(self) -> None:
+    def each_request_leaves_once(self) -> None:
         if hasattr(self, "left"):
             assert max(self.left.values(), default=0) <= 1
 
     @invariant()
-    def no_more_is_prepared_than_the_next_batches_need(self) -> None:
+    def only_the_next_batches_are_prepared(self) -> None:
         if hasattr(self, "schedule"):
             assert self.preparing + self.schedule.ready <= self.schedule.batch_size * self.engines
 
     def teardown(self) -> None:
-        """All that has arrived leaves, once, when threads go on working."""
+        """Every request leaves the schedule once if the threads continue to work."""
         if not hasattr(self, "schedule"):
             return
         self.now_s += 10
         while not isinstance(work := self.schedule.next(self.now_s, forwards=True, prepares=True), Wait):
             self._begin_and_end(work)
-        for work in list(self.under_way):
+        for work in list(self.started):
             self._end(work, True)
         while not isinstance(work := self.schedule.next(self.now_s, forwards=True, prepares=True), Wait):
             self._begin_and_end(work)
@@ -143,12 +155,12 @@ class Play(RuleBasedStateMachine):
             case Forward():
                 self.running += 1
         if not isinstance(work, Expired):
-            self.under_way.append(work)
+            self.started.append(work)
             self._end(work, True)
 
 
-Play.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
-TestSchedule = Play.TestCase
+ScheduleMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestSchedule = ScheduleMachine.TestCase
 
 
 def items(count: int, arrived_s: float = 0.0) -> list[Item]:
@@ -160,7 +172,7 @@ def ids(work: Work) -> list[int]:
     return [item.id for item in work.items]
 
 
-def prepared(schedule: Schedule, work: Work) -> None:
+def end_preparation(schedule: Schedule, work: Work) -> None:
     assert isinstance(work, Prepare)
     for item in work.items:
         schedule.prepared(item, fit=True)
@@ -169,7 +181,7 @@ def prepared(schedule: Schedule, work: Work) -> None:
 @pytest.mark.parametrize(
     ("arrived", "idle", "shares"), [(1, 2, [1]), (2, 2, [1, 1]), (5, 2, [3, 2]), (9, 2, [4, 4]), (9, 1, [4, 4])]
 )
-def test_idle_engines_share_what_has_arrived(arrived: int, idle: int, shares: list[int]) -> None:
+def test_idle_engines_share_the_arrived_requests(arrived: int, idle: int, shares: list[int]) -> None:
     schedule = Schedule(batch_size=4, engines=2)
     schedule.arrive(items(arrived))
     taken = [
@@ -178,30 +190,30 @@ def test_idle_engines_share_what_has_arrived(arrived: int, idle: int, shares: li
     assert [len(ids(work)) for work in taken] == shares
 
 
-def test_a_free_engine_takes_what_is_ready_in_order_and_never_more_than_a_batch() -> None:
+def test_free_engine_takes_ready_requests_in_order_up_to_a_batch() -> None:
     schedule = Schedule(batch_size=4, engines=2)
     schedule.arrive(items(6))
     for _ in range(6):
-        prepared(schedule, schedule.next(0, forwards=False, prepares=True))
+        end_preparation(schedule, schedule.next(0, forwards=False, prepares=True))
     batches = [ids(schedule.next(0, forwards=True, prepares=False)) for _ in range(2)]
     assert batches == [[0, 1, 2, 3], [4, 5]]
 
 
-def test_with_a_delay_an_idle_engine_waits_for_a_full_batch_but_no_longer_than_that() -> None:
+def test_engine_waits_for_a_full_batch_at_most_for_the_delay() -> None:
     schedule = Schedule(batch_size=3, engines=1, delay_s=5)
     schedule.arrive(items(2, arrived_s=1))
     for _ in range(2):
-        prepared(schedule, schedule.next(1, forwards=False, prepares=True))
+        end_preparation(schedule, schedule.next(1, forwards=False, prepares=True))
     assert schedule.next(2, forwards=True, prepares=False) == Wait(6)
     schedule.arrive([Item(7, None, 2)])
-    prepared(schedule, schedule.next(2, forwards=False, prepares=True))
+    end_preparation(schedule, schedule.next(2, forwards=False, prepares=True))
     assert ids(schedule.next(2, forwards=True, prepares=False)) == [0, 1, 7]
     schedule.arrive(items(1, arrived_s=3))
-    prepared(schedule, schedule.next(3, forwards=False, prepares=True))
+    end_preparation(schedule, schedule.next(3, forwards=False, prepares=True))
     assert ids(schedule.next(8, forwards=True, prepares=False)) == [0]
 
 
-def test_what_is_removed_while_it_is_prepared_does_not_run() -> None:
+def test_request_removed_during_its_preparation_does_not_run() -> None:
     schedule = Schedule(batch_size=2, engines=1)
     schedule.arrive(items(1))
     work = schedule.next(0, forwards=False, prepares=True)

@@ -1,4 +1,4 @@
-"""A release's net.py: what it is given, and what it may answer."""
+"""A release's net.py gets its requests as the contract says, and each of its results becomes one reply."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def script(workspace: Path) -> Iterator[Served]:
-    """For the tests that leave it fit to answer others, which is all."""
+    """Serve the script of :mod:`tests.evaluator.scripts` to all tests here; none may end its process."""
     with started(workspace, custom_values={"max_bytes": 1000}) as served:
         yield served
 
 
-def test_net_init_is_given_the_cfg_of_the_contract(script: Served, workspace: Path) -> None:
+def test_net_init_gets_the_cfg_of_the_contract(script: Served, workspace: Path) -> None:
     cfg = result(script.ask(do="cfg"))
     assert set(cfg) >= {"tar_files", "image_width", "use_device", "batch_size", "custom_files", "custom_values"}
     assert cfg["tar_files"]["net.py"] == str(workspace / "release" / "net.py")
@@ -35,7 +35,7 @@ def test_net_init_is_given_the_cfg_of_the_contract(script: Served, workspace: Pa
     assert script.worker.plan.batch_size == 4
 
 
-def test_a_req_has_the_bytes_and_a_file_of_them_meanwhile(script: Served, workspace: Path) -> None:
+def test_resource_of_a_req_has_its_bytes_and_a_temporary_file(script: Served, workspace: Path) -> None:
     data = Resource(body=bytes(500), attribute_json=f'{{"n": {2**62 + 1}}}')
 
     def ask(*data: Resource, **options: Any) -> Any:
@@ -52,29 +52,29 @@ def test_a_req_has_the_bytes_and_a_file_of_them_meanwhile(script: Served, worksp
     assert not any(Path(uri).exists() for uri in uris)
 
 
-def test_a_body_has_the_limit_of_a_resource(script: Served) -> None:
+def test_body_larger_than_the_limit_of_a_resource_is_refused(script: Served) -> None:
     assert result(script.ask(Resource(body=bytes(1000))))
     error = script.ask(Resource(body=bytes(1001)))
     assert isinstance(error, InvalidArgument)
     assert error.message == "the resource is larger than 1000 bytes"
 
 
-def test_a_group_of_one_is_a_list(script: Served) -> None:
+def test_group_of_one_is_a_list(script: Served) -> None:
     assert result(script.ask(do="args", group=True))["group"] is True
 
 
-def test_a_batch_is_one_call_of_the_script(script: Served) -> None:
+def test_batch_is_one_call_of_the_script(script: Served) -> None:
     batch = script.together(*({"do": "args", "reqid": name} for name in "abcd"))
     assert [result(each)["count"] for each in batch] == [4, 4, 4, 4]
     assert {frozenset(result(each)["reqid"].split(",")) for each in batch} == {frozenset("abcd")}
 
 
-def test_integers_stay_integers(script: Served) -> None:
-    given = {"code": 0, "result": {"n": 2**53 + 1, "m": -(2**63)}}
-    assert result(script.ask(do="ret", ret=given)) == given["result"]
+def test_64_bit_integers_stay_exact(script: Served) -> None:
+    ret = {"code": 0, "result": {"n": 2**53 + 1, "m": -(2**63)}}
+    assert result(script.ask(do="ret", ret=ret)) == ret["result"]
 
 
-def test_results_are_json_or_bytes_or_a_file(script: Served, workspace: Path) -> None:
+def test_result_is_json_or_bytes_or_a_file(script: Served, workspace: Path) -> None:
     assert result(script.ask(do="numbers")) == {"x": 1.5, "y": [0, 1, 2]}
     assert script.ask(do="bytes") == InferResponse(message="m", stream=b"\x00\xff")
     for name in ("result.bin", str(workspace / "result.bin")):
@@ -82,25 +82,25 @@ def test_results_are_json_or_bytes_or_a_file(script: Served, workspace: Path) ->
         assert not (workspace / "result.bin").exists()
 
 
-@pytest.mark.parametrize("wish", ["raise", "sys.exit", "recurse", "memory"])
-def test_a_call_that_raises_fails_and_shows_nothing(script: Served, wish: str) -> None:
+@pytest.mark.parametrize("action", ["raise", "sys.exit", "recurse", "memory"])
+def test_call_that_raises_gives_code_500_without_details(script: Served, action: str) -> None:
     before = script.pid()
-    error = script.ask(do=wish)
+    error = script.ask(do=action)
     assert isinstance(error, Internal)
     assert error.message == "the forward pass failed"
     assert script.pid() == before
 
 
 @pytest.mark.parametrize("rets", ["few", "many", "none"])
-def test_another_number_of_rets_fails_the_call(script: Served, rets: str) -> None:
+def test_wrong_number_of_rets_fails_the_call(script: Served, rets: str) -> None:
     error = script.ask(rets=rets)
     assert isinstance(error, Internal)
     assert error.message == "the net did not return one result a request"
 
 
-@pytest.mark.parametrize("wish", ["nan", "object", "link", "many bytes", "loop"])
-def test_what_can_not_be_sent_is_a_500(script: Served, wish: str) -> None:
-    error = script.ask(do=wish)
+@pytest.mark.parametrize("action", ["nan", "object", "link", "many bytes", "loop"])
+def test_result_that_can_not_be_encoded_gives_code_500(script: Served, action: str) -> None:
+    error = script.ask(do=action)
     assert isinstance(error, Internal)
     assert error.message == "the net's result is malformed"
 
@@ -108,7 +108,7 @@ def test_what_can_not_be_sent_is_a_500(script: Served, wish: str) -> None:
 @pytest.mark.parametrize(
     "path", ["/etc/passwd", "../../../../etc/passwd", "release/../..", ".", "", "no such", 5, "\0"]
 )
-def test_a_result_file_outside_the_workspace_is_never_read(script: Served, path: Any) -> None:
+def test_result_file_outside_the_workspace_is_never_read(script: Served, path: Any) -> None:
     error = script.ask(do="file", **{"as": path})
     assert isinstance(error, Internal)
     assert error.message == "the net's result is malformed"
@@ -117,58 +117,58 @@ def test_a_result_file_outside_the_workspace_is_never_read(script: Served, path:
 @pytest.mark.parametrize(
     "ret", [None, 5, "x", [], {"code": "x"}, {"code": 1.5}, {"code": 2**40}, {"message": 5}, {"code": True}]
 )
-def test_a_ret_that_is_none_is_a_500(script: Served, ret: Any) -> None:
+def test_malformed_ret_gives_code_500(script: Served, ret: Any) -> None:
     assert isinstance(script.ask(do="ret", ret=ret), Internal)
 
 
-def test_a_malformed_ret_fails_its_own_request_alone(script: Served) -> None:
+def test_malformed_ret_fails_only_its_own_request(script: Served) -> None:
     first, bad, *rest = script.together({}, {"do": "nan"}, {}, {})
     assert [result(each) for each in rest] == [result(first)] * 2
     assert isinstance(bad, Internal)
 
 
 @pytest.mark.parametrize(("code", "status"), [(404, 404), (571, 571), (-3, 400), (7, 500)])
-def test_a_scripts_own_code_comes_through(script: Served, code: int, status: int) -> None:
+def test_code_of_a_script_reaches_the_caller(script: Served, code: int, status: int) -> None:
     error = script.ask(do="ret", ret={"code": code, "message": "no face"})
     assert isinstance(error, ServingError)
     assert (error.code, error.status, error.message) == (code, status, "no face")
 
 
-def test_a_message_of_odd_text_can_be_sent(script: Served) -> None:
+def test_message_with_a_lone_surrogate_is_sent_with_a_replacement(script: Served) -> None:
     error = script.ask(do="surrogate")
     assert isinstance(error, ServingError)
     assert error.message == "? odd"
 
 
-def test_a_script_refuses_a_request_by_raising(script: Served) -> None:
+def test_script_refuses_a_request_by_raising(script: Served) -> None:
     for error, message in ((script.ask(do="refuse"), "too dark"), (script.ask(prepare="refuse"), "no face")):
         assert isinstance(error, InvalidArgument)
         assert error.message == message
 
 
-def test_a_preparation_that_fails_is_a_500(script: Served) -> None:
+def test_preparation_that_exits_gives_code_500(script: Served) -> None:
     error = script.ask(prepare="exit")
     assert isinstance(error, Internal)
     assert error.message == "the net failed to prepare the request"
 
 
 @pytest.mark.parametrize("params", ["{", "NaN", '{"a": Infinity}'])
-def test_params_that_are_no_json_are_a_400(script: Served, params: str) -> None:
+def test_params_that_are_no_json_give_code_400(script: Served, params: str) -> None:
     error = script.ask(params_json=params)
     assert isinstance(error, InvalidArgument)
     assert error.message == "params is not JSON"
 
 
-def test_what_a_script_prints_is_in_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_of_a_script_is_logged(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with started(tmp_path) as script:
         assert isinstance(script.ask(do="print"), InferResponse)
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert '"text":"said by the script"' in said.err
-    assert "said below python" in said.err
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert '"text":"printed by the script"' in output.err
+    assert "written below python" in output.err
 
 
-def test_the_net_and_its_init_are_the_main_threads(tmp_path: Path) -> None:
+def test_net_init_and_net_inference_run_in_the_main_thread(tmp_path: Path) -> None:
     script = "import threading\ndef net_init(cfg): return {'thread': threading.current_thread().name}\n"
     script += "def net_inference(model, args):\n"
     script += "    now = [model['thread'], threading.current_thread().name]\n"
@@ -192,7 +192,7 @@ def test_the_net_and_its_init_are_the_main_threads(tmp_path: Path) -> None:
         ("from evaluator import scripting; scripting.net(cfg)", "the release's tar has no deploy.prototxt"),
     ],
 )
-def test_a_net_init_that_fails_is_one_line(net_init: str, message: str, tmp_path: Path) -> None:
+def test_net_init_that_fails_gives_an_error_of_one_line(net_init: str, message: str, tmp_path: Path) -> None:
     script = f"import os, sys, time\ndef net_init(cfg):\n    {net_init}\ndef net_inference(model, args): ...\n"
     params = {"init_timeout_s": 0.2} if "sleep" in net_init else {}
     with pytest.raises(StartError) as error, started(tmp_path, script, model_params=params):
@@ -210,14 +210,14 @@ def test_a_net_init_that_fails_is_one_line(net_init: str, message: str, tmp_path
         ("net_init = net_inference = print\nnet_preprocess = 5", "net.py has no function net_preprocess"),
     ],
 )
-def test_a_script_that_is_none_is_one_line(script: str, message: str, tmp_path: Path) -> None:
+def test_malformed_script_gives_an_error_of_one_line(script: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(StartError) as error, started(tmp_path, script):
         pass
     assert str(error.value).startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("answer", "starts"),
+    ("inference", "starts"),
     [
         ("return [{'code': 0, 'result': {}}] * len(args['reqs'])", True),
         ("return [{'code': 400 if isinstance(r['data'], dict) else 0} for r in args['reqs']]", True),
@@ -226,8 +226,8 @@ def test_a_script_that_is_none_is_one_line(script: str, message: str, tmp_path: 
         ("os._exit(1)", False),
     ],
 )
-def test_only_a_script_that_dies_of_the_warm_up_does_not_start(answer: str, starts: bool, tmp_path: Path) -> None:
-    script = f"import os\ndef net_init(cfg): return {{}}\ndef net_inference(model, args):\n    {answer}\n"
+def test_warm_up_fails_the_start_only_if_the_process_ends(inference: str, starts: bool, tmp_path: Path) -> None:
+    script = f"import os\ndef net_init(cfg): return {{}}\ndef net_inference(model, args):\n    {inference}\n"
     if starts:
         with started(tmp_path, script, batch_size=2) as served:
             assert served.worker.plan.batch_size == 2
@@ -236,20 +236,20 @@ def test_only_a_script_that_dies_of_the_warm_up_does_not_start(answer: str, star
             pass
 
 
-def test_a_script_is_warmed_up_with_every_size_of_batch(tmp_path: Path) -> None:
+def test_script_is_warmed_up_with_each_batch_size(tmp_path: Path) -> None:
     script = "seen = []\ndef net_init(cfg): return {'batch_size': 6}\ndef net_inference(model, args):\n"
     script += "    seen.append(len(args['reqs']))\n    return [{'code': 0, 'result': seen}] * len(args['reqs'])\n"
     with started(tmp_path, script) as served:
         assert result(served.ask()) == [1, 2, 4, 6, 1]
 
 
-def test_no_file_is_left_of_the_requests(script: Served, workspace: Path) -> None:
+def test_files_of_requests_are_removed(script: Served, workspace: Path) -> None:
     assert script.pid()
     wait_for(lambda: os.listdir(workspace / "requests") == [])
 
 
 @pytest.mark.parametrize("value", [0, -1, "5", True, float("inf")])
-def test_a_wrong_timeout_stops_the_start(value: Any, tmp_path: Path) -> None:
+def test_wrong_script_timeout_fails_to_start(value: Any, tmp_path: Path) -> None:
     with (
         pytest.raises(StartError, match=r"model_params\.script_timeout_s is .*, should be a positive number"),
         started(tmp_path, model_params={"script_timeout_s": value}),
@@ -257,7 +257,7 @@ def test_a_wrong_timeout_stops_the_start(value: Any, tmp_path: Path) -> None:
         pass
 
 
-def test_a_batch_of_large_answers_comes_back_whole(tmp_path: Path) -> None:
+def test_batch_of_large_results_arrives_whole(tmp_path: Path) -> None:
     script = "def net_init(cfg): return {'batch_size': 4}\ndef net_inference(model, args):\n"
     script += "    return [{'code': 0, 'result_file': bytes([n]) * (40 << 20)} for n, _ in enumerate(args['reqs'])]\n"
     with started(tmp_path, script) as served:

@@ -1,17 +1,18 @@
-"""The releases of our own that a local mesh can serve, each with the pictures that one request of it takes."""
+"""The example releases that a local mesh can serve, each with the pictures of one request."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from atserving.v1 import registry_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
+"""The checkout."""
 FOLDER = ROOT / "examples"
-"""Of the examples, in a checkout."""
+"""The examples' folder in a checkout."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Example:
     version: str
     tar: str
     images: tuple[str, ...]
-    """What a request takes: one picture, or the several of a group."""
+    """The pictures of one request: one, or the several of a group."""
     desc: str
     custom_values: Mapping[str, Any] = field(default_factory=dict)
     phase: registry_pb2.Phase.ValueType = registry_pb2.PHASE_PRODUCTION
@@ -32,30 +33,20 @@ class Example:
         return FOLDER / self.tar
 
 
-_SEVEN = ("digits/images/7.png",)
-_CLASSIFY = {"net": "classify"}
-_NAMES = "names a handwritten digit"
+_DIGITS_V1 = Example(
+    app="digits",
+    version="v1",
+    tar="digits/digits-v1.tar",
+    images=("digits/images/7.png",),
+    desc="names a handwritten digit",
+    custom_values={"net": "classify"},
+)
 
 DIGITS = (
-    Example(
-        app="digits",
-        version="v1",
-        tar="digits/digits-v1.tar",
-        images=_SEVEN,
-        desc=_NAMES,
-        custom_values=_CLASSIFY,
-    ),
-    Example(
-        app="digits",
-        version="v2",
-        tar="digits/digits-v2.tar",
-        images=_SEVEN,
-        desc=_NAMES,
-        custom_values=_CLASSIFY,
-        phase=registry_pb2.PHASE_STAGING,
-    ),
+    _DIGITS_V1,
+    replace(_DIGITS_V1, version="v2", tar="digits/digits-v2.tar", phase=registry_pb2.PHASE_STAGING),
 )
-"""The app `digits` alone, in both phases."""
+"""The app `digits` alone, with a version in each phase."""
 
 ALL = (
     *DIGITS,
@@ -72,15 +63,15 @@ ALL = (
         version="v1",
         tar="segment/digits-segment-v1.tar",
         images=("segment/images/1.png",),
-        desc="says which pixels are which digit",
+        desc="labels each pixel with its digit",
         custom_values={"net": "segment"},
     ),
     Example(
         app="digits-feature",
         version="v1",
         tar="digits/digits-v1.tar",
-        images=_SEVEN,
-        desc="what the net of digits v1 makes of a digit, as numbers",
+        images=("digits/images/7.png",),
+        desc="returns the features that digits v1 computes of a digit",
         custom_values={"net": "feature", "layers": ["ip1"]},
     ),
     Example(
@@ -88,6 +79,6 @@ ALL = (
         version="v1",
         tar="similar/digits-similar-v1.tar",
         images=("digits/images/5.png", "digits/images/5.jpg"),
-        desc="how alike two digits are, by a net.py",
+        desc="compares two digits with a net.py",
     ),
 )

@@ -1,0 +1,185 @@
+"""The whole mesh on one machine: etcd, registry, gates, evaluators and Envoy as local processes."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import aiohttp
+import orjson
+
+from atserving.errors import StartError
+from atserving.local import commands, envoy, examples
+from atserving.local.child import ChildProcess
+from atserving.local.examples import ROOT, Example
+from atserving.local.ports import Ports, check_free
+from atserving.local.processes import ManagedProcess, ProcessGroup, State
+from atserving.local.publishing import file_uri, publish
+from atserving.v1 import registry_pb2
+
+_POLL_S = 0.05
+
+
+class Mesh:
+    """A mesh that serves example releases. Its directory holds its config, its data and its logs.
+
+    An async context manager: entering starts every process and waits until each release answers; leaving stops them.
+    The processes are ``etcd``, ``registry``, ``gate``, ``gate-1``, ..., ``envoy``, ``evaluator-<app>-<version>``, and
+    ``files``, which serves the folder of the examples at ``files_url``. A process that dies is started again.
+    """
+
+    def __init__(
+        self,
+        edge_port: int = 0,
+        serves: Sequence[Example] = examples.DIGITS,
+        *,
+        gates: int = 1,
+        start_timeout_s: float = 90.0,
+        extra: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """``extra`` has more flags for processes, by name: a test shortens a lease with it."""
+        self.serves = serves
+        self.ports = Ports.free(edge_port, gates)
+        self.url = f"http://127.0.0.1:{self.ports.edge}"
+        self.registry = f"127.0.0.1:{self.ports.registry}"
+        self.etcd = f"127.0.0.1:{self.ports.etcd}"
+        self.files_url = f"http://127.0.0.1:{self.ports.files}"
+        self._start_timeout_s = start_timeout_s
+        self._extra = extra or {}
+
+    async def __aenter__(self) -> Mesh:
+        for needed in (ROOT / "envoy" / "envoy.yaml", *(each.path for each in self.serves)):
+            if not needed.exists():
+                raise StartError(f"{needed.relative_to(ROOT)} is missing: run the local mesh from a checkout")
+        check_free(self.ports.edge)
+        self.directory = Path(tempfile.mkdtemp(prefix="atserving-"))
+        (self.directory / "envoy.yaml").write_text(envoy.local_bootstrap(ROOT / "envoy", self.ports))
+        self._processes = self._group()
+        try:
+            self._start()
+            await self._wait_ready()
+        except BaseException as error:
+            await self._processes.stop()
+            # A failed start leaves its logs behind.
+            if not isinstance(error, StartError):
+                shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._processes.stop()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    async def watch(self) -> None:
+        """Wait until every process is stopped. Raises the defect that ended the supervision of one."""
+        await self._processes.watch()
+
+    async def stop_process(self, name: str) -> None:
+        """Stop one process (SIGTERM) and wait until it has ended. It stays down."""
+        await self._processes[name].stop()
+
+    def start_process(self, name: str) -> None:
+        """Start one process that was stopped."""
+        self._processes[name].start()
+
+    def kill_process(self, name: str) -> None:
+        """Kill one process (SIGKILL), as a crash would. It is started again."""
+        self._processes[name].kill()
+
+    def pids(self) -> dict[str, int]:
+        """Return the process id of each process that runs, by name."""
+        return {each.name: each.pid for each in self._processes if each.pid}
+
+    def log(self, name: str) -> str:
+        """Return all that a process has logged so far."""
+        return self._processes[name].log_text()
+
+    def _start(self) -> None:
+        try:
+            self._processes.start()
+        except OSError as error:
+            raise StartError(f"the mesh's processes cannot be started: {error}") from None
+
+    def _group(self) -> ProcessGroup:
+        """Group the processes so that those that serve stop first, then the registry, then etcd."""
+        stages: dict[str, list[ManagedProcess]] = {"etcd": [], "registry": [], "serving": []}
+        for name, command in self._commands().items():
+            child = ChildProcess(command, self.directory / f"{name}.log", cwd=self.directory)
+            stages.get(name, stages["serving"]).append(ManagedProcess(name, child))
+        return ProcessGroup(*stages.values())
+
+    def _commands(self) -> dict[str, list[str]]:
+        """Return the command line of each process by its name. Add a new service here."""
+        ports, directory = self.ports, self.directory
+        peers = {"default": f"http://127.0.0.1:{ports.etcd_peer}"}
+        result = {
+            "etcd": commands.etcd(directory / "etcd", f"http://{self.etcd}", peers, "--log-level", "warn"),
+            "registry": commands.registry([self.etcd], self.registry),
+            "envoy": commands.envoy(directory / "envoy.yaml"),
+            "files": commands.file_server(examples.FOLDER, ports.files),
+        }
+        # A gate drains so that its callers can go to another gate. A gate alone has nothing to drain for.
+        drain = [] if len(ports.gates) > 1 else ["--drain", "0"]
+        for number, port in enumerate(ports.gates):
+            name = f"gate-{number}" if number else "gate"
+            result[name] = commands.gate(self.registry, f"127.0.0.1:{port}", *drain)
+        workspace = ["--workspace", str(directory / "workspaces")]
+        for each in self.serves:
+            flags = ["--wait", "60", "--allow-network", "127.0.0.0/8", *workspace]
+            result[f"evaluator-{each.app}-{each.version}"] = commands.evaluator(
+                self.registry, each.app, each.version, *flags
+            )
+        return {name: [*command, *self._extra.get(name, [])] for name, command in result.items()}
+
+    async def _wait_ready(self) -> None:
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                await publish(self.registry, *map(_release, self.serves))
+                async with aiohttp.ClientSession() as session:
+                    for each in self.serves:
+                        await self._wait_answer(session, each)
+        except TimeoutError:
+            raise StartError(
+                f"not ready within {self._start_timeout_s:g} s: {self._complaint()} (logs: {self.directory}/*.log)"
+            ) from None
+
+    async def _wait_answer(self, session: aiohttp.ClientSession, example: Example) -> None:
+        data = [{"uri": f"{self.files_url}/{image}"} for image in example.images]
+        request = {"data": data if len(data) > 1 else data[0]}
+        url = f"{self.url}/v1/eval/{example.app}/{example.version}"
+        while True:
+            try:
+                async with session.post(url, json=request) as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(_POLL_S)
+
+    def _complaint(self) -> str:
+        """Return the last log line of each process that is down."""
+        down = [each for each in self._processes if each.state is not State.RUNNING]
+        lines = [f"{each.name}: {_last_line(each.log_text())}" for each in down]
+        return "; ".join(lines) or "every process runs, but not every release answers"
+
+
+def _release(example: Example) -> registry_pb2.Release:
+    return registry_pb2.Release(
+        name=example.app,
+        version=example.version,
+        file=file_uri(example.path),
+        phase=example.phase,
+        desc=example.desc,
+        custom_values_json=orjson.dumps(example.custom_values).decode(),
+    )
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "it logged nothing"

@@ -1,0 +1,62 @@
+"""Loopback ports for the processes of a mesh."""
+
+from __future__ import annotations
+
+import random
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from atserving.errors import StartError
+
+# Below the ports that Linux gives to outgoing connections, so that none of those takes a port before it is used.
+_RANGE = range(10_000, 32_000)
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The loopback ports of a mesh."""
+
+    edge: int
+    ops: int
+    admin: int
+    gates: tuple[int, ...]
+    registry: int
+    etcd: int
+    etcd_peer: int
+    files: int
+
+    @staticmethod
+    def free(edge: int = 0, gates: int = 1) -> Ports:
+        """Choose unused ports; ``edge`` is kept unless it is 0."""
+        first, ops, admin, registry, etcd, etcd_peer, files, *rest = free_ports(7 + gates)
+        return Ports(edge or first, ops, admin, tuple(rest), registry, etcd, etcd_peer, files)
+
+
+def free_ports(count: int) -> list[int]:
+    """Choose loopback ports that nothing listens on now."""
+    candidates = _candidates()
+    return [next(candidates) for _ in range(count)]
+
+
+def _candidates() -> Iterator[int]:
+    for port in random.sample(_RANGE, len(_RANGE)):
+        if _is_free(port):
+            yield port
+
+
+def check_free(port: int) -> None:
+    """Raise StartError if something listens on the port of the edge, where 0 stands for any port."""
+    if not _is_free(port):
+        raise StartError(f"port {port} is in use: choose another with --port or PORT=")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        # As servers do: connections that were closed lately do not keep a port.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,40 @@
+"""Call a running evaluator as a gate does."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from atserving.config import Instance
+from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
+from atserving.v1.serving_pb2 import Resource
+from gate.connection import EvaluatorConnection
+from tests.evaluator.digits import DIGITS
+from tests.processes import Process
+from tests.waiting import PATIENCE_S
+
+DIGIT = Resource(body=(DIGITS / "images" / "7.png").read_bytes())
+"""An image of a seven."""
+
+
+def address(process: Process) -> str:
+    """Return the evaluator's gRPC address. Blocks until it is registered."""
+    return str(process.logged("instance", "address")["address"])
+
+
+@asynccontextmanager
+async def connected(process: Process) -> AsyncIterator[EvaluatorConnection]:
+    """Connect to an evaluator."""
+    instance = Instance(app="any", version="any", id="any", address=address(process), capacity=1)
+    connection = EvaluatorConnection(instance, connect_timeout_s=PATIENCE_S)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def infer(process: Process, *data: Resource, timeout: float = 30, **fields: Any) -> InferResponse:
+    """Send one request over a connection of its own."""
+    async with connected(process) as evaluator:
+        return await evaluator.infer(InferRequest(data=data, **fields), timeout, None)
