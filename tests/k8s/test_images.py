@@ -211,7 +211,7 @@ def image(request: pytest.FixtureRequest, replay: Replay) -> Iterator[Image]:
     with replay.image(request.param) as image:
         before = _files(image.root)
         yield image
-        # What the test ran would have run on a read-only root too.
+        # The test changed no file, so the image runs on a read-only root.
         assert _files(image.root) == before
 
 

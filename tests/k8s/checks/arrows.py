@@ -1,4 +1,4 @@
-"""What NetworkPolicies let through between the pods of the mesh."""
+"""The connections that NetworkPolicies let through between the pods of the mesh."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from .model import Container, Document, Manifests, at, dict_at, list_at
 
 PROBES = {"startupProbe": "start-up", "livenessProbe": "liveness", "readinessProbe": "readiness"}
 
-# What probes ask of the processes that answer HTTP: the path and the port. etcd's /health without parameters asks for a
+# Probes ask the processes that answer HTTP for this path on this port. etcd's /health without parameters asks for a
 # leader, and fails while the database is full.
 _ENVOY_LIVES = ("/live", "ops")
 _ETCD_LIVES = ("/health?serializable=true&exclude=NOSPACE", "metrics")
@@ -107,7 +107,7 @@ def pre_stop_s(container: Container) -> float:
 
 
 def _question(container: Container, component: str, probe: str) -> str:
-    """What a probe of a component should ask."""
+    """The question that a probe of a component should ask."""
     if component in PROGRAMS:
         return _grpc(container.number("grpc"), "" if probe == "readiness" else "live")
     path, port = PATHS.get(component, {}).get(probe, (None, ""))

@@ -27,7 +27,7 @@ ARROWS = {
     ("registry", "etcd", "client"),
     ("etcd", "etcd", "peer"),
 }
-"""Who calls whom, and on which port: docs/architecture.md."""
+"""The caller, the called component and its port, as in docs/architecture.md."""
 # `etcdctl` in one member's pod may ask the other members.
 ALLOWED = ARROWS | {("etcd", "etcd", "client")}
 
