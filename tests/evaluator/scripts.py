@@ -87,6 +87,9 @@ def answer(model, args, req):
     if do == "nan": return {"code": 0, "result": {"x": float("nan")}}
     if do == "object": return {"code": 0, "result": object()}
     if do == "surrogate": return {"code": 400, "message": "\\ud800 odd"}
+    if do == "wait, many bytes":
+        wait()
+        return {"code": 0, "result_file": bytes(10 << 20)}
     if do == "many bytes": return {"code": 0, "result_file": bytes(49 << 20)}
     if do == "loop":
         loop = []

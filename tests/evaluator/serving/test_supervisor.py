@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -109,6 +110,24 @@ def test_call_past_its_deadline_is_not_stuck_before_the_least_patience(
     monkeypatch.setattr(supervisor, "_WATCH_S", 0.001)
     before = time_out(script, workspace, do="wait")
     look_round(script)
+    (workspace / "go").touch()
+    assert script.pid() == before
+
+
+def test_worker_is_not_unresponsive_while_it_sends_a_late_reply(
+    script: Served, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No call counts as stuck.
+    monkeypatch.setattr(patience, "_FACTOR", 1e9)
+    monkeypatch.setattr(patience, "MOST_S", 600.0)
+    monkeypatch.setattr(supervisor, "_WATCH_S", 0.005)
+    before = script.pid()
+    late = script.ask_later(do="wait, many bytes")
+    wait_for((workspace / "waiting").exists)
+    late.cancel()
+    overdue_s = time.monotonic() + patience.LEAST_S
+    wait_for(lambda: time.monotonic() > overdue_s)
+    # The worker is idle between the end of the call and its reply, which is long.
     (workspace / "go").touch()
     assert script.pid() == before
 
