@@ -1,4 +1,4 @@
-"""How many requests an instance holds, and what it says to one more."""
+"""The capacity of an instance bounds its requests in flight, and refuses any further request."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from atserving.errors import ResourceExhausted, Unavailable
 from evaluator.serving.capacity import Capacity
 
 
-@given(most=st.integers(1, 5), steps=st.lists(st.booleans(), max_size=40))
-def test_no_more_are_held_than_may_be(most: int, steps: list[bool]) -> None:
-    capacity = Capacity(most)
-    held: list[ExitStack] = []
+@given(limit=st.integers(1, 5), steps=st.lists(st.booleans(), max_size=40))
+def test_requests_in_flight_never_exceed_the_limit(limit: int, steps: list[bool]) -> None:
+    capacity = Capacity(limit)
+    in_flight: list[ExitStack] = []
     for enters in steps:
         if enters:
             stack = ExitStack()
-            if len(held) == most:
+            if len(in_flight) == limit:
                 with pytest.raises(ResourceExhausted) as refusal:
                     stack.enter_context(capacity.hold())
                 assert refusal.value.refused
                 assert (refusal.value.retry_after_s or 0) > 0
             else:
                 stack.enter_context(capacity.hold())
-                held.append(stack)
-        elif held:
-            held.pop(0).close()
-        assert capacity.in_flight == len(held) <= most
+                in_flight.append(stack)
+        elif in_flight:
+            in_flight.pop(0).close()
+        assert capacity.in_flight == len(in_flight) <= limit
 
 
-async def test_places_can_be_made_more_and_fewer() -> None:
+async def test_limit_can_be_raised_and_lowered() -> None:
     capacity = Capacity(1)
     with ExitStack() as stack:
         stack.enter_context(capacity.hold())
@@ -44,23 +44,25 @@ async def test_places_can_be_made_more_and_fewer() -> None:
             stack.enter_context(capacity.hold())
 
 
-async def test_what_is_said_of_when_to_come_back_grows_with_the_queue() -> None:
-    async def retry_after_s(most: int) -> float:
-        capacity = Capacity(most)
-        for _ in range(20):
-            with capacity.hold():
-                await asyncio.sleep(0.002)
-        with ExitStack() as stack:
-            for _ in range(most):
+async def test_retry_delay_grows_with_the_requests_in_flight() -> None:
+    capacity = Capacity(0)
+    delays_s: list[float] = []
+    with ExitStack() as stack:
+        for limit in (1, 100, 10_000):
+            capacity.limit = limit
+            while capacity.in_flight < limit:
                 stack.enter_context(capacity.hold())
             with pytest.raises(ResourceExhausted) as refusal:
                 stack.enter_context(capacity.hold())
-        return refusal.value.retry_after_s or 0
+            delays_s.append(refusal.value.retry_after_s or 0)
+            if limit == 1:
+                # The first request ends and is measured; it took at least this long.
+                await asyncio.sleep(0.002)
+                stack.pop_all().close()
+    assert delays_s[0] < delays_s[1] < delays_s[2]
 
-    assert await retry_after_s(100) < await retry_after_s(10_000)
 
-
-async def test_draining_refuses_and_waits_for_what_is_held() -> None:
+async def test_drain_refuses_requests_and_waits_for_those_in_flight() -> None:
     capacity = Capacity(2)
     with capacity.hold():
         capacity.drain()
