@@ -24,7 +24,7 @@ import uvloop
 from atserving.errors import StartError
 from bench import load
 from bench.bare_loop import BareLoop, Setting
-from bench.measurement import Row, markdown_table, middle
+from bench.measurement import Row, markdown_table, middle, milliseconds
 from bench.processes import Registry, running_evaluator, running_registry
 from bench.workload import WORKLOADS, Workload
 
@@ -94,16 +94,11 @@ def table(workloads: Iterable[Workload], figures: Mapping[str, float]) -> str:
             ratio = f"{figures[f'{prefix}.ratio_to_bare_loop']:.2f} of its rate"
             if callers == 1:
                 ratio = f"{figures[f'{prefix}.added_p50_ms']:.2f} ms more at the median"
-            times = [_ms(figures[f"{prefix}.{name}"]) for name in ("p50_ms", "p99_ms")]
-            cpu = _ms(figures[f"{prefix}.cpu_s"] * 1e3)
+            times = [milliseconds(figures[f"{prefix}.{name}"]) for name in ("p50_ms", "p99_ms")]
+            cpu = milliseconds(figures[f"{prefix}.cpu_s"] * 1e3)
             title = workload.title if callers == CALLERS[0] else ""
             lines.append((title, str(callers), f"{figures[f'{prefix}.per_s']:,.0f}", *times, cpu, ratio))
     return markdown_table(header, lines)
-
-
-def _ms(value: float) -> str:
-    """Return milliseconds with two or three digits."""
-    return f"{value:,.0f} ms" if value >= 100 else f"{value:.2g} ms"
 
 
 def measure(names: Iterable[str], folder: Path, seconds: float, rounds: int) -> tuple[list[Row], Figures]:

@@ -36,6 +36,11 @@ def middle(rows: Iterable[Row]) -> Row:
     return ordered[len(ordered) // 2]
 
 
+def milliseconds(value: float) -> str:
+    """Return a duration with two digits or more, for a table."""
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.2g} ms"
+
+
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table in Markdown."""
     lines = ["".join(f"| {cell} " if cell else "| " for cell in cells) + "|" for cells in (header, *rows)]

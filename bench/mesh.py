@@ -23,7 +23,9 @@ from atserving.errors import StartError
 from atserving.local import examples, proc
 from atserving.local.foreground import run_until_stopped
 from atserving.local.mesh import Mesh
+from bench.measurement import markdown_table, milliseconds
 
+_DIGITS = "digits"
 _UNITS_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
 
@@ -102,12 +104,26 @@ async def run(seconds: float, rows: list[Row]) -> None:
         for name, path, body, callers in (
             ("edge alone", "/health", None, 1),
             ("edge alone", "/health", None, 32),
-            ("digits", "/v1/eval/digits/v1", image, 1),
-            ("digits", "/v1/eval/digits/v1", image, 8),
-            ("digits", "/v1/eval/digits/v1", image, 32),
+            (_DIGITS, "/v1/eval/digits/v1", image, 1),
+            (_DIGITS, "/v1/eval/digits/v1", image, 8),
+            (_DIGITS, "/v1/eval/digits/v1", image, 32),
             ("digits, refused by the gate", "/v1/eval/nothing", image, 32),
         ):
             rows.append(await asyncio.to_thread(measure, mesh, name, path, body, callers, seconds))
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows of the digits as the table of README."""
+    header = ("callers", "requests/s", "p50", "p99", "CPU per request")
+    lines = [
+        (
+            *(str(row.callers), f"{row.requests_per_s:,.0f}"),
+            *(milliseconds(value) for value in (row.p50_ms, row.p99_ms, sum(row.cpu_ms.values()))),
+        )
+        for row in rows
+        if row.name == _DIGITS
+    ]
+    return markdown_table(header, lines)
 
 
 def main() -> None:
@@ -129,6 +145,7 @@ def main() -> None:
             f"{row.name:28}{row.callers:8}{row.requests_per_s:9.0f}{row.p50_ms:9.2f}{row.p99_ms:9.2f}"
             f"{row.errors:8}  {cpu}"
         )
+    print(f"\n{table(rows)}")
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
 

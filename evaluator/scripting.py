@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from atserving.errors import InvalidArgument, StartError
-from evaluator.images.decoding import Pixels, decode
+from evaluator.images import Pixels, decode
 from evaluator.limits import Limits
 from evaluator.net_config import NetConfig
 from evaluator.nets import labels as labels_csv

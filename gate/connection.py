@@ -18,7 +18,7 @@ from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
 
 log = structlog.get_logger()
 
-_CONNECT_S = 2.0
+CONNECT_TIMEOUT_S = 2.0
 _PAUSE_S = 0.1
 _FRAME_BYTES = 4 << 20
 
@@ -50,8 +50,9 @@ class EvaluatorConnection:
     calls fail at once; no call waits for a connection that has failed.
     """
 
-    def __init__(self, instance: Instance) -> None:
+    def __init__(self, instance: Instance, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
         self._id = instance.id
+        self._connect_timeout_s = connect_timeout_s
         self._channel = transport.channel(instance.address)
         self._stub = evaluator_pb2_grpc.EvaluatorServiceStub(self._channel)
         self._ids = itertools.count(1)
@@ -104,7 +105,7 @@ class EvaluatorConnection:
                 except grpc.aio.AioRpcError as error:
                     reason = error.details() or error.code().name
                 except TimeoutError:
-                    reason = f"no connection within {_CONNECT_S:g} s"
+                    reason = f"no connection within {self._connect_timeout_s:g} s"
                 except Exception:
                     # Callers must not wait on a stream without a reader.
                     log.exception("stream failed", instance=self._id)
@@ -118,7 +119,7 @@ class EvaluatorConnection:
     async def _stream(self) -> AsyncIterator[Stream]:
         stream: Stream = self._stub.Exchange()  # type: ignore[call-arg] # requests are written one by one
         try:
-            async with asyncio.timeout(_CONNECT_S):
+            async with asyncio.timeout(self._connect_timeout_s):
                 await stream.wait_for_connection()
             self._down = ""
             yield stream

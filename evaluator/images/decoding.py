@@ -1,7 +1,4 @@
-"""Images as nets take them: checked against the release's limits from their header alone, then decoded to BGR.
-
-JPEG, PNG, BMP, WebP and GIF (the first frame) are decoded; nothing else is. OpenCV decodes, but for some BMPs.
-"""
+"""Decodes images to upright BGR pixels, once their headers are within the limits."""
 
 from __future__ import annotations
 
@@ -15,30 +12,31 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from atserving.errors import InvalidArgument
-from evaluator.images.headers import Header, read_header, undecodable
+from evaluator.images.formats import read_header
+from evaluator.images.header import Header, undecodable
 from evaluator.limits import Limits
 
 Pixels = NDArray[np.uint8]
 
-# As cv2.flip has it: around the horizontal axis, the vertical one, or both.
+# Flip codes of cv2.flip by EXIF orientation: around the horizontal axis (0), the vertical axis (1) or both (-1).
 _FLIPS = {4: 0, 8: 0, 2: 1, 6: 1, 3: -1, 7: -1}
-_READ = {
+_READ_FLAGS = {
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
-_REDUCED = (8, 4, 2)
+_DIVISORS = (8, 4, 2)
 _SAMPLE_SIDE = 32
-# What OpenCV says of a bad image goes to the caller as a 400, not to standard error.
+# Errors about bad images go to the caller as a 400; OpenCV would also print them on standard error.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded image: ``pixels``, (height, width, 3) uint8 in BGR, upright, and the upright image's own ``size``.
+    """A decoded image: ``pixels``, upright BGR of shape (height, width, 3), uint8, and the whole image's ``size``.
 
-    ``size`` is (width, height); the pixels are fewer where they were decoded to a smaller size.
+    ``size`` is the (width, height) of the upright image. There are fewer pixels if the image was decoded smaller.
     """
 
     pixels: Pixels
@@ -46,63 +44,65 @@ class Picture:
 
 
 def decode(data: bytes, limits: Limits) -> Pixels:
-    """The image as (height, width, 3) uint8 in BGR, upright as its EXIF orientation says; alpha is dropped.
+    """Return the image's pixels, upright BGR of shape (height, width, 3), uint8.
 
-    16-bit samples keep their high byte; CMYK and palettes are converted. Raises InvalidArgument for what is no image of
-    a known format, is malformed or cut short, or is over the limits: the latter before any pixel is decoded. Damage
-    within the pixels' data that its format has no check for is not seen: that of a JPEG, which decodes to wrong or grey
-    pixels from there on, also where it was cut and ended anew, of a WebP and of a BMP.
+    The EXIF orientation is applied. Alpha is dropped, 16-bit samples keep their high byte, CMYK and palettes are
+    converted, and an animation gives its first frame.
+
+    Raises InvalidArgument if the format is unknown, the data is malformed or cut short, or the image is over the
+    limits. No pixel is decoded before the limits are checked. JPEG, WebP and BMP have no checksum: damage inside their
+    pixel data gives wrong pixels, not an error. The same holds for a JPEG that was cut and got a new end.
     """
     return read(data, limits).pixels
 
 
-def read(data: bytes, limits: Limits, least: tuple[int, int] | None = None) -> Picture:
-    """As :func:`decode`, with the image's size.
+def read(data: bytes, limits: Limits, min_size: tuple[int, int] | None = None) -> Picture:
+    """Return the image's pixels, as :func:`decode` does, and its size.
 
-    A JPEG that is much larger than ``least``, the width and height that are needed of the upright image, is decoded at
-    a half, a quarter or an eighth of its size, never to fewer pixels than that; None: whole. That takes less time, and
-    its pixels are not quite those that the whole image, resized, has.
+    ``min_size`` is the smallest (width, height) of the upright image that the caller needs. A much larger JPEG is then
+    decoded at a half, a quarter or an eighth of its size, but never below ``min_size``. This is faster, and its pixels
+    differ slightly from those of the whole image after a resize. None decodes every image whole.
     """
     if len(data) > limits.max_bytes:
         raise InvalidArgument(f"the image is larger than {limits.max_bytes} bytes")
     header = read_header(data, limits)
-    divisor = _divisor(header, least)
+    divisor = _divisor(header, min_size)
     try:
-        pixels = _decoded(header, divisor)
+        pixels = _decode_stored(header, divisor)
     except (cv2.error, OSError, ValueError):
         pixels = None
-    # A header that says another size than the pixels have is a forged one.
+    # If the header gives another size than the pixels have, the header is forged.
     if pixels is None or pixels.shape != (-(-header.height // divisor), -(-header.width // divisor), 3):
         raise undecodable()
-    return Picture(_upright(pixels, header), header.upright_size)
+    return Picture(_turn_upright(pixels, header), header.upright_size)
 
 
 @functools.cache
 def sample() -> bytes:
-    """A small grey picture, as a PNG, to try a net with."""
+    """Return a small grey PNG for trying out a net."""
     return cv2.imencode(".png", np.full((_SAMPLE_SIDE, _SAMPLE_SIDE, 3), 127, np.uint8))[1].tobytes()
 
 
-def _decoded(header: Header, divisor: int) -> Pixels | None:
-    """The stored pixels, in BGR; None, or an error of the decoder's, where they can't be had."""
-    if header.by_pillow:
-        with Image.open(io.BytesIO(header.data), formats=[header.form]) as image:
+def _decode_stored(header: Header, divisor: int) -> Pixels | None:
+    """Return the BGR pixels as they are stored, not yet upright. Return None or raise if they can't be decoded."""
+    if header.needs_pillow:
+        with Image.open(io.BytesIO(header.data), formats=[header.format]) as image:
             return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
-    pixels = cv2.imdecode(np.frombuffer(header.data, np.uint8), _READ[divisor] | cv2.IMREAD_IGNORE_ORIENTATION)
+    pixels = cv2.imdecode(np.frombuffer(header.data, np.uint8), _READ_FLAGS[divisor] | cv2.IMREAD_IGNORE_ORIENTATION)
     return None if pixels is None else pixels.astype(np.uint8, copy=False)
 
 
-def _divisor(header: Header, least: tuple[int, int] | None) -> int:
-    """By how much a JPEG may be decoded smaller, so that it is still as wide and as high as ``least``."""
-    if least is None or header.form != "JPEG":
+def _divisor(header: Header, min_size: tuple[int, int] | None) -> int:
+    """Return the largest divisor that keeps a JPEG at least ``min_size`` large; 1 for other formats."""
+    if min_size is None or header.format != "JPEG":
         return 1
     width, height = header.upright_size
-    return next((by for by in _REDUCED if -(-width // by) >= least[0] and -(-height // by) >= least[1]), 1)
+    return next((by for by in _DIVISORS if -(-width // by) >= min_size[0] and -(-height // by) >= min_size[1]), 1)
 
 
-def _upright(pixels: Pixels, header: Header) -> Pixels:
-    """Undoes an EXIF orientation (Exif 2.32, tag 0x0112): 2 to 4 mirror or turn over, 5 to 8 also swap the axes."""
-    turned = cv2.transpose(pixels) if header.turned else pixels
+def _turn_upright(pixels: Pixels, header: Header) -> Pixels:
+    """Undo an EXIF orientation (Exif 2.32, tag 0x0112): 2 to 4 mirror or rotate, 5 to 8 also swap the axes."""
+    turned = cv2.transpose(pixels) if header.swaps_axes else pixels
     if header.orientation in _FLIPS:
         turned = cv2.flip(turned, _FLIPS[header.orientation])
     return turned.astype(np.uint8, copy=False)

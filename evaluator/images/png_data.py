@@ -1,4 +1,4 @@
-"""The pixels' data of a PNG: one zlib stream of its rows, which its IDAT chunks hold in parts (PNG, 10)."""
+"""Measures and unpacks the pixel data of a PNG: one zlib stream of rows, split over IDAT chunks (PNG, 10)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator
 
-# Where each pass of an interlaced PNG begins, and its steps: x, y, dx, dy (PNG, 8.2).
+# The passes of an interlaced PNG (8.2): first column, first row, column step, row step.
 _PASSES = (
     (0, 0, 8, 8),
     (4, 0, 8, 8),
@@ -17,22 +17,22 @@ _PASSES = (
     (0, 1, 1, 2),
 )
 _MAX_SURPLUS_BYTES = 1 << 20
-# Rows of more are not kept, which would take twice as much memory for a while.
+# Larger rows are checked but not kept: keeping them would double the memory that decoding takes.
 _MAX_KEPT_BYTES = 64 << 20
 _PIECE_BYTES = 1 << 16
-# Of a block that is stored as it is, at most; a flag and its length come before (RFC 1951, 3.2.4).
+# The longest stored block of deflate (RFC 1951, 3.2.4); a flag and its length come before it.
 _BLOCK_BYTES = (1 << 16) - 1
 _STREAM_START = b"\x78\x01"
 _LAST_BLOCK = b"\x01\x00\x00\xff\xff"
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
-    """A chunk: its data's length, its type, its data and a checksum (PNG, 5.3)."""
+    """Return a PNG chunk: the data's length, the type, the data and a checksum (5.3)."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))
 
 
-def row_bytes(width: int, height: int, pixel_bits: int, interlaced: bool) -> int:
-    """How many bytes all rows are, unpacked: each has one for its filter."""
+def rows_bytes(width: int, height: int, pixel_bits: int, interlaced: bool) -> int:
+    """Return the size of all rows after unpacking. Each row begins with one byte for its filter."""
     total = 0
     for x, y, dx, dy in _PASSES if interlaced else ((0, 0, 1, 1),):
         columns, rows = -(-(width - x) // dx), -(-(height - y) // dy)
@@ -41,18 +41,20 @@ def row_bytes(width: int, height: int, pixel_bits: int, interlaced: bool) -> int
     return total
 
 
-def stored(parts: Iterable[bytes], expected: int) -> bytes | None:
-    """The same data as IDAT chunks that hold it unpacked; None: it is right as it is, and too much to keep.
+def store_unpacked(parts: Iterable[bytes], expected_bytes: int) -> bytes | None:
+    """Unpack a zlib stream and return it as IDAT chunks that hold it uncompressed, in stored blocks.
 
-    libpng unpacks what is behind the last row too, and a byte may become 1032. What is given it so costs a fifth more
-    than to let it unpack; to unpack all twice costs three quarters. ``expected`` is how many bytes the rows are. Raises
-    ValueError where they are far more, or the stream is broken.
+    libpng also unpacks data after the last row, where one byte can become 1032; this bounds it. Decoding then takes a
+    fifth more time than without a check. A check that kept nothing would take three quarters more.
+
+    ``expected_bytes`` is the size of the rows. Return None if the stream is fine but its rows are too large to keep.
+    Raise ValueError if it holds far more than its rows, or is broken.
     """
-    kept: list[bytes] | None = [chunk(b"IDAT", _STREAM_START)] if expected <= _MAX_KEPT_BYTES else None
+    kept: list[bytes] | None = [chunk(b"IDAT", _STREAM_START)] if expected_bytes <= _MAX_KEPT_BYTES else None
     total, checksum = 0, 1
     for block in _unpacked(parts):
         total += len(block)
-        if total > expected + _MAX_SURPLUS_BYTES:
+        if total > expected_bytes + _MAX_SURPLUS_BYTES:
             raise ValueError("the PNG has far more data than pixels")
         if kept is not None:
             checksum = zlib.adler32(block, checksum)
@@ -64,7 +66,10 @@ def stored(parts: Iterable[bytes], expected: int) -> bytes | None:
 
 
 def _unpacked(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """In blocks of at most ``_BLOCK_BYTES``; parts are cut too, as what is not yet unpacked is copied each time."""
+    """Yield the stream in blocks of at most ``_BLOCK_BYTES``.
+
+    Parts are cut into pieces, as zlib copies the rest of its input with every block.
+    """
     stream = zlib.decompressobj()
     for part in parts:
         for start in range(0, len(part), _PIECE_BYTES):

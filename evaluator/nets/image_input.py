@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import onnx
 
 from atserving.errors import InvalidArgument, StartError
-from evaluator.images import decoding
-from evaluator.images.decoding import Pixels
+from evaluator.images import Pixels, read
 from evaluator.net_config import NetConfig
 from evaluator.net_contract import Req, Ret
 from evaluator.nets import labels
@@ -84,7 +83,7 @@ class ImageNet(ABC):
         data = req["data"]
         if isinstance(data, list):
             raise InvalidArgument(f"{self.name} takes one image, not a list of them")
-        picture = decoding.read(data["body"], self._limits, self._least_size)
+        picture = read(data["body"], self._limits, self._least_size)
         return self.transformer.pixels(picture.pixels), picture.size
 
     def class_name(self, index: int) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from atserving.errors import StartError
 from evaluator.caffe import ConversionError
 from evaluator.caffe.caffemodel import read_blob
-from evaluator.images.decoding import Pixels
+from evaluator.images import Pixels
 from evaluator.net_config import NetConfig
 
 Planes = NDArray[np.float32]

@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from atserving.errors import ServingError, StartError
-from evaluator.images.decoding import sample
+from evaluator.images import sample
 from evaluator.net_config import NetConfig
 from evaluator.net_contract import LoadNet, Req
 from evaluator.runtime import cpus

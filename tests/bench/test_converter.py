@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from atserving.local.examples import FOLDER
-from bench.converter import EXAMPLES, Comparison, comparison_table, conversion_table, measure_example
+from bench.converter import EXAMPLES, conversion_table, measure_example
 
 
 def test_the_conversion_of_an_example_is_measured() -> None:
@@ -19,8 +19,3 @@ def test_the_conversion_of_an_example_is_measured() -> None:
 
 def test_every_example_is_there() -> None:
     assert all((FOLDER / name).is_file() for name in EXAMPLES)
-
-
-def test_comparisons_are_shown_as_rows() -> None:
-    row = Comparison("mobilenet_v1", 8, 57, 58, 50.04, 50.06, 0.9996, 1.23e-6)
-    assert comparison_table([row]).splitlines()[-1] == "| mobilenet_v1 | 8 | 57 | 58 | 50.0 | 50.1 | 1.000 | 1.2e-06 |"

@@ -12,6 +12,7 @@ from atserving.v1.serving_pb2 import Resource
 from gate.connection import EvaluatorConnection
 from tests.evaluator.digits import DIGITS
 from tests.processes import Process
+from tests.waiting import PATIENCE_S
 
 DIGIT = Resource(body=(DIGITS / "images" / "7.png").read_bytes())
 """An image of a seven."""
@@ -26,7 +27,7 @@ def address(process: Process) -> str:
 async def connected(process: Process) -> AsyncIterator[EvaluatorConnection]:
     """Connect to an evaluator."""
     instance = Instance(app="any", version="any", id="any", address=address(process), capacity=1)
-    connection = EvaluatorConnection(instance)
+    connection = EvaluatorConnection(instance, connect_timeout_s=PATIENCE_S)
     try:
         yield connection
     finally:

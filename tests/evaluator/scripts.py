@@ -31,10 +31,8 @@ def net_init(cfg):
 
 def net_preprocess(model, req):
     wish = (req.get("params") or {}).get("prepare")
-    if wish == "wait":
-        Path("waiting").touch()
-        while not Path("go").exists():
-            time.sleep(0.01)
+    if wish == "wait": wait()
+    if wish == "mark": Path("prepared").touch()
     if wish == "die":
         os._exit(1)
     if wish == "unpicklable":
@@ -53,9 +51,16 @@ def net_inference(model, args):
     if "none" in wishes: return None
     return rets
 
+def wait():
+    Path("waiting").touch()
+    while not Path("go").exists():
+        time.sleep(0.01)
+
 def answer(model, args, req):
     params = req.get("params") or {}
     do = params.get("do")
+    if "began" in params: Path(params["began"]).touch()
+    if do == "wait": wait()
     if do in HOSTILE: HOSTILE[do]()
     if do == "slow": time.sleep(0.1)
     if do == "ret": return params["ret"]

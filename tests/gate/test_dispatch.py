@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import grpc.aio
 import pytest
@@ -88,7 +89,8 @@ class Mesh:
         self._stack = stack
         self.instance_keys: set[str] = set()
         self.later_s = 0.0
-        self.router = Router(EvaluatorConnection, clock=lambda: time.monotonic() + self.later_s)
+        connect = partial(EvaluatorConnection, connect_timeout_s=60)
+        self.router = Router(connect, clock=lambda: time.monotonic() + self.later_s)
         self.synced = asyncio.Event()
         self.synced.set()
         self.dispatcher = Dispatcher(self.router, self.synced)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from evaluator.caffe import convert
 from evaluator.fetching.unpack import unpack
-from evaluator.images.decoding import decode
+from evaluator.images import decode
 from evaluator.runtime import input_graph, preprocessing
 from evaluator.runtime.engine import Engine
 from evaluator.runtime.net import Net

@@ -70,7 +70,7 @@ async def serving(servicer: Echo, port: int = 0) -> AsyncIterator[tuple[transpor
     evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(servicer, server.grpc)
     port = await server.start(f"127.0.0.1:{port}")
     instance = Instance(app="a", version="v", id="i", address=f"127.0.0.1:{port}", capacity=1)
-    connection = EvaluatorConnection(instance)
+    connection = EvaluatorConnection(instance, connect_timeout_s=WAIT_S)
     try:
         yield server, connection, port
     finally:
