@@ -178,7 +178,8 @@ def cost(figures: list[dict[str, Any]]) -> str:
     text = """
 `make bench-converter` measures these figures; see [benchmarks.md](benchmarks.md). They are medians over conversions in
 fresh processes, without the start of the interpreter and its imports. Memory is the peak of resident memory; the
-interpreter with its packages accounts for about 45 MB of it.
+interpreter with its packages accounts for about 45 MB of it. The times depend on the machine and on its load, so
+compare the rows of this page only.
 
 """
     ratios = """
