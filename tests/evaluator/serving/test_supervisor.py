@@ -116,7 +116,7 @@ def test_call_past_its_deadline_is_not_stuck_before_the_least_patience(
 
 
 def test_worker_is_not_unresponsive_while_it_sends_a_late_reply(
-    script: Served, workspace: Path, monkeypatch: pytest.MonkeyPatch
+    script: BlockingSupervisor, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # No call counts as stuck.
     monkeypatch.setattr(patience, "_FACTOR", 1e9)
