@@ -47,19 +47,14 @@ def net_inference(model, args):
 
 @asynccontextmanager
 async def serving(
-    mesh: list[Document],
+    documents: list[Document],
     releases: Mapping[str, str],
     folder: Path,
-    *flags: str,
     secrets: Secrets | None = None,
     network: str | None = None,
 ) -> AsyncIterator[Cluster]:
-    """Run a mesh with an evaluator for each app, whose release is published once the registries are ready.
-
-    ``flags`` are those of the evaluators.
-    """
-    evaluators = [each for app in releases for each in evaluator(app, "v1", *flags)]
-    async with running([*mesh, *evaluators], folder, secrets, network) as cluster:
+    """Run a mesh and its evaluators, and publish their releases, by app, once the registries are ready."""
+    async with running(documents, folder, secrets, network) as cluster:
         await cluster.wait_ready("registry")
         registry = f"{cluster.endpoints('registry')[0]}:50054"
         for app, release in releases.items():
@@ -107,7 +102,8 @@ async def test_rollouts_under_load_lose_no_request(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     releases = {"digits": DIGITS, "slow": digits_tar(tmp_path / "slow.tar", **{"net.py": SLOW})}
-    async with serving(kustomize(K8S / "base"), releases, tmp_path) as cluster:
+    evaluators = [*evaluator("digits", "v1"), *evaluator("slow", "v1", "--replicas", "1")]
+    async with serving([*kustomize(K8S / "base"), *evaluators], releases, tmp_path) as cluster:
         await answered(f"http://{cluster.endpoints('envoy')[0]}:8080")
         async with load(cluster, "/v1/eval/digits", 4, 50) as asking, load(cluster, "/v1/eval/slow", 2, 2) as slowly:
             assert cluster.arrows() == allowed(cluster)
@@ -125,7 +121,8 @@ async def test_rollouts_under_load_lose_no_request(
 
 async def test_the_minimal_overlay_serves_and_its_envoy_stops_once_it_has_sent_everything(tmp_path: Path) -> None:
     releases = {"large": digits_tar(tmp_path / "large.tar", **{"net.py": LARGE})}
-    async with serving(kustomize(K8S / "overlays" / "minimal"), releases, tmp_path, "--replicas", "1") as cluster:
+    mesh = [*kustomize(K8S / "overlays" / "minimal"), *evaluator("large", "v1", "--replicas", "1")]
+    async with serving(mesh, releases, tmp_path) as cluster:
         url = f"http://{cluster.endpoints('envoy')[0]}:8080"
         await answered(url, "large")
         (envoy,) = cluster.pods["envoy"]
@@ -151,10 +148,8 @@ async def test_the_production_overlay_serves_over_tls(tmp_path: Path) -> None:
         "etcd-tls": authority.certified("etcd", [*members, "IP:127.0.0.1"]),
         "etcd-client-tls": authority.certified("registry", []),
     }
-    mesh = kustomize(K8S / "overlays" / "production")
+    mesh = [*kustomize(K8S / "overlays" / "production"), *evaluator("digits", "v1", "--replicas", "1")]
     tls = ssl.create_default_context(cadata=authority.certificate.read_text())
-    async with serving(
-        mesh, {"digits": DIGITS}, tmp_path, "--replicas", "1", secrets=secrets, network=network
-    ) as cluster:
+    async with serving(mesh, {"digits": DIGITS}, tmp_path, secrets, network) as cluster:
         for envoy in cluster.endpoints("envoy"):
             await answered(f"https://{envoy}:8443", tls=tls)
