@@ -205,7 +205,7 @@ def _given(options: CheckOptions) -> dict[str, list[bytes]]:
     images: dict[str, list[bytes]] = {}
     for path in options.images:
         try:
-            images[path.name] = [path.read_bytes()]
+            images[path.name if path.name not in images else str(path)] = [path.read_bytes()]
         except OSError as error:
             raise StartError(f"{path}: {error.strerror}") from None
     return {", ".join(images) + ", a group": [body for (body,) in images.values()]} if options.group else images

@@ -15,7 +15,7 @@ _CONV_SEARCHES = ("DEFAULT", "HEURISTIC", "EXHAUSTIVE")
 
 @dataclass(frozen=True)
 class Device:
-    """A device and its options; docs/evaluator.md explains each.
+    """A device and its options; docs/config.md explains each.
 
     ``name`` is ``CPU``, ``GPU`` or ``GPU:<index>``. TensorRT builds engines for batches of up to ``batch_size``, and
     keeps them in the folder ``cache``, if there is one.

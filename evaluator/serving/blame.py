@@ -41,4 +41,4 @@ def judge(
     alone = len(at_work) == 1 and not late
     guilty = list(at_work) if alone and (at_work[0] in suspects or not killed) else []
     found = [*suspects, *(each for each in at_work if each not in late and each not in suspects)]
-    return Verdict(late, guilty, [each for each in found if each not in guilty])
+    return Verdict(late, guilty, [each for each in found if each not in guilty and each not in late])

@@ -56,15 +56,15 @@ class Metrics:
         """Count the worker's batches and restarts, and show its memory and CPU next to those of this process."""
         worker.on_batch = self._batches.observe
         worker.on_restart = self._restarts.inc
-        self._gauge("queue_length", "Requests held that no engine or thread is at.", lambda: worker.queued)
+        self._gauge("queue_length", "Requests in flight that wait for a thread of the worker.", lambda: worker.queued)
         ProcessCollector(
             namespace="atserving_evaluator_worker", pid=lambda: worker.pid or "none", registry=self._registry
         )
 
-    def of_capacity(self, held: Callable[[], float], most: Callable[[], float]) -> None:
+    def of_capacity(self, in_flight: Callable[[], float], limit: Callable[[], float]) -> None:
         """Show the requests in flight, and their limit."""
-        self._gauge("requests_held", "Requests held, from their arrival to their answer.", held)
-        self._gauge("max_concurrent", "How many requests may be held.", most)
+        self._gauge("requests_held", "Requests in flight, from their arrival to their reply.", in_flight)
+        self._gauge("max_concurrent", "The limit of requests in flight.", limit)
 
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         Gauge(f"atserving_evaluator_{name}", text, registry=self._registry).set_function(value)

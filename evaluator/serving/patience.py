@@ -12,7 +12,7 @@ _FACTOR = 10.0
 
 
 class Patience:
-    """How long a call may run after its deadline before it counts as stuck.
+    """How long a call may run before it counts as stuck, once its deadline has passed.
 
     A deadline alone does not make a call stuck: a caller with a short deadline must not kill a script that works. So a
     call has ten times as long as the longest call so far, but at least 1 s and at most 20 s more than that.

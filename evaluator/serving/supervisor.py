@@ -278,22 +278,32 @@ class WorkerSupervisor:
 
     async def _watch(self) -> None:
         """Kill the process if a call is stuck, or if the process no longer works at all."""
+        busy_s = time.monotonic()
         while True:
             await asyncio.sleep(_WATCH_S)
-            if self._process and not self._process.ended.done() and self._sent:
-                now_s = time.monotonic()
-                running = self._progress.running()
-                stuck = next((each for each in running if self._is_stuck(each, now_s)), None)
-                if stuck:
-                    log.error("worker killed", reason="a call is stuck", stuck_s=round(now_s - stuck.since_s, 3))
-                    self._stuck = stuck
-                    self._process.kill()
-                elif not running and self._is_unresponsive(now_s):
-                    log.error("worker killed", reason="it is unresponsive")
-                    self._process.kill()
+            now_s = time.monotonic()
+            if not self._process or self._process.ended.done() or not self._sent:
+                busy_s = now_s
+                continue
+            running = self._progress.running()
+            if running:
+                busy_s = now_s
+            stuck = next((each for each in running if self._is_stuck(each, now_s)), None)
+            if stuck:
+                log.error("worker killed", reason="a call is stuck", stuck_s=round(now_s - stuck.since_s, 3))
+                self._stuck = stuck
+                self._process.kill()
+            # Between a call and the last byte of its reply, no thread of a healthy worker may be busy.
+            elif (
+                not running
+                and now_s - max(busy_s, self._process.received_s) >= patience.LEAST_S
+                and self._is_overdue(now_s)
+            ):
+                log.error("worker killed", reason="it is unresponsive")
+                self._process.kill()
 
-    def _is_unresponsive(self, now_s: float) -> bool:
-        """Return whether an idle process has a call long past its deadline: it is stopped, or has lost its reader."""
+    def _is_overdue(self, now_s: float) -> bool:
+        """Return whether the process has a call long past its deadline: it is stopped, or has lost its reader."""
         return any(one.sent and one.deadline_s + patience.LEAST_S <= now_s for one in self._calls.values())
 
     def _is_stuck(self, running: Running, now_s: float) -> bool:

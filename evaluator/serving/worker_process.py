@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
@@ -32,6 +34,8 @@ class WorkerProcess(asyncio.Protocol):
     def __init__(self, progress: Progress, replies: Replies) -> None:
         """Start nothing yet. The process calls ``replies`` with each frame of replies."""
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.received_s = -math.inf
+        """When the last bytes arrived, on the monotonic clock."""
         self._progress = progress
         self._replies = replies
         self._started: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -93,6 +97,7 @@ class WorkerProcess(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        self.received_s = time.monotonic()
         self._buffer += data
         start = 0
         while len(self._buffer) - start >= channel.HEAD.size:

@@ -172,9 +172,10 @@ class NetWork:
 def load(config: NetConfig, known: Plan | None) -> tuple[NetRunner, Plan]:
     """Return the warm net and its plan, which is ``known`` after a restart. Raises StartError."""
     folder = _request_folder(config)
-    if not (config.script and folder):
+    if not config.script:
         name = config.custom_values.fields.get("net", DEFAULT_NET)
         return planning.for_built_in(nets.built_in(name), config, known)
+    assert folder, "an instance has a workspace"
     scripting.begin(config)
     load_script = script.load(config.script)
     os.chdir(folder.parent)

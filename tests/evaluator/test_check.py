@@ -26,7 +26,7 @@ def tar(folder: Path, script: str) -> Path:
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "evaluator", "check", *(str(argument) for argument in arguments)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_report_has_the_net_the_plan_the_result_and_the_times(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ async def test_script_that_refuses_single_images_gets_a_group(tmp_path: Path) ->
         ("[{}] if len(args['reqs']) == 1 else []", "a batch of 2 requests failed, though each alone does not"),
     ],
 )
-async def test_wrong_return_value_of_a_script_fails_the_check(ret: str, message: str, tmp_path: Path) -> None:
+async def test_script_without_a_result_for_each_request_fails_the_check(ret: str, message: str, tmp_path: Path) -> None:
     script = f"def net_init(cfg): return {{}}\ndef net_inference(model, args): return {ret}\n"
     with pytest.raises(StartError) as error:
         await check(CheckOptions(tar(tmp_path, script), {"batch_size": 2}))

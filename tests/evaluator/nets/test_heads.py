@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from evaluator.nets import detect, heads
-from evaluator.options import Options
 from tests.caffe.nets import input_layer, layer, normal
 from tests.evaluator.built_in import Array, config, evaluate, files, loaded, start_error, with_outputs
 
@@ -195,22 +194,18 @@ def test_huge_moves_give_boxes_inside_the_image_or_none(tmp_path: Path) -> None:
     assert overlapping_boxes(tmp_path, [-1e30, 1e30, -1e30, -1e30], 1.0) == []
 
 
-def yolo_head(size: int) -> tuple[heads.Head, dict[str, Array]]:
+def yolo_head(folder: Path, size: int) -> tuple[heads.Head, dict[str, Array]]:
     """Return a head of one grid of ``size`` x ``size`` cells and one class, and low-scored outputs of two images."""
-
-    class Grid:
-        outputs = ("out",)
-
-        def output_shape(self, name: str) -> tuple[int, ...]:
-            return 6, size, size
-
-    fields = {"kind": "yolo", "nms_threshold": 1.0, "levels": [{"output": "out", "stride": 8, "anchors": [[8, 8]]}]}
-    outputs = np.full((2, 6, size, size), -9.0, np.float32)
-    return heads.read(Options("head", fields), Grid(), (size * 8, size * 8)), {"out": outputs}  # type: ignore[arg-type]
+    net = input_layer(1, 3, size * 8, size * 8) + grid(8, 6, "out")
+    head = {"kind": "yolo", "nms_threshold": 1.0, "levels": [{"output": "out", "stride": 8, "anchors": [[8, 8]]}]}
+    model = loaded("detect", config(files(folder, net), head=head))
+    assert isinstance(model, detect.Detect)
+    assert isinstance(model.head, heads.Head)
+    return model.head, {"out": np.full((2, 6, size, size), -9.0, np.float32)}
 
 
-def test_thousand_highest_scored_boxes_of_an_image_are_read() -> None:
-    head, outputs = yolo_head(100)
+def test_thousand_highest_scored_boxes_of_an_image_are_read(tmp_path: Path) -> None:
+    head, outputs = yolo_head(tmp_path, 100)
     outputs["out"][1] = np.random.default_rng(1).normal(0, 1, (6, 100, 100))
     rows = head.rows(outputs, 1, 0.0)
     numbers = outputs["out"][1, 4:].astype(np.float64)
@@ -220,8 +215,8 @@ def test_thousand_highest_scored_boxes_of_an_image_are_read() -> None:
 
 
 @pytest.mark.parametrize("channel", range(6))
-def test_value_that_is_not_finite_fails_only_its_own_image(channel: int) -> None:
-    head, outputs = yolo_head(40)
+def test_value_that_is_not_finite_fails_only_its_own_image(channel: int, tmp_path: Path) -> None:
+    head, outputs = yolo_head(tmp_path, 40)
     outputs["out"][1, 4:, 5, 7] = 9
     outputs["out"][1, channel, 5, 7] = np.nan
     net = with_outputs("detect", outputs, head=head)

@@ -39,7 +39,7 @@ def test_options_of_the_release_reach_the_device() -> None:
 
 
 def test_unknown_model_params_are_ignored() -> None:
-    assert Device.of_release(release("CPU", script_timeout_s=3, whatever="x")) == Device()
+    assert Device.of_release(release("CPU", script_timeout_s=3, of_a_script="x")) == Device()
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def names(verdict: Verdict[Call]) -> tuple[str, str, str]:
 @pytest.mark.parametrize(
     ("at_work", "suspects", "killed", "guilty", "suspects_after"),
     [
-        pytest.param("", "", False, "", "", id="idle process crashes: nobody is suspect"),
+        pytest.param("", "", False, "", "", id="idle process crashes: no call is a suspect"),
         pytest.param("", "ab", False, "", "ab", id="idle process crashes: earlier suspects remain"),
         pytest.param("a", "", False, "a", "", id="single call crashes: it is guilty"),
         pytest.param("a", "abc", False, "a", "bc", id="suspect crashes alone: it is guilty, the others remain"),

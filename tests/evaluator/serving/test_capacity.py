@@ -1,4 +1,4 @@
-"""How many requests an instance holds, and what it says to one more."""
+"""The capacity of an instance bounds its requests in flight, and refuses any further request."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from atserving.errors import ResourceExhausted, Unavailable
 from evaluator.serving.capacity import Capacity
 
 
-@given(most=st.integers(1, 5), steps=st.lists(st.booleans(), max_size=40))
-def test_no_more_are_held_than_may_be(most: int, steps: list[bool]) -> None:
-    capacity = Capacity(most)
-    held: list[ExitStack] = []
+@given(limit=st.integers(1, 5), steps=st.lists(st.booleans(), max_size=40))
+def test_requests_in_flight_never_exceed_the_limit(limit: int, steps: list[bool]) -> None:
+    capacity = Capacity(limit)
+    in_flight: list[ExitStack] = []
     for enters in steps:
         if enters:
             stack = ExitStack()
-            if len(held) == most:
+            if len(in_flight) == limit:
                 with pytest.raises(ResourceExhausted) as refusal:
                     stack.enter_context(capacity.hold())
                 assert refusal.value.refused
                 assert (refusal.value.retry_after_s or 0) > 0
             else:
                 stack.enter_context(capacity.hold())
-                held.append(stack)
-        elif held:
-            held.pop(0).close()
-        assert capacity.in_flight == len(held) <= most
+                in_flight.append(stack)
+        elif in_flight:
+            in_flight.pop(0).close()
+        assert capacity.in_flight == len(in_flight) <= limit
 
 
-async def test_places_can_be_made_more_and_fewer() -> None:
+async def test_limit_can_be_raised_and_lowered() -> None:
     capacity = Capacity(1)
     with ExitStack() as stack:
         stack.enter_context(capacity.hold())
@@ -62,7 +62,7 @@ async def test_retry_delay_grows_with_the_requests_in_flight() -> None:
     assert delays_s[0] < delays_s[1] < delays_s[2]
 
 
-async def test_draining_refuses_and_waits_for_what_is_held() -> None:
+async def test_drain_refuses_requests_and_waits_for_those_in_flight() -> None:
     capacity = Capacity(2)
     with capacity.hold():
         capacity.drain()

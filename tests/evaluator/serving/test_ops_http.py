@@ -1,4 +1,4 @@
-"""What an operator sees of an instance: metrics that Prometheus can read, and its status."""
+"""The operators' port shows metrics in the formats of Prometheus, and the status of the instance."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ STAGES = {"fetch", "decode", "queue", "forward", "postprocess", "total"}
 
 @pytest.fixture
 def digits(registry: Registry) -> Iterator[Process]:
-    registry.publish("seen", custom_values={"net": "classify"})
-    with evaluator(registry, "seen") as process:
+    registry.publish("ops", custom_values={"net": "classify"})
+    with evaluator(registry, "ops") as process:
         yield process
 
 
 async def get(process: Process, path: str, **headers: str) -> tuple[int, str, str]:
-    """Status, content type and text."""
+    """Return the HTTP status, the content type and the text of a page."""
     url = f"http://127.0.0.1:{process.logged(event='release loading')['http_port']}{path}"
     async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as response:
         return response.status, response.headers["Content-Type"], await response.text()
 
 
 async def samples(process: Process) -> dict[tuple[str, ...], float]:
-    """By name and the values of the labels."""
+    """Return the metrics by name and the values of their labels."""
     _, _, text = await get(process, "/metrics")
     return {
         (sample.name.removeprefix("atserving_evaluator_"), *sample.labels.values()): sample.value
@@ -53,14 +53,14 @@ def worker_pid(process: Process) -> int:
     return int(child)
 
 
-async def test_requests_are_counted_by_outcome_and_their_stages_measured(digits: Process) -> None:
+async def test_metrics_count_requests_by_code_and_measure_their_stages(digits: Process) -> None:
     for _ in range(3):
         await infer(digits, DIGIT)
     await infer(digits, Resource(body=b"no image"))
     await infer(digits, DIGIT, params_json='{"limit": 0}')
-    seen = await samples(digits)
-    assert (seen["requests_total", "200"], seen["requests_total", "400"]) == (3, 2)
-    assert {stage: seen["stage_seconds_count", stage] for stage in STAGES} == {
+    metrics = await samples(digits)
+    assert (metrics["requests_total", "200"], metrics["requests_total", "400"]) == (3, 2)
+    assert {stage: metrics["stage_seconds_count", stage] for stage in STAGES} == {
         "total": 5,
         "fetch": 5,
         "decode": 5,
@@ -68,31 +68,31 @@ async def test_requests_are_counted_by_outcome_and_their_stages_measured(digits:
         "forward": 3,
         "postprocess": 3,
     }
-    assert 0 < seen["stage_seconds_sum", "forward"] < seen["stage_seconds_sum", "total"]
-    assert (seen["batch_size_count",], seen["batch_size_sum",]) == (3, 3)
-    assert (seen["requests_held",], seen["queue_length",], seen["max_concurrent",]) == (0, 0, 64)
-    # The front's memory, and the worker's.
-    assert seen["process_resident_memory_bytes",] > 1e6
-    assert seen["worker_process_resident_memory_bytes",] > 1e6
+    assert 0 < metrics["stage_seconds_sum", "forward"] < metrics["stage_seconds_sum", "total"]
+    assert (metrics["batch_size_count",], metrics["batch_size_sum",]) == (3, 3)
+    assert (metrics["requests_held",], metrics["queue_length",], metrics["max_concurrent",]) == (0, 0, 64)
+    # The memory of the front process and of the worker process.
+    assert metrics["process_resident_memory_bytes",] > 1e6
+    assert metrics["worker_process_resident_memory_bytes",] > 1e6
 
 
 async def test_buckets_reach_from_half_a_millisecond_to_half_a_minute(digits: Process) -> None:
-    seen = await samples(digits)
-    bounds = sorted(float(key[1]) for key in seen if (key[0], key[-1]) == ("stage_seconds_bucket", "total"))
+    metrics = await samples(digits)
+    bounds = sorted(float(key[1]) for key in metrics if (key[0], key[-1]) == ("stage_seconds_bucket", "total"))
     assert (bounds[0], bounds[-2], bounds[-1]) == (0.0005, 30, float("inf"))
 
 
-async def test_a_worker_that_dies_is_counted(digits: Process) -> None:
+async def test_metrics_count_the_restarts_of_the_worker(digits: Process) -> None:
     assert (await samples(digits))["worker_restarts_total",] == 0
     worker = (await samples(digits))["worker_process_start_time_seconds",]
     os.kill(worker_pid(digits), signal.SIGKILL)
     assert not (await infer(digits, DIGIT)).HasField("error")
-    seen = await samples(digits)
-    assert seen["worker_restarts_total",] == 1
-    assert seen["worker_process_start_time_seconds",] > worker
+    metrics = await samples(digits)
+    assert metrics["worker_restarts_total",] == 1
+    assert metrics["worker_process_start_time_seconds",] > worker
 
 
-async def test_prometheus_own_format_is_spoken_where_it_is_asked_for(digits: Process) -> None:
+async def test_metrics_have_the_format_that_the_scraper_accepts(digits: Process) -> None:
     _, plain, _ = await get(digits, "/metrics")
     _, rich, text = await get(digits, "/metrics", Accept="application/openmetrics-text; version=1.0.0")
     assert plain.startswith("text/plain")
@@ -100,40 +100,40 @@ async def test_prometheus_own_format_is_spoken_where_it_is_asked_for(digits: Pro
     assert text.endswith("# EOF\n")
 
 
-async def test_the_status_says_where_it_is_and_how_it_runs(digits: Process) -> None:
-    status, kind, text = await get(digits, "/status")
-    said = orjson.loads(text)
-    assert (status, kind) == (200, "application/json")
-    assert (said["app"], said["version"], said["state"], said["reason"]) == ("seen", "v1", "serving", "")
-    assert said["address"] == digits.logged(event="instance registered")["address"]
-    assert said["plan"] == {name: digits.logged(event="net loaded")[name] for name in said["plan"]}
-    assert said["device"] == "CPU"
+async def test_status_has_the_address_the_state_and_the_plan(digits: Process) -> None:
+    http_status, content_type, text = await get(digits, "/status")
+    status = orjson.loads(text)
+    assert (http_status, content_type) == (200, "application/json")
+    assert (status["app"], status["version"], status["state"], status["reason"]) == ("ops", "v1", "serving", "")
+    assert status["address"] == digits.logged(event="instance registered")["address"]
+    assert status["plan"] == {name: digits.logged(event="net loaded")[name] for name in status["plan"]}
+    assert status["device"] == "CPU"
     assert (await get(digits, "/other"))[0] == 404
 
 
-def test_a_status_file_outlives_its_process(registry: Registry, tmp_path: Path) -> None:
+def test_status_file_remains_after_the_process(registry: Registry, tmp_path: Path) -> None:
     file = tmp_path / "status.json"
 
-    def said() -> dict[str, Any]:
+    def status() -> dict[str, Any]:
         return dict(orjson.loads(file.read_bytes()))
 
-    registry.publish("gone", custom_values={"net": "guess"})
-    failing = start_evaluator(registry.address, "gone", "v1", "--status-file", str(file))
+    registry.publish("unloadable", custom_values={"net": "guess"})
+    failing = start_evaluator(registry.address, "unloadable", "v1", "--status-file", str(file))
     assert failing.wait() == 1
-    assert said()["state"] == "failed"
-    assert said()["reason"].startswith("custom_values.net is 'guess'; the built-in nets are")
-    assert f"evaluator: {said()['reason']}" in failing.lines
-    registry.publish("well", custom_values={"net": "classify"})
-    with evaluator(registry, "well", "v1", "--status-file", str(file)) as process:
-        assert said()["state"] == "serving"
+    assert status()["state"] == "failed"
+    assert status()["reason"].startswith("custom_values.net is 'guess'; the built-in nets are")
+    assert f"evaluator: {status()['reason']}" in failing.lines
+    registry.publish("ended", custom_values={"net": "classify"})
+    with evaluator(registry, "ended", "v1", "--status-file", str(file)) as process:
+        assert status()["state"] == "serving"
         process.terminate()
         assert process.wait() == 0
-        assert (said()["state"], said()["reason"]) == ("stopped", "")
+        assert (status()["state"], status()["reason"]) == ("stopped", "")
 
 
-def test_a_port_that_is_taken_stops_the_start(registry: Registry, digits: Process) -> None:
+def test_http_port_in_use_fails_to_start(registry: Registry, digits: Process) -> None:
     port = digits.logged(event="release loading")["http_port"]
-    second = start_evaluator(registry.address, "seen", "v1", "--http", f"127.0.0.1:{port}")
+    second = start_evaluator(registry.address, "ops", "v1", "--http", f"127.0.0.1:{port}")
     assert second.wait() == 1
     assert second.lines[-1].startswith(f"evaluator: cannot listen on 127.0.0.1:{port} for --http")
 
@@ -144,7 +144,7 @@ from pathlib import Path
 
 def net_init(cfg):
     if Path("started").exists():
-        return {"error": "the disk is gone"}
+        return {"error": "the disk is full"}
     Path("started").touch()
     return {}
 
@@ -155,21 +155,21 @@ def net_inference(model, args):
 """
 
 
-async def test_an_instance_whose_net_can_not_be_started_again_leaves(registry: Registry, tmp_path: Path) -> None:
-    registry.publish("lost", file=digits_tar(tmp_path / "release.tar", **{"net.py": SCRIPT}))
+async def test_instance_ends_if_its_net_can_not_be_loaded_again(registry: Registry, tmp_path: Path) -> None:
+    registry.publish("unstartable", file=digits_tar(tmp_path / "release.tar", **{"net.py": SCRIPT}))
     file = tmp_path / "status.json"
-    with evaluator(registry, "lost", "v1", "--status-file", str(file)) as process:
-        await until(lambda: registry.instances("lost"))
+    with evaluator(registry, "unstartable", "v1", "--status-file", str(file)) as process:
+        await until(lambda: registry.instances("unstartable"))
         async with connected(process) as gate:
             requests = [gate.infer(_request(die), 30, None) for die in ("true", "false")]
             died, other = await asyncio.gather(*requests)
         assert died.HasField("error")
-        # A gate takes it to another instance.
+        # A gate retries a refused request on another instance.
         assert not other.HasField("error") or other.error.refused
         assert await asyncio.to_thread(process.wait) == 1
-        assert not registry.instances("lost")
-        said = orjson.loads(file.read_bytes())
-        assert (said["state"], said["reason"]) == ("failed", "the disk is gone")
+        assert not registry.instances("unstartable")
+        status = orjson.loads(file.read_bytes())
+        assert (status["state"], status["reason"]) == ("failed", "the disk is full")
 
 
 def _request(die: str) -> InferRequest:

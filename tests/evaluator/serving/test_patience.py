@@ -95,7 +95,7 @@ durations_s = st.floats(0, 1000, allow_nan=False)
 
 @given(longest_s=durations_s, took_s=durations_s, deadline_s=st.floats(0, 2 * NOW_S))
 def test_working_script_is_never_stuck(longest_s: float, took_s: float, deadline_s: float) -> None:
-    """A call that takes no longer than an earlier one must not end the process, whatever its deadline."""
+    """A call that takes no longer than an earlier one must not end the process, even after its deadline."""
     patience = Patience(math.inf)
     patience.learn(longest_s, longest_s)
     is_over = patience.is_over(running(took_s), [deadline_s], NOW_S)

@@ -1,4 +1,4 @@
-"""A running evaluator over real gRPC, with a real registry and a real etcd."""
+"""A running evaluator replies over real gRPC, and follows a real registry with a real etcd."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ LOOPBACK = ("--allow-network", "127.0.0.0/8")
 
 
 class SlowHost:
-    """Serves an image, but only once told to."""
+    """A web server that sends an image only after ``unblocked`` is set."""
 
     def __init__(self) -> None:
         self.url = ""
         self.asked = asyncio.Event()
-        self.go_on = asyncio.Event()
+        self.unblocked = asyncio.Event()
 
     async def answer(self, _: web.Request) -> web.Response:
         self.asked.set()
-        await self.go_on.wait()
+        await self.unblocked.wait()
         return web.Response(body=DIGIT.body)
 
 
@@ -54,19 +54,19 @@ async def slow_host() -> AsyncIterator[SlowHost]:
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host.url = f"http://127.0.0.1:{runner.addresses[0][1]}/7.png"
     yield host
-    host.go_on.set()
+    host.unblocked.set()
     await runner.cleanup()
 
 
 @pytest.fixture(scope="module")
 def digits(registry: Registry) -> Iterator[Process]:
-    """One evaluator for the tests that leave it as it is."""
+    """Run one evaluator for all tests that do not change it."""
     registry.publish("digits", custom_values={"net": "classify"})
     with evaluator(registry, "digits", "v1", *LOOPBACK) as process:
         yield process
 
 
-async def test_every_digit_is_named(digits: Process) -> None:
+async def test_classifier_names_every_digit(digits: Process) -> None:
     async with connected(digits) as evaluator:
         requests = {path: InferRequest(data=[Resource(body=path.read_bytes())]) for path in sorted(IMAGES.glob("?.*"))}
         responses = await asyncio.gather(*(evaluator.infer(each, 30, None) for each in requests.values()))
@@ -80,7 +80,7 @@ async def test_every_digit_is_named(digits: Process) -> None:
 
 
 @pytest.mark.parametrize(("limit", "count"), [(1, 1), (3, 3), (10, 10), (11, 10), (10**30, 10)])
-async def test_limit_says_how_many_classes_come_best_first(digits: Process, limit: int, count: int) -> None:
+async def test_limit_gives_the_number_of_classes_best_first(digits: Process, limit: int, count: int) -> None:
     response = await infer(digits, DIGIT, params_json=f'{{"limit": {limit}}}')
     confidences = orjson.loads(response.result_json)["confidences"]
     scores = [each["score"] for each in confidences]
@@ -115,7 +115,7 @@ async def test_limit_says_how_many_classes_come_best_first(digits: Process, limi
         ([Resource(uri="http://169.254.169.254/latest")], {}, "not a public address"),
     ],
 )
-async def test_a_bad_request_is_told_what_is_wrong(
+async def test_bad_request_gets_an_error_that_names_the_mistake(
     digits: Process, data: list[Resource], fields: dict[str, Any], message: str
 ) -> None:
     response = await infer(digits, *data, **fields)
@@ -124,21 +124,21 @@ async def test_a_bad_request_is_told_what_is_wrong(
     assert message in response.error.message
 
 
-async def test_what_a_built_in_net_does_not_take_is_not_even_fetched(digits: Process, slow_host: SlowHost) -> None:
+async def test_group_for_a_built_in_net_is_refused_before_its_download(digits: Process, slow_host: SlowHost) -> None:
     response = await infer(digits, *[Resource(uri=slow_host.url)] * 2)
     assert response.error.message == "classify takes one image, not a list of them"
     assert not slow_host.asked.is_set()
 
 
-async def test_resources_come_by_uri(digits: Process, slow_host: SlowHost) -> None:
-    slow_host.go_on.set()
+async def test_resources_are_fetched_from_their_uris(digits: Process, slow_host: SlowHost) -> None:
+    slow_host.unblocked.set()
     data = "data:image/png;base64," + base64.b64encode(DIGIT.body).decode()
     for uri in (slow_host.url, data):
         response = await infer(digits, Resource(uri=uri))
         assert orjson.loads(response.result_json)["confidences"][0]["class"] == "seven"
 
 
-async def test_a_host_that_is_away_is_a_502(digits: Process) -> None:
+async def test_unreachable_host_gives_code_502(digits: Process) -> None:
     response = await infer(digits, Resource(uri="http://127.0.0.1:1/x"))
     assert (response.error.code, response.error.refused) == (502, False)
 
@@ -157,7 +157,7 @@ async def test_each_request_has_one_line_in_the_log(digits: Process) -> None:
     assert sum("one-line" in line for line in digits.lines) == 1
 
 
-async def test_health_and_reflection_are_there(digits: Process) -> None:
+async def test_server_has_health_checks_and_reflection(digits: Process) -> None:
     async with transport.channel(address(digits)) as channel:
         service = evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"].full_name
         for name in ("", service):
@@ -169,21 +169,21 @@ async def test_health_and_reflection_are_there(digits: Process) -> None:
         assert service in listed
 
 
-async def test_a_full_instance_refuses_at_once_and_a_gone_caller_frees_its_place(
+async def test_full_instance_refuses_at_once_and_a_cancelled_request_frees_capacity(
     registry: Registry, slow_host: SlowHost
 ) -> None:
     registry.publish("full")
     registry.put("worker/app/full/release/v1", {"max_concurrent": 1})
     with evaluator(registry, "full", "v1", *LOOPBACK) as process:
         async with connected(process) as full:
-            held = full.infer(InferRequest(data=[Resource(uri=slow_host.url)], reqid="held"), 30, None)
-            reading = asyncio.create_task(held)
+            request = InferRequest(data=[Resource(uri=slow_host.url)], reqid="in-flight")
+            in_flight = asyncio.create_task(full.infer(request, 30, None))
             await slow_host.asked.wait()
             error = (await full.infer(InferRequest(data=[DIGIT]), 30, None)).error
             assert (error.code, error.status, error.refused) == (429, 429, True)
             assert error.retry_after_ms > 0
-            reading.cancel()
-            assert (await asyncio.to_thread(process.logged, reqid="held"))["code"] == 499
+            in_flight.cancel()
+            assert (await asyncio.to_thread(process.logged, reqid="in-flight"))["code"] == 499
             assert (await full.infer(InferRequest(data=[DIGIT]), 30, None)).result_json
 
 
@@ -202,7 +202,7 @@ async def test_request_is_cancelled_after_its_deadline(registry: Registry, slow_
         assert (await infer(process, DIGIT)).result_json
 
 
-async def test_worker_config_applies_live_and_a_deleted_release_is_served_on(registry: Registry) -> None:
+async def test_worker_config_applies_live_and_a_deleted_release_stays_served(registry: Registry) -> None:
     registry.publish("live")
     with evaluator(registry, "live") as process:
         await until(lambda: [each["capacity"] for each in registry.instances("live")] == [64])
@@ -213,33 +213,37 @@ async def test_worker_config_applies_live_and_a_deleted_release_is_served_on(reg
         assert (await infer(process, DIGIT)).result_json
 
 
-async def test_leaving_finishes_what_is_held_and_refuses_the_rest(registry: Registry, slow_host: SlowHost) -> None:
-    registry.publish("leaving")
-    with evaluator(registry, "leaving", "v1", *LOOPBACK) as process:
-        async with connected(process) as leaving:
-            held = asyncio.ensure_future(leaving.infer(InferRequest(data=[Resource(uri=slow_host.url)]), 30, None))
+async def test_draining_instance_finishes_requests_in_flight_and_refuses_others(
+    registry: Registry, slow_host: SlowHost
+) -> None:
+    registry.publish("draining")
+    with evaluator(registry, "draining", "v1", *LOOPBACK) as process:
+        async with connected(process) as draining:
+            request = InferRequest(data=[Resource(uri=slow_host.url)])
+            in_flight = asyncio.ensure_future(draining.infer(request, 30, None))
             await slow_host.asked.wait()
             process.terminate()
             await asyncio.to_thread(process.logged, event="instance deregistered")
-            assert registry.instances("leaving") == []
-            error = (await leaving.infer(InferRequest(data=[DIGIT]), 30, None)).error
+            assert registry.instances("draining") == []
+            error = (await draining.infer(InferRequest(data=[DIGIT]), 30, None)).error
             assert (error.code, error.refused) == (503, True)
-            slow_host.go_on.set()
-            assert orjson.loads((await held).result_json)["confidences"][0]["class"] == "seven"
+            slow_host.unblocked.set()
+            assert orjson.loads((await in_flight).result_json)["confidences"][0]["class"] == "seven"
         assert await asyncio.to_thread(process.wait) == 0
         assert process.logged(event="service stopped")
 
 
-async def test_the_grace_bounds_how_long_leaving_takes(registry: Registry, slow_host: SlowHost) -> None:
+async def test_grace_bounds_the_time_of_draining(registry: Registry, slow_host: SlowHost) -> None:
     registry.publish("graceless")
     with evaluator(registry, "graceless", "v1", *LOOPBACK, "--grace", "0") as process:
-        async with connected(process) as leaving:
-            held = asyncio.ensure_future(leaving.infer(InferRequest(data=[Resource(uri=slow_host.url)]), 30, None))
+        async with connected(process) as draining:
+            request = InferRequest(data=[Resource(uri=slow_host.url)])
+            in_flight = asyncio.ensure_future(draining.infer(request, 30, None))
             await slow_host.asked.wait()
             process.terminate()
             assert await asyncio.to_thread(process.wait) == 0
             with pytest.raises(TransportError):
-                await held
+                await in_flight
 
 
 SCRIPT = b"""
@@ -266,9 +270,7 @@ def net_inference(model, args):
 """
 
 
-async def test_a_script_answers_and_what_it_does_to_itself_reaches_nobody_else(
-    registry: Registry, tmp_path: Path
-) -> None:
+async def test_script_replies_and_its_crashes_fail_no_other_request(registry: Registry, tmp_path: Path) -> None:
     registry.publish("script", file=digits_tar(tmp_path / "release.tar", **{"net.py": SCRIPT}))
     with evaluator(registry, "script") as process:
         async with connected(process) as script:

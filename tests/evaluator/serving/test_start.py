@@ -1,4 +1,4 @@
-"""What keeps an evaluator from starting is one line that an operator can act on, and leaves nothing behind."""
+"""An evaluator that can't start gives the operator one line with the reason, and leaves no files behind."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-async def start(registry: str, app: str, workspace: Path, wait_s: float = 5) -> str:
+async def start_error(registry: str, app: str, workspace: Path, wait_s: float = 5) -> str:
+    """Return the message with which an evaluator fails to start, after checks of its form and of the workspace."""
     with pytest.raises(StartError) as error:
         await run(InstanceSettings(app, "v1", [registry], "127.0.0.1:0", workspace=workspace, wait_s=wait_s))
     message = str(error.value)
@@ -65,46 +66,44 @@ def workspace(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("app", TARS)
-async def test_a_tar_that_can_not_be_served_stops_the_start(
+async def test_tar_that_can_not_be_served_fails_to_start(
     app: str, registry: Registry, tmp_path: Path, workspace: Path
 ) -> None:
     members, message = TARS[app]
     registry.publish(app, file=digits_tar(tmp_path / "release.tar", **members))
-    assert message in await start(registry.address, app, workspace)
+    assert message in await start_error(registry.address, app, workspace)
 
 
 @pytest.mark.parametrize("app", FIELDS)
-async def test_a_release_that_can_not_be_served_stops_the_start(app: str, registry: Registry, workspace: Path) -> None:
+async def test_release_that_can_not_be_served_fails_to_start(app: str, registry: Registry, workspace: Path) -> None:
     fields, message = FIELDS[app]
     registry.publish(app, **fields)
-    assert message in await start(registry.address, app, workspace)
+    assert message in await start_error(registry.address, app, workspace)
 
 
-async def test_a_release_that_is_not_published_or_malformed_stops_the_start(
-    registry: Registry, workspace: Path
-) -> None:
+async def test_unpublished_or_malformed_release_fails_to_start(registry: Registry, workspace: Path) -> None:
     registry.publish("malformed", use_device="TPU")
     for app in ("malformed", "nobody"):
-        message = await start(registry.address, app, workspace, 0.2)
+        message = await start_error(registry.address, app, workspace, 0.2)
         assert message == f"{app} v1 was not published within 0.2 s, or its release is malformed"
 
 
-async def test_a_port_in_use_stops_the_start(registry: Registry, workspace: Path) -> None:
+async def test_port_in_use_fails_to_start(registry: Registry, workspace: Path) -> None:
     registry.publish("busy")
     settings = InstanceSettings("busy", "v1", [registry.address], registry.address, workspace=workspace)
     with pytest.raises(StartError, match="cannot listen on"):
         await run(settings)
 
 
-def test_a_registry_that_is_away_is_one_line_and_a_failure() -> None:
+def test_unreachable_registry_fails_to_start_with_one_line() -> None:
     process = start_evaluator("127.0.0.1:1", "digits", "v1", "--wait", "0.3")
     assert process.wait() == 1
-    # Beside the log's lines, which are JSON.
+    # All other lines are the log's, in JSON.
     assert [line for line in process.lines if not line.startswith("{")] == process.lines[-1:]
     assert process.lines[-1].startswith("evaluator: no registry within 0.3 s: registry 127.0.0.1:1: ")
 
 
-def test_sigterm_ends_a_script_that_never_starts(registry: Registry, tmp_path: Path) -> None:
+def test_sigterm_ends_a_net_init_that_never_returns(registry: Registry, tmp_path: Path) -> None:
     never = SCRIPT + b"    import sys, time\n    print('waiting')\n    time.sleep(1000)"
     registry.publish("never-starts", file=digits_tar(tmp_path / "release.tar", **{"net.py": never}))
     process = start_evaluator(registry.address, "never-starts")
@@ -113,7 +112,7 @@ def test_sigterm_ends_a_script_that_never_starts(registry: Registry, tmp_path: P
     assert process.wait() == 0
 
 
-def test_sigterm_during_the_start_is_a_clean_end(registry: Registry) -> None:
+def test_sigterm_during_the_start_ends_the_process_cleanly(registry: Registry) -> None:
     process = start_evaluator(f"{registry.address}", "never-published", "v1", "--wait", "600", "--log-level", "debug")
     process.logged(event="service starting")
     process.terminate()
@@ -130,10 +129,10 @@ def test_sigterm_during_the_start_is_a_clean_end(registry: Registry) -> None:
         (["--grace", "-1"], "-1"),
     ],
 )
-def test_a_wrong_flag_is_one_line(flags: list[str], message: str) -> None:
-    given = {"--app": "digits", "--version": "v1", "--registry": "127.0.0.1:1"} | {flags[0]: flags[1]}
-    command = [sys.executable, "-m", "evaluator", *(part for pair in given.items() for part in pair)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+def test_wrong_flag_gives_an_error_of_one_line(flags: list[str], message: str) -> None:
+    all_flags = {"--app": "digits", "--version": "v1", "--registry": "127.0.0.1:1"} | {flags[0]: flags[1]}
+    command = [sys.executable, "-m", "evaluator", *(part for pair in all_flags.items() for part in pair)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

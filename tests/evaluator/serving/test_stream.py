@@ -1,4 +1,4 @@
-"""Both ends of the stream between gate and instance, over a real socket: nothing lost, nothing twice, none mixed up."""
+"""The stream between gate and instance loses, repeats and mixes up no call. Both ends are real, over a real socket."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Context = grpc.aio.ServicerContext[ExchangeRequest, ExchangeResponse]
 
 @dataclass
 class Echo(evaluator_pb2_grpc.EvaluatorServiceServicer):
-    """Answers with the request's params once ``gate_of`` lets it; counts what it does."""
+    """Replies with the request's params after ``wait``; counts its calls and cancellations by params."""
 
-    gate_of: Callable[[str], Awaitable[object]] | None = None
+    wait: Callable[[str], Awaitable[object]] | None = None
     ran: Counter[str] = field(default_factory=Counter)
     cancelled: Counter[str] = field(default_factory=Counter)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -49,8 +49,8 @@ class Echo(evaluator_pb2_grpc.EvaluatorServiceServicer):
         self.ran[name] += 1
         self.changed.set()
         try:
-            if self.gate_of:
-                await self.gate_of(name)
+            if self.wait:
+                await self.wait(name)
         except asyncio.CancelledError:
             self.cancelled[name] += 1
             self.changed.set()
@@ -84,46 +84,46 @@ def ask(connection: EvaluatorConnection, name: str, timeout_s: float = WAIT_S) -
 
 @settings(max_examples=25, deadline=None)
 @given(st.data(), st.integers(1, 40))
-def test_each_call_gets_its_own_answer_in_whatever_order_they_are_ready(data: st.DataObject, count: int) -> None:
+def test_each_call_gets_its_own_reply_in_any_order_of_completion(data: st.DataObject, count: int) -> None:
     names = [str(number) for number in range(count)]
     order = data.draw(st.permutations(names))
-    gone = data.draw(st.sets(st.sampled_from(names)))
+    cancelled = data.draw(st.sets(st.sampled_from(names)))
 
     async def run() -> None:
-        gates = {name: asyncio.Event() for name in names}
-        echo = Echo(lambda name: gates[name].wait())
+        ready = {name: asyncio.Event() for name in names}
+        echo = Echo(lambda name: ready[name].wait())
         async with serving(echo) as (_, connection, _):
             tasks = {name: ask(connection, name) for name in names}
             await echo.until(lambda: echo.ran.total() == count)
-            for name in gone:
+            for name in cancelled:
                 tasks[name].cancel()
-            await echo.until(lambda: set(echo.cancelled) == gone)
+            await echo.until(lambda: set(echo.cancelled) == cancelled)
             for name in order:
-                gates[name].set()
-            answers = await asyncio.gather(*tasks.values(), return_exceptions=True)
-        for name, answer in zip(names, answers, strict=True):
-            if name in gone:
-                assert isinstance(answer, asyncio.CancelledError)
+                ready[name].set()
+            outcomes = await asyncio.gather(*tasks.values(), return_exceptions=True)
+        for name, outcome in zip(names, outcomes, strict=True):
+            if name in cancelled:
+                assert isinstance(outcome, asyncio.CancelledError)
             else:
-                assert isinstance(answer, InferResponse)
-                assert answer.result_json == name
+                assert isinstance(outcome, InferResponse)
+                assert outcome.result_json == name
         assert echo.ran == Counter(names)
-        assert echo.cancelled == Counter(gone)
+        assert echo.cancelled == Counter(cancelled)
 
     asyncio.run(run())
 
 
-async def test_what_waits_together_travels_together() -> None:
+async def test_waiting_calls_share_a_message() -> None:
     echo = Echo()
     async with serving(echo) as (_, connection, _):
         await asyncio.gather(*(ask(connection, str(n)) for n in range(200)))
         assert echo.frames < 20
 
 
-async def test_a_call_taken_back_before_it_is_sent_never_runs() -> None:
+async def test_call_cancelled_before_it_is_sent_never_runs() -> None:
     echo = Echo()
     async with serving(echo) as (_, connection, _):
-        task = ask(connection, "gone")
+        task = ask(connection, "cancelled")
         await asyncio.sleep(0)
         task.cancel()
         await ask(connection, "next")
@@ -166,7 +166,7 @@ async def test_broken_stream_fails_its_calls_and_is_opened_again() -> None:
             assert answer.result_json == "back"
 
 
-async def test_a_gate_that_goes_takes_all_its_calls_along() -> None:
+async def test_closed_connection_cancels_all_its_calls_at_the_instance() -> None:
     echo = Echo(lambda _: asyncio.Event().wait())
     async with serving(echo) as (_, connection, _):
         tasks = [ask(connection, str(n)) for n in range(5)]
@@ -175,12 +175,12 @@ async def test_a_gate_that_goes_takes_all_its_calls_along() -> None:
         failed = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(each, TransportError) for each in failed)
         await echo.until(lambda: echo.cancelled.total() == 5)
-        # Nobody tends it any more: a call must not wait for an answer until its deadline.
+        # A call on a closed connection must fail at once, not wait until its deadline.
         with pytest.raises(TransportError, match="closed"):
             await ask(connection, "late")
 
 
-async def test_large_calls_are_not_heaped_into_one_message() -> None:
+async def test_large_calls_are_split_into_several_messages() -> None:
     echo = Echo()
     async with serving(echo) as (_, connection, _):
         big = "x" * (3 << 20)
@@ -188,15 +188,15 @@ async def test_large_calls_are_not_heaped_into_one_message() -> None:
     assert [answer.result_json[-2:].strip("x") for answer in answers] == [str(n) for n in range(30)]
 
 
-async def test_a_gate_can_not_open_more_calls_than_are_bounded() -> None:
-    release = asyncio.Event()
+async def test_calls_of_one_stream_are_bounded() -> None:
+    unblocked = asyncio.Event()
     running = 0
     written: list[ExchangeResponse] = []
 
     async def infer(_: Call) -> InferResponse:
         nonlocal running
         running += 1
-        await release.wait()
+        await unblocked.wait()
         return InferResponse()
 
     async def write(frame: ExchangeResponse) -> None:
@@ -205,12 +205,12 @@ async def test_a_gate_can_not_open_more_calls_than_are_bounded() -> None:
     async def flood() -> AsyncIterator[ExchangeRequest]:
         yield ExchangeRequest(calls=[Call(id=n) for n in range(MOST_OPEN + 100)])
 
-    exchange = asyncio.create_task(GateStream(infer).run(flood(), write))
+    stream = asyncio.create_task(GateStream(infer).run(flood(), write))
     while running < MOST_OPEN:  # noqa: ASYNC110 - a turn of the loop at a time
         await asyncio.sleep(0)
     for _ in range(10):
         await asyncio.sleep(0)
     assert running == MOST_OPEN
-    release.set()
-    await exchange
+    unblocked.set()
+    await stream
     assert Counter(reply.id for frame in written for reply in frame.replies) == Counter(range(MOST_OPEN + 100))

@@ -1,4 +1,4 @@
-"""The process that a net runs in: whatever happens to it, each request comes to one end, and only the guilty fail."""
+"""The supervisor restarts a worker process that crashes or hangs. Each request gets one reply; only the guilty fail."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from atserving.v1.evaluator_pb2 import InferResponse
 from atserving.v1.serving_pb2 import Resource
 from evaluator.serving import patience, supervisor
 from tests.evaluator.digits import digits_tar
-from tests.evaluator.scripts import Served, result, started, wait_for
+from tests.evaluator.scripts import BlockingSupervisor, result, started, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -28,26 +29,27 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def script(workspace: Path) -> Iterator[Served]:
-    """For the tests that leave it fit to answer others, which is all."""
-    with started(workspace) as served:
-        yield served
+def script(workspace: Path) -> Iterator[BlockingSupervisor]:
+    """Run one worker for all tests here; each must leave it able to reply."""
+    with started(workspace) as worker:
+        yield worker
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let calls count as stuck shortly after their deadlines."""
     monkeypatch.setattr(patience, "LEAST_S", 0.05)
     monkeypatch.setattr(patience, "_FACTOR", 0.0)
 
 
 @pytest.fixture(autouse=True)
 def no_marks(workspace: Path) -> None:
-    """Remove the files by which a test and its script wait for each other."""
+    """Remove the files with which a test and its script wait for each other."""
     for name in ("began", "go", "prepared", "waiting"):
         (workspace / name).unlink(missing_ok=True)
 
 
-def time_out(script: Served, workspace: Path, **request: Any) -> int:
+def time_out(script: BlockingSupervisor, workspace: Path, **request: Any) -> int:
     """Ask until a deadline passes while the script runs the request; return the pid of that process.
 
     On a busy machine a deadline may pass before the script has begun: the next one is longer.
@@ -65,62 +67,80 @@ def time_out(script: Served, workspace: Path, **request: Any) -> int:
 
 
 def has_ended(pid: int | str) -> bool:
-    """Return whether a process is no more, or a zombie that its parent has not waited for."""
+    """Return whether a process has ended; its parent may not have waited for it yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
 
 
-def look_round(script: Served) -> None:
-    """Exchange some messages with the worker, during which the supervisor looks for stuck calls."""
+def let_the_supervisor_watch(script: BlockingSupervisor) -> None:
+    """Exchange some messages with the worker, so that the supervisor looks for stuck calls meanwhile."""
     for _ in range(20):
         assert isinstance(script.ask(prepare="refuse"), InvalidArgument)
 
 
-@pytest.mark.parametrize("wish", ["os._exit", "segfault", "abort", "kill", "close", "fork"])
-def test_a_process_that_dies_fails_its_own_request_and_comes_back(script: Served, wish: str) -> None:
+@pytest.mark.parametrize("action", ["os._exit", "segfault", "abort", "kill", "close", "fork"])
+def test_crash_fails_its_own_request_and_restarts_the_process(script: BlockingSupervisor, action: str) -> None:
     before = script.pid()
-    error = script.ask(do=wish)
+    error = script.ask(do=action)
     assert isinstance(error, Internal)
     assert error.message == "the net's process died"
     assert script.pid() != before
     wait_for(lambda: not Path(f"/proc/{before}").exists())
 
 
-def test_a_process_that_dies_of_preparing_fails_that_request(script: Served) -> None:
-    error = script.ask(prepare="die")
+def test_crash_during_a_preparation_fails_its_own_request(script: BlockingSupervisor) -> None:
+    error = script.ask(prepare="crash")
     assert isinstance(error, Internal)
     assert error.message == "the net's process died"
     assert script.pid()
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("wish", ["sleep", "spin", "stop"])
-def test_stuck_call_is_killed_after_its_deadline(script: Served, workspace: Path, wish: str) -> None:
-    before = time_out(script, workspace, do=wish)
+@pytest.mark.parametrize("action", ["sleep", "spin", "stop"])
+def test_stuck_call_is_killed_after_its_deadline(script: BlockingSupervisor, workspace: Path, action: str) -> None:
+    before = time_out(script, workspace, do=action)
     assert script.pid() != before
 
 
 def test_call_past_its_deadline_is_not_stuck_before_the_least_patience(
-    script: Served, workspace: Path, monkeypatch: pytest.MonkeyPatch
+    script: BlockingSupervisor, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patience, "LEAST_S", 60.0)
     monkeypatch.setattr(supervisor, "_WATCH_S", 0.001)
     before = time_out(script, workspace, do="wait")
-    look_round(script)
+    let_the_supervisor_watch(script)
+    (workspace / "go").touch()
+    assert script.pid() == before
+
+
+def test_worker_is_not_unresponsive_while_it_sends_a_late_reply(
+    script: BlockingSupervisor, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No call counts as stuck.
+    monkeypatch.setattr(patience, "_FACTOR", 1e9)
+    monkeypatch.setattr(patience, "MOST_S", 600.0)
+    monkeypatch.setattr(supervisor, "_WATCH_S", 0.005)
+    before = script.pid()
+    late = script.ask_later(do="wait, many bytes")
+    wait_for((workspace / "waiting").exists)
+    late.cancel()
+    overdue_s = time.monotonic() + patience.LEAST_S
+    wait_for(lambda: time.monotonic() > overdue_s)
+    # The worker is idle between the end of the call and its reply, which is long.
     (workspace / "go").touch()
     assert script.pid() == before
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("wish", ["raise", "os._exit", "sleep"])
-def test_hostile_request_fails_alone_of_its_batch(script: Served, workspace: Path, wish: str) -> None:
+@pytest.mark.parametrize("action", ["raise", "os._exit", "sleep"])
+def test_hostile_request_fails_alone_of_its_batch(script: BlockingSupervisor, workspace: Path, action: str) -> None:
     script.hold_batches()
     try:
-        requests: list[dict[str, Any]] = [{}, {"do": wish, "began": "began"}, {}, {}]
+        requests: list[dict[str, Any]] = [{}, {"do": action, "began": "began"}, {}, {}]
         first, hostile, *others = [script.ask_later(**each) for each in requests]
-        if wish == "sleep":
+        if action == "sleep":
             # The caller gives up once the call runs; it is late from then on.
             wait_for((workspace / "began").exists)
             hostile.cancel()
@@ -131,19 +151,19 @@ def test_hostile_request_fails_alone_of_its_batch(script: Served, workspace: Pat
         script.hold_batches(False)
 
 
-def test_who_only_ran_beside_a_dying_call_is_run_again(script: Served, workspace: Path) -> None:
+def test_calls_beside_a_crashed_call_are_retried(script: BlockingSupervisor, workspace: Path) -> None:
     innocent = script.ask_later(prepare="wait")
     wait_for((workspace / "waiting").exists)
     before = script.worker_pid()
-    guilty = script.ask_later(prepare="die")
-    # Written once the process is gone, so that the innocent call can't be done before.
+    guilty = script.ask_later(prepare="crash")
+    # The innocent call can't finish before the process has ended.
     wait_for(lambda: script.worker_pid() != before)
     (workspace / "go").touch()
     assert isinstance(guilty.result(), Internal)
     assert "pid" in result(innocent.result())
 
 
-def test_requests_of_a_killed_process_are_answered_by_the_next(script: Served, workspace: Path) -> None:
+def test_requests_of_a_killed_process_are_retried_in_the_next(script: BlockingSupervisor, workspace: Path) -> None:
     before = script.pid()
     later = [script.ask_later(do="wait") for _ in range(20)]
     wait_for((workspace / "waiting").exists)
@@ -154,7 +174,7 @@ def test_requests_of_a_killed_process_are_answered_by_the_next(script: Served, w
     assert before not in pids
 
 
-def test_cancelled_request_does_not_run(script: Served, workspace: Path) -> None:
+def test_cancelled_request_does_not_run(script: BlockingSupervisor, workspace: Path) -> None:
     running = script.ask_later(do="wait")
     wait_for((workspace / "waiting").exists)
     cancelled = script.ask_later(began="began")
@@ -169,12 +189,12 @@ def test_cancelled_request_does_not_run(script: Served, workspace: Path) -> None
 
 
 def test_release_can_limit_the_time_of_every_call(tmp_path: Path) -> None:
-    with started(tmp_path, model_params={"script_timeout_s": 0.3}) as served:
-        error = served.ask(do="sleep")
+    with started(tmp_path, model_params={"script_timeout_s": 0.3}) as worker:
+        error = worker.ask(do="sleep")
         assert isinstance(error, DeadlineExceeded)
         assert error.message == "the net did not answer in time"
         # On a busy machine an ordinary call can take too long as well, but not every time.
-        wait_for(lambda: isinstance(served.ask(), InferResponse))
+        wait_for(lambda: isinstance(worker.ask(), InferResponse))
 
 
 def test_start_that_takes_too_long_is_ended(tmp_path: Path) -> None:
@@ -197,27 +217,27 @@ def test_start_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     wait_for(lambda: has_ended(pids[0]))
 
 
-def test_a_worker_that_can_not_start_again_sends_callers_elsewhere_and_ends(tmp_path: Path) -> None:
-    with started(tmp_path) as served:
+def test_supervisor_that_can_not_restart_the_worker_refuses_its_calls_and_ends(tmp_path: Path) -> None:
+    with started(tmp_path) as worker:
         (tmp_path / "release" / "net.py").write_text("broken(")
-        other = served.ask_later(prepare="wait")
+        other = worker.ask_later(prepare="wait")
         wait_for((tmp_path / "waiting").exists)
-        guilty = served.ask_later(do="os._exit")
-        assert isinstance(served.ended(), StartError)
+        guilty = worker.ask_later(do="os._exit")
+        assert isinstance(worker.run_error(), StartError)
         assert isinstance(guilty.result(), Internal | Unavailable)
         error = other.result()
         assert isinstance(error, Unavailable)
         assert error.refused
 
 
-def test_the_evaluators_end_is_the_workers_end(tmp_path: Path) -> None:
-    with started(tmp_path) as served:
-        its = served.pid()
-        served.hang_up()
-        wait_for(lambda: has_ended(its))
+def test_worker_ends_with_its_evaluator(tmp_path: Path) -> None:
+    with started(tmp_path) as worker:
+        pid = worker.pid()
+        worker.close_socket()
+        wait_for(lambda: has_ended(pid))
 
 
-ODD = """
+RAISING = """
 import os, time
 from pathlib import Path
 from evaluator import scripting
@@ -233,7 +253,7 @@ def net_preprocess(model, req):
 def net_inference(model, args):
     for req in args["reqs"]:
         if "infer" in req["params"]: raise eval(req["params"]["infer"])
-        if "cut" in req["params"]:
+        if "truncate" in req["params"]:
             memory = [each for each in Path("/proc/self/fd").iterdir() if "progress" in os.readlink(each)]
             os.ftruncate(int(memory[0].name), 0)
     return [{"code": 0, "result": {"pid": model["pid"]}} for _ in args["reqs"]]
@@ -241,14 +261,14 @@ def net_inference(model, args):
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with started(tmp_path_factory.mktemp("odd").resolve(), ODD) as served:
-        yield served
+def raising(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BlockingSupervisor]:
+    with started(tmp_path_factory.mktemp("raising").resolve(), RAISING) as worker:
+        yield worker
 
 
-@pytest.mark.parametrize("where", ["prepare", "infer"])
+@pytest.mark.parametrize("stage", ["prepare", "infer"])
 @pytest.mark.parametrize(
-    ("what", "status", "message"),
+    ("exception", "status", "message"),
     [
         ("scripting.InvalidArgument(ValueError('no face'))", 400, "no face"),
         ("scripting.InvalidArgument('\\ud800 odd')", 400, "? odd"),
@@ -259,40 +279,40 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         ("ValueError('\\ud800 odd')", 500, None),
     ],
 )
-def test_whatever_a_script_raises_comes_to_its_caller_alone(
-    odd: Served, where: str, what: str, status: int, message: str | None
+def test_exception_of_a_script_reaches_only_its_caller(
+    raising: BlockingSupervisor, stage: str, exception: str, status: int, message: str | None
 ) -> None:
-    before = odd.pid()
-    # More often than there are threads.
+    before = raising.pid()
+    # The error must not end one of the worker's threads: send more requests than there are threads.
     for _ in range(4):
-        error = odd.ask(**{where: what})
+        error = raising.ask(**{stage: exception})
         assert isinstance(error, ServingError)
         assert (error.status, error.code, error.refused) == (status, status, False)
         assert message is None or error.message == message
-    assert odd.pid() == before
+    assert raising.pid() == before
 
 
-def test_a_script_can_not_take_the_memory_away_that_tells_what_it_is_at(odd: Served) -> None:
-    error = odd.ask(cut=True)
+def test_script_can_not_truncate_the_progress_memory(raising: BlockingSupervisor) -> None:
+    error = raising.ask(truncate=True)
     assert isinstance(error, Internal)
     assert error.message == "the forward pass failed"
-    assert odd.pid()
+    assert raising.pid()
 
 
 @pytest.mark.usefixtures("impatient")
-def test_process_that_does_not_take_up_calls_is_killed(odd: Served) -> None:
-    before = odd.pid()
+def test_process_that_does_not_take_up_calls_is_killed(raising: BlockingSupervisor) -> None:
+    before = raising.pid()
     os.kill(before, signal.SIGSTOP)
     # On a busy machine a deadline may pass before the call is sent.
-    while odd.worker_pid() == before:
+    while raising.worker_pid() == before:
         with suppress(TimeoutError):
-            odd.ask(timeout_s=0.2)
-    assert odd.pid() != before
+            raising.ask(timeout_s=0.2)
+    assert raising.pid() != before
 
 
-def test_a_pause_is_no_end(odd: Served) -> None:
-    before = odd.pid()
-    later = [odd.ask_later(Resource(body=bytes(8 << 20))) for _ in range(12)]
+def test_paused_worker_is_not_restarted(raising: BlockingSupervisor) -> None:
+    before = raising.pid()
+    later = [raising.ask_later(Resource(body=bytes(8 << 20))) for _ in range(12)]
     for _ in range(10):
         os.kill(before, signal.SIGSTOP)
         os.kill(before, signal.SIGCONT)
@@ -322,41 +342,46 @@ def net_inference(model, args):
 
 
 def test_patience_grows_with_the_time_that_the_warm_up_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Any call past its deadline would be stuck at once, but for the time that calls are known to take.
+    # A call past its deadline would be stuck at once without the patience learned from the warm-up.
     monkeypatch.setattr(patience, "LEAST_S", 0.0)
     monkeypatch.setattr(patience, "_FACTOR", 1000.0)
     monkeypatch.setattr(patience, "MOST_S", 60.0)
     monkeypatch.setattr(supervisor, "_WATCH_S", 0.001)
-    with started(tmp_path, SLOW) as served:
-        before = served.worker_pid()
-        running = served.ask_later()
+    with started(tmp_path, SLOW) as worker:
+        before = worker.worker_pid()
+        running = worker.ask_later()
         wait_for((tmp_path / "waiting").exists)
         running.cancel()
-        look_round(served)
-        assert served.worker_pid() == before
+        let_the_supervisor_watch(worker)
+        assert worker.worker_pid() == before
 
 
 @contextmanager
-def loading_for_ever(folder: Path, says: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A check of a release whose net never comes to be, and what that has said of itself."""
-    said = folder / "said"
+def check_that_loads_forever(folder: Path, expression: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Check a release whose net_init never returns. Yield the check's process, and the value of a script's expression.
+
+    ``cfg`` is a name in the expression.
+    """
+    value = folder / "value"
     script = "import os, time\nfrom pathlib import Path\ndef net_init(cfg):\n"
-    script += f"    Path('{said}').write_text({says})\n    time.sleep(1000)\ndef net_inference(model, args): ...\n"
+    script += (
+        f"    Path('{value}').write_text({expression})\n    time.sleep(1000)\ndef net_inference(model, args): ...\n"
+    )
     digits_tar(folder / "release.tar", **{"net.py": script.encode()})
     command = [sys.executable, "-m", "evaluator", "check", str(folder / "release.tar")]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as check:
-        wait_for(lambda: said.exists() and said.read_text())
-        yield check, said.read_text()
+        wait_for(lambda: value.exists() and value.read_text())
+        yield check, value.read_text()
 
 
-def test_a_worker_ends_with_its_evaluator_even_while_it_loads(tmp_path: Path) -> None:
-    with loading_for_ever(tmp_path, "str(os.getpid())") as (check, pid):
+def test_worker_that_still_loads_ends_with_its_evaluator(tmp_path: Path) -> None:
+    with check_that_loads_forever(tmp_path, "str(os.getpid())") as (check, pid):
         check.kill()
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
 
 
-def test_a_check_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
-    with loading_for_ever(tmp_path, "cfg['custom_values']['workspace']") as (check, folder):
+def test_stopped_check_removes_its_workspace(tmp_path: Path) -> None:
+    with check_that_loads_forever(tmp_path, "cfg['custom_values']['workspace']") as (check, folder):
         assert Path(folder).exists()
         check.terminate()
         assert check.wait(60) == 130
