@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 PORT ?= 8080
+WORKERS ?= 2
 ENGINE ?= docker
 IMAGES ?= gate registry evaluator evaluator-gpu
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' atserving/__init__.py)
@@ -28,9 +29,15 @@ demo: $(VENV)/installed  ## Start the whole mesh, play the HTTP API and the exam
 up: $(VENV)/installed  ## Run the mesh in the foreground, the edge on PORT (8080)
 	@$(BIN)/atserving up --port $(PORT)
 
+# A file's tests run in one worker, as they share processes.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 .PHONY: test
-test: $(VENV)/installed  ## Run the test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/installed  ## Run the test suite in WORKERS (2) processes
+	$(PYTEST)
+
+.PHONY: test-fast
+test-fast: $(VENV)/installed  ## Run the quick tests, in under a minute
+	$(PYTEST) -q -m 'not slow'
 
 .PHONY: lint
 lint: $(VENV)/installed  ## Check format, lint, import contracts and types

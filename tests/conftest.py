@@ -1,7 +1,46 @@
 """Settings of all tests."""
 
+from pathlib import Path
+
+import pytest
 import structlog
 from hypothesis import HealthCheck, settings
+
+_TESTS = Path(__file__).parent
+
+# These start processes of the mesh, or convert whole nets. `make test-fast` leaves them out.
+_SLOW = (
+    "bench",
+    "caffe/test_cli.py",
+    "caffe/test_memory.py",
+    "caffe/test_models.py",
+    "e2e",
+    "evaluator/fetching/test_qiniu.py",
+    "evaluator/images/test_hostile_images.py",
+    "evaluator/nets/test_models.py",
+    "evaluator/nets/test_served.py",
+    "evaluator/serving/test_ops_http.py",
+    "evaluator/serving/test_registration.py",
+    "evaluator/serving/test_serving.py",
+    "evaluator/serving/test_start.py",
+    "evaluator/serving/test_supervisor.py",
+    "evaluator/test_check.py",
+    "evaluator/worker/test_script.py",
+    "k8s",
+    "local",
+    "registry",
+    "shared/test_commands.py",
+    "shared/test_health.py",
+)
+_SLOW_PATHS = [_TESTS / path for path in _SLOW]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of slow files and folders as slow."""
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in _SLOW_PATHS):
+            item.add_marker(pytest.mark.slow)
+
 
 # A busy machine may take long over one example, or over generating it.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
