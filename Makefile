@@ -29,8 +29,8 @@ demo: $(VENV)/installed  ## Start the whole mesh, play the HTTP API and the exam
 up: $(VENV)/installed  ## Run the mesh in the foreground, the edge on PORT (8080)
 	@$(BIN)/atserving up --port $(PORT)
 
-# A file's tests run in one worker, as they share processes.
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# A file's tests run in one worker, as they share processes. In the order of the files, no slow one is the last.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .PHONY: test
 test: $(VENV)/installed  ## Run the test suite in WORKERS (2) processes
 	$(PYTEST)
