@@ -1,7 +1,7 @@
 """Write the files of a Caffe release: caffemodel, mean, and the tar around them.
 
-The binary ones are protobuf messages with a handful of fields, encoded here by hand, which needs no generated code:
-https://protobuf.dev/programming-guides/encoding/ for the wire, Caffe's caffe.proto for the field numbers.
+The binary files are protobuf messages with a handful of fields. This module encodes them by hand, without generated
+code. Wire format: https://protobuf.dev/programming-guides/encoding/. Field numbers: Caffe's caffe.proto.
 """
 
 import io
@@ -37,7 +37,7 @@ def delimited(number: int, value: bytes) -> bytes:
 
 
 def _blob(array: Array) -> bytes:
-    """A BlobProto: data = 5 (packed floats), shape = 7 (a BlobShape, dim = 1, packed)."""
+    """Return a BlobProto: data = 5 (packed floats), shape = 7 (a BlobShape, dim = 1, packed)."""
     shape = delimited(1, b"".join(varint(size) for size in array.shape))
     return delimited(5, array.astype("<f4").tobytes()) + delimited(7, shape)
 
@@ -52,13 +52,13 @@ def caffemodel(name: str, layers: Sequence[tuple[str, str, Sequence[Array]]]) ->
 
 
 def binaryproto(mean: Array) -> bytes:
-    """A mean image (3, height, width), BGR, as a BlobProto whose fields 1..4 are num, channels, height, width."""
+    """Encode a mean image (3, height, width), BGR, as a BlobProto; fields 1..4 are num, channels, height, width."""
     dims = b"".join(_int_field(number, size) for number, size in enumerate((1, *mean.shape), start=1))
     return dims + delimited(5, mean.astype("<f4").tobytes())
 
 
 def write_tar(path: Path, members: Mapping[str, bytes]) -> None:
-    """Write an uncompressed tar whose bytes depend on nothing but its members."""
+    """Write an uncompressed tar whose bytes depend only on its members."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name in sorted(members):
             info = tarfile.TarInfo(name)

@@ -1,4 +1,4 @@
-"""The handwritten digits that all examples are made from: scikit-learn's `load_digits`, one fifth held out."""
+"""The handwritten digits behind all examples: scikit-learn's `load_digits`, one fifth held out."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ Pictures = NDArray[np.uint8]  # (n, height, width), grey
 Labels = NDArray[np.int64]
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PICTURE_SIZE = 64  # of a digit, once it is enlarged
+PICTURE_SIZE = 64  # height and width of an enlarged digit
 SEED = 8
 
 
@@ -25,7 +25,7 @@ class Split:
 
 
 def load_split() -> Split:
-    """The data set as 64x64 pictures, light digits on dark, split 80:20 with the same share of each digit in both."""
+    """Load 64x64 pictures, light digits on dark, split 80:20 with the same share of each digit in both parts."""
     digits = load_digits()
     small = np.round(digits.images * 255 / 16).astype(np.uint8)
     size = (PICTURE_SIZE, PICTURE_SIZE)

@@ -13,10 +13,11 @@ from examples.digit_pictures import NAMES, PICTURE_SIZE, Labels, Pictures
 Image = NDArray[np.uint8]  # (height, width, 3), BGR
 Mask = NDArray[np.uint8]  # (height, width), labels
 
-LABELS = ("background", *NAMES)  # a digit's label is the digit plus one
-INK = 110  # the grey from which a pixel of a digit's picture belongs to the digit
-GAP = 3  # pixels that stay free between the boxes of two digits
-ATTEMPTS = 20  # to find a free place for a digit before it is left out
+# A digit's label is the digit plus one.
+LABELS = ("background", *NAMES)
+INK = 110  # a pixel at least this light belongs to the digit
+GAP = 3  # pixels between the boxes of two digits
+ATTEMPTS = 20  # random places tried before a digit is left out
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What scenes are like; the heights of digits are in parts of a scene's smaller side."""
+    """Limits for drawing scenes. Digits' heights are fractions of a scene's smaller side."""
 
     smallest: float
     largest: float
@@ -39,7 +40,7 @@ class Recipe:
 
 
 def draw(recipe: Recipe, pictures: Pictures, digits: Labels, size: tuple[int, int], rng: np.random.Generator) -> Scene:
-    """A scene of that (width, height) with digits chosen at random from the pictures."""
+    """Return a scene of the given (width, height) with digits chosen at random from the pictures."""
     width, height = size
     image = _ground(width, height, rng)
     mask = np.zeros((height, width), np.uint8)
@@ -69,7 +70,7 @@ def draw(recipe: Recipe, pictures: Pictures, digits: Labels, size: tuple[int, in
 
 
 def resize(scene: Scene, size: int) -> Scene:
-    """The scene as the server resizes it to a square input, its truth with it."""
+    """Resize a scene to a square input as the server does, and its truth with it."""
     height, width = scene.mask.shape
     scale = np.array([size / width, size / height] * 2, np.float32)
     image = cv2.resize(scene.image, (size, size), interpolation=cv2.INTER_LINEAR)
@@ -78,13 +79,13 @@ def resize(scene: Scene, size: int) -> Scene:
 
 
 def any_size(rng: np.random.Generator) -> tuple[int, int]:
-    """A width and a height from 112 to 256 whose ratio is between 3:4 and 4:3."""
+    """Return a random width and height from 112 to 256, with a ratio between 3:4 and 4:3."""
     width = int(rng.integers(128, 225))
     return width, int(np.clip(width * rng.uniform(0.75, 1.33), 112, 256))
 
 
 def endless(recipe: Recipe, pictures: Pictures, digits: Labels, size: int, seed: int) -> Iterator[Scene]:
-    """Scenes of many sizes, each resized to the input; the same ones for the same seed."""
+    """Yield scenes of many sizes, each resized to the input. The same seed gives the same scenes."""
     rng = np.random.default_rng(seed)
     while True:
         yield resize(draw(recipe, pictures, digits, any_size(rng), rng), size)
@@ -95,7 +96,7 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def _ground(width: int, height: int, rng: np.random.Generator) -> Array:
-    """A dark ground: patches of similar colours that run into each other, and a few faint strokes across."""
+    """Return a dark ground: blurred patches of similar colours, and a few faint strokes across."""
     colour = rng.uniform(15, 75, size=3)
     patches = colour + rng.normal(0, 14, size=(rng.integers(2, 7), rng.integers(2, 7), 3))
     ground = cv2.resize(patches.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
@@ -107,7 +108,7 @@ def _ground(width: int, height: int, rng: np.random.Generator) -> Array:
 
 
 def _ink(picture: NDArray[np.uint8], tall: float, rng: np.random.Generator) -> Array:
-    """The ink, 0 to 1, on each pixel of a digit of that height, somewhat turned and squeezed; nothing around it."""
+    """Return the ink, 0 to 1, on each pixel of a digit of that height, slightly turned and squeezed, no margins."""
     centre = (PICTURE_SIZE - 1) / 2
     turn = cv2.getRotationMatrix2D((centre, centre), rng.uniform(-12, 12), 0.8)
     turned = cv2.warpAffine(picture, turn, (PICTURE_SIZE, PICTURE_SIZE), flags=cv2.INTER_LINEAR)
@@ -128,7 +129,7 @@ def _cut(grey: Array) -> Array:
 def _free_place(
     shape: tuple[int, ...], ground: tuple[int, int], boxes: list[tuple[int, int, int, int]], rng: np.random.Generator
 ) -> tuple[int, int] | None:
-    """The top left corner of a place within the ground that no box reaches into."""
+    """Return the (top, left) corner of a free place on the ground, or None."""
     tall, wide = shape
     if tall > ground[0] - 2 or wide > ground[1] - 2:
         return None
@@ -144,7 +145,7 @@ def _free_place(
 
 
 def _paint(part: Array, ink: Array, rng: np.random.Generator) -> None:
-    """Light ink of any colour, which fades a little from one side to the other."""
+    """Paint light ink of any colour, slightly fading from one side to the other."""
     colour = rng.uniform(130, 255, size=3)
     colour[rng.integers(3)] = rng.uniform(200, 255)
     fade = np.linspace(rng.uniform(0.8, 1), rng.uniform(0.8, 1), ink.shape[1])[None, :, None]

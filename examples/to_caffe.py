@@ -1,4 +1,4 @@
-"""From a trained PyTorch net to a Caffe release, and the release back through the converter and OpenCV."""
+"""Write a trained PyTorch net as a Caffe release, and read the release back with the converter and OpenCV."""
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +16,15 @@ from evaluator.caffe import convert
 from examples.caffe_files import Array, binaryproto, caffemodel
 from examples.scenes import LABELS, Image
 
-INPUT_SCALE = 1 / 64  # what training multiplies (pixel - mean) by; it ends up in the first convolution's weights
+# Training multiplies (pixel - mean) by this factor; `fold_input_scale` moves it into the first weights.
+INPUT_SCALE = 1 / 64
 
 
 def caffe_layers(net: nn.Module) -> list[tuple[str, str, list[Array]]]:
-    """Name, type and blobs of each layer with weights. A BatchNorm2d `x` is a BatchNorm `x` and a Scale `x_scale`."""
+    """Return name, type and blobs of each layer with weights.
+
+    A BatchNorm2d `x` becomes a BatchNorm `x` and a Scale `x_scale`.
+    """
     layers = []
     for name, module in net.named_modules():
         values = {key: value.numpy() for key, value in module.state_dict().items()}
@@ -35,12 +39,12 @@ def caffe_layers(net: nn.Module) -> list[tuple[str, str, list[Array]]]:
 
 
 def fold_input_scale(first: nn.Module) -> None:
-    """Make a net that was trained on scaled inputs take pixels less the mean."""
+    """Scale the first weights so that a net trained on scaled inputs takes pixels less the mean."""
     first.state_dict()["weight"].mul_(INPUT_SCALE)
 
 
 def release_files(name: str, prototxt: Path, net: nn.Module, mean: Array, size: int) -> dict[str, bytes]:
-    """The members of a release's tar; the mean is one number a channel."""
+    """Return the members of a release's tar. The mean is one number a channel."""
     return {
         "deploy.prototxt": prototxt.read_bytes(),
         "labels.csv": "".join(f"{index},{label}\n" for index, label in enumerate(LABELS)).encode(),
@@ -54,7 +58,7 @@ def channel_mean(images: Iterable[Image]) -> Array:
 
 
 def planes(images: Sequence[Image], mean: Array) -> Array:
-    """Images of the net's size as its input, (n, 3, height, width), BGR less the mean."""
+    """Turn images of the net's size into its input: (n, 3, height, width), BGR less the mean."""
     stacked = np.stack(images).transpose(0, 3, 1, 2).astype(np.float32)
     return np.ascontiguousarray(stacked - mean[:, None, None])
 
@@ -75,7 +79,7 @@ def _written(files: dict[str, bytes]) -> Iterator[tuple[Path, Path]]:
 
 
 def open_onnx(files: dict[str, bytes], outputs: Sequence[str] = ()) -> onnxruntime.InferenceSession:
-    """The written files, converted as the server converts them."""
+    """Load the written files with the server's converter."""
     with _written(files) as (prototxt, weights):
         model = convert(prototxt, weights, outputs=outputs)
     options = onnxruntime.SessionOptions()
@@ -84,17 +88,17 @@ def open_onnx(files: dict[str, bytes], outputs: Sequence[str] = ()) -> onnxrunti
 
 
 def open_opencv(files: dict[str, bytes]) -> cv2.dnn.Net:
-    """The same files, read by OpenCV's own Caffe reader."""
+    """Load the written files with OpenCV's Caffe reader."""
     with _written(files) as (prototxt, weights):
         return cv2.dnn.readNetFromCaffe(str(prototxt), str(weights))
 
 
 def at_most(value: float) -> str:
-    """A small difference, rounded up, for a page."""
+    """Format a small difference for a page, rounded up."""
     return f"{np.ceil(value * 1e6) / 1e6:.6f}"
 
 
 def write_page(folder: Path, values: dict[str, object]) -> None:
-    """README.md of README.template.md."""
+    """Write README.md from README.template.md."""
     template = Template((folder / "README.template.md").read_text())
     (folder / "README.md").write_text(template.substitute(values))

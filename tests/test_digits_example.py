@@ -1,4 +1,4 @@
-"""The example app `digits`: its two release tars are well formed, and their nets right about the sample images."""
+"""The example app `digits`: its two release tars are well formed, and their nets name the sample images correctly."""
 
 import tarfile
 from pathlib import Path
@@ -26,7 +26,7 @@ def members(version: str) -> dict[str, bytes]:
 
 
 def mean_image(binaryproto: bytes) -> Array:
-    """Reads a BlobProto of exactly the legacy form: four one-byte dims (fields 1..4), then packed floats (field 5)."""
+    """Read a BlobProto of exactly the legacy form: four one-byte dims (fields 1..4), then packed floats (field 5)."""
     assert binaryproto[:8] == bytes([0x08, 1, 0x10, 3, 0x18, SIZE, 0x20, SIZE])
     assert binaryproto[8] == 0x2A
     length, start, shift = 0, 9, 0
@@ -41,7 +41,7 @@ def mean_image(binaryproto: bytes) -> Array:
 
 
 def probabilities(version: str, image: Path, folder: Path) -> Array:
-    """What the net says of an image file: BGR, resized, less the mean; no scale, as is a release's default."""
+    """Return the net's probabilities for an image file: BGR, resized, less the mean, with the default scale of 1."""
     files = members(version)
     for name in ("deploy.prototxt", "weight.caffemodel"):
         (folder / name).write_bytes(files[name])
@@ -79,20 +79,20 @@ def test_labels_name_the_ten_digits_in_order(version: str) -> None:
 
 
 @versions
-def test_mean_is_an_image_of_the_input_size(version: str) -> None:
+def test_mean_has_the_input_size(version: str) -> None:
     mean = mean_image(members(version)["mean.binaryproto"])
     assert 20 < mean.mean() < 200
     assert mean.min() >= 0
     assert mean.max() <= 255
 
 
-def test_every_digit_has_a_sample_and_both_formats_are_there() -> None:
+def test_samples_show_every_digit_and_have_both_formats() -> None:
     assert {path.stem for path in IMAGES} == {str(digit) for digit in range(10)}
     assert {path.suffix for path in IMAGES} == {".png", ".jpg"}
 
 
 @pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.name)
-def test_samples_are_larger_than_the_input(image: Path) -> None:
+def test_sample_exceeds_the_input_size(image: Path) -> None:
     picture = cv2.imread(str(image))
     assert picture is not None
     assert min(picture.shape[:2]) > SIZE
@@ -100,7 +100,7 @@ def test_samples_are_larger_than_the_input(image: Path) -> None:
 
 @versions
 @pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.name)
-def test_sample_is_classified_rightly(version: str, image: Path, tmp_path: Path) -> None:
+def test_net_names_the_digit_on_a_sample(version: str, image: Path, tmp_path: Path) -> None:
     answer = probabilities(version, image, tmp_path)
     assert answer.shape == (10,)
     assert answer.sum() == pytest.approx(1, abs=1e-5)
@@ -108,7 +108,7 @@ def test_sample_is_classified_rightly(version: str, image: Path, tmp_path: Path)
     assert answer.max() > 0.5
 
 
-def test_versions_answer_differently(tmp_path: Path) -> None:
+def test_versions_give_different_answers(tmp_path: Path) -> None:
     assert members("v1")["deploy.prototxt"] != members("v2")["deploy.prototxt"]
     answers = [np.stack([probabilities(version, image, tmp_path) for image in IMAGES]) for version in TARS]
     assert np.abs(answers[0] - answers[1]).max() > 1e-3

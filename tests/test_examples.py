@@ -1,6 +1,6 @@
-"""The example apps beside `digits`: well-formed releases, whose nets are right about the held-out sample images.
+"""The example apps other than `digits`: their releases are well formed, and their nets label held-out images correctly.
 
-What is measured is what the evaluator's own nets answer, with the custom values that the local mesh publishes.
+The tests run the evaluator's own nets, with the custom values of the local mesh.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ LABELS = dict(enumerate(("background", *DIGITS)))
 MODEL_FILES = {"deploy.prototxt", "mean.binaryproto", "weight.caffemodel"}
 LEAST_OVERLAP = 0.5
 LEAST_PRECISION = 0.95
-"""The mean over the digits on the samples of their average precision."""
+"""The lowest mean average precision over the digits on the samples."""
 LEAST_IOU = 0.85
-"""Of a sample's mask, the mean over the labels that it or its truth has; and of the labels over all samples."""
+"""The lowest mean over the labels of a mask or its truth, for one sample and for all samples together."""
 
 
 @dataclass(frozen=True)
 class Release:
     tar: Path
     folder: Path
-    """Where the tar's members lie."""
+    """The folder with the tar's members."""
 
 
 def unpacked(app: str, folder: Path) -> Release:
@@ -66,7 +66,7 @@ def converted(folder: Path) -> onnxruntime.InferenceSession:
 
 
 def model(app: str, folder: Path) -> ImageNet:
-    """The release as the evaluator loads it."""
+    """Load the release as the evaluator does."""
     unpacked(app, folder)
     [example] = [each for each in examples.ALL if each.app == f"digits-{app}"]
     return loaded(app, config({path.name: path for path in folder.iterdir()}, **example.custom_values))
@@ -109,7 +109,7 @@ def test_tar_depends_on_nothing_but_its_members(release: Release) -> None:
     }
 
 
-def test_net_converts_and_takes_batches(release: Release) -> None:
+def test_net_converts_and_accepts_a_batch(release: Release) -> None:
     session = converted(release.folder)
     (blob,) = session.get_inputs()
     assert blob.name == "data"
@@ -117,20 +117,20 @@ def test_net_converts_and_takes_batches(release: Release) -> None:
 
 
 @pytest.mark.parametrize("app", ["detect", "segment"])
-def test_prototxt_beside_the_tar_is_the_one_in_it(app: str, tmp_path: Path) -> None:
+def test_prototxt_beside_the_tar_equals_the_one_in_it(app: str, tmp_path: Path) -> None:
     release = unpacked(app, tmp_path)
     assert (EXAMPLES / app / "deploy.prototxt").read_bytes() == (release.folder / "deploy.prototxt").read_bytes()
     assert labels.read(release.folder / "labels.csv") == LABELS
 
 
 @pytest.mark.parametrize("app", ["detect", "segment"])
-def test_there_are_three_samples_of_three_sizes(app: str) -> None:
+def test_samples_have_three_sizes(app: str) -> None:
     assert len({sample(param.values[0]).shape for param in samples(app)}) == 3
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is detected on an image: rows (score, x1, y1, x2, y2), and the class of each."""
+    """The detections on an image: rows (score, x1, y1, x2, y2), and a class for each row."""
 
     rows: Array
     classes: list[str]
@@ -156,9 +156,9 @@ def test_detector_finds_every_digit_and_nothing_else(path: Path, truth: list[dic
     assert [found.classes[best] for best in overlap.argmax(axis=1)] == [digit["class"] for digit in truth]
 
 
-def test_detectors_mean_average_precision_on_the_samples(detect: ImageNet) -> None:
+def test_detector_reaches_the_mean_average_precision_on_the_samples(detect: ImageNet) -> None:
     truths = [param.values[1] for param in samples("detect")]
-    # As low as the net's own confidence_threshold, so that what it is unsure of counts too.
+    # This equals the net's own confidence_threshold, so unsure detections count too.
     everything = [found_on(detect, sample(param.values[0]), {"threshold": 0.01}) for param in samples("detect")]
     assert sum(len(found.rows) for found in everything) > sum(map(len, truths))
     precisions = [
@@ -175,12 +175,12 @@ def test_detectors_mean_average_precision_on_the_samples(detect: ImageNet) -> No
     assert np.mean(precisions) >= LEAST_PRECISION
 
 
-def test_detector_answers_nothing_for_an_empty_scene(detect: ImageNet) -> None:
+def test_detector_finds_nothing_on_an_empty_scene(detect: ImageNet) -> None:
     assert not found_on(detect, np.full((120, 160, 3), 50, np.uint8)).classes
 
 
 def labels_of(model: ImageNet, image: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """The label of each pixel, by its colour on the mask."""
+    """Return the label of each pixel, from its colour on the mask."""
     (ret,) = evaluate(model, (image, None))
     assert ret["code"] == 0
     data = base64.b64decode(ret["result"]["mask"].partition(",")[2])
@@ -193,7 +193,7 @@ def labels_of(model: ImageNet, image: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def unions(truth: NDArray[Any], found: NDArray[Any]) -> list[float]:
-    """Intersection over union of each label that is in either."""
+    """Return the intersection over union of each label in either mask."""
     return [
         ((truth == label) & (found == label)).sum() / ((truth == label) | (found == label)).sum()
         for label in np.union1d(truth, found)
@@ -201,7 +201,7 @@ def unions(truth: NDArray[Any], found: NDArray[Any]) -> list[float]:
 
 
 @pytest.mark.parametrize(("path", "truth"), samples("segment"))
-def test_segmenters_mask_agrees_with_the_truth(path: Path, truth: dict[str, Any], segment: ImageNet) -> None:
+def test_segmenter_marks_the_true_pixels(path: Path, truth: dict[str, Any], segment: ImageNet) -> None:
     mask = sample(path.parent / truth["mask"], cv2.IMREAD_GRAYSCALE)
     assert {LABELS[label] for label in np.unique(mask).tolist()} == {"background", *truth["classes"]}
     found = labels_of(segment, sample(path))
@@ -209,7 +209,7 @@ def test_segmenters_mask_agrees_with_the_truth(path: Path, truth: dict[str, Any]
     assert np.mean(unions(mask, found)) >= LEAST_IOU
 
 
-def test_segmenters_mean_intersection_over_union_on_the_samples(segment: ImageNet) -> None:
+def test_segmenter_reaches_the_mean_intersection_over_union_on_the_samples(segment: ImageNet) -> None:
     pairs = [(param.values[0], param.values[1]["mask"]) for param in samples("segment")]
     masks = [sample(path.parent / mask, cv2.IMREAD_GRAYSCALE).ravel() for path, mask in pairs]
     found = [labels_of(segment, sample(path)).ravel() for path, _ in pairs]
@@ -260,12 +260,12 @@ def pair(first: str, second: str, **params: object) -> dict[str, Any]:
     return {"data": [digit(first), digit(second)], "params": params}
 
 
-def test_script_in_the_tar_is_the_one_beside_it(tmp_path: Path) -> None:
+def test_script_in_the_tar_equals_the_one_beside_it(tmp_path: Path) -> None:
     folder = unpacked("similar", tmp_path).folder
     assert (EXAMPLES / "similar" / "net.py").read_bytes() == (folder / "net.py").read_bytes()
 
 
-def test_the_same_digit_is_more_alike_than_another(similar: Script) -> None:
+def test_script_gives_the_same_digit_a_higher_similarity_than_another(similar: Script) -> None:
     rets = similar.answer(pair("5.png", "5.jpg"), pair("5.png", "7.png"), pair("3.png", "3.png"))
     assert [ret["code"] for ret in rets] == [0, 0, 0]
     fives, others, itself = (ret["result"]["similarity"] for ret in rets)
@@ -273,7 +273,7 @@ def test_the_same_digit_is_more_alike_than_another(similar: Script) -> None:
     assert itself == pytest.approx(1, abs=1e-6)
 
 
-def test_similarity_is_the_cosine_of_the_streamed_embeddings(similar: Script) -> None:
+def test_similarity_equals_the_cosine_of_the_streamed_embeddings(similar: Script) -> None:
     stream, plain = similar.answer(pair("5.png", "7.png", format="stream"), pair("5.png", "7.png", format="json"))
     first, second = np.frombuffer(stream["result_file"], "<f4").reshape(2, 64)
     cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
@@ -292,7 +292,7 @@ def test_similarity_is_the_cosine_of_the_streamed_embeddings(similar: Script) ->
         {"data": [digit("1.png")] * 2, "params": "json"},
     ],
 )
-def test_anything_but_a_group_of_two_is_refused_alone(similar: Script, req: dict[str, Any]) -> None:
+def test_script_refuses_only_the_request_without_a_group_of_two(similar: Script, req: dict[str, Any]) -> None:
     refused, answered = similar.answer(req, pair("1.png", "1.png"))
     assert refused["code"] == 400
     assert refused["message"]

@@ -38,7 +38,7 @@ def boxes(image: bytes, result: dict[str, Any]) -> bytes:
 def mask(image: bytes, result: dict[str, Any]) -> bytes:
     """Return a PNG of the image under the mask of a ``segment`` result; regions have outlines, names and scores.
 
-    The image stays as it is where the mask is black, the default colour of the background.
+    Black pixels of the mask, the default for the background, leave the image unchanged.
     """
     canvas, scale = _canvas(image)
     small = _decode(base64.b64decode(result["mask"].partition(",")[2]))
@@ -46,7 +46,7 @@ def mask(image: bytes, result: dict[str, Any]) -> bytes:
     blended = cv2.addWeighted(colors, _MASK_SHARE, canvas, 1 - _MASK_SHARE, 0)
     canvas = np.where(colors.any(axis=2, keepdims=True), blended, canvas).astype(np.uint8)
     for detection in result["detections"]:
-        # Through the centres of the pixels on the outline.
+        # Draw through the centres of the outline's pixels.
         outline = np.array(detection["pts"], np.int32) * scale + scale // 2
         cv2.polylines(canvas, [outline], True, _WHITE, _LINE)
     for detection in reversed(result["detections"]):
@@ -56,7 +56,7 @@ def mask(image: bytes, result: dict[str, Any]) -> bytes:
 
 
 def color_of(index: int) -> Color:
-    """Return a light colour for a class that differs from those of its neighbours."""
+    """Return a light colour for a class, different from its neighbours' colours."""
     hue = np.array([[[index * 67 % 180, 150, 255]]], np.uint8)
     blue, green, red = cv2.cvtColor(hue, cv2.COLOR_HSV2BGR)[0, 0].tolist()
     return blue, green, red
@@ -75,7 +75,7 @@ def _label(canvas: Pixels, detection: dict[str, Any], corner: Sequence[int], col
 
 
 def _canvas(image: bytes) -> tuple[Pixels, int]:
-    """Return the image, enlarged if it is small, and the factor."""
+    """Decode the image, enlarge it if it is small, and return it with the factor."""
     pixels = _decode(image)
     scale = max(1, round(_LONG_SIDE / max(pixels.shape[:2])))
     large = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)

@@ -1,4 +1,4 @@
-"""The scenes of the demo: one request each, as a line of shell with curl, and the status it has to have."""
+"""The scenes of the demo: each is one request as a curl command line, with its expected status."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One request of the demo, as a line of shell, and the HTTP status it has to have."""
+    """One request of the demo: a shell command line and the expected HTTP status."""
 
     title: str
     line: str
@@ -36,7 +36,7 @@ class Scene:
 def scenes(url: str, files: str) -> Iterator[Scene]:
     """Yield every row of the HTTP API and every example.
 
-    The lines run in the checkout. ``url`` is the edge's, ``files`` that of the server of the examples' folder.
+    Run the lines in the checkout. ``url`` is the edge's URL, ``files`` the URL of the examples' file server.
     """
     yield Scene("Is the edge up?", f"curl {url}/health")
     yield from _digits(url, files)

@@ -1,4 +1,4 @@
-"""Starts the programs of the mesh: flags or variables, one line for an error, and an exit status."""
+"""Start the programs of the mesh: flags or variables, one line for an error, and an exit status."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def wait_option(text: str) -> Callable[[Any], Any]:
 def name_variables(command: click.Command, prefix: str = "ATSERVING") -> None:
     """Let every flag of a command and of its subcommands be a variable too, ``ATSERVING_<FLAG>``.
 
-    A subcommand's variable may also name the subcommand, such as ``ATSERVING_RELEASE_LIST_REGISTRY``. That one wins.
+    A variable may also name the subcommand, such as ``ATSERVING_RELEASE_LIST_REGISTRY``, and takes precedence.
     """
     for option in command.params:
         if isinstance(option, click.Option) and option.allow_from_autoenv:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from atserving.errors import StartError
 
-# Below the ports that Linux gives to outgoing connections, so that none of those takes a port before it is used.
+# Linux gives higher ports to outgoing connections: none of them takes a chosen port before its server binds it.
 _RANGE = range(10_000, 32_000)
 
 
@@ -28,13 +28,13 @@ class Ports:
 
     @staticmethod
     def free(edge: int = 0, gates: int = 1) -> Ports:
-        """Choose unused ports; ``edge`` is kept unless it is 0."""
+        """Choose unused ports. A nonzero ``edge`` stays the edge's port."""
         first, ops, admin, registry, etcd, etcd_peer, files, *rest = free_ports(7 + gates)
         return Ports(edge or first, ops, admin, tuple(rest), registry, etcd, etcd_peer, files)
 
 
 def free_ports(count: int) -> list[int]:
-    """Choose loopback ports that nothing listens on now."""
+    """Choose loopback ports without a listener."""
     candidates = _candidates()
     return [next(candidates) for _ in range(count)]
 
@@ -46,14 +46,14 @@ def _candidates() -> Iterator[int]:
 
 
 def check_free(port: int) -> None:
-    """Raise StartError if something listens on the port of the edge, where 0 stands for any port."""
+    """Raise StartError if the edge's port is in use; 0 stands for any port."""
     if not _is_free(port):
         raise StartError(f"port {port} is in use: choose another with --port or PORT=")
 
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        # As servers do: connections that were closed lately do not keep a port.
+        # Servers set this option too: recently closed connections do not block a port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))

@@ -1,4 +1,4 @@
-"""Keep processes running with asyncio: start them again when they die, and stop them in order."""
+"""Keep processes running with asyncio: restart them when they die, and stop them in order."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _LONGEST_RETRY_S = 5.0
 
 
 class State(StrEnum):
-    """What a managed process is doing."""
+    """The state of a managed process."""
 
     STOPPED = "stopped"
     STARTING = "starting"
     RUNNING = "running"
     WAITING = "waiting"
-    """It died, and will be started again."""
+    """It died; a restart is due."""
 
 
 class ManagedProcess:
-    """A process that is started again whenever it dies, until it is stopped."""
+    """A process with automatic restarts until it is stopped."""
 
     def __init__(self, name: str, child: ChildProcess, *, stop_s: float = STOP_S) -> None:
         self.name = name
@@ -56,7 +56,7 @@ class ManagedProcess:
         return self._child.pid if self._child.is_running else None
 
     def start(self) -> None:
-        """Start the process, and again whenever it dies. Raises OSError if it cannot be started now."""
+        """Start the process, and restart it whenever it dies. Raises OSError if the first start fails."""
         if self._keeper is None:
             self._spawn()
             self._keeper = asyncio.create_task(self._keep(), name=f"keep {self.name}")
@@ -81,11 +81,11 @@ class ManagedProcess:
             keeper.result()
 
     def kill(self) -> None:
-        """Kill the process with SIGKILL, as a crash would. It is started again."""
+        """Kill the process with SIGKILL, like a crash. It restarts."""
         self._child.send(signal.SIGKILL)
 
     def log_text(self) -> str:
-        """Return all that it has logged so far."""
+        """Return the process's log so far."""
         return self._child.log_text()
 
     async def watch(self) -> None:
@@ -128,7 +128,7 @@ class ProcessGroup:
             yield from stage
 
     def __getitem__(self, name: str) -> ManagedProcess:
-        """Return the process of that name. Raises KeyError."""
+        """Return the process with that name. Raises KeyError."""
         for each in self:
             if each.name == name:
                 return each
@@ -146,6 +146,6 @@ class ProcessGroup:
                 tasks.create_task(each.watch())
 
     async def stop(self) -> None:
-        """Stop every process; a stage stops at once, and only when the stages after it have stopped."""
+        """Stop every process. The last stage stops first; the processes of a stage stop together."""
         for stage in reversed(self._stages):
             await asyncio.gather(*(each.stop() for each in stage))

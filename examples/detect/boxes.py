@@ -1,7 +1,7 @@
 """Boxes in numpy: priors, their matching and coding, suppression, average precision.
 
-Boxes are (n, 4) as x1, y1, x2, y2. What priors, coding and suppression are is SSD's: https://arxiv.org/abs/1512.02325,
-and the layers PriorBox and DetectionOutput of its Caffe branch.
+Boxes are (n, 4) as x1, y1, x2, y2. Priors, coding and suppression follow SSD, https://arxiv.org/abs/1512.02325, and the
+layers PriorBox and DetectionOutput of its Caffe branch.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ VARIANCE = np.array([0.1, 0.1, 0.2, 0.2], np.float32)
 NMS_THRESHOLD = 0.45
 TOP_K = 100  # candidates a class
 KEEP_TOP_K = 50  # rows an image
-CONFIDENCE = 0.01  # the least that a row has
+CONFIDENCE = 0.01  # rows have a higher score
 
 
 @dataclass(frozen=True)
 class PriorLayer:
-    """A PriorBox layer: at every cell squares of min_size and of the mean size, and one box of that ratio."""
+    """A PriorBox layer. Each cell has a square of min_size, one of the mean size, and a box of the ratio."""
 
     cells: int
     min_size: float
@@ -36,7 +36,7 @@ PRIORS_A_CELL = 3
 
 
 def priors(image_size: int) -> Array:
-    """All priors in parts of the image, in the order of the net's rows: by layer, row, column, kind."""
+    """Return all priors as fractions of the image, in the order of the net's rows: by layer, row, column, kind."""
     boxes = []
     for layer in PRIOR_LAYERS:
         middle = np.sqrt(layer.min_size * layer.max_size)
@@ -54,7 +54,7 @@ def priors(image_size: int) -> Array:
 
 
 def overlaps(first: Array, second: Array) -> Array:
-    """Intersection over union of each with each, (n, m)."""
+    """Return the intersection over union of each pair, (n, m)."""
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
     both = np.clip(high - low, 0, None).prod(axis=2)
@@ -63,7 +63,10 @@ def overlaps(first: Array, second: Array) -> Array:
 
 
 def match(prior_boxes: Array, boxes: Array) -> Indices:
-    """For each prior the box that it should find, or -1: a box goes to its best prior and to all it overlaps by 0.5."""
+    """Return for each prior the index of its box, or -1.
+
+    A box goes to its best prior, and to all priors with an overlap of at least 0.5.
+    """
     if not len(boxes):
         return np.full(len(prior_boxes), -1, np.int64)
     overlap = overlaps(prior_boxes, boxes)
@@ -73,14 +76,14 @@ def match(prior_boxes: Array, boxes: Array) -> Indices:
 
 
 def encode(prior_boxes: Array, boxes: Array) -> Array:
-    """The locations by which priors (n, 4) become boxes (n, 4)."""
+    """Return the locations (n, 4) for `decode` to turn priors (n, 4) into boxes (n, 4)."""
     size, box_size = prior_boxes[:, 2:] - prior_boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     shift = (boxes[:, :2] + boxes[:, 2:] - prior_boxes[:, :2] - prior_boxes[:, 2:]) / 2 / size
     return np.asarray(np.hstack([shift, np.log(box_size / size)]) / VARIANCE, np.float32)
 
 
 def decode(prior_boxes: Array, locations: Array) -> Array:
-    """The reverse of `encode`."""
+    """Return the boxes (n, 4) for priors and locations; reverses `encode`."""
     size = prior_boxes[:, 2:] - prior_boxes[:, :2]
     middle = (prior_boxes[:, :2] + prior_boxes[:, 2:]) / 2 + locations[:, :2] * VARIANCE[:2] * size
     half = np.exp(locations[:, 2:] * VARIANCE[2:]) * size / 2
@@ -88,7 +91,7 @@ def decode(prior_boxes: Array, locations: Array) -> Array:
 
 
 def detections(prior_boxes: Array, locations: Array, probabilities: Array) -> Array:
-    """What DetectionOutput answers for one image: rows (label, score, box), by label and then by falling score."""
+    """Return DetectionOutput's rows (label, score, box) for one image, by label and then by falling score."""
     boxes = decode(prior_boxes, locations)
     rows = []
     for label in range(1, probabilities.shape[1]):
@@ -105,11 +108,11 @@ def detections(prior_boxes: Array, locations: Array, probabilities: Array) -> Ar
 
 
 def average_precision(found: Sequence[Array], truth: Sequence[Array]) -> float:
-    """The area under precision over recall for one class.
+    """Return the area under precision over recall for one class.
 
     Args:
         found: for each image rows (score, box).
-        truth: for each image its boxes. A box is found by the best row that overlaps it by 0.5; further rows are wrong.
+        truth: for each image its boxes. The best row with an overlap of at least 0.5 finds a box; other rows are wrong.
     """
     hits: list[tuple[float, bool]] = []
     for rows, boxes in zip(found, truth, strict=True):

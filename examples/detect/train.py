@@ -1,10 +1,10 @@
-"""Trains the example app `digits-detect` and writes everything in this folder.
+"""Train the example app `digits-detect` and write everything in this folder.
 
     python -m examples.detect.train
 
-The net of deploy.prototxt is trained on scenes of digits; other scenes, of digits that it was never trained on, give
-the figures in README.md and the pictures in images/. The written net is converted as the server converts it and
-compared with PyTorch and OpenCV, and the figures are the converted net's.
+The script trains the net of deploy.prototxt on scenes of digits. Scenes of held-out digits give the figures in
+README.md and the pictures in images/. The server's converter turns the written net into ONNX. The script compares the
+converted net with PyTorch and OpenCV, and measures the figures with it.
 """
 
 import json
@@ -82,15 +82,15 @@ class Detector(nn.Module):  # type: ignore[misc,unused-ignore]
 
 
 def targets(scene: Scene) -> tuple[Array, geometry.Indices]:
-    """What the priors should answer: locations, of use where the label is not 0, and labels."""
+    """Return the priors' target locations and labels. Ignore a location with label 0."""
     matched = geometry.match(PRIORS, scene.boxes / np.float32(INPUT_SIZE))
-    labels = np.append(scene.labels, 0)[matched]  # -1, unmatched, is the 0 at the end
+    labels = np.append(scene.labels, 0)[matched]  # -1 (unmatched) selects the 0 at the end
     wanted = np.append(scene.boxes / np.float32(INPUT_SIZE), PRIORS[:1], axis=0)[matched]
     return geometry.encode(PRIORS, wanted), labels
 
 
 def loss_of(locations: torch.Tensor, confidences: torch.Tensor, scenes: Sequence[Scene]) -> torch.Tensor:
-    """SSD's loss: smooth L1 for matched priors, cross-entropy for them and the three times as many worst others."""
+    """Return SSD's loss: smooth L1 for matched priors, cross-entropy for them and three times as many worst others."""
     pairs = [targets(scene) for scene in scenes]
     wanted = torch.from_numpy(np.stack([pair[0] for pair in pairs]))
     labels = torch.from_numpy(np.stack([pair[1] for pair in pairs]))
@@ -126,21 +126,21 @@ def train(split: Split, mean: Array) -> Detector:
 
 
 def rows_of(session: onnxruntime.InferenceSession, inputs: Array) -> Array:
-    """The converted net's rows (image, label, score, box)."""
+    """Return the converted net's rows (image, label, score, box)."""
     rows: Array = session.run(["detection_out"], {"data": inputs})[0].reshape(-1, 7)
     return rows
 
 
 def opencv_rows(net: cv2.dnn.Net, picture: Array) -> Array:
-    """OpenCV's rows (label, score, box) of one input, in the order of the converted net's."""
+    """Return OpenCV's rows (label, score, box) for one input, in the converted net's order."""
     net.setInput(picture[None], "data")
     rows = np.asarray(net.forward("detection_out"), np.float32).reshape(-1, 7)[:, 1:]
-    rows = rows[rows[:, 0] > 0]  # it fills up to keep_top_k with zeros
+    rows = rows[rows[:, 0] > 0]  # OpenCV fills up to keep_top_k with zeros
     return rows[np.lexsort((-rows[:, 1], rows[:, 0]))]
 
 
 def difference(name: str, first: Array, second: Array) -> float:
-    """The largest, which should be within the tolerance."""
+    """Return the largest difference; exit if it exceeds the tolerance."""
     if first.shape != second.shape:
         raise SystemExit(f"{name}: {first.shape} and {second.shape}")
     worst = float(np.abs(first - second).max(initial=0))
@@ -150,7 +150,7 @@ def difference(name: str, first: Array, second: Array) -> float:
 
 
 def compare(net: Detector, files: dict[str, bytes], inputs: Array) -> dict[str, float]:
-    """How far the converted net, raw and in its rows, is from PyTorch, and from OpenCV's Caffe reader."""
+    """Return the converted net's largest differences from PyTorch, raw and in rows, and from OpenCV's Caffe reader."""
     raw = open_onnx(files, outputs=["loc", "conf"]).run(["loc", "conf"], {"data": inputs})
     locations, confidences = torch_outputs(net, inputs)
     probabilities = torch.softmax(torch.from_numpy(confidences), dim=2).numpy()
@@ -172,7 +172,7 @@ def compare(net: Detector, files: dict[str, bytes], inputs: Array) -> dict[str, 
 
 
 def precisions(session: onnxruntime.InferenceSession, scenes: Sequence[Scene], mean: Array) -> list[float]:
-    """The average precision of each digit, at an overlap of 0.5 in the pixels of the scenes."""
+    """Return the average precision of each digit, at an overlap of 0.5 in the scenes' pixels."""
     found = []
     for scene in scenes:
         rows = rows_of(session, planes([resize(scene, INPUT_SIZE).image], mean))[:, 1:]

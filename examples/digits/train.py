@@ -1,9 +1,9 @@
-"""Trains the two versions of the example app `digits` and writes everything in this folder.
+"""Train the two versions of the example app `digits` and write everything in this folder.
 
     python -m examples.digits.train
 
-The digits are scikit-learn's (`load_digits`); a fifth of them is held out, never trained on, and gives the accuracies
-in README.md and the pictures in images/. Every written net is read back by OpenCV and compared with PyTorch.
+The digits are scikit-learn's (`load_digits`). A fifth of them is held out from training, and gives the accuracies in
+README.md and the pictures in images/. OpenCV reads every written net back, and the script compares it with PyTorch.
 """
 
 import tempfile
@@ -23,15 +23,16 @@ from examples.caffe_files import Array, binaryproto, caffemodel, write_tar
 from examples.digit_pictures import NAMES, PICTURE_SIZE, SEED, Labels, Pictures, Split, load_split
 
 HERE = Path(__file__).parent
-INPUT_SIZE = 28  # what the net takes
-INPUT_SCALE = 1 / 64  # what training multiplies (pixel - mean) by; it ends up in conv1's weights
+INPUT_SIZE = 28  # height and width of the net's input
+# Training multiplies (pixel - mean) by this factor; `train` then moves it into conv1's weights.
+INPUT_SCALE = 1 / 64
 BATCH_SIZE = 64
 TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Version:
-    """What distinguishes one version of the net from the other."""
+    """The sizes and the number of epochs of one version of the net."""
 
     name: str
     conv1: int
@@ -48,18 +49,18 @@ VERSIONS = (
 
 
 def to_input(picture: Pictures) -> Pictures:
-    """Resize to the net's input as the server does."""
+    """Resize a picture to the net's input as the server does."""
     resized = cv2.resize(picture, (INPUT_SIZE, INPUT_SIZE), interpolation=cv2.INTER_LINEAR)
     return np.asarray(resized, dtype=np.uint8)
 
 
 def to_planes(inputs: Pictures) -> Array:
-    """Grey (n, h, w) to three equal planes (n, 3, h, w), as a grey file decodes to BGR."""
+    """Repeat grey (n, h, w) as three equal planes (n, 3, h, w), like a grey file decoded to BGR."""
     return np.repeat(inputs[:, None].astype(np.float32), 3, axis=1)
 
 
 def augment(picture: Pictures, rng: np.random.Generator) -> Pictures:
-    """Shift, turn, squeeze, shrink and change the contrast of one picture, as other hands and cameras would."""
+    """Shift, turn, squeeze, shrink and change the contrast of one picture, to imitate other hands and cameras."""
     centre = (PICTURE_SIZE - 1) / 2
     turn = cv2.getRotationMatrix2D((centre, centre), rng.uniform(-12, 12), rng.uniform(0.65, 1.08))
     matrix = np.asarray(turn, dtype=np.float64)
@@ -72,7 +73,7 @@ def augment(picture: Pictures, rng: np.random.Generator) -> Pictures:
 
 
 def build(version: Version) -> nn.Sequential:
-    """The net of `deploy.template.prototxt` up to the softmax. Caffe's pooling rounds up, hence ceil_mode."""
+    """Build the net of `deploy.template.prototxt` up to the softmax. Caffe's pooling rounds up, hence ceil_mode."""
     pool = nn.MaxPool2d(version.pool_kernel, stride=2, ceil_mode=True)
     return nn.Sequential(
         OrderedDict(
@@ -92,7 +93,7 @@ def build(version: Version) -> nn.Sequential:
 
 
 def epoch_batches(split: Split, mean: Array, rng: np.random.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One pass over the augmented training pictures, in a new order, scaled for training."""
+    """Yield one pass over the augmented training pictures, in a new order, scaled for training."""
     order = rng.permutation(len(split.train))
     for start in range(0, len(order), BATCH_SIZE):
         chosen = order[start : start + BATCH_SIZE]
@@ -121,7 +122,7 @@ def train(version: Version, split: Split, mean: Array) -> nn.Sequential:
 
 
 def release_files(version: Version, net: nn.Sequential, mean: Array) -> dict[str, bytes]:
-    """The members of the version's tar."""
+    """Return the members of the version's tar."""
     name = f"digits-{version.name}"
     prototxt = Template((HERE / "deploy.template.prototxt").read_text()).substitute(
         name=name,
@@ -152,7 +153,7 @@ def torch_probabilities(net: nn.Sequential, inputs: Array) -> Array:
 
 
 def caffe_probabilities(files: dict[str, bytes], inputs: Array) -> Array:
-    """The same from the written files, by OpenCV."""
+    """Return OpenCV's probabilities for the written files."""
     with tempfile.TemporaryDirectory() as folder:
         prototxt, weights = Path(folder, "deploy.prototxt"), Path(folder, "weight.caffemodel")
         prototxt.write_bytes(files[prototxt.name])
@@ -163,7 +164,7 @@ def caffe_probabilities(files: dict[str, bytes], inputs: Array) -> Array:
 
 
 def write_images(split: Split) -> None:
-    """The first held-out picture of each digit as grey PNG, and one more, larger and tinted, as a colour JPEG."""
+    """Write the first held-out picture of each digit as grey PNG, and another, larger and tinted, as a colour JPEG."""
     folder = HERE / "images"
     folder.mkdir(exist_ok=True)
     for digit in range(len(NAMES)):
@@ -174,7 +175,7 @@ def write_images(split: Split) -> None:
 
 
 def held_out_inputs(split: Split, mean: Array) -> tuple[Array, Labels, Array, Labels]:
-    """The held-out pictures and their labels, as they are and then each changed in ten ways, less the mean."""
+    """Return the held-out inputs less the mean, with labels: first unchanged, then each in ten changed forms."""
     plain = to_planes(np.stack([to_input(picture) for picture in split.test])) - mean
     rng = np.random.default_rng(SEED + 1)
     repeated = np.repeat(split.test, 10, axis=0)
@@ -183,7 +184,7 @@ def held_out_inputs(split: Split, mean: Array) -> tuple[Array, Labels, Array, La
 
 
 def make_version(version: Version, split: Split, mean: Array) -> dict[str, object]:
-    """Train a version, write its tar and check what was written; returns its figures for the README."""
+    """Train a version, write its tar and check it. Return its figures for the README."""
     net = train(version, split, mean)
     files = release_files(version, net, mean)
     tar = HERE / f"digits-{version.name}.tar"

@@ -1,10 +1,10 @@
-"""Trains the example app `digits-segment` and writes everything in this folder.
+"""Train the example app `digits-segment` and write everything in this folder.
 
     python -m examples.segment.train
 
-The net of deploy.prototxt is trained on scenes of digits; other scenes, of digits that it was never trained on, give
-the figures in README.md and the pictures in images/. The written net is converted as the server converts it and
-compared with PyTorch and OpenCV, and the figures are the converted net's.
+The script trains the net of deploy.prototxt on scenes of digits. Scenes of held-out digits give the figures in
+README.md and the pictures in images/. The server's converter turns the written net into ONNX. The script compares the
+converted net with PyTorch and OpenCV, and measures the figures with it.
 """
 
 import json
@@ -41,17 +41,20 @@ INPUT_SIZE = 128
 RECIPE = Recipe(smallest=0.25, largest=0.6, most_digits=5)
 STEPS = 1400
 BATCH_SIZE = 12
-GROUND_WEIGHT = 0.3  # of a pixel of the ground in the loss; a digit's have 1, as there are fewer
+# The loss weighs the more frequent background pixels less than digits' pixels, which have weight 1.
+GROUND_WEIGHT = 0.3
 HELD_OUT_SCENES = 400
 COMPARED_SCENES = 32
 SAMPLE_SIZES = ((160, 120), (200, 200), (256, 192))
 TOLERANCE = 1e-4
-WIDTHS = (3, 16, 24, 48, 48, 64, 64, 80, 80)  # of the input and after each convolution
-STEPS_DOWN = (6, 4, 2)  # after these convolutions a pooling halves the size, and the way up adds what they saw
+# Channels of the input and after each convolution.
+WIDTHS = (3, 16, 24, 48, 48, 64, 64, 80, 80)
+# A pooling after these convolutions halves the size; the way up adds their outputs.
+STEPS_DOWN = (6, 4, 2)
 
 
 class Segmenter(nn.Module):  # type: ignore[misc,unused-ignore]
-    """The net of deploy.prototxt: down to a sixteenth, up again by deconvolution, adding what the way down saw."""
+    """The net of deploy.prototxt: down to a sixteenth, up again by deconvolution, adding outputs from the way down."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +69,7 @@ class Segmenter(nn.Module):  # type: ignore[misc,unused-ignore]
             self.add_module(f"up{number}", up)
             self.add_module(f"bn_sum{number}", nn.BatchNorm2d(WIDTHS[number], eps=1e-5))
             width = WIDTHS[number]
-        # Caffe's has no pad but a Crop after it, which is the same.
+        # In deploy.prototxt this layer has no pad; a Crop after it has the same effect.
         self.score_wide = nn.ConvTranspose2d(width, len(LABELS), 4, stride=2, padding=1)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -109,7 +112,7 @@ def train(split: Split, mean: Array) -> Segmenter:
 
 
 def compare(net: Segmenter, files: dict[str, bytes], inputs: Array) -> dict[str, float]:
-    """How far the converted net's scores are from PyTorch's and from those of OpenCV's Caffe reader."""
+    """Return the largest differences of the converted net's scores from PyTorch's and from OpenCV's Caffe reader's."""
     scores = open_onnx(files).run(["score"], {"data": inputs})[0]
     opencv = open_opencv(files)
     opencv.setInput(inputs, "data")
@@ -124,7 +127,7 @@ def compare(net: Segmenter, files: dict[str, bytes], inputs: Array) -> dict[str,
 
 
 def segment(session: onnxruntime.InferenceSession, scene: Scene, mean: Array) -> Mask:
-    """The converted net's mask of a scene, in the scene's size."""
+    """Return the converted net's mask of a scene, in the scene's size."""
     scores = session.run(["score"], {"data": planes([resize(scene, INPUT_SIZE).image], mean)})[0][0]
     height, width = scene.mask.shape
     sized = cv2.resize(scores.transpose(1, 2, 0), (width, height), interpolation=cv2.INTER_LINEAR)
@@ -132,7 +135,7 @@ def segment(session: onnxruntime.InferenceSession, scene: Scene, mean: Array) ->
 
 
 def unions(session: onnxruntime.InferenceSession, scenes: Sequence[Scene], mean: Array) -> list[float]:
-    """Intersection over union of each label, over all pixels of all scenes."""
+    """Return the intersection over union of each label, over all pixels of all scenes."""
     labels = len(LABELS)
     table = np.zeros((labels, labels), np.int64)
     for scene in scenes:

@@ -1,9 +1,9 @@
-"""Makes the release of the example app `digits-similar` from that of `digits` v1, and measures it.
+"""Make the release of the example app `digits-similar` from that of `digits` v1, and measure it.
 
     python -m examples.similar.make
 
-The network ends where digits' embedding is, with the same weights; net.py goes into the tar beside it. The figures in
-README.md are of held-out digits, which net.py itself compares.
+The network ends at the embedding of `digits`, with the same weights. The tar also gets net.py. To measure the figures
+in README.md, net.py compares held-out digits.
 """
 
 import tarfile
@@ -21,8 +21,8 @@ from examples.similar import net
 
 HERE = Path(__file__).parent
 DIGITS = HERE.parent / "digits"
-EXAMPLE = ("5.png", "5.jpg")  # of the images of digits
-AFTER_EMBEDDING = 'layer {\n  name: "drop3"\n'  # the first layer that is left out
+EXAMPLE = ("5.png", "5.jpg")  # in digits/images
+AFTER_EMBEDDING = 'layer {\n  name: "drop3"\n'  # the first layer to leave out
 THRESHOLD = 0.7
 
 
@@ -37,7 +37,7 @@ def release_files() -> dict[str, bytes]:
 
 
 def start(files: dict[str, bytes], folder: Path) -> dict[str, Any]:
-    """The model that net.py makes of the release."""
+    """Return the model from net.py's `net_init` for the release."""
     for name, content in files.items():
         (folder / name).write_bytes(content)
     model = net.net_init(
@@ -57,7 +57,7 @@ def start(files: dict[str, bytes], folder: Path) -> dict[str, Any]:
 
 
 def embeddings(model: dict[str, Any], images: list[bytes]) -> Array:
-    """(n, 64), in groups of two, as a client gets them."""
+    """Return the images' embeddings (n, 64), requested in groups of two as by a client."""
     reqs = [
         net.net_preprocess(model, {"data": [{"body": first}, {"body": second}], "params": {"format": "stream"}})
         for first, second in zip(images[::2], images[1::2], strict=True)

@@ -1,7 +1,7 @@
 """Whole nets give the answers of other engines: real Caffe, or OpenCV.
 
-Nets of our own are the fixtures `net_...`, the layouts and the examples. Where published networks are at hand, they
-are compared too.
+Our own nets are the fixtures `net_...`, the layouts and the examples. The tests also compare published networks, if
+this machine has them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .oracle import opencv_outputs
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
 BATCHES = (1, 2, 5, 16)
-# Trained nets of ours, and an image for each.
+# Our trained nets, and an image for each.
 EXAMPLES = {
     "digits/digits-v1": "digits/images/7.png",
     "digits/digits-v2": "digits/images/3.png",
@@ -69,7 +69,7 @@ def network(name: str) -> tuple[onnx.ModelProto, dict[str, dict[str, np.ndarray]
 
 
 def smaller(prototxt: str, replacements: dict[str, str]) -> str:
-    """A prototxt with other sizes, all replaced at once: one that replaces another is not replaced in turn."""
+    """Replace sizes in a prototxt, all at once: no replacement applies to the result of another."""
     for i, old in enumerate(replacements):
         prototxt = prototxt.replace(f"{old}\n", f"@{i}\n")
     for i, new in enumerate(replacements.values()):
@@ -78,7 +78,7 @@ def smaller(prototxt: str, replacements: dict[str, str]) -> str:
 
 
 def structure(name: str) -> str:
-    """The prototxt of a structure with the sizes that are tested."""
+    """Return the prototxt of a structure with the sizes under test."""
     path = MODELS / "structures" / f"{name}.prototxt"
     if not path.is_file():
         pytest.skip("the structures are not on this machine")
@@ -166,7 +166,7 @@ def test_network_gives_the_answers_of_caffe(name: str) -> None:
 
 
 def check_batches(engine: onnxruntime.InferenceSession, images: list[np.ndarray]) -> None:
-    """Holds every batch to the answers that its images get alone; the images are repeated in turn."""
+    """Assert that every batch gives the answers of its images alone. Batches repeat the images in turn."""
     feed = engine.get_inputs()[0].name
     alone = [run(engine, {feed: image}) for image in images]
     for batch in BATCHES:
@@ -220,7 +220,7 @@ layer { name: "accuracy" type: "Accuracy" bottom: "fc2" bottom: "label" top: "ac
 
 
 def training_net(head: str) -> str:
-    """Return the net of a fixture as it is trained: with another head in place of its input, and a loss at its end."""
+    """Return a fixture's net in its training form: with another head in place of its input, and a loss at its end."""
     lines = (FIXTURES / "net_digits" / "deploy.prototxt").read_text().splitlines()
     return head + "\n".join(line for line in lines if "Input" not in line and "Softmax" not in line) + LOSS
 

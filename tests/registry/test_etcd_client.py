@@ -167,7 +167,7 @@ async def test_a_transaction_without_an_answer_is_not_retried() -> None:
 
 async def test_a_user_may_do_what_its_role_permits(etcd: Etcd, client: EtcdClient) -> None:
     async with EtcdClient(Connection([etcd.address], user=USER)) as user:
-        # As long as authentication is disabled, etcd accepts a client with a user.
+        # etcd accepts a client with a user while authentication is disabled.
         await user.put(KEY, "1")
         enable_rights(etcd)
         await user.put(KEY, "2")

@@ -1,4 +1,4 @@
-"""What the demo draws, on made-up answers whose pixels one can reckon."""
+"""The demo draws results on pictures. The results are invented, so that the tests can compute the pixels."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def boxes_on(image: Pixels, *detections: dict[str, Any]) -> Pixels:
     return pixels(drawing.boxes(png(image), {"detections": list(detections)}))
 
 
-def test_a_small_picture_is_enlarged_and_nothing_else_where_nothing_is_found() -> None:
+def test_drawing_without_detections_only_enlarges_a_small_picture() -> None:
     assert (boxes_on(ground()) == ground(WIDTH * SCALE, HEIGHT * SCALE)).all()
     assert (boxes_on(ground(1000, 700)) == ground(1000, 700)).all()
 
 
-def test_a_box_has_its_classs_colour_along_each_edge_and_nothing_within() -> None:
+def test_box_colours_its_edges_and_nothing_within() -> None:
     canvas = boxes_on(ground(), box(50, 40, 120, 80))
     left, top, right, bottom = 50 * SCALE, 40 * SCALE, 120 * SCALE, 80 * SCALE
     color = drawing.color_of(3)
@@ -63,7 +63,7 @@ def test_a_box_has_its_classs_colour_along_each_edge_and_nothing_within() -> Non
 
 
 @pytest.mark.parametrize(("left", "top"), [(50, 40), (0, 0), (WIDTH - 6, 0), (WIDTH - 6, 60)])
-def test_name_and_score_stand_above_the_box_or_where_there_is_room(left: int, top: int) -> None:
+def test_label_stands_above_the_box_or_where_it_has_room(left: int, top: int) -> None:
     canvas = boxes_on(ground(), box(left, top, left + 5, top + 30))
     color = drawing.color_of(3)
     rows, columns = (canvas == color).all(axis=2).nonzero()
@@ -74,20 +74,20 @@ def test_name_and_score_stand_above_the_box_or_where_there_is_room(left: int, to
     assert (label.max(axis=2) < 100).sum() > 50
 
 
-def test_classes_have_colours_of_their_own() -> None:
+def test_classes_have_distinct_colours() -> None:
     colors = [drawing.color_of(index) for index in range(20)]
     assert len(set(colors)) == len(colors)
     assert all(max(color) == 255 and min(color) > 80 for color in colors)
 
 
-def test_the_surest_box_lies_on_top() -> None:
+def test_highest_score_covers_the_other_boxes() -> None:
     canvas = boxes_on(ground(), box(50, 40, 120, 80, index=1), box(50, 40, 120, 90, index=2))
     assert tuple(canvas[60 * SCALE, 50 * SCALE]) == drawing.color_of(1)
     assert tuple(canvas[85 * SCALE, 50 * SCALE]) == drawing.color_of(2)
 
 
 def masked(*regions: tuple[int, int, int, int]) -> Pixels:
-    """A drawn mask whose regions are rectangles of pixels, in a red of 200."""
+    """Draw a mask with rectangular regions in red (200) on the ground."""
     colors = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     detections = []
     for left, top, right, bottom in regions:
@@ -97,7 +97,7 @@ def masked(*regions: tuple[int, int, int, int]) -> Pixels:
     return pixels(drawing.mask(png(ground()), {"mask": uri, "detections": detections}))
 
 
-def test_the_mask_is_blended_over_the_image_only_where_it_is() -> None:
+def test_mask_tints_only_its_own_pixels() -> None:
     canvas = masked((50, 40, 120, 80))
     assert canvas.shape == (HEIGHT * SCALE, WIDTH * SCALE, 3)
     within = canvas[41 * SCALE + 2 : 80 * SCALE - 2, 51 * SCALE + 2 : 120 * SCALE - 2]
@@ -110,7 +110,7 @@ def test_the_mask_is_blended_over_the_image_only_where_it_is() -> None:
     assert (canvas[:, 121 * SCALE :] == GROUND).all()
 
 
-def test_each_region_is_outlined_in_white_through_the_middles_of_its_outermost_pixels() -> None:
+def test_outline_follows_the_centres_of_a_regions_outermost_pixels_in_white() -> None:
     canvas = masked((50, 40, 120, 60), (20, 75, 40, 90))
     for left, top, right, bottom in ((50, 40, 120, 60), (20, 75, 40, 90)):
         x1, y1, x2, y2 = (part * SCALE + SCALE // 2 for part in (left, top, right, bottom))
@@ -118,5 +118,5 @@ def test_each_region_is_outlined_in_white_through_the_middles_of_its_outermost_p
             assert (edge == 255).all()
 
 
-def test_a_mask_of_background_alone_leaves_the_picture() -> None:
+def test_mask_of_background_alone_only_enlarges_the_picture() -> None:
     assert (masked() == ground(WIDTH * SCALE, HEIGHT * SCALE)).all()

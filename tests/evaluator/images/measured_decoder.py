@@ -1,6 +1,6 @@
-"""Decodes images in processes of their own, whose memory is limited and whose CPU time is measured.
+"""Decode each image in its own process, with limited memory and measured CPU time.
 
-As a program it is the server: it imports the decoder once, and forks for each image.
+Run as a program, this module is the server: it imports the decoder once, and forks for each image.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from evaluator.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[3]
 LIMITS = Limits()
-# What one image may add to the address space of a process that has imported the decoder.
+# The address space that one image may add to a process after the import of the decoder.
 MEMORY_BYTES = 512 << 20
-# Ends a decoder that never returns; far above what any test allows.
+# Ends a decoder that never returns; far above the limit of any test.
 _MAX_CPU_S = 100
 _TRIES = 2
 
@@ -43,7 +43,7 @@ class MeasuredDecoder:
         self._ordinary_s = 0.0
 
     def decode(self, data: bytes, *, max_ratio: float = 4) -> str:
-        """Return the shape of the image's pixels, or the message of the error that refused it.
+        """Return the shape of the image's pixels, or the error message for a refused image.
 
         Asserts that the CPU time is at most ``max_ratio`` times an ordinary image's, in one of two tries.
         """
@@ -82,7 +82,7 @@ def _largest_ordinary_image() -> bytes:
 def started() -> Iterator[MeasuredDecoder]:
     command = [sys.executable, "-m", __name__]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
-        # Leaving the block closes the server's input, which ends it.
+        # The end of the block closes the server's input, and the server stops.
         yield MeasuredDecoder(server)
 
 

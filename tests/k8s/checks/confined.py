@@ -1,8 +1,8 @@
 """Is every pod confined as the restricted Pod Security Standard demands?
 
 The namespace has the API server enforce the standard, https://kubernetes.io/docs/concepts/security/pod-security-standards/.
-The server refuses pods, not Deployments: the table below finds the mistake before a rollout hangs. Where the mesh needs
-less than the standard allows, the table allows less.
+The server refuses pods, not Deployments: the table below finds the mistake before a rollout hangs. The table is
+stricter than the standard if the mesh needs less.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ def the_edge_reads_a_bootstrap(manifests: Manifests) -> Iterator[str]:
 
 
 def the_admin_interface_is_local(manifests: Manifests) -> Iterator[str]:
-    """Whoever reaches it can stop the process."""
+    """Any client of the admin interface can stop Envoy."""
     for workload, container in _edges(manifests):
         for address in _admins(manifests, workload, container):
             if not address.startswith(f"{_HERE}:"):
