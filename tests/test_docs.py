@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -98,3 +99,42 @@ def flags(command: click.Command) -> Iterator[str]:
 def test_every_flag_is_documented(command: click.Command) -> None:
     page = (ROOT / "docs" / "flags.md").read_text()
     assert not [flag for flag in flags(command) if not re.search(rf"`{flag}[ `]", page) and flag != "--version"]
+
+
+LEVELS = {"info": "info", "warning": "warning", "error": "error", "exception": "error", "debug": "debug"}
+
+
+def logged() -> Iterator[tuple[str, str, str]]:
+    """Yield each event that the code logs under a literal name: its name, level and place."""
+    for folder in ("atserving", "gate", "registry", "evaluator"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if (
+                    isinstance(node, ast.Call)
+                    and isinstance(node.func, ast.Attribute)
+                    and node.func.attr in LEVELS
+                    and ast.unparse(node.func.value) in ("log", "self._log", "log_event")
+                    and node.args
+                    and isinstance(node.args[0], ast.Constant)
+                ):
+                    yield str(node.args[0].value), LEVELS[node.func.attr], f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def documented() -> set[tuple[str, str]]:
+    """Return the events of docs/logs.md with their levels."""
+    rows = re.findall(r"^\| (`[^|]+`) \| (\w+) \|", (ROOT / "docs" / "logs.md").read_text(), re.MULTILINE)
+    return {(event, level) for names, level in rows for event in CODE.findall(names)}
+
+
+def test_every_log_event_is_documented() -> None:
+    known = documented()
+    assert not [f"{place}: {event} ({level})" for event, level, place in logged() if (event, level) not in known]
+
+
+def test_every_documented_log_event_is_in_the_code() -> None:
+    code = "".join(
+        path.read_text()
+        for folder in ("atserving", "gate", "registry", "evaluator")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    assert not [event for event, _ in sorted(documented()) if f'"{event}"' not in code]
