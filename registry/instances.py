@@ -38,7 +38,14 @@ class Instances:
                 return lease.ttl_s
             lease = lease or await self._client.grant(self._ttl_s)
             if await self._put(instance, release, stored, lease):
-                log.info("instance registered", **instance.model_dump())
+                log.info(
+                    "instance registered",
+                    instance=instance.id,
+                    app=instance.app,
+                    version=instance.version,
+                    address=instance.address,
+                    capacity=instance.capacity,
+                )
                 return lease.ttl_s
         raise Unavailable(
             f"instance {instance.id} of {instance.app}/{instance.version} keeps changing in etcd: try again"
@@ -72,7 +79,7 @@ class Instances:
             if stored is None:
                 return
             if await self._client.commit([written_at(key, stored.mod_revision)], [delete(key)]):
-                log.info("instance deregistered", app=app, version=version, id=id_)
+                log.info("instance deregistered", instance=id_, app=app, version=version)
                 if stored.lease:
                     await self._client.revoke(stored.lease)
                 return

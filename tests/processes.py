@@ -54,9 +54,6 @@ class Process(ChildProcess):
     def freeze(self) -> None:
         self.send(signal.SIGSTOP)
 
-    def thaw(self) -> None:
-        self.send(signal.SIGCONT)
-
     def terminate(self) -> None:
         self.send(signal.SIGTERM)
 

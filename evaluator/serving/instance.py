@@ -112,6 +112,8 @@ class _Life:
         release = await self._follower.release(self._settings.wait_s)
         self._log.info("release loading", http_port=http_port)
         config = await fetch_release(release, workspace, self._settings.qiniu)
+        # Refuse wrong limits before the worker loads the net, which may take long.
+        _ = config.limits
         worker = WorkerSupervisor(config)
         stack.push_async_callback(worker.close)
         await worker.start()

@@ -69,7 +69,7 @@ class Registration:
                 self.registered.set()
                 self._failed.discard(address)
                 self._report(
-                    log.info, "instance registered", instance=self._instance().key, address=self._instance().address
+                    log.info, "instance registered", instance=self._instance().id, address=self._instance().address
                 )
                 return max(response.ttl_ms, 1) / 1000
             except grpc.aio.AioRpcError as error:
@@ -101,7 +101,7 @@ class Registration:
                     async with transport.channel(address) as channel:
                         stub = registry_pb2_grpc.RegistryServiceStub(channel)
                         await stub.DeregisterInstance(request, timeout=_CALL_S)
-                    log.info("instance deregistered", instance=self._instance().key)
+                    log.info("instance deregistered", instance=self._instance().id)
                     return
                 except grpc.aio.AioRpcError as error:
                     log.warning("deregistration failed", registry=address, reason=error.details() or error.code().name)

@@ -279,6 +279,7 @@ class WorkerSupervisor:
     async def _watch(self) -> None:
         """Kill the process if a call is stuck, or if the process no longer works at all."""
         busy_s = time.monotonic()
+        partial_bytes = 0
         while True:
             await asyncio.sleep(_WATCH_S)
             now_s = time.monotonic()
@@ -286,19 +287,16 @@ class WorkerSupervisor:
                 busy_s = now_s
                 continue
             running = self._progress.running()
-            if running:
+            before, partial_bytes = partial_bytes, self._process.partial_bytes
+            if running or partial_bytes > before:
                 busy_s = now_s
             stuck = next((each for each in running if self._is_stuck(each, now_s)), None)
             if stuck:
                 log.error("worker killed", reason="a call is stuck", stuck_s=round(now_s - stuck.since_s, 3))
                 self._stuck = stuck
                 self._process.kill()
-            # Between a call and the last byte of its reply, no thread of a healthy worker may be busy.
-            elif (
-                not running
-                and now_s - max(busy_s, self._process.received_s) >= patience.LEAST_S
-                and self._is_overdue(now_s)
-            ):
+            # A healthy worker is idle for a moment between a call and its reply, which may be long in coming.
+            elif not running and now_s - busy_s >= patience.LEAST_S and self._is_overdue(now_s):
                 log.error("worker killed", reason="it is unresponsive")
                 self._process.kill()
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
@@ -34,8 +32,6 @@ class WorkerProcess(asyncio.Protocol):
     def __init__(self, progress: Progress, replies: Replies) -> None:
         """Start nothing yet. The process calls ``replies`` with each frame of replies."""
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.received_s = -math.inf
-        """When the last bytes arrived, on the monotonic clock."""
         self._progress = progress
         self._replies = replies
         self._started: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -47,6 +43,11 @@ class WorkerProcess(asyncio.Protocol):
     def pid(self) -> int | None:
         """The process's id; None before its start."""
         return self._popen.pid if self._popen else None
+
+    @property
+    def partial_bytes(self) -> int:
+        """How much of an incomplete frame has arrived."""
+        return len(self._buffer)
 
     async def start(self, start: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """Start the process with the frame ``start``, and return its start reply. Raises StartError."""
@@ -97,7 +98,6 @@ class WorkerProcess(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        self.received_s = time.monotonic()
         self._buffer += data
         start = 0
         while len(self._buffer) - start >= channel.HEAD.size:
