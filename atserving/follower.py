@@ -11,7 +11,7 @@ import grpc.aio
 import structlog
 
 from atserving import transport
-from atserving.addresses import Addresses
+from atserving.peers import Peers
 from atserving.config import ConfigValue, MalformedConfig, parse
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 
@@ -55,7 +55,7 @@ class ConfigFollower:
         self.synced = asyncio.Event()
         """Set after the first snapshot; never cleared."""
         self.last_error = "not yet tried"
-        self._registries = Addresses(registries)
+        self._registries = Peers(registries)
         self._on_change = on_change
         self._app = app
         self._steps = 0

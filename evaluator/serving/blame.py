@@ -17,7 +17,7 @@ CallT = TypeVar("CallT", bound=Call)
 
 
 @dataclass(frozen=True)
-class Verdict(Generic[CallT]):
+class Judgement(Generic[CallT]):
     """The calls to fail, and the calls to retry alone."""
 
     late: Sequence[CallT]
@@ -30,7 +30,7 @@ class Verdict(Generic[CallT]):
 
 def judge(
     at_work: Sequence[CallT], suspects: Sequence[CallT], *, stuck: bool, killed: bool, now_s: float
-) -> Verdict[CallT]:
+) -> Judgement[CallT]:
     """Judge the calls that the process worked on when it died.
 
     ``suspects`` are those of an earlier death. ``stuck``: the supervisor killed the process for the calls in
@@ -41,4 +41,4 @@ def judge(
     alone = len(at_work) == 1 and not late
     guilty = list(at_work) if alone and (at_work[0] in suspects or not killed) else []
     found = [*suspects, *(each for each in at_work if each not in late and each not in suspects)]
-    return Verdict(late, guilty, [each for each in found if each not in guilty and each not in late])
+    return Judgement(late, guilty, [each for each in found if each not in guilty and each not in late])

@@ -10,7 +10,7 @@ import grpc.aio
 import structlog
 
 from atserving import transport
-from atserving.addresses import Addresses
+from atserving.peers import Peers
 from atserving.config import Instance
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 
@@ -27,7 +27,7 @@ class Registration:
         """``instance`` returns the current entry; its capacity may change."""
         self.registered = asyncio.Event()
         """Set once a registry has accepted the instance; never cleared."""
-        self._registries = Addresses(registries)
+        self._registries = Peers(registries)
         self._failed: set[str] = set()
         self._instance = instance
         self._renew = asyncio.Event()

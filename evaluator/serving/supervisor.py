@@ -248,14 +248,14 @@ class WorkerSupervisor:
         stuck, self._stuck = self._stuck, None
         running = [stuck] if stuck else self._progress.running()
         at_work = [one for each in running for id_ in each.ids if (one := self._calls.get(id_))]
-        verdict = blame.judge(
+        judgement = blame.judge(
             at_work, list(self._suspects), stuck=stuck is not None, killed=killed, now_s=time.monotonic()
         )
-        self._suspects = deque(verdict.suspects)
-        self._fail(verdict.late, DeadlineExceeded("the net did not answer in time"))
-        if verdict.guilty:
-            log.error("worker crashed", reqid=verdict.guilty[0].call.request.reqid)
-            self._fail(verdict.guilty, Internal(_DIED))
+        self._suspects = deque(judgement.suspects)
+        self._fail(judgement.late, DeadlineExceeded("the net did not answer in time"))
+        if judgement.guilty:
+            log.error("worker crashed", reqid=judgement.guilty[0].call.request.reqid)
+            self._fail(judgement.guilty, Internal(_DIED))
         # If the process worked on no call, it may have died of reading one.
         for one in at_work or [one for one in self._calls.values() if one.sent]:
             one.deaths += 1

@@ -28,7 +28,7 @@ from .boxes import rows
 from .layouts import LAYOUTS
 from .nets import FIXTURES, MODELS, Array, draw_weights, error, normal, run, session, write_net
 from .oracle import opencv_outputs
-from .test_models import EXAMPLES, NETWORKS, STRUCTURES, example, layout_image, smaller
+from .whole_nets import EXAMPLES, NETWORKS, STRUCTURES, example, layout_image, smaller
 
 OUTPUT = Path(__file__).parents[2] / "docs" / "converter-accuracy.md"
 HEAD = """# Accuracy of the converter

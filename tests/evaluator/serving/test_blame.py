@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluator.serving import blame
-from evaluator.serving.blame import Verdict
+from evaluator.serving.blame import Judgement
 
 NOW_S = 100.0
 
@@ -25,10 +25,10 @@ class Call:
         return self.name
 
 
-def names(verdict: Verdict[Call]) -> tuple[str, str, str]:
+def names(judgement: Judgement[Call]) -> tuple[str, str, str]:
     """Return the names of the late, the guilty and the suspects; each call has a name of one letter."""
     late, guilty, suspects = (
-        "".join(call.name for call in calls) for calls in (verdict.late, verdict.guilty, verdict.suspects)
+        "".join(call.name for call in calls) for calls in (judgement.late, judgement.guilty, judgement.suspects)
     )
     return late, guilty, suspects
 
@@ -51,14 +51,14 @@ def test_judge_blames_a_call_only_if_it_ran_alone(
     at_work: str, suspects: str, killed: bool, guilty: str, suspects_after: str
 ) -> None:
     calls = {name: Call(name) for name in "abcd"}
-    verdict = blame.judge(
+    judgement = blame.judge(
         [calls[name] for name in at_work],
         [calls[name] for name in suspects],
         stuck=False,
         killed=killed,
         now_s=NOW_S,
     )
-    assert names(verdict) == ("", guilty, suspects_after)
+    assert names(judgement) == ("", guilty, suspects_after)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_judge_blames_a_call_only_if_it_ran_alone(
 def test_judge_finds_the_late_calls_of_a_stuck_process(deadlines_s: dict[str, float], late: str, suspects: str) -> None:
     calls = [Call(name, deadline_s) for name, deadline_s in deadlines_s.items()]
     # The supervisor kills a stuck process with SIGKILL.
-    verdict = blame.judge(calls, [], stuck=True, killed=True, now_s=NOW_S)
-    assert names(verdict) == (late, "", suspects)
+    judgement = blame.judge(calls, [], stuck=True, killed=True, now_s=NOW_S)
+    assert names(judgement) == (late, "", suspects)
 
 
 def test_deadline_does_not_matter_unless_the_process_is_stuck() -> None:
@@ -95,17 +95,17 @@ def test_verdict_covers_each_call_and_blames_no_call_that_was_not_at_work(
 ) -> None:
     calls = [Call(str(number), NOW_S - 1 if number in past else NOW_S + 1) for number in range(8)]
     ran, earlier = [calls[number] for number in at_work], [calls[number] for number in suspects]
-    verdict = blame.judge(ran, earlier, stuck=stuck, killed=killed or stuck, now_s=NOW_S)
-    late, guilty, suspected = set(verdict.late), set(verdict.guilty), set(verdict.suspects)
+    judgement = blame.judge(ran, earlier, stuck=stuck, killed=killed or stuck, now_s=NOW_S)
+    late, guilty, suspected = set(judgement.late), set(judgement.guilty), set(judgement.suspects)
     assert late | guilty | suspected == set(ran) | set(earlier)
     assert late | guilty <= set(ran)
     assert not guilty & (late | suspected)
-    assert len(verdict.suspects) == len(suspected), "each suspect runs again once"
+    assert len(judgement.suspects) == len(suspected), "each suspect runs again once"
     # Earlier suspects run first, in their order.
     remaining = [call for call in earlier if call not in late | guilty]
-    assert [call for call in verdict.suspects if call in earlier and call not in late] == remaining
-    new = [call for call in verdict.suspects if call not in earlier]
-    assert verdict.suspects[len(verdict.suspects) - len(new) :] == new
+    assert [call for call in judgement.suspects if call in earlier and call not in late] == remaining
+    new = [call for call in judgement.suspects if call not in earlier]
+    assert judgement.suspects[len(judgement.suspects) - len(new) :] == new
 
 
 @given(count=st.integers(1, 8), culprit=st.integers(0, 7), killed=st.booleans())
@@ -113,11 +113,11 @@ def test_retries_alone_find_the_one_call_that_crashes(count: int, culprit: int, 
     """Follow the verdicts as the supervisor does: suspects run alone, in order, until one crashes the process."""
     calls = [Call(str(number)) for number in range(count)]
     guilty = calls[culprit % count]
-    verdict = blame.judge(calls, [], stuck=False, killed=killed, now_s=NOW_S)
-    if not verdict.guilty:
-        suspects = list(verdict.suspects)
+    judgement = blame.judge(calls, [], stuck=False, killed=killed, now_s=NOW_S)
+    if not judgement.guilty:
+        suspects = list(judgement.suspects)
         suspects = suspects[suspects.index(guilty) :]
-        verdict = blame.judge([guilty], suspects, stuck=False, killed=killed, now_s=NOW_S)
-        assert verdict.suspects == suspects[1:]
-    assert verdict.guilty == [guilty]
-    assert not verdict.late
+        judgement = blame.judge([guilty], suspects, stuck=False, killed=killed, now_s=NOW_S)
+        assert judgement.suspects == suspects[1:]
+    assert judgement.guilty == [guilty]
+    assert not judgement.late

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from atserving.addresses import Addresses
+from atserving.peers import Peers
 
 TIMEOUT_S = 0.05
 
@@ -39,28 +39,28 @@ def dns(monkeypatch: pytest.MonkeyPatch) -> DnsServer:
 KNOWN = ["10.0.0.1:50053", "10.0.0.2:50053", "[fd00::1]:50053"]
 
 
-async def resolved(dns: DnsServer, addresses: Addresses) -> list[str]:
+async def resolved(dns: DnsServer, addresses: Peers) -> list[str]:
     dns.hosts = {"registry": ["10.0.0.1", "10.0.0.2", "fd00::1"]}
     return sorted(await addresses.resolve())
 
 
 async def test_a_name_stands_for_itself_until_its_first_lookup_succeeds(dns: DnsServer) -> None:
-    assert await Addresses(["registry:50053", "10.0.0.9:1"]).resolve() == ["registry:50053", "10.0.0.9:1"]
+    assert await Peers(["registry:50053", "10.0.0.9:1"]).resolve() == ["registry:50053", "10.0.0.9:1"]
 
 
 async def test_a_name_stands_for_all_its_addresses(dns: DnsServer) -> None:
-    assert await resolved(dns, Addresses(["registry:50053"])) == KNOWN
+    assert await resolved(dns, Peers(["registry:50053"])) == KNOWN
 
 
 async def test_a_failed_lookup_keeps_the_last_addresses(dns: DnsServer) -> None:
-    addresses = Addresses(["registry:50053"])
+    addresses = Peers(["registry:50053"])
     await resolved(dns, addresses)
     dns.hosts = {}
     assert sorted(await addresses.resolve()) == KNOWN
 
 
 async def test_a_hanging_lookup_keeps_the_last_addresses_and_is_not_repeated(dns: DnsServer) -> None:
-    addresses = Addresses(["registry:50053"], TIMEOUT_S)
+    addresses = Peers(["registry:50053"], TIMEOUT_S)
     # On a busy machine the first lookup may take longer than the timeout.
     while await resolved(dns, addresses) != KNOWN:
         pass

@@ -13,7 +13,7 @@ RESOLVE_S = 2.0
 """The default timeout of one lookup, in seconds."""
 
 
-class Addresses:
+class Peers:
     """A list of ``host:port``; each stands for all the addresses that DNS has for its host."""
 
     def __init__(self, addresses: Sequence[str], timeout_s: float = RESOLVE_S) -> None:
