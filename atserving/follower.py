@@ -11,8 +11,8 @@ import grpc.aio
 import structlog
 
 from atserving import transport
-from atserving.peers import Peers
 from atserving.config import ConfigValue, MalformedConfig, parse
+from atserving.peers import Peers
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 
 log = structlog.get_logger()

@@ -206,7 +206,7 @@ def listed(mesh: Mesh) -> list[str]:
 
 
 async def test_an_instance_that_stops_under_load_loses_no_request_and_exits_0(client: Client) -> None:
-    async with load(client, callers=8) as running, second_instance(client.mesh) as second:
+    async with second_instance(client.mesh) as second, load(client, callers=8) as running:
         await running.more()
         second.terminate()
         assert await second.ended() == 0
@@ -214,7 +214,7 @@ async def test_an_instance_that_stops_under_load_loses_no_request_and_exits_0(cl
 
 
 async def test_an_instance_that_crashes_under_load_loses_no_request(client: Client) -> None:
-    async with load(client, callers=8) as running, second_instance(client.mesh) as second:
+    async with second_instance(client.mesh) as second, load(client, callers=8) as running:
         await running.more()
         second.kill()
         await running.more(200)
@@ -272,9 +272,16 @@ async def serves(port: int) -> bool:
     return bool(health.status == health_pb2.HealthCheckResponse.SERVING)
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def mesh_of_two_gates() -> AsyncIterator[Mesh]:
+    async with Mesh(gates=2) as mesh:
+        yield mesh
+
+
 @pytest.mark.parametrize("stop", ["SIGKILL", "SIGTERM"])
-async def test_one_of_two_gates_may_end_at_any_time(stop: str) -> None:
-    async with Mesh(gates=2) as mesh, aiohttp.ClientSession() as session:
+async def test_one_of_two_gates_may_end_at_any_time(stop: str, mesh_of_two_gates: Mesh) -> None:
+    mesh = mesh_of_two_gates
+    async with aiohttp.ClientSession() as session:
         client = Client(mesh, session)
 
         async def both_serve() -> bool:
