@@ -33,6 +33,10 @@ MAX_LOST = 2
 request that crashes instances must not reach all of them."""
 
 
+MAX_SYNC_S = 2.0
+"""How long a request waits for the first config of a gate."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One eval: its app and version, and the request for the instance, which the dispatcher may change."""
@@ -67,7 +71,7 @@ class Dispatcher:
     """Evaluates tasks on the instances of the router."""
 
     def __init__(self, router: Router[EvaluatorConnection], synced: asyncio.Event) -> None:
-        """``synced`` is set once the router has a config; before that, every task is Unavailable."""
+        """``synced`` is set once the router has a config; before that, tasks wait for it."""
         self._router = router
         self._synced = synced
 
@@ -101,6 +105,8 @@ class Dispatcher:
             )
 
     async def _eval(self, task: Task, call: CallContext) -> EvalResult:
+        if not self._synced.is_set():
+            await self._wait_synced(call)
         route = self._admit(task, call)
         self._check(task, call)
         task.request.reqid = call.reqid
@@ -113,10 +119,20 @@ class Dispatcher:
             after_s = round(time.monotonic() - call.started, 3)
             raise DeadlineExceeded(f"app {task.app!r} did not answer within {after_s} s") from None
 
+    async def _wait_synced(self, call: CallContext) -> None:
+        """Wait for the first config, which a restarted gate has within milliseconds. Raises Unavailable.
+
+        Envoy may send requests to a gate that came back before a health check has seen it.
+        """
+        wait_s = MAX_SYNC_S if call.deadline is None else min(MAX_SYNC_S, call.deadline - time.monotonic())
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._synced.wait()
+        except TimeoutError:
+            raise Unavailable("this gate has no config yet") from None
+
     def _admit(self, task: Task, call: CallContext) -> Route:
         """Return the route of a task that its caller may take. Raises a ServingError."""
-        if not self._synced.is_set():
-            raise Unavailable("this gate has no config yet")
         if not task.app:
             raise InvalidArgument("no app given")
         if not config.is_name(task.app):

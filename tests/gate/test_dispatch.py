@@ -26,6 +26,7 @@ from atserving.errors import (
 )
 from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc, serving_pb2
 from evaluator.serving.stream import GateStream
+from gate import dispatch
 from gate.admission import Caller
 from gate.batch import run_batch
 from gate.connection import EvaluatorConnection
@@ -140,6 +141,23 @@ async def mesh() -> AsyncIterator[Mesh]:
 async def test_request_reaches_an_instance_and_its_result_returns(mesh: Mesh) -> None:
     await mesh.add(Evaluator("a"))
     assert await mesh.eval(params='{"limit":9007199254740993}') == '"a:{"limit":9007199254740993}"'
+
+
+async def test_request_waits_for_the_first_config_of_a_gate(mesh: Mesh) -> None:
+    await mesh.add(Evaluator("a"))
+    mesh.synced.clear()
+    asking = asyncio.create_task(mesh.eval())
+    await asyncio.sleep(0)
+    assert not asking.done()
+    mesh.synced.set()
+    assert await asking == '"a:"'
+
+
+async def test_gate_without_a_config_is_unavailable_after_a_while(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "MAX_SYNC_S", 0.01)
+    mesh.synced.clear()
+    with pytest.raises(Unavailable, match="this gate has no config yet"):
+        await mesh.eval()
 
 
 async def test_refused_request_is_retried_on_another_instance(mesh: Mesh) -> None:
