@@ -38,7 +38,7 @@ def middle(rows: Iterable[Row]) -> Row:
 
 def milliseconds(value: float) -> str:
     """Return a duration with two digits or more, for a table."""
-    return f"{value:,.0f} ms" if value >= 100 else f"{value:.2g} ms"
+    return f"{value:,.0f} ms" if value >= 10 else f"{value:.2g} ms"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
