@@ -10,36 +10,43 @@ ENV PATH=/opt/atserving/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONSAFEPATH=1
 
+# uv, which builds and installs everything else, and setuptools.
 FROM base AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
-    PIP_ROOT_USER_ACTION=ignore
+    PIP_ROOT_USER_ACTION=ignore \
+    UV_COMPILE_BYTECODE=1 \
+    UV_LINK_MODE=copy \
+    UV_NO_CACHE=1 \
+    UV_PYTHON_DOWNLOADS=never
 WORKDIR /opt/source
+COPY docker/build.txt docker/
+RUN pip install --require-hashes --only-binary :all: --requirement docker/build.txt
 
 # The project's wheel, which all images share. .dockerignore selects the files that it is built from.
 FROM build AS wheel
-COPY docker/build.txt docker/
-RUN python -m venv /opt/build \
-    && /opt/build/bin/pip install --require-hashes --only-binary :all: --requirement docker/build.txt
 COPY . .
-RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /opt/wheels .
+RUN uv build --python python --no-build-isolation --wheel --out-dir /opt/wheels .
 
-# The packages of gate and registry. The build stage's pip installs them, so the environment itself has no pip.
+# The packages of gate and registry. The build stage's uv installs them, so the environment itself has no installer.
 FROM build AS core-packages
 COPY docker/core.txt docker/
 RUN python -m venv --without-pip /opt/atserving \
-    && pip --python /opt/atserving/bin/python install --require-hashes --only-binary :all: --requirement docker/core.txt
+    && uv pip install --python /opt/atserving/bin/python --require-hashes --only-binary :all: --requirement docker/core.txt \
+    && rm /opt/atserving/.lock
 
 # The packages of the evaluator on a CPU.
 FROM build AS cpu-packages
 COPY docker/cpu.txt docker/
 RUN python -m venv --without-pip /opt/atserving \
-    && pip --python /opt/atserving/bin/python install --require-hashes --only-binary :all: --requirement docker/cpu.txt
+    && uv pip install --python /opt/atserving/bin/python --require-hashes --only-binary :all: --requirement docker/cpu.txt \
+    && rm /opt/atserving/.lock
 
 # The project in a prefix of its own: a change of code then changes only one small layer.
 FROM core-packages AS project
 COPY --from=wheel /opt/wheels /opt/wheels
-RUN pip --python /opt/atserving/bin/python install --no-deps --no-warn-script-location --prefix /opt/project /opt/wheels/*.whl
+RUN uv pip install --python /opt/atserving/bin/python --no-deps --prefix /opt/project /opt/wheels/*.whl \
+    && rm /opt/project/.lock
 
 FROM base AS service
 LABEL org.opencontainers.image.licenses="Apache-2.0" \
@@ -86,21 +93,21 @@ ENV PATH=/opt/atserving/bin:$PATH \
     PYTHONSAFEPATH=1
 
 FROM gpu-base AS gpu-packages
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PIP_NO_CACHE_DIR=1 \
-    PIP_ROOT_USER_ACTION=ignore
+ENV UV_COMPILE_BYTECODE=1 \
+    UV_LINK_MODE=copy \
+    UV_NO_CACHE=1 \
+    UV_PYTHON_DOWNLOADS=never
 WORKDIR /opt/source
-# hadolint ignore=DL3008
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3-pip \
-    && rm -rf /var/lib/apt/lists/*
+COPY --from=build /usr/local/bin/uv /usr/local/bin/
 COPY docker/gpu.txt docker/
 RUN python3 -m venv --without-pip /opt/atserving \
-    && pip --python /opt/atserving/bin/python install --require-hashes --only-binary :all: --requirement docker/gpu.txt
+    && uv pip install --python /opt/atserving/bin/python --require-hashes --only-binary :all: --requirement docker/gpu.txt \
+    && rm /opt/atserving/.lock
 
 FROM gpu-packages AS gpu-project
 COPY --from=wheel /opt/wheels /opt/wheels
-RUN pip --python /opt/atserving/bin/python install --no-deps --no-warn-script-location --prefix /opt/project /opt/wheels/*.whl
+RUN uv pip install --python /opt/atserving/bin/python --no-deps --prefix /opt/project /opt/wheels/*.whl \
+    && rm /opt/project/.lock
 
 FROM gpu-base AS evaluator-gpu
 LABEL org.opencontainers.image.title="AtServing evaluator for GPUs" \

@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 PORT ?= 8080
-WORKERS ?= 2
+WORKERS ?= 3
 ENGINE ?= docker
 IMAGES ?= gate registry evaluator evaluator-gpu
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' atserving/__init__.py)
@@ -29,10 +29,11 @@ demo: $(VENV)/installed  ## Start the whole mesh, play the HTTP API and the exam
 up: $(VENV)/installed  ## Run the mesh in the foreground, the edge on PORT (8080)
 	@$(BIN)/atserving up --port $(PORT)
 
-# A file's tests run in one worker, as they share processes. In the order of the files, no slow one is the last.
+# A file's tests run in one worker, as they share processes. In the order of the files, no slow one is the last. One more
+# worker than CPUs: some tests mostly wait.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .PHONY: test
-test: $(VENV)/installed  ## Run the test suite in WORKERS (2) processes
+test: $(VENV)/installed  ## Run the test suite in WORKERS (3) processes
 	$(PYTEST)
 
 .PHONY: test-fast
@@ -102,7 +103,8 @@ PIN = $(BIN)/uv pip compile --quiet $(UPGRADE) --generate-hashes --python-platfo
 .PHONY: pins
 pins: UPGRADE ?= --upgrade
 pins: $(VENV)/installed  ## Renew what the images install, docker/*.txt
-	sed -n 's/^requires = \["\(.*\)"\]/\1/p' pyproject.toml | $(PIN) $(PINS)/build.txt --python-version 3.11 -
+	sed -n -e 's/^requires = \["\(.*\)"\]/\1/p' -e 's/^ *\(uv[<>=].*\)/\1/p' pyproject.toml setup.cfg \
+		| $(PIN) $(PINS)/build.txt --python-version 3.11 -
 	$(PIN) $(PINS)/core.txt --python-version 3.11 setup.cfg
 	$(PIN) $(PINS)/cpu.txt --python-version 3.11 --extra cpu setup.cfg
 	$(PIN) $(PINS)/gpu.txt --python-version 3.12 --extra gpu setup.cfg

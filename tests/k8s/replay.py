@@ -19,9 +19,9 @@ from pathlib import Path
 from tests.k8s.dockerfile import Context, Instruction, Stage, chain
 
 # The machine says how to reach the package index. The Dockerfile sets the rest of the environment.
-_OF_THE_MACHINE = re.compile(r"(PIP|SSL)_\w+|\w+_proxy|HOME", re.IGNORECASE)
-# With pip's cache, the suite downloads each package once.
-_LEFT_OUT = {"PIP_NO_CACHE_DIR"}
+_OF_THE_MACHINE = re.compile(r"(PIP|UV|SSL)_\w+|\w+_proxy|HOME", re.IGNORECASE)
+# With their caches, pip and uv download each package once.
+_LEFT_OUT = {"PIP_NO_CACHE_DIR", "UV_NO_CACHE"}
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,10 @@ class Image:
 class Replay:
     """Builds stages below ``folder``, each once: the images that tests ask for, and the stages that those need."""
 
-    def __init__(
-        self, stages: Mapping[str, Stage], context: Context, source: Path, folder: Path, settings: Mapping[str, str]
-    ) -> None:
-        """``settings`` are added to the environment of the builds."""
+    def __init__(self, stages: Mapping[str, Stage], context: Context, source: Path, folder: Path) -> None:
         self._stages = dict(stages)
         self._context = context
         self._source = source
-        self._settings = settings
         # A stage is built and run in one folder, so that the paths in its files stay valid, and kept in another.
         self._root = folder / "root"
         self._kept = folder / "stages"
@@ -125,7 +121,7 @@ class Replay:
                 assert "apt-get" not in instruction.value
                 command = re.sub(r"(?<![\w./])/opt/", f"{self._root}/opt/", instruction.value)
                 machine = {key: value for key, value in os.environ.items() if _OF_THE_MACHINE.fullmatch(key)}
-                environment = self._environment(name) | machine | dict(self._settings)
+                environment = self._environment(name) | machine
                 done = subprocess.run(
                     ["/bin/sh", "-c", command], cwd=folder, env=environment, capture_output=True, text=True
                 )
