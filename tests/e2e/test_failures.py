@@ -26,6 +26,8 @@ from tests.waiting import until_async
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 INSTANCES = "/ava/serving/instance/digits/"
+# A loss shows at any rate; requests without a pause would only make everything else slower.
+_PAUSE_S = 0.02
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -46,7 +48,7 @@ async def answers(client: Client, path: str) -> bool:
 
 
 class Load:
-    """Count the responses of callers that send requests without a pause."""
+    """Count the responses of callers that each send requests one after the other."""
 
     def __init__(self) -> None:
         self.answers: Counter[str] = Counter()
@@ -58,6 +60,7 @@ class Load:
             good = response.status == 200 and response.best == "seven"
             self.answers["ok" if good else response.body.decode()] += 1
             self._changed.set()
+            await asyncio.sleep(_PAUSE_S)
 
     async def more(self, count: int = 50) -> None:
         """Wait until so many more requests were answered."""

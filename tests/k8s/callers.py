@@ -18,7 +18,7 @@ from tests.k8s.cluster import Cluster
 SEVEN = (examples.FOLDER / "digits" / "images" / "7.png").read_bytes()
 BYTES = {"content-type": "application/octet-stream"}
 PATIENCE_S = 60.0
-_PAUSE_S = 0.02
+_PAUSE_S = 0.05
 
 
 async def answered(url: str, app: str = "digits", tls: ssl.SSLContext | None = None) -> None:
