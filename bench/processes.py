@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atserving.config import Instance
 from atserving.errors import StartError
 from atserving.local import commands, proc, publishing
 from atserving.local.child import ChildProcess
@@ -47,7 +48,7 @@ class Registry:
 class Evaluator:
     """A running evaluator that serves."""
 
-    address: str
+    instance: Instance
     pid: int
     """The process id of the front process."""
     threads: int
@@ -79,9 +80,11 @@ def running_evaluator(registry: Registry, app: str, log: Path) -> Iterator[Evalu
     Raises TimeoutError if it does not start.
     """
     with _running(commands.evaluator(registry.address, app, VERSION), log) as process:
-        address = wait_logged(process, _START_S, "instance", "address")["address"]
+        registered = wait_logged(process, _START_S, "instance", "address")
+        id_, address = registered["instance"], registered["address"]
+        instance = Instance(app=app, version=VERSION, id=id_, address=address, capacity=1)
         threads = wait_logged(process, _START_S, "threads")["threads"]
-        yield Evaluator(address, process.pid, threads)
+        yield Evaluator(instance, process.pid, threads)
 
 
 @contextmanager

@@ -12,12 +12,13 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
 import orjson
 
+from atserving import link
 from atserving.config import MalformedConfig, Release, validate
 from atserving.errors import DeadlineExceeded, ServingError, StartError
 from atserving.v1 import evaluator_pb2, serving_pb2
@@ -152,7 +153,7 @@ class _Trial:
 
     async def _shape(self, name: str, images: list[bytes]) -> str:
         try:
-            response = (await self._ask(images)).response
+            response = (await self._ask(images))[1]
         except ServingError as error:
             raise StartError(f"{name}: code {error.code}: {error.message}") from None
         if response.WhichOneof("outcome") == "stream":
@@ -172,7 +173,7 @@ class _Trial:
             raise StartError(f"a batch failed: code {error.code}: {error.message}") from None
         return round(statistics.median(prepare_ms), 3), batches
 
-    async def _rounds(self, images: list[bytes], size: int) -> AsyncIterator[evaluator_pb2.Stages]:
+    async def _rounds(self, images: list[bytes], size: int) -> AsyncIterator[link.Reply]:
         """Run batches of ``size``, and yield the stages of one request of each."""
         self._worker.configure(delay_s=0 if size == 1 else _REQUEST_S)
         until_s = time.perf_counter() + _TIMED_S
@@ -180,11 +181,11 @@ class _Trial:
             if number and time.perf_counter() > until_s:
                 return
             replies = await asyncio.gather(*(self._ask(images) for _ in range(size)))
-            if replies[0].stages.batch_size != size:
+            if replies[0][0].batch_size != size:
                 raise StartError(f"a batch of {size} requests failed, though each alone does not, see the log")
-            yield replies[0].stages
+            yield replies[0][0]
 
-    async def _ask(self, images: list[bytes]) -> evaluator_pb2.Reply:
+    async def _ask(self, images: list[bytes]) -> tuple[link.Reply, evaluator_pb2.InferResponse]:
         request = evaluator_pb2.InferRequest(
             data=[serving_pb2.Resource(body=body) for body in images],
             group=self._options.group or len(images) > 1,
@@ -193,12 +194,13 @@ class _Trial:
         )
         try:
             async with asyncio.timeout(_REQUEST_S):
-                reply = await self._worker.infer(evaluator_pb2.Call(request=request, timeout_us=int(_REQUEST_S * 1e6)))
+                reply = await self._worker.infer(request, _REQUEST_S)
         except TimeoutError:
             raise DeadlineExceeded(f"no answer within {_REQUEST_S:g} s") from None
-        if reply.response.HasField("error"):
-            raise ServingError.from_proto(reply.response.error)
-        return reply
+        response = evaluator_pb2.InferResponse.FromString(cast(bytes, reply.response))
+        if response.HasField("error"):
+            raise ServingError.from_proto(response.error)
+        return reply, response
 
 
 def _given(options: CheckOptions) -> dict[str, list[bytes]]:

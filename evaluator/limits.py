@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atserving.errors import InvalidArgument
+from atserving.v1 import evaluator_pb2
 from evaluator.options import Options
+
+_MAX_GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -42,3 +45,18 @@ class Budget:
         self._left -= count
         if self._left < 0:
             raise InvalidArgument(f"the request's resources are larger than {self._max_bytes} bytes together")
+
+
+def check_request(request: evaluator_pb2.InferRequest, built_in: str | None) -> None:
+    """Check the resources of a request; ``built_in`` names the built-in net, which takes one. Raises InvalidArgument.
+
+    The worker checks each request, the front only those whose resources it fetches.
+    """
+    if not request.data:
+        raise InvalidArgument("the request has no data")
+    if len(request.data) > _MAX_GROUP:
+        raise InvalidArgument(f"the request has {len(request.data)} resources, more than {_MAX_GROUP}")
+    if built_in and (request.group or len(request.data) > 1):
+        raise InvalidArgument(f"{built_in} takes one image, not a list of them")
+    if any(each.WhichOneof("source") is None for each in request.data):
+        raise InvalidArgument("the request's data has neither a uri nor a body")

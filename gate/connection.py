@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, cast
 
-import grpc.aio
 import structlog
+from google.protobuf.message import DecodeError
 
-from atserving import transport
+from atserving import link
 from atserving.config import Instance
-from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
+from atserving.deadlines import Deadlines
+from atserving.errors import Internal
+from atserving.v1 import evaluator_pb2
 
 log = structlog.get_logger()
 
 CONNECT_TIMEOUT_S = 2.0
 _PAUSE_S = 0.1
-_FRAME_BYTES = 4 << 20
-
-Stream = grpc.aio.StreamStreamCall[evaluator_pb2.ExchangeRequest, evaluator_pb2.ExchangeResponse]
+# The gate ends a call at its deadline. The instance does so a little later, in case the gate can't.
+_LATER_S = 0.01
+# The calls of one write, so that a cancellation can still overtake large ones.
+_WRITE_BYTES = 1 << 20
 
 
 class TransportError(Exception):
@@ -33,138 +37,261 @@ class TransportError(Exception):
         self.reached = reached
 
 
-@dataclass(eq=False)
-class _PendingCall:
-    """A call without a reply so far."""
+class _Answer(asyncio.Future[evaluator_pb2.InferResponse]):
+    """The response to a call. Cancelling it abandons the call."""
 
-    call: evaluator_pb2.Call
-    answer: asyncio.Future[evaluator_pb2.InferResponse]
-    sent: bool = False
+    __slots__ = ("abandon", "deadline_s", "flags", "id", "reqid", "request", "sent", "traceparent")
+
+    id: int
+    abandon: Callable[[int], None]
+    deadline_s: float
+    flags: int
+    reqid: bytes
+    traceparent: bytes
+    request: bytes
+    sent: bool
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        if not super().cancel(msg):
+            return False
+        self.abandon(self.id)
+        return True
 
 
 class EvaluatorConnection:
-    """One instance, reached over one long-lived stream that is opened at once, and again after it breaks.
+    """One instance, reached over one long-lived link that is opened at once, and again after it breaks.
 
-    A call enters ``_outbox``, where the writer collects all waiting calls and sends them as one message. It stays in
-    ``_pending`` until its reply arrives, its caller leaves, or the stream breaks. While the instance is unreachable,
-    calls fail at once; no call waits for a connection that has failed.
+    A call enters ``_outbox``; at the end of the loop's turn all waiting calls leave together. It stays in ``_pending``
+    until its reply arrives, its caller leaves, its deadline passes, or the link breaks. While the instance is
+    unreachable, calls fail at once; no call waits for a connection that has failed.
     """
 
     def __init__(self, instance: Instance, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
-        self._id = instance.id
+        self._instance = instance
         self._connect_timeout_s = connect_timeout_s
-        self._channel = transport.channel(instance.address)
-        self._stub = evaluator_pb2_grpc.EvaluatorServiceStub(self._channel)
+        self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
-        self._pending: dict[int, _PendingCall] = {}
-        self._outbox: deque[_PendingCall] = deque()
-        self._gone: list[int] = []
-        self._something = asyncio.Event()
+        self._pending: dict[int, _Answer] = {}
+        self._outbox: deque[_Answer] = deque()
+        self._abandoned: list[int] = []
+        self._deadlines = Deadlines(self._pending, self._expire)
+        self._link: _InstanceLink | None = None
+        self._flushing = False
         self._down = ""
         self._running = asyncio.create_task(self._run())
 
-    async def infer(
-        self, request: evaluator_pb2.InferRequest, timeout_s: float, traceparent: str | None
-    ) -> evaluator_pb2.InferResponse:
-        """Return the instance's response. Cancelling this also cancels the work on the instance.
+    def ask(
+        self, request: evaluator_pb2.InferRequest, deadline_s: float, reqid: str, traceparent: str | None
+    ) -> asyncio.Future[evaluator_pb2.InferResponse]:
+        """Return the future of the instance's response. Cancelling it also cancels the work on the instance.
 
-        Raises TransportError, and TimeoutError if ``timeout_s`` passes.
+        ``deadline_s`` is of the monotonic clock; after it the future has a TimeoutError. The future has a
+        TransportError if the link breaks. Raises TransportError while there is none.
         """
         if self._down:
             raise TransportError(self._down, reached=False)
-        call = evaluator_pb2.Call(
-            id=next(self._ids), request=request, timeout_us=int(timeout_s * 1e6) or 1, traceparent=traceparent or ""
-        )
-        one = _PendingCall(call, asyncio.get_running_loop().create_future())
-        self._pending[call.id] = one
-        self._outbox.append(one)
-        self._something.set()
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await one.answer
-        finally:
-            # Still pending: the caller left or the deadline passed. An unsent call is never sent.
-            if self._pending.pop(call.id, None) and one.sent:
-                self._gone.append(call.id)
-                self._something.set()
+        answer = _Answer(loop=self._loop)
+        answer.id = id_ = next(self._ids)
+        answer.abandon = self._abandon
+        answer.deadline_s = deadline_s
+        answer.flags = link.FETCH if any(each.HasField("uri") for each in request.data) else 0
+        answer.reqid = reqid.encode()
+        answer.traceparent = traceparent.encode() if traceparent else b""
+        answer.request = request.SerializeToString()
+        answer.sent = False
+        self._pending[id_] = answer
+        self._outbox.append(answer)
+        self._deadlines.add(deadline_s, id_)
+        self._flush_soon()
+        return answer
 
     async def close(self) -> None:
         """Close at once; calls in flight fail."""
         self._running.cancel()
         with suppress(asyncio.CancelledError):
             await self._running
-        await self._channel.close(None)
+        self._deadlines.close()
 
     async def _run(self) -> None:
         try:
             while True:
                 try:
-                    async with self._stream() as stream:
-                        await self._exchange(stream)
-                    reason = "the instance ended the stream"
-                except grpc.aio.AioRpcError as error:
-                    reason = error.details() or error.code().name
-                except TimeoutError:
-                    reason = f"no connection within {self._connect_timeout_s:g} s"
+                    reason = await self._connected()
                 except Exception:
-                    # Callers must not wait on a stream without a reader.
-                    log.exception("stream failed", instance=self._id)
-                    reason = "the stream failed unexpectedly"
+                    # Callers must not wait on a link without a reader.
+                    log.exception("link failed", instance=self._instance.id)
+                    reason = "the link failed unexpectedly"
                 self._fail(reason)
                 await asyncio.sleep(_PAUSE_S)
         finally:
             self._fail("the connection was closed")
 
-    @asynccontextmanager
-    async def _stream(self) -> AsyncIterator[Stream]:
-        stream: Stream = self._stub.Exchange()  # type: ignore[call-arg] # requests are written one by one
+    async def _connected(self) -> str:
+        """Connect and exchange frames. Return the reason of the end."""
+        host, _, port = self._instance.address.rpartition(":")
+        wire: _InstanceLink | None = None
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                await stream.wait_for_connection()
+                _, wire = await self._loop.create_connection(
+                    lambda: _InstanceLink(self._instance, self._replied, self._flush), host.strip("[]"), int(port)
+                )
+                await wire.greeted
             self._down = ""
-            yield stream
+            self._link = wire
+            self._flush_soon()
+            return await wire.ended
+        except TimeoutError:
+            return f"no connection within {self._connect_timeout_s:g} s"
+        except OSError as error:
+            return error.strerror or str(error)
+        except TransportError as error:
+            return str(error)
         finally:
-            stream.cancel()
+            self._link = None
+            if wire:
+                wire.abort()
 
-    async def _exchange(self, stream: Stream) -> None:
-        """Return when the instance ends the stream. Raises AioRpcError if it breaks."""
-        writing = asyncio.create_task(self._write(stream))
-        try:
-            while isinstance(response := await stream.read(), evaluator_pb2.ExchangeResponse):
-                for reply in response.replies:
-                    one = self._pending.pop(reply.id, None)
-                    if one and not one.answer.done():
-                        one.answer.set_result(reply.response)
-        finally:
-            writing.cancel()
-            # The reader reports the failure that the writer saw too.
-            await asyncio.gather(writing, return_exceptions=True)
+    def _replied(self, reply: link.Reply) -> None:
+        answer = self._pending.pop(reply.id, None)
+        if answer:
+            try:
+                response = evaluator_pb2.InferResponse.FromString(cast(bytes, reply.response))
+            except DecodeError:
+                response = evaluator_pb2.InferResponse(
+                    error=Internal("the instance's response is malformed").to_proto()
+                )
+            answer.set_result(response)
 
-    async def _write(self, stream: Stream) -> None:
-        while True:
-            await self._something.wait()
-            self._something.clear()
-            while frame := self._frame():
-                await stream.write(frame)
+    def _abandon(self, id_: int) -> None:
+        answer = self._pending.pop(id_, None)
+        # An unsent call is never sent.
+        if answer and answer.sent:
+            self._abandoned.append(id_)
+            self._flush_soon()
 
-    def _frame(self) -> evaluator_pb2.ExchangeRequest | None:
-        """Return the waiting calls as one message, of a bounded size so that it does not delay later ones for long."""
-        frame = evaluator_pb2.ExchangeRequest(cancelled=self._gone)
-        self._gone.clear()
+    def _expire(self, id_: int) -> None:
+        answer = self._pending[id_]
+        self._abandon(id_)
+        if not answer.done():
+            answer.set_exception(TimeoutError())
+
+    def _flush_soon(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        """Send the waiting calls and cancellations, unless the instance reads too slowly."""
+        self._flushing = False
+        wire = self._link
+        if wire is None or not wire.is_open:
+            return
+        while wire.writable and (self._outbox or self._abandoned):
+            wire.write(self._parts())
+
+    def _parts(self) -> list[bytes]:
+        """Return waiting cancellations and calls as frames in parts."""
+        parts: list[bytes] = []
+        if self._abandoned:
+            parts.append(link.cancel_frame(self._abandoned))
+            self._abandoned.clear()
+        now_s = time.monotonic()
         size = 0
-        while self._outbox and size < _FRAME_BYTES:
-            one = self._outbox.popleft()
-            if one.call.id in self._pending:
-                one.sent = True
-                size += one.call.ByteSize()
-                frame.calls.append(one.call)
-        return frame if frame.calls or frame.cancelled else None
+        while self._outbox and size < _WRITE_BYTES:
+            answer = self._outbox.popleft()
+            if answer.id not in self._pending:
+                continue
+            answer.sent = True
+            request = answer.request
+            length = len(request)
+            timeout_us = max(1, int((answer.deadline_s + _LATER_S - now_s) * 1e6))
+            head = link.call_head(answer.id, timeout_us, answer.flags, answer.reqid, answer.traceparent, length)
+            size += length
+            parts += (head, request)
+            answer.request = b""
+        return parts
 
     def _fail(self, reason: str) -> None:
         self._down = reason
-        for one in self._pending.values():
-            if not one.answer.done():
-                one.answer.set_exception(TransportError(reason, reached=one.sent))
+        for answer in self._pending.values():
+            if not answer.done():
+                answer.set_exception(TransportError(reason, reached=answer.sent))
         self._pending.clear()
         self._outbox.clear()
-        self._gone.clear()
+        self._abandoned.clear()
+
+
+class _InstanceLink(link.Link):
+    """The gate's end of a link."""
+
+    def __init__(self, instance: Instance, replied: Callable[[link.Reply], None], writable: Callable[[], None]) -> None:
+        super().__init__()
+        self.greeted: asyncio.Future[None] = self._loop.create_future()
+        """Done once the instance has named itself; a TransportError if it is another one."""
+        self.ended: asyncio.Future[str] = self._loop.create_future()
+        """Why the link has ended."""
+        self._hello = evaluator_pb2.Hello(app=instance.app, version=instance.version, instance=instance.id)
+        self._replied = replied
+        self._writable = writable
+        self._reason = "the instance ended the connection"
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.write([link.PREFACE, link.frame(link.HELLO, self._hello.SerializeToString())])
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self._end(self._reason if error is None else (getattr(error, "strerror", None) or str(error)))
+
+    def frame_received(self, kind: int, data: link.Buffer, start: int, end: int) -> None:
+        if kind == link.REPLY and self.greeted.done():
+            self._replied(link.read_reply(data, start, end))
+        elif kind == link.HELLO and not self.greeted.done():
+            self._greet(data, start, end)
+        elif kind != link.ALIVE:
+            raise link.Malformed(f"a frame of kind {kind}")
+
+    def _greet(self, data: link.Buffer, start: int, end: int) -> None:
+        try:
+            hello = evaluator_pb2.Hello.FromString(bytes(data[start:end]))
+        except DecodeError:
+            raise link.Malformed("the HELLO is malformed") from None
+        if hello.refusal:
+            self._end(hello.refusal)
+            self.abort()
+        elif hello != self._hello:
+            # Another instance may have got the address of one that has ended.
+            self._end(f"instance {hello.instance!r} of app {hello.app!r} answers at its address")
+            self.abort()
+        else:
+            self.greeted.set_result(None)
+
+    def malformed(self, reason: str) -> None:
+        self._end(f"the instance sent something malformed: {reason}")
+        super().malformed(reason)
+
+    def dead(self) -> None:
+        self._end("the instance does not answer")
+        super().dead()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether frames can leave."""
+        return self.transport is not None and not self.transport.is_closing()
+
+    def write(self, parts: list[bytes]) -> None:
+        """Write frames now."""
+        assert self.transport
+        self.transport.writelines(parts)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._writable()
+
+    def _end(self, reason: str) -> None:
+        if not self.greeted.done():
+            self.greeted.set_exception(TransportError(reason, reached=False))
+            # Its connection may have timed out.
+            self.greeted.exception()
+        if not self.ended.done():
+            self.ended.set_result(reason)

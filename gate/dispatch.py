@@ -109,7 +109,6 @@ class Dispatcher:
             await self._wait_synced(call)
         route = self._admit(task, call)
         self._check(task, call)
-        task.request.reqid = call.reqid
         deadline = call.started + route.timeout_s
         if call.deadline is not None:
             deadline = min(deadline, call.deadline)
@@ -161,7 +160,7 @@ class Dispatcher:
         tried: list[Endpoint[EvaluatorConnection]] = []
         lost = 0
         refusal: ServingError | None = None
-        while (remaining_s := deadline - time.monotonic()) > 0:
+        while time.monotonic() < deadline:
             if tried:
                 # The config may have changed since: a retry follows a promotion.
                 route = self._router.route(task.app, task.version)
@@ -173,7 +172,7 @@ class Dispatcher:
             tried.append(endpoint)
             try:
                 with endpoint.hold():
-                    response = await endpoint.connection.infer(task.request, remaining_s, call.traceparent)
+                    response = await endpoint.connection.ask(task.request, deadline, call.reqid, call.traceparent)
             except TransportError as error:
                 self._router.failed(endpoint)
                 log.warning("instance lost", reqid=call.reqid, instance=endpoint.instance.id, reason=str(error))

@@ -47,7 +47,7 @@ class EvaluatorServiceServicer:
     """
 
     def Exchange(self, request_iterator, context):
-        """Evaluates requests. A gate sends all its requests over one long-lived stream. Each message, in either direction,
+        """Evaluates requests. A caller may send all its requests over one long-lived stream. Each message, in either direction,
         carries everything that was waiting, so that requests share the cost of messages under load. Replies come in the
         order in which they are ready. A reply carries the failure of its request; the status of the stream reports only
         transport failures. When a stream ends, the evaluator cancels its unfinished requests.

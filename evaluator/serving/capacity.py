@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from atserving.errors import ResourceExhausted, Unavailable
 
@@ -27,9 +25,11 @@ class Capacity:
         # The seconds per request in flight, averaged over the last few: it predicts when capacity is free again.
         self._each_s = 0.0
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Count one request. Raises ResourceExhausted at the limit, Unavailable while draining; both ``refused``."""
+    def enter(self) -> int:
+        """Count one request; return how many are in flight now.
+
+        Raises ResourceExhausted at the limit, Unavailable while draining; both ``refused``.
+        """
         if self._draining:
             raise Unavailable("the instance is draining", refused=True)
         if self.in_flight >= self.limit:
@@ -39,16 +39,17 @@ class Capacity:
                 refused=True,
             )
         self.in_flight += 1
-        ahead, began_s = self.in_flight, time.monotonic()
-        self._empty.clear()
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            each_s = (time.monotonic() - began_s) / ahead
-            self._each_s += (each_s - self._each_s) / (8 if self._each_s else 1)
-            if not self.in_flight:
-                self._empty.set()
+        if self.in_flight == 1:
+            self._empty.clear()
+        return self.in_flight
+
+    def leave(self, ahead: int, began_s: float) -> None:
+        """End a request that began at ``began_s`` of the monotonic clock, as the ``ahead``-th in flight."""
+        self.in_flight -= 1
+        each_s = (time.monotonic() - began_s) / ahead
+        self._each_s += (each_s - self._each_s) / (8 if self._each_s else 1)
+        if not self.in_flight:
+            self._empty.set()
 
     def drain(self) -> None:
         """Refuse all requests from now on."""

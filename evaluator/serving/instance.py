@@ -25,6 +25,8 @@ from evaluator.fetching.resources import ResourceFetcher
 from evaluator.net_config import NetConfig
 from evaluator.serving.advertised import advertised_address
 from evaluator.serving.capacity import Capacity
+from evaluator.serving.link_server import LinkServer
+from evaluator.serving.listener import Listener, Tunnel
 from evaluator.serving.metrics import Metrics
 from evaluator.serving.ops_http import OpsServer
 from evaluator.serving.pipeline import Pipeline
@@ -87,6 +89,7 @@ class _Life:
         self._metrics = Metrics()
         self._capacity = Capacity(1)
         self._follower = VersionConfigFollower(settings.registries, settings.app, settings.version)
+        self._links = LinkServer()
         self._server = transport.Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
         self._servicer = EvaluatorServicer()
         evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(self._servicer, self._server.grpc)
@@ -102,11 +105,21 @@ class _Life:
                 AsyncExitStack() as stack,
             ):
                 # The health service answers from the start, so that a probe sees a live process during a long load.
-                port = await self._server.start(settings.listen)
-                stack.push_async_callback(self._server.stop, 0)
+                port = await self._listen(stack)
                 loaded = await lifecycle.unless_stopped(self._load(workspace, stack, ops.port), self._stop, following)
                 if loaded:
                     await self._serve(*loaded, port, following)
+
+    async def _listen(self, stack: AsyncExitStack) -> int:
+        """Listen for gates and for gRPC on one port, and return it. Raises StartError."""
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="atserving-"))
+        path = f"{folder}/grpc"
+        await self._server.start(f"unix:{path}")
+        stack.push_async_callback(self._server.stop, 0)
+        self._listener = Listener(self._links.connect, lambda: Tunnel(path))
+        stack.callback(self._links.abort)
+        stack.callback(self._listener.close)
+        return await self._listener.start(self._settings.listen)
 
     async def _load(self, workspace: Path, stack: AsyncExitStack, http_port: int) -> tuple[NetConfig, WorkerSupervisor]:
         release = await self._follower.release(self._settings.wait_s)
@@ -132,7 +145,7 @@ class _Life:
             ResourceFetcher(config.limits.max_bytes, policy, settings.qiniu) as fetcher,
             _background(worker.run()) as working,
         ):
-            self._servicer.pipeline = Pipeline(
+            pipeline = self._servicer.pipeline = Pipeline(
                 settings.app,
                 settings.version,
                 config,
@@ -142,6 +155,7 @@ class _Life:
                 metrics=metrics,
             )
             instance = await asyncio.to_thread(_instance, settings, port)
+            self._links.serve(instance, pipeline)
             registration = Registration(
                 settings.registries, lambda: instance.model_copy(update={"capacity": capacity.limit})
             )
@@ -185,7 +199,8 @@ class _Life:
                 await asyncio.gather(registration.deregister(), self._capacity.drained(), asyncio.sleep(_LINGER_S))
         except TimeoutError:
             self._log.warning("grace expired", in_flight=self._capacity.in_flight)
-        await self._server.stop(stop_s)
+        self._listener.close()
+        await asyncio.gather(self._server.stop(stop_s), self._links.stop(stop_s))
         self._log.info("service stopped")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from atserving.v1 import evaluator_pb2
 from evaluator.worker.progress import Running
 
 LEAST_S, MOST_S = 1.0, 20.0
@@ -27,10 +26,6 @@ class Patience:
         """Take the durations of a finished call into account."""
         self._longest_prepare_s = max(self._longest_prepare_s, prepare_s)
         self._longest_infer_s = max(self._longest_infer_s, infer_s)
-
-    def learn_stages(self, stages: evaluator_pb2.Stages) -> None:
-        """Take the stages of a reply into account."""
-        self.learn(stages.decode_us / 1e6, (stages.forward_us + stages.postprocess_us) / 1e6)
 
     def is_over(self, running: Running, deadlines_s: Iterable[float], now_s: float) -> bool:
         """Return whether ``running``, whose calls have these deadlines, is stuck."""

@@ -4,45 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
+from typing import cast
 
 import structlog
+from google.protobuf.message import DecodeError
 
+from atserving import link
 from atserving.errors import DeadlineExceeded, Internal, InvalidArgument, ServingError
 from atserving.telemetry import request_id
 from atserving.v1 import evaluator_pb2, serving_pb2
 from evaluator.fetching.resources import ResourceFetcher
-from evaluator.limits import Budget, Limits
+from evaluator.limits import Budget, Limits, check_request
 from evaluator.net_config import NetConfig
 from evaluator.serving.capacity import Capacity
+from evaluator.serving.link_server import Replier
 from evaluator.serving.metrics import Metrics
-from evaluator.serving.supervisor import WorkerSupervisor
+from evaluator.serving.supervisor import SupervisedCall, WorkerSupervisor
 
 log = structlog.get_logger()
 
-_MAX_GROUP = 64
 _CALLER_GONE = 499
-
-
-class Stages:
-    """The duration of each stage of a request, in milliseconds."""
-
-    def __init__(self) -> None:
-        self.ms: dict[str, float] = {}
-        self._began_s = time.perf_counter()
-
-    def add(self, name: str, seconds: float) -> None:
-        self.ms[f"{name}_ms"] = round(seconds * 1000, 3)
-
-    def add_worker(self, stages: evaluator_pb2.Stages) -> None:
-        """Add the worker's stages: all of them if the request ran, else only the decoding."""
-        self.ms["decode_ms"] = stages.decode_us / 1000
-        if stages.batch_size:
-            self.ms["queue_ms"] = stages.queue_us / 1000
-            self.ms["forward_ms"] = stages.forward_us / 1000
-            self.ms["postprocess_ms"] = stages.postprocess_us / 1000
-
-    def end(self) -> None:
-        self.add("total", time.perf_counter() - self._began_s)
+_MAX_TRACE_CHARS = 64
 
 
 class Pipeline:
@@ -59,78 +42,56 @@ class Pipeline:
         capacity: Capacity,
         metrics: Metrics,
     ) -> None:
-        self._worker = worker
+        self.worker = worker
+        self.capacity = capacity
+        self.metrics = metrics
+        self.log = log.bind(app=app, version=version)
         self._fetcher = fetcher
-        self._capacity = capacity
-        self._metrics = metrics
         self._limits: Limits = config.limits
         # Built-in nets take one image; a script may take groups.
         self._built_in = None if config.script else config.net
-        self._log = log.bind(app=app, version=version)
+
+    def begin(self, call: link.Call, replier: Replier) -> Request:
+        """Begin a call. It replies once, perhaps at once, unless it is abandoned; it is counted and logged once."""
+        request = Request(self, call, replier)
+        request.begin(call)
+        return request
 
     async def answer(self, call: evaluator_pb2.Call) -> evaluator_pb2.InferResponse:
-        """Return the net's result, or the error that the request ended with; count and log it.
-
-        A cancelled call stops at its next step, but a forward pass that has begun finishes.
-        """
-        reqid = call.request.reqid = request_id(call.request.reqid)
-        stages = Stages()
-        code = status = _CALLER_GONE
-        error: ServingError | None = None
+        """Return the response to a call that came over gRPC. Cancelling this abandons it."""
+        flags = link.FETCH if any(each.HasField("uri") for each in call.request.data) else 0
+        answer = _Answer()
+        loop = asyncio.get_running_loop()
+        reqid, request = call.request.reqid.encode(), call.request.SerializeToString()
+        begun = self.begin(
+            link.Call(call.id, call.timeout_us, flags, reqid, call.traceparent.encode(), request), answer
+        )
+        timer = loop.call_later(call.timeout_us / 1e6, begun.expire) if call.timeout_us else None
         try:
-            async with asyncio.timeout(call.timeout_us / 1e6 if call.timeout_us else None):
-                response = await self._evaluate(call, stages)
-            code, status = 0, 200
-            return response
-        except TimeoutError:
-            error = DeadlineExceeded("the deadline passed")
-        except ServingError as failure:
-            error = failure
-        except Exception:
-            self._log.exception("request failed", reqid=reqid)
-            error = Internal("the evaluator failed")
+            return await answer.response
         finally:
-            stages.end()
-            if error:
-                code, status = error.code, error.status
-            self._metrics.observe(status, stages.ms)
-            reason = {"reason": error.message} if error else {}
-            trace = {"traceparent": call.traceparent[:64]} if call.traceparent else {}
-            self._log.info("request finished", reqid=reqid, code=code, **reason, **stages.ms, **trace)
-        return evaluator_pb2.InferResponse(error=error.to_proto())
+            begun.abandon()
+            if timer:
+                timer.cancel()
 
-    async def _evaluate(self, call: evaluator_pb2.Call, stages: Stages) -> evaluator_pb2.InferResponse:
-        with self._capacity.hold():
-            began_s = time.perf_counter()
-            await self._fetch(call.request)
-            stages.add("fetch", time.perf_counter() - began_s)
-            reply = await self._worker.infer(call)
-            stages.add_worker(reply.stages)
-            if reply.response.HasField("error"):
-                raise ServingError.from_proto(reply.response.error)
-            return reply.response
-
-    async def _fetch(self, request: evaluator_pb2.InferRequest) -> None:
-        """Replace each resource's URI by its bytes. Raises a ServingError."""
-        if not request.data:
-            raise InvalidArgument("the request has no data")
-        if len(request.data) > _MAX_GROUP:
-            raise InvalidArgument(f"the request has {len(request.data)} resources, more than {_MAX_GROUP}")
-        if self._built_in and (request.group or len(request.data) > 1):
-            # The net would refuse it too, but only after the download.
-            raise InvalidArgument(f"{self._built_in} takes one image, not a list of them")
-        sources = [each.WhichOneof("source") for each in request.data]
-        if None in sources:
-            raise InvalidArgument("the request's data has neither a uri nor a body")
-        # The worker checks the sizes of bodies, so the front need not copy them out of the message.
-        elsewhere = [each for each, source in zip(request.data, sources, strict=True) if source == "uri"]
+    async def fetch(self, serialized: link.Buffer) -> bytes:
+        """Replace the URI of each resource by its bytes; return the serialized request. Raises a ServingError."""
+        try:
+            request = evaluator_pb2.InferRequest.FromString(cast(bytes, serialized))
+        except DecodeError:
+            raise InvalidArgument("the request is malformed") from None
+        # The worker would refuse it too, but only after the download.
+        check_request(request, self._built_in)
+        # The worker checks the sizes of bodies.
+        elsewhere = [each for each in request.data if each.WhichOneof("source") == "uri"]
         budget = Budget(self._limits.max_request_bytes)
         if len(elsewhere) == 1:
             elsewhere[0].body = await self._fetcher.fetch(elsewhere[0].uri, budget)
         elif elsewhere:
             await self._fetch_all(elsewhere, budget)
+        return request.SerializeToString()
 
-    async def _fetch_all(self, resources: list[serving_pb2.Resource], budget: Budget) -> None:
+    async def _fetch_all(self, resources: Sequence[serving_pb2.Resource], budget: Budget) -> None:
         tasks = [asyncio.create_task(self._fetcher.fetch(each.uri, budget)) for each in resources]
         try:
             for resource, body in zip(resources, await asyncio.gather(*tasks), strict=True):
@@ -140,3 +101,145 @@ class Pipeline:
             for each in tasks:
                 each.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Request:
+    """One request, from its arrival to its outcome.
+
+    It has no task, future or context of its own unless the instance has to fetch a resource: the front handles
+    thousands a second.
+    """
+
+    __slots__ = (
+        "_ahead",
+        "_began_s",
+        "_deadline_s",
+        "_fetching",
+        "_id",
+        "_ms",
+        "_pipeline",
+        "_replier",
+        "_reqid",
+        "_traceparent",
+        "_work",
+        "ended",
+    )
+
+    def __init__(self, pipeline: Pipeline, call: link.Call, replier: Replier) -> None:
+        self.ended = False
+        """Whether it has its outcome."""
+        self._pipeline = pipeline
+        self._replier = replier
+        self._id = call.id
+        self._reqid = request_id(call.reqid.decode(errors="replace"))
+        self._traceparent = call.traceparent
+        self._began_s = time.monotonic()
+        self._deadline_s = self._began_s + call.timeout_us / 1e6 if call.timeout_us else None
+        # Its place among the requests in flight; 0: it has none.
+        self._ahead = 0
+        self._ms: dict[str, float] = {}
+        self._work: SupervisedCall | None = None
+        self._fetching: asyncio.Task[None] | None = None
+
+    def begin(self, call: link.Call) -> None:
+        """Begin the work."""
+        try:
+            self._ahead = self._pipeline.capacity.enter()
+            if call.flags & link.FETCH:
+                self._fetching = asyncio.get_running_loop().create_task(self._fetch(call.request))
+            else:
+                self._ms["fetch_ms"] = 0.0
+                self._submit(call.request)
+        except Exception as error:
+            self._fail(error)
+
+    async def _fetch(self, serialized: link.Buffer) -> None:
+        try:
+            fetched = await self._pipeline.fetch(serialized)
+            self._ms["fetch_ms"] = round((time.monotonic() - self._began_s) * 1000, 3)
+            self._submit(fetched)
+        except Exception as error:
+            self._fail(error)
+
+    def _submit(self, serialized: link.Buffer) -> None:
+        self._work = self._pipeline.worker.submit(self._reqid.encode(), serialized, self._deadline_s, self)
+
+    def answered(self, reply: link.Reply) -> None:
+        """Take the worker's reply."""
+        ms = self._ms
+        ms["decode_ms"] = reply.decode_us / 1000
+        if reply.batch_size:
+            ms["queue_ms"] = reply.queue_us / 1000
+            ms["forward_ms"] = reply.forward_us / 1000
+            ms["postprocess_ms"] = reply.postprocess_us / 1000
+        try:
+            error = _error(reply.response) if reply.outcome == link.ERROR else None
+        except Exception as failure:
+            self._fail(failure)
+            return
+        self._end(reply, error)
+
+    def failed(self, error: ServingError) -> None:
+        """Take an error in place of the worker's reply."""
+        self._fail(error)
+
+    def expire(self) -> None:
+        """End it with an error, since its deadline has passed."""
+        self._stop()
+        self._fail(DeadlineExceeded("the deadline passed"))
+
+    def abandon(self) -> None:
+        """End it without a reply, since its caller has left."""
+        if not self.ended:
+            self._stop()
+            self._end(None, None)
+
+    def _stop(self) -> None:
+        """Stop the work at its next step; a forward pass that has begun finishes."""
+        if self._fetching:
+            self._fetching.cancel()
+        if self._work:
+            self._pipeline.worker.cancel(self._work)
+
+    def _fail(self, error: Exception) -> None:
+        if not isinstance(error, ServingError):
+            self._pipeline.log.error("request failed", reqid=self._reqid, exc_info=error)
+            error = Internal("the evaluator failed")
+        response = evaluator_pb2.InferResponse(error=error.to_proto()).SerializeToString()
+        self._end(link.Reply(self._id, link.ERROR, 0, 0, 0, 0, 0, 0, response), error)
+
+    def _end(self, reply: link.Reply | None, error: ServingError | None) -> None:
+        """Reply, count and log, once. Without a reply the caller has left."""
+        if self.ended:
+            return
+        self.ended = True
+        pipeline, ms = self._pipeline, self._ms
+        if self._ahead:
+            pipeline.capacity.leave(self._ahead, self._began_s)
+        code, status = (error.code, error.status) if error else (0, 200)
+        if reply is None:
+            code = status = _CALLER_GONE
+        else:
+            self._replier.reply(reply._replace(id=self._id))
+        ms["total_ms"] = round((time.monotonic() - self._began_s) * 1000, 3)
+        pipeline.metrics.observe(status, ms)
+        reason = {"reason": error.message} if error else {}
+        trace = {"traceparent": self._traceparent.decode(errors="replace")[:_MAX_TRACE_CHARS]}
+        pipeline.log.info(
+            "request finished", reqid=self._reqid, code=code, **reason, **ms, **(trace if self._traceparent else {})
+        )
+
+
+class _Answer:
+    """Takes the reply to a call into a future."""
+
+    def __init__(self) -> None:
+        self.response: asyncio.Future[evaluator_pb2.InferResponse] = asyncio.get_running_loop().create_future()
+
+    def reply(self, reply: link.Reply) -> None:
+        if not self.response.done():
+            self.response.set_result(evaluator_pb2.InferResponse.FromString(cast(bytes, reply.response)))
+
+
+def _error(response: link.Buffer) -> ServingError:
+    return ServingError.from_proto(evaluator_pb2.InferResponse.FromString(cast(bytes, response)).error)

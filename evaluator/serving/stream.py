@@ -1,4 +1,4 @@
-"""The instance's end of a gate's stream: takes calls and sends replies, many in one message."""
+"""The instance's end of a gRPC stream: takes calls and sends replies, many in one message."""
 
 from __future__ import annotations
 

@@ -9,19 +9,18 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 import structlog
 
+from atserving import link
 from atserving.errors import DeadlineExceeded, Internal, ServingError, StartError, Unavailable
 from atserving.v1 import evaluator_pb2
 from evaluator.net_config import NetConfig
 from evaluator.serving import blame, patience
 from evaluator.serving.patience import Patience
 from evaluator.serving.worker_process import WorkerProcess
-from evaluator.worker import channel
 from evaluator.worker.plan import Plan
 from evaluator.worker.progress import Progress, Running
 
@@ -37,24 +36,40 @@ _MAX_DEATHS = 3
 _DIED = "the net's process died"
 
 
-@dataclass(eq=False)
-class _SupervisedCall:
+class Taker(Protocol):
+    """Takes the end of a call; one of these is called once, unless the call was cancelled."""
+
+    def answered(self, reply: link.Reply) -> None:
+        """Take the worker's reply, which may hold an error."""
+
+    def failed(self, error: ServingError) -> None:
+        """Take the error of a call that gets no reply."""
+
+
+class SupervisedCall:
     """A call without a reply so far. ``deadline_s`` is of the monotonic clock."""
 
-    call: evaluator_pb2.Call
-    deadline_s: float
-    answer: asyncio.Future[evaluator_pb2.Reply] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
-    sent: bool = False
-    deaths: int = 0
-    """How many worker processes died while they worked on it, or may have."""
+    __slots__ = ("deadline_s", "deaths", "ended", "id", "reqid", "request", "sent", "taker")
+
+    def __init__(self, id_: int, reqid: bytes, request: link.Buffer, deadline_s: float, taker: Taker) -> None:
+        self.id = id_
+        self.reqid = reqid
+        self.request = request
+        self.deadline_s = deadline_s
+        self.taker: Taker | None = taker
+        """None: the caller has left."""
+        self.sent = False
+        self.deaths = 0
+        """How many worker processes died while they worked on it, or may have."""
+        self.ended: asyncio.Event | None = None
+        """Of a suspect: set when it has its outcome, or its caller has left."""
 
 
 class WorkerSupervisor:
     """Runs the calls of a net in a worker process.
 
-    1. A call is in ``_calls`` from its arrival until it gets its reply or error; its caller may leave earlier.
+    1. A call is in ``_calls`` from its arrival until it gets its reply or error; its caller may leave earlier. The
+       supervisor keeps its request until then.
     2. The supervisor sends only as many calls as the worker can use. The rest waits here, and costs nothing if its
        caller leaves.
     3. It kills the process if a call is stuck (:mod:`evaluator.serving.patience`), and fails that call.
@@ -75,13 +90,13 @@ class WorkerSupervisor:
         self._delay_s = 0.0
         self._progress = Progress()
         self._process: WorkerProcess | None = None
-        self._calls: dict[int, _SupervisedCall] = {}
+        self._calls: dict[int, SupervisedCall] = {}
         self._ids = itertools.count(1)
-        self._waiting: deque[_SupervisedCall] = deque()
+        self._waiting: deque[SupervisedCall] = deque()
         self._cancelled: list[int] = []
         self._sent = 0
         self._flushing = False
-        self._suspects: deque[_SupervisedCall] = deque()
+        self._suspects: deque[SupervisedCall] = deque()
         self._started = self._stopped = False
         self._stuck: Running | None = None
 
@@ -122,26 +137,36 @@ class WorkerSupervisor:
         """Set how long an idle engine waits for a full batch."""
         self._delay_s = delay_s
         if self._process:
-            self._process.send(channel.Kind.SETTINGS, orjson.dumps({"delay_s": delay_s}))
+            self._process.write([link.frame(link.SETTINGS, orjson.dumps({"delay_s": delay_s}))])
 
-    async def infer(self, call: evaluator_pb2.Call) -> evaluator_pb2.Reply:
-        """Return the reply to a call whose resources are bodies; the reply may hold an error.
+    def submit(self, reqid: bytes, request: link.Buffer, deadline_s: float | None, taker: Taker) -> SupervisedCall:
+        """Run a serialized ``InferRequest`` whose resources are bodies; ``taker`` takes the outcome later.
 
-        Sets the call's id. Cancelling this takes the request back if it has not started. Raises a ServingError if
-        there is no reply.
+        ``deadline_s`` is of the monotonic clock. Raises Unavailable once the supervisor has stopped.
         """
         if self._stopped:
             raise _stopped()
-        call.id = next(self._ids)
-        timeout_s = call.timeout_us / 1e6 or _LONGEST_WITHOUT_DEADLINE_S
-        one = _SupervisedCall(call, time.monotonic() + timeout_s)
-        self._calls[call.id] = one
+        if deadline_s is None:
+            deadline_s = time.monotonic() + _LONGEST_WITHOUT_DEADLINE_S
+        one = SupervisedCall(next(self._ids), reqid, request, deadline_s, taker)
+        self._calls[one.id] = one
         self._waiting.append(one)
-        self._flush_soon()
+        if not self._flushing:
+            self._flush_soon()
+        return one
+
+    async def infer(self, request: evaluator_pb2.InferRequest, timeout_s: float = 0.0) -> link.Reply:
+        """Return the reply to a request whose resources are bodies; the reply may hold an error.
+
+        Cancelling this takes the request back if it has not started. Raises a ServingError if there is no reply.
+        """
+        deadline_s = time.monotonic() + timeout_s if timeout_s else None
+        outcome = _Outcome()
+        one = self.submit(request.reqid.encode(), request.SerializeToString(), deadline_s, outcome)
         try:
-            return await one.answer
+            return await outcome.reply
         except asyncio.CancelledError:
-            self._cancel(one)
+            self.cancel(one)
             raise
 
     @property
@@ -155,14 +180,20 @@ class WorkerSupervisor:
         """The process's id; None while there is no process."""
         return self._process.pid if self._process else None
 
-    def _cancel(self, one: _SupervisedCall) -> None:
+    def cancel(self, one: SupervisedCall) -> None:
+        """Take a call back if it has not started; its taker hears no more of it."""
+        if one.taker is None or one.id not in self._calls:
+            return
+        one.taker = None
+        if one.ended:
+            one.ended.set()
         if one.sent:
             # It may be running: wait for its end, and count it as late from now on.
             one.deadline_s = min(one.deadline_s, time.monotonic())
-            self._cancelled.append(one.call.id)
+            self._cancelled.append(one.id)
             self._flush_soon()
         else:
-            self._calls.pop(one.call.id, None)
+            del self._calls[one.id]
 
     def _flush_soon(self) -> None:
         if not self._flushing:
@@ -170,46 +201,51 @@ class WorkerSupervisor:
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
-        """Send the waiting calls, up to the worker's in-flight window, in one frame."""
+        """Send the waiting calls, up to the worker's in-flight window, together."""
         self._flushing = False
         if self._process is None or self._suspects:
             return
         if self._cancelled:
-            self._process.send(channel.Kind.CANCELLED, orjson.dumps(self._cancelled))
+            self._process.write([link.cancel_frame(self._cancelled)])
             self._cancelled.clear()
-        window = 2 * self.plan.batch_size * self.plan.engines + self.plan.preparers
-        calls: list[_SupervisedCall] = []
-        while self._waiting and self._sent + len(calls) < window:
+        room = self._window() - self._sent
+        calls: list[SupervisedCall] = []
+        while self._waiting and len(calls) < room:
             one = self._waiting.popleft()
-            if one.call.id in self._calls:
+            if one.id in self._calls:
                 calls.append(one)
         if calls:
             self._send(self._process, calls)
 
-    def _send(self, process: WorkerProcess, calls: Sequence[_SupervisedCall]) -> None:
+    def _window(self) -> int:
+        return 2 * self.plan.batch_size * self.plan.engines + self.plan.preparers
+
+    def _send(self, process: WorkerProcess, calls: Sequence[SupervisedCall]) -> None:
         now_s = time.monotonic()
+        parts: list[link.Buffer] = []
         for one in calls:
             one.sent = True
-            one.call.timeout_us = max(1, round((one.deadline_s - now_s) * 1e6))
+            timeout_us = max(1, round((one.deadline_s - now_s) * 1e6))
+            parts += (link.call_head(one.id, timeout_us, 0, one.reqid, b"", len(one.request)), one.request)
         self._sent += len(calls)
-        process.send(channel.Kind.CALLS, *channel.calls([one.call.SerializeToString() for one in calls]))
+        process.write(parts)
 
-    def _take_replies(self, frame: evaluator_pb2.ExchangeResponse) -> None:
-        for reply in frame.replies:
-            if reply.stages.leads and reply.stages.batch_size:
-                self.on_batch(reply.stages.batch_size)
-            one = self._calls.pop(reply.id, None)
-            if one:
-                self._sent -= one.sent
-                self._patience.learn_stages(reply.stages)
-                if not one.answer.done():
-                    one.answer.set_result(reply)
-        if self._waiting:
+    def _take_reply(self, reply: link.Reply) -> None:
+        if reply.leads and reply.batch_size:
+            self.on_batch(reply.batch_size)
+        one = self._calls.pop(reply.id, None)
+        if one:
+            self._sent -= one.sent
+            self._patience.learn(reply.decode_us / 1e6, (reply.forward_us + reply.postprocess_us) / 1e6)
+            _end(one)
+            if one.taker:
+                one.taker.answered(reply)
+        if self._waiting and not self._flushing:
             self._flush_soon()
 
     async def _begin(self) -> WorkerProcess:
         self._progress.clear()
-        process = WorkerProcess(self._progress, self._take_replies)
+        process = WorkerProcess(self._progress, self._take_reply)
         # A suspect runs alone, so its engine must not wait for a full batch.
         delay_s = 0 if self._suspects else self._delay_s
         start = {"cfg": self._config.to_cfg(), "plan": self.plan if self._started else None, "delay_s": delay_s}
@@ -231,11 +267,11 @@ class WorkerSupervisor:
         self._process = process
         while self._suspects and not process.ended.done():
             one = self._suspects[0]
-            if one.call.id in self._calls and not one.answer.done():
-                log.warning("suspect retried", reqid=one.call.request.reqid)
+            if one.id in self._calls and one.taker:
+                log.warning("suspect retried", reqid=one.reqid.decode())
+                one.ended = asyncio.Event()
                 self._send(process, [one])
-                ends: list[asyncio.Future[Any]] = [one.answer, process.ended]
-                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                await _either(one.ended, process.ended)
                 if process.ended.done():
                     return
             self._suspects.popleft()
@@ -254,7 +290,7 @@ class WorkerSupervisor:
         self._suspects = deque(judgement.suspects)
         self._fail(judgement.late, DeadlineExceeded("the net did not answer in time"))
         if judgement.guilty:
-            log.error("worker crashed", reqid=judgement.guilty[0].call.request.reqid)
+            log.error("worker crashed", reqid=judgement.guilty[0].reqid.decode())
             self._fail(judgement.guilty, Internal(_DIED))
         # If the process worked on no call, it may have died of reading one.
         for one in at_work or [one for one in self._calls.values() if one.sent]:
@@ -263,18 +299,19 @@ class WorkerSupervisor:
             one.sent = False
         self._fail([one for one in self._calls.values() if one.deaths >= _MAX_DEATHS], Internal(_DIED))
         # Do not retry a request whose caller has left.
-        for one in [one for one in self._calls.values() if one.answer.done()]:
-            del self._calls[one.call.id]
+        for one in [one for one in self._calls.values() if one.taker is None]:
+            del self._calls[one.id]
         self._sent = 0
         self._cancelled.clear()
         suspects = set(self._suspects)
         self._waiting = deque(one for one in self._calls.values() if one not in suspects)
 
-    def _fail(self, calls: Iterable[_SupervisedCall], error: ServingError) -> None:
+    def _fail(self, calls: Iterable[SupervisedCall], error: ServingError) -> None:
         for one in calls:
-            self._calls.pop(one.call.id, None)
-            if not one.answer.done():
-                one.answer.set_exception(error)
+            self._calls.pop(one.id, None)
+            _end(one)
+            if one.taker:
+                one.taker.failed(error)
 
     async def _watch(self) -> None:
         """Kill the process if a call is stuck, or if the process no longer works at all."""
@@ -307,6 +344,36 @@ class WorkerSupervisor:
     def _is_stuck(self, running: Running, now_s: float) -> bool:
         deadlines_s = [one.deadline_s for id_ in running.ids if (one := self._calls.get(id_))]
         return self._patience.is_over(running, deadlines_s, now_s)
+
+
+class _Outcome:
+    """Takes the outcome of a call into a future."""
+
+    def __init__(self) -> None:
+        self.reply: asyncio.Future[link.Reply] = asyncio.get_running_loop().create_future()
+
+    def answered(self, reply: link.Reply) -> None:
+        if not self.reply.done():
+            self.reply.set_result(reply)
+
+    def failed(self, error: ServingError) -> None:
+        if not self.reply.done():
+            self.reply.set_exception(error)
+
+
+def _end(one: SupervisedCall) -> None:
+    if one.ended:
+        one.ended.set()
+
+
+async def _either(event: asyncio.Event, ended: asyncio.Future[None]) -> None:
+    """Return once the event is set or the process has ended."""
+    waiting = asyncio.create_task(event.wait())
+    try:
+        ends: list[asyncio.Future[Any]] = [waiting, ended]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
 
 
 def _stopped() -> Unavailable:

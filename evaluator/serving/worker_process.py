@@ -10,33 +10,31 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any
 
 import orjson
 
+from atserving import link
 from atserving.errors import StartError
-from atserving.v1 import evaluator_pb2
-from evaluator.worker import channel
 from evaluator.worker.progress import Progress
 
 _SOCKET_BYTES = 4 << 20
 # The last frames of an ended worker arrive at once; its children may keep its end of the socket open.
 _LAST_FRAMES_S = 0.2
 
-Replies = Callable[[evaluator_pb2.ExchangeResponse], None]
+Replied = Callable[[link.Reply], None]
 
 
-class WorkerProcess(asyncio.Protocol):
+class WorkerProcess(link.FrameProtocol):
     """A worker process. ``ended`` is done once the process has ended; it never restarts."""
 
-    def __init__(self, progress: Progress, replies: Replies) -> None:
-        """Start nothing yet. The process calls ``replies`` with each frame of replies."""
+    def __init__(self, progress: Progress, replied: Replied) -> None:
+        """Start nothing yet. The process calls ``replied`` with each reply."""
+        super().__init__()
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._progress = progress
-        self._replies = replies
+        self._replied = replied
         self._started: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._buffer = bytearray()
-        self._transport: asyncio.Transport | None = None
         self._popen: subprocess.Popen[bytes] | None = None
 
     @property
@@ -47,7 +45,7 @@ class WorkerProcess(asyncio.Protocol):
     @property
     def partial_bytes(self) -> int:
         """How much of an incomplete frame has arrived."""
-        return len(self._buffer)
+        return self.reader.partial_bytes
 
     async def start(self, start: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """Start the process with the frame ``start``, and return its start reply. Raises StartError."""
@@ -71,7 +69,7 @@ class WorkerProcess(asyncio.Protocol):
         await loop.create_unix_connection(lambda: self, sock=ours)
         self._pidfd = os.pidfd_open(self._popen.pid)
         loop.add_reader(self._pidfd, self._exited)
-        self.send(channel.Kind.START, orjson.dumps(start))
+        self.write([link.frame(link.START, orjson.dumps(start))])
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._said()
@@ -88,44 +86,25 @@ class WorkerProcess(asyncio.Protocol):
             raise StartError(str(error))
         return said
 
-    def send(self, kind: channel.Kind, *payload: bytes) -> None:
-        """Send a frame, whose payload may come in parts, without waiting: the callers bound what they send."""
-        if self._transport and not self._transport.is_closing():
-            self._transport.writelines([channel.HEAD.pack(kind, sum(map(len, payload))), *payload])
+    def write(self, parts: list[link.Buffer]) -> None:
+        """Send frames in parts, without waiting: the callers bound what they send."""
+        if self.transport and not self.transport.is_closing():
+            self.transport.writelines(parts)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports do not inherit from asyncio's.
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        start = 0
-        while len(self._buffer) - start >= channel.HEAD.size:
-            kind, length = channel.HEAD.unpack_from(self._buffer, start)
-            end = start + channel.HEAD.size + length
-            if length > channel.MAX_BYTES_BACK:
-                self.kill()
-                return
-            if len(self._buffer) < end:
-                break
-            payload = bytes(memoryview(self._buffer)[start + channel.HEAD.size : end])
-            start = end
+    def frame_received(self, kind: int, data: link.Buffer, start: int, end: int) -> None:
+        if kind == link.REPLY:
+            self._replied(link.read_reply(data, start, end))
+        elif kind == link.START and not self._started.done():
             try:
-                self._frame(kind, payload)
-            except Exception:
-                # Malformed: a script wrote to the socket itself.
-                self.kill()
-                return
-        if start:
-            del self._buffer[:start]
-
-    def _frame(self, kind: int, payload: bytes) -> None:
-        if kind == channel.Kind.REPLIES:
-            self._replies(evaluator_pb2.ExchangeResponse.FromString(payload))
-        elif kind == channel.Kind.START and not self._started.done():
-            self._started.set_result(dict(orjson.loads(payload)))
+                self._started.set_result(dict(orjson.loads(data[start:end])))
+            except (TypeError, ValueError):
+                raise link.Malformed("the start reply is no object") from None
         else:
-            raise ValueError(f"a frame of kind {kind}")
+            raise link.Malformed(f"a frame of kind {kind}")
+
+    def malformed(self, reason: str) -> None:
+        # A script wrote to the socket itself.
+        self.kill()
 
     def connection_lost(self, _: Exception | None) -> None:
         self.kill()
@@ -142,8 +121,8 @@ class WorkerProcess(asyncio.Protocol):
     def kill(self) -> None:
         """Kill the process and its group."""
         self._kill_group()
-        if self._transport:
-            self._transport.abort()
+        if self.transport:
+            self.transport.abort()
         self._end()
 
     async def gone(self) -> int | None:
@@ -159,5 +138,5 @@ class WorkerProcess(asyncio.Protocol):
     def _end(self) -> None:
         if not self.ended.done():
             self.ended.set_result(None)
-            if self._transport:
-                self._transport.abort()
+            if self.transport:
+                self.transport.abort()

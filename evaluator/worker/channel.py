@@ -1,80 +1,67 @@
-"""The protocol between front and worker: frames of protobuf or JSON over a socket.
+"""The worker's end of the socket to the front: frames of :mod:`atserving.link`, read and written by blocking calls.
 
-The worker may run a release's script, so the front only parses its frames and never unpickles. Calls and replies are
-the messages between gates and instances (``evaluator.proto``); start and settings are JSON.
+The worker may run a release's script, so the front only parses its frames and never unpickles. START carries JSON: to
+the worker the net's ``cfg``, the plan and the delay, back the plan or the error. SETTINGS carries JSON with what may
+change at run time. Each call gets one reply, also a cancelled one.
 """
 
 from __future__ import annotations
 
 import socket
-import struct
-from collections.abc import Iterator, Sequence
-from enum import IntEnum
-from typing import cast
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from atserving.v1 import evaluator_pb2
+from atserving import link
 
-HEAD = struct.Struct("<BI")
-"""The head of each frame: its kind, and its length in bytes."""
-
-MAX_BYTES_BACK = 128 << 20
-"""The longest frame that the front accepts from a worker, which splits larger groups of replies."""
-
-_LENGTH = struct.Struct("<I")
+_READ_BYTES = 1 << 18
+# A large payload would cost more to copy than a system call of its own.
+_JOIN_BYTES = 1 << 16
 
 
-class Kind(IntEnum):
-    """The kind of a frame."""
+class Frame(NamedTuple):
+    """A frame, whose payload is ``data[start:end]``."""
 
-    START = 1
-    """To the worker: JSON with the net's ``cfg``, the plan and the delay. Back: JSON with the plan, or the error."""
-    SETTINGS = 2
-    """To the worker: JSON with the settings that may change at run time."""
-    CALLS = 3
-    """To the worker: calls, encoded by :func:`calls`."""
-    CANCELLED = 4
-    """To the worker: JSON, the ids of calls whose callers have left."""
-    REPLIES = 5
-    """From the worker: an ExchangeResponse. Each call gets one reply, also a cancelled one."""
+    kind: int
+    data: link.Buffer
+    start: int
+    end: int
+
+    @property
+    def payload(self) -> link.Buffer:
+        return link.part(self.data, self.start, self.end)
 
 
-def send(connection: socket.socket, kind: Kind, payload: bytes) -> None:
-    """Send one frame. Raises OSError if the other end has closed."""
-    head = HEAD.pack(kind, len(payload))
-    if len(payload) < 1 << 16:
-        connection.sendall(head + payload)
-    else:
-        connection.sendall(head)
-        connection.sendall(payload)
+class Channel:
+    """The socket. One thread may read while others write."""
 
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._frames: list[Frame] = []
+        # The front is trusted; a request with fetched resources may exceed the limit of a link.
+        self._reader = link.FrameReader(self._take, max_bytes=1 << 32)
 
-def receive(connection: socket.socket) -> tuple[int, bytes]:
-    """Receive one frame. Raises OSError, and EOFError if the other end has closed."""
-    kind, length = HEAD.unpack(_exactly(connection, HEAD.size))
-    return kind, _exactly(connection, length)
+    def _take(self, kind: int, data: link.Buffer, start: int, end: int) -> None:
+        self._frames.append(Frame(kind, data, start, end))
 
+    def fileno(self) -> int:
+        return self._connection.fileno()
 
-def calls(serialized: Sequence[bytes]) -> list[bytes]:
-    """Return the payload of a frame of calls in parts: each call after its length, without a copy."""
-    return [part for each in serialized for part in (_LENGTH.pack(len(each)), each)]
+    def receive(self, flags: int = 0) -> list[Frame]:
+        """Wait for data, and return the frames that are complete with it.
 
-
-def read_calls(payload: bytes) -> Iterator[evaluator_pb2.Call]:
-    """Decode the calls of a frame."""
-    view, start = memoryview(payload), 0
-    while start < len(view):
-        (length,) = _LENGTH.unpack_from(view, start)
-        start += _LENGTH.size
-        yield evaluator_pb2.Call.FromString(cast(bytes, view[start : start + length]))
-        start += length
-
-
-def _exactly(connection: socket.socket, length: int) -> bytes:
-    # One system call without a copy, unless a signal interrupts it.
-    data = connection.recv(length, socket.MSG_WAITALL) if length else b""
-    while len(data) < length:
-        more = connection.recv(length - len(data), socket.MSG_WAITALL)
-        if not more:
+        Raises EOFError if the front has closed the socket, OSError (BlockingIOError with ``MSG_DONTWAIT``).
+        """
+        data = self._connection.recv(_READ_BYTES, flags)
+        if not data:
             raise EOFError
-        data += more
-    return data
+        self._reader.feed(data)
+        frames, self._frames = self._frames, []
+        return frames
+
+    def send(self, parts: Sequence[link.Buffer]) -> None:
+        """Send frames in parts. Raises OSError if the front has closed the socket."""
+        if sum(map(len, parts)) <= _JOIN_BYTES:
+            self._connection.sendall(b"".join(parts))
+            return
+        for part in parts:
+            self._connection.sendall(part)

@@ -23,6 +23,7 @@ import cv2
 import orjson
 import structlog
 
+from atserving import link
 from atserving.errors import ServingError, StartError
 from atserving.telemetry import configure_logging
 from atserving.v1 import evaluator_pb2
@@ -38,7 +39,7 @@ from evaluator.worker.schedule import Item, Schedule
 
 log = structlog.get_logger()
 
-_REPLY_FRAME_BYTES = 16 << 20
+_MAX_US = (1 << 32) - 1
 
 
 class Worker:
@@ -46,15 +47,18 @@ class Worker:
 
     def __init__(self, connection: socket.socket, progress: Progress) -> None:
         self._connection = connection
+        self._channel = channel.Channel(connection)
         self._progress = progress
         self._sending = threading.Lock()
 
     def run(self) -> None:
         """Load the net, report the outcome, and answer calls until the front closes the socket."""
         try:
-            kind, payload = channel.receive(self._connection)
-            assert kind == channel.Kind.START
-            start = orjson.loads(payload)
+            frames: list[channel.Frame] = []
+            while not frames:
+                frames = self._channel.receive()
+            assert frames[0].kind == link.START
+            start = orjson.loads(frames[0].payload)
         except (EOFError, OSError):
             return
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
@@ -62,16 +66,16 @@ class Worker:
         try:
             runner, plan = load(config, Plan(**start["plan"]) if start["plan"] else None)
         except StartError as error:
-            self._send(channel.Kind.START, orjson.dumps({"error": str(error)}))
+            self._send([link.frame(link.START, orjson.dumps({"error": str(error)}))])
             return
         # The supervisor needs the longest calls to detect a stuck one.
         longest_s = [runner.longest_prepare_s, runner.longest_infer_s]
-        self._send(channel.Kind.START, orjson.dumps({"plan": plan, "longest_s": longest_s}))
+        self._send([link.frame(link.START, orjson.dumps({"plan": plan, "longest_s": longest_s}))])
         self._serve(runner, plan, start["delay_s"], config)
 
     def _serve(self, runner: NetRunner, plan: Plan, delay_s: float, config: NetConfig) -> None:
         schedule = Schedule(batch_size=plan.batch_size, engines=plan.engines, delay_s=delay_s)
-        work = NetWork(runner, _request_folder(config), config.limits.max_bytes)
+        work = NetWork(runner, _request_folder(config), config)
         batcher = Batcher(schedule, work, self._report, self._progress, lanes=plan.lanes)
         threading.Thread(target=self._read, args=(batcher,), name="reader", daemon=True).start()
         for number in range(1, plan.engines + plan.preparers):
@@ -99,15 +103,7 @@ class Worker:
         """Take calls until the front closes the socket, then end the process."""
         try:
             while True:
-                kind, payload = channel.receive(self._connection)
-                match kind:
-                    case channel.Kind.CALLS:
-                        now_s = time.monotonic()
-                        batcher.submit([_item(call, now_s) for call in channel.read_calls(payload)])
-                    case channel.Kind.CANCELLED:
-                        batcher.cancel(orjson.loads(payload))
-                    case channel.Kind.SETTINGS:
-                        batcher.configure(delay_s=orjson.loads(payload)["delay_s"])
+                self._take(self._channel.receive(), batcher)
         except (EOFError, OSError):
             end()
         except BaseException:
@@ -115,27 +111,34 @@ class Worker:
             log.exception("worker failed")
             end()
 
+    def _take(self, frames: Sequence[channel.Frame], batcher: Batcher) -> None:
+        items: list[Item] = []
+        for kind, data, start, end in frames:
+            if kind == link.CALL:
+                items.append(_item(link.read_call(data, start, end), time.monotonic()))
+                continue
+            # Later frames may be about these calls.
+            batcher.submit(items)
+            items = []
+            if kind == link.CANCEL:
+                batcher.cancel(link.read_ids(data, start, end))
+            elif kind == link.SETTINGS:
+                batcher.configure(delay_s=orjson.loads(data[start:end])["delay_s"])
+        if items:
+            batcher.submit(items)
+
     def _report(self, results: Sequence[ItemResult]) -> None:
+        parts: list[link.Buffer] = []
         for result in results:
             if result.item.prepared and result.item.prepared.files:
                 result.item.prepared.files.remove()
-        replies: list[evaluator_pb2.Reply] = []
-        size = 0
-        for result in results:
-            if size > _REPLY_FRAME_BYTES:
-                self._send_replies(replies)
-                replies, size = [], 0
-            replies.append(_reply(result, leads=result is results[0]))
-            size += len(result.outcome.json or result.outcome.stream or "") if isinstance(result.outcome, Result) else 0
-        self._send_replies(replies)
+            parts += _reply(result, leads=result is results[0])
+        self._send(parts)
 
-    def _send_replies(self, replies: Sequence[evaluator_pb2.Reply]) -> None:
-        self._send(channel.Kind.REPLIES, evaluator_pb2.ExchangeResponse(replies=replies).SerializeToString())
-
-    def _send(self, kind: channel.Kind, payload: bytes) -> None:
+    def _send(self, parts: Sequence[link.Buffer]) -> None:
         try:
             with self._sending:
-                channel.send(self._connection, kind, payload)
+                self._channel.send(parts)
         except OSError:
             end()
 
@@ -143,22 +146,25 @@ class Worker:
 class NetWork:
     """The work of the batcher's threads: prepares requests and runs the net."""
 
-    def __init__(self, runner: NetRunner, folder: Path | None, max_bytes: int) -> None:
+    def __init__(self, runner: NetRunner, folder: Path | None, config: NetConfig) -> None:
         """``folder`` holds the resources of requests as files; None if the net needs no files."""
         self._runner = runner
         self._folder = folder
-        self._max_bytes = max_bytes
+        self._max_bytes = config.limits.max_bytes
+        # Built-in nets take one image; a script may take groups.
+        self._built_in = None if config.script else config.net
 
     def prepare(self, item: Item) -> Prepared:
         """Read and prepare a call's request. Raises a ServingError."""
-        request: evaluator_pb2.InferRequest = item.request
-        req = request_codec.read(request, self._max_bytes)
+        call: link.Call = item.request
+        reqid = call.reqid.decode()
+        req = request_codec.read(call.request, self._max_bytes, self._built_in)
         if not self._folder:
-            return self._runner.prepare(request.reqid, req)
+            return self._runner.prepare(reqid, req)
         files = request_codec.Files(self._folder)
         try:
             files.write(req)
-            return self._runner.prepare(request.reqid, req, files)
+            return self._runner.prepare(reqid, req, files)
         except ServingError:
             files.remove()
             raise
@@ -191,28 +197,31 @@ def _request_folder(config: NetConfig) -> Path | None:
     return config.workspace / "requests" if config.script and config.workspace else None
 
 
-def _item(call: evaluator_pb2.Call, now_s: float) -> Item:
+def _item(call: link.Call, now_s: float) -> Item:
     expires_s = now_s + call.timeout_us / 1e6 if call.timeout_us else math.inf
-    return Item(call.id, call.request, now_s, expires_s)
+    return Item(call.id, call, now_s, expires_s)
 
 
-def _reply(result: ItemResult, leads: bool) -> evaluator_pb2.Reply:
-    return evaluator_pb2.Reply(
-        id=result.item.id,
-        response=_response(result.outcome),
-        stages=evaluator_pb2.Stages(
-            decode_us=_us(result.item.prepare_s),
-            queue_us=_us(result.queue_s),
-            forward_us=_us(result.forward_s),
-            postprocess_us=_us(result.postprocess_s),
-            batch_size=result.batch_size,
-            leads=leads,
-        ),
+def _reply(result: ItemResult, leads: bool) -> tuple[bytes, bytes]:
+    """Return a REPLY frame in two parts."""
+    outcome = result.outcome
+    response = _response(outcome).SerializeToString()
+    head = link.reply_head(
+        result.item.id,
+        link.ERROR if isinstance(outcome, ServingError) else link.RESULT,
+        _us(result.item.prepare_s),
+        _us(result.queue_s),
+        _us(result.forward_s),
+        _us(result.postprocess_s),
+        result.batch_size,
+        leads,
+        len(response),
     )
+    return head, response
 
 
 def _us(seconds: float) -> int:
-    return max(0, round(seconds * 1e6))
+    return min(max(0, round(seconds * 1e6)), _MAX_US)
 
 
 def _response(outcome: Any) -> evaluator_pb2.InferResponse:

@@ -7,19 +7,30 @@ import secrets
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import structlog
+from google.protobuf.message import DecodeError
 
+from atserving import link
 from atserving.errors import Internal, InvalidArgument
 from atserving.v1 import evaluator_pb2, serving_pb2
+from evaluator.limits import check_request
 from evaluator.net_contract import Req
 
 log = structlog.get_logger()
 
 
-def read(request: evaluator_pb2.InferRequest, max_bytes: int) -> Req:
-    """Return the request. Its resources are bodies of at most ``max_bytes`` each. Raises InvalidArgument."""
+def read(serialized: link.Buffer, max_bytes: int, built_in: str | None) -> Req:
+    """Return the request of a serialized ``InferRequest``. Its resources are bodies of at most ``max_bytes`` each.
+
+    ``built_in`` names the built-in net; None for a script. Raises InvalidArgument.
+    """
+    try:
+        request = evaluator_pb2.InferRequest.FromString(cast(bytes, serialized))
+    except DecodeError:
+        raise InvalidArgument("the request is malformed") from None
+    check_request(request, built_in)
     data = [_data(resource, max_bytes) for resource in request.data]
     req: Req = {"data": data if request.group or len(data) != 1 else data[0]}
     if request.params_json:

@@ -16,7 +16,7 @@ from bench import workload
 from tests.evaluator.built_in import config, loaded
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("atserving", "bench", "evaluator", "examples", "registry")
+PACKAGES = ("atserving", "bench", "evaluator", "examples", "gate", "registry")
 
 
 @pytest.fixture

@@ -19,23 +19,21 @@ from atserving import transport
 from atserving.local.mesh import Mesh
 from atserving.v1 import (
     evaluator_pb2,
-    evaluator_pb2_grpc,
     registry_pb2,
     registry_pb2_grpc,
     serving_pb2,
     serving_pb2_grpc,
 )
-from evaluator.serving.stream import GateStream
 from tests.e2e.client import Client
+from tests.instance import ScriptedInstance
 from tests.waiting import until_async
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 STREAM = bytes(range(256)) * 100_000
-Context = grpc.aio.ServicerContext[evaluator_pb2.ExchangeRequest, evaluator_pb2.ExchangeResponse]
 
 
-class Obedient(evaluator_pb2_grpc.EvaluatorServiceServicer):
+class Obedient:
     """An evaluator that returns the result that the request's params ask for."""
 
     def __init__(self) -> None:
@@ -43,13 +41,7 @@ class Obedient(evaluator_pb2_grpc.EvaluatorServiceServicer):
         self.hanging = asyncio.Event()
         self.cancelled = asyncio.Event()
 
-    async def Exchange(  # type: ignore[override]
-        self, request_iterator: AsyncIterator[evaluator_pb2.ExchangeRequest], context: Context
-    ) -> None:
-        await GateStream(self._infer).run(request_iterator, context.write)
-
-    async def _infer(self, call: evaluator_pb2.Call) -> evaluator_pb2.InferResponse:
-        request = call.request
+    async def infer(self, request: evaluator_pb2.InferRequest) -> evaluator_pb2.InferResponse:
         self.asked += 1
         params = orjson.loads(request.params_json or "{}")
         match params:
@@ -71,9 +63,9 @@ class Obedient(evaluator_pb2_grpc.EvaluatorServiceServicer):
 @pytest_asyncio.fixture(loop_scope="session")
 async def net(mesh: Mesh, client: Client) -> AsyncIterator[Obedient]:
     """The app `obedient`, with one instance, in this process."""
-    servicer, server = Obedient(), transport.Server([])
-    evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(servicer, server.grpc)
-    address = f"127.0.0.1:{await server.start('127.0.0.1:0')}"
+    net = Obedient()
+    server = ScriptedInstance(net.infer, "obedient", "v1", "test")
+    address = (await server.start()).address
     instance = registry_pb2.Instance(app="obedient", version="v1", id="test", address=address, capacity=8)
     release = registry_pb2.Release(
         name="obedient", version="v1", file="file:///none", phase=registry_pb2.PHASE_PRODUCTION
@@ -88,9 +80,9 @@ async def net(mesh: Mesh, client: Client) -> AsyncIterator[Obedient]:
             return (await client.bytes("/v1/eval/obedient", b"x")).status == 200
 
         await until_async(serves, what="the instance serves")
-        yield servicer
+        yield net
         await registry.DeregisterInstance(registry_pb2.DeregisterInstanceRequest(instance=instance))
-    await server.stop(0)
+    await server.stop()
 
 
 def ask(**params: object) -> dict[str, object]:

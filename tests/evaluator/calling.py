@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -26,7 +28,15 @@ def address(process: Process) -> str:
 @asynccontextmanager
 async def connected(process: Process) -> AsyncIterator[EvaluatorConnection]:
     """Connect to an evaluator."""
-    instance = Instance(app="any", version="any", id="any", address=address(process), capacity=1)
+    registered = process.logged("address", "instance", event="instance registered")
+    named = process.logged("app", "version")
+    instance = Instance(
+        app=named["app"],
+        version=named["version"],
+        id=registered["instance"],
+        address=registered["address"],
+        capacity=1,
+    )
     connection = EvaluatorConnection(instance, connect_timeout_s=PATIENCE_S)
     try:
         yield connection
@@ -34,7 +44,20 @@ async def connected(process: Process) -> AsyncIterator[EvaluatorConnection]:
         await connection.close()
 
 
-async def infer(process: Process, *data: Resource, timeout: float = 30, **fields: Any) -> InferResponse:
+def ask(
+    connection: EvaluatorConnection,
+    request: InferRequest,
+    timeout_s: float = 30,
+    reqid: str = "",
+    traceparent: str | None = None,
+) -> asyncio.Future[InferResponse]:
+    """Send a request over a connection."""
+    return connection.ask(request, time.monotonic() + timeout_s, reqid, traceparent)
+
+
+async def infer(
+    process: Process, *data: Resource, timeout: float = 30, reqid: str = "", **fields: Any
+) -> InferResponse:
     """Send one request over a connection of its own."""
     async with connected(process) as evaluator:
-        return await evaluator.infer(InferRequest(data=data, **fields), timeout, None)
+        return await ask(evaluator, InferRequest(data=data, **fields), timeout, reqid)

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from atserving.errors import ServingError
-from atserving.v1.evaluator_pb2 import Call, InferRequest, InferResponse, Reply
+from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
 from atserving.v1.serving_pb2 import Resource
 from evaluator.net_config import NetConfig
 from evaluator.serving.supervisor import WorkerSupervisor
@@ -191,9 +191,9 @@ class BlockingSupervisor:
         async def ask() -> Outcome:
             try:
                 async with asyncio.timeout(timeout_s or None):
-                    reply: Reply = await self.supervisor.infer(Call(request=request, timeout_us=int(timeout_s * 1e6)))
-                failed = reply.response.HasField("error")
-                return ServingError.from_proto(reply.response.error) if failed else reply.response
+                    reply = await self.supervisor.infer(request, timeout_s)
+                response = InferResponse.FromString(bytes(reply.response))
+                return ServingError.from_proto(response.error) if response.HasField("error") else response
             except ServingError as error:
                 return error
 
@@ -227,8 +227,8 @@ class BlockingSupervisor:
         """Close the supervisor's end of the socket, as the end of its process would."""
         process = self.supervisor._process
         assert process
-        assert process._transport
-        self._loop.call_soon_threadsafe(process._transport.close)
+        assert process.transport
+        self._loop.call_soon_threadsafe(process.transport.close)
 
     def pid(self) -> int:
         """Send a request, and return the id of the process that replied."""

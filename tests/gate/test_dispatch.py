@@ -10,11 +10,9 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
-import grpc.aio
 import pytest
 
-from atserving import transport
-from atserving.config import AppMetadata, ConfigValue, Instance, Release, WorkerConfig, release_key
+from atserving.config import AppMetadata, ConfigValue, Release, WorkerConfig, release_key
 from atserving.errors import (
     DeadlineExceeded,
     InvalidArgument,
@@ -24,22 +22,21 @@ from atserving.errors import (
     Unauthenticated,
     Unavailable,
 )
-from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc, serving_pb2
-from evaluator.serving.stream import GateStream
+from atserving.v1 import evaluator_pb2, serving_pb2
 from gate import dispatch
 from gate.admission import Caller
 from gate.batch import run_batch
 from gate.connection import EvaluatorConnection
 from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
 from gate.router import LINGER_S, Router
+from tests.instance import ScriptedInstance
 
-Context = grpc.aio.ServicerContext[evaluator_pb2.ExchangeRequest, evaluator_pb2.ExchangeResponse]
 FULL = evaluator_pb2.Error(code=429, status=429, message="full", retry_after_ms=1500, refused=True)
 DRAINING = evaluator_pb2.Error(code=503, status=503, message="draining", refused=True)
 
 
 @dataclass
-class Evaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
+class Evaluator:
     """An evaluator that replies with its name or with an error, at once or when ``hold`` is set."""
 
     name: str
@@ -52,15 +49,8 @@ class Evaluator(evaluator_pb2_grpc.EvaluatorServiceServicer):
     four_in_flight: asyncio.Event = field(default_factory=asyncio.Event)
     in_flight: int = 0
     most_in_flight: int = 0
-    port: int = 0
 
-    async def Exchange(  # type: ignore[override]
-        self, request_iterator: AsyncIterator[evaluator_pb2.ExchangeRequest], context: Context
-    ) -> None:
-        await GateStream(self._infer).run(request_iterator, context.write)
-
-    async def _infer(self, call: evaluator_pb2.Call) -> evaluator_pb2.InferResponse:
-        request = call.request
+    async def infer(self, request: evaluator_pb2.InferRequest) -> evaluator_pb2.InferResponse:
         self.received.append(request)
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
@@ -103,17 +93,14 @@ class Mesh:
     def delete(self, key: str) -> None:
         self.router.apply({}, {key})
 
-    async def add(self, evaluator: Evaluator, version: str = "v1") -> grpc.aio.Server:
+    async def add(self, evaluator: Evaluator, version: str = "v1") -> ScriptedInstance:
         """Start an evaluator and register its instance."""
-        server = transport.Server([])
-        evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(evaluator, server.grpc)
-        evaluator.port = await server.start("127.0.0.1:0")
-        self._stack.push_async_callback(server.stop, 0)
-        address = f"127.0.0.1:{evaluator.port}"
-        instance = Instance(app="app", version=version, id=evaluator.name, address=address, capacity=8)
+        server = ScriptedInstance(evaluator.infer, "app", version, evaluator.name)
+        instance = await server.start()
+        self._stack.push_async_callback(server.stop)
         self.put(instance.key, instance)
         self.instance_keys.add(instance.key)
-        return server.grpc
+        return server
 
     async def eval(self, timeout_s: float | None = None, *, uri: str = "", params: str = "") -> str:
         """Return the JSON result of a task."""
@@ -195,7 +182,7 @@ async def test_error_of_the_net_is_not_retried(mesh: Mesh) -> None:
 async def test_request_to_an_unreachable_instance_is_retried_on_another(mesh: Mesh) -> None:
     for name in "bc":
         server = await mesh.add(Evaluator(name))
-        await server.stop(0)
+        await server.stop()
     await mesh.add(Evaluator("a"))
     assert {await mesh.eval() for _ in range(20)} == {'"a:"'}
 
@@ -206,7 +193,7 @@ async def test_request_in_flight_on_a_lost_instance_is_retried_on_another(mesh: 
     request = asyncio.create_task(mesh.eval())
     await lost.entered.wait()
     await mesh.add(Evaluator("b"))
-    await server.stop(0)
+    await server.stop()
     assert await request == '"b:"'
 
 
@@ -229,7 +216,7 @@ async def test_request_that_crashes_instances_is_tried_on_two_at_most(mesh: Mesh
     evaluators = [Evaluator(name, hold=asyncio.Event()) for name in "abc"]
     for evaluator in evaluators:
         server = await mesh.add(evaluator)
-        evaluator.on_request = lambda server=server: asyncio.ensure_future(server.stop(0))
+        evaluator.on_request = lambda server=server: asyncio.ensure_future(server.stop())
     with pytest.raises(Unavailable, match="2 instances of app 'app' were lost under this request"):
         await mesh.eval()
     assert sum(len(each.received) for each in evaluators) == 2

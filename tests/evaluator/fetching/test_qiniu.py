@@ -32,7 +32,7 @@ from evaluator.fetching.addresses import AddressPolicy
 from evaluator.fetching.qiniu import QiniuConfig, read_config
 from evaluator.fetching.release import fetch_release
 from evaluator.fetching.resources import ResourceFetcher
-from tests.evaluator.calling import connected
+from tests.evaluator.calling import ask, connected
 from tests.evaluator.digits import DIGITS
 from tests.name_server import ScriptedNames, scripted_names
 from tests.processes import Registry, evaluator
@@ -511,7 +511,7 @@ async def test_an_evaluator_serves_from_kodo_and_logs_no_keys(kodo: Kodo, regist
     try:
         async with connected(process) as connection:
             outcomes = [
-                await connection.infer(InferRequest(data=[Resource(uri=uri)]), 30, None)
+                await ask(connection, InferRequest(data=[Resource(uri=uri)]))
                 for uri in ("qiniu://z0/photos/7.png", "qiniu://z0/photos/none", "qiniu://z0/models/digits.tar")
             ]
         assert orjson.loads(outcomes[0].result_json)["confidences"][0]["class"] == "seven"

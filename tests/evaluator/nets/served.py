@@ -16,7 +16,7 @@ from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
 from atserving.v1.serving_pb2 import Resource
 from gate.connection import EvaluatorConnection
 from tests.evaluator.built_in import Array, png
-from tests.evaluator.calling import connected
+from tests.evaluator.calling import ask, connected
 from tests.processes import Process, Registry, evaluator
 
 Box = Sequence[float]
@@ -29,7 +29,7 @@ class RunningRelease:
         self._connection = connection
 
     async def ask(self, body: bytes, params: str = "{}") -> InferResponse:
-        return await self._connection.infer(InferRequest(data=[Resource(body=body)], params_json=params), 30, None)
+        return await ask(self._connection, InferRequest(data=[Resource(body=body)], params_json=params))
 
     async def result(self, body: bytes, **params: Any) -> dict[str, Any]:
         response = await self.ask(body, orjson.dumps(params).decode())

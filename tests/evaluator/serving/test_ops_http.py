@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from atserving.v1.evaluator_pb2 import InferRequest
 from atserving.v1.serving_pb2 import Resource
-from tests.evaluator.calling import DIGIT, connected, infer
+from tests.evaluator.calling import DIGIT, ask, connected, infer
 from tests.evaluator.digits import digits_tar
 from tests.processes import Process, Registry, evaluator, start_evaluator
 from tests.waiting import until
@@ -161,7 +161,7 @@ async def test_instance_ends_if_its_net_can_not_be_loaded_again(registry: Regist
     with evaluator(registry, "unstartable", "v1", "--status-file", str(file)) as process:
         await until(lambda: registry.instances("unstartable"))
         async with connected(process) as gate:
-            requests = [gate.infer(_request(die), 30, None) for die in ("true", "false")]
+            requests = [ask(gate, _request(die)) for die in ("true", "false")]
             died, other = await asyncio.gather(*requests)
         assert died.HasField("error")
         # A gate retries a refused request on another instance.

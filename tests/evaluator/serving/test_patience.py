@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atserving.v1.evaluator_pb2 import Stages
 from evaluator.serving.patience import LEAST_S, MOST_S, Patience
 from evaluator.worker.progress import Running
 
@@ -60,13 +59,6 @@ def test_preparation_and_inference_have_their_own_patience(preparing: bool, limi
     patience = Patience(math.inf)
     patience.learn(prepare_s=0.3, infer_s=0.6)
     assert_patience(patience, limit_s, preparing=preparing)
-
-
-def test_patience_learns_from_the_stages_of_a_reply() -> None:
-    patience = Patience(math.inf)
-    patience.learn_stages(Stages(decode_us=200_000, queue_us=9_000_000, forward_us=300_000, postprocess_us=100_000))
-    for preparing, limit_s in ((True, 2.0), (False, 4.0)):
-        assert_patience(patience, limit_s, preparing=preparing)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from atserving import transport
-from atserving.v1 import evaluator_pb2
+from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
 from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
 from atserving.v1.serving_pb2 import Resource
 from gate.connection import TransportError
-from tests.evaluator.calling import DIGIT, address, connected, infer
+from tests.evaluator.calling import DIGIT, address, ask, connected, infer
 from tests.evaluator.digits import DIGITS, digits_tar
 from tests.processes import Process, Registry, evaluator
 from tests.waiting import until
@@ -69,7 +69,7 @@ def digits(registry: Registry) -> Iterator[Process]:
 async def test_classifier_names_every_digit(digits: Process) -> None:
     async with connected(digits) as evaluator:
         requests = {path: InferRequest(data=[Resource(body=path.read_bytes())]) for path in sorted(IMAGES.glob("?.*"))}
-        responses = await asyncio.gather(*(evaluator.infer(each, 30, None) for each in requests.values()))
+        responses = await asyncio.gather(*(ask(evaluator, each) for each in requests.values()))
     for path, response in zip(requests, responses, strict=True):
         result = orjson.loads(response.result_json)
         assert [list(result), list(result["confidences"][0])] == [["confidences"], ["index", "class", "score"]]
@@ -145,9 +145,9 @@ async def test_unreachable_host_gives_code_502(digits: Process) -> None:
 
 async def test_each_request_has_one_line_in_the_log(digits: Process) -> None:
     async with connected(digits) as evaluator:
-        request = InferRequest(data=[DIGIT], reqid="one-line")
-        await evaluator.infer(request, 30, "00-abc-def-01")
-        await evaluator.infer(InferRequest(data=[Resource(body=b"x")], reqid="bad-line"), 30, None)
+        request = InferRequest(data=[DIGIT])
+        await ask(evaluator, request, reqid="one-line", traceparent="00-abc-def-01")
+        await ask(evaluator, InferRequest(data=[Resource(body=b"x")]), reqid="bad-line")
     good, bad = digits.logged(reqid="one-line"), digits.logged(reqid="bad-line")
     stages = ["fetch_ms", "decode_ms", "queue_ms", "forward_ms", "total_ms"]
     assert all(good[stage] >= 0 for stage in stages)
@@ -169,6 +169,21 @@ async def test_server_has_health_checks_and_reflection(digits: Process) -> None:
         assert service in listed
 
 
+async def test_direct_caller_gets_its_answers_over_grpc(digits: Process) -> None:
+    async with transport.channel(address(digits)) as channel:
+        data = "data:image/png;base64," + base64.b64encode(DIGIT.body).decode()
+        requests = {1: InferRequest(data=[DIGIT], reqid="direct"), 2: InferRequest(data=[Resource(uri=data)])}
+        requests[3] = InferRequest()
+        calls = [evaluator_pb2.Call(id=id_, request=request) for id_, request in requests.items()]
+        stream = evaluator_pb2_grpc.EvaluatorServiceStub(channel).Exchange(
+            iter([evaluator_pb2.ExchangeRequest(calls=calls)])
+        )
+        replies = {reply.id: reply.response async for frame in stream for reply in frame.replies}
+    assert [orjson.loads(replies[id_].result_json)["confidences"][0]["class"] for id_ in (1, 2)] == ["seven"] * 2
+    assert replies[3].error.message == "the request has no data"
+    assert digits.logged(reqid="direct")["code"] == 0
+
+
 async def test_full_instance_refuses_at_once_and_a_cancelled_request_frees_capacity(
     registry: Registry, slow_host: SlowHost
 ) -> None:
@@ -176,15 +191,15 @@ async def test_full_instance_refuses_at_once_and_a_cancelled_request_frees_capac
     registry.put("worker/app/full/release/v1", {"max_concurrent": 1})
     with evaluator(registry, "full", "v1", *LOOPBACK) as process:
         async with connected(process) as full:
-            request = InferRequest(data=[Resource(uri=slow_host.url)], reqid="in-flight")
-            in_flight = asyncio.create_task(full.infer(request, 30, None))
+            request = InferRequest(data=[Resource(uri=slow_host.url)])
+            in_flight = ask(full, request, reqid="in-flight")
             await slow_host.asked.wait()
-            error = (await full.infer(InferRequest(data=[DIGIT]), 30, None)).error
+            error = (await ask(full, InferRequest(data=[DIGIT]))).error
             assert (error.code, error.status, error.refused) == (429, 429, True)
             assert error.retry_after_ms > 0
             in_flight.cancel()
             assert (await asyncio.to_thread(process.logged, reqid="in-flight"))["code"] == 499
-            assert (await full.infer(InferRequest(data=[DIGIT]), 30, None)).result_json
+            assert (await ask(full, InferRequest(data=[DIGIT]))).result_json
 
 
 async def test_request_is_cancelled_after_its_deadline(registry: Registry, slow_host: SlowHost) -> None:
@@ -220,12 +235,12 @@ async def test_draining_instance_finishes_requests_in_flight_and_refuses_others(
     with evaluator(registry, "draining", "v1", *LOOPBACK) as process:
         async with connected(process) as draining:
             request = InferRequest(data=[Resource(uri=slow_host.url)])
-            in_flight = asyncio.ensure_future(draining.infer(request, 30, None))
+            in_flight = ask(draining, request)
             await slow_host.asked.wait()
             process.terminate()
             await asyncio.to_thread(process.logged, event="instance deregistered")
             assert registry.instances("draining") == []
-            error = (await draining.infer(InferRequest(data=[DIGIT]), 30, None)).error
+            error = (await ask(draining, InferRequest(data=[DIGIT]))).error
             assert (error.code, error.refused) == (503, True)
             slow_host.unblocked.set()
             assert orjson.loads((await in_flight).result_json)["confidences"][0]["class"] == "seven"
@@ -238,7 +253,7 @@ async def test_grace_bounds_the_time_of_draining(registry: Registry, slow_host: 
     with evaluator(registry, "graceless", "v1", *LOOPBACK, "--grace", "0") as process:
         async with connected(process) as draining:
             request = InferRequest(data=[Resource(uri=slow_host.url)])
-            in_flight = asyncio.ensure_future(draining.infer(request, 30, None))
+            in_flight = ask(draining, request)
             await slow_host.asked.wait()
             process.terminate()
             assert await asyncio.to_thread(process.wait) == 0
@@ -275,17 +290,17 @@ async def test_script_replies_and_its_crashes_fail_no_other_request(registry: Re
     with evaluator(registry, "script") as process:
         async with connected(process) as script:
 
-            async def ask(do: str, *data: Resource, timeout: float = 30, **fields: Any) -> InferResponse:
-                request = InferRequest(data=data or [DIGIT], params_json=f'{{"do": "{do}"}}', **fields)
-                return await script.infer(request, timeout, None)
+            async def do(what: str, *data: Resource, timeout: float = 30, **fields: Any) -> InferResponse:
+                request = InferRequest(data=data or [DIGIT], params_json=f'{{"do": "{what}"}}', **fields)
+                return await ask(script, request, timeout)
 
             size = len(DIGIT.body)
-            assert orjson.loads((await ask("answer")).result_json) == {"sizes": [size], "group": False}
-            pair = await ask("answer", DIGIT, Resource(body=b"12"), group=True)
+            assert orjson.loads((await do("answer")).result_json) == {"sizes": [size], "group": False}
+            pair = await do("answer", DIGIT, Resource(body=b"12"), group=True)
             assert orjson.loads(pair.result_json) == {"sizes": [size, 2], "group": True}
-            stream = await ask("stream")
+            stream = await do("stream")
             assert (stream.stream, stream.message) == (bytes(3), "bytes")
-            died, *others = await asyncio.gather(ask("die"), *(ask("answer") for _ in range(8)))
+            died, *others = await asyncio.gather(do("die"), *(do("answer") for _ in range(8)))
             assert (died.error.code, died.error.message) == (500, "the net's process died")
             assert all(orjson.loads(other.result_json)["sizes"] == [size] for other in others)
 
@@ -295,9 +310,9 @@ async def test_script_replies_and_its_crashes_fail_no_other_request(registry: Re
             stuck: list[asyncio.Task[InferResponse]] = []
             # On a busy machine a deadline may pass before the call has begun.
             while not asleep():
-                stuck.append(asyncio.create_task(ask("sleep", timeout=2 << len(stuck))))
+                stuck.append(asyncio.create_task(do("sleep", timeout=2 << len(stuck))))
                 await until(lambda: asleep() or stuck[-1].done())
-            others = await asyncio.gather(*(ask("answer") for _ in range(8)))
+            others = await asyncio.gather(*(do("answer") for _ in range(8)))
             assert all(orjson.loads(other.result_json)["sizes"] == [size] for other in others)
             for each in stuck:
                 # The instance fails the call, unless the caller gives up first.

@@ -1,0 +1,189 @@
+"""The instance's end of the links from gates (:mod:`atserving.link`)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from typing import Protocol
+
+from google.protobuf.message import DecodeError
+
+from atserving import link
+from atserving.config import Instance
+from atserving.deadlines import Deadlines
+from atserving.v1 import evaluator_pb2
+
+# Resuming for each single reply would cost more than it brings.
+_FEW_OPEN = link.MOST_OPEN * 3 // 4
+
+
+class Replier(Protocol):
+    """Takes the reply to a call."""
+
+    def reply(self, reply: link.Reply) -> None:
+        """Send the reply; its id is the call's."""
+
+
+class Request(Protocol):
+    """A call that an instance works on. It replies once, unless it was abandoned."""
+
+    ended: bool
+
+    def abandon(self) -> None:
+        """End it without a reply, since its caller has left."""
+
+    def expire(self) -> None:
+        """End it with an error, since its deadline has passed."""
+
+
+class Answerer(Protocol):
+    """Answers calls."""
+
+    def begin(self, call: link.Call, replier: Replier) -> Request:
+        """Begin a call. It may already have its reply on return."""
+
+
+class LinkServer:
+    """Makes the instance's end of each link. It refuses gates until it serves."""
+
+    def __init__(self) -> None:
+        self.links: set[GateLink] = set()
+        self.answerer: Answerer | None = None
+        self.instance: Instance | None = None
+        self._all_closed = asyncio.Event()
+        self._all_closed.set()
+
+    def serve(self, instance: Instance, answerer: Answerer) -> None:
+        """Take the calls of gates that look for this instance."""
+        self.instance, self.answerer = instance, answerer
+
+    def connect(self) -> GateLink:
+        """Return the end of a new connection."""
+        return GateLink(self)
+
+    async def stop(self, grace_s: float) -> None:
+        """Close all links after what waits to be sent; abort those that are still open after ``grace_s``."""
+        for each in list(self.links):
+            each.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._all_closed.wait()
+        self.abort()
+
+    def abort(self) -> None:
+        """End all links at once."""
+        for each in list(self.links):
+            each.abort()
+
+    def entered(self, each: GateLink) -> None:
+        """Count an open link."""
+        self.links.add(each)
+        self._all_closed.clear()
+
+    def left(self, each: GateLink) -> None:
+        """Forget a link that has ended."""
+        self.links.discard(each)
+        if not self.links:
+            self._all_closed.set()
+
+
+class GateLink(link.Link):
+    """The instance's end of one link. If the gate leaves, it abandons all its calls."""
+
+    def __init__(self, server: LinkServer) -> None:
+        super().__init__()
+        self._server = server
+        self._answerer: Answerer | None = None
+        self._last_id = 0
+        self._requests: dict[int, Request] = {}
+        self._deadlines = Deadlines(self._requests, self._expire)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._server.entered(self)
+        self.send(link.PREFACE)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        self._server.left(self)
+        self._deadlines.close()
+        for request in list(self._requests.values()):
+            request.abandon()
+        self._requests.clear()
+
+    def frame_received(self, kind: int, data: link.Buffer, start: int, end: int) -> None:
+        if self._answerer is None:
+            if kind != link.HELLO:
+                raise link.Malformed("the gate did not begin with a HELLO")
+            self._greet(data, start, end)
+        elif kind == link.CALL:
+            self._begin(link.read_call(data, start, end), self._answerer)
+        elif kind == link.CANCEL:
+            for id_ in link.read_ids(data, start, end):
+                request = self._requests.pop(id_, None)
+                if request:
+                    request.abandon()
+        elif kind != link.ALIVE:
+            raise link.Malformed(f"a frame of kind {kind}")
+
+    def _greet(self, data: link.Buffer, start: int, end: int) -> None:
+        try:
+            wanted = evaluator_pb2.Hello.FromString(bytes(data[start:end]))
+        except DecodeError:
+            raise link.Malformed("the HELLO is malformed") from None
+        own = self._server.instance
+        if own is None:
+            self._refuse(evaluator_pb2.Hello(refusal="the net is still being loaded"))
+            return
+        hello = evaluator_pb2.Hello(app=own.app, version=own.version, instance=own.id)
+        if hello != wanted:
+            hello.refusal = f"this is instance {own.id!r} of app {own.app!r}, not {wanted.instance!r}"
+            self._refuse(hello)
+            return
+        self._answerer = self._server.answerer
+        self.send(link.frame(link.HELLO, hello.SerializeToString()))
+
+    def _refuse(self, hello: evaluator_pb2.Hello) -> None:
+        self.send(link.frame(link.HELLO, hello.SerializeToString()))
+        self.close()
+
+    def _begin(self, call: link.Call, answerer: Answerer) -> None:
+        if call.id <= self._last_id:
+            raise link.Malformed("the ids of calls do not rise")
+        self._last_id = call.id
+        request = answerer.begin(call, self)
+        if request.ended:
+            return
+        self._requests[call.id] = request
+        if call.timeout_us:
+            self._deadlines.add(time.monotonic() + call.timeout_us / 1e6, call.id)
+        if len(self._requests) >= link.MOST_OPEN:
+            self.pause()
+
+    def reply(self, reply: link.Reply) -> None:
+        self._requests.pop(reply.id, None)
+        response = reply.response
+        self.send(link.reply_head(*reply[:-1], len(response)), response)
+        if self.paused and self.writable and len(self._requests) <= _FEW_OPEN:
+            self.resume()
+
+    def _expire(self, id_: int) -> None:
+        self._requests[id_].expire()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # A gate that does not read its replies must not send more calls.
+        self.pause()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if len(self._requests) <= _FEW_OPEN:
+            self.resume()
+
+    def close(self) -> None:
+        """Close the connection after what waits to be sent."""
+        self.flush()
+        self.reader.reads = False
+        if self.transport:
+            self.transport.close()

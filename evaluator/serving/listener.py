@@ -1,0 +1,157 @@
+"""One port for gates and for gRPC: the first bytes of a connection tell which protocol it speaks."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import cast
+
+from atserving import link
+from atserving.errors import StartError
+
+# A connection that sends nothing says nothing of its protocol.
+_FIRST_BYTES_S = 10.0
+_BACKLOG = 1024
+_ANY = ("", "*", "[::]")
+_ANY_IPV4 = "0.0.0.0"  # noqa: S104 - an operator asks for it
+
+Factory = Callable[[], asyncio.Protocol]
+
+
+class Listener:
+    """Listens on a port, and hands each connection to the protocol that its first bytes name."""
+
+    def __init__(self, linked: Factory, other: Factory) -> None:
+        """``linked`` makes the protocol of links, ``other`` that of all other connections."""
+        self._linked = linked
+        self._other = other
+        self._server: asyncio.Server | None = None
+
+    async def start(self, listen: str) -> int:
+        """Listen on ``host:port`` (port 0: any free port) and return the port. Raises StartError."""
+        loop = asyncio.get_running_loop()
+        try:
+            own = await loop.run_in_executor(None, _socket, listen)
+        except (OSError, OverflowError):
+            raise StartError(f"cannot listen on {listen}: the address is in use or not this machine's") from None
+        self._server = await loop.create_server(lambda: _Unknown(self._linked, self._other), sock=own)
+        return int(own.getsockname()[1])
+
+    def close(self) -> None:
+        """Accept no more connections."""
+        if self._server:
+            self._server.close()
+
+
+def _socket(listen: str) -> socket.socket:
+    host, _, port = listen.rpartition(":")
+    if host in _ANY:
+        dual = socket.has_dualstack_ipv6()
+        family, address = (socket.AF_INET6, ("::", int(port))) if dual else (socket.AF_INET, (_ANY_IPV4, int(port)))
+        return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=dual)
+    family, _, _, _, found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+    return socket.create_server(found[:2], family=family, backlog=_BACKLOG)
+
+
+class _Unknown(asyncio.Protocol):
+    """A connection whose first bytes have not arrived."""
+
+    def __init__(self, linked: Factory, other: Factory) -> None:
+        self._linked = linked
+        self._other = other
+        self._data = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._timer = asyncio.get_running_loop().call_later(_FIRST_BYTES_S, self._transport.abort)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._timer.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        if len(self._data) < len(link.MAGIC):
+            return
+        self._timer.cancel()
+        protocol = (self._linked if self._data.startswith(link.MAGIC) else self._other)()
+        self._transport.set_protocol(protocol)
+        protocol.connection_made(self._transport)
+        protocol.data_received(self._data)
+
+
+class Tunnel(asyncio.Protocol):
+    """Passes the bytes of a connection on to a Unix socket, and back."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._transport: asyncio.Transport | None = None
+        self._end: _TunnelEnd | None = None
+        self._waiting: list[bytes] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.pause_reading()
+        self._connecting = asyncio.get_running_loop().create_task(self._connect())
+
+    async def _connect(self) -> None:
+        assert self._transport
+        try:
+            _, self._end = await asyncio.get_running_loop().create_unix_connection(
+                lambda: _TunnelEnd(self._transport), self._path
+            )
+        except OSError:
+            self._transport.abort()
+            return
+        assert self._end.transport
+        self._end.transport.writelines(self._waiting)
+        self._transport.resume_reading()
+
+    def data_received(self, data: bytes) -> None:
+        if self._end and self._end.transport:
+            self._end.transport.write(data)
+        else:
+            self._waiting.append(data)
+
+    def eof_received(self) -> bool:
+        if self._end and self._end.transport:
+            self._end.transport.write_eof()
+        return True
+
+    def pause_writing(self) -> None:
+        if self._end and self._end.transport:
+            self._end.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._end and self._end.transport:
+            self._end.transport.resume_reading()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._connecting.cancel()
+        if self._end and self._end.transport:
+            self._end.transport.abort()
+
+
+class _TunnelEnd(asyncio.Protocol):
+    def __init__(self, other: asyncio.Transport | None) -> None:
+        self.transport: asyncio.Transport | None = None
+        self._other = other
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._other:
+            self._other.write(data)
+
+    def pause_writing(self) -> None:
+        if self._other:
+            self._other.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._other:
+            self._other.resume_reading()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._other:
+            self._other.close()

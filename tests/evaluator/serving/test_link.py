@@ -1,0 +1,353 @@
+"""The link between gate and instance loses, repeats and mixes up no call. Both ends are real, over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atserving import link
+from atserving.config import Instance
+from atserving.v1.evaluator_pb2 import Hello, InferRequest, InferResponse
+from evaluator.serving.link_server import LinkServer
+from gate.connection import EvaluatorConnection, TransportError
+from tests.instance import ScriptedInstance
+
+WAIT_S = 60.0
+
+
+@dataclass
+class Echo:
+    """Replies with the request's params after ``wait``; counts its calls and cancellations by params."""
+
+    wait: Callable[[str], Awaitable[object]] | None = None
+    ran: Counter[str] = field(default_factory=Counter)
+    cancelled: Counter[str] = field(default_factory=Counter)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        name = request.params_json
+        self.ran[name] += 1
+        self.changed.set()
+        try:
+            if self.wait:
+                await self.wait(name)
+        except asyncio.CancelledError:
+            self.cancelled[name] += 1
+            self.changed.set()
+            raise
+        return InferResponse(result_json=name)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+
+async def forever(_: str) -> None:
+    await asyncio.Event().wait()
+
+
+@asynccontextmanager
+async def serving(echo: Echo, port: int = 0) -> AsyncIterator[tuple[ScriptedInstance, EvaluatorConnection, int]]:
+    server = ScriptedInstance(echo.infer)
+    instance = await server.start(port)
+    connection = EvaluatorConnection(instance, connect_timeout_s=WAIT_S)
+    try:
+        yield server, connection, int(instance.address.rpartition(":")[2])
+    finally:
+        await connection.close()
+        await server.stop()
+
+
+def ask(connection: EvaluatorConnection, name: str, timeout_s: float = WAIT_S) -> asyncio.Future[InferResponse]:
+    return connection.ask(InferRequest(params_json=name), time.monotonic() + timeout_s, "r", None)
+
+
+async def ask_until_up(connection: EvaluatorConnection, name: str) -> InferResponse:
+    """Ask until the connection is up."""
+    while True:
+        try:
+            return await ask(connection, name)
+        except TransportError as error:
+            assert not error.reached
+            await asyncio.sleep(0.01)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data(), st.integers(1, 40))
+def test_each_call_gets_its_own_reply_in_any_order_of_completion(data: st.DataObject, count: int) -> None:
+    names = [str(number) for number in range(count)]
+    order = data.draw(st.permutations(names))
+    cancelled = data.draw(st.sets(st.sampled_from(names)))
+
+    async def run() -> None:
+        ready = {name: asyncio.Event() for name in names}
+        echo = Echo(lambda name: ready[name].wait())
+        async with serving(echo) as (_, connection, _):
+            answers = {name: ask(connection, name) for name in names}
+            await echo.until(lambda: echo.ran.total() == count)
+            for name in cancelled:
+                answers[name].cancel()
+            await echo.until(lambda: set(echo.cancelled) == cancelled)
+            for name in order:
+                ready[name].set()
+            outcomes = await asyncio.gather(*answers.values(), return_exceptions=True)
+        for name, outcome in zip(names, outcomes, strict=True):
+            if name in cancelled:
+                assert isinstance(outcome, asyncio.CancelledError)
+            else:
+                assert isinstance(outcome, InferResponse)
+                assert outcome.result_json == name
+        assert echo.ran == Counter(names)
+        assert echo.cancelled == Counter(cancelled)
+
+    asyncio.run(run())
+
+
+FRAMES = st.lists(st.tuples(st.integers(0, 255), st.one_of(st.binary(max_size=40), st.binary(min_size=4000))))
+
+
+@given(FRAMES, st.data())
+def test_frames_are_the_same_however_they_arrive(frames: list[tuple[int, bytes]], data: st.DataObject) -> None:
+    taken: list[tuple[int, bytes]] = []
+
+    def take(kind: int, part: link.Buffer, start: int, end: int) -> None:
+        taken.append((kind, bytes(part[start:end])))
+        reader.reads = data.draw(st.booleans())
+
+    reader = link.FrameReader(take)
+    stream = b"".join(link.frame(kind, payload) for kind, payload in frames)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)))))
+    for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        reader.feed(stream[start:end])
+        while not reader.reads:
+            reader.reads = True
+            reader.feed(b"")
+    assert taken == frames
+    assert reader.partial_bytes == 0
+
+
+async def test_call_cancelled_before_it_is_sent_never_runs() -> None:
+    echo = Echo()
+    async with serving(echo) as (_, connection, _):
+        ask(connection, "cancelled").cancel()
+        await ask(connection, "next")
+        assert echo.ran == {"next": 1}
+
+
+async def test_deadline_cancels_the_call_at_the_instance() -> None:
+    echo = Echo(forever)
+    timeout_s = 0.05
+    async with serving(echo) as (_, connection, _):
+        # On a busy machine a deadline may pass before the call has begun.
+        while not echo.ran:
+            with pytest.raises(TimeoutError):
+                await ask(connection, "slow", timeout_s)
+            timeout_s *= 2
+        await echo.until(lambda: echo.cancelled == echo.ran)
+
+
+async def test_each_call_has_its_own_deadline() -> None:
+    echo = Echo(forever)
+    async with serving(echo) as (_, connection, _):
+        late = ask(connection, "late")
+        soon = [ask(connection, str(n), 0.02 + n / 10_000) for n in range(200)]
+        outcomes = await asyncio.gather(*soon, return_exceptions=True)
+        assert [type(each) for each in outcomes] == [TimeoutError] * 200
+        assert not late.done()
+
+
+async def test_broken_link_fails_its_calls_and_is_opened_again() -> None:
+    echo = Echo(forever)
+    async with serving(echo) as (server, connection, port):
+        lost = ask(connection, "lost")
+        await echo.until(lambda: echo.ran.total() == 1)
+        await server.stop()
+        with pytest.raises(TransportError) as caught:
+            await lost
+        assert caught.value.reached
+        with pytest.raises(TransportError) as caught:
+            await ask(connection, "refused")
+        assert not caught.value.reached
+        await echo.until(lambda: echo.cancelled == {"lost": 1})
+        async with serving(Echo(), port):
+            assert (await ask_until_up(connection, "back")).result_json == "back"
+
+
+async def test_closed_connection_cancels_all_its_calls_at_the_instance() -> None:
+    echo = Echo(forever)
+    async with serving(echo) as (_, connection, _):
+        answers = [ask(connection, str(n)) for n in range(5)]
+        await echo.until(lambda: echo.ran.total() == 5)
+        await connection.close()
+        failed = await asyncio.gather(*answers, return_exceptions=True)
+        assert all(isinstance(each, TransportError) for each in failed)
+        await echo.until(lambda: echo.cancelled.total() == 5)
+        # A call on a closed connection must fail at once, not wait until its deadline.
+        with pytest.raises(TransportError, match="closed"):
+            await ask(connection, "late")
+
+
+async def test_large_calls_arrive_whole() -> None:
+    echo = Echo()
+    async with serving(echo) as (_, connection, _):
+        big = "x" * (3 << 20)
+        answers = await asyncio.gather(*(ask(connection, big + str(n)) for n in range(30)))
+    assert [answer.result_json[-2:].strip("x") for answer in answers] == [str(n) for n in range(30)]
+
+
+async def test_calls_of_one_link_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "MOST_OPEN", 64)
+    unblocked = asyncio.Event()
+    echo = Echo(lambda _: unblocked.wait())
+    async with serving(echo) as (_, connection, _):
+        answers = [ask(connection, str(n)) for n in range(200)]
+        await echo.until(lambda: echo.ran.total() == 64)
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert echo.ran.total() == 64
+        unblocked.set()
+        assert [each.result_json for each in await asyncio.gather(*answers)] == [str(n) for n in range(200)]
+
+
+async def test_another_instance_at_the_address_is_never_asked() -> None:
+    echo = Echo()
+    server = ScriptedInstance(echo.infer, name="new")
+    instance = await server.start()
+    old = Instance.model_validate({**instance.model_dump(), "id": "old"})
+    connection = EvaluatorConnection(old, connect_timeout_s=WAIT_S)
+    try:
+        with pytest.raises(TransportError, match="this is instance 'new' of app 'a', not 'old'") as caught:
+            await ask(connection, "x")
+        assert not caught.value.reached
+        assert not echo.ran
+    finally:
+        await connection.close()
+        await server.stop()
+
+
+async def test_instance_that_still_loads_refuses_gates() -> None:
+    links = LinkServer()
+    server = await asyncio.get_running_loop().create_server(links.connect, "127.0.0.1", 0)
+    address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    instance = Instance(app="a", version="v", id="i", address=address, capacity=1)
+    connection = EvaluatorConnection(instance, connect_timeout_s=WAIT_S)
+    with pytest.raises(TransportError, match="still being loaded"):
+        await ask(connection, "x")
+    await connection.close()
+    server.close()
+
+
+GREETING = link.PREFACE + link.frame(link.HELLO, Hello(app="a", version="v", instance="i").SerializeToString())
+ONE = link.call_head(1, 0, 0, b"", b"", 0)
+
+
+async def disconnected(reader: asyncio.StreamReader) -> None:
+    """Return once the other end has disconnected."""
+    with suppress(ConnectionError):
+        while await asyncio.wait_for(reader.read(1000), WAIT_S):
+            pass
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        link.MAGIC + b"\xff",
+        link.PREFACE + ONE,
+        link.PREFACE + link.frame(link.HELLO, b"\xff"),
+        GREETING + link.HEAD.pack(link.MAX_BYTES + 1, link.CALL),
+        GREETING + link.frame(99),
+        GREETING + link.frame(link.CALL, b"short"),
+        GREETING + link.frame(link.CALL, link.CALL_HEAD.pack(1, 0, 0, 9, 9)),
+        GREETING + link.frame(link.CANCEL, b"123"),
+        GREETING + ONE + ONE,
+    ],
+)
+async def test_peer_that_sends_rubbish_is_disconnected(sent: bytes) -> None:
+    echo = Echo(forever)
+    async with serving(echo) as (_, _, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        await disconnected(reader)
+        writer.close()
+        await echo.until(lambda: echo.cancelled == echo.ran)
+
+
+async def test_peer_that_sends_rubbish_to_a_gate_fails_its_calls() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(GREETING)
+        await reader.readuntil(b"question")
+        writer.write(link.frame(99))
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    connection = EvaluatorConnection(Instance(app="a", version="v", id="i", address=address, capacity=1), WAIT_S)
+    with pytest.raises(TransportError, match="malformed: a frame of kind 99") as caught:
+        await ask(connection, "question")
+    assert caught.value.reached
+    await connection.close()
+    server.close()
+
+
+async def test_instance_reads_no_more_from_a_gate_that_reads_no_replies() -> None:
+    big = "x" * (1 << 20)
+    echo = Echo()
+    async with serving(echo) as (_, _, port):
+        with socket.create_connection(("127.0.0.1", port)) as peer:
+            peer.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_sendall(peer, GREETING)
+            request = InferRequest(params_json=big).SerializeToString()
+            sent = 0
+            with suppress(TimeoutError):
+                for id_ in range(1, 1000):
+                    call = link.call_head(id_, 0, 0, b"", b"", len(request)) + request
+                    await asyncio.wait_for(loop.sock_sendall(peer, call), 1)
+                    sent += 1
+            # What the sockets' buffers hold, and a little more.
+            assert sent < 200
+
+
+async def test_silent_peer_is_dropped_by_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "ALIVE_S", 0.05)
+    echo = Echo(forever)
+    async with serving(echo) as (_, _, port):
+        # A gate that has frozen.
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GREETING + ONE)
+        await disconnected(reader)
+        await echo.until(lambda: echo.cancelled.total() == 1)
+        writer.close()
+
+    async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(GREETING)
+
+    server = await asyncio.start_server(greet, "127.0.0.1", 0)
+    address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    connection = EvaluatorConnection(Instance(app="a", version="v", id="i", address=address, capacity=1), WAIT_S)
+    with pytest.raises(TransportError, match="the instance does not answer"):
+        await ask(connection, "x")
+    await connection.close()
+    server.close()
+
+
+async def test_idle_link_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "ALIVE_S", 0.05)
+    echo = Echo()
+    async with serving(echo) as (server, connection, _):
+        await ask(connection, "x")
+        (first,) = server.links.links
+        await asyncio.sleep(0.5)
+        assert server.links.links == {first}
+        assert (await ask(connection, "y")).result_json == "y"

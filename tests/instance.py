@@ -1,0 +1,60 @@
+"""An instance inside the test's process: the test scripts its answers, the link to it is real."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from atserving import link
+from atserving.config import Instance
+from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
+from evaluator.serving.link_server import LinkServer, Replier
+
+Infer = Callable[[InferRequest], Awaitable[InferResponse]]
+
+
+class ScriptedInstance:
+    """Answers each call by a task of ``infer``, which is cancelled if the caller leaves or the deadline passes."""
+
+    def __init__(self, infer: Infer, app: str = "a", version: str = "v", name: str = "i") -> None:
+        self.links = LinkServer()
+        self._infer = infer
+        self._fields = {"app": app, "version": version, "id": name, "capacity": 8}
+        self._server: asyncio.Server | None = None
+
+    async def start(self, port: int = 0) -> Instance:
+        """Listen on a port of the loopback; 0: any."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self.links.connect, "127.0.0.1", port)
+        address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        instance = Instance.model_validate({**self._fields, "address": address})
+        self.links.serve(instance, self)
+        return instance
+
+    async def stop(self) -> None:
+        """Break off all connections, and listen no more."""
+        assert self._server
+        self._server.close()
+        self.links.abort()
+
+    def begin(self, call: link.Call, replier: Replier) -> ScriptedRequest:
+        return ScriptedRequest(call, self._infer, replier)
+
+
+class ScriptedRequest:
+    """A call that runs as a task."""
+
+    def __init__(self, call: link.Call, infer: Infer, replier: Replier) -> None:
+        self.ended = False
+        self._task = asyncio.ensure_future(self._run(call, infer, replier))
+
+    async def _run(self, call: link.Call, infer: Infer, replier: Replier) -> None:
+        response = await infer(InferRequest.FromString(bytes(call.request)))
+        outcome = link.ERROR if response.HasField("error") else link.RESULT
+        replier.reply(link.Reply(call.id, outcome, 0, 0, 0, 0, 0, 0, response.SerializeToString()))
+
+    def abandon(self) -> None:
+        self._task.cancel()
+
+    def expire(self) -> None:
+        self._task.cancel()
