@@ -58,5 +58,6 @@ def check_request(request: evaluator_pb2.InferRequest, built_in: str | None) -> 
         raise InvalidArgument(f"the request has {len(request.data)} resources, more than {_MAX_GROUP}")
     if built_in and (request.group or len(request.data) > 1):
         raise InvalidArgument(f"{built_in} takes one image, not a list of them")
-    if any(each.WhichOneof("source") is None for each in request.data):
-        raise InvalidArgument("the request's data has neither a uri nor a body")
+    for each in request.data:
+        if each.WhichOneof("source") is None:
+            raise InvalidArgument("the request's data has neither a uri nor a body")

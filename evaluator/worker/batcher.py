@@ -23,7 +23,7 @@ log = structlog.get_logger()
 _WORTH_HELP_S = 0.0005
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ItemResult:
     """The outcome of one request, and the seconds of each stage."""
 
@@ -54,6 +54,25 @@ class ProgressLog(Protocol):
     def end(self, thread: int) -> None: ...
 
 
+class Inlet(Protocol):
+    """Where an engine's own thread gets requests from."""
+
+    def take(self) -> None:
+        """Submit what has arrived to the batcher, without waiting."""
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Return once something has arrived, after a notification, or after the timeout."""
+
+    def notify(self) -> None:
+        """End a wait, from another thread."""
+
+
+class _Idler(Protocol):
+    """A thread without work."""
+
+    def notify(self) -> None: ...
+
+
 class Batcher:
     """Runs requests in threads. Each request gets exactly one result.
 
@@ -80,8 +99,8 @@ class Batcher:
         self._items: dict[int, Item] = {}
         self._lock = threading.Lock()
         # Idle engine threads, and idle preparers. The last one to go idle wakes first: its CPU's cache is still warm.
-        self._forwarders: list[threading.Condition] = []
-        self._preparers: list[threading.Condition] = []
+        self._forwarders: list[_Idler] = []
+        self._preparers: list[_Idler] = []
         self._lanes = lanes
         self._prepare_s = 0.0
 
@@ -109,21 +128,47 @@ class Batcher:
     def run(self, thread: int, *, forwards: bool, prepares: bool) -> None:
         """Run one thread's loop, which never returns. ``thread`` is its slot in the progress log."""
         while True:
-            match self._next(forwards=forwards, prepares=prepares):
-                case Prepare(items):
-                    for item in items:
-                        self._prepare(thread, item, forwards)
-                case Forward(items):
-                    self._forward(thread, items)
-                case Expired(items):
-                    self._fail(items, DeadlineExceeded("the deadline passed"))
+            self._do(thread, self._next(forwards=forwards, prepares=prepares), forwards)
+
+    def run_alone(self, inlet: Inlet) -> None:
+        """Run the loop of the only engine's thread, which also reads the requests. Never returns.
+
+        No other thread has to wake it for a request, which would cost more than a small net.
+        """
+        while True:
+            # All that has arrived forms the next batch.
+            inlet.take()
+            with self._lock:
+                work = self._schedule_next(forwards=True, prepares=True)
+                if isinstance(work, Wait):
+                    self._forwarders.append(inlet)
+                else:
+                    self._wake()
+            if isinstance(work, Wait):
+                inlet.wait(None if math.isinf(work.until_s) else max(work.until_s - time.monotonic(), 0))
+                with self._lock:
+                    if inlet in self._forwarders:
+                        self._forwarders.remove(inlet)
+            else:
+                self._do(0, work, True)
+
+    def _do(self, thread: int, work: Prepare | Forward | Expired, forwards: bool) -> None:
+        if isinstance(work, Prepare):
+            for item in work.items:
+                self._prepare(thread, item, forwards)
+        elif isinstance(work, Forward):
+            self._forward(thread, work.items)
+        else:
+            self._fail(work.items, DeadlineExceeded("the deadline passed"))
+
+    def _schedule_next(self, *, forwards: bool, prepares: bool) -> Prepare | Forward | Expired | Wait:
+        idle = 1 + len(self._forwarders) + (len(self._preparers) if self._preparers_help else 0)
+        return self._schedule.next(time.monotonic(), forwards=forwards, prepares=prepares, idle=idle)
 
     def _next(self, *, forwards: bool, prepares: bool) -> Prepare | Forward | Expired:
         with self._lock:
             while True:
-                now_s = time.monotonic()
-                idle = 1 + len(self._forwarders) + (len(self._preparers) if self._preparers_help else 0)
-                work = self._schedule.next(now_s, forwards=forwards, prepares=prepares, idle=idle)
+                work = self._schedule_next(forwards=forwards, prepares=prepares)
                 if not isinstance(work, Wait):
                     self._wake()
                     return work
@@ -131,7 +176,10 @@ class Batcher:
                 idlers = self._forwarders if forwards else self._preparers
                 idlers.append(mine)
                 # On a notification the waker has removed it; on a timeout remove it here.
-                if not mine.wait(None if math.isinf(work.until_s) else work.until_s - now_s) and mine in idlers:
+                if (
+                    not mine.wait(None if math.isinf(work.until_s) else work.until_s - time.monotonic())
+                    and mine in idlers
+                ):
                     idlers.remove(mine)
 
     @property
@@ -222,6 +270,6 @@ class Batcher:
         self._report(results)
 
 
-def _wake(idlers: list[threading.Condition], count: int = 1) -> None:
+def _wake(idlers: list[_Idler], count: int = 1) -> None:
     for _ in range(min(count, len(idlers))):
         idlers.pop().notify()

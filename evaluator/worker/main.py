@@ -15,7 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,6 +41,7 @@ from evaluator.worker.schedule import Item, Schedule
 log = structlog.get_logger()
 
 _MAX_US = (1 << 32) - 1
+_MAX_S = 4200.0
 
 
 class Worker:
@@ -77,17 +79,22 @@ class Worker:
         schedule = Schedule(batch_size=plan.batch_size, engines=plan.engines, delay_s=delay_s)
         work = NetWork(runner, _request_folder(config), config)
         batcher = Batcher(schedule, work, self._report, self._progress, lanes=plan.lanes)
-        threading.Thread(target=self._read, args=(batcher,), name="reader", daemon=True).start()
+        if not plan.alone:
+            threading.Thread(target=self._read, args=(batcher,), name="reader", daemon=True).start()
         for number in range(1, plan.engines + plan.preparers):
             threading.Thread(target=self._work, args=(batcher, number, plan), daemon=True).start()
         self._work(batcher, 0, plan)
 
-    @staticmethod
-    def _work(batcher: Batcher, number: int, plan: Plan) -> None:
+    def _work(self, batcher: Batcher, number: int, plan: Plan) -> None:
         """Run one thread of the batcher; end the process if it fails, since the plan counts on every thread."""
         forwards = number < plan.engines
         try:
+            if plan.alone and forwards:
+                batcher.run_alone(SocketInlet(self._channel, lambda frames: self._take(frames, batcher)))
             batcher.run(number, forwards=forwards, prepares=plan.lanes or not forwards)
+        except (EOFError, OSError):
+            # The front has closed the socket.
+            pass
         except BaseException:
             log.exception("thread failed")
         end()
@@ -141,6 +148,34 @@ class Worker:
                 self._channel.send(parts)
         except OSError:
             end()
+
+
+class SocketInlet:
+    """The socket, as an engine's own thread reads it."""
+
+    def __init__(self, channel: channel.Channel, take: Callable[[Sequence[channel.Frame]], None]) -> None:
+        self._channel = channel
+        self._take = take
+        self._notified = os.eventfd(0, os.EFD_NONBLOCK)
+        self._poll = select.poll()
+        self._poll.register(channel, select.POLLIN)
+        self._poll.register(self._notified, select.POLLIN)
+
+    def take(self) -> None:
+        """Take all frames that have arrived. Raises EOFError and OSError if the front has closed the socket."""
+        with suppress(BlockingIOError):
+            while True:
+                self._take(self._channel.receive(socket.MSG_DONTWAIT))
+
+    def wait(self, timeout_s: float | None) -> None:
+        """Return once frames have arrived, after a notification, or after the timeout."""
+        for descriptor, _ in self._poll.poll(None if timeout_s is None else math.ceil(timeout_s * 1000)):
+            if descriptor == self._notified:
+                os.eventfd_read(self._notified)
+
+    def notify(self) -> None:
+        """End a wait, from another thread."""
+        os.eventfd_write(self._notified, 1)
 
 
 class NetWork:
@@ -204,12 +239,12 @@ def _item(call: link.Call, now_s: float) -> Item:
 
 def _reply(result: ItemResult, leads: bool) -> tuple[bytes, bytes]:
     """Return a REPLY frame in two parts."""
-    outcome = result.outcome
-    response = _response(outcome).SerializeToString()
+    item, outcome = result.item, result.outcome
+    response = _response(outcome)
     head = link.reply_head(
-        result.item.id,
+        item.id,
         link.ERROR if isinstance(outcome, ServingError) else link.RESULT,
-        _us(result.item.prepare_s),
+        _us(item.prepare_s),
         _us(result.queue_s),
         _us(result.forward_s),
         _us(result.postprocess_s),
@@ -221,15 +256,32 @@ def _reply(result: ItemResult, leads: bool) -> tuple[bytes, bytes]:
 
 
 def _us(seconds: float) -> int:
-    return min(max(0, round(seconds * 1e6)), _MAX_US)
+    if 0 < seconds < _MAX_S:
+        return int(seconds * 1e6)
+    return _MAX_US if seconds > 0 else 0
 
 
-def _response(outcome: Any) -> evaluator_pb2.InferResponse:
+def _response(outcome: Any) -> bytes:
+    """Return a serialized ``InferResponse``."""
     if isinstance(outcome, ServingError):
-        return evaluator_pb2.InferResponse(error=outcome.to_proto())
+        return evaluator_pb2.InferResponse(error=outcome.to_proto()).SerializeToString()
+    message = evaluator_pb2.InferResponse(message=outcome.message).SerializeToString() if outcome.message else b""
     if outcome.stream is not None:
-        return evaluator_pb2.InferResponse(stream=outcome.stream, message=outcome.message)
-    return evaluator_pb2.InferResponse(result_json=(outcome.json or b"null").decode(), message=outcome.message)
+        return _field(evaluator_pb2.InferResponse.STREAM_FIELD_NUMBER, outcome.stream) + message
+    # orjson's bytes are the text's UTF-8; a protobuf message would need them as text.
+    return _field(evaluator_pb2.InferResponse.RESULT_JSON_FIELD_NUMBER, outcome.json or b"null") + message
+
+
+def _field(number: int, value: bytes) -> bytes:
+    """Return a length-delimited field of a protobuf message."""
+    length = len(value)
+    if length < 0x80:
+        return bytes((number << 3 | 2, length)) + value
+    head = [number << 3 | 2]
+    while length >= 0x80:
+        head.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes((*head, length)) + value
 
 
 def end() -> NoReturn:

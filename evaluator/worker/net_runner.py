@@ -27,7 +27,7 @@ _MAX_MESSAGE_LENGTH = 4096
 _CODES = range(-(2**31), 2**31)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Prepared:
     """A request that is ready for the engine."""
 
@@ -38,7 +38,7 @@ class Prepared:
     """The files of its resources; the worker removes them after the reply."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Result:
     """A net's result: ``json``, a JSON document, or ``stream``, bytes; the other is None."""
 

@@ -19,5 +19,7 @@ class Plan:
     """Threads that only prepare requests."""
     lanes: bool = False
     """Whether engines prepare their own batches; preparers then help if that takes long."""
+    alone: bool = False
+    """Whether the thread of the only engine reads the requests itself, as a request is mostly Python."""
     measured: dict[str, float] = field(default_factory=dict)
     """Measured CPU milliseconds per request with a small picture, by ``<engines>x<threads> batch <size>``."""

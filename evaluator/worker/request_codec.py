@@ -39,6 +39,9 @@ def read(serialized: link.Buffer, max_bytes: int, built_in: str | None) -> Req:
 
 
 def _data(resource: serving_pb2.Resource, max_bytes: int) -> dict[str, Any]:
+    if resource.HasField("uri"):
+        # The front fetches what a uri names, so nothing was to be fetched.
+        raise InvalidArgument("the request's data has a uri that was not fetched")
     data: dict[str, Any] = {"uri": "", "body": resource.body}
     if len(data["body"]) > max_bytes:
         raise InvalidArgument(f"the resource is larger than {max_bytes} bytes")

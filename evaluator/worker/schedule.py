@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Item:
     """One request. Times are seconds of one clock."""
 
@@ -26,28 +26,28 @@ class Item:
     """Its caller has left; set during preparation, when the schedule can't remove it."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Prepare:
     """Prepare these one after the other, and report each to :meth:`Schedule.prepared`."""
 
     items: list[Item]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Forward:
     """Run these as one batch; they have left the schedule."""
 
     items: list[Item]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Expired:
     """Their deadline passed while they waited; they have left the schedule."""
 
     items: list[Item]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Wait:
     """Wait until a request arrives, or until ``until_s``."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,12 +47,51 @@ class Engine:
         return [InvalidArgument("its own") if each == 666 else each * 10 for each in prepared], 0.001
 
 
+class Inlet:
+    """Requests on their way to a batcher that reads them itself."""
+
+    def __init__(self) -> None:
+        self.batcher: Batcher | None = None
+        self._arrived: deque[list[Item]] = deque()
+        self._changed = threading.Condition()
+        self._notified = False
+
+    def put(self, items: list[Item]) -> None:
+        with self._changed:
+            self._arrived.append(items)
+            self._changed.notify()
+
+    def take(self) -> None:
+        assert self.batcher
+        while self._arrived:
+            self.batcher.submit(self._arrived.popleft())
+
+    def wait(self, timeout_s: float | None) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._arrived or self._notified, timeout_s)
+            self._notified = False
+
+    def notify(self) -> None:
+        with self._changed:
+            self._notified = True
+            self._changed.notify()
+
+
 class Harness:
     """A batcher with threads of its own, its results by request, and the requests that its threads work on."""
 
     ids = itertools.count(1)
 
-    def __init__(self, *, lanes: int = 0, preparers: int = 0, batch_size: int = 4, delay_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        lanes: int = 0,
+        preparers: int = 0,
+        batch_size: int = 4,
+        delay_s: float = 0.0,
+        inlet: Inlet | None = None,
+    ) -> None:
+        self.inlet = inlet
         self.engine = Engine()
         self.results: dict[int, list[ItemResult]] = {}
         self.in_progress: dict[int, list[int]] = {}
@@ -61,6 +101,10 @@ class Harness:
         roles = [(True, True)] * lanes or [(True, False), (False, True), (False, True)]
         roles += [(False, True)] * preparers
         for number, (forwards, prepares) in enumerate(roles):
+            if forwards and inlet:
+                inlet.batcher = self.batcher
+                threading.Thread(target=self.batcher.run_alone, args=(inlet,), daemon=True).start()
+                continue
             arguments = {"forwards": forwards, "prepares": prepares}
             threading.Thread(target=self.batcher.run, args=(number,), kwargs=arguments, daemon=True).start()
 
@@ -80,7 +124,10 @@ class Harness:
     def submit(self, *requests: Any, lives_s: float = 1000.0) -> list[Item]:
         now_s = time.monotonic()
         items = [Item(next(self.ids), request, now_s, now_s + lives_s) for request in requests]
-        self.batcher.submit(items)
+        if self.inlet:
+            self.inlet.put(items)
+        else:
+            self.batcher.submit(items)
         return items
 
     def outcomes(self, items: Sequence[Item]) -> list[Any]:
@@ -94,14 +141,18 @@ class Harness:
         return self.outcomes(self.submit(*requests))
 
 
-@pytest.fixture(scope="module", params=["lanes", "engines and preparers", "lane with preparers"])
+@pytest.fixture(
+    scope="module", params=["lanes", "engines and preparers", "lane with preparers", "alone", "alone with preparers"]
+)
 def harness(request: pytest.FixtureRequest) -> Harness:
     match request.param:
         case "lanes":
             return Harness(lanes=2)
         case "engines and preparers":
             return Harness()
-    harness = Harness(lanes=1, preparers=2)
+        case "alone":
+            return Harness(lanes=1, inlet=Inlet())
+    harness = Harness(lanes=1, preparers=2, inlet=Inlet() if request.param == "alone with preparers" else None)
     # The batcher believes that preparations take long.
     harness.batcher._prepare_s = 1e6
     return harness
@@ -182,8 +233,9 @@ def test_expired_or_cancelled_request_never_runs(lanes: int) -> None:
     assert harness.engine.batches == [[1]]
 
 
-def test_shorter_delay_applies_to_waiting_requests() -> None:
-    harness = Harness(batch_size=3, delay_s=3600)
+@pytest.mark.parametrize("inlet", [None, Inlet()])
+def test_shorter_delay_applies_to_waiting_requests(inlet: Inlet | None) -> None:
+    harness = Harness(batch_size=3, delay_s=3600, lanes=bool(inlet), inlet=inlet)
     items = harness.submit(1)
     harness.batcher.configure(delay_s=0)
     assert harness.outcomes(items) == [10]
