@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
+from evaluator.serving.counts import Counts, Distribution
 from evaluator.serving.supervisor import WorkerSupervisor
 
 STAGES = ("fetch", "decode", "queue", "forward", "postprocess", "total")
@@ -16,41 +19,44 @@ _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class Metrics:
+class Metrics(Collector):
     """The metrics of one instance; every name begins with ``atserving_evaluator_``."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        own = self._registry
-        self._requests = Counter(
-            "atserving_evaluator_requests",
-            "Requests, by the HTTP status of their outcome; 499: the caller has gone.",
-            ["status"],
-            registry=own,
-        )
-        stages = Histogram(
-            "atserving_evaluator_stage_seconds",
-            "The seconds of each stage of a request.",
-            ["stage"],
-            buckets=_SECONDS,
-            registry=own,
-        )
-        self._stages = {f"{name}_ms": stages.labels(name) for name in STAGES}
-        self._batches = Histogram(
-            "atserving_evaluator_batch_size", "Requests in a batch that ran.", buckets=_SIZES, registry=own
-        )
+        self._requests = Counts()
+        self._stages = {f"{name}_ms": Distribution(_SECONDS) for name in STAGES}
+        self._batches = Distribution(_SIZES)
         self._restarts = Counter(
             "atserving_evaluator_worker_restarts",
             "How often the net's process died and was started again.",
-            registry=own,
+            registry=self._registry,
         )
+        self._registry.register(self)
         ProcessCollector(namespace="atserving_evaluator", registry=self._registry)
 
     def observe(self, status: int, stages_ms: Mapping[str, float]) -> None:
         """Count one finished request."""
-        self._requests.labels(str(status)).inc()
+        self._requests.add(status)
         for name, milliseconds in stages_ms.items():
             self._stages[name].observe(milliseconds / 1000)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the counts of requests, for a scrape."""
+        yield self._requests.family(
+            "atserving_evaluator_requests",
+            "Requests, by the HTTP status of their outcome; 499: the caller has gone.",
+            "status",
+        )
+        stages = HistogramMetricFamily(
+            "atserving_evaluator_stage_seconds", "The seconds of each stage of a request.", labels=["stage"]
+        )
+        for name, distribution in self._stages.items():
+            distribution.add_to(stages, {"stage": name.removesuffix("_ms")})
+        yield stages
+        batches = HistogramMetricFamily("atserving_evaluator_batch_size", "Requests in a batch that ran.")
+        self._batches.add_to(batches, {})
+        yield batches
 
     def of_worker(self, worker: WorkerSupervisor) -> None:
         """Count the worker's batches and restarts, and show its memory and CPU next to those of this process."""

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 
 from atserving import link
 from atserving.errors import DeadlineExceeded, Internal, InvalidArgument, ServingError
-from atserving.telemetry import request_id
+from atserving.telemetry import RequestLog, request_id
 from atserving.v1 import evaluator_pb2, serving_pb2
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.limits import Budget, Limits, check_request
@@ -46,6 +46,7 @@ class Pipeline:
         self.capacity = capacity
         self.metrics = metrics
         self.log = log.bind(app=app, version=version)
+        self.lines = RequestLog("evaluator", app=app, version=version)
         self._fetcher = fetcher
         self._limits: Limits = config.limits
         # Built-in nets take one image; a script may take groups.
@@ -223,11 +224,13 @@ class Request:
             self._replier.reply(reply._replace(id=self._id))
         ms["total_ms"] = round((time.monotonic() - self._began_s) * 1000, 3)
         pipeline.metrics.observe(status, ms)
-        reason = {"reason": error.message} if error else {}
-        trace = {"traceparent": self._traceparent.decode(errors="replace")[:_MAX_TRACE_CHARS]}
-        pipeline.log.info(
-            "request finished", reqid=self._reqid, code=code, **reason, **ms, **(trace if self._traceparent else {})
-        )
+        line: dict[str, object] = {"reqid": self._reqid, "code": code}
+        if error:
+            line["reason"] = error.message
+        line.update(ms)
+        if self._traceparent:
+            line["traceparent"] = self._traceparent.decode(errors="replace")[:_MAX_TRACE_CHARS]
+        pipeline.lines.write("info", "request finished", line)
 
 
 class _Answer:
