@@ -4,7 +4,7 @@
 
 The nets are the small one of the example digits, and MobileNet v1 with random weights. The bare loop decodes, resizes
 and runs the net in the best of several settings: loops, threads of onnxruntime, images in a batch. The evaluator is a
-real one, with a registry and etcd. A load generator on the same cores calls it over one stream, like a gate. Loop and
+real one, with a registry and etcd. A load generator on the same cores calls it over one link, like a gate. Loop and
 evaluator are measured by turns; compare the ratios of one run, never figures of different machines.
 """
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
@@ -55,13 +56,13 @@ class ProgressLog(Protocol):
 
 
 class Inlet(Protocol):
-    """Where an engine's own thread gets requests from."""
+    """Where engines get requests from by themselves. One thread at a time reads."""
 
     def take(self) -> None:
         """Submit what has arrived to the batcher, without waiting."""
 
     def wait(self, timeout_s: float | None) -> None:
-        """Return once something has arrived, after a notification, or after the timeout."""
+        """Wait for requests, a notification or the timeout, and submit what has arrived."""
 
     def notify(self) -> None:
         """End a wait, from another thread."""
@@ -90,8 +91,13 @@ class Batcher:
         progress: ProgressLog,
         *,
         lanes: bool,
+        inlet: Inlet | None = None,
     ) -> None:
-        """Any thread calls ``report`` with the results of requests that are done."""
+        """Any thread calls ``report`` with the results of requests that are done.
+
+        With an inlet, an idle engine reads the requests, and no thread has to wake it for them. While all engines work
+        nobody reads.
+        """
         self._schedule = schedule
         self._work = work
         self._report = report
@@ -103,13 +109,16 @@ class Batcher:
         self._preparers: list[_Idler] = []
         self._lanes = lanes
         self._prepare_s = 0.0
+        self._inlet = inlet
+        self._reading = False
 
     def submit(self, items: Sequence[Item]) -> None:
         """Take requests in. Their ids must differ from those of all requests without a result."""
         with self._lock:
             self._items.update((item.id, item) for item in items)
             self._schedule.arrive(items)
-            self._wake(len(items))
+            # The engine that has read them takes one itself.
+            self._wake(len(items) - self._reading)
 
     def cancel(self, ids: Iterable[int]) -> None:
         """Drop requests whose callers have left. A waiting request leaves; a running one finishes."""
@@ -128,59 +137,53 @@ class Batcher:
     def run(self, thread: int, *, forwards: bool, prepares: bool) -> None:
         """Run one thread's loop, which never returns. ``thread`` is its slot in the progress log."""
         while True:
-            self._do(thread, self._next(forwards=forwards, prepares=prepares), forwards)
-
-    def run_alone(self, inlet: Inlet) -> None:
-        """Run the loop of the only engine's thread, which also reads the requests. Never returns.
-
-        No other thread has to wake it for a request, which would cost more than a small net.
-        """
-        while True:
-            # All that has arrived forms the next batch.
-            inlet.take()
-            with self._lock:
-                work = self._schedule_next(forwards=True, prepares=True)
-                if isinstance(work, Wait):
-                    self._forwarders.append(inlet)
-                else:
-                    self._wake()
-            if isinstance(work, Wait):
-                inlet.wait(None if math.isinf(work.until_s) else max(work.until_s - time.monotonic(), 0))
-                with self._lock:
-                    if inlet in self._forwarders:
-                        self._forwarders.remove(inlet)
+            work = self._next(forwards=forwards, prepares=prepares)
+            if isinstance(work, Prepare):
+                for item in work.items:
+                    self._prepare(thread, item, forwards)
+            elif isinstance(work, Forward):
+                self._forward(thread, work.items)
             else:
-                self._do(0, work, True)
-
-    def _do(self, thread: int, work: Prepare | Forward | Expired, forwards: bool) -> None:
-        if isinstance(work, Prepare):
-            for item in work.items:
-                self._prepare(thread, item, forwards)
-        elif isinstance(work, Forward):
-            self._forward(thread, work.items)
-        else:
-            self._fail(work.items, DeadlineExceeded("the deadline passed"))
-
-    def _schedule_next(self, *, forwards: bool, prepares: bool) -> Prepare | Forward | Expired | Wait:
-        idle = 1 + len(self._forwarders) + (len(self._preparers) if self._preparers_help else 0)
-        return self._schedule.next(time.monotonic(), forwards=forwards, prepares=prepares, idle=idle)
+                self._fail(work.items, DeadlineExceeded("the deadline passed"))
 
     def _next(self, *, forwards: bool, prepares: bool) -> Prepare | Forward | Expired:
+        inlet = self._inlet if forwards else None
         with self._lock:
+            if inlet and not self._reading:
+                # All that has arrived meanwhile forms the next batch.
+                self._read(inlet, inlet.take)
             while True:
-                work = self._schedule_next(forwards=forwards, prepares=prepares)
+                idle = 1 + len(self._forwarders) + (len(self._preparers) if self._preparers_help else 0)
+                work = self._schedule.next(time.monotonic(), forwards=forwards, prepares=prepares, idle=idle)
                 if not isinstance(work, Wait):
                     self._wake()
+                    if inlet and not self._reading:
+                        # Another idle thread reads in place of this one.
+                        _wake(self._forwarders)
                     return work
+                timeout_s = None if math.isinf(work.until_s) else max(work.until_s - time.monotonic(), 0)
+                if inlet and not self._reading:
+                    self._forwarders.append(inlet)
+                    self._read(inlet, partial(inlet.wait, timeout_s))
+                    continue
                 mine = threading.Condition(self._lock)
                 idlers = self._forwarders if forwards else self._preparers
                 idlers.append(mine)
                 # On a notification the waker has removed it; on a timeout remove it here.
-                if (
-                    not mine.wait(None if math.isinf(work.until_s) else work.until_s - time.monotonic())
-                    and mine in idlers
-                ):
+                if not mine.wait(timeout_s) and mine in idlers:
                     idlers.remove(mine)
+
+    def _read(self, inlet: Inlet, read: Callable[[], None]) -> None:
+        """Read requests without the lock, as the only thread that does."""
+        self._reading = True
+        self._lock.release()
+        try:
+            read()
+        finally:
+            self._lock.acquire()
+            self._reading = False
+            if inlet in self._forwarders:
+                self._forwarders.remove(inlet)
 
     @property
     def _preparers_help(self) -> bool:

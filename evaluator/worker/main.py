@@ -78,19 +78,21 @@ class Worker:
     def _serve(self, runner: NetRunner, plan: Plan, delay_s: float, config: NetConfig) -> None:
         schedule = Schedule(batch_size=plan.batch_size, engines=plan.engines, delay_s=delay_s)
         work = NetWork(runner, _request_folder(config), config)
-        batcher = Batcher(schedule, work, self._report, self._progress, lanes=plan.lanes)
-        if not plan.alone:
+        inlet = SocketInlet(self._channel) if plan.reads else None
+        batcher = Batcher(schedule, work, self._report, self._progress, lanes=plan.lanes, inlet=inlet)
+        if inlet:
+            inlet.submit = lambda frames: self._take(frames, batcher)
+        else:
             threading.Thread(target=self._read, args=(batcher,), name="reader", daemon=True).start()
         for number in range(1, plan.engines + plan.preparers):
             threading.Thread(target=self._work, args=(batcher, number, plan), daemon=True).start()
         self._work(batcher, 0, plan)
 
-    def _work(self, batcher: Batcher, number: int, plan: Plan) -> None:
+    @staticmethod
+    def _work(batcher: Batcher, number: int, plan: Plan) -> None:
         """Run one thread of the batcher; end the process if it fails, since the plan counts on every thread."""
         forwards = number < plan.engines
         try:
-            if plan.alone and forwards:
-                batcher.run_alone(SocketInlet(self._channel, lambda frames: self._take(frames, batcher)))
             batcher.run(number, forwards=forwards, prepares=plan.lanes or not forwards)
         except (EOFError, OSError):
             # The front has closed the socket.
@@ -151,27 +153,30 @@ class Worker:
 
 
 class SocketInlet:
-    """The socket, as an engine's own thread reads it."""
+    """The socket, as idle engines read it."""
 
-    def __init__(self, channel: channel.Channel, take: Callable[[Sequence[channel.Frame]], None]) -> None:
-        self._channel = channel
-        self._take = take
+    def __init__(self, source: channel.Channel) -> None:
+        self.submit: Callable[[Sequence[channel.Frame]], None] = lambda _: None
+        """Takes the frames that have arrived."""
+        self._channel = source
         self._notified = os.eventfd(0, os.EFD_NONBLOCK)
         self._poll = select.poll()
-        self._poll.register(channel, select.POLLIN)
+        self._poll.register(source, select.POLLIN)
         self._poll.register(self._notified, select.POLLIN)
 
     def take(self) -> None:
         """Take all frames that have arrived. Raises EOFError and OSError if the front has closed the socket."""
         with suppress(BlockingIOError):
             while True:
-                self._take(self._channel.receive(socket.MSG_DONTWAIT))
+                self.submit(self._channel.receive(socket.MSG_DONTWAIT))
 
     def wait(self, timeout_s: float | None) -> None:
-        """Return once frames have arrived, after a notification, or after the timeout."""
+        """Wait for frames, a notification or the timeout, and take what has arrived."""
         for descriptor, _ in self._poll.poll(None if timeout_s is None else math.ceil(timeout_s * 1000)):
             if descriptor == self._notified:
                 os.eventfd_read(self._notified)
+            else:
+                self.take()
 
     def notify(self) -> None:
         """End a wait, from another thread."""

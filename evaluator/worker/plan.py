@@ -19,7 +19,7 @@ class Plan:
     """Threads that only prepare requests."""
     lanes: bool = False
     """Whether engines prepare their own batches; preparers then help if that takes long."""
-    alone: bool = False
-    """Whether the thread of the only engine reads the requests itself, as a request is mostly Python."""
+    reads: bool = False
+    """Whether idle engines read the requests themselves, without a reader thread that wakes them."""
     measured: dict[str, float] = field(default_factory=dict)
     """Measured CPU milliseconds per request with a small picture, by ``<engines>x<threads> batch <size>``."""

@@ -19,7 +19,7 @@ from atserving.errors import ServingError, StartError
 from evaluator.images import sample
 from evaluator.net_config import NetConfig
 from evaluator.net_contract import LoadNet, Req
-from evaluator.runtime import cpus, engine
+from evaluator.runtime import cpus
 from evaluator.worker.net_runner import NetRunner, Prepared, Result
 from evaluator.worker.plan import Plan
 from evaluator.worker.progress import MAX_THREADS
@@ -33,11 +33,11 @@ _LONGEST_BATCH_S = 0.05
 _ROUNDS, _ROUND_S = 5, 0.01
 # The fixed cost of a batch: messages, and threads that wake each other.
 _PER_BATCH_S = 0.001
-# A cheaper request is mostly Python; so is one up to the second limit if it spends less than half in onnxruntime.
-_MOSTLY_PYTHON_S, _PERHAPS_PYTHON_S = 0.0003, 0.001
-# If more engines cost more by this factor, they contend for the GIL.
-_MAX_CONTENTION = 1.25
+# A cheaper request is mostly Python. If more engines cost more by this factor, they contend for the GIL.
+_MOSTLY_PYTHON_S, _MAX_CONTENTION = 0.0003, 1.25
 _MAX_HELPERS = 16
+# Threads of a shorter request wait for each other more than they work.
+_LEAST_SPLIT_S = 0.001
 # Engines of several threads must be cheaper by this factor: their threads wait for each other.
 _MIN_GAIN = 1.1
 
@@ -78,16 +78,16 @@ def _on_cpu(load: LoadNet, config: NetConfig, engines: int | None, threads: int 
     else:
         net = _Net(load, config, 1)
         engines = net.scales_to(min(available, MAX_THREADS // 2), measured)
-        if engines == available > 1:
+        if engines == available > 1 and measured[_name(1, 1, 1)] >= _LEAST_SPLIT_S:
             net, engines = _split(load, config, net, measured)
     size = config.batch_size or net.best_batch_size(engines, measured)
     lanes = net.threads == 1
     # Lanes on every CPU need no helpers; an engine of several threads leaves CPUs idle at times.
     preparers = min(max(available - engines, 0), _MAX_HELPERS) if lanes else _preparers(engines)
-    # During a long batch nobody would read, and the helpers would have nothing to prepare.
-    alone = lanes and engines == 1 and bool(measured) and net.is_mostly_python(measured)
+    # While all engines work nobody reads; only helpers with slow pictures would have used that time.
+    reads = lanes and (preparers == 0 or measured.get(_name(1, 1, 1), math.inf) < _MOSTLY_PYTHON_S)
     in_ms = {name: round(cost_s * 1000, 4) for name, cost_s in measured.items()}
-    return net, Plan(engines, net.threads, size, preparers, lanes, alone, in_ms)
+    return net, Plan(engines, net.threads, size, preparers, lanes, reads, in_ms)
 
 
 def _split(load: LoadNet, config: NetConfig, net: _Net, measured: dict[str, float]) -> tuple[_Net, int]:
@@ -119,8 +119,6 @@ class _Net:
         """Raises StartError."""
         self.threads = threads
         self.runner = NetRunner(load, config.with_threads(threads))
-        # Seconds per request in onnxruntime, by the names of the measurements.
-        self._engine_s: dict[str, float] = {}
 
     def warm_up(self, most: int) -> None:
         """Run batches of each size that requests will form. Raises StartError."""
@@ -136,23 +134,13 @@ class _Net:
         measurement would be noise.
         """
         engines, alone_s = 1, self.cost_s(1, 1, measured)
-        if self.is_mostly_python(measured):
+        if alone_s < _MOSTLY_PYTHON_S:
             return engines
         for more in _sizes(most)[1:]:
             if self.cost_s(more, 1, measured) > alone_s * _MAX_CONTENTION:
                 break
             engines = more
         return engines
-
-    def is_mostly_python(self, measured: dict[str, float]) -> bool:
-        """Return whether a request holds the GIL for most of its time. Raises StartError."""
-        alone_s = self.cost_s(1, 1, measured)
-        engine_s = self.engine_s(_name(1, self.threads, 1))
-        return alone_s < _MOSTLY_PYTHON_S or (alone_s < _PERHAPS_PYTHON_S and engine_s < alone_s / 2)
-
-    def engine_s(self, name: str) -> float:
-        """Return the seconds in onnxruntime per request of a measurement."""
-        return self._engine_s.get(name, math.inf)
 
     def best_batch_size(self, engines: int, measured: dict[str, float]) -> int:
         """Return the cheapest size, fixed costs included, whose batches take not too long. Raises StartError."""
@@ -171,26 +159,22 @@ class _Net:
         if name not in measured:
             self._infer(self._batch(size))
             with ThreadPoolExecutor(engines) as pool:
-                rounds = [self._round_s(pool, engines, size) for _ in range(_ROUNDS)]
-            measured[name], self._engine_s[name] = min(rounds)
+                measured[name] = min(self._round_s(pool, engines, size) for _ in range(_ROUNDS))
         return measured[name]
 
-    def _round_s(self, pool: ThreadPoolExecutor, engines: int, size: int) -> tuple[float, float]:
-        """Return the CPU seconds and the seconds in onnxruntime, per request."""
+    def _round_s(self, pool: ThreadPoolExecutor, engines: int, size: int) -> float:
         until_s = time.perf_counter() + _ROUND_S
 
-        def loop(_: int) -> tuple[int, float]:
-            count, before_s = 0, engine.spent_s()
+        def loop(_: int) -> int:
+            count = 0
             while not count or time.perf_counter() < until_s:
                 self._infer(self._batch(size))
                 count += size
-            return count, engine.spent_s() - before_s
+            return count
 
         began_s = time.process_time()
-        loops = list(pool.map(loop, range(engines)))
-        cost_s = time.process_time() - began_s
-        count = sum(each for each, _ in loops)
-        return cost_s / count, sum(each for _, each in loops) / count
+        count = sum(pool.map(loop, range(engines)))
+        return (time.process_time() - began_s) / count
 
     def _batch(self, size: int) -> list[Prepared]:
         try:

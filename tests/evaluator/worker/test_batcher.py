@@ -70,6 +70,7 @@ class Inlet:
         with self._changed:
             self._changed.wait_for(lambda: self._arrived or self._notified, timeout_s)
             self._notified = False
+        self.take()
 
     def notify(self) -> None:
         with self._changed:
@@ -97,14 +98,12 @@ class Harness:
         self.in_progress: dict[int, list[int]] = {}
         self.changed = threading.Condition()
         schedule = Schedule(batch_size=batch_size, engines=max(lanes, 1), delay_s=delay_s)
-        self.batcher = Batcher(schedule, self.engine, self.report, self, lanes=bool(lanes))
+        self.batcher = Batcher(schedule, self.engine, self.report, self, lanes=bool(lanes), inlet=inlet)
+        if inlet:
+            inlet.batcher = self.batcher
         roles = [(True, True)] * lanes or [(True, False), (False, True), (False, True)]
         roles += [(False, True)] * preparers
         for number, (forwards, prepares) in enumerate(roles):
-            if forwards and inlet:
-                inlet.batcher = self.batcher
-                threading.Thread(target=self.batcher.run_alone, args=(inlet,), daemon=True).start()
-                continue
             arguments = {"forwards": forwards, "prepares": prepares}
             threading.Thread(target=self.batcher.run, args=(number,), kwargs=arguments, daemon=True).start()
 
@@ -142,7 +141,15 @@ class Harness:
 
 
 @pytest.fixture(
-    scope="module", params=["lanes", "engines and preparers", "lane with preparers", "alone", "alone with preparers"]
+    scope="module",
+    params=[
+        "lanes",
+        "engines and preparers",
+        "lane with preparers",
+        "reading lane",
+        "reading lanes",
+        "reading lane with preparers",
+    ],
 )
 def harness(request: pytest.FixtureRequest) -> Harness:
     match request.param:
@@ -150,9 +157,11 @@ def harness(request: pytest.FixtureRequest) -> Harness:
             return Harness(lanes=2)
         case "engines and preparers":
             return Harness()
-        case "alone":
+        case "reading lane":
             return Harness(lanes=1, inlet=Inlet())
-    harness = Harness(lanes=1, preparers=2, inlet=Inlet() if request.param == "alone with preparers" else None)
+        case "reading lanes":
+            return Harness(lanes=3, inlet=Inlet())
+    harness = Harness(lanes=1, preparers=2, inlet=Inlet() if request.param == "reading lane with preparers" else None)
     # The batcher believes that preparations take long.
     harness.batcher._prepare_s = 1e6
     return harness

@@ -118,22 +118,13 @@ def test_engines_that_contend_are_not_added(tmp_path: Path, monkeypatch: pytest.
     plan = plan_of_costs(costs_ms, tmp_path, monkeypatch)
     # The other CPUs prepare requests if pictures take long to decode.
     assert (plan.engines, plan.threads, plan.batch_size, plan.preparers, plan.lanes) == (2, 1, 16, 2, True)
+    assert not plan.reads
 
 
 def test_net_that_is_mostly_python_gets_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of_costs({(1, 1, 2**n): 0.1 for n in range(5)}, tmp_path, monkeypatch)
     assert (plan.engines, plan.threads, plan.batch_size, plan.preparers, plan.lanes) == (1, 1, 16, 3, True)
-    assert plan.alone
-
-
-def test_net_that_spends_little_in_its_engine_gets_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    costs_ms = {(1, 1, 2**n): 0.8 for n in range(5)} | {(2, 1, 2**n): 0.8 for n in range(5)}
-    costs_ms |= {(4, 1, 2**n): 0.8 for n in range(5)} | {(2, 2, 1): 0.8, (1, 4, 1): 0.8}
-    assert plan_of_costs(costs_ms, tmp_path, monkeypatch).engines == 4
-    for share, engines in ((0.6, 4), (0.4, 1)):
-        monkeypatch.setattr(module._Net, "engine_s", lambda self, name, share=share: 0.0008 * share)
-        plan = plan_of_costs(costs_ms, tmp_path, monkeypatch)
-        assert (plan.engines, plan.alone) == (engines, engines == 1)
+    assert plan.reads
 
 
 def test_known_plan_is_not_measured_again(tmp_path: Path) -> None:
