@@ -85,11 +85,7 @@ class ResourceFetcher:
         """
         budget = budget or Budget(self._max_bytes)
         if uris.scheme(uri) == "data":
-            data = uris.decode_data(uri)
-            if len(data) > self._max_bytes:
-                raise self._too_large("the resource")
-            budget.take(len(data))
-            return data
+            return self.decode(uri, budget)
         label = f"resource {uris.redacted(uri)}"
         try:
             async with asyncio.timeout(_TOTAL_S):
@@ -102,6 +98,14 @@ class ResourceFetcher:
             raise InvalidArgument(f"{label}: bad url") from None
         except (aiohttp.ClientError, OSError) as error:
             raise ResourceUnreachable(f"{label} could not be reached: {_reason(error)}") from None
+
+    def decode(self, uri: str, budget: Budget) -> bytes:
+        """Return the bytes of a data URI, and take them from ``budget``. Raises InvalidArgument."""
+        data = uris.decode_data(uri)
+        if len(data) > self._max_bytes:
+            raise self._too_large("the resource")
+        budget.take(len(data))
+        return data
 
     async def _locate(self, uri: str, label: str) -> URL:
         if uris.scheme(uri) != "qiniu":

@@ -75,22 +75,35 @@ class Pipeline:
             if timer:
                 timer.cancel()
 
-    async def fetch(self, serialized: link.Buffer) -> bytes:
-        """Replace the URI of each resource by its bytes; return the serialized request. Raises a ServingError."""
+    def read(self, serialized: link.Buffer) -> evaluator_pb2.InferRequest:
+        """Return a request that has URIs. Raises InvalidArgument."""
         try:
             request = evaluator_pb2.InferRequest.FromString(cast(bytes, serialized))
         except DecodeError:
             raise InvalidArgument("the request is malformed") from None
         # The worker would refuse it too, but only after the download.
         check_request(request, self._built_in)
+        return request
+
+    def decode(self, request: evaluator_pb2.InferRequest) -> bool:
+        """Replace all URIs by their bytes if all are data URIs, and return whether they are. Raises InvalidArgument."""
+        elsewhere = _elsewhere(request)
+        if any(each.uri[:5].lower() != "data:" for each in elsewhere):
+            return False
+        budget = Budget(self._limits.max_request_bytes)
+        for each in elsewhere:
+            each.body = self._fetcher.decode(each.uri, budget)
+        return True
+
+    async def fetch(self, request: evaluator_pb2.InferRequest) -> None:
+        """Replace the URI of each resource by its bytes. Raises a ServingError."""
         # The worker checks the sizes of bodies.
-        elsewhere = [each for each in request.data if each.WhichOneof("source") == "uri"]
+        elsewhere = _elsewhere(request)
         budget = Budget(self._limits.max_request_bytes)
         if len(elsewhere) == 1:
             elsewhere[0].body = await self._fetcher.fetch(elsewhere[0].uri, budget)
         elif elsewhere:
             await self._fetch_all(elsewhere, budget)
-        return request.SerializeToString()
 
     async def _fetch_all(self, resources: Sequence[serving_pb2.Resource], budget: Budget) -> None:
         tasks = [asyncio.create_task(self._fetcher.fetch(each.uri, budget)) for each in resources]
@@ -147,20 +160,27 @@ class Request:
         try:
             self._ahead = self._pipeline.capacity.enter()
             if call.flags & link.FETCH:
-                self._fetching = asyncio.get_running_loop().create_task(self._fetch(call.request))
+                request = self._pipeline.read(call.request)
+                if self._pipeline.decode(request):
+                    self._fetched(request)
+                else:
+                    self._fetching = asyncio.get_running_loop().create_task(self._fetch(request))
             else:
                 self._ms["fetch_ms"] = 0.0
                 self._submit(call.request)
         except Exception as error:
             self._fail(error)
 
-    async def _fetch(self, serialized: link.Buffer) -> None:
+    async def _fetch(self, request: evaluator_pb2.InferRequest) -> None:
         try:
-            fetched = await self._pipeline.fetch(serialized)
-            self._ms["fetch_ms"] = round((time.monotonic() - self._began_s) * 1000, 3)
-            self._submit(fetched)
+            await self._pipeline.fetch(request)
+            self._fetched(request)
         except Exception as error:
             self._fail(error)
+
+    def _fetched(self, request: evaluator_pb2.InferRequest) -> None:
+        self._ms["fetch_ms"] = round((time.monotonic() - self._began_s) * 1000, 3)
+        self._submit(request.SerializeToString())
 
     def _submit(self, serialized: link.Buffer) -> None:
         self._work = self._pipeline.worker.submit(self._reqid.encode(), serialized, self._deadline_s, self)
@@ -242,6 +262,10 @@ class _Answer:
     def reply(self, reply: link.Reply) -> None:
         if not self.response.done():
             self.response.set_result(evaluator_pb2.InferResponse.FromString(cast(bytes, reply.response)))
+
+
+def _elsewhere(request: evaluator_pb2.InferRequest) -> list[serving_pb2.Resource]:
+    return [each for each in request.data if each.HasField("uri")]
 
 
 def _error(response: link.Buffer) -> ServingError:
