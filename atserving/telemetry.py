@@ -100,9 +100,9 @@ def _dumps(value: Any, **_: Any) -> bytes:
         return json.dumps(value, default=str, skipkeys=True).encode()
 
 
-def request_id(given: str | None) -> str:
-    """Return the caller's request id, or a new one unless it is one printable word of at most 128 characters."""
-    return given if given and _REQID.fullmatch(given) else secrets.token_urlsafe(12)
+def request_id(*given: str | None) -> str:
+    """Return the first id that is one printable word of at most 128 characters, or a new one."""
+    return next((each for each in given if each and _REQID.fullmatch(each)), None) or secrets.token_urlsafe(12)
 
 
 def trace_context(given: str | None) -> str | None:

@@ -9,16 +9,17 @@ import click
 import structlog
 import uvloop
 
-from atserving import lifecycle, transport
+from atserving import lifecycle
 from atserving.cli import service
 from atserving.errors import StartError
 from atserving.follower import ConfigFollower, reminding
+from atserving.grpc_server import Server
 from atserving.telemetry import configure_logging
-from atserving.v1 import edge_pb2, edge_pb2_grpc, serving_pb2, serving_pb2_grpc
+from atserving.v1 import edge_pb2, serving_pb2
 from gate.connection import EvaluatorConnection
 from gate.dispatch import Dispatcher
 from gate.router import Router
-from gate.server import EdgeServicer, ServingServicer
+from gate.server import EdgeService, ServingService
 
 log = structlog.get_logger()
 
@@ -45,7 +46,7 @@ async def serve(settings: GateSettings) -> None:
     stop = lifecycle.stop_signal()
     router = Router(EvaluatorConnection)
     follower = ConfigFollower(settings.registries, router.apply)
-    server = transport.Server(
+    server = Server(
         [
             serving_pb2.DESCRIPTOR.services_by_name["ServingService"],
             edge_pb2.DESCRIPTOR.services_by_name["EdgeService"],
@@ -53,8 +54,8 @@ async def serve(settings: GateSettings) -> None:
         _MAX_REQUEST_BYTES,
     )
     dispatcher = Dispatcher(router, follower.synced)
-    serving_pb2_grpc.add_ServingServiceServicer_to_server(ServingServicer(dispatcher, settings.max_batch), server.grpc)
-    edge_pb2_grpc.add_EdgeServiceServicer_to_server(EdgeServicer(dispatcher, settings.max_batch), server.grpc)
+    ServingService(dispatcher, settings.max_batch).register(server)
+    EdgeService(dispatcher, settings.max_batch).register(server)
     following = asyncio.create_task(follower.run())
     tending = asyncio.create_task(_tend(router))
     ready = False

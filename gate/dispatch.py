@@ -18,6 +18,7 @@ from atserving.errors import (
     ServingError,
     Unavailable,
 )
+from atserving.telemetry import RequestLog
 from atserving.v1 import evaluator_pb2
 from gate.admission import Caller, admit
 from gate.connection import EvaluatorConnection, TransportError
@@ -74,6 +75,7 @@ class Dispatcher:
         """``synced`` is set once the router has a config; before that, tasks wait for it."""
         self._router = router
         self._synced = synced
+        self._requests = RequestLog("gate")
 
     async def eval(self, task: Task, call: CallContext) -> EvalResult:
         """Return the result of a task, and log one line for it. Raises a ServingError."""
@@ -93,16 +95,16 @@ class Dispatcher:
             log.exception("request failed", reqid=call.reqid)
             raise Internal("the gate failed on this request") from None
         finally:
-            log.info(
-                "request finished",
-                reqid=call.reqid,
-                app=task.app,
-                version=answer.version if answer else task.version,
-                code=code,
-                reason=reason,
-                traceparent=call.traceparent,
-                total_ms=round((time.monotonic() - call.started) * 1e3, 2),
-            )
+            fields = {
+                "reqid": call.reqid,
+                "app": task.app,
+                "version": answer.version if answer else task.version,
+                "code": code,
+                "reason": reason,
+                "traceparent": call.traceparent,
+                "total_ms": round((time.monotonic() - call.started) * 1e3, 2),
+            }
+            self._requests.write("info", "request finished", fields)
 
     async def _eval(self, task: Task, call: CallContext) -> EvalResult:
         if not self._synced.is_set():
@@ -124,10 +126,13 @@ class Dispatcher:
         Envoy may send requests to a gate that came back before a health check has seen it.
         """
         wait_s = MAX_SYNC_S if call.deadline is None else min(MAX_SYNC_S, call.deadline - time.monotonic())
+        # In a task of its own, as a timeout needs one.
+        waiting = asyncio.get_running_loop().create_task(asyncio.wait_for(self._synced.wait(), wait_s))
         try:
-            async with asyncio.timeout(wait_s):
-                await self._synced.wait()
+            await waiting
         except TimeoutError:
+            if call.deadline is not None and call.deadline <= time.monotonic():
+                raise DeadlineExceeded("the deadline passed before this gate had a config") from None
             raise Unavailable("this gate has no config yet") from None
 
     def _admit(self, task: Task, call: CallContext) -> Route:

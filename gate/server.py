@@ -1,20 +1,22 @@
-"""The gate's gRPC services: translate, call, translate back."""
+"""The gate's services: they translate requests, pass them to the dispatcher, and translate its results back."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Iterator
-from contextlib import contextmanager
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar
 
-import grpc.aio
 import structlog
 from google.api import httpbody_pb2
 
+from atserving.coroutines import Running
 from atserving.errors import Internal, ServingError
+from atserving.grpc_server import Call, GrpcError, Server, parsed
 from atserving.grpc_status import grpc_status
 from atserving.telemetry import request_id, trace_context
-from atserving.v1 import edge_pb2, edge_pb2_grpc, evaluator_pb2, serving_pb2, serving_pb2_grpc
+from atserving.v1 import edge_pb2, evaluator_pb2, serving_pb2
 from gate import edge
 from gate.admission import Caller
 from gate.batch import run_batch
@@ -25,82 +27,127 @@ log = structlog.get_logger()
 BATCH_CONCURRENCY = 16
 """How many items of a batch run at once."""
 
-_RequestT = TypeVar("_RequestT")
-_ResponseT = TypeVar("_ResponseT")
-Context = grpc.aio.ServicerContext[_RequestT, _ResponseT]
+_NOBODY = Caller()
+_ResultT = TypeVar("_ResultT")
 
 
-def read_call(context: Context[_RequestT, _ResponseT]) -> CallContext:
-    """Read a call's metadata and deadline."""
-    metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-    remaining_s = context.time_remaining()
-    now = time.monotonic()
+def read_call(call: Call, deadline: float | None) -> CallContext:
+    """Read a call's headers. An invalid request id gives way to the edge's own."""
     return CallContext(
-        reqid=request_id(metadata.get("x-reqid")),
-        caller=Caller(),
-        traceparent=trace_context(metadata.get("traceparent")),
-        deadline=None if remaining_s is None else now + remaining_s,
-        started=now,
+        reqid=request_id(call.header("x-reqid"), call.header("x-request-id")),
+        caller=_NOBODY,
+        traceparent=trace_context(call.header("traceparent")),
+        deadline=deadline,
+        started=time.monotonic(),
     )
 
 
-@contextmanager
-def _rejections_logged(call: CallContext) -> Iterator[None]:
+def log_rejected(context: CallContext, error: ServingError) -> None:
     """Log a request that is rejected before it becomes an eval. The dispatcher logs evals."""
-    try:
-        yield
-    except ServingError as error:
-        log.info(
-            "request rejected", reqid=call.reqid, code=error.code, reason=error.message, traceparent=call.traceparent
-        )
-        raise
+    log.info(
+        "request rejected", reqid=context.reqid, code=error.code, reason=error.message, traceparent=context.traceparent
+    )
 
 
-class ServingServicer(serving_pb2_grpc.ServingServiceServicer):
-    """The typed interface."""
+def _run(
+    call: Call,
+    context: CallContext,
+    work: Coroutine[Any, Any, _ResultT],
+    answer: Callable[[_ResultT], None],
+    fail: Callable[[ServingError], None],
+) -> None:
+    """Run the work of a call, and answer it by its result or its error. The caller's departure cancels the work."""
+
+    def done(result: _ResultT | None, error: BaseException | None) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            return
+        try:
+            if isinstance(error, ServingError):
+                fail(error)
+            elif error is None:
+                answer(result)  # type: ignore[arg-type] # without an error there is a result
+            else:
+                raise error
+        except Exception:
+            log.exception("request failed", reqid=context.reqid)
+            fail(Internal("the gate failed on this request"))
+
+    running = Running(work, done)
+    if not running.done:
+        call.on_gone = running.cancel
+
+
+class ServingService:
+    """The typed interface, native gRPC."""
 
     def __init__(self, dispatcher: Dispatcher, max_batch: int) -> None:
         self._dispatcher = dispatcher
         self._max_batch = max_batch
 
-    async def Eval(  # noqa: N802
-        self,
-        request: serving_pb2.EvalRequest,
-        context: Context[serving_pb2.EvalRequest, serving_pb2.EvalResponse],
-    ) -> serving_pb2.EvalResponse:
-        call = read_call(context)
+    def register(self, server: Server) -> None:
+        """Answer the service's calls on a server."""
+        server.unary("/atserving.v1.ServingService/Eval", self.eval)
+        server.unary("/atserving.v1.ServingService/Batch", self.batch)
+
+    def eval(self, call: Call) -> None:
         try:
-            answer = await self._dispatcher.eval(_task(request), call)
-        except ServingError as error:
-            await _abort(error, call, context)
-        await context.send_initial_metadata((("x-reqid", call.reqid), ("x-serving-version", answer.version)))
-        return _response(answer)
+            context = read_call(call, call.deadline())
+            request = parsed(serving_pb2.EvalRequest(), call.message)
+        except GrpcError as error:
+            call.abort(error.status, str(error))
+            return
+        fail = partial(_abort, call, context)
+        _run(
+            call, context, self._dispatcher.eval(task_of(request), context), partial(self._answer, call, context), fail
+        )
 
-    async def Batch(  # noqa: N802
-        self,
-        request: serving_pb2.BatchRequest,
-        context: Context[serving_pb2.BatchRequest, serving_pb2.BatchResponse],
-    ) -> serving_pb2.BatchResponse:
-        call = read_call(context)
+    @staticmethod
+    def _answer(call: Call, context: CallContext, result: EvalResult) -> None:
+        headers = (("x-reqid", context.reqid), ("x-serving-version", result.version))
+        call.finish(response_of(result).SerializeToString(), headers)
+
+    def batch(self, call: Call) -> None:
         try:
-            with _rejections_logged(call):
-                edge.check_batch(len(request.tasks), self._max_batch)
+            context = read_call(call, call.deadline())
+            request = parsed(serving_pb2.BatchRequest(), call.message)
+        except GrpcError as error:
+            call.abort(error.status, str(error))
+            return
+        try:
+            edge.check_batch(len(request.tasks), self._max_batch)
         except ServingError as error:
-            await _abort(error, call, context)
-        tasks = [_task(each) for each in request.tasks]
-        results = await run_batch(self._dispatcher, tasks, call, BATCH_CONCURRENCY)
-        await context.send_initial_metadata((("x-reqid", call.reqid),))
-        return serving_pb2.BatchResponse(results=[_response(each) for each in results])
+            log_rejected(context, error)
+            _abort(call, context, error)
+            return
+
+        def answer(results: list[EvalResult | ServingError]) -> None:
+            response = serving_pb2.BatchResponse(results=[response_of(each) for each in results])
+            call.finish(response.SerializeToString(), (("x-reqid", context.reqid),))
+
+        tasks = [task_of(each) for each in request.tasks]
+        _run(call, context, _batch(self._dispatcher, tasks, context), answer, partial(_abort, call, context))
 
 
-def _task(request: serving_pb2.EvalRequest) -> Task:
+def _batch(
+    dispatcher: Dispatcher, tasks: list[Task] | list[Task | ServingError], context: CallContext
+) -> Coroutine[Any, Any, list[EvalResult | ServingError]]:
+    async def run() -> list[EvalResult | ServingError]:
+        # A batch waits for many evals at once, which takes a task.
+        return await asyncio.get_running_loop().create_task(run_batch(dispatcher, tasks, context, BATCH_CONCURRENCY))
+
+    return run()
+
+
+def task_of(request: serving_pb2.EvalRequest) -> Task:
+    """Return the task of a typed request."""
     infer = evaluator_pb2.InferRequest(
         data=request.data, group=request.group or len(request.data) > 1, params_json=request.params_json
     )
     return Task(request.app, request.version, infer)
 
 
-def _response(result: EvalResult | ServingError) -> serving_pb2.EvalResponse:
+def response_of(result: EvalResult | ServingError) -> serving_pb2.EvalResponse:
+    """Return the typed response of one eval."""
     if isinstance(result, ServingError):
         return serving_pb2.EvalResponse(code=result.code, message=result.message)
     inferred = result.response
@@ -112,60 +159,71 @@ def _response(result: EvalResult | ServingError) -> serving_pb2.EvalResponse:
     return response
 
 
-async def _abort(error: ServingError, call: CallContext, context: Context[_RequestT, _ResponseT]) -> NoReturn:
-    """End the call before any metadata is sent, so that all of it travels as one header frame (Trailers-Only)."""
-    trailing = [("x-reqid", call.reqid), ("x-serving-code", str(error.code))]
+def error_metadata(error: ServingError, context: CallContext) -> list[tuple[str, str]]:
+    """Return the trailing metadata of a failed call."""
+    trailing = [("x-reqid", context.reqid), ("x-serving-code", str(error.code))]
     if error.retry_after_s is not None:
         trailing.append(("retry-after", edge.retry_after(error)))
-    await context.abort(grpc_status(error), error.message, tuple(trailing))
+    return trailing
 
 
-class EdgeServicer(edge_pb2_grpc.EdgeServiceServicer):
-    """The REST interface, behind Envoy's transcoder. Every outcome is a reply with its HTTP status in a header."""
+def _abort(call: Call, context: CallContext, error: ServingError) -> None:
+    call.abort(grpc_status(error), error.message, error_metadata(error, context))
+
+
+class EdgeService:
+    """The REST interface, behind Envoy's transcoder.
+
+    Requests come as gRPC. Every outcome is a plain HTTP response, which the transcoder passes on unchanged.
+    """
 
     def __init__(self, dispatcher: Dispatcher, max_batch: int) -> None:
         self._dispatcher = dispatcher
         self._max_batch = max_batch
 
-    async def Eval(  # noqa: N802
-        self,
-        request: edge_pb2.EdgeEvalRequest,
-        context: Context[edge_pb2.EdgeEvalRequest, httpbody_pb2.HttpBody],
-    ) -> httpbody_pb2.HttpBody:
-        call = read_call(context)
-        return await _reply(self._eval(request, call), call, context)
+    def register(self, server: Server) -> None:
+        """Answer the service's calls on a server."""
+        server.unary("/atserving.v1.EdgeService/Eval", self.eval)
+        server.unary("/atserving.v1.EdgeService/Batch", self.batch)
 
-    async def Batch(  # noqa: N802
-        self,
-        request: httpbody_pb2.HttpBody,
-        context: Context[httpbody_pb2.HttpBody, httpbody_pb2.HttpBody],
-    ) -> httpbody_pb2.HttpBody:
-        call = read_call(context)
-        return await _reply(self._batch(request, call), call, context)
-
-    async def _eval(self, request: edge_pb2.EdgeEvalRequest, call: CallContext) -> edge.Reply:
-        with _rejections_logged(call):
+    def eval(self, call: Call) -> None:
+        # Envoy sends the deadline of no HTTP caller.
+        context = read_call(call, None)
+        reply = partial(_reply, call, context)
+        try:
+            request = parsed(edge_pb2.EdgeEvalRequest(), call.message)
             task = edge.read_eval(request.app, request.version, request.body.content_type, request.body.data)
-        return edge.write_answer(await self._dispatcher.eval(task, call))
+        except GrpcError as error:
+            call.abort(error.status, str(error))
+            return
+        except ServingError as error:
+            log_rejected(context, error)
+            reply(edge.write_error(error))
+            return
+        work = self._dispatcher.eval(task, context)
+        _run(call, context, work, lambda result: reply(edge.write_answer(result)), _failing(reply))
 
-    async def _batch(self, request: httpbody_pb2.HttpBody, call: CallContext) -> edge.Reply:
-        with _rejections_logged(call):
+    def batch(self, call: Call) -> None:
+        context = read_call(call, None)
+        reply = partial(_reply, call, context)
+        try:
+            request = parsed(httpbody_pb2.HttpBody(), call.message)
             tasks = edge.read_batch(request.content_type, request.data, self._max_batch)
-        return edge.write_batch(await run_batch(self._dispatcher, tasks, call, BATCH_CONCURRENCY))
+        except GrpcError as error:
+            call.abort(error.status, str(error))
+            return
+        except ServingError as error:
+            log_rejected(context, error)
+            reply(edge.write_error(error))
+            return
+        work = _batch(self._dispatcher, tasks, context)
+        _run(call, context, work, lambda results: reply(edge.write_batch(results)), _failing(reply))
 
 
-async def _reply(
-    work: Awaitable[edge.Reply],
-    call: CallContext,
-    context: Context[_RequestT, httpbody_pb2.HttpBody],
-) -> httpbody_pb2.HttpBody:
-    try:
-        reply = await work
-    except ServingError as error:
-        reply = edge.write_error(error)
-    except Exception:
-        log.exception("request failed", reqid=call.reqid)
-        reply = edge.write_error(Internal("the gate failed on this request"))
-    # Trailing metadata makes the whole reply one write: a process that dies earlier has sent nothing of it.
-    context.set_trailing_metadata((("x-serving-status", str(reply.status)), *reply.headers.items()))
-    return httpbody_pb2.HttpBody(content_type=reply.content_type, data=reply.body)
+def _failing(reply: Callable[[edge.Reply], None]) -> Callable[[ServingError], None]:
+    return lambda error: reply(edge.write_error(error))
+
+
+def _reply(call: Call, context: CallContext, reply: edge.Reply) -> None:
+    headers = [("content-type", reply.content_type), ("x-reqid", context.reqid), *reply.headers.items()]
+    call.respond(reply.status, headers, reply.body)

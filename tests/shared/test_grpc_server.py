@@ -1,0 +1,338 @@
+"""The gRPC server over our HTTP/2, called by the clients of grpcio and by raw HTTP/2 frames over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from atserving.errors import StartError
+from atserving.grpc_server import Call, Server
+from atserving.transport import LIVE, channel
+from atserving.v1 import serving_pb2
+from tests.waiting import until_async
+
+MAX_BYTES = 12 << 20
+WAIT_S = 20.0
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """Return an HTTP/2 frame (RFC 9113, section 4.1)."""
+    return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + payload
+
+
+def field(name: bytes, value: bytes) -> bytes:
+    """Return a header field, neither packed nor indexed (RFC 7541, section 6.2.2)."""
+    assert max(len(name), len(value)) < 127
+    return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
+
+
+REQUEST = b"".join(
+    field(name, value)
+    for name, value in {
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": b"/test/Wait",
+        b":authority": b"test",
+        b"content-type": b"application/grpc",
+    }.items()
+)
+
+
+class Scripted:
+    """Answers calls by their path."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Call] = []
+        self.gone = 0
+        self.port = 0
+        self.server = Server([serving_pb2.DESCRIPTOR.services_by_name["ServingService"]], MAX_BYTES)
+        self.server.unary("/test/Echo", lambda call: call.finish(bytes(call.message), [("x-said", "yes")]))
+        self.server.unary("/test/Grow", lambda call: call.finish(bytes(int(bytes(call.message)))))
+        self.server.unary("/test/Fail", self._fail)
+        self.server.unary("/test/Wait", self._wait)
+
+    @staticmethod
+    def _fail(call: Call) -> None:
+        deadline = call.deadline()
+        call.abort(grpc.StatusCode.NOT_FOUND, f"«{call.header('x-what')}» 100 %\n", [("x-code", str(deadline is None))])
+
+    def _wait(self, call: Call) -> None:
+        self.waiting.append(call)
+        call.on_gone = self._left
+
+    def _left(self) -> None:
+        self.gone += 1
+
+    async def all_waiting(self, count: int) -> None:
+        async def reached() -> bool:
+            return len(self.waiting) >= count
+
+        await until_async(reached, what=f"{count} calls wait")
+
+    async def all_gone(self, count: int) -> None:
+        async def reached() -> bool:
+            return self.gone >= count
+
+        await until_async(reached, what=f"{count} calls are gone")
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Scripted]:
+    scripted = Scripted()
+    scripted.port = await scripted.server.start("127.0.0.1:0")
+    try:
+        yield scripted
+    finally:
+        await scripted.server.stop(0)
+
+
+@asynccontextmanager
+async def calling() -> AsyncIterator[tuple[Scripted, grpc.aio.Channel]]:
+    async with running() as scripted, channel(f"127.0.0.1:{scripted.port}") as client:
+        yield scripted, client
+
+
+def method(client: grpc.aio.Channel, path: str) -> Any:
+    """Return a method whose messages are bytes."""
+    return client.unary_unary(path, None, None)
+
+
+async def failure(call: Awaitable[object]) -> Any:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value
+
+
+@pytest.mark.parametrize("size", [0, 1, 16_384, 1_000_000, MAX_BYTES])
+async def test_a_message_of_any_size_arrives_and_returns(size: int) -> None:
+    async with calling() as (_, client):
+        sent = bytes(range(256)) * (size // 256) + bytes(size % 256)
+        call = method(client, "/test/Echo")(sent, timeout=WAIT_S)
+        assert await call == sent
+        assert dict(await call.initial_metadata())["x-said"] == "yes"
+
+
+async def test_many_calls_of_one_connection_are_not_mixed_up() -> None:
+    async with calling() as (_, client):
+        sent = [str(number).encode() * (number * 37 % 5000) for number in range(3000)]
+        echo = method(client, "/test/Echo")
+        assert await asyncio.gather(*(echo(each, timeout=WAIT_S) for each in sent)) == sent
+
+
+async def test_a_message_packed_by_gzip_is_read() -> None:
+    async with calling() as (_, client):
+        echo = method(client, "/test/Echo")
+        assert await echo(b"a" * 100_000, timeout=WAIT_S, compression=grpc.Compression.Gzip) == b"a" * 100_000
+
+
+async def test_a_message_that_unpacks_to_too_much_is_rejected() -> None:
+    async with calling() as (_, client):
+        packed = method(client, "/test/Echo")(bytes(MAX_BYTES + 1), compression=grpc.Compression.Gzip)
+        assert (await failure(packed)).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_another_compression_is_rejected() -> None:
+    async with calling() as (_, client):
+        packed = method(client, "/test/Echo")(b"a" * 1000, compression=grpc.Compression.Deflate)
+        assert (await failure(packed)).code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_message_over_the_limit_is_rejected() -> None:
+    async with calling() as (_, client):
+        error = await failure(method(client, "/test/Echo")(bytes(MAX_BYTES + 1), timeout=WAIT_S))
+        assert (error.code(), error.details()) == (
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            f"the message is larger than {MAX_BYTES} bytes",
+        )
+
+
+async def test_a_failure_has_its_status_message_and_metadata() -> None:
+    async with calling() as (_, client):
+        error = await failure(method(client, "/test/Fail")(b"", metadata=(("x-what", "it"),)))
+        assert (error.code(), error.details()) == (grpc.StatusCode.NOT_FOUND, "«it» 100 %\n")
+        assert dict(error.trailing_metadata())["x-code"] == "True"
+        error = await failure(method(client, "/test/Fail")(b"", timeout=WAIT_S))
+        assert dict(error.trailing_metadata())["x-code"] == "False"
+
+
+async def test_an_unknown_method_is_unimplemented() -> None:
+    async with calling() as (_, client):
+        assert (await failure(method(client, "/test/None")(b"x"))).code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_caller_who_leaves_is_noticed() -> None:
+    async with calling() as (scripted, client):
+        call = method(client, "/test/Wait")(b"")
+        await scripted.all_waiting(1)
+        call.cancel()
+        await scripted.all_gone(1)
+        # An answer to nobody harms nobody.
+        scripted.waiting[0].finish(b"late")
+        assert await method(client, "/test/Echo")(b"next") == b"next"
+
+
+async def test_a_caller_who_reads_slowly_delays_no_other() -> None:
+    async with running() as scripted:
+        reader, writer = await asyncio.open_connection("127.0.0.1", scripted.port)
+        request = REQUEST.replace(b"\x0a/test/Wait", b"\x0a/test/Grow")
+        body = b"\0\0\0\0\x0810000000"
+        writer.write(PREFACE + frame(SETTINGS, 0, 0) + frame(HEADERS, 4, 1, request) + frame(DATA, 1, 1, body))
+        await reader.readexactly(1)
+        async with channel(f"127.0.0.1:{scripted.port}") as client:
+            assert await method(client, "/test/Echo")(b"x", timeout=WAIT_S) == b"x"
+        writer.close()
+
+
+async def test_a_stopping_server_finishes_its_calls_and_takes_no_more() -> None:
+    async with calling() as (scripted, client):
+        call = method(client, "/test/Wait")(b"", timeout=WAIT_S)
+        await scripted.all_waiting(1)
+        stopping = asyncio.create_task(scripted.server.stop(WAIT_S))
+
+        async def refused() -> bool:
+            # The server takes what the client had sent before it knew.
+            try:
+                await method(client, "/test/Echo")(b"", timeout=WAIT_S)
+            except grpc.aio.AioRpcError as error:
+                return error.code() == grpc.StatusCode.UNAVAILABLE
+            return False
+
+        await until_async(refused, what="new calls are refused")
+        assert not stopping.done()
+        scripted.waiting[0].finish(b"done")
+        assert await call == b"done"
+        await stopping
+
+
+async def test_a_server_cancels_what_does_not_finish_within_its_grace() -> None:
+    async with calling() as (scripted, client):
+        call = method(client, "/test/Wait")(b"", timeout=WAIT_S)
+        await scripted.all_waiting(1)
+        await scripted.server.stop(0.1)
+        assert (await failure(call)).code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+        assert scripted.gone == 1
+
+
+async def test_health_is_checked_and_watched() -> None:
+    async with calling() as (scripted, client):
+        health = health_pb2_grpc.HealthStub(client)
+        watch = health.Watch(health_pb2.HealthCheckRequest(service="atserving.v1.ServingService"))
+        assert (await watch.read()).status == NOT_SERVING
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
+        assert (await health.Check(health_pb2.HealthCheckRequest(service=LIVE))).status == SERVING
+        await scripted.server.set_serving(True)
+        assert (await watch.read()).status == SERVING
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == SERVING
+        unknown = await failure(health.Check(health_pb2.HealthCheckRequest(service="other")))
+        assert unknown.code() == grpc.StatusCode.NOT_FOUND
+        watch.cancel()
+
+
+async def test_reflection_lists_the_services() -> None:
+    async with calling() as (_, client):
+        stub = reflection_pb2_grpc.ServerReflectionStub(client)
+        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        response = await call.read()
+        names = {each.name for each in response.list_services_response.service}
+        assert {"atserving.v1.ServingService", "grpc.health.v1.Health"} <= names
+
+
+async def test_an_address_in_use_is_a_start_error() -> None:
+    async with running() as scripted:
+        other = Server([])
+        with pytest.raises(StartError, match="the address is in use"):
+            await other.start(f"127.0.0.1:{scripted.port}")
+
+
+async def conversation(port: int, *frames: bytes) -> bytes:
+    """Send raw frames after the preface, and return everything until the server closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(PREFACE + frame(SETTINGS, 0, 0) + b"".join(frames))
+    said = b""
+    # Closing a connection with unread data resets it.
+    with suppress(ConnectionResetError):
+        async with asyncio.timeout(WAIT_S):
+            while more := await reader.read(1 << 16):
+                said += more
+    writer.close()
+    return said
+
+
+@pytest.mark.parametrize(
+    "rubbish",
+    [
+        frame(DATA, 1, 1, b"for a stream that was never opened"),
+        frame(SETTINGS, 0, 0, b"12345"),
+        frame(HEADERS, 5, 1, b"\xff" * 40),
+        frame(HEADERS, 5, 2, REQUEST),
+        b"\xff\xff\xff" + bytes((DATA, 0)) + bytes(4),
+    ],
+)
+async def test_a_peer_that_breaks_the_protocol_is_disconnected(rubbish: bytes) -> None:
+    async with running() as scripted:
+        assert bytes((GOAWAY, 0)) in await conversation(scripted.port, rubbish)
+        async with channel(f"127.0.0.1:{scripted.port}") as client:
+            assert await method(client, "/test/Echo")(b"x", timeout=WAIT_S) == b"x"
+
+
+async def test_bytes_that_are_not_http_2_end_the_connection() -> None:
+    async with running() as scripted:
+        reader, writer = await asyncio.open_connection("127.0.0.1", scripted.port)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        async with asyncio.timeout(WAIT_S):
+            await reader.read(-1)
+        writer.close()
+
+
+async def test_headers_over_the_limit_do_not_reach_a_handler() -> None:
+    async with calling() as (scripted, client):
+        large = tuple((f"x-{number}", "v" * 1000) for number in range(200))
+        await failure(method(client, "/test/Wait")(b"", metadata=large, timeout=WAIT_S))
+        assert not scripted.waiting
+        assert await method(client, "/test/Echo")(b"x", timeout=WAIT_S) == b"x"
+
+
+async def test_a_peer_that_resets_most_of_its_requests_is_disconnected() -> None:
+    """As in the attack called Rapid Reset."""
+    async with running() as scripted:
+        requests = [
+            frame(HEADERS, 4, stream, REQUEST)
+            + frame(DATA, 1, stream, bytes(5))
+            + frame(RST_STREAM, 0, stream, b"\0\0\0\x08")
+            for stream in range(1, 8001, 2)
+        ]
+        await conversation(scripted.port, *requests)
+        assert scripted.gone == len(scripted.waiting) < 4000
+
+
+async def test_a_peer_that_reads_nothing_does_not_fill_the_memory() -> None:
+    async with running() as scripted:
+        _, writer = await asyncio.open_connection("127.0.0.1", scripted.port)
+        writer.write(PREFACE + frame(SETTINGS, 0, 0))
+        pings = frame(PING, 0, 0, bytes(8)) * 10_000
+        # The server answers each ping. Once nobody reads the answers, it reads no more pings either.
+
+        async def flood() -> None:
+            while True:
+                writer.write(pings)
+                await writer.drain()
+
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(flood(), 3)
+        async with channel(f"127.0.0.1:{scripted.port}") as client:
+            assert await method(client, "/test/Echo")(b"x", timeout=WAIT_S) == b"x"
+        writer.transport.abort()
