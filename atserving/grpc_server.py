@@ -220,7 +220,7 @@ class Server:
         loop = asyncio.get_running_loop()
         try:
             self._server = await loop.create_server(
-                lambda: http2.Connection(self._open, self._connections),
+                self.connect,
                 None if host in ("", "*") else host.strip("[]"),
                 int(port),
                 backlog=_BACKLOG,
@@ -229,6 +229,10 @@ class Server:
         except (OSError, OverflowError):
             raise StartError(f"cannot listen on {listen}: the address is in use or not this machine's") from None
         return int(self._server.sockets[0].getsockname()[1])
+
+    def connect(self) -> http2.Connection:
+        """Return the protocol of a new connection, for a listener of the caller's own."""
+        return http2.Connection(self._open, self._connections)
 
     async def set_serving(self, serving: bool) -> None:
         """Report by the health service whether this server accepts calls."""

@@ -55,108 +55,6 @@ class Hello(_message.Message):
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
 
 @_typing.final
-class ExchangeRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    CALLS_FIELD_NUMBER: _builtins.int
-    CANCELLED_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___Call]: ...
-    @_builtins.property
-    def cancelled(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Calls that the caller has abandoned: the evaluator drops them from its queue and sends no reply."""
-
-    def __init__(
-        self,
-        *,
-        calls: _abc.Iterable[Global___Call] | None = ...,
-        cancelled: _abc.Iterable[_builtins.int] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "cancelled", b"cancelled"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ExchangeRequest: _TypeAlias = ExchangeRequest  # noqa: Y015
-
-@_typing.final
-class ExchangeResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REPLIES_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def replies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Reply]: ...
-    def __init__(
-        self,
-        *,
-        replies: _abc.Iterable[Global___Reply] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["replies", b"replies"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ExchangeResponse: _TypeAlias = ExchangeResponse  # noqa: Y015
-
-@_typing.final
-class Call(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    REQUEST_FIELD_NUMBER: _builtins.int
-    TIMEOUT_US_FIELD_NUMBER: _builtins.int
-    TRACEPARENT_FIELD_NUMBER: _builtins.int
-    id: _builtins.int
-    """Chosen by the caller, unique on its stream."""
-    timeout_us: _builtins.int
-    """The timeout, counted from the call's arrival; after it the reply is DEADLINE_EXCEEDED. 0: no timeout."""
-    traceparent: _builtins.str
-    """W3C trace context, for the logs."""
-    @_builtins.property
-    def request(self) -> Global___InferRequest: ...
-    def __init__(
-        self,
-        *,
-        id: _builtins.int = ...,
-        request: Global___InferRequest | None = ...,
-        timeout_us: _builtins.int = ...,
-        traceparent: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "request", b"request", "timeout_us", b"timeout_us", "traceparent", b"traceparent"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Call: _TypeAlias = Call  # noqa: Y015
-
-@_typing.final
-class Reply(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ID_FIELD_NUMBER: _builtins.int
-    RESPONSE_FIELD_NUMBER: _builtins.int
-    id: _builtins.int
-    """The id of the call."""
-    @_builtins.property
-    def response(self) -> Global___InferResponse: ...
-    def __init__(
-        self,
-        *,
-        id: _builtins.int = ...,
-        response: Global___InferResponse | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "response", b"response"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Reply: _TypeAlias = Reply  # noqa: Y015
-
-@_typing.final
 class InferRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -169,7 +67,7 @@ class InferRequest(_message.Message):
     params_json: _builtins.str
     """As in EvalRequest."""
     reqid: _builtins.str
-    """The request's id, for the logs. On the link the frame has it."""
+    """The request's id, for the logs, if no metadata and no link says it."""
     @_builtins.property
     def data(self) -> _containers.RepeatedCompositeFieldContainer[_serving_pb2.Resource]:
         """As in EvalRequest."""

@@ -35,10 +35,10 @@ class EvaluatorServiceStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Exchange = channel.stream_stream(
-                '/atserving.v1.EvaluatorService/Exchange',
-                request_serializer=atserving_dot_v1_dot_evaluator__pb2.ExchangeRequest.SerializeToString,
-                response_deserializer=atserving_dot_v1_dot_evaluator__pb2.ExchangeResponse.FromString,
+        self.Infer = channel.unary_unary(
+                '/atserving.v1.EvaluatorService/Infer',
+                request_serializer=atserving_dot_v1_dot_evaluator__pb2.InferRequest.SerializeToString,
+                response_deserializer=atserving_dot_v1_dot_evaluator__pb2.InferResponse.FromString,
                 _registered_method=True)
 
 
@@ -46,11 +46,9 @@ class EvaluatorServiceServicer:
     """One instance: one release of one app, loaded and warm.
     """
 
-    def Exchange(self, request_iterator, context):
-        """Evaluates requests. A caller may send all its requests over one long-lived stream. Each message, in either direction,
-        carries everything that was waiting, so that requests share the cost of messages under load. Replies come in the
-        order in which they are ready. A reply carries the failure of its request; the status of the stream reports only
-        transport failures. When a stream ends, the evaluator cancels its unfinished requests.
+    def Infer(self, request, context):
+        """Evaluates a request. The response carries its failure, too; the status of the call reports only transport failures.
+        The metadata may have x-reqid and traceparent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -59,10 +57,10 @@ class EvaluatorServiceServicer:
 
 def add_EvaluatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Exchange': grpc.stream_stream_rpc_method_handler(
-                    servicer.Exchange,
-                    request_deserializer=atserving_dot_v1_dot_evaluator__pb2.ExchangeRequest.FromString,
-                    response_serializer=atserving_dot_v1_dot_evaluator__pb2.ExchangeResponse.SerializeToString,
+            'Infer': grpc.unary_unary_rpc_method_handler(
+                    servicer.Infer,
+                    request_deserializer=atserving_dot_v1_dot_evaluator__pb2.InferRequest.FromString,
+                    response_serializer=atserving_dot_v1_dot_evaluator__pb2.InferResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -77,7 +75,7 @@ class EvaluatorService:
     """
 
     @staticmethod
-    def Exchange(request_iterator,
+    def Infer(request,
             target,
             options=(),
             channel_credentials=None,
@@ -87,12 +85,12 @@ class EvaluatorService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
+        return grpc.experimental.unary_unary(
+            request,
             target,
-            '/atserving.v1.EvaluatorService/Exchange',
-            atserving_dot_v1_dot_evaluator__pb2.ExchangeRequest.SerializeToString,
-            atserving_dot_v1_dot_evaluator__pb2.ExchangeResponse.FromString,
+            '/atserving.v1.EvaluatorService/Infer',
+            atserving_dot_v1_dot_evaluator__pb2.InferRequest.SerializeToString,
+            atserving_dot_v1_dot_evaluator__pb2.InferResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,11 +36,9 @@ class EvaluatorServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EvaluatorServiceAsyncStub: ...
-    Exchange: _grpc.StreamStreamMultiCallable[_evaluator_pb2.ExchangeRequest, _evaluator_pb2.ExchangeResponse]
-    """Evaluates requests. A caller may send all its requests over one long-lived stream. Each message, in either direction,
-    carries everything that was waiting, so that requests share the cost of messages under load. Replies come in the
-    order in which they are ready. A reply carries the failure of its request; the status of the stream reports only
-    transport failures. When a stream ends, the evaluator cancels its unfinished requests.
+    Infer: _grpc.UnaryUnaryMultiCallable[_evaluator_pb2.InferRequest, _evaluator_pb2.InferResponse]
+    """Evaluates a request. The response carries its failure, too; the status of the call reports only transport failures.
+    The metadata may have x-reqid and traceparent.
     """
 
 @_typing.type_check_only
@@ -48,26 +46,22 @@ class EvaluatorServiceAsyncStub(EvaluatorServiceStub):
     """One instance: one release of one app, loaded and warm."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    Exchange: _aio.StreamStreamMultiCallable[_evaluator_pb2.ExchangeRequest, _evaluator_pb2.ExchangeResponse]  # type: ignore[assignment]
-    """Evaluates requests. A caller may send all its requests over one long-lived stream. Each message, in either direction,
-    carries everything that was waiting, so that requests share the cost of messages under load. Replies come in the
-    order in which they are ready. A reply carries the failure of its request; the status of the stream reports only
-    transport failures. When a stream ends, the evaluator cancels its unfinished requests.
+    Infer: _aio.UnaryUnaryMultiCallable[_evaluator_pb2.InferRequest, _evaluator_pb2.InferResponse]  # type: ignore[assignment]
+    """Evaluates a request. The response carries its failure, too; the status of the call reports only transport failures.
+    The metadata may have x-reqid and traceparent.
     """
 
 class EvaluatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """One instance: one release of one app, loaded and warm."""
 
     @_abc_1.abstractmethod
-    def Exchange(
+    def Infer(
         self,
-        request_iterator: _MaybeAsyncIterator[_evaluator_pb2.ExchangeRequest],
+        request: _evaluator_pb2.InferRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_evaluator_pb2.ExchangeResponse], _abc.AsyncIterator[_evaluator_pb2.ExchangeResponse]]:
-        """Evaluates requests. A caller may send all its requests over one long-lived stream. Each message, in either direction,
-        carries everything that was waiting, so that requests share the cost of messages under load. Replies come in the
-        order in which they are ready. A reply carries the failure of its request; the status of the stream reports only
-        transport failures. When a stream ends, the evaluator cancels its unfinished requests.
+    ) -> _typing.Union[_evaluator_pb2.InferResponse, _abc.Awaitable[_evaluator_pb2.InferResponse]]:
+        """Evaluates a request. The response carries its failure, too; the status of the call reports only transport failures.
+        The metadata may have x-reqid and traceparent.
         """
 
 def add_EvaluatorServiceServicer_to_server(servicer: EvaluatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 
 import structlog
 
-from atserving import lifecycle, transport
+from atserving import lifecycle
 from atserving.config import Instance, MalformedConfig, WorkerConfig, validate
 from atserving.errors import StartError
-from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
+from atserving.grpc_server import Server
+from atserving.v1 import evaluator_pb2
 from evaluator.fetching.addresses import AddressPolicy, Network
 from evaluator.fetching.qiniu import QiniuConfig
 from evaluator.fetching.release import fetch_release
@@ -26,13 +27,13 @@ from evaluator.net_config import NetConfig
 from evaluator.serving.advertised import advertised_address
 from evaluator.serving.capacity import Capacity
 from evaluator.serving.link_server import LinkServer
-from evaluator.serving.listener import Listener, Tunnel
+from evaluator.serving.listener import Listener
 from evaluator.serving.metrics import Metrics
 from evaluator.serving.ops_http import OpsServer
 from evaluator.serving.pipeline import Pipeline
 from evaluator.serving.registration import Registration
 from evaluator.serving.release_config import VersionConfigFollower
-from evaluator.serving.server import EvaluatorServicer
+from evaluator.serving.server import EvaluatorService
 from evaluator.serving.status import State, Status
 from evaluator.serving.supervisor import WorkerSupervisor
 
@@ -90,9 +91,9 @@ class _Life:
         self._capacity = Capacity(1)
         self._follower = VersionConfigFollower(settings.registries, settings.app, settings.version)
         self._links = LinkServer()
-        self._server = transport.Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
-        self._servicer = EvaluatorServicer()
-        evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(self._servicer, self._server.grpc)
+        self._server = Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
+        self._service = EvaluatorService()
+        self._service.register(self._server)
         self._stop = lifecycle.stop_signal()
 
     async def run(self) -> None:
@@ -112,11 +113,8 @@ class _Life:
 
     async def _listen(self, stack: AsyncExitStack) -> int:
         """Listen for gates and for gRPC on one port, and return it. Raises StartError."""
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="atserving-"))
-        path = f"{folder}/grpc"
-        await self._server.start(f"unix:{path}")
         stack.push_async_callback(self._server.stop, 0)
-        self._listener = Listener(self._links.connect, lambda: Tunnel(path))
+        self._listener = Listener(self._links.connect, self._server.connect)
         stack.callback(self._links.abort)
         stack.callback(self._listener.close)
         return await self._listener.start(self._settings.listen)
@@ -145,7 +143,7 @@ class _Life:
             ResourceFetcher(config.limits.max_bytes, policy, settings.qiniu) as fetcher,
             _background(worker.run()) as working,
         ):
-            pipeline = self._servicer.pipeline = Pipeline(
+            pipeline = self._service.pipeline = Pipeline(
                 settings.app,
                 settings.version,
                 config,

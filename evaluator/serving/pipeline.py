@@ -58,23 +58,6 @@ class Pipeline:
         request.begin(call)
         return request
 
-    async def answer(self, call: evaluator_pb2.Call) -> evaluator_pb2.InferResponse:
-        """Return the response to a call that came over gRPC. Cancelling this abandons it."""
-        flags = link.FETCH if any(each.HasField("uri") for each in call.request.data) else 0
-        answer = _Answer()
-        loop = asyncio.get_running_loop()
-        reqid, request = call.request.reqid.encode(), call.request.SerializeToString()
-        begun = self.begin(
-            link.Call(call.id, call.timeout_us, flags, reqid, call.traceparent.encode(), request), answer
-        )
-        timer = loop.call_later(call.timeout_us / 1e6, begun.expire) if call.timeout_us else None
-        try:
-            return await answer.response
-        finally:
-            begun.abandon()
-            if timer:
-                timer.cancel()
-
     def read(self, serialized: link.Buffer) -> evaluator_pb2.InferRequest:
         """Return a request that has URIs. Raises InvalidArgument."""
         try:
@@ -251,17 +234,6 @@ class Request:
         if self._traceparent:
             line["traceparent"] = self._traceparent.decode(errors="replace")[:_MAX_TRACE_CHARS]
         pipeline.lines.write("info", "request finished", line)
-
-
-class _Answer:
-    """Takes the reply to a call into a future."""
-
-    def __init__(self) -> None:
-        self.response: asyncio.Future[evaluator_pb2.InferResponse] = asyncio.get_running_loop().create_future()
-
-    def reply(self, reply: link.Reply) -> None:
-        if not self.response.done():
-            self.response.set_result(evaluator_pb2.InferResponse.FromString(cast(bytes, reply.response)))
 
 
 def _elsewhere(request: evaluator_pb2.InferRequest) -> list[serving_pb2.Resource]:

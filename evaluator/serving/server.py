@@ -1,27 +1,65 @@
-"""The gRPC interface of an instance."""
+"""The gRPC interface of an instance, for those who ask it directly. Gates use links."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import time
 
-import grpc
+from grpc import StatusCode
 
-from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
+from atserving import link
+from atserving.grpc_server import Call, GrpcError, Server, parsed
+from atserving.v1 import evaluator_pb2
 from evaluator.serving.pipeline import Pipeline
-from evaluator.serving.stream import GateStream
-
-Context = grpc.aio.ServicerContext[evaluator_pb2.ExchangeRequest, evaluator_pb2.ExchangeResponse]
 
 
-class EvaluatorServicer(evaluator_pb2_grpc.EvaluatorServiceServicer):
+class EvaluatorService:
     """Passes calls to a pipeline; UNAVAILABLE until there is one."""
 
     def __init__(self) -> None:
         self.pipeline: Pipeline | None = None
 
-    async def Exchange(  # type: ignore[override] # noqa: N802 - the interface names it; it writes through the context
-        self, request_iterator: AsyncIterator[evaluator_pb2.ExchangeRequest], context: Context
-    ) -> None:
+    def register(self, server: Server) -> None:
+        """Answer the service's calls on a server."""
+        server.unary("/atserving.v1.EvaluatorService/Infer", self._infer)
+
+    def _infer(self, call: Call) -> None:
         if self.pipeline is None:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the net is still being loaded")
-        await GateStream(self.pipeline.answer).run(request_iterator, context.write)
+            call.abort(StatusCode.UNAVAILABLE, "the net is still being loaded")
+            return
+        try:
+            request = parsed(evaluator_pb2.InferRequest(), call.message)
+            deadline = call.deadline()
+        except GrpcError as error:
+            call.abort(error.status, str(error))
+            return
+        left_s = None if deadline is None else max(deadline - time.monotonic(), 1e-6)
+        replier = _Replier(call)
+        begun = self.pipeline.begin(
+            link.Call(
+                id=0,
+                timeout_us=0 if left_s is None else max(1, int(left_s * 1e6)),
+                flags=link.FETCH if any(each.HasField("uri") for each in request.data) else 0,
+                reqid=(call.header("x-reqid") or request.reqid).encode(),
+                traceparent=(call.header("traceparent") or "").encode(),
+                request=call.message,
+            ),
+            replier,
+        )
+        if not begun.ended:
+            call.on_gone = begun.abandon
+            if left_s is not None:
+                replier.timer = asyncio.get_running_loop().call_later(left_s, begun.expire)
+
+
+class _Replier:
+    """Answers a gRPC call with the reply to it."""
+
+    def __init__(self, call: Call) -> None:
+        self.timer: asyncio.TimerHandle | None = None
+        self._call = call
+
+    def reply(self, reply: link.Reply) -> None:
+        if self.timer:
+            self.timer.cancel()
+        self._call.finish(bytes(reply.response))

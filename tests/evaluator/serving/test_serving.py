@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import orjson
 import pytest
 from aiohttp import web
@@ -23,7 +24,7 @@ from gate.connection import TransportError
 from tests.evaluator.calling import DIGIT, address, ask, connected, infer
 from tests.evaluator.digits import DIGITS, digits_tar
 from tests.processes import Process, Registry, evaluator
-from tests.waiting import until
+from tests.waiting import until, until_async
 
 IMAGES = DIGITS / "images"
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -171,17 +172,43 @@ async def test_server_has_health_checks_and_reflection(digits: Process) -> None:
 
 async def test_direct_caller_gets_its_answers_over_grpc(digits: Process) -> None:
     async with transport.channel(address(digits)) as channel:
+        stub = evaluator_pb2_grpc.EvaluatorServiceStub(channel)
         data = "data:image/png;base64," + base64.b64encode(DIGIT.body).decode()
-        requests = {1: InferRequest(data=[DIGIT], reqid="direct"), 2: InferRequest(data=[Resource(uri=data)])}
-        requests[3] = InferRequest()
-        calls = [evaluator_pb2.Call(id=id_, request=request) for id_, request in requests.items()]
-        stream = evaluator_pb2_grpc.EvaluatorServiceStub(channel).Exchange(
-            iter([evaluator_pb2.ExchangeRequest(calls=calls)])
-        )
-        replies = {reply.id: reply.response async for frame in stream for reply in frame.replies}
-    assert [orjson.loads(replies[id_].result_json)["confidences"][0]["class"] for id_ in (1, 2)] == ["seven"] * 2
-    assert replies[3].error.message == "the request has no data"
-    assert digits.logged(reqid="direct")["code"] == 0
+        requests = [InferRequest(data=[DIGIT]), InferRequest(data=[Resource(uri=data)]), InferRequest()]
+        calls = [
+            stub.Infer(each, metadata=(("x-reqid", f"direct-{number}"),), timeout=30)
+            for number, each in enumerate(requests)
+        ]
+        *good, bad = [await call for call in calls]
+        assert [orjson.loads(each.result_json)["confidences"][0]["class"] for each in good] == ["seven"] * 2
+        assert bad.error.message == "the request has no data"
+        assert [digits.logged(reqid=f"direct-{number}")["code"] for number in range(3)] == [0, 0, 400]
+
+
+async def test_direct_caller_who_leaves_or_whose_deadline_passes_frees_capacity(
+    registry: Registry, slow_host: SlowHost
+) -> None:
+    registry.publish("direct")
+    registry.put("worker/app/direct/release/v1", {"max_concurrent": 1})
+    with evaluator(registry, "direct", "v1", *LOOPBACK) as process:
+        async with transport.channel(address(process)) as channel:
+            stub = evaluator_pb2_grpc.EvaluatorServiceStub(channel)
+            slow = InferRequest(data=[Resource(uri=slow_host.url)])
+            leaving = stub.Infer(slow)
+            await slow_host.asked.wait()
+            assert (await stub.Infer(InferRequest(data=[DIGIT]))).error.code == 429
+            leaving.cancel()
+
+            async def free() -> bool:
+                return not (await stub.Infer(InferRequest(data=[DIGIT]))).HasField("error")
+
+            await until_async(free, what="the caller's place is free")
+            # Either end may notice it first.
+            try:
+                assert (await stub.Infer(slow, timeout=0.2)).error.code == 504
+            except grpc.aio.AioRpcError as error:
+                assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            await until_async(free, what="the late call's place is free")
 
 
 async def test_full_instance_refuses_at_once_and_a_cancelled_request_frees_capacity(
