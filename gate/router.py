@@ -185,6 +185,8 @@ class Router(Generic[ConnectionT]):
 
         Raises Unavailable (no instance is ready, or all were tried) or ResourceExhausted (all ready ones are full).
         """
+        if not tried and (only := self._only(route)):
+            return only
         if not route.weights:
             raise Unavailable(f"app {route.app!r} has no version in production")
         ready = {version: self._ready(route.app, version, tried) for version in route.weights}
@@ -199,6 +201,17 @@ class Router(Generic[ConnectionT]):
         return self._random.choice(
             [each for each in candidates if (each.in_flight + 1) / each.instance.capacity == least]
         )
+
+    def _only(self, route: Route) -> Endpoint[ConnectionT] | None:
+        """Return the instance if there is only one to pick, as for most apps, and it has room."""
+        if len(route.weights) != 1:
+            return None
+        ((version, weight),) = route.weights.items()
+        pool = self._endpoints.get((route.app, version), {})
+        if len(pool) != 1 or not weight:
+            return None
+        (endpoint,) = pool.values()
+        return endpoint if endpoint.free else None
 
     def _ready(self, app: str, version: str, tried: Collection[Endpoint[ConnectionT]]) -> list[Endpoint[ConnectionT]]:
         for pool in (self._endpoints, self._left):
