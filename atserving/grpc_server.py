@@ -24,8 +24,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from atserving import http2
-from atserving.errors import StartError
 from atserving.http2 import Headers, Stream
+from atserving.sockets import listening_socket
 from atserving.transport import LIVE, MAX_MESSAGE_BYTES
 
 log = structlog.get_logger()
@@ -36,7 +36,6 @@ _TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 _UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _UNQUOTED = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 _SHORT_BYTES = 1 << 10
-_BACKLOG = 1024
 
 
 class Call:
@@ -82,7 +81,12 @@ class Call:
         except GrpcError as error:
             self.abort(error.status, str(error))
             return
-        self._handler(self)
+        try:
+            self._handler(self)
+        except Exception:
+            # It must not take the connection's other calls with it.
+            log.exception("call failed", path=self._stream.path)
+            self.abort(StatusCode.INTERNAL, "the server failed on this call")
 
     def gone(self) -> None:
         self._chunks.clear()
@@ -216,19 +220,9 @@ class Server:
 
     async def start(self, listen: str) -> int:
         """Listen on ``host:port`` (port 0: any free port) and return the port. Raises StartError."""
-        host, _, port = listen.rpartition(":")
-        loop = asyncio.get_running_loop()
-        try:
-            self._server = await loop.create_server(
-                self.connect,
-                None if host in ("", "*") else host.strip("[]"),
-                int(port),
-                backlog=_BACKLOG,
-                reuse_port=False,
-            )
-        except (OSError, OverflowError):
-            raise StartError(f"cannot listen on {listen}: the address is in use or not this machine's") from None
-        return int(self._server.sockets[0].getsockname()[1])
+        own = await listening_socket(listen)
+        self._server = await asyncio.get_running_loop().create_server(self.connect, sock=own)
+        return int(own.getsockname()[1])
 
     def connect(self) -> http2.Connection:
         """Return the protocol of a new connection, for a listener of the caller's own."""

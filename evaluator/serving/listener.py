@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 from typing import cast
 
 from atserving import link
-from atserving.errors import StartError
+from atserving.sockets import listening_socket
 
 # A connection that sends nothing says nothing of its protocol.
 _FIRST_BYTES_S = 10.0
-_BACKLOG = 1024
-_ANY = ("", "*", "[::]")
-_ANY_IPV4 = "0.0.0.0"  # noqa: S104 - an operator asks for it
 
 Factory = Callable[[], asyncio.Protocol]
 
@@ -30,11 +26,8 @@ class Listener:
 
     async def start(self, listen: str) -> int:
         """Listen on ``host:port`` (port 0: any free port) and return the port. Raises StartError."""
+        own = await listening_socket(listen)
         loop = asyncio.get_running_loop()
-        try:
-            own = await loop.run_in_executor(None, _socket, listen)
-        except (OSError, OverflowError):
-            raise StartError(f"cannot listen on {listen}: the address is in use or not this machine's") from None
         self._server = await loop.create_server(lambda: _Unknown(self._linked, self._other), sock=own)
         return int(own.getsockname()[1])
 
@@ -42,16 +35,6 @@ class Listener:
         """Accept no more connections."""
         if self._server:
             self._server.close()
-
-
-def _socket(listen: str) -> socket.socket:
-    host, _, port = listen.rpartition(":")
-    if host in _ANY:
-        dual = socket.has_dualstack_ipv6()
-        family, address = (socket.AF_INET6, ("::", int(port))) if dual else (socket.AF_INET, (_ANY_IPV4, int(port)))
-        return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=dual)
-    family, _, _, _, found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
-    return socket.create_server(found[:2], family=family, backlog=_BACKLOG)
 
 
 class _Unknown(asyncio.Protocol):

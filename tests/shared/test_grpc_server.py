@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
@@ -64,11 +65,16 @@ class Scripted:
         self.server.unary("/test/Grow", lambda call: call.finish(bytes(int(bytes(call.message)))))
         self.server.unary("/test/Fail", self._fail)
         self.server.unary("/test/Wait", self._wait)
+        self.server.unary("/test/Raise", self._raise)
 
     @staticmethod
     def _fail(call: Call) -> None:
         deadline = call.deadline()
         call.abort(grpc.StatusCode.NOT_FOUND, f"«{call.header('x-what')}» 100 %\n", [("x-code", str(deadline is None))])
+
+    @staticmethod
+    def _raise(call: Call) -> None:
+        raise RuntimeError("a bug")
 
     def _wait(self, call: Call) -> None:
         self.waiting.append(call)
@@ -167,6 +173,28 @@ async def test_a_failure_has_its_status_message_and_metadata() -> None:
         assert dict(error.trailing_metadata())["x-code"] == "True"
         error = await failure(method(client, "/test/Fail")(b"", timeout=WAIT_S))
         assert dict(error.trailing_metadata())["x-code"] == "False"
+
+
+async def test_a_bug_in_a_handler_fails_its_call_alone() -> None:
+    async with calling() as (scripted, client):
+        waiting = method(client, "/test/Wait")(b"", timeout=WAIT_S)
+        await scripted.all_waiting(1)
+        assert (await failure(method(client, "/test/Raise")(b""))).code() == grpc.StatusCode.INTERNAL
+        scripted.waiting[0].finish(b"fine")
+        assert await waiting == b"fine"
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+async def test_a_server_of_all_addresses_takes_ipv4_and_ipv6(address: str) -> None:
+    server = Server([])
+    port = await server.start("[::]:0")
+    try:
+        async with channel(f"[{address}]:{port}" if ":" in address else f"{address}:{port}") as client:
+            health = health_pb2_grpc.HealthStub(client)
+            assert (await health.Check(health_pb2.HealthCheckRequest(), timeout=WAIT_S)).status == NOT_SERVING
+    finally:
+        await server.stop(0)
 
 
 async def test_an_unknown_method_is_unimplemented() -> None:

@@ -1,0 +1,33 @@
+"""Sockets that services listen on."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+from atserving.errors import StartError
+
+_BACKLOG = 1024
+_ANY = ("", "*", "[::]")
+_ANY_IPV4 = "0.0.0.0"  # noqa: S104 - an operator asks for it
+
+
+async def listening_socket(listen: str) -> socket.socket:
+    """Return a socket that listens on ``host:port``; port 0: any free port. Raises StartError.
+
+    Without a host, and with ``[::]``, it listens on every IPv4 and IPv6 address.
+    """
+    try:
+        return await asyncio.get_running_loop().run_in_executor(None, _socket, listen)
+    except (OSError, OverflowError):
+        raise StartError(f"cannot listen on {listen}: the address is in use or not this machine's") from None
+
+
+def _socket(listen: str) -> socket.socket:
+    host, _, port = listen.rpartition(":")
+    if host in _ANY:
+        dual = socket.has_dualstack_ipv6()
+        family, address = (socket.AF_INET6, ("::", int(port))) if dual else (socket.AF_INET, (_ANY_IPV4, int(port)))
+        return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=dual)
+    family, _, _, _, found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+    return socket.create_server(found[:2], family=family, backlog=_BACKLOG)
