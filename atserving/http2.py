@@ -17,6 +17,7 @@ import structlog
 from httpunk import HeaderMap
 from httpunk._httpunk import (
     H2_FLAG_CAPACITY,
+    H2_FLAG_CONN_DONE,
     H2_FLAG_WAKE,
     H2_HEADERS_OPENED,
     H2_HEADERS_TRAILERS,
@@ -216,11 +217,17 @@ class Connection(asyncio.Protocol):
                 try:
                     self._take(frame)
                 except H2StreamError as error:
+                    # The frame may have taken it.
+                    self._spare = Stream(self)
                     stream_id, reason, initiator = error.args
                     if initiator != "remote":
-                        self._stopped(self.state.reset_on_error(stream_id, reason).handle)
+                        verdict = self.state.reset_on_error(stream_id, reason)
+                        self._stopped(verdict.handle)
+                        self._act(verdict.flags)
             if self._peer_leaves:
-                self.state.maybe_goaway_reply()
+                self._act(self.state.maybe_goaway_reply())
+                if self.state.goaway_replied:
+                    self._loop.call_soon(self.close)
         except H2Error as error:
             reason = error.args[0] if error.args and isinstance(error.args[0], int) else _PROTOCOL_ERROR
             log.warning("connection refused", reason=f"HTTP/2: {error}")
@@ -278,8 +285,8 @@ class Connection(asyncio.Protocol):
             stream.receiver = self._application(stream)
             if verdict.eof and stream in self._streams:
                 stream.receiver.ended()
-        elif verdict.kind == H2_HEADERS_TRAILERS:
-            cast(Stream, verdict.handle).receiver.ended()
+        elif verdict.kind == H2_HEADERS_TRAILERS and verdict.handle in self._streams:
+            verdict.handle.receiver.ended()
         if verdict.flags:
             self._act(verdict.flags)
 
@@ -304,6 +311,8 @@ class Connection(asyncio.Protocol):
         """Do what the state asks for after a step."""
         if flags & H2_FLAG_WAKE:
             self._flush_soon()
+        if flags & H2_FLAG_CONN_DONE:
+            self._loop.call_soon(self.close)
         if flags & H2_FLAG_CAPACITY:
             # Each stream that has sent something hands the turn to the next: a loop, as they may be many.
             self._turns += 1

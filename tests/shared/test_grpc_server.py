@@ -317,6 +317,34 @@ async def test_a_peer_that_breaks_the_protocol_is_disconnected(rubbish: bytes) -
             assert await method(client, "/test/Echo")(b"x", timeout=WAIT_S) == b"x"
 
 
+async def test_a_request_that_is_wrong_alone_ends_alone() -> None:
+    async with running() as scripted:
+        reader, writer = await asyncio.open_connection("127.0.0.1", scripted.port)
+        good = frame(HEADERS, 4, 3, REQUEST) + frame(DATA, 1, 3, bytes(5))
+        # The first request's content-length is not that of its body.
+        bad = frame(HEADERS, 4, 1, REQUEST + field(b"content-length", b"7")) + frame(DATA, 1, 1, bytes(5))
+        writer.write(PREFACE + frame(SETTINGS, 0, 0) + bad + good)
+        await scripted.all_waiting(1)
+        scripted.waiting[0].finish(b"for the second")
+        async with asyncio.timeout(WAIT_S):
+            said = await reader.readuntil(b"for the second")
+        assert frame(RST_STREAM, 0, 1, struct.pack(">I", 1)) in said
+        writer.close()
+
+
+async def test_a_peer_that_leaves_gets_its_answers_first() -> None:
+    async with running() as scripted:
+        reader, writer = await asyncio.open_connection("127.0.0.1", scripted.port)
+        request = frame(HEADERS, 4, 1, REQUEST) + frame(DATA, 1, 1, bytes(5))
+        writer.write(PREFACE + frame(SETTINGS, 0, 0) + request + frame(GOAWAY, 0, 0, bytes(8)))
+        await scripted.all_waiting(1)
+        scripted.waiting[0].finish(b"answer")
+        writer.write(frame(PING, 0, 0, bytes(8)))
+        async with asyncio.timeout(WAIT_S):
+            assert b"answer" in await reader.read(-1)
+        writer.close()
+
+
 async def test_bytes_that_are_not_http_2_end_the_connection() -> None:
     async with running() as scripted:
         reader, writer = await asyncio.open_connection("127.0.0.1", scripted.port)
