@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 
 from atserving.errors import StartError
@@ -29,5 +30,11 @@ def _socket(listen: str) -> socket.socket:
         dual = socket.has_dualstack_ipv6()
         family, address = (socket.AF_INET6, ("::", int(port))) if dual else (socket.AF_INET, (_ANY_IPV4, int(port)))
         return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=dual)
-    family, _, _, _, found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
-    return socket.create_server(found[:2], family=family, backlog=_BACKLOG)
+    try:
+        # An address needs no lookup, which may hang.
+        number = ipaddress.ip_address(host.strip("[]"))
+        name, family = str(number), socket.AF_INET6 if number.version == 6 else socket.AF_INET
+    except ValueError:
+        family, _, _, _, found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        name = str(found[0])
+    return socket.create_server((name, int(port)), family=family, backlog=_BACKLOG)
