@@ -5,7 +5,7 @@ The client rotates through the members of one cluster when one fails. It never r
 
 from registry.etcd.client import EtcdClient, Lease, Snapshot, delete, put, written_at
 from registry.etcd.connection import Connection, Tls, User
-from registry.etcd.errors import Compacted, EtcdError, EtcdRefused, EtcdUnavailable, FutureRevision, LeaseNotFound
+from registry.etcd.errors import Compacted, EtcdError, EtcdRefused, EtcdUnavailable, LeaseNotFound
 
 __all__ = [
     "Compacted",
@@ -14,7 +14,6 @@ __all__ = [
     "EtcdError",
     "EtcdRefused",
     "EtcdUnavailable",
-    "FutureRevision",
     "Lease",
     "LeaseNotFound",
     "Snapshot",

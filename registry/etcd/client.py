@@ -79,7 +79,7 @@ class EtcdClient:
         await self._connection.close()
 
     async def get(self, key: str | bytes, revision: int = 0) -> etcd_pb2.KeyValue | None:
-        """Return the key at ``revision`` (0: the latest), or None. Raises Compacted, FutureRevision."""
+        """Return the key at ``revision`` (0: the latest), or None. Raises Compacted, EtcdRefused."""
         request = etcd_pb2.RangeRequest(key=_raw(key), revision=revision)
         response = await self._connection.read(_RANGE, request)
         return response.kvs[0] if response.kvs else None

@@ -22,10 +22,6 @@ class Compacted(EtcdRefused):
     """etcd has compacted the requested revision away."""
 
 
-class FutureRevision(EtcdRefused):
-    """The requested revision does not exist yet: the revision came from another store."""
-
-
 class LeaseNotFound(EtcdRefused):
     """The lease has expired or was revoked."""
 
@@ -37,7 +33,6 @@ class TokenRefused(EtcdRefused):
 # etcd's messages (api/v3rpc/rpctypes/error.go), used as status details and as reasons of cancelled watches.
 _BY_MESSAGE: tuple[tuple[str, type[EtcdRefused]], ...] = (
     ("required revision has been compacted", Compacted),
-    ("required revision is a future revision", FutureRevision),
     ("requested lease not found", LeaseNotFound),
     ("invalid auth token", TokenRefused),
     ("user name is empty", TokenRefused),
