@@ -17,6 +17,8 @@ from atserving import transport
 from atserving.local.mesh import Mesh
 from atserving.v1 import edge_pb2, edge_pb2_grpc, registry_pb2, registry_pb2_grpc, serving_pb2, serving_pb2_grpc
 from tests.e2e.client import data_uri, image
+from tests.processes import etcdctl
+from tests.waiting import until_async
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -76,10 +78,26 @@ async def test_a_failure_is_a_status_with_the_code_and_the_request_id(
     assert (metadata["x-serving-code"], metadata["x-reqid"]) == (code, "mine")
 
 
-async def test_the_callers_deadline_limits_the_call(serving: serving_pb2_grpc.ServingServiceAsyncStub) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await serving.Eval(request(1), timeout=0.0001)
-    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+async def test_the_callers_deadline_limits_the_call(
+    serving: serving_pb2_grpc.ServingServiceAsyncStub, mesh: Mesh
+) -> None:
+    key = "/ava/serving/worker/app/digits/release/v2"
+
+    async def in_time() -> bool:
+        try:
+            await serving.Eval(request(1, version="v2"), timeout=0.2)
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            return False
+        return True
+
+    async def late() -> bool:
+        return not await in_time()
+
+    etcdctl(mesh.etcd, "put", key, '{"delay4batch": "2s"}')
+    await until_async(late, what="the instance waits longer for a batch than the caller")
+    etcdctl(mesh.etcd, "del", key)
+    await until_async(in_time, what="the instance waits no more")
 
 
 async def test_a_batch_returns_its_results_in_order(serving: serving_pb2_grpc.ServingServiceAsyncStub) -> None:
