@@ -7,7 +7,7 @@ import ipaddress
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import orjson
@@ -19,12 +19,14 @@ from atserving.telemetry import configure_logging
 
 try:
     from evaluator.fetching.addresses import Network
-    from evaluator.fetching.qiniu import read_config
     from evaluator.serving.instance import InstanceSettings, run
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"evaluator: {missing.name} is not installed: pip install '.[cpu]' in a checkout, or '.[gpu]' for a GPU"
     ) from None
+
+if TYPE_CHECKING:
+    from evaluator.fetching.qiniu import QiniuConfig
 
 
 def _name(context: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -66,6 +68,13 @@ def _named_files(context: click.Context, parameter: click.Parameter, values: tup
             raise click.BadParameter(f"{value!r} is not NAME=PATH of a file", ctx=context, param=parameter)
         files[name] = Path(path).resolve().as_uri()
     return files
+
+
+def _keys(path: Path) -> QiniuConfig:
+    # Import it here: only an instance with keys needs it.
+    from evaluator.fetching.qiniu import read_config
+
+    return read_config(path)
 
 
 @click.command(epilog="To try a release without a mesh: evaluator check RELEASE.TAR; see evaluator check --help.")
@@ -129,7 +138,7 @@ def main(
 ) -> None:
     """Serve one version of one app, as one instance of the mesh."""
     configure_logging("evaluator", log_level)
-    keys = read_config(qiniu) if qiniu else None
+    keys = _keys(qiniu) if qiniu else None
     settings = InstanceSettings(
         app=app,
         version=version,

@@ -47,6 +47,11 @@ class Budget:
             raise InvalidArgument(f"the request's resources are larger than {self._max_bytes} bytes together")
 
 
+def too_large(label: str, max_bytes: int) -> InvalidArgument:
+    """Return the error for a resource of more than ``max_bytes``."""
+    return InvalidArgument(f"{label} is larger than {max_bytes} bytes")
+
+
 def check_request(request: evaluator_pb2.InferRequest, built_in: str | None) -> None:
     """Check the resources of a request; ``built_in`` names the built-in net, which takes one. Raises InvalidArgument.
 

@@ -1,4 +1,4 @@
-"""The import contracts see a forbidden import, images have the version's tag, and generated files are up to date.
+"""Import contracts see a forbidden import, instances start light, images have their tag, generated files are current.
 
 `make lint` checks the contracts on the code itself.
 """
@@ -69,6 +69,18 @@ def test_a_forbidden_import_breaks_its_contract(tmp_path: Path) -> None:
     report = re.sub(r"\x1b\[[\d;]*m", "", run.stdout)
     kept = [each["name"] for each in linter()["contracts"] if f"{each['name']} BROKEN" not in report]
     assert not kept, run.stdout
+
+
+def test_an_instance_starts_without_an_http_client() -> None:
+    """It costs time and memory, and only some requests need it."""
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, evaluator.__main__; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert "evaluator.fetching.resources" in loaded
+    assert not {"aiohttp", "aiodns", "yarl", "evaluator.fetching.qiniu"} & set(loaded)
 
 
 def test_images_are_tagged_with_the_version() -> None:

@@ -1,8 +1,8 @@
 """Restricts downloads to public addresses and to networks that the operator allows.
 
 A request must not reach internal services: those of this machine, of its network, or the metadata service of a cloud.
-``AddressPolicy.socket`` checks the address of every connection, also after a redirect. ``PolicyResolver`` checks all
-addresses of a name before aiohttp connects to one of them.
+``AddressPolicy.socket`` checks the address of every connection, also after a redirect. The resolver in
+``http_fetcher`` checks all addresses of a name before one of them is connected to.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Iterator, Sequence
-
-from aiohttp import AddrInfoType
-from aiohttp.abc import AbstractResolver, ResolveResult
+from typing import Any
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -50,8 +48,8 @@ class AddressPolicy:
             return False
         return all(self._allows(each) for each in _with_embedded(address))
 
-    def socket(self, info: AddrInfoType) -> socket.socket:
-        """Create a socket for a connection to ``info``. This is the ``socket_factory`` of aiohttp's connector.
+    def socket(self, info: tuple[Any, Any, int, str, tuple[Any, ...]]) -> socket.socket:
+        """Create a socket for a connection to ``info``, an entry of getaddrinfo.
 
         Raises AddressRefused.
         """
@@ -88,25 +86,3 @@ def _with_embedded(address: Address) -> Iterator[Address]:
         yield address.sixtofour
     if address.teredo:
         yield from address.teredo
-
-
-class PolicyResolver(AbstractResolver):
-    """Resolves names for aiohttp. aiohttp connects to the returned addresses and resolves nothing a second time.
-
-    Raises AddressRefused if the policy refuses any address of the name.
-    """
-
-    def __init__(self, policy: AddressPolicy, resolver: AbstractResolver) -> None:
-        self._policy = policy
-        self._resolver = resolver
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[ResolveResult]:
-        results = await self._resolver.resolve(host, port, family)
-        if not all(self._policy.allows(result["host"]) for result in results):
-            raise AddressRefused(host)
-        return results
-
-    async def close(self) -> None:
-        await self._resolver.close()

@@ -6,24 +6,21 @@ import asyncio
 import hashlib
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-import aiohttp
-from yarl import URL
-
 from atserving.config import Release
-from atserving.errors import ServingError, StartError
-from atserving.uris import QiniuUri
-from evaluator.fetching.qiniu import Buckets, QiniuConfig
+from atserving.errors import StartError
 from evaluator.fetching.unpack import unpack
 from evaluator.net_config import SCRIPT, NetConfig
 from evaluator.options import Options
 
+if TYPE_CHECKING:
+    from evaluator.fetching.qiniu import QiniuConfig
+
 MAX_FILE_BYTES = 4 << 30
 """The maximum size of a tar or a custom file."""
 
-_CHUNK_BYTES = 1 << 20
-_SILENCE_S = 30.0
 _REQUIRED = ("deploy.prototxt", "weight.caffemodel")
 
 
@@ -66,8 +63,11 @@ async def _fetch(uri: str, target: Path, field: str, qiniu: QiniuConfig | None) 
         path = _local_path(bare, field)
         digest = await asyncio.to_thread(_file_digest, path, bare, field) if expected else ""
     else:
+        # Imported here: its HTTP client costs time and memory that local files don't need.
+        from evaluator.fetching.download import download
+
         path = target
-        digest = await _download(bare, target, f"{field} {_redacted(bare)}", qiniu)
+        digest = await download(bare, target, f"{field} {_redacted(bare)}", qiniu, MAX_FILE_BYTES)
     if expected and digest != expected:
         raise StartError(f"{field} {_redacted(bare)}: its sha256 is {digest}, not {expected}")
     return path
@@ -104,48 +104,6 @@ def _file_digest(path: Path, uri: str, field: str) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise StartError(f"{field} {uri}: can't be read: {error.strerror}") from error
-
-
-async def _download(uri: str, target: Path, label: str, qiniu: QiniuConfig | None) -> str:
-    """Stream a file to ``target`` and return its sha256. Raises StartError; a host may pause for 30 s at most."""
-    digest = hashlib.sha256()
-    size = 0
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE_S, sock_read=_SILENCE_S)
-    try:
-        async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
-            session.get(await _locate(uri, session, label, qiniu)) as response,
-        ):
-            if response.status != 200:
-                raise StartError(f"{label}: its host answered {response.status}")
-            with target.open("wb") as file:
-                async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
-                    size += len(chunk)
-                    if size > MAX_FILE_BYTES:
-                        raise StartError(f"{label}: is larger than {MAX_FILE_BYTES} bytes")
-                    await asyncio.to_thread(file.write, chunk)
-                    await asyncio.to_thread(digest.update, chunk)
-    except TimeoutError:
-        raise StartError(f"{label}: its host sent nothing for {_SILENCE_S:g} s") from None
-    except (aiohttp.ClientError, OSError, ValueError) as error:
-        # The text of the error may hold the URL with its token.
-        raise StartError(f"{label}: can't be fetched: {type(error).__name__}") from None
-    return digest.hexdigest()
-
-
-async def _locate(uri: str, session: aiohttp.ClientSession, label: str, qiniu: QiniuConfig | None) -> URL:
-    if not uri.startswith("qiniu://"):
-        return URL(uri)
-    if not qiniu:
-        raise StartError(f"{label}: needs the keys of its owner, see --qiniu")
-    try:
-        named = QiniuUri.parse(uri)
-    except ServingError:
-        raise StartError(f"{label}: should be qiniu://[uid@]zone/bucket/key") from None
-    try:
-        return await Buckets(qiniu, session).url(named, label)
-    except ServingError as error:
-        raise StartError(error.message) from None
 
 
 def _redacted(uri: str) -> str:

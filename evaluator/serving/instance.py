@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
@@ -20,7 +20,6 @@ from atserving.errors import StartError
 from atserving.grpc_server import Server
 from atserving.v1 import evaluator_pb2
 from evaluator.fetching.addresses import AddressPolicy, Network
-from evaluator.fetching.qiniu import QiniuConfig
 from evaluator.fetching.release import fetch_release
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.net_config import NetConfig
@@ -36,6 +35,9 @@ from evaluator.serving.release_config import VersionConfigFollower
 from evaluator.serving.server import EvaluatorService
 from evaluator.serving.status import State, Status
 from evaluator.serving.supervisor import WorkerSupervisor
+
+if TYPE_CHECKING:
+    from evaluator.fetching.qiniu import QiniuConfig
 
 log = structlog.get_logger()
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from aiohttp import web
+import asyncio
+
+import structlog
+from httpunk.asyncio import H1ServerProtocol, ServerConnections
+from httpunk.h1.server import ServerRequest
 
 from atserving.errors import StartError
 from evaluator.serving.metrics import Metrics
 from evaluator.serving.status import Status
+
+log = structlog.get_logger()
+
+_STOP_S = 0.5
 
 
 class OpsServer:
@@ -16,32 +24,50 @@ class OpsServer:
         self._listen = listen
         self._metrics = metrics
         self._status = status
-        app = web.Application()
-        app.router.add_get("/metrics", self._show_metrics)
-        app.router.add_get("/status", self._show_status)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.5)
+        self._connections = ServerConnections()
         self.port = 0
 
     async def __aenter__(self) -> OpsServer:
         """Raises StartError if the address is not available."""
+
+        class Connection(H1ServerProtocol):
+            async def handle(_, request: ServerRequest) -> None:  # noqa: N805 - self is the server
+                await self._answer(request)
+
         host, _, port = self._listen.rpartition(":")
-        await self._runner.setup()
+        loop = asyncio.get_running_loop()
         try:
-            await web.TCPSite(self._runner, host.strip("[]") or None, int(port)).start()
+            self._server = await loop.create_server(
+                self._connections.track(Connection), host.strip("[]") or None, int(port)
+            )
         except OSError:
-            await self._runner.cleanup()
             raise StartError(
                 f"cannot listen on {self._listen} for --http: the address is in use or not this machine's"
             ) from None
-        self.port = int(self._runner.addresses[0][1])
+        self.port = int(self._server.sockets[0].getsockname()[1])
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._runner.cleanup()
+        self._server.close()
+        await self._connections.shutdown(timeout=_STOP_S)
 
-    async def _show_metrics(self, request: web.Request) -> web.Response:
-        body, content_type = self._metrics.expose(request.headers.get("Accept", ""))
-        return web.Response(body=body, headers={"Content-Type": content_type})
+    async def _answer(self, request: ServerRequest) -> None:
+        status, content_type, body = 500, "text/plain", b"failed, see the log\n"
+        try:
+            status, content_type, body = self._page(request)
+        except Exception:
+            log.exception("request failed", path=request.path)
+        await request.respond(status, headers={"content-type": content_type}, body=body)
 
-    async def _show_status(self, _: web.Request) -> web.Response:
-        return web.Response(body=self._status.to_json(), content_type="application/json")
+    def _page(self, request: ServerRequest) -> tuple[int, str, bytes]:
+        """Return the status, the content type and the body of a page."""
+        if request.method not in ("GET", "HEAD"):
+            return 405, "text/plain", b"GET a page\n"
+        path = request.path.partition("?")[0]
+        if path == "/metrics":
+            accept = request.headers.get("accept") or b""
+            body, content_type = self._metrics.expose(accept if isinstance(accept, str) else accept.decode("latin-1"))
+            return 200, content_type, body
+        if path == "/status":
+            return 200, "application/json", self._status.to_json()
+        return 404, "text/plain", b"the pages are /metrics and /status\n"

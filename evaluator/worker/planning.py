@@ -30,7 +30,7 @@ log = structlog.get_logger()
 # For small nets: larger batches make front and worker wait for each other longer than they save.
 _MAX_MEASURED_BATCH_SIZE = 16
 _LONGEST_BATCH_S = 0.05
-_ROUNDS, _ROUND_S = 5, 0.01
+_ROUNDS, _ROUND_S = 3, 0.006
 # The fixed cost of a batch: messages, and threads that wake each other.
 _PER_BATCH_S = 0.001
 # A cheaper request is mostly Python. If more engines cost more by this factor, they contend for the GIL.

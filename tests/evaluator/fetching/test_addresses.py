@@ -5,7 +5,8 @@ import socket
 
 import pytest
 
-from evaluator.fetching.addresses import AddressPolicy, AddressRefused, PolicyResolver
+from evaluator.fetching.addresses import AddressPolicy, AddressRefused
+from evaluator.fetching.http_fetcher import PolicyResolver
 from tests.name_server import scripted_names
 
 PUBLIC = ["8.8.8.8", "151.101.1.140", "2606:4700::6810:85e5", "::ffff:8.8.8.8", "64:ff9b::808:808"]

@@ -27,7 +27,7 @@ from atserving.errors import InvalidArgument, ResourceUnreachable, ServingError,
 from atserving.local.examples import ROOT
 from atserving.v1.evaluator_pb2 import InferRequest
 from atserving.v1.serving_pb2 import Resource
-from evaluator.fetching import qiniu
+from evaluator.fetching import buckets, qiniu
 from evaluator.fetching.addresses import AddressPolicy
 from evaluator.fetching.qiniu import QiniuConfig, read_config
 from evaluator.fetching.release import fetch_release
@@ -210,8 +210,8 @@ async def test_a_key_needs_no_quoting(kodo: Kodo, fetcher: ResourceFetcher, key:
 async def test_requests_read_only_from_named_buckets(kodo: Kodo, names: ScriptedNames) -> None:
     kodo.objects["models", "release.tar"] = b"the owner's"
     uri = "qiniu://z0/models/release.tar"
-    for buckets in (["photos"], []):
-        async with fetching(kodo, names, buckets=buckets) as fetcher:
+    for others in (["photos"], []):
+        async with fetching(kodo, names, buckets=others) as fetcher:
             await refused(fetcher, uri, InvalidArgument, f"'{uri}': requests may not read from this bucket")
     assert kodo.lookups == kodo.downloads == []
     async with fetching(kodo, names, buckets=["models"]) as fetcher:
@@ -292,7 +292,7 @@ async def test_an_unreachable_bucket_service_does_not_blame_the_request(
     async with fetching(kodo, names, service=f"http://{HOST}:1") as fetcher:
         message = f"'{uri}': the bucket service could not be reached"
         await refused(fetcher, uri, ResourceUnreachable, message)
-    monkeypatch.setattr(qiniu, "_LOOKUP_S", 0.05)
+    monkeypatch.setattr(buckets, "_LOOKUP_S", 0.05)
     kodo.go_on.clear()
     async with fetching(kodo, names) as fetcher:
         message = f"'{uri}': the bucket service did not answer within 0.05 s"
@@ -345,7 +345,7 @@ async def test_a_failed_lookup_fails_each_request_under_its_own_name(kodo: Kodo,
 
 
 async def test_a_cached_lookup_expires(kodo: Kodo, names: ScriptedNames, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qiniu, "_CACHED_S", 0.05)
+    monkeypatch.setattr(buckets, "_CACHED_S", 0.05)
     kodo.objects["photos", "x"] = b"x"
     async with fetching(kodo, names) as fetcher:
         while len(kodo.lookups) < 2:

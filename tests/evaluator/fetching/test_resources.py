@@ -19,7 +19,7 @@ from aiohttp import web
 from multidict import CIMultiDictProxy
 
 from atserving.errors import InvalidArgument, ResourceUnreachable
-from evaluator.fetching import resources
+from evaluator.fetching import http_fetcher
 from evaluator.fetching.addresses import AddressPolicy
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.limits import Budget
@@ -170,7 +170,7 @@ async def test_a_request_has_one_budget_for_all_its_resources(fetcher: ResourceF
 async def test_the_number_of_chunks_is_bounded(
     fetcher: ResourceFetcher, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources, "_MAX_CHUNKS", 100)
+    monkeypatch.setattr(http_fetcher, "_MAX_CHUNKS", 100)
     assert await fetcher.fetch(site.url("/chunks/99")) == b"1" * 99
     with pytest.raises(InvalidArgument, match="arrives in more than 100 chunks"):
         await fetcher.fetch(site.url("/chunks/1000"))
@@ -212,7 +212,7 @@ async def test_an_unknown_host_is_unreachable(fetcher: ResourceFetcher) -> None:
 async def test_a_slow_host_is_unreachable(
     fetcher: ResourceFetcher, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources, "_TOTAL_S", 0.05)
+    monkeypatch.setattr(http_fetcher, "_TOTAL_S", 0.05)
     with pytest.raises(ResourceUnreachable, match=r"did not arrive within 0\.05 s"):
         await fetcher.fetch(site.url("/wait"))
 
@@ -336,7 +336,7 @@ async def test_the_time_limit_includes_the_wait_for_a_connection(
     tasks = [asyncio.create_task(fetcher.fetch(site.url("/wait"))) for _ in range(16)]
     while site.running < 16:  # noqa: ASYNC110 - there is no event to wait for
         await asyncio.sleep(0)
-    monkeypatch.setattr(resources, "_TOTAL_S", 0.05)
+    monkeypatch.setattr(http_fetcher, "_TOTAL_S", 0.05)
     with pytest.raises(ResourceUnreachable, match=r"did not arrive within 0\.05 s"):
         await fetcher.fetch(site.url("/bytes/5"))
     assert "/bytes/5" not in site.hits
@@ -347,7 +347,7 @@ async def test_the_time_limit_includes_the_wait_for_a_connection(
 async def test_a_dripping_host_gets_no_more_time(
     fetcher: ResourceFetcher, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources, "_TOTAL_S", 0.1)
+    monkeypatch.setattr(http_fetcher, "_TOTAL_S", 0.1)
     with pytest.raises(ResourceUnreachable, match=r"did not arrive within 0\.1 s"):
         await fetcher.fetch(site.url("/drip"))
 

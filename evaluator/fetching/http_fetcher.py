@@ -1,0 +1,173 @@
+"""Fetches the resources of requests over HTTP, on one connection pool."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import AsyncExitStack
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.resolver import AsyncResolver
+from yarl import URL
+
+from atserving import __version__, uris
+from atserving.errors import InvalidArgument, ResourceUnreachable
+from atserving.uris import QiniuUri
+from evaluator.fetching.addresses import AddressPolicy, AddressRefused
+from evaluator.fetching.buckets import Buckets, is_refusal
+from evaluator.fetching.qiniu import QiniuConfig
+from evaluator.limits import Budget, too_large
+
+_TOTAL_S = 10.0
+_CONNECT_S = 3.0
+_MAX_REDIRECTS = 3
+_REDIRECTS = (301, 302, 303, 307, 308)
+# Tiny chunks cost far more to read than their bytes.
+_MAX_CHUNKS = 1 << 16
+_CONNECTIONS = 256
+_CONNECTIONS_PER_HOST = 16
+
+
+class PolicyResolver(AbstractResolver):
+    """Resolves names. aiohttp connects to the returned addresses and resolves nothing a second time.
+
+    Raises AddressRefused if the policy refuses any address of the name.
+    """
+
+    def __init__(self, policy: AddressPolicy, resolver: AbstractResolver) -> None:
+        self._policy = policy
+        self._resolver = resolver
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        results = await self._resolver.resolve(host, port, family)
+        if not all(self._policy.allows(result["host"]) for result in results):
+            raise AddressRefused(host)
+        return results
+
+    async def close(self) -> None:
+        await self._resolver.close()
+
+
+class HttpFetcher:
+    """Fetches resources of at most ``max_bytes`` each. Use it only on the event loop that opened it."""
+
+    def __init__(
+        self,
+        max_bytes: int,
+        policy: AddressPolicy,
+        qiniu: QiniuConfig | None,
+        resolver: AbstractResolver | None,
+    ) -> None:
+        """Without ``qiniu``, refuse ``qiniu://`` URIs. ``resolver`` defaults to the DNS settings of this machine."""
+        self._max_bytes = max_bytes
+        # Not in threads: lookups that get no reply would occupy all of them.
+        self._resolver = PolicyResolver(policy, resolver or AsyncResolver())
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                resolver=self._resolver,
+                socket_factory=policy.socket,
+                limit=_CONNECTIONS,
+                limit_per_host=_CONNECTIONS_PER_HOST,
+            ),
+            # Callers must not share cookies. A proxy from the environment would resolve names itself.
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
+            headers={"User-Agent": f"atserving/{__version__}", "Accept-Encoding": "identity"},
+        )
+        self._buckets = Buckets(qiniu, self._session) if qiniu else None
+
+    async def close(self) -> None:
+        """Close all connections; cancel running lookups."""
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._resolver.close)
+            stack.push_async_callback(self._session.close)
+            if self._buckets:
+                stack.push_async_callback(self._buckets.close)
+
+    async def fetch(self, uri: str, budget: Budget) -> bytes:
+        """Fetch a resource and take its bytes from ``budget``.
+
+        Raises InvalidArgument for errors of the request and ResourceUnreachable for errors of a host.
+        """
+        label = f"resource {uris.redacted(uri)}"
+        try:
+            async with asyncio.timeout(_TOTAL_S):
+                return await self._follow(await self._locate(uri, label), label, budget)
+        except TimeoutError:
+            raise ResourceUnreachable(f"{label} did not arrive within {_TOTAL_S:g} s") from None
+        except AddressRefused as refused:
+            raise InvalidArgument(f"{label} may not be fetched: {refused}") from None
+        except aiohttp.InvalidURL:
+            raise InvalidArgument(f"{label}: bad url") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise ResourceUnreachable(f"{label} could not be reached: {_reason(error)}") from None
+
+    async def _locate(self, uri: str, label: str) -> URL:
+        if uris.scheme(uri) != "qiniu":
+            return _http_url(uri, label)
+        named = QiniuUri.parse(uri)
+        if not self._buckets:
+            raise InvalidArgument(f"{label}: qiniu resources are not set up for this app")
+        if named.bucket not in self._buckets.open:
+            raise InvalidArgument(f"{label}: requests may not read from this bucket")
+        return await self._buckets.url(named, label)
+
+    async def _follow(self, url: URL, label: str, budget: Budget) -> bytes:
+        for _ in range(_MAX_REDIRECTS + 1):
+            async with self._session.get(url, allow_redirects=False) as response:
+                location = response.headers.get("Location")
+                if response.status not in _REDIRECTS or location is None:
+                    return await self._read(response, label, budget)
+                url = _http_url(str(url.join(_url(location, label))), label)
+        raise InvalidArgument(f"{label} redirects more than {_MAX_REDIRECTS} times")
+
+    async def _read(self, response: aiohttp.ClientResponse, label: str, budget: Budget) -> bytes:
+        if is_refusal(response.status):
+            raise InvalidArgument(f"{label}: its host answered {response.status}")
+        if not 200 <= response.status < 300:
+            raise ResourceUnreachable(f"{label}: its host answered {response.status}")
+        if (response.content_length or 0) > self._max_bytes:
+            raise too_large(label, self._max_bytes)
+        parts: list[bytes] = []
+        size = chunks = 0
+        async for part, ends_chunk in response.content.iter_chunks():
+            size += len(part)
+            chunks += ends_chunk
+            if size > self._max_bytes:
+                raise too_large(label, self._max_bytes)
+            if chunks > _MAX_CHUNKS:
+                raise InvalidArgument(f"{label} arrives in more than {_MAX_CHUNKS} chunks")
+            budget.take(len(part))
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _http_url(uri: str, label: str) -> URL:
+    url = _url(uri, label)
+    if url.scheme not in ("http", "https") or not url.host:
+        raise InvalidArgument(f"{label} leads to {uris.redacted(uri)}, which is not an http url")
+    return url
+
+
+def _url(text: str, label: str) -> URL:
+    try:
+        url = URL(text)
+        # yarl parses both only when they are read.
+        _ = url.host, url.port
+    except ValueError:
+        raise InvalidArgument(f"{label}: bad url") from None
+    return url
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return "unknown host"
+    if isinstance(error, aiohttp.ClientSSLError):
+        return "TLS failed"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return "cannot connect"
+    return "the connection broke"
