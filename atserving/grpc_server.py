@@ -27,6 +27,7 @@ from atserving import http2
 from atserving.http2 import Headers, Stream
 from atserving.sockets import listening_socket
 from atserving.transport import LIVE, MAX_MESSAGE_BYTES
+from atserving.wire import Buffer
 
 log = structlog.get_logger()
 
@@ -41,7 +42,7 @@ _SHORT_BYTES = 1 << 10
 class Call:
     """A unary call; the receiver of its stream."""
 
-    __slots__ = ("_chunks", "_handler", "_most", "_size", "_stream", "message", "on_gone")
+    __slots__ = ("_chunks", "_handler", "_most", "_size", "_stream", "on_gone", "parts")
 
     def __init__(self, stream: Stream, handler: Callable[[Call], None], most: int) -> None:
         self._stream = stream
@@ -49,10 +50,20 @@ class Call:
         self._most = most
         self._chunks: list[bytes] = []
         self._size = 0
-        self.message: bytes | memoryview = b""
-        """The request's message, serialized."""
+        self.parts: list[Buffer] = []
+        """The request's message, serialized, in the parts in which it arrived."""
         self.on_gone: Callable[[], None] = _nothing
         """Called if the caller leaves before the answer."""
+
+    @property
+    def size(self) -> int:
+        """The bytes of the request's message."""
+        return sum(map(len, self.parts))
+
+    @property
+    def message(self) -> Buffer:
+        """The request's message, serialized."""
+        return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
 
     def header(self, name: str) -> str | None:
         """Return a header, or None if it is missing or no ASCII."""
@@ -74,10 +85,9 @@ class Call:
         if self._size > self._most + _HEAD.size:
             self.abort(StatusCode.RESOURCE_EXHAUSTED, f"the message is larger than {self._most} bytes")
             return
-        body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks.clear()
+        chunks, self._chunks = self._chunks, []
         try:
-            self.message = _message(body, self._stream.headers, self._most)
+            self.parts = _message(chunks, self._size, self._stream.headers, self._most)
         except GrpcError as error:
             self.abort(error.status, str(error))
             return
@@ -302,7 +312,7 @@ class Server:
             yield response.SerializeToString()
 
 
-def parsed(message: Any, data: bytes | memoryview) -> Any:
+def parsed(message: Any, data: Buffer) -> Any:
     """Return the message with the data. Raises GrpcError."""
     try:
         message.ParseFromString(data)
@@ -328,27 +338,29 @@ def _failure(
     return Headers([("content-type", "application/grpc"), *said] if with_type else said)
 
 
-def _message(body: bytes, headers: Headers, most: int) -> bytes | memoryview:
-    """Return the only message of a body. Raises GrpcError."""
-    if len(body) < _HEAD.size:
+def _message(chunks: list[bytes], size: int, headers: Headers, most: int) -> list[Buffer]:
+    """Return the only message of a body, in parts. Raises GrpcError."""
+    if size < _HEAD.size:
         raise GrpcError(StatusCode.INTERNAL, "the call has no message")
-    flag, length = _HEAD.unpack_from(body)
-    if length != len(body) - _HEAD.size:
+    if len(chunks[0]) < _HEAD.size:
+        chunks = [b"".join(chunks)]
+    flag, length = _HEAD.unpack_from(chunks[0])
+    if length != size - _HEAD.size:
         raise GrpcError(StatusCode.INTERNAL, "the call should have one whole message")
     if not flag:
-        return memoryview(body)[_HEAD.size :]
+        return [memoryview(chunks[0])[_HEAD.size :], *chunks[1:]]
     if headers.get("grpc-encoding") != b"gzip":
         raise GrpcError(StatusCode.UNIMPLEMENTED, "the message's encoding is neither identity nor gzip")
     try:
         packed = zlib.decompressobj(31)
-        message = packed.decompress(memoryview(body)[_HEAD.size :], most + 1)
+        message = packed.decompress(memoryview(b"".join(chunks))[_HEAD.size :], most + 1)
     except zlib.error:
         raise GrpcError(StatusCode.INTERNAL, "the message is no gzip") from None
     if len(message) > most:
         raise GrpcError(StatusCode.RESOURCE_EXHAUSTED, f"the message is larger than {most} bytes")
     if not packed.eof:
         raise GrpcError(StatusCode.INTERNAL, "the message is no whole gzip")
-    return message
+    return [message]
 
 
 def _deadline(headers: Headers) -> float | None:

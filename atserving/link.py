@@ -13,6 +13,8 @@ from typing import NamedTuple, cast
 
 import structlog
 
+from atserving.wire import Buffer as Buffer
+
 log = structlog.get_logger()
 
 PROTOCOL = 1
@@ -63,11 +65,10 @@ _MOST_SILENT = 3
 
 # A longer frame that arrives in parts is collected in a buffer of its own size.
 _LARGE = 4096
+_READ_BYTES = 1 << 18
 _WRITE_BUFFER_BYTES = 1 << 20
 _CALL = struct.Struct(HEAD.format + CALL_HEAD.format[1:])
 _REPLY = struct.Struct(HEAD.format + REPLY_HEAD.format[1:])
-
-Buffer = bytes | bytearray | memoryview
 
 
 class Malformed(Exception):  # noqa: N818
@@ -200,11 +201,26 @@ class FrameReader:
         self._rest = b""
         self._large: bytearray | None = None
         self._large_kind = self._filled = 0
+        self._scratch = memoryview(bytearray(_READ_BYTES))
 
     @property
     def partial_bytes(self) -> int:
         """How much of an incomplete frame has arrived."""
         return self._filled if self._large is not None else len(self._rest)
+
+    def space(self) -> memoryview:
+        """Return where the next bytes should be read to: the rest of a large frame goes to its place."""
+        return self._scratch if self._large is None else memoryview(self._large)[self._filled :]
+
+    def filled(self, count: int) -> bytes | None:
+        """Take note of ``count`` bytes in the space. Return them if they still have to be fed. Raises Malformed."""
+        if self._large is None:
+            return bytes(self._scratch[:count])
+        self._filled += count
+        if self._filled == len(self._large):
+            large, self._large = self._large, None
+            self._take(self._large_kind, large, 0, len(large))
+        return None
 
     def feed(self, data: bytes) -> None:
         """Take what has arrived; nothing, to take the frames that waited. Raises Malformed."""
@@ -247,7 +263,7 @@ class FrameReader:
         return start + count
 
 
-class FrameProtocol(asyncio.Protocol):
+class FrameProtocol(asyncio.BufferedProtocol):
     """One end of a connection that carries frames.
 
     A subclass takes frames by :meth:`frame_received`, and raises Malformed there if one is wrong; the connection then
@@ -285,7 +301,21 @@ class FrameProtocol(asyncio.Protocol):
         if self.transport:
             self.transport.abort()
 
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.reader.space()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.heard = True
+        try:
+            data = self.reader.filled(nbytes)
+        except Malformed as error:
+            self.malformed(str(error))
+        else:
+            if data is not None:
+                self.data_received(data)
+
     def data_received(self, data: bytes) -> None:
+        """Take what has arrived; nothing, to take the frames that waited."""
         self.heard = True
         try:
             self.reader.feed(data)

@@ -6,18 +6,19 @@ import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, cast
 
 import structlog
 from google.protobuf.message import DecodeError
 
-from atserving import link
+from atserving import link, wire
 from atserving.config import Instance
 from atserving.deadlines import Deadlines
 from atserving.errors import Internal
-from atserving.v1 import evaluator_pb2
+from atserving.v1 import evaluator_pb2, serving_pb2
+from atserving.wire import Buffer
 
 log = structlog.get_logger()
 
@@ -40,7 +41,7 @@ class TransportError(Exception):
 class _Answer(asyncio.Future[evaluator_pb2.InferResponse]):
     """The response to a call. Cancelling it abandons the call."""
 
-    __slots__ = ("abandon", "deadline_s", "flags", "id", "reqid", "request", "sent", "traceparent")
+    __slots__ = ("abandon", "deadline_s", "flags", "id", "length", "parts", "reqid", "sent", "traceparent")
 
     id: int
     abandon: Callable[[int], None]
@@ -48,7 +49,8 @@ class _Answer(asyncio.Future[evaluator_pb2.InferResponse]):
     flags: int
     reqid: bytes
     traceparent: bytes
-    request: bytes
+    parts: Sequence[Buffer]
+    length: int
     sent: bool
 
     def cancel(self, msg: Any | None = None) -> bool:
@@ -56,6 +58,14 @@ class _Answer(asyncio.Future[evaluator_pb2.InferResponse]):
             return False
         self.abandon(self.id)
         return True
+
+
+def _with_body(body: Sequence[Buffer]) -> tuple[list[Buffer], int]:
+    """Return a serialized ``InferRequest`` with one body as its resource, in parts, and its length."""
+    length = sum(map(len, body))
+    inner = wire.field_head(serving_pb2.Resource.BODY_FIELD_NUMBER, length)
+    outer = wire.field_head(evaluator_pb2.InferRequest.DATA_FIELD_NUMBER, len(inner) + length)
+    return [outer + inner, *body], len(outer) + len(inner) + length
 
 
 class EvaluatorConnection:
@@ -81,10 +91,16 @@ class EvaluatorConnection:
         self._running = asyncio.create_task(self._run())
 
     def ask(
-        self, request: evaluator_pb2.InferRequest, deadline_s: float, reqid: str, traceparent: str | None
+        self,
+        request: evaluator_pb2.InferRequest,
+        deadline_s: float,
+        reqid: str,
+        traceparent: str | None,
+        body: Sequence[Buffer] = (),
     ) -> asyncio.Future[evaluator_pb2.InferResponse]:
         """Return the future of the instance's response. Cancelling it also cancels the work on the instance.
 
+        ``body`` has the parts of a large body, the only resource; ``request`` is empty then.
         ``deadline_s`` is of the monotonic clock; after it the future has a TimeoutError. The future has a
         TransportError if the link breaks. Raises TransportError while there is none.
         """
@@ -95,9 +111,13 @@ class EvaluatorConnection:
         answer.abandon = self._abandon
         answer.deadline_s = deadline_s
         answer.flags = link.FETCH if any(each.HasField("uri") for each in request.data) else 0
+        if body:
+            answer.parts, answer.length = _with_body(body)
+        else:
+            serialized = request.SerializeToString()
+            answer.parts, answer.length = (serialized,), len(serialized)
         answer.reqid = reqid.encode()
         answer.traceparent = traceparent.encode() if traceparent else b""
-        answer.request = request.SerializeToString()
         answer.sent = False
         self._pending[id_] = answer
         self._outbox.append(answer)
@@ -189,9 +209,9 @@ class EvaluatorConnection:
         while wire.writable and (self._outbox or self._abandoned):
             wire.write(self._parts())
 
-    def _parts(self) -> list[bytes]:
+    def _parts(self) -> list[Buffer]:
         """Return waiting cancellations and calls as frames in parts."""
-        parts: list[bytes] = []
+        parts: list[Buffer] = []
         if self._abandoned:
             parts.append(link.cancel_frame(self._abandoned))
             self._abandoned.clear()
@@ -202,13 +222,13 @@ class EvaluatorConnection:
             if answer.id not in self._pending:
                 continue
             answer.sent = True
-            request = answer.request
-            length = len(request)
+            length = answer.length
             timeout_us = max(1, int((answer.deadline_s + _LATER_S - now_s) * 1e6))
             head = link.call_head(answer.id, timeout_us, answer.flags, answer.reqid, answer.traceparent, length)
             size += length
-            parts += (head, request)
-            answer.request = b""
+            parts.append(head)
+            parts += answer.parts
+            answer.parts = ()
         return parts
 
     def _fail(self, reason: str) -> None:
@@ -279,7 +299,7 @@ class _InstanceLink(link.Link):
         """Whether frames can leave."""
         return self.transport is not None and not self.transport.is_closing()
 
-    def write(self, parts: list[bytes]) -> None:
+    def write(self, parts: Sequence[Buffer]) -> None:
         """Write frames now."""
         assert self.transport
         self.transport.writelines(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -20,6 +21,7 @@ from atserving.errors import (
 )
 from atserving.telemetry import RequestLog
 from atserving.v1 import evaluator_pb2
+from atserving.wire import Buffer
 from gate.admission import Caller, admit
 from gate.connection import EvaluatorConnection, TransportError
 from gate.router import Endpoint, Route, Router
@@ -46,6 +48,8 @@ class Task:
     version: str
     """Empty: the versions in production."""
     request: evaluator_pb2.InferRequest
+    body: Sequence[Buffer] = ()
+    """A large body, in parts: the only resource of the request, which itself is empty then."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,8 @@ class Dispatcher:
     @staticmethod
     def _check(task: Task, call: CallContext) -> None:
         """Check what the request brings, and put the caller's uid into its URIs. Raises InvalidArgument."""
+        if task.body:
+            return
         if not task.request.data:
             raise InvalidArgument("no data given")
         # The evaluator parses these whole while other callers wait.
@@ -177,7 +183,9 @@ class Dispatcher:
             tried.append(endpoint)
             try:
                 with endpoint.hold():
-                    response = await endpoint.connection.ask(task.request, deadline, call.reqid, call.traceparent)
+                    response = await endpoint.connection.ask(
+                        task.request, deadline, call.reqid, call.traceparent, task.body
+                    )
             except TransportError as error:
                 self._router.failed(endpoint)
                 log.warning("instance lost", reqid=call.reqid, instance=endpoint.instance.id, reason=str(error))

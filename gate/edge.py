@@ -56,7 +56,7 @@ def read_eval(app: str, version: str, content_type: str, body: bytes) -> Task:
     """Read the task of an eval request. Raises InvalidArgument or UnsupportedMediaType."""
     if is_json(content_type):
         return _task(app, version, _decode(_EVAL, body))
-    if content_type.partition(";")[0].strip().lower() != BYTES:
+    if not is_bytes(content_type):
         raise UnsupportedMediaType(f"content type {content_type[:80]!r} should be {JSON} or {BYTES}")
     if not body:
         raise InvalidArgument("the body is empty")
@@ -102,6 +102,10 @@ def _read_op(op: str) -> tuple[str, str]:
 
 def is_json(content_type: str) -> bool:
     return content_type.partition(";")[0].strip().lower() == JSON
+
+
+def is_bytes(content_type: str) -> bool:
+    return content_type.partition(";")[0].strip().lower() == BYTES
 
 
 def _decode(decoder: msgspec.json.Decoder[_DecodedT], body: bytes | msgspec.Raw) -> _DecodedT:

@@ -17,6 +17,7 @@ from atserving.grpc_server import Call, GrpcError, Server, parsed
 from atserving.grpc_status import grpc_status
 from atserving.telemetry import request_id, trace_context
 from atserving.v1 import edge_pb2, evaluator_pb2, serving_pb2
+from atserving.wire import LARGE_BYTES, Buffer, cut_tail
 from gate import edge
 from gate.admission import Caller
 from gate.batch import run_batch
@@ -92,14 +93,13 @@ class ServingService:
     def eval(self, call: Call) -> None:
         try:
             context = read_call(call, call.deadline())
-            request = parsed(serving_pb2.EvalRequest(), call.message)
+            task = _large_typed_eval(call) if call.size >= LARGE_BYTES else None
+            task = task or task_of(parsed(serving_pb2.EvalRequest(), call.message))
         except GrpcError as error:
             call.abort(error.status, str(error))
             return
-        fail = partial(_abort, call, context)
-        _run(
-            call, context, self._dispatcher.eval(task_of(request), context), partial(self._answer, call, context), fail
-        )
+        work = self._dispatcher.eval(task, context)
+        _run(call, context, work, partial(self._answer, call, context), partial(_abort, call, context))
 
     @staticmethod
     def _answer(call: Call, context: CallContext, result: EvalResult) -> None:
@@ -191,8 +191,7 @@ class EdgeService:
         context = read_call(call, None)
         reply = partial(_reply, call, context)
         try:
-            request = parsed(edge_pb2.EdgeEvalRequest(), call.message)
-            task = edge.read_eval(request.app, request.version, request.body.content_type, request.body.data)
+            task = (_large_eval(call) if call.size >= LARGE_BYTES else None) or _edge_eval(call)
         except GrpcError as error:
             call.abort(error.status, str(error))
             return
@@ -218,6 +217,43 @@ class EdgeService:
             return
         work = _batch(self._dispatcher, tasks, context)
         _run(call, context, work, lambda results: reply(edge.write_batch(results)), _failing(reply))
+
+
+def _edge_eval(call: Call) -> Task:
+    """Return the task of an eval. Raises a ServingError and GrpcError."""
+    request = parsed(edge_pb2.EdgeEvalRequest(), call.message)
+    return edge.read_eval(request.app, request.version, request.body.content_type, request.body.data)
+
+
+def _large_eval(call: Call) -> Task | None:
+    """Return the task of an eval whose body is large and no JSON, without a copy of the body; None for others."""
+    path = edge_pb2.EdgeEvalRequest.BODY_FIELD_NUMBER, httpbody_pb2.HttpBody.DATA_FIELD_NUMBER
+    if (cut := _cut(call, path)) is None:
+        return None
+    request = parsed(edge_pb2.EdgeEvalRequest(), cut[0])
+    if not edge.is_bytes(request.body.content_type):
+        return None
+    return Task(request.app, request.version, evaluator_pb2.InferRequest(), cut[1])
+
+
+def _large_typed_eval(call: Call) -> Task | None:
+    """Return the task of a typed eval whose only resource is a large body, without a copy; None for others."""
+    path = serving_pb2.EvalRequest.DATA_FIELD_NUMBER, serving_pb2.Resource.BODY_FIELD_NUMBER
+    if (cut := _cut(call, path)) is None:
+        return None
+    request = parsed(serving_pb2.EvalRequest(), cut[0])
+    if len(request.data) > 1 or request.data[0].attribute_json:
+        return None
+    return Task(request.app, request.version, evaluator_pb2.InferRequest(), cut[1])
+
+
+def _cut(call: Call, path: tuple[int, int]) -> tuple[bytes, list[Buffer]] | None:
+    """Cut a large body off the end of a call's message; return the rest as a message, and the body in parts."""
+    first, *others = call.parts
+    if (cut := cut_tail(first, call.size, path)) is None:
+        return None
+    small, offset = cut
+    return small, [memoryview(first)[offset:], *others]
 
 
 def _failing(reply: Callable[[edge.Reply], None]) -> Callable[[ServingError], None]:

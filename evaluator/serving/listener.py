@@ -12,7 +12,7 @@ from atserving.sockets import listening_socket
 # A connection that sends nothing says nothing of its protocol.
 _FIRST_BYTES_S = 10.0
 
-Factory = Callable[[], asyncio.Protocol]
+Factory = Callable[[], asyncio.Protocol | link.FrameProtocol]
 
 
 class Listener:
@@ -58,6 +58,9 @@ class _Unknown(asyncio.Protocol):
             return
         self._timer.cancel()
         protocol = (self._linked if self._data.startswith(link.MAGIC) else self._other)()
+        # uvloop asks a protocol only when reading starts whether it brings buffers of its own.
+        self._transport.pause_reading()
         self._transport.set_protocol(protocol)
+        self._transport.resume_reading()
         protocol.connection_made(self._transport)
         protocol.data_received(self._data)

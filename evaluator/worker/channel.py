@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from atserving import link
 
-_READ_BYTES = 1 << 18
 # A large payload would cost more to copy than a system call of its own.
 _JOIN_BYTES = 1 << 16
 
@@ -37,6 +36,8 @@ class Channel:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._frames: list[Frame] = []
+        self.drained = False
+        """Whether the last :meth:`receive` took all that had arrived."""
         # The front is trusted; a request with fetched resources may exceed the limit of a link.
         self._reader = link.FrameReader(self._take, max_bytes=1 << 32)
 
@@ -51,10 +52,13 @@ class Channel:
 
         Raises EOFError if the front has closed the socket, OSError (BlockingIOError with ``MSG_DONTWAIT``).
         """
-        data = self._connection.recv(_READ_BYTES, flags)
-        if not data:
+        space = self._reader.space()
+        count = self._connection.recv_into(space, 0, flags)
+        if not count:
             raise EOFError
-        self._reader.feed(data)
+        self.drained = count < len(space)
+        if data := self._reader.filled(count):
+            self._reader.feed(data)
         frames, self._frames = self._frames, []
         return frames
 

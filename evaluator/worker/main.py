@@ -24,7 +24,7 @@ import cv2
 import orjson
 import structlog
 
-from atserving import link
+from atserving import link, wire
 from atserving.errors import ServingError, StartError
 from atserving.telemetry import configure_logging
 from atserving.v1 import evaluator_pb2
@@ -167,7 +167,8 @@ class SocketInlet:
     def take(self) -> None:
         """Take all frames that have arrived. Raises EOFError and OSError if the front has closed the socket."""
         with suppress(BlockingIOError):
-            while True:
+            self.submit(self._channel.receive(socket.MSG_DONTWAIT))
+            while not self._channel.drained:
                 self.submit(self._channel.receive(socket.MSG_DONTWAIT))
 
     def wait(self, timeout_s: float | None) -> None:
@@ -278,15 +279,7 @@ def _response(outcome: Any) -> bytes:
 
 
 def _field(number: int, value: bytes) -> bytes:
-    """Return a length-delimited field of a protobuf message."""
-    length = len(value)
-    if length < 0x80:
-        return bytes((number << 3 | 2, length)) + value
-    head = [number << 3 | 2]
-    while length >= 0x80:
-        head.append(length & 0x7F | 0x80)
-        length >>= 7
-    return bytes((*head, length)) + value
+    return wire.field_head(number, len(value)) + value
 
 
 def end() -> NoReturn:

@@ -12,13 +12,16 @@ from typing import Any, NoReturn, cast
 import structlog
 from google.protobuf.message import DecodeError
 
-from atserving import link
+from atserving import link, wire
 from atserving.errors import Internal, InvalidArgument
 from atserving.v1 import evaluator_pb2, serving_pb2
-from evaluator.limits import check_request
+from evaluator.limits import check_request, too_large
 from evaluator.net_contract import Req
 
 log = structlog.get_logger()
+
+# Where an InferRequest has the body of a resource.
+_BODY = (evaluator_pb2.InferRequest.DATA_FIELD_NUMBER, serving_pb2.Resource.BODY_FIELD_NUMBER)
 
 
 def read(serialized: link.Buffer, max_bytes: int, built_in: str | None) -> Req:
@@ -26,12 +29,16 @@ def read(serialized: link.Buffer, max_bytes: int, built_in: str | None) -> Req:
 
     ``built_in`` names the built-in net; None for a script. Raises InvalidArgument.
     """
+    # A large body that is all of a request is cut out: a message would copy it twice.
+    cut = wire.cut_tail(serialized, len(serialized), _BODY) if len(serialized) >= wire.LARGE_BYTES else None
     try:
-        request = evaluator_pb2.InferRequest.FromString(cast(bytes, serialized))
+        request = evaluator_pb2.InferRequest.FromString(cast(bytes, serialized) if cut is None else cut[0])
     except DecodeError:
         raise InvalidArgument("the request is malformed") from None
     check_request(request, built_in)
     data = [_data(resource, max_bytes) for resource in request.data]
+    if cut is not None:
+        data[-1]["body"] = _bounded(bytes(serialized[cut[1] :]), max_bytes)
     req: Req = {"data": data if request.group or len(data) != 1 else data[0]}
     if request.params_json:
         req["params"] = _json(request.params_json, "params")
@@ -42,12 +49,16 @@ def _data(resource: serving_pb2.Resource, max_bytes: int) -> dict[str, Any]:
     if resource.HasField("uri"):
         # The front fetches what a uri names, so nothing was to be fetched.
         raise InvalidArgument("the request's data has a uri that was not fetched")
-    data: dict[str, Any] = {"uri": "", "body": resource.body}
-    if len(data["body"]) > max_bytes:
-        raise InvalidArgument(f"the resource is larger than {max_bytes} bytes")
+    data: dict[str, Any] = {"uri": "", "body": _bounded(resource.body, max_bytes)}
     if resource.attribute_json:
         data["attribute"] = _json(resource.attribute_json, "attribute")
     return data
+
+
+def _bounded(body: bytes, max_bytes: int) -> bytes:
+    if len(body) > max_bytes:
+        raise too_large("the resource", max_bytes)
+    return body
 
 
 def _json(text: str, what: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import struct
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,14 @@ from atserving.local.mesh import Mesh
 IMAGES = examples.FOLDER / "digits" / "images"
 JSON = {"content-type": "application/json"}
 BYTES = {"content-type": "application/octet-stream"}
+
+
+def padded(picture: bytes, size: int) -> bytes:
+    """Return a PNG of about ``size`` bytes with the same pixels: a chunk that decoders skip fills it."""
+    data = bytes(size)
+    chunk = struct.pack(">I", size) + b"teSt" + data + struct.pack(">I", zlib.crc32(b"teSt" + data))
+    header = 33
+    return picture[:header] + chunk + picture[header:]
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from atserving import transport
 from atserving.local.mesh import Mesh
 from atserving.v1 import edge_pb2, edge_pb2_grpc, registry_pb2, registry_pb2_grpc, serving_pb2, serving_pb2_grpc
-from tests.e2e.client import data_uri, image
+from tests.e2e.client import data_uri, image, padded
 from tests.processes import etcdctl
 from tests.waiting import until_async
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+LARGE = padded(image("7.png"), 300_000)
 
 
 @pytest_asyncio.fixture(loop_scope="session", params=["edge", "gate"])
@@ -76,6 +78,27 @@ async def test_a_failure_is_a_status_with_the_code_and_the_request_id(
     trailers: Any = caught.value.trailing_metadata()
     metadata = dict(trailers)
     assert (metadata["x-serving-code"], metadata["x-reqid"]) == (code, "mine")
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"params_json": '{"limit": 1}'}, {"data": [serving_pb2.Resource(body=LARGE, attribute_json="1")]}]
+)
+async def test_a_large_body_gives_the_answer_of_a_small_one(
+    serving: serving_pb2_grpc.ServingServiceAsyncStub, fields: dict[str, Any]
+) -> None:
+    small = await serving.Eval(request(7))
+    given = {"app": "digits", "data": [serving_pb2.Resource(body=LARGE)]}
+    large = await serving.Eval(serving_pb2.EvalRequest(**{**given, **fields}))
+    assert large == small
+    for missing in ({"app": "cats"}, {"version": "v9"}):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await serving.Eval(serving_pb2.EvalRequest(**{**given, **fields, **missing}))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    # A net that takes one picture refuses two.
+    two = [serving_pb2.Resource(body=image("7.png")), serving_pb2.Resource(body=LARGE)]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await serving.Eval(serving_pb2.EvalRequest(app="digits", data=two))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_the_callers_deadline_limits_the_call(

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from tests.e2e.client import JSON, Client, Response, data_uri, image
+from tests.e2e.client import JSON, Client, Response, data_uri, image, padded
 from tests.processes import etcdctl
 from tests.waiting import until_async
 
@@ -209,6 +209,20 @@ async def test_a_private_app_is_a_401(client: Client) -> None:
         return not await private()
 
     await until_async(public, what="the gate knows that the app is public again")
+
+
+@pytest.mark.parametrize("size", [20_000, 40_000, 1_000_000, 9_000_000])
+async def test_a_body_of_any_size_gives_the_same_answer(client: Client, size: int) -> None:
+    picture = image("7.png")
+    small = await client.bytes("/v1/eval/digits", picture)
+    large = await client.bytes("/v1/eval/digits", padded(picture, size))
+    assert (large.status, large.body) == (200, small.body)
+    # No picture, to the end of a large body.
+    check_error(await client.bytes("/v1/eval/digits", padded(picture, size)[:-20]), 400)
+    check_error(await client.bytes("/v1/eval/cats", padded(picture, size)), 404)
+    check_error(
+        await client.post("/v1/eval/digits", padded(picture, size), {"content-type": "image/png"}), 415, "should be"
+    )
 
 
 async def test_a_request_past_its_apps_timeout_is_a_504(client: Client) -> None:

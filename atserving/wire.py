@@ -1,0 +1,80 @@
+"""The wire format of protobuf messages, as far as large bodies need it: they pass through without copies.
+
+A message of protobuf copies a field when it is set, parsed, read and serialized. See protobuf.dev, «Encoding».
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Buffer = bytes | bytearray | memoryview
+
+LARGE_BYTES = 1 << 15
+"""Bodies below this cost less as fields of a message."""
+
+_LENGTH_DELIMITED = 2
+_MOST_VARINT_BYTES = 10
+
+
+def field_head(number: int, length: int) -> bytes:
+    """Return what comes before the bytes of a field of this length."""
+    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(length)
+
+
+def cut_tail(start: Buffer, length: int, path: Sequence[int]) -> tuple[bytes, int] | None:
+    """Cut the last field off a serialized message of ``length`` bytes, of which ``start`` is the first part.
+
+    ``path`` has the number of the field, and before it those of the messages that hold it. Return the message with that
+    field empty, and the offset of the field's bytes, which reach to the end of the message. Return None if the message
+    ends otherwise, or ``start`` does not reach so far.
+    """
+    heads: list[tuple[int, bytes]] = []
+    at = 0
+    for number in path:
+        began = at
+        while True:
+            found = _read_head(start, at)
+            if found is None:
+                return None
+            tag, size, after = found
+            if after + size == length and tag == number << 3 | _LENGTH_DELIMITED:
+                break
+            if after + size > len(start):
+                return None
+            at = after + size
+        heads.append((number, bytes(start[began:at])))
+        at = after
+    small = b""
+    for number, before in reversed(heads):
+        small = before + field_head(number, len(small)) + small
+    return small, at
+
+
+def _read_head(data: Buffer, at: int) -> tuple[int, int, int] | None:
+    """Return the tag of a length-delimited field, its length, and where its bytes begin; None for other fields."""
+    tag = _read_varint(data, at)
+    if tag is None or tag[0] & 7 != _LENGTH_DELIMITED:
+        return None
+    length = _read_varint(data, tag[1])
+    return None if length is None else (tag[0], *length)
+
+
+def _read_varint(data: Buffer, at: int) -> tuple[int, int] | None:
+    """Return a number, and where it ends; None if the data ends before it, or it is too long."""
+    value = 0
+    for shift, byte in enumerate(data[at : at + _MOST_VARINT_BYTES]):
+        value |= (byte & 0x7F) << 7 * shift
+        if byte < 0x80:
+            return value, at + shift + 1
+    return None
+
+
+def _varint(value: int) -> bytes:
+    if value < 0x80:
+        return bytes((value,))
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

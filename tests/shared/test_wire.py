@@ -1,0 +1,64 @@
+"""A field that is cut off the end of a message leaves the message and its bytes as they were."""
+
+from __future__ import annotations
+
+import pytest
+from google.api import httpbody_pb2
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atserving import wire
+from atserving.v1 import edge_pb2, evaluator_pb2, serving_pb2
+
+EDGE = (3, 2)
+SIZES = st.sampled_from([0, 1, 127, 128, 16383, 16384, 70_000])
+
+
+@given(st.text(max_size=40), st.text(max_size=40), st.text(max_size=20), SIZES, st.data())
+def test_the_body_of_a_request_is_cut_off(
+    app: str, version: str, content_type: str, size: int, data: st.DataObject
+) -> None:
+    body = httpbody_pb2.HttpBody(content_type=content_type, data=b"x" * size)
+    message = edge_pb2.EdgeEvalRequest(app=app, version=version, body=body).SerializeToString()
+    cut = wire.cut_tail(message, len(message), EDGE)
+    if not size:
+        # protobuf leaves an empty field out.
+        assert cut is None
+        return
+    assert cut is not None
+    small, offset = cut
+    assert message[offset:] == b"x" * size
+    body.data = b""
+    assert edge_pb2.EdgeEvalRequest.FromString(small).body == body
+    assert edge_pb2.EdgeEvalRequest.FromString(small).app == app
+    # The start of the message is enough, if it reaches to the body.
+    end = data.draw(st.integers(0, len(message)))
+    assert wire.cut_tail(memoryview(message)[:end], len(message), EDGE) == (cut if end >= offset else None)
+
+
+@given(SIZES)
+def test_a_head_and_its_bytes_are_a_field(size: int) -> None:
+    field = wire.field_head(evaluator_pb2.InferResponse.STREAM_FIELD_NUMBER, size) + b"x" * size
+    assert evaluator_pb2.InferResponse.FromString(field).stream == b"x" * size
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        serving_pb2.EvalRequest(data=[serving_pb2.Resource(body=b"x" * 99)], params_json="{}"),
+        serving_pb2.EvalRequest(data=[serving_pb2.Resource(body=b"x" * 99)], group=True),
+        serving_pb2.EvalRequest(data=[serving_pb2.Resource(body=b"x" * 99, attribute_json="1")]),
+        serving_pb2.EvalRequest(data=[serving_pb2.Resource(uri="x" * 99)]),
+        serving_pb2.EvalRequest(app="x" * 99),
+        serving_pb2.EvalRequest(),
+    ],
+)
+def test_a_message_that_ends_otherwise_is_left_alone(message: serving_pb2.EvalRequest) -> None:
+    serialized = message.SerializeToString()
+    assert wire.cut_tail(serialized, len(serialized), EDGE) is None
+
+
+@given(st.binary(max_size=60), st.integers(0, 100))
+def test_rubbish_is_left_alone_or_cut_within_its_bounds(data: bytes, more: int) -> None:
+    cut = wire.cut_tail(data, len(data) + more, EDGE)
+    assert cut is None or 0 <= cut[1] <= len(data)
