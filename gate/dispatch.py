@@ -62,6 +62,8 @@ class CallContext:
     deadline: float | None = None
     """The caller's own deadline, in seconds of time.monotonic(); None without one."""
     started: float = field(default_factory=time.monotonic)
+    batched: bool = False
+    """Whether it is a task of a batch, which leaves room to other callers."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class Dispatcher:
                 # The config may have changed since: a retry follows a promotion.
                 route = self._router.route(task.app, task.version)
             try:
-                endpoint = self._router.pick(route, tried)
+                endpoint = self._router.pick(route, tried, batched=call.batched)
             except Unavailable as none_left:
                 # If the ready instances refused because they are full, that is the reason to give.
                 raise (refusal if isinstance(refusal, ResourceExhausted) else none_left) from None

@@ -38,10 +38,10 @@ class Endpoint(Generic[ConnectionT]):
     left_at: float | None = field(default=None)
     """When the registry reported its departure; None while it is registered."""
 
-    @property
-    def free(self) -> int:
-        """How many more requests of this gate it can take."""
-        return max(self.instance.capacity - self.in_flight, 0)
+    def room(self, *, batched: bool = False) -> int:
+        """Return how many more requests of this gate it can take. Tasks of batches leave a quarter to other callers."""
+        capacity = self.instance.capacity
+        return max((capacity - capacity // 4 if batched else capacity) - self.in_flight, 0)
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -177,32 +177,37 @@ class Router(Generic[ConnectionT]):
         assert merged.timeout is not None, "the default has a timeout"
         return merged.timeout.total_seconds()
 
-    def pick(self, route: Route, tried: Collection[Endpoint[ConnectionT]] = ()) -> Endpoint[ConnectionT]:
+    def pick(
+        self, route: Route, tried: Collection[Endpoint[ConnectionT]] = (), *, batched: bool = False
+    ) -> Endpoint[ConnectionT]:
         """Return the instance that takes a request, but none of those that were ``tried``.
 
         Draws a version in proportion to weight x free capacity, then takes the instance of that version with the
-        smallest share of its capacity in flight.
+        smallest share of its capacity in flight. For a task of a batch (``batched``) instances have less room.
 
         Raises Unavailable (no instance is ready, or all were tried) or ResourceExhausted (all ready ones are full).
         """
-        if not tried and (only := self._only(route)):
+        if not tried and (only := self._only(route, batched)):
             return only
         if not route.weights:
             raise Unavailable(f"app {route.app!r} has no version in production")
         ready = {version: self._ready(route.app, version, tried) for version in route.weights}
-        draws = {version: route.weights[version] * sum(each.free for each in found) for version, found in ready.items()}
+        draws = {
+            version: route.weights[version] * sum(each.room(batched=batched) for each in found)
+            for version, found in ready.items()
+        }
         if not any(draws.values()):
             if not any(route.weights.values()):
                 raise Unavailable(f"app {route.app!r} has no version in production with a weight above 0")
-            raise self._none_free(route, [each for found in ready.values() for each in found])
+            raise self._none_free(route, [each for found in ready.values() for each in found], batched)
         drawn = self._random.choices(list(draws), list(draws.values()))[0] if len(draws) > 1 else next(iter(draws))
-        candidates = [each for each in ready[drawn] if each.free]
+        candidates = [each for each in ready[drawn] if each.room(batched=batched)]
         least = min((each.in_flight + 1) / each.instance.capacity for each in candidates)
         return self._random.choice(
             [each for each in candidates if (each.in_flight + 1) / each.instance.capacity == least]
         )
 
-    def _only(self, route: Route) -> Endpoint[ConnectionT] | None:
+    def _only(self, route: Route, batched: bool) -> Endpoint[ConnectionT] | None:
         """Return the instance if there is only one to pick, as for most apps, and it has room."""
         if len(route.weights) != 1:
             return None
@@ -211,7 +216,7 @@ class Router(Generic[ConnectionT]):
         if len(pool) != 1 or not weight:
             return None
         (endpoint,) = pool.values()
-        return endpoint if endpoint.free else None
+        return endpoint if endpoint.room(batched=batched) else None
 
     def _ready(self, app: str, version: str, tried: Collection[Endpoint[ConnectionT]]) -> list[Endpoint[ConnectionT]]:
         for pool in (self._endpoints, self._left):
@@ -222,9 +227,9 @@ class Router(Generic[ConnectionT]):
         return []
 
     @staticmethod
-    def _none_free(route: Route, ready: list[Endpoint[ConnectionT]]) -> ServingError:
+    def _none_free(route: Route, ready: list[Endpoint[ConnectionT]], batched: bool) -> ServingError:
         what = f"version {route.version!r} of app {route.app!r}" if route.version else f"app {route.app!r}"
-        if any(each.free == 0 for each in ready):
+        if any(each.room(batched=batched) == 0 for each in ready):
             return ResourceExhausted(f"every instance of {what} is full", retry_after_s=1.0)
         return Unavailable(f"no instance of {what} is ready")
 

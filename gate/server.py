@@ -25,7 +25,7 @@ from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
 
 log = structlog.get_logger()
 
-BATCH_CONCURRENCY = 16
+BATCH_CONCURRENCY = 32
 """How many items of a batch run at once."""
 
 _NOBODY = Caller()

@@ -23,13 +23,14 @@ from atserving.errors import (
     Unavailable,
 )
 from atserving.v1 import evaluator_pb2, serving_pb2
-from gate import dispatch
+from gate import batch, dispatch
 from gate.admission import Caller
 from gate.batch import run_batch
 from gate.connection import EvaluatorConnection
 from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
 from gate.router import LINGER_S, Router
 from tests.instance import ScriptedInstance
+from tests.waiting import until
 
 FULL = evaluator_pb2.Error(code=429, status=429, message="full", retry_after_ms=1500, refused=True)
 DRAINING = evaluator_pb2.Error(code=503, status=503, message="draining", refused=True)
@@ -313,3 +314,40 @@ async def test_batch_runs_as_many_tasks_at_once_as_its_concurrency(mesh: Mesh) -
         evaluator.hold.set()
     assert Counter(type(each) for each in running.result()) == {EvalResult: 30}
     assert evaluator.most_in_flight == 4
+
+
+async def test_batches_share_a_full_instance_and_leave_room_to_others(mesh: Mesh) -> None:
+    evaluator = Evaluator("a", hold=asyncio.Event())
+    await mesh.add(evaluator)
+    call = CallContext("reqid", Caller())
+    async with asyncio.TaskGroup() as group:
+        batches = [
+            group.create_task(run_batch(mesh.dispatcher, [task() for _ in range(30)], call, concurrency=16))
+            for _ in range(4)
+        ]
+        await until(lambda: evaluator.in_flight == 6)
+        alone = group.create_task(mesh.eval())
+        await until(lambda: evaluator.in_flight == 7)
+        assert evaluator.hold
+        evaluator.hold.set()
+    assert alone.result() == '"a:"'
+    assert Counter(type(each) for batch in batches for each in batch.result()) == {EvalResult: 120}
+    assert evaluator.most_in_flight == 7
+
+
+async def test_a_batch_without_a_place_is_told_that_the_instances_are_full(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "_PATIENCE_S", 0.05)
+    evaluator = Evaluator("a", hold=asyncio.Event())
+    await mesh.add(evaluator)
+    async with asyncio.TaskGroup() as group:
+        others = [group.create_task(mesh.eval()) for _ in range(6)]
+        await until(lambda: evaluator.in_flight == 6)
+        results = await run_batch(
+            mesh.dispatcher, [task() for _ in range(20)], CallContext("reqid", Caller()), concurrency=4
+        )
+        assert [each.code if isinstance(each, ServingError) else 0 for each in results] == [429] * 20
+        assert evaluator.hold
+        evaluator.hold.set()
+    assert [each.result() for each in others] == ['"a:"'] * 6

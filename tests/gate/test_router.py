@@ -177,7 +177,7 @@ def test_instance_that_registers_again_keeps_its_connection(table: Table) -> Non
     table.delete(instance("v1", "a"))
     table.put(instance("v1", "a", 9))
     assert table.pick("app", "") is before
-    assert before.free == 9
+    assert before.room() == 9
     table.clock.now = LINGER_S + 1
     assert table.router.expired() == []
 
