@@ -69,9 +69,19 @@ k8s-render: $(VENV)/installed  ## Render the overlays and the example's evaluato
 k8s-test: $(VENV)/installed  ## Run the playbook on the cluster that KUBECONFIG names (IMAGE_PREFIX=, IMAGE_TAG=)
 	IMAGE_PREFIX=$(IMAGE_PREFIX) IMAGE_TAG=$(IMAGE_TAG) $(BIN)/python -m pytest -v tests/k8s/test_cluster.py
 
+# FULL=1: all that there is to measure, for longer. JSON=file: write the figures to a file too.
+BENCH_FLAGS = $(if $(FULL),--full) $(if $(JSON),--json $(JSON))
 .PHONY: bench
-bench: $(VENV)/installed  ## Measure the whole mesh: latency and requests per second (JSON=file)
-	$(BIN)/python -m bench.mesh $(if $(JSON),--json $(JSON))
+bench: $(VENV)/installed  ## Measure the whole mesh, every kind of request (FULL=1, JSON=file)
+	$(BIN)/python -m bench.mesh $(BENCH_FLAGS)
+
+.PHONY: bench-peers
+bench-peers: $(VENV)/installed  ## Measure the mesh beside mosec, FastAPI and a bare loop (FULL=1, JSON=file)
+	@$(BIN)/python -m bench.peers $(BENCH_FLAGS)
+
+.PHONY: profile
+profile: $(VENV)/installed  ## Tell where the CPU time goes, by function (NET=digits, CALLERS=32)
+	@$(BIN)/python -m bench.profile $(if $(NET),--net $(NET)) $(if $(CALLERS),--callers $(CALLERS))
 
 .PHONY: bench-evaluator
 bench-evaluator: $(VENV)/installed  ## Measure one evaluator beside a bare loop (JSON=file)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import tarfile
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cv2
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from bench.measurement import Row, quantiles_ms
+from bench.peers.picture_net import PictureNet
 from bench.workload import Workload
-from evaluator.caffe import convert
 from evaluator.runtime import cpus
 
 _BATCHES = (1, 2, 4, 8, 16, 32)
@@ -38,23 +34,23 @@ class Setting:
 class BareLoop:
     """The net of a workload, run in loops. Nothing is received, queued or answered."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, folder: Path) -> None:
+        """``folder`` is for the converted net."""
         self._workload = workload
-        with tempfile.TemporaryDirectory() as folder, tarfile.open(workload.tar) as archive:
-            archive.extractall(folder, filter="data")
-            model = convert(Path(folder) / "deploy.prototxt", Path(folder) / "weight.caffemodel")
-        self._model = model.SerializeToString()
-        _, _, self._height, self._width = (dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim)
-        self._sessions: dict[int, onnxruntime.InferenceSession] = {}
+        self.file = workload.convert(folder)
+        self._nets: dict[int, PictureNet] = {}
 
     def measure(self, setting: Setting, seconds: float, *, decodes: bool) -> Row:
         """Run for about ``seconds``; without ``decodes``, every batch is ready beforehand."""
-        session = self._session(setting.threads)
-        name = session.get_inputs()[0].name
-        ready = self._batch(setting.batch)
+        net = self._net(setting.threads)
+
+        def batch() -> NDArray[np.float32]:
+            return np.stack([net.planes(self._workload.image) for _ in range(setting.batch)])
+
+        ready = batch()
 
         def run_batch() -> None:
-            session.run(None, {name: self._batch(setting.batch) if decodes else ready})
+            net.scores(batch() if decodes else ready)
 
         run_batch()
         took_s, cpu_s, wall_s = _repeat(run_batch, setting.loops, seconds)
@@ -71,25 +67,10 @@ class BareLoop:
         rows = [self.measure(setting, seconds, decodes=decodes) for setting in settings]
         return max(zip(settings, rows, strict=True), key=lambda pair: pair[1].per_s)[0], rows
 
-    def _session(self, threads: int) -> onnxruntime.InferenceSession:
-        if threads not in self._sessions:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            options.inter_op_num_threads = 1
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-            self._sessions[threads] = onnxruntime.InferenceSession(
-                self._model, options, providers=["CPUExecutionProvider"]
-            )
-        return self._sessions[threads]
-
-    def _batch(self, size: int) -> NDArray[np.float32]:
-        return np.stack([self._planes() for _ in range(size)])
-
-    def _planes(self) -> NDArray[np.float32]:
-        pixels = cv2.imdecode(np.frombuffer(self._workload.image, np.uint8), cv2.IMREAD_COLOR)
-        assert pixels is not None
-        resized = cv2.resize(pixels, (self._width, self._height), interpolation=cv2.INTER_LINEAR)
-        return np.subtract(resized, np.array(self._workload.mean, np.float32), dtype=np.float32).transpose(2, 0, 1)
+    def _net(self, threads: int) -> PictureNet:
+        if threads not in self._nets:
+            self._nets[threads] = PictureNet(replace(self.file, threads=threads))
+        return self._nets[threads]
 
 
 def _repeat(work: Callable[[], None], loops: int, seconds: float) -> tuple[list[float], float, float]:

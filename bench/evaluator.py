@@ -36,7 +36,7 @@ def compare(
     registry: Registry, workload: Workload, folder: Path, seconds: float, rounds: int
 ) -> tuple[list[Row], Figures]:
     """Measure one workload; return every row and the figures."""
-    loop = BareLoop(workload)
+    loop = BareLoop(workload, folder)
     alone, rows = loop.best(seconds / 4, decodes=False)
     bare, tried = loop.best(seconds / 4, decodes=True)
     rows += tried

@@ -13,9 +13,9 @@ def test_comparisons_with_pytorch_are_rows() -> None:
 
 def test_the_mesh_has_a_row_per_number_of_callers() -> None:
     rows = [
-        mesh.Row("edge alone", 1, 9000.0, 0.1, 0.2, 0, {"envoy": 0.05}),
-        mesh.Row("digits", 1, 662.4, 1.5, 1.84, 0, {"gate": 0.61, "envoy": 0.4}),
-        mesh.Row("digits", 32, 1759.0, 118.9, 1327.0, 0, {"gate": 0.37}),
+        mesh.Row("edge alone", 1, 9000.0, 0.1, 0.2, 0, {"envoy": 0.05}, {}, {}, 0),
+        mesh.Row("digits", 1, 662.4, 1.5, 1.84, 0, {"gate": 0.61, "envoy": 0.4}, {}, {}, 0),
+        mesh.Row("digits", 32, 1759.0, 118.9, 1327.0, 0, {"gate": 0.37}, {}, {}, 0),
     ]
     assert mesh.table(rows).splitlines() == [
         "| callers | requests/s | p50 | p99 | CPU per request |",
