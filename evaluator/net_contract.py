@@ -13,7 +13,7 @@ each built-in net is one. A built-in net runs batches in several threads at once
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from evaluator.net_config import NetConfig
 
@@ -38,6 +38,14 @@ class LoadedNet(Protocol):
 
     def infer(self, reqid: str, reqs: Sequence[Any]) -> list[Ret]:
         """Run a batch of prepared requests and return one ret for each, in order."""
+
+
+@runtime_checkable
+class Shrinkable(Protocol):
+    """A net that can give memory back."""
+
+    def shrink(self) -> None:
+        """Give back what larger batches took than those to come."""
 
 
 LoadNet = Callable[[NetConfig], LoadedNet]

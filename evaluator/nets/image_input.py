@@ -54,6 +54,10 @@ class ImageNet(ABC):
     def infer(self, reqid: str, reqs: Sequence[Any]) -> list[Ret]:
         """Run one forward pass over all requests."""
 
+    def shrink(self) -> None:
+        """Give back the memory that larger batches took. Runs the net once."""
+        self.net.shrink()
+
     def _image_shape(self, graph: onnx.ModelProto) -> tuple[int, int, int]:
         """Return (channels, height, width) of the only input. Raises StartError."""
         inputs = {

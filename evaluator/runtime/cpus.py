@@ -7,18 +7,21 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_OWN = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+OWN = Path("/proc/self/cgroup")
 
 
-def available(cgroups: Path = _CGROUPS, own: Path = _OWN) -> int:
+def available(cgroups: Path = CGROUPS, own: Path = OWN) -> int:
     """Return the number of CPUs, at least 1. A quota of 1.5 CPUs counts as 2."""
-    quotas = [_quota(folder) for folder in _folders(cgroups, own)]
+    quotas = [_quota(folder) for folder in folders(cgroups, own, "cpu")]
     return max(1, math.ceil(min(len(os.sched_getaffinity(0)), *quotas, math.inf)))
 
 
-def _folders(cgroups: Path, own: Path) -> Iterator[Path]:
-    """The process's own cgroup and all cgroups above it: each may have a quota. A container sees only the root."""
+def folders(cgroups: Path, own: Path, controller: str) -> Iterator[Path]:
+    """Yield the process's own cgroup and all cgroups above it: each may have a limit. A container sees only the root.
+
+    ``controller`` names the hierarchy in version 1 of cgroups, ``cpu`` or ``memory``.
+    """
     yield cgroups
     try:
         lines = own.read_text().splitlines()
@@ -27,8 +30,8 @@ def _folders(cgroups: Path, own: Path) -> Iterator[Path]:
     for line in lines:
         # "0::/path" of version 2, "4:cpu,cpuacct:/path" of version 1.
         _, controllers, path = line.split(":", 2)
-        if controllers == "" or "cpu" in controllers.split(","):
-            folder = (cgroups / "cpu" if controllers else cgroups) / path.lstrip("/")
+        if controllers == "" or controller in controllers.split(","):
+            folder = (cgroups / controller if controllers else cgroups) / path.lstrip("/")
             yield from (each for each in (folder, *folder.parents) if each.is_relative_to(cgroups))
 
 

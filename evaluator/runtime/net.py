@@ -95,6 +95,10 @@ class Net:
         device = Device.of_release(config)
         return Net.of(Engine(converted(config, device, outputs), device))
 
+    def shrink(self) -> None:
+        """Give back the memory that larger batches took. Runs the net once."""
+        self._engine.shrink()
+
     def _use(self, engine: Engine) -> None:
         self._engine = engine
         self.inputs = [blob.name for blob in engine.inputs]

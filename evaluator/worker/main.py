@@ -30,7 +30,7 @@ from atserving.telemetry import configure_logging
 from atserving.v1 import evaluator_pb2
 from evaluator import nets, scripting
 from evaluator.net_config import DEFAULT_NET, NetConfig
-from evaluator.runtime import engine
+from evaluator.runtime import engine, memory
 from evaluator.worker import channel, planning, request_codec, script
 from evaluator.worker.batcher import Batcher, ItemResult
 from evaluator.worker.net_runner import NetRunner, Prepared, Result
@@ -70,6 +70,8 @@ class Worker:
         except StartError as error:
             self._send([link.frame(link.START, orjson.dumps({"error": str(error)}))])
             return
+        # Conversion and planning took far more than what follows will.
+        memory.give_back()
         # The supervisor needs the longest calls to detect a stuck one.
         longest_s = [runner.longest_prepare_s, runner.longest_infer_s]
         self._send([link.frame(link.START, orjson.dumps({"plan": plan, "longest_s": longest_s}))])
@@ -194,6 +196,8 @@ class NetWork:
         self._max_bytes = config.limits.max_bytes
         # Built-in nets take one image; a script may take groups.
         self._built_in = None if config.script else config.net
+        self._lock = threading.Lock()
+        self._batches = 0
 
     def prepare(self, item: Item) -> Prepared:
         """Read and prepare a call's request. Raises a ServingError."""
@@ -213,7 +217,19 @@ class NetWork:
     def infer(self, prepared: Sequence[Prepared]) -> tuple[list[Result | ServingError], float]:
         """Return the outcomes, and the seconds in the engine. Raises a ServingError if the batch as a whole failed."""
         before_s = engine.spent_s()
-        return self._runner.infer(prepared), engine.spent_s() - before_s
+        outcomes = self._infer_alone(prepared, self._runner.wide) if self._runner.wide else self._runner.infer(prepared)
+        return outcomes, engine.spent_s() - before_s
+
+    def _infer_alone(self, prepared: Sequence[Prepared], wide: NetRunner) -> list[Result | ServingError]:
+        """Run a single request on all CPUs, unless another engine works."""
+        with self._lock:
+            alone = not self._batches and len(prepared) == 1
+            self._batches += 1
+        try:
+            return (wide if alone else self._runner).infer(prepared)
+        finally:
+            with self._lock:
+                self._batches -= 1
 
 
 def load(config: NetConfig, known: Plan | None) -> tuple[NetRunner, Plan]:

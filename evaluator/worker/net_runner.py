@@ -15,7 +15,7 @@ import structlog
 
 from atserving.errors import Internal, NetError, ServingError, StartError
 from evaluator.net_config import NetConfig
-from evaluator.net_contract import LoadNet, Req
+from evaluator.net_contract import LoadNet, Req, Shrinkable
 from evaluator.worker.request_codec import Files
 
 log = structlog.get_logger()
@@ -57,6 +57,8 @@ class NetRunner:
         """Load the net, which may take long. Raises StartError."""
         self.longest_prepare_s = self.longest_infer_s = 0.0
         """The longest call of the net's ``preprocess`` and ``infer`` so far."""
+        self.wide: NetRunner | None = None
+        """The same net for a request that runs alone, with a thread for each CPU; None if one thread does as well."""
         assert config.workspace, "an instance has a workspace"
         self._workspace = config.workspace.resolve()
         # The runner removes a result file after sending it, but never a file of the release.
@@ -69,6 +71,11 @@ class NetRunner:
             log.exception("net_init failed")
             raise StartError(f"net_init raised {type(error).__name__}, see the log") from error
         self.batch_size = self._net.batch_size or config.batch_size or 1
+
+    def shrink(self) -> None:
+        """Give back the memory that larger batches took than those to come, if the net can."""
+        if isinstance(self._net, Shrinkable):
+            self._net.shrink()
 
     def prepare(self, reqid: str, req: Req, files: Files | None = None) -> Prepared:
         """Return the request after the net's ``preprocess``. Raises a ServingError."""

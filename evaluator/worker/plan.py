@@ -21,5 +21,8 @@ class Plan:
     """Whether engines prepare their own batches; preparers then help if that takes long."""
     reads: bool = False
     """Whether idle engines read the requests themselves, without a reader thread that wakes them."""
+    wide: bool = False
+    """Whether a lone request runs in a session of its own, with a thread for each CPU."""
     measured: dict[str, float] = field(default_factory=dict)
-    """Measured CPU milliseconds per request with a small picture, by ``<engines>x<threads> batch <size>``."""
+    """Measured CPU milliseconds per request with a small picture, by ``<engines>x<threads> batch <size>``; of a lone
+    request the milliseconds until its result, by ``alone on <threads>``."""

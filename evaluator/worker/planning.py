@@ -2,7 +2,8 @@
 
 On a CPU, planning measures the net at load, unless the release sets the plan. The plan with the least CPU time per
 request wins: CPU time bounds a loaded machine, and unlike throughput it can be measured on a machine that others use
-too. A GPU gets one engine.
+too. If engines have one thread each, a lone request may get a session of its own with a thread for each CPU, for which
+it would wait else. A GPU gets one engine.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from atserving.errors import ServingError, StartError
 from evaluator.images import sample
 from evaluator.net_config import NetConfig
 from evaluator.net_contract import LoadNet, Req
-from evaluator.runtime import cpus
+from evaluator.runtime import cpus, memory
 from evaluator.worker.net_runner import NetRunner, Prepared, Result
 from evaluator.worker.plan import Plan
 from evaluator.worker.progress import MAX_THREADS
@@ -40,6 +41,10 @@ _MAX_HELPERS = 16
 _LEAST_SPLIT_S = 0.001
 # Engines of several threads must be cheaper by this factor: their threads wait for each other.
 _MIN_GAIN = 1.1
+# A session for lone requests must be so much faster than an engine of one thread, to be worth its memory.
+_MIN_WIDE_GAIN = 1.15
+# Weights and the memory of a run, by the weights alone.
+_WIDE_FACTOR = 3
 
 
 def for_script(runner: NetRunner, folder: Path) -> tuple[NetRunner, Plan]:
@@ -56,11 +61,16 @@ def for_built_in(load: LoadNet, config: NetConfig, known: Plan | None = None) ->
         raise StartError(f"model_params.engines is {engines}, should be at most {MAX_THREADS // 2}")
     if known:
         net, plan = _Net(load, config, known.threads), known
+        if known.wide:
+            net.runner.wide = _Net(load, config, cpus.available()).runner
     elif config.use_device != "CPU":
         net = _Net(load, config, 0)
         plan = Plan(engines or 1, 0, net.runner.batch_size, _preparers(engines or 1))
     else:
         net, plan = _on_cpu(load, config, engines, threads)
+        # Planning has tried larger batches than will run.
+        for runner in filter(None, (net.runner, net.runner.wide)):
+            runner.shrink()
     net.warm_up(plan.batch_size)
     return net.runner, plan
 
@@ -72,6 +82,7 @@ def _preparers(engines: int) -> int:
 def _on_cpu(load: LoadNet, config: NetConfig, engines: int | None, threads: int | None) -> tuple[_Net, Plan]:
     available = cpus.available()
     measured: dict[str, float] = {}
+    wide = False
     if engines or threads:
         engines = engines or max(available // (threads or 1), 1)
         net = _Net(load, config, threads or max(available // engines, 1))
@@ -79,7 +90,10 @@ def _on_cpu(load: LoadNet, config: NetConfig, engines: int | None, threads: int 
         net = _Net(load, config, 1)
         engines = net.scales_to(min(available, MAX_THREADS // 2), measured)
         if engines == available > 1 and measured[_name(1, 1, 1)] >= _LEAST_SPLIT_S:
-            net, engines = _split(load, config, net, measured)
+            nets = {1: net}
+            engines, threads = _split(load, config, nets, measured)
+            net = nets[threads]
+            wide = engines == available and _widen(config, net, nets[available], measured)
     size = config.batch_size or net.best_batch_size(engines, measured)
     lanes = net.threads == 1
     # Lanes on every CPU need no helpers; an engine of several threads leaves CPUs idle at times.
@@ -87,20 +101,33 @@ def _on_cpu(load: LoadNet, config: NetConfig, engines: int | None, threads: int 
     # While all engines work nobody reads; only helpers with slow pictures would have used that time.
     reads = lanes and (preparers == 0 or measured.get(_name(1, 1, 1), math.inf) < _MOSTLY_PYTHON_S)
     in_ms = {name: round(cost_s * 1000, 4) for name, cost_s in measured.items()}
-    return net, Plan(engines, net.threads, size, preparers, lanes, reads, in_ms)
+    return net, Plan(engines, net.threads, size, preparers, lanes, reads, wide, in_ms)
 
 
-def _split(load: LoadNet, config: NetConfig, net: _Net, measured: dict[str, float]) -> tuple[_Net, int]:
-    """Split all CPUs: into engines of one thread (``net``), or fewer engines of more threads. Raises StartError."""
+def _split(load: LoadNet, config: NetConfig, nets: dict[int, _Net], measured: dict[str, float]) -> tuple[int, int]:
+    """Split all CPUs, into engines of one thread or fewer of more threads; return how many, and the threads of each.
+
+    ``nets`` has a net of one thread; those of more threads are added. Raises StartError.
+    """
     available = cpus.available()
-    best, engines, least_s = net, available, net.cost_s(available, 1, measured)
-    for shift in range(1, available.bit_length()):
-        threads = min(1 << shift, available)
-        other = _Net(load, config, threads)
-        cost_s = other.cost_s(available // threads, 1, measured)
+    best, least_s = (available, 1), nets[1].cost_s(available, 1, measured)
+    for threads in _sizes(available)[1:]:
+        nets[threads] = _Net(load, config, threads)
+        cost_s = nets[threads].cost_s(available // threads, 1, measured)
         if cost_s * _MIN_GAIN < least_s:
-            best, engines, least_s = other, available // threads, cost_s
-    return best, engines
+            best, least_s = (available // threads, threads), cost_s
+    return best
+
+
+def _widen(config: NetConfig, net: _Net, wide: _Net, measured: dict[str, float]) -> bool:
+    """Give a net another session for lone requests, if that is faster and there is memory. Raises StartError."""
+    weights = config.tar_files.get("weight.caffemodel")
+    if weights and weights.stat().st_size * _WIDE_FACTOR > memory.available_bytes():
+        return False
+    if wide.alone_s(measured) * _MIN_WIDE_GAIN > net.alone_s(measured):
+        return False
+    net.runner.wide = wide.runner
+    return True
 
 
 def _name(engines: int, threads: int, size: int) -> str:
@@ -161,6 +188,18 @@ class _Net:
             with ThreadPoolExecutor(engines) as pool:
                 measured[name] = min(self._round_s(pool, engines, size) for _ in range(_ROUNDS))
         return measured[name]
+
+    def alone_s(self, measured: dict[str, float]) -> float:
+        """Measure the wall seconds of a lone request, and record them. Raises StartError."""
+        batch = self._batch(1)
+        self._infer(batch)
+        took_s = []
+        for _ in range(_ROUNDS):
+            began_s = time.perf_counter()
+            self._infer(batch)
+            took_s.append(time.perf_counter() - began_s)
+        measured[f"alone on {self.threads}"] = min(took_s)
+        return min(took_s)
 
     def _round_s(self, pool: ThreadPoolExecutor, engines: int, size: int) -> float:
         until_s = time.perf_counter() + _ROUND_S

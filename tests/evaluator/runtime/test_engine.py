@@ -1,5 +1,9 @@
 """An engine is one session of onnxruntime, here on the CPU. test_gpu.py tests the others."""
 
+import os
+from pathlib import Path
+
+import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
@@ -11,8 +15,9 @@ from evaluator.runtime.engine import Engine
 
 def model() -> onnx.ModelProto:
     shape: list[str | int | None] = ["n", 3]
+    nodes = [helper.make_node("Sigmoid", ["data"], ["inner"]), helper.make_node("Exp", ["inner"], ["prob"])]
     graph = helper.make_graph(
-        [helper.make_node("Relu", ["data"], ["prob"])],
+        nodes,
         "net",
         [helper.make_tensor_value_info("data", TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info("prob", TensorProto.FLOAT, shape)],
@@ -31,3 +36,23 @@ def test_broken_graph_gives_an_error_of_one_line() -> None:
     with pytest.raises(StartError, match="onnxruntime can't load the net on CPU") as error:
         Engine(broken)
     assert "\n" not in str(error.value)
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+@pytest.mark.parametrize("arena", [True, False])
+def test_a_shrunk_engine_gives_back_the_memory_of_large_batches(arena: bool) -> None:
+    engine = Engine(model(), Device(intra_op_threads=1, arena=arena))
+    # onnxruntime keeps what it allocated first.
+    engine.run(["prob"], {"data": np.ones((1, 3), np.float32)})
+    before_mb = resident_mb()
+    engine.run(["prob"], {"data": np.ones((8_000_000, 3), np.float32)})
+    held_mb = resident_mb() - before_mb
+    engine.shrink()
+    assert resident_mb() - before_mb < 30
+    # Without an arena there was nothing to give back.
+    assert (held_mb > 60) == arena
+    assert engine.run(["prob"], {"data": np.zeros((2, 3), np.float32)})[0] == pytest.approx(np.exp(0.5))

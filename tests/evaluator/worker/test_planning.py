@@ -12,7 +12,7 @@ from atserving.errors import StartError
 from evaluator.net_config import NetConfig
 from evaluator.net_contract import LoadedNet, Req, Ret
 from evaluator.options import Options
-from evaluator.runtime import cpus
+from evaluator.runtime import cpus, memory
 from evaluator.worker import planning as module
 from evaluator.worker.plan import Plan
 from evaluator.worker.planning import for_built_in
@@ -43,9 +43,16 @@ class Net:
         return [self._ret if len(reqs) == self._fails_at else ok] * len(reqs)
 
 
-def release(workspace: Path, *, batch_size: int | None = None, use_device: str = "CPU", **params: Any) -> NetConfig:
+def release(
+    workspace: Path,
+    *,
+    batch_size: int | None = None,
+    use_device: str = "CPU",
+    tar_files: dict[str, Path] | None = None,
+    **params: Any,
+) -> NetConfig:
     return NetConfig(
-        {},
+        tar_files or {},
         model_params=Options("model_params", params),
         workspace=workspace,
         batch_size=batch_size,
@@ -79,9 +86,16 @@ SCALES = {(1, 1, 1): 5.0, (2, 1, 1): 5.1, (4, 1, 1): 5.2}
 
 
 def plan_of_costs(
-    costs_ms: dict[tuple[int, int, int], float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **fields: Any
+    costs_ms: dict[tuple[int, int, int], float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    alone_ms: float = 5.0,
+    **fields: Any,
 ) -> Plan:
-    """Return the plan on four CPUs of a net with these measured costs."""
+    """Return the plan on four CPUs of a net with these measured costs.
+
+    A lone request takes 5 ms with one thread, and ``alone_ms`` with one for each CPU.
+    """
 
     def cost_s(self: Any, engines: int, size: int, measured: dict[str, float]) -> float:
         measured[f"{engines}x{self.threads} batch {size}"] = costs_ms[engines, self.threads, size] / 1000
@@ -89,6 +103,7 @@ def plan_of_costs(
 
     monkeypatch.setattr(cpus, "available", lambda: 4)
     monkeypatch.setattr(module._Net, "cost_s", cost_s)
+    monkeypatch.setattr(module._Net, "alone_s", lambda self, _: (5.0 if self.threads == 1 else alone_ms) / 1000)
     return for_built_in(Net().load, release(tmp_path, **fields))[1]
 
 
@@ -113,6 +128,18 @@ def test_fewer_engines_of_more_threads_win_only_if_much_cheaper(
     assert not plan.lanes
 
 
+@pytest.mark.parametrize(("alone_ms", "available", "wide"), [(2.0, 300, True), (4.9, 300, False), (2.0, 299, False)])
+def test_a_lone_request_gets_every_cpu_if_that_is_faster_and_there_is_memory(
+    alone_ms: float, available: int, wide: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = {(2, 2, 1): 5.0, (1, 4, 1): 6.0} | {(4, 1, size): 5.0 for size in (2, 4, 8, 16)}
+    weights = tmp_path / "weight.caffemodel"
+    weights.write_bytes(bytes(100))
+    monkeypatch.setattr(memory, "available_bytes", lambda: available)
+    plan = plan_of_costs(SCALES | others, tmp_path, monkeypatch, alone_ms, tar_files={weights.name: weights})
+    assert (plan.engines, plan.threads, plan.wide) == (4, 1, wide)
+
+
 def test_engines_that_contend_are_not_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     costs_ms = {(1, 1, 1): 1.0, (2, 1, 1): 1.1, (4, 1, 1): 2.0} | {(2, 1, 2**n): 1.0 for n in range(1, 5)}
     plan = plan_of_costs(costs_ms, tmp_path, monkeypatch)
@@ -132,6 +159,14 @@ def test_known_plan_is_not_measured_again(tmp_path: Path) -> None:
     net = Net()
     assert for_built_in(net.load, release(tmp_path), known)[1] is known
     assert net.sizes == [1, 2, 4]
+
+
+def test_known_plan_loads_the_session_of_lone_requests_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpus, "available", lambda: 4)
+    net = Net()
+    runner, _ = for_built_in(net.load, release(tmp_path), Plan(4, 1, 1, lanes=True, wide=True))
+    assert runner.wide is not None
+    assert net.threads == [1, 4]
 
 
 def test_measured_plan_uses_the_available_cpus(tmp_path: Path) -> None:
