@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import click
@@ -10,6 +11,9 @@ from atserving.local import examples
 from atserving.local.examples import Example
 from atserving.local.foreground import run_until_stopped
 from atserving.local.mesh import Mesh
+
+# Evaluators and Envoy need the other ones.
+_CPUS_PER_GATE = 4
 
 _HELP = """\
 The mesh serves {apps} at {url}. Try these in another terminal:
@@ -30,8 +34,15 @@ Logs: {directory}/*.log. A process that dies is started again. Ctrl-C stops the 
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="The edge's port; 0: any free one."
 )
-def up(port: int) -> None:
-    run_until_stopped(_up(port))
+@click.option(
+    "--gates",
+    type=click.IntRange(1, 64),
+    default=max(1, len(os.sched_getaffinity(0)) // _CPUS_PER_GATE),
+    show_default="one for 4 CPUs",
+    help="How many gates share the requests; each uses one CPU.",
+)
+def up(port: int, gates: int) -> None:
+    run_until_stopped(_up(port, gates))
 
 
 def starting(serves: Sequence[Example]) -> str:
@@ -39,9 +50,9 @@ def starting(serves: Sequence[Example]) -> str:
     return f"Starting etcd, registry, gate, {len(serves)} evaluators and Envoy ..."
 
 
-async def _up(port: int) -> None:
+async def _up(port: int, gates: int) -> None:
     print(starting(examples.ALL), flush=True)
-    async with Mesh(port, examples.ALL) as mesh:
+    async with Mesh(port, examples.ALL, gates=gates) as mesh:
         text = _HELP.format(
             apps=", ".join(dict.fromkeys(each.app for each in mesh.serves)),
             url=mesh.url,

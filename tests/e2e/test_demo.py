@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import signal
 from pathlib import Path
@@ -112,7 +113,7 @@ async def test_a_failing_curl_stops_the_demo(line: str) -> None:
 
 
 async def test_up_serves_the_examples_until_it_is_interrupted() -> None:
-    up = await started("up", "--port", "0")
+    up = await started("up", "--port", "0", "--gates", "2")
     assert up.stdout
     output = (await up.stdout.readuntil(b"Ctrl-C")).decode()
     serves = re.search(r"^The mesh serves (.+) at (http://\S+)\. ", output, re.MULTILINE)
@@ -123,6 +124,9 @@ async def test_up_serves_the_examples_until_it_is_interrupted() -> None:
         url = f"{serves[2]}/v1/eval/digits-feature"
         async with session.post(url, data=image("7.png"), headers=headers) as response:
             assert (response.status, len(await response.read())) == (200, 40)
+    logs = re.search(r"^Logs: (\S+)/\*\.log", output, re.MULTILINE)
+    assert logs
+    assert {"gate.log", "gate-1.log"} <= set(os.listdir(logs[1]))
     up.send_signal(signal.SIGINT)
     assert b"stopping" in await up.stdout.read()
     assert await up.wait() == 0
