@@ -7,15 +7,17 @@ does not break an older reader. A malformed value raises :class:`MalformedConfig
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+import msgspec
 import orjson
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from msgspec import Meta
 
 PREFIX = "/ava/serving/"
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
-"""The pattern of the name of an app or a version. In pydantic's patterns ``$`` matches only the end of the text."""
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"
+"""The pattern of the name of an app or a version."""
 
 DEFAULT_APP_METADATA_KEY = f"{PREFIX}app/default/metadata"
 DEFAULT_WORKER_KEY = f"{PREFIX}worker/default"
@@ -34,8 +36,11 @@ def is_name(text: str) -> bool:
     return re.fullmatch(NAME_PATTERN, text) is not None
 
 
-def parse_duration(value: object) -> object:
-    """Parse nanoseconds, or Go's notation such as ``"100ms"`` or ``"1m30s"``; the result is exact to a microsecond."""
+def parse_duration(value: object) -> timedelta:
+    """Parse nanoseconds, or Go's notation such as ``"100ms"`` or ``"1m30s"``; the result is exact to a microsecond.
+
+    Raises ValueError.
+    """
     if isinstance(value, timedelta):
         return value
     if isinstance(value, bool) or not isinstance(value, int | str):
@@ -55,31 +60,56 @@ def _nanoseconds(value: timedelta) -> int:
     return value // timedelta(microseconds=1) * 1000
 
 
-def _check_port(address: str) -> str:
-    if not 0 < int(address.rpartition(":")[2]) <= 65535:
+def _check_port(address: object) -> object:
+    if isinstance(address, str) and (found := re.search(r":(\d{1,5})\Z", address)) and not 0 < int(found[1]) <= 65535:
         raise ValueError("the port should be between 1 and 65535")
     return address
 
 
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-Duration = Annotated[timedelta, BeforeValidator(parse_duration), PlainSerializer(_nanoseconds, return_type=int)]
-Device = Annotated[str, Field(pattern=r"^(CPU|GPU(:\d{1,3})?)$")]
-FileUri = Annotated[str, Field(pattern=r"^(file|https?|qiniu)://.+$")]
-Address = Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.%\w]+\]|[^\[\]\s/:]+):\d{1,5}$"), AfterValidator(_check_port)]
+_FILE_URI = r"^(file|https?|qiniu)://.+\Z"
+
+Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
+Device = Annotated[str, Meta(pattern=r"^(CPU|GPU(:\d{1,3})?)\Z")]
+FileUri = Annotated[str, Meta(pattern=_FILE_URI)]
+Address = Annotated[str, Meta(pattern=r"^(\[[0-9A-Fa-f:.%\w]+\]|[^\[\]\s/:]+):\d{1,5}\Z")]
 Phase = Literal["staging", "production"]
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+def _check_files(files: object) -> object:
+    """Check the URIs of files by name, since msgspec's error would not name the file."""
+    for name, uri in files.items() if isinstance(files, dict) else ():
+        if not isinstance(uri, str) or not re.search(_FILE_URI, uri):
+            raise _WrongField(f".{name}", "should be a file, http, https or qiniu URI")
+    return files
+
+
+class _WrongField(ValueError):  # noqa: N818 - as MalformedConfig
+    """A value inside a field is wrong; ``where`` continues the field's name."""
+
+    def __init__(self, where: str, message: str) -> None:
+        super().__init__(message)
+        self.where = where
+
+
+class _Value(msgspec.Struct, frozen=True, kw_only=True):
+    readers: ClassVar[dict[str, Callable[[object], object]]] = {}
+    """For fields that need more than a type: what makes their value of the stored one. It raises ValueError."""
 
     def to_json(self) -> str:
         """Return the value as JSON for etcd, without the fields that are not set."""
-        fields = self.model_dump(mode="json")
-        return orjson.dumps({name: value for name, value in fields.items() if value not in (None, {}, "")}).decode()
+        fields = msgspec.to_builtins(self, builtin_types=(timedelta,))
+        written = {
+            name: _nanoseconds(value) if isinstance(value, timedelta) else value
+            for name, value in fields.items()
+            if value not in (None, {}, "")
+        }
+        return orjson.dumps(written).decode()
 
 
-class Release(_Value):
+class Release(_Value, frozen=True, kw_only=True):
     """One version of one app: ``/ava/serving/eval/<app>/<version>``."""
+
+    readers = {"custom_files": _check_files}
 
     name: Name
     version: Name
@@ -87,61 +117,66 @@ class Release(_Value):
     phase: Phase = "staging"
     desc: str = ""
     lastmodified: str = ""
-    image_width: Annotated[int, Field(ge=1, le=16384)] | None = None
-    batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    image_width: Annotated[int, Meta(ge=1, le=16384)] | None = None
+    batch_size: Annotated[int, Meta(ge=1, le=4096)] | None = None
     custom_files: dict[str, FileUri] = {}
     custom_values: dict[str, Any] = {}
     model_params: dict[str, Any] = {}
     use_device: Device = "CPU"
-    weight: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] | None = None
+    weight: Annotated[float, Meta(ge=0, le=1e6)] | None = None
 
     @property
     def key(self) -> str:
         return release_key(self.name, self.version)
 
 
-class Owner(_Value):
+class Owner(_Value, frozen=True, kw_only=True):
+    """Who owns an app."""
+
     uid: int
 
 
-class AppMetadata(_Value):
+class AppMetadata(_Value, frozen=True, kw_only=True):
     """The access rights of an app: ``/ava/serving/app/metadata/<app>``, or ``/ava/serving/app/default/metadata``."""
 
     public: bool | None = None
     owner: Owner | None = None
     user_whitelist: tuple[int, ...] | None = None
-    batch_size: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Meta(ge=1)] | None = None
 
 
-class WorkerConfig(_Value):
+class WorkerConfig(_Value, frozen=True, kw_only=True):
     """The settings of a version's workers: ``/ava/serving/worker/...``. The most specific key wins, field by field."""
 
-    timeout: Duration | None = None
-    max_concurrent: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    delay4batch: Duration | None = None
+    readers = {"timeout": parse_duration, "delay4batch": parse_duration}
+
+    timeout: timedelta | None = None
+    max_concurrent: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+    delay4batch: timedelta | None = None
 
     def over(self, general: WorkerConfig) -> WorkerConfig:
         """Return this config, with the fields that it does not set taken from a more general one."""
-        return WorkerConfig.model_validate(
-            {**general.model_dump(exclude_none=True), **self.model_dump(exclude_none=True)}
-        )
+        own = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+        return msgspec.structs.replace(general, **own)
 
 
 DEFAULT_WORKER = WorkerConfig(timeout=timedelta(seconds=30), max_concurrent=64, delay4batch=timedelta(0))
 
 
-class Instance(_Value):
+class Instance(_Value, frozen=True, kw_only=True):
     """One registered evaluator: ``/ava/serving/instance/<app>/<version>/<id>``, under a lease."""
+
+    readers = {"address": _check_port}
 
     app: Name
     version: Name
     id: Name
     address: Address
-    capacity: Annotated[int, Field(ge=1, le=1_000_000)]
+    capacity: Annotated[int, Meta(ge=1, le=1_000_000)]
 
     @property
     def key(self) -> str:
-        return f"{PREFIX}instance/{self.app}/{self.version}/{self.id}"
+        return instance_key(self.app, self.version, self.id)
 
 
 ConfigValue = Release | AppMetadata | WorkerConfig | Instance
@@ -150,6 +185,10 @@ _T = TypeVar("_T", bound=_Value)
 
 def release_key(app: str, version: str) -> str:
     return f"{PREFIX}eval/{app}/{version}"
+
+
+def instance_key(app: str, version: str, id_: str) -> str:
+    return f"{PREFIX}instance/{app}/{version}/{id_}"
 
 
 def app_metadata_key(app: str) -> str:
@@ -212,11 +251,24 @@ def _validate(kind: type[_T], fields: dict[str, Any], expected: dict[str, str]) 
     return validate(kind, fields)
 
 
-def validate(kind: type[_T], fields: dict[str, Any]) -> _T:
+def validate(kind: type[_T], fields: Mapping[str, Any]) -> _T:
     """Return a value of ``kind`` from its fields. Raises MalformedConfig, which names the first wrong field."""
+    read = dict(fields)
+    for name, reader in kind.readers.items():
+        if read.get(name) is not None:
+            try:
+                read[name] = reader(read[name])
+            except ValueError as error:
+                raise MalformedConfig(f"{name}{getattr(error, 'where', '')}: {error}") from None
     try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise MalformedConfig(f"{where}: {first['msg']}") from None
+        return msgspec.convert(read, kind, strict=False, builtin_types=(timedelta,))
+    except msgspec.ValidationError as error:
+        raise MalformedConfig(_said(str(error))) from None
+
+
+def _said(error: str) -> str:
+    """Return msgspec's error with the field before the reason: "Expected ... - at `$.field`"."""
+    if missing := re.fullmatch(r"Object missing required field `(\w+)`", error):
+        return f"{missing[1]}: the field is missing"
+    found = re.fullmatch(r"(.*) - at `\$\.?(.*)`", error, re.DOTALL)
+    return f"{found[2]}: {found[1].replace('`', '')}" if found else error

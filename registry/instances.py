@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import structlog
 
-from atserving.config import Instance, MalformedConfig, parse, release_key
+from atserving.config import Instance, MalformedConfig, instance_key, parse, release_key
 from atserving.errors import NotFound, Unavailable
 from atserving.v1 import etcd_pb2
 from registry.etcd import EtcdClient, Lease, LeaseNotFound, delete, put, written_at
@@ -73,7 +73,7 @@ class Instances:
 
     async def deregister(self, app: str, version: str, id_: str) -> None:
         """Remove an instance and its lease, if it is registered. Raises Unavailable, EtcdError."""
-        key = Instance.model_construct(app=app, version=version, id=id_).key
+        key = instance_key(app, version, id_)
         for _ in range(_ATTEMPTS):
             stored = await self._client.get(key)
             if stored is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+import msgspec
 import orjson
 
 from atserving.config import Instance, MalformedConfig, Phase, Release, is_name, validate
@@ -21,8 +23,8 @@ _PHASE_NUMBERS: dict[Phase, registry_pb2.Phase.ValueType] = {
 }
 
 
-def release_from(message: registry_pb2.Release) -> Release:
-    """Return the release to publish, with only the fields that the message sets. Raises InvalidArgument."""
+def release_from(message: registry_pb2.Release) -> tuple[Release, Collection[str]]:
+    """Return the release to publish, and the names of the fields that the message sets. Raises InvalidArgument."""
     fields: dict[str, Any] = {"name": message.name, "version": message.version, "file": message.file}
     if message.phase != registry_pb2.PHASE_UNSPECIFIED:
         fields["phase"] = phase_from(message.phase, "release.phase")
@@ -40,7 +42,7 @@ def release_from(message: registry_pb2.Release) -> Release:
     fields["custom_values"] = _object(message.custom_values_json, "release.custom_values_json")
     fields["model_params"] = _object(message.model_params_json, "release.model_params_json")
     try:
-        return validate(Release, fields)
+        return validate(Release, fields), fields.keys()
     except MalformedConfig as error:
         raise InvalidArgument(f"release.{error}") from None
 
@@ -75,17 +77,14 @@ def instance_from(message: registry_pb2.Instance) -> Instance:
     """Return the instance of a message. Raises InvalidArgument."""
     fields = {name: getattr(message, name) for name in ("app", "version", "id", "address", "capacity")}
     try:
-        instance = validate(Instance, fields)
+        return validate(Instance, fields)
     except MalformedConfig as error:
         raise InvalidArgument(f"instance.{error}") from None
-    if not 1 <= int(instance.address.rpartition(":")[2]) <= 65535:
-        raise InvalidArgument("instance.address: its port should be between 1 and 65535")
-    return instance
 
 
 def instance_to(instance: Instance) -> registry_pb2.Instance:
     """Return the instance as a message of the API."""
-    return registry_pb2.Instance(**instance.model_dump())
+    return registry_pb2.Instance(**msgspec.structs.asdict(instance))
 
 
 def name_from(text: str, field: str) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import structlog
 
 from atserving.config import MalformedConfig, Phase, Release, parse, release_key
@@ -42,8 +43,8 @@ class Releases:
     def __init__(self, client: EtcdClient) -> None:
         self._client = client
 
-    async def publish(self, release: Release) -> Stored:
-        """Write a new release. If the version exists, update only its phase, desc and weight, where they are given.
+    async def publish(self, release: Release, given: Collection[str]) -> Stored:
+        """Write a new release. If the version exists, update only its phase, desc and weight, where they are ``given``.
 
         Raises AlreadyExists if the version exists with other content, InvalidArgument, Unavailable, EtcdError.
         """
@@ -51,10 +52,10 @@ class Releases:
         for _ in range(_ATTEMPTS):
             kv = await self._client.get(release.key)
             if kv is None:
-                new = release.model_copy(update={"lastmodified": _now()})
+                new = msgspec.structs.replace(release, lastmodified=_now())
                 stored = await self._write(release.key, 0, new.to_json())
             else:
-                stored = await self._amend(kv, _amendment(kv, release))
+                stored = await self._amend(kv, _amendment(kv, release, given))
             if stored:
                 return stored
         raise _contended(release.name, release.version)
@@ -93,15 +94,15 @@ class Releases:
         return Stored(release, revision)
 
 
-def _amendment(kv: etcd_pb2.KeyValue, release: Release) -> dict[str, Any]:
+def _amendment(kv: etcd_pb2.KeyValue, release: Release, given: Collection[str]) -> dict[str, Any]:
     """Return the changes from the stored release to ``release``. Raises AlreadyExists if an immutable field differs."""
     current = _read(kv)
-    fixed = Release.model_fields.keys() - {*MUTABLE, "lastmodified"}
+    fixed = set(Release.__struct_fields__) - {*MUTABLE, "lastmodified"}
     different = sorted(field for field in fixed if getattr(current, field) != getattr(release, field))
     if different:
         which = f"{release.name}/{release.version}"
         raise AlreadyExists(f"release {which} exists with a different {', '.join(different)}: publish a new version")
-    return {field: getattr(release, field) for field in MUTABLE if field in release.model_fields_set}
+    return {field: getattr(release, field) for field in MUTABLE if field in given}
 
 
 def _read(kv: etcd_pb2.KeyValue) -> Release:

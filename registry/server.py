@@ -88,7 +88,7 @@ class ReleaseServicer(registry_pb2_grpc.ReleaseServiceServicer):
         self, request: registry_pb2.PublishReleaseRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> registry_pb2.PublishReleaseResponse:
         async with _translated(context):
-            stored = await self._releases.publish(messages.release_from(request.release))
+            stored = await self._releases.publish(*messages.release_from(request.release))
             await self._until_mirrored(stored)
         return registry_pb2.PublishReleaseResponse(release=messages.release_to(stored.release))
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from atserving import link
-from atserving.config import Instance
+from atserving.config import Instance, validate
 from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
 from evaluator.serving.link_server import LinkServer, Replier
 
@@ -27,7 +27,7 @@ class ScriptedInstance:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(self.links.connect, "127.0.0.1", port)
         address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        instance = Instance.model_validate({**self._fields, "address": address})
+        instance = validate(Instance, {**self._fields, "address": address})
         self.links.serve(instance, self)
         return instance
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 import structlog
 
 from atserving import lifecycle
@@ -157,7 +158,7 @@ class _Life:
             instance = await asyncio.to_thread(_instance, settings, port)
             self._links.serve(instance, pipeline)
             registration = Registration(
-                settings.registries, lambda: instance.model_copy(update={"capacity": capacity.limit})
+                settings.registries, lambda: msgspec.structs.replace(instance, capacity=capacity.limit)
             )
 
             def apply(worker_config: WorkerConfig) -> None:

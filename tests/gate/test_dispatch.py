@@ -12,7 +12,7 @@ from functools import partial
 
 import pytest
 
-from atserving.config import AppMetadata, ConfigValue, Release, WorkerConfig, release_key
+from atserving.config import AppMetadata, ConfigValue, Release, WorkerConfig, release_key, validate
 from atserving.errors import (
     DeadlineExceeded,
     InvalidArgument,
@@ -207,7 +207,7 @@ async def test_retry_follows_a_promotion(mesh: Mesh) -> None:
     await mesh.add(Evaluator("c"), "v2")
     for version, phase in (("v1", "staging"), ("v2", "production")):
         fields = {"name": "app", "version": version, "file": "file:///x", "phase": phase}
-        mesh.put(release_key("app", version), Release.model_validate(fields))
+        mesh.put(release_key("app", version), validate(Release, fields))
     assert old.hold
     old.hold.set()
     assert await request == '"c:"'
@@ -230,7 +230,7 @@ async def test_apps_timeout_cancels_the_request_at_the_instance(mesh: Mesh) -> N
     # On a busy machine a deadline may pass before the instance gets the request.
     while not slow.entered.is_set():
         timeout_ms *= 2
-        mesh.put("/ava/serving/worker/default", WorkerConfig.model_validate({"timeout": f"{timeout_ms}ms"}))
+        mesh.put("/ava/serving/worker/default", validate(WorkerConfig, {"timeout": f"{timeout_ms}ms"}))
         with pytest.raises(DeadlineExceeded, match="app 'app' did not answer within"):
             await mesh.eval()
     await slow.cancelled.wait()
@@ -277,7 +277,7 @@ async def test_invalid_request_reaches_no_instance(mesh: Mesh) -> None:
 async def test_app_that_is_not_public_requires_credentials(mesh: Mesh) -> None:
     await mesh.add(Evaluator("a"))
     for metadata in ({"public": False}, {"owner": {"uid": 7}}, {"user_whitelist": [7]}):
-        mesh.put("/ava/serving/app/metadata/app", AppMetadata.model_validate(metadata))
+        mesh.put("/ava/serving/app/metadata/app", validate(AppMetadata, metadata))
         with pytest.raises(Unauthenticated, match="app 'app' is not public"):
             await mesh.eval()
     mesh.put("/ava/serving/app/metadata/app", AppMetadata(public=True))

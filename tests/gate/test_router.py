@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atserving.config import AppMetadata, ConfigValue, Instance, Release, WorkerConfig, parse
+from atserving.config import AppMetadata, ConfigValue, Instance, Release, WorkerConfig, parse, validate
 from atserving.errors import NotFound, ResourceExhausted, ServingError, Unavailable
 from gate.router import EJECT_S, LINGER_S, Endpoint, Router
 
@@ -50,8 +50,8 @@ def _key(value: ConfigValue) -> str:
 
 
 def release(version: str, phase: str = "production", app: str = "app", weight: float | None = None) -> Release:
-    return Release.model_validate(
-        {"name": app, "version": version, "file": "file:///x.tar", "phase": phase, "weight": weight}
+    return validate(
+        Release, {"name": app, "version": version, "file": "file:///x.tar", "phase": phase, "weight": weight}
     )
 
 

@@ -280,8 +280,8 @@ async def test_a_malformed_value_is_listed_and_the_last_good_value_stays(empty_e
         await running.view.reached(await writer.put(A1, BAD))
         assert running.state == {A1: release(1)}
         assert running.view.malformed == {
-            A1: "file: Input should be a valid string",
-            B1: "file: Input should be a valid string",
+            A1: "file: Expected str, got int",
+            B1: "file: Expected str, got int",
         }
         await running.view.reached(await writer.put(A1, release(2)))
         assert running.state == {A1: release(2)}

@@ -38,7 +38,7 @@ def test_a_release_may_omit_the_name_and_version_of_its_key() -> None:
     [
         ("{", "not JSON"),
         ("[]", "not a JSON object"),
-        ("{}", "file: Field required"),
+        ("{}", "file: the field is missing"),
         ('{"file": "ftp://x"}', "file: "),
         ('{"file": "file:///x", "name": "other"}', "name: is 'other', but the key says 'app'"),
         ('{"file": "file:///x", "phase": "live"}', "phase: "),
@@ -81,10 +81,10 @@ def test_an_invalid_duration_is_refused(text: object) -> None:
 
 
 def test_the_more_specific_worker_config_wins_field_by_field() -> None:
-    general = WorkerConfig.model_validate({"timeout": "5s", "max_concurrent": 8})
-    specific = WorkerConfig.model_validate({"max_concurrent": 2, "delay4batch": 0})
-    assert specific.over(general) == WorkerConfig.model_validate(
-        {"timeout": "5s", "max_concurrent": 2, "delay4batch": 0}
+    general = config.validate(WorkerConfig, {"timeout": "5s", "max_concurrent": 8})
+    specific = config.validate(WorkerConfig, {"max_concurrent": 2, "delay4batch": 0})
+    assert specific.over(general) == config.validate(
+        WorkerConfig, {"timeout": "5s", "max_concurrent": 2, "delay4batch": 0}
     )
 
 

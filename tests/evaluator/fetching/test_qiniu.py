@@ -22,7 +22,7 @@ import orjson
 import pytest
 from aiohttp import web
 
-from atserving.config import Release
+from atserving.config import Release, validate
 from atserving.errors import InvalidArgument, ResourceUnreachable, ServingError, StartError
 from atserving.local.examples import ROOT
 from atserving.v1.evaluator_pb2 import InferRequest
@@ -413,7 +413,7 @@ def workspace(tmp_path: Path) -> Path:
 
 
 def release(file: str, **fields: object) -> Release:
-    return Release.model_validate({"name": "digits", "version": "v1", "file": file, **fields})
+    return validate(Release, {"name": "digits", "version": "v1", "file": file, **fields})
 
 
 async def test_a_release_may_come_from_any_bucket_of_the_owner(kodo: Kodo, workspace: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from atserving.config import Release
+from atserving.config import Release, validate
 from atserving.errors import StartError
 from evaluator.fetching import release as module
 from evaluator.fetching.release import fetch_release
@@ -65,7 +65,7 @@ async def host() -> AsyncIterator[str]:
 
 
 def release(file: str, **fields: object) -> Release:
-    return Release.model_validate({"name": "app", "version": "v1", "file": file, **fields})
+    return validate(Release, {"name": "app", "version": "v1", "file": file, **fields})
 
 
 async def test_a_local_tar_is_unpacked_where_it_is(tar: Path, workspace: Path) -> None:

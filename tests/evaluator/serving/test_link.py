@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -240,7 +241,7 @@ async def test_another_instance_at_the_address_is_never_asked() -> None:
     echo = Echo()
     server = ScriptedInstance(echo.infer, name="new")
     instance = await server.start()
-    old = Instance.model_validate({**instance.model_dump(), "id": "old"})
+    old = msgspec.structs.replace(instance, id="old")
     connection = EvaluatorConnection(old, connect_timeout_s=WAIT_S)
     try:
         with pytest.raises(TransportError, match="this is instance 'new' of app 'a', not 'old'") as caught:
