@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench.measurement import Row, quantiles_ms
-from bench.peers.picture_net import PictureNet
+from bench.picture_net import PictureNet
 from bench.workload import Workload
 from evaluator.runtime import cpus
 
@@ -69,7 +69,7 @@ class BareLoop:
 
     def _net(self, threads: int) -> PictureNet:
         if threads not in self._nets:
-            self._nets[threads] = PictureNet(replace(self.file, threads=threads))
+            self._nets[threads] = PictureNet(self.file, threads)
         return self._nets[threads]
 
 

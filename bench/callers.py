@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import cast
 from urllib.parse import urlsplit
@@ -22,9 +22,11 @@ from urllib.parse import urlsplit
 import httptools
 import uvloop
 
+from atserving.local.child import bound_to_parent
+from bench.answer import Answer
 from bench.measurement import quantiles_ms
 
-_OK = 200
+_KNOWN_BODIES = 1000
 
 
 @dataclass(frozen=True)
@@ -40,39 +42,44 @@ class Job:
     """With an empty body the request is a GET."""
     method: str = ""
     """The path of a gRPC method, whose serialized request is the body; empty for HTTP."""
-    expected: bytes = b""
-    """A part of each right answer."""
+    status: int = 200
+    """The status of a right answer."""
+    answer: Answer | None = None
+    """What a right answer says; None if its body does not matter."""
 
     def to_json(self) -> str:
         """Return the job for the process that does it."""
-        return json.dumps(
-            asdict(self) | {name: base64.b64encode(getattr(self, name)).decode() for name in ("body", "expected")}
-        )
+        return json.dumps(asdict(self) | {"body": base64.b64encode(self.body).decode()})
 
     @staticmethod
     def from_json(text: str) -> Job:
         """Return the job of ``to_json``."""
         fields = json.loads(text)
-        return Job(**fields | {name: base64.b64decode(fields[name]) for name in ("body", "expected")})
+        fields["answer"] = fields["answer"] and Answer(**fields["answer"])
+        return Job(**fields | {"body": base64.b64decode(fields["body"])})
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the callers saw after the warm-up."""
+    """What the callers saw after the warm-up. The latencies are those of right answers, 0 if there were none."""
 
-    requests: int
+    right: int
+    refused: int
+    """Answers with another status."""
+    wrong: int
+    """Answers with the right status that say something else."""
     seconds: float
     p50_ms: float
     p99_ms: float
-    refused: int
-    """Answers with another status than 200."""
-    wrong: int
-    """Answers with status 200 that do not hold what was expected."""
-    statuses: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def per_s(self) -> float:
-        return self.requests / self.seconds
+        """Right answers per second."""
+        return self.right / self.seconds
+
+    @property
+    def answers(self) -> int:
+        return self.right + self.errors
 
     @property
     def errors(self) -> int:
@@ -87,7 +94,12 @@ class Running:
 
     def __enter__(self) -> Running:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.callers"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            bound_to_parent([sys.executable, "-m", "bench.callers"]),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            # A terminal's ctrl-C goes to the parent only.
+            start_new_session=True,
         )
         return self
 
@@ -133,25 +145,39 @@ class _Callers:
             head += f"content-type: {job.content_type}\r\ncontent-length: {len(job.body)}\r\n"
         self.request = head.encode() + b"\r\n" + job.body
         self.took_s: list[float] = []
-        self.statuses: dict[int, int] = {}
-        self.wrong = 0
+        self.refused = self.wrong = 0
+        self._bodies: dict[bytes, bool] = {}
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.until_s = time.perf_counter() + job.warm_up_s + job.seconds
+        self._until_s = math.inf
         self._open = job.callers
 
     def begin(self) -> None:
-        """Forget the warm-up."""
+        """Forget the warm-up. From here on every caller gets an answer at least."""
+        self._until_s = time.perf_counter() + self.job.seconds
         self.took_s.clear()
-        self.statuses.clear()
-        self.wrong = 0
+        self.refused = self.wrong = 0
 
     def answered(self, sent_s: float, status: int, body: bytes) -> bool:
         """Take note of an answer; return whether the caller goes on."""
         now_s = time.perf_counter()
-        self.took_s.append(now_s - sent_s)
-        self.statuses[status] = self.statuses.get(status, 0) + 1
-        self.wrong += status == _OK and self.job.expected not in body
-        return now_s < self.until_s
+        if status != self.job.status:
+            self.refused += 1
+        elif self._is_right(body):
+            self.took_s.append(now_s - sent_s)
+        else:
+            self.wrong += 1
+        return now_s < self._until_s
+
+    def _is_right(self, body: bytes) -> bool:
+        if self.job.answer is None:
+            return True
+        # Most bodies are the same to the byte.
+        right = self._bodies.get(body)
+        if right is None:
+            if len(self._bodies) == _KNOWN_BODIES:
+                self._bodies.clear()
+            right = self._bodies[body] = self.job.answer.is_in(body)
+        return right
 
     def left(self) -> None:
         """Take note that a caller has ended."""
@@ -236,15 +262,8 @@ async def _run(job: Job) -> None:
     began_s = time.perf_counter()
     await callers.ended
     wall_s = time.perf_counter() - began_s
-    refused = sum(count for status, count in callers.statuses.items() if status != _OK)
-    load = Load(
-        len(callers.took_s),
-        wall_s,
-        *quantiles_ms(callers.took_s),
-        refused,
-        callers.wrong,
-        {str(status): count for status, count in callers.statuses.items()},
-    )
+    quantiles = quantiles_ms(callers.took_s) if callers.took_s else (0.0, 0.0)
+    load = Load(len(callers.took_s), callers.refused, callers.wrong, wall_s, *quantiles)
     print(json.dumps(asdict(load)), flush=True)
 
 

@@ -22,18 +22,22 @@ class Usage:
     """What a group of processes has used so far."""
 
     cpu_s: float
-    switches: int
-    """How often their threads have given up a CPU, or had to."""
+    waits: int = 0
+    """How often their threads have given up a CPU: voluntary context switches."""
+    preemptions: int = 0
+    """How often their threads had to leave a CPU: involuntary context switches."""
 
-    def since(self, earlier: Usage | None) -> Usage:
+    def since(self, earlier: Usage) -> Usage:
         """Return what was used since an earlier moment."""
-        return self if earlier is None else Usage(self.cpu_s - earlier.cpu_s, self.switches - earlier.switches)
+        return Usage(self.cpu_s - earlier.cpu_s, self.waits - earlier.waits, self.preemptions - earlier.preemptions)
 
 
 def usage(groups: Mapping[str, Iterable[int]]) -> dict[str, Usage]:
     """Return what each group of processes has used so far, by its name."""
     return {
-        name: Usage(sum(map(proc.cpu_s, pids)), sum(map(_switches, pids)))
+        name: Usage(
+            sum(map(_cpu_s, pids)), _switches(pids, "voluntary_ctxt_switches"), _switches(pids, "nonvoluntary_ctxt")
+        )
         for name, pids in ((name, tuple(each)) for name, each in groups.items())
     }
 
@@ -64,12 +68,19 @@ def memory_mb(pids: Iterable[int]) -> float:
     return sum(int(line[1]) for line in lines) / 1024
 
 
-def _switches(pid: int) -> int:
+def _cpu_s(pid: int) -> float:
+    """Return the CPU seconds of a process so far, to the microsecond; /proc counts hundredths of a second."""
+    # The clock of a process, see clock_getcpuclockid(3). Raises OSError if there is no such process.
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def _switches(pids: Iterable[int], name: str) -> int:
+    """Return the sum of a field of /proc/<pid>/status over all threads."""
     count = 0
-    for path in Path(f"/proc/{pid}/task").glob("*/status"):
+    for path in (path for pid in pids for path in Path(f"/proc/{pid}/task").glob("*/status")):
         # A thread may end between the listing and the reading.
         with suppress(FileNotFoundError, ProcessLookupError):
-            count += sum(int(line.split()[1]) for line in path.read_text().splitlines() if "ctxt_switches" in line)
+            count += sum(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith(name))
     return count
 
 
@@ -84,10 +95,12 @@ class Moment:
     @staticmethod
     def now() -> Moment:
         own = os.times()
-        living_s = sum(each.cpu_s for each in proc.descendants(os.getpid()))
-        return Moment(
-            time.monotonic(), _machine_s(), own.user + own.system + own.children_user + own.children_system + living_s
-        )
+        own_s = time.process_time() + own.children_user + own.children_system
+        for each in proc.descendants(os.getpid()):
+            # It may end between the listing and the reading.
+            with suppress(OSError):
+                own_s += _cpu_s(each.pid)
+        return Moment(time.monotonic(), _machine_s(), own_s)
 
     def others_since(self, earlier: Moment) -> float:
         """Return how many cores processes outside of the benchmark used, on average, since an earlier moment."""

@@ -10,59 +10,65 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import json
-import struct
+import math
 import tempfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from atserving.errors import StartError
-from atserving.local import examples
-from atserving.local.examples import Example
+from atserving.local import commands
 from atserving.local.foreground import run_until_stopped
 from atserving.local.mesh import Mesh
-from atserving.v1 import serving_pb2
-from bench import callers as load
-from bench import machine
+from atserving.local.ports import free_ports
+from bench import machine, under_load
+from bench.callers import Job
 from bench.measurement import markdown_table, milliseconds
-from bench.workload import WORKLOADS
+from bench.picture_net import PictureNet
+from bench.processes import running
+from bench.requests import Target
+from bench.under_load import busiest, undisturbed
+from bench.workload import WORKLOADS, Workload
 
-_PICTURE = "digits/images/7.png"
-_RIGHT = b'"index":7'
 _MAIN = "digits"
-_GENERATOR = "load generator"
-_SEVEN = (examples.FOLDER / _PICTURE).read_bytes()
+_CALLERS = (1, 8, 32, 64, 256)
+_BODY_BYTES = (4_000, 100_000, 1_000_000, 10_000_000)
+_TASKS = (10, 100, 1000)
+# A row is measured again only before this.
+_SHORT_S = 80.0
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. CPU is in milliseconds per request, memory in MB at the end, both by process."""
+    """One measurement. All by process: CPU in microseconds and switches per request, memory in MB at the end."""
 
     name: str
     callers: int
-    requests_per_s: float
+    per_s: float
     p50_ms: float
     p99_ms: float
-    errors: int
-    cpu_ms: dict[str, float]
-    switches: dict[str, float]
-    """How often the threads of a process left the CPU, per request."""
+    refused: int
+    wrong: int
+    cpu_us: dict[str, float]
+    waits: dict[str, float]
+    """How often its threads gave up the CPU: voluntary context switches."""
+    preemptions: dict[str, float]
+    """How often its threads had to leave the CPU: involuntary context switches."""
     memory_mb: dict[str, float]
     others: float
     """How many cores processes outside of the benchmark used meanwhile."""
 
     def __str__(self) -> str:
         used = (
-            f"{name} {cpu_ms:g} ({self.switches[name]:.1f})"
-            for name, cpu_ms in sorted(self.cpu_ms.items(), key=lambda each: -each[1])
+            f"{name} {self.cpu_us[name]:,.0f} ({self.waits[name]:.1f}+{self.preemptions[name]:.1f})"
+            for name in busiest(self.cpu_us)
         )
         return (
-            f"{self.name:28}{self.callers:8}{self.requests_per_s:9.0f}{self.p50_ms:9.2f}{self.p99_ms:9.2f}"
-            f"{self.errors:8}{self.others:8.2f}  {', '.join(used)}"
+            f"{self.name:24}{self.callers:8}{self.per_s:9,.0f}{self.p50_ms:9.2f}{self.p99_ms:9.2f}"
+            f"{self.refused:8}{self.wrong:8}{self.others:8.2f}  {', '.join(used)}"
         )
 
 
@@ -71,105 +77,79 @@ class Case:
     """A kind of request, and by how many callers it is sent."""
 
     name: str
-    callers: tuple[int, ...]
-    job: Callable[[Mesh], load.Job]
+    callers: Sequence[int]
+    job: Job
 
 
-def measure(mesh: Mesh, case: Case, callers: int, seconds: float) -> Row:
-    """Measure one row, after a short warm-up; a second time if other processes disturbed the first."""
-    row = _measure(mesh, case, callers, seconds)
-    if row.others > machine.BUSY_CORES:
-        row = min(row, _measure(mesh, case, callers, seconds), key=lambda each: each.others)
-    return row
-
-
-def _measure(mesh: Mesh, case: Case, callers: int, seconds: float) -> Row:
-    with load.Running(replace(case.job(mesh), callers=callers, seconds=seconds)) as running:
-        groups = {**machine.mesh_processes(mesh), _GENERATOR: [running.pid]}
-        running.begun()
-        began, before = machine.Moment.now(), machine.usage(groups)
-        seen = running.ended()
-        others, after = machine.Moment.now().others_since(began), machine.usage(groups)
-    used = {name: after[name].since(before[name]) for name in groups}
-    used = {name: each for name, each in used.items() if each.cpu_s > 0}
+def _measure(mesh: Mesh, files: int, case: Case, callers: int, seconds: float) -> Row:
+    processes = {**machine.mesh_processes(mesh), "files": [files]}
+    seen = under_load.measure(replace(case.job, callers=callers, seconds=seconds), processes)
+    load, cpu_us = seen.load, seen.cpu_us()
     return Row(
         case.name,
         callers,
-        seen.per_s,
-        seen.p50_ms,
-        seen.p99_ms,
-        seen.errors,
-        {name: round(each.cpu_s / seen.requests * 1e3, 4) for name, each in used.items()},
-        {name: round(each.switches / seen.requests, 2) for name, each in used.items()},
-        {name: round(machine.memory_mb(pids), 1) for name, pids in groups.items() if name != _GENERATOR},
-        others,
+        load.per_s,
+        load.p50_ms,
+        load.p99_ms,
+        load.refused,
+        load.wrong,
+        cpu_us,
+        {name: round(seen.used[name].waits / load.answers, 2) for name in cpu_us},
+        {name: round(seen.used[name].preemptions / load.answers, 2) for name in cpu_us},
+        {name: round(machine.memory_mb(pids), 1) for name, pids in processes.items()},
+        seen.others,
     )
 
 
-def padded(picture: bytes, size: int) -> bytes:
-    """Return a PNG of about ``size`` bytes with the same pixels: a chunk that decoders skip fills it."""
-    chunk = b"teSt" + bytes(size)
-    return picture[:33] + struct.pack(">I", size) + chunk + struct.pack(">I", zlib.crc32(chunk)) + picture[33:]
+def cases(targets: Iterable[Target], full: bool) -> Iterator[Case]:
+    """Yield what is measured: each kind of request to each app, and for the digits large bodies and batches."""
+    for target in targets:
+        every = full or target.app == _MAIN
+        some = _CALLERS if full else (32,)
+        yield Case(target.app, _CALLERS if every else (1, 32), target.octet_stream())
+        if every:
+            yield Case(f"{target.app}, data URI", some, target.data_uri())
+            yield Case(f"{target.app}, http URI", some, target.http_uri())
+            yield Case(f"{target.app}, gRPC", some, target.grpc())
+        if target.app == _MAIN:
+            yield Case("edge alone", (1, 32), target.health())
+            yield Case("unknown app", (32,), target.unknown_app())
+            for size in _BODY_BYTES:
+                yield Case(f"{target.app}, {size // 1000:,} kB", (1, 8, 32) if full else (8,), target.padded(size))
+            for count in _TASKS:
+                yield Case(f"{target.app}, batch of {count}", (1, 8) if full else (1,), target.batch(count))
 
 
-def cases(mobilenet: Example | None, picture: bytes, full: bool) -> Iterator[Case]:
-    """Yield what is measured, on a mesh that serves the digits and perhaps MobileNet."""
-    every = (1, 8, 32, 64, 256) if full else (1, 8, 32, 256)
-    few = every if full else (32,)
-    eval_path = "/v1/eval/digits/v1"
-    yield Case("edge alone", (1, 32), lambda mesh: load.Job(f"{mesh.url}/health", b"", 1, 1))
-    yield Case(_MAIN, every, _post(eval_path, _SEVEN))
-    yield Case("digits, refused by the gate", (32,), _post("/v1/eval/nothing", _SEVEN, expected=b""))
-    inline = {"uri": "data:image/png;base64," + base64.b64encode(_SEVEN).decode()}
-    yield Case("digits, data URI", few, _json(eval_path, lambda mesh: {"data": inline}))
-    yield Case(
-        "digits, http URI", few, _json(eval_path, lambda mesh: {"data": {"uri": f"{mesh.files_url}/{_PICTURE}"}})
-    )
-    yield Case("digits, gRPC", few, _grpc)
-    for size in (4_000, 100_000, 1_000_000, 9_000_000):
-        yield Case(f"digits, {size // 1000:,} kB", every if full else (8,), _post(eval_path, padded(_SEVEN, size)))
-    for tasks in (10, 100, 1000):
-        batch = [{"op": eval_path, "data": inline}] * tasks
-        yield Case(f"digits, batch of {tasks}", (1, 8) if full else (1,), _json("/v1/batch", partial(_constant, batch)))
-    if mobilenet:
-        yield Case("mobilenet", every if full else (1, 32), _post("/v1/eval/mobilenet/v1", picture, b'"index":'))
+def _prepare(workload: Workload, folder: Path, edge: str, files: str) -> Target:
+    """Run a net once to know the right answer, and put its picture where ``files`` serves it."""
+    picture = folder / f"{workload.name}-picture"
+    picture.write_bytes(workload.image)
+    answer = PictureNet(workload.convert(folder)).answer(workload.image)
+    return Target(edge, workload.name, workload.image, f"{files}/{picture.name}", answer)
 
 
-def _constant(value: object, _: Mesh) -> object:
-    return value
-
-
-def _post(path: str, body: bytes, expected: bytes = _RIGHT) -> Callable[[Mesh], load.Job]:
-    return lambda mesh: load.Job(mesh.url + path, body, 1, 1, expected=expected)
-
-
-def _json(path: str, value: Callable[[Mesh], object]) -> Callable[[Mesh], load.Job]:
-    return lambda mesh: load.Job(
-        mesh.url + path, json.dumps(value(mesh)).encode(), 1, 1, content_type="application/json", expected=_RIGHT
-    )
-
-
-def _grpc(mesh: Mesh) -> load.Job:
-    request = serving_pb2.EvalRequest(app="digits", version="v1", data=[serving_pb2.Resource(body=_SEVEN)])
-    method = "/atserving.v1.ServingService/Eval"
-    return load.Job(mesh.url, request.SerializeToString(), 1, 1, method=method, expected=_RIGHT)
-
-
-async def run(seconds: float, full: bool, rows: list[Row]) -> None:
-    """Add every measurement to ``rows``, all on one mesh, and print it."""
-    with tempfile.TemporaryDirectory(prefix="atserving-bench-") as folder:
-        made = WORKLOADS["mobilenet"](Path(folder))
-        mobilenet = Example(made.name, "v1", str(made.tar), (_PICTURE,), made.title, made.custom_values)
-        async with Mesh(serves=[examples.DIGITS[0], mobilenet]) as mesh:
-            print(
-                f"{'request':28}{'callers':>8}{'req/s':>9}{'p50 ms':>9}{'p99 ms':>9}{'errors':>8}{'others':>8}"
-                "  CPU ms per request (and switches)"
-            )
-            for case in cases(mobilenet, made.image, full):
-                for callers in case.callers:
-                    row = await asyncio.to_thread(measure, mesh, case, callers, seconds)
-                    print(row, flush=True)
-                    rows.append(row)
+async def run(seconds: float, full: bool, until_s: float, rows: list[Row]) -> None:
+    """Add every measurement to ``rows``, all on one mesh, and print it. Raises StartError."""
+    with tempfile.TemporaryDirectory(prefix="atserving-bench-") as name:
+        folder = Path(name)
+        workloads = [make(folder) for make in WORKLOADS.values()]
+        (port,) = free_ports(1)
+        with running(commands.file_server(folder, port), folder / "files.log") as files:
+            async with Mesh(serves=[workload.example for workload in workloads]) as mesh:
+                targets = [
+                    await asyncio.to_thread(_prepare, workload, folder, mesh.url, f"http://127.0.0.1:{port}")
+                    for workload in workloads
+                ]
+                print(
+                    f"{'request':24}{'callers':>8}{'req/s':>9}{'p50 ms':>9}{'p99 ms':>9}{'refused':>8}{'wrong':>8}"
+                    f"{'others':>8}  CPU us per request (voluntary + involuntary switches)"
+                )
+                for case in cases(targets, full):
+                    for callers in case.callers:
+                        measure = partial(_measure, mesh, files.pid, case, callers, seconds)
+                        row, _ = await asyncio.to_thread(undisturbed, measure, until_s)
+                        print(row, flush=True)
+                        rows.append(row)
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -177,8 +157,8 @@ def table(rows: Iterable[Row]) -> str:
     header = ("callers", "requests/s", "p50", "p99", "CPU per request")
     lines = [
         (
-            *(str(row.callers), f"{row.requests_per_s:,.0f}"),
-            *(milliseconds(value) for value in (row.p50_ms, row.p99_ms, sum(row.cpu_ms.values()))),
+            *(str(row.callers), f"{row.per_s:,.0f}"),
+            *(milliseconds(value) for value in (row.p50_ms, row.p99_ms, sum(row.cpu_us.values()) / 1e3)),
         )
         for row in rows
         if row.name == _MAIN
@@ -189,22 +169,26 @@ def table(rows: Iterable[Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--full", action="store_true", help="every kind of request with 1 to 256 callers, for longer")
-    parser.add_argument("--seconds", type=float, help="how long each row takes (default: 1.5, with --full 5)")
+    parser.add_argument("--seconds", type=float, help="how long each row takes (default: 1, with --full 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_args()
     rows: list[Row] = []
+    seconds = arguments.seconds or (3.0 if arguments.full else 1.0)
+    until_s = math.inf if arguments.full else time.monotonic() + _SHORT_S
     try:
-        run_until_stopped(run(arguments.seconds or (5.0 if arguments.full else 1.5), arguments.full, rows))
+        run_until_stopped(run(seconds, arguments.full, until_s, rows))
     except (StartError, OSError) as error:
         raise SystemExit(str(error)) from None
-    if rows:
-        print(f"\nMemory at the end, MB: {', '.join(f'{name} {mb:g}' for name, mb in rows[-1].memory_mb.items())}")
-    disturbed = sum(row.others > machine.BUSY_CORES for row in rows)
-    if disturbed:
-        print(f"{disturbed} rows were disturbed: other processes used more than a tenth of a core.")
-    print(f"\n{table(rows)}")
+    if not rows:
+        raise SystemExit(1)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    print(f"\nMemory at the end, MB: {', '.join(f'{name} {mb:g}' for name, mb in rows[-1].memory_mb.items())}")
+    if disturbed := sum(row.others > machine.BUSY_CORES for row in rows):
+        print(f"{disturbed} rows were disturbed: other processes used more than a tenth of a core.")
+    print(f"\n{table(rows)}", flush=True)
+    if wrong := sum(row.wrong for row in rows):
+        raise SystemExit(f"{wrong} answers were wrong")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def running_registry(folder: Path) -> Iterator[Registry]:
     etcd = commands.etcd(folder / "data", f"http://127.0.0.1:{client}", peers, "--log-level", "error")
     address = f"127.0.0.1:{port}"
     registry = commands.registry([f"127.0.0.1:{client}"], address)
-    with _running(etcd, folder / "etcd.log"), _running(registry, folder / "registry.log"):
+    with running(etcd, folder / "etcd.log"), running(registry, folder / "registry.log"):
         yield Registry(address)
 
 
@@ -79,7 +79,7 @@ def running_evaluator(registry: Registry, app: str, log: Path) -> Iterator[Evalu
 
     Raises TimeoutError if it does not start.
     """
-    with _running(commands.evaluator(registry.address, app, VERSION), log) as process:
+    with running(commands.evaluator(registry.address, app, VERSION), log) as process:
         registered = wait_logged(process, _START_S, "instance", "address")
         id_, address = registered["instance"], registered["address"]
         instance = Instance(app=app, version=VERSION, id=id_, address=address, capacity=1)
@@ -88,7 +88,8 @@ def running_evaluator(registry: Registry, app: str, log: Path) -> Iterator[Evalu
 
 
 @contextmanager
-def _running(command: list[str], log: Path) -> Iterator[ChildProcess]:
+def running(command: list[str], log: Path) -> Iterator[ChildProcess]:
+    """Run a process that logs to a file. It has 20 s for its end before it is killed."""
     process = ChildProcess(command, log, cwd=ROOT)
     process.start()
     try:

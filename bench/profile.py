@@ -2,28 +2,31 @@
 
     python -m bench.profile [--net digits|mobilenet] [--callers 32] [--seconds 4]
 
-py-spy samples each process in turn while callers load the mesh. It slows the process by some percent: take the shares,
-not the sum. Envoy is no Python; only its CPU time is shown.
+First the CPU time of each process is measured. Then py-spy samples the Python processes in turn under the same load.
+That slows them by some percent, so its shares are multiplied by the CPU time that was measured before. Envoy is no
+Python: it has a sum only.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from atserving.errors import StartError
-from atserving.local.examples import Example
 from atserving.local.foreground import run_until_stopped
 from atserving.local.mesh import Mesh
-from bench import callers as load
-from bench import machine
-from bench.workload import WORKLOADS, Workload
+from bench import machine, under_load
+from bench.callers import Job, Running
+from bench.workload import WORKLOADS
 
 _RATE_HZ = 997
 _SHOWN = 15
@@ -55,31 +58,32 @@ def shares(stacks: Iterable[str]) -> tuple[Counter[str], Counter[str], int]:
     return own, total, samples
 
 
-def report(name: str, cpu_us: float, stacks: Iterable[str]) -> str:
-    """Return the functions of a process that take most of its CPU time."""
+def table(name: str, cpu_us: float, stacks: Iterable[str]) -> str:
+    """Return the functions of a process that take most of its CPU time: microseconds a request, and shares."""
     own, total, samples = shares(stacks)
-    lines = [f"{name}: {cpu_us:.0f} us of CPU per request", "     own    total  function"]
+    lines = [
+        f"{name}: {cpu_us:.0f} us of CPU per request",
+        f"{'own us':>8}{'own':>8}{'total us':>10}{'total':>8}  function",
+    ]
     for function, count in own.most_common(_SHOWN):
-        lines.append(f"{count / samples:8.1%} {total[function] / samples:8.1%}  {function}")
+        parts = count / samples, total[function] / samples
+        lines.append(f"{parts[0] * cpu_us:8.1f}{parts[0]:8.1%}{parts[1] * cpu_us:10.1f}{parts[1]:8.1%}  {function}")
     return "\n".join(lines) + "\n"
 
 
-def _profile(mesh: Mesh, workload: Workload, name: str, callers: int, seconds: float, folder: Path) -> str:
-    groups = machine.mesh_processes(mesh)
-    (pid, *_) = groups[name]
-    job = load.Job(f"{mesh.url}/v1/eval/{workload.name}/v1", workload.image, callers, seconds + 1)
-    out = folder / "stacks.txt"
-    with load.Running(job) as running:
+def _sample(pid: int, job: Job, seconds: float, out: Path) -> list[str]:
+    """Return the stacks of a process under load. Raises StartError."""
+    with Running(job) as running:
         running.begun()
-        before = machine.usage(groups)
         spy = [str(Path(sys.executable).parent / "py-spy"), "record", "--format", "raw", "--rate", str(_RATE_HZ)]
-        command = [*spy, "--duration", str(round(seconds)), "--output", str(out), "--pid", str(pid)]
+        command = [*spy, "--duration", str(math.ceil(seconds)), "--output", str(out), "--pid", str(pid)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        seen = running.ended()
-        used = machine.usage(groups)[name].since(before[name])
     if done.returncode or not out.exists():
-        raise StartError(f"py-spy can't look into process {pid}; it needs the right to trace it: {done.stderr.strip()}")
-    return report(name, used.cpu_s / seen.requests * 1e6, out.read_text().splitlines())
+        raise StartError(
+            f"py-spy can't look into process {pid}: run it as root, or allow it to trace your processes "
+            f"(sysctl kernel.yama.ptrace_scope=0; in a container --cap-add SYS_PTRACE). It says: {done.stderr.strip()}"
+        )
+    return out.read_text().splitlines()
 
 
 async def run(net: str, callers: int, seconds: float) -> None:
@@ -87,13 +91,22 @@ async def run(net: str, callers: int, seconds: float) -> None:
     with tempfile.TemporaryDirectory(prefix="atserving-bench-") as name:
         folder = Path(name)
         workload = WORKLOADS[net](folder)
-        picture = ("digits/images/7.png",)
-        example = Example(workload.name, "v1", str(workload.tar), picture, workload.title, workload.custom_values)
-        async with Mesh(serves=[example]) as mesh:
+        async with Mesh(serves=[workload.example]) as mesh:
+            job = Job(f"{mesh.url}/v1/eval/{workload.name}", workload.image, callers, seconds)
+            groups = machine.mesh_processes(mesh)
+            seen = await asyncio.to_thread(under_load.measure, job, groups)
+            cpu_us = seen.cpu_us()
             front = f"evaluator-{workload.name}-v1"
             for process in ("gate", front, f"{front} worker"):
-                found = await asyncio.to_thread(_profile, mesh, workload, process, callers, seconds, folder)
-                print(found, flush=True)
+                # py-spy takes a moment to begin; the load outlasts it.
+                longer = replace(job, seconds=seconds + 60)
+                sample = partial(_sample, groups[process][0], longer, seconds, folder / "stacks.txt")
+                print(table(process, cpu_us.get(process, 0), await asyncio.to_thread(sample)), flush=True)
+    print(f"{seen.load.per_s:,.0f} requests/s without py-spy. CPU us per request:")
+    for process in under_load.busiest(cpu_us):
+        print(f"{cpu_us[process]:8.1f}  {process}")
+    if seen.load.errors:
+        raise StartError(f"{seen.load.errors} of {seen.load.answers} requests were refused")
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from atserving.local.examples import FOLDER
+from atserving.local.examples import DIGITS, FOLDER, Example
 from bench import photo
 from bench.nets import mobilenet_v1
-from bench.peers.picture_net import PictureNetFile
+from bench.picture_net import PictureNetFile
 from evaluator.caffe import convert
 from evaluator.runtime.preprocessing import read_mean
 from examples.caffe_files import write_tar
@@ -31,6 +31,12 @@ class Workload:
     tar: Path
     image: bytes
     custom_values: Mapping[str, Any]
+
+    @property
+    def example(self) -> Example:
+        """The release as a local mesh serves it."""
+        # A path from the root stays itself below the examples' folder. Any picture will do to see that it answers.
+        return Example(self.name, "v1", str(self.tar), DIGITS[0].images, self.title, self.custom_values)
 
     def convert(self, folder: Path) -> PictureNetFile:
         """Convert the net into ``folder``, for those that run it without a mesh."""

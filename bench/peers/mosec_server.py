@@ -1,20 +1,18 @@
 """The peer mosec: workers in processes of their own behind its Rust server, with dynamic batches.
 
-    BENCH_NET=... BENCH_MOSEC='{"num": 2, "max_batch_size": 8, "max_wait_time": 2}' \\
-        python -m bench.peers.mosec_server --port 8000
+BENCH_NET=... BENCH_SETTINGS=... python -m bench.peers.mosec_server --port 8000
 """
 
 from __future__ import annotations
 
-import json
-import os
 from typing import Any
 
 from mosec import Server, Worker
 
-from bench.peers.picture_net import PictureNet, PictureNetFile
+from bench.peers.settings import Settings
+from bench.picture_net import PictureNet, PictureNetFile
 
-_SETTINGS: dict[str, Any] = json.loads(os.environ["BENCH_MOSEC"])
+_settings = Settings.from_environment()
 
 
 class Classifier(Worker):
@@ -22,7 +20,7 @@ class Classifier(Worker):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._net = PictureNet(PictureNetFile.from_environment())
+        self._net = PictureNet(PictureNetFile.from_environment(), _settings.threads)
 
     def deserialize(self, data: bytes) -> Any:
         return data
@@ -32,12 +30,14 @@ class Classifier(Worker):
         return answer
 
     def forward(self, data: Any) -> Any:
-        if _SETTINGS["max_batch_size"] == 1:
+        if _settings.batch == 1:
             return self._net.answers([data])[0]
         return self._net.answers(data)
 
 
 if __name__ == "__main__":
     server = Server()  # type: ignore[no-untyped-call]
-    server.append_worker(Classifier, **_SETTINGS)
+    server.append_worker(
+        Classifier, num=_settings.processes, max_batch_size=_settings.batch, max_wait_time=_settings.wait_ms, timeout=60
+    )
     server.run()  # type: ignore[no-untyped-call]

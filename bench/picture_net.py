@@ -13,6 +13,8 @@ import onnxruntime
 import orjson
 from numpy.typing import NDArray
 
+from bench.answer import Answer
+
 _VARIABLE = "BENCH_NET"
 
 
@@ -24,8 +26,6 @@ class PictureNetFile:
     """The path of the ONNX file."""
     mean: str
     """The path of a .npy file: what is subtracted from the pixels, (3, height, width) or (3, 1, 1), BGR."""
-    threads: int = 1
-    """onnxruntime's threads in each run."""
 
     def environment(self) -> dict[str, str]:
         """Return the environment that tells a server's processes of this net."""
@@ -39,11 +39,12 @@ class PictureNetFile:
 class PictureNet:
     """A loaded net. Safe in several threads."""
 
-    def __init__(self, file: PictureNetFile) -> None:
+    def __init__(self, file: PictureNetFile, threads: int = 1) -> None:
+        """``threads``: onnxruntime's in each run."""
         # The servers' processes and threads are the parallelism.
         cv2.setNumThreads(1)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = file.threads
+        options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = onnxruntime.InferenceSession(
@@ -66,6 +67,11 @@ class PictureNet:
         """Return the scores of a batch (n, channels, height, width), one row a picture."""
         (scores,) = self._session.run(None, {self._input: batch})
         return np.asarray(scores, np.float32).reshape(len(batch), -1)
+
+    def answer(self, picture: bytes) -> Answer:
+        """Return the best class of one picture."""
+        (row,) = self.scores(self.planes(picture)[None])
+        return Answer(int(row.argmax()), float(row.max()))
 
     def answers(self, pictures: list[bytes]) -> list[bytes]:
         """Return the best class of each picture as JSON, from one run of the net."""
