@@ -17,27 +17,30 @@ class Running(Generic[ResultT]):
     may await.
     """
 
-    __slots__ = ("_coroutine", "_done", "_waiting", "done")
+    __slots__ = ("_cancelled", "_coroutine", "_done", "_waiting", "done")
 
     def __init__(
         self, coroutine: Coroutine[Any, Any, ResultT], done: Callable[[ResultT | None, BaseException | None], None]
     ) -> None:
         """``done`` gets the result, or the exception; CancelledError after :meth:`cancel`. It must not raise."""
-        self.done = False
+        self.done = self._cancelled = False
         self._coroutine = coroutine
         self._done = done
         self._waiting: asyncio.Future[Any] | None = None
         self._step(None)
 
     def cancel(self) -> None:
-        """Cancel what the coroutine waits for."""
-        if self._waiting:
-            self._waiting.cancel()
+        """Cancel what the coroutine waits for; if that is done by now, cancel the coroutine at its next step."""
+        if not (self._waiting and self._waiting.cancel()):
+            self._cancelled = True
 
     def _step(self, _: object) -> None:
         self._waiting = None
+        cancelled, self._cancelled = self._cancelled, False
         try:
-            waiting: asyncio.Future[Any] = self._coroutine.send(None)
+            waiting: asyncio.Future[Any] = (
+                self._coroutine.throw(asyncio.CancelledError()) if cancelled else self._coroutine.send(None)
+            )
         except StopIteration as end:
             self.done = True
             self._done(end.value, None)
@@ -49,3 +52,6 @@ class Running(Generic[ResultT]):
             waiting._asyncio_future_blocking = False
             self._waiting = waiting
             waiting.add_done_callback(self._step)
+            if self._cancelled:
+                self._cancelled = False
+                waiting.cancel()

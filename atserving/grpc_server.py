@@ -12,7 +12,7 @@ import struct
 import time
 import urllib.parse
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 import structlog
@@ -37,6 +37,14 @@ _TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 _UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _UNQUOTED = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 _SHORT_BYTES = 1 << 10
+# A longer message of an error would not fit into the headers that clients and proxies take.
+_MOST_MESSAGE_CHARS = 1024
+# Smaller parts of a body cost more as objects than as bytes.
+_SMALL_BYTES = 4096
+# A streaming call waits while its peer has not taken so many messages.
+_MOST_UNSENT = 64
+# After so long a stopping server waits for calls only, no longer for connections and streams.
+_PARTING_S = 1.0
 
 
 class Call:
@@ -48,7 +56,7 @@ class Call:
         self._stream = stream
         self._handler = handler
         self._most = most
-        self._chunks: list[bytes] = []
+        self._chunks: list[bytes | bytearray] = []
         self._size = 0
         self.parts: list[Buffer] = []
         """The request's message, serialized, in the parts in which it arrived."""
@@ -75,15 +83,25 @@ class Call:
         return _deadline(self._stream.headers)
 
     def received(self, data: bytes) -> None:
+        if self._is_too_large:
+            return
         self._size += len(data)
-        if self._size <= self._most + _HEAD.size:
-            self._chunks.append(data)
-        else:
+        if self._is_too_large:
             self._chunks.clear()
+            self.abort(StatusCode.RESOURCE_EXHAUSTED, f"the message is larger than {self._most} bytes")
+        elif len(data) >= _SMALL_BYTES or not self._chunks:
+            self._chunks.append(data)
+        elif isinstance(last := self._chunks[-1], bytearray) and len(last) < 1 << 16:
+            last += data
+        else:
+            self._chunks.append(bytearray(data))
+
+    @property
+    def _is_too_large(self) -> bool:
+        return self._size > self._most + _HEAD.size
 
     def ended(self) -> None:
-        if self._size > self._most + _HEAD.size:
-            self.abort(StatusCode.RESOURCE_EXHAUSTED, f"the message is larger than {self._most} bytes")
+        if self._is_too_large:
             return
         chunks, self._chunks = self._chunks, []
         try:
@@ -99,20 +117,30 @@ class Call:
             self.abort(StatusCode.INTERNAL, "the server failed on this call")
 
     def gone(self) -> None:
+        on_gone = self.on_gone
+        self._release()
+        on_gone()
+
+    def _release(self) -> None:
+        """Let go of the message, and of all that would keep it alive in a circle of references."""
         self._chunks.clear()
-        self.on_gone()
+        self.parts = []
+        self.on_gone = _nothing
 
     def finish(self, message: bytes, headers: Iterable[tuple[str, str]] = ()) -> None:
         """Answer with a message, and headers."""
+        self._release()
         sent = Headers([("content-type", "application/grpc"), *headers])
         self._stream.respond(200, sent, _HEAD.pack(0, len(message)) + message, _ok())
 
     def abort(self, status: StatusCode, message: str, trailing: Iterable[tuple[str, str]] = ()) -> None:
         """Answer with a status, in one frame (Trailers-Only)."""
+        self._release()
         self._stream.start(200, _failure(status, message, trailing), end=True)
 
     def respond(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
         """Answer as an HTTP server, not by gRPC: Envoy's transcoder passes such a response on unchanged."""
+        self._release()
         self._stream.respond(status, Headers([*headers, ("content-length", str(len(body)))]), body)
 
 
@@ -135,8 +163,10 @@ class _StreamingCall:
         self._handler = handler
         self._most = most
         self._data = bytearray()
+        self._started = False
         self._messages: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._sent = asyncio.Event()
+        stream.on_sent = self._sent.set
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def received(self, data: bytes) -> None:
@@ -161,6 +191,11 @@ class _StreamingCall:
     def gone(self) -> None:
         self._task.cancel()
 
+    def stop(self) -> None:
+        """End the call, since the server stops."""
+        self._task.cancel()
+        self._end(GrpcError(StatusCode.UNAVAILABLE, "the server is stopping"))
+
     async def _requests(self) -> AsyncIterator[bytes]:
         while (message := await self._messages.get()) is not None:
             if self._messages.empty():
@@ -168,26 +203,33 @@ class _StreamingCall:
             yield message
 
     async def _run(self) -> None:
-        started = False
         try:
             async for message in self._handler(self._requests()):
-                if not started:
-                    started = True
-                    self._stream.start(200, Headers([("content-type", "application/grpc")]))
+                self._start()
                 self._stream.send(_HEAD.pack(0, len(message)) + message)
-        except Exception as error:
-            if not isinstance(error, GrpcError):
-                log.exception("call failed", path=self._stream.path)
-                error = GrpcError(StatusCode.INTERNAL, "the server failed on this call")
-            trailers = _failure(error.status, str(error), with_type=not started)
-            if started:
-                self._stream.end(trailers)
-            else:
-                self._stream.start(200, trailers, end=True)
-            return
-        if not started:
+                while self._stream.unsent > _MOST_UNSENT:
+                    self._sent.clear()
+                    await self._sent.wait()
+        except GrpcError as error:
+            self._end(error)
+        except Exception:
+            log.exception("call failed", path=self._stream.path)
+            self._end(GrpcError(StatusCode.INTERNAL, "the server failed on this call"))
+        else:
+            self._start()
+            self._stream.end(_ok())
+
+    def _start(self) -> None:
+        if not self._started:
+            self._started = True
             self._stream.start(200, Headers([("content-type", "application/grpc")]))
-        self._stream.end(_ok())
+
+    def _end(self, error: GrpcError) -> None:
+        trailers = _failure(error.status, str(error), with_type=not self._started)
+        if self._started:
+            self._stream.end(trailers)
+        else:
+            self._stream.start(200, trailers, end=True)
 
 
 class _Refused:
@@ -214,7 +256,7 @@ class Server:
         self._streaming: dict[str, Streaming] = {}
         self._connections: set[http2.Connection] = set()
         self._server: asyncio.Server | None = None
-        self._serving = False
+        self._serving = self._stopping = False
         self._names = ["", *(service.full_name for service in services)]
         self._changed = asyncio.Event()
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -248,14 +290,28 @@ class Server:
         """Accept no new calls, let the calls in flight finish within ``grace_s``, and cancel the rest."""
         if self._server:
             self._server.close()
+        self._stopping = True
         await self.set_serving(False)
         for connection in list(self._connections):
             connection.drain()
-        until_s = time.monotonic() + grace_s
-        while self._connections and time.monotonic() < until_s:  # noqa: ASYNC110 - it polls for the end of a drain
+        began_s = time.monotonic()
+        parted = False
+        while self._connections and time.monotonic() < began_s + grace_s:
             await asyncio.sleep(0.02)
+            if not parted and time.monotonic() >= began_s + _PARTING_S:
+                parted = True
+                self._part()
         for connection in list(self._connections):
             connection.close()
+
+    def _part(self) -> None:
+        """End what is open but no call: streams that only listen, and connections whose peers do not close them."""
+        for connection in list(self._connections):
+            for receiver in connection.receivers():
+                if isinstance(receiver, _StreamingCall):
+                    receiver.stop()
+            if not connection.receivers():
+                connection.close()
 
     def _open(self, stream: Stream) -> http2.Receiver:
         refusal: Headers | None = None
@@ -301,6 +357,8 @@ class Server:
                 if (now := status.SerializeToString()) != last:
                     last = now
                     yield now
+                if self._stopping:
+                    return
                 await changed.wait()
 
     async def _reflect(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -332,13 +390,14 @@ def _failure(
     status: StatusCode, message: str, trailing: Iterable[tuple[str, str]] = (), *, with_type: bool = True
 ) -> Headers:
     number: int = status.value[0]
-    said = [("grpc-status", str(number)), ("grpc-message", urllib.parse.quote(message, safe=_UNQUOTED)), *trailing]
+    quoted = urllib.parse.quote(message[:_MOST_MESSAGE_CHARS], safe=_UNQUOTED)
+    said = [("grpc-status", str(number)), ("grpc-message", quoted), *trailing]
     if status is StatusCode.UNIMPLEMENTED:
         said.append(("grpc-accept-encoding", "identity,gzip"))
     return Headers([("content-type", "application/grpc"), *said] if with_type else said)
 
 
-def _message(chunks: list[bytes], size: int, headers: Headers, most: int) -> list[Buffer]:
+def _message(chunks: Sequence[bytes | bytearray], size: int, headers: Headers, most: int) -> list[Buffer]:
     """Return the only message of a body, in parts. Raises GrpcError."""
     if size < _HEAD.size:
         raise GrpcError(StatusCode.INTERNAL, "the call has no message")
@@ -347,6 +406,8 @@ def _message(chunks: list[bytes], size: int, headers: Headers, most: int) -> lis
     flag, length = _HEAD.unpack_from(chunks[0])
     if length != size - _HEAD.size:
         raise GrpcError(StatusCode.INTERNAL, "the call should have one whole message")
+    if flag > 1:
+        raise GrpcError(StatusCode.INTERNAL, "the message's first byte should be 0 or 1")
     if not flag:
         return [memoryview(chunks[0])[_HEAD.size :], *chunks[1:]]
     if headers.get("grpc-encoding") != b"gzip":

@@ -56,6 +56,8 @@ _MAX_HEADER_BYTES = 64 << 10
 _STREAM_WINDOW = 1 << 20
 _CONNECTION_WINDOW = 16 << 20
 _SEND_BUFFER_BYTES = 1 << 20
+# The least that HTTP/2 allows. With larger ones a client may send one in the same bytes as its acknowledgement of them,
+# and the library would refuse it: it decodes all that has arrived before it takes the acknowledgement.
 _FRAME_BYTES = 16 << 10
 _HANDSHAKE_S = 10.0
 # In one second a peer may reset as many requests as it may have open. More is no change of mind but an attack.
@@ -78,7 +80,19 @@ class Receiver(Protocol):
 class Stream:
     """One request, and the way to answer it. Sending never waits: the stream keeps what the peer can't take yet."""
 
-    __slots__ = ("_connection", "_held", "_offset", "_outbox", "headers", "id", "method", "path", "paused", "receiver")
+    __slots__ = (
+        "_connection",
+        "_held",
+        "_offset",
+        "_outbox",
+        "headers",
+        "id",
+        "method",
+        "on_sent",
+        "path",
+        "paused",
+        "receiver",
+    )
 
     headers: Headers
     method: str
@@ -89,6 +103,8 @@ class Stream:
         self.id = 0
         self.paused = False
         """Whether the peer should send no more than its window, until :meth:`resume`."""
+        self.on_sent: Callable[[], None] | None = None
+        """Called when the peer has taken all that was sent."""
         self._connection = connection
         self._outbox: list[tuple[bytes | Headers, bool]] = []
         self._offset = 0
@@ -134,9 +150,9 @@ class Stream:
         self._held += count
 
     @property
-    def unsent_bytes(self) -> int:
-        """How much of the body the peer's window does not take yet."""
-        return sum(len(data) for data, _ in self._outbox if isinstance(data, bytes)) - self._offset
+    def unsent(self) -> int:
+        """How many parts the peer's window does not take yet."""
+        return len(self._outbox)
 
     def pump(self) -> None:
         """Send what the peer's window takes."""
@@ -156,6 +172,8 @@ class Stream:
             # The connection clears the outbox of a request that has ended.
             if outbox:
                 del outbox[0]
+        if self.on_sent:
+            self.on_sent()
 
     def drop(self) -> None:
         self._outbox.clear()
@@ -203,6 +221,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._connections.discard(self)
+        self._transport = None
         self._cancel_handshake()
         self.state.fail(None, "the connection has ended")
         streams, self._streams = self._streams, set()
@@ -380,6 +399,10 @@ class Connection(asyncio.Protocol):
         if stream in self._streams:
             self._act(self.state.release_capacity(stream.id, count))
 
+    def receivers(self) -> list[Receiver]:
+        """Return what receives the requests in flight."""
+        return [stream.receiver for stream in self._streams]
+
     def drain(self) -> None:
         """Take no more requests, and close once those in flight are answered."""
         self._draining = True
@@ -408,7 +431,7 @@ class Connection(asyncio.Protocol):
 
     def _flush(self) -> None:
         self._flushing = False
-        if self._paused:
+        if self._paused or self._transport is None:
             return
         self._write()
         if self.state.has_pending():

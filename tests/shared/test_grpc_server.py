@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable
@@ -392,3 +393,194 @@ async def test_a_peer_that_reads_nothing_does_not_fill_the_memory() -> None:
         async with channel(f"127.0.0.1:{scripted.port}") as client:
             assert await method(client, "/test/Echo")(b"x", timeout=WAIT_S) == b"x"
         writer.transport.abort()
+
+
+async def test_a_long_message_of_an_error_is_cut() -> None:
+    async with calling() as (_, client):
+        failed = await failure(method(client, "/test/Fail")(b"", metadata=(("x-what", "v" * 20_000),), timeout=WAIT_S))
+        assert failed.code() is grpc.StatusCode.NOT_FOUND
+        assert 1000 < len(failed.details()) <= 1024
+
+
+def request(path: bytes, stream: int, end: bool = False) -> bytes:
+    """Return the HEADERS of a request for a path as long as ``/test/Wait``."""
+    return frame(HEADERS, 5 if end else 4, stream, REQUEST.replace(b"/test/Wait", path))
+
+
+async def test_a_body_in_tiny_frames_arrives_whole_and_takes_little_memory() -> None:
+    async with running() as scripted:
+        _, writer = await asyncio.open_connection("127.0.0.1", scripted.port)
+        count = 30_000
+        body = struct.pack(">BI", 0, 2 * count)
+        writer.write(PREFACE + frame(SETTINGS, 0, 0) + request(b"/test/Wait", 1) + frame(DATA, 0, 1, body))
+        writer.write(b"".join(frame(DATA, 0, 1, struct.pack(">H", number)) for number in range(count - 1)))
+        writer.write(frame(DATA, 1, 1, struct.pack(">H", count - 1)))
+        await scripted.all_waiting(1)
+        call = scripted.waiting[0]
+        assert bytes(call.message) == struct.pack(f">{count}H", *range(count))
+        assert len(call.parts) < 10
+        writer.close()
+
+
+async def read_until(reader: asyncio.StreamReader, kind: int) -> None:
+    """Read frames until one of a kind has come."""
+    while True:
+        head = await reader.readexactly(9)
+        await reader.readexactly(int.from_bytes(head[:3], "big"))
+        if head[3] == kind:
+            return
+
+
+async def test_an_upload_over_the_limit_is_refused_before_it_ends() -> None:
+    async with running() as scripted:
+        reader, writer = await asyncio.open_connection("127.0.0.1", scripted.port)
+        writer.write(PREFACE + frame(SETTINGS, 0, 0) + request(b"/test/Wait", 1))
+        refused = asyncio.create_task(read_until(reader, HEADERS))
+        sent = 0
+        while not refused.done():
+            writer.write(frame(DATA, 0, 1, bytes(16 << 10)))
+            sent += 16 << 10
+            await writer.drain()
+            await asyncio.sleep(0)
+        await refused
+        assert MAX_BYTES < sent < 2 * MAX_BYTES
+        assert not scripted.waiting
+        writer.close()
+
+
+async def test_an_answered_call_lets_go_of_its_message() -> None:
+    async with calling() as (scripted, client):
+        for leave in (False, True):
+            answer = method(client, "/test/Wait")(bytes(1 << 20), timeout=WAIT_S)
+            await scripted.all_waiting(1)
+            call = scripted.waiting.pop()
+            assert call.size == 1 << 20
+            if leave:
+                answer.cancel()
+                await scripted.all_gone(1)
+            else:
+                call.finish(b"done")
+                assert await answer == b"done"
+            assert call.size == 0
+
+
+async def test_a_stream_whose_answers_nobody_reads_does_not_fill_the_memory() -> None:
+    path = b"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    asked = reflection_pb2.ServerReflectionRequest(file_containing_symbol="atserving.v1.ServingService")
+    message = asked.SerializeToString()
+    async with running() as scripted:
+        _, writer = await asyncio.open_connection("127.0.0.1", scripted.port)
+        headers = REQUEST.replace(b"\x0a/test/Wait", bytes([len(path)]) + path)
+        no_window = frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 0))
+        writer.write(PREFACE + no_window + frame(HEADERS, 4, 1, headers))
+        writer.write(frame(DATA, 0, 1, struct.pack(">BI", 0, len(message)) + message) * 5000)
+        (connection,) = await connections(scripted)
+        stream = next(iter(connection._streams))
+        await until_async(lambda: true_if(stream.unsent > 10), what="answers wait")
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert stream.unsent < 100
+        writer.close()
+
+
+async def connections(scripted: Scripted) -> list[Any]:
+    """Return the server's connections, once one has a stream."""
+
+    async def found() -> bool:
+        return any(each._streams for each in scripted.server._connections)
+
+    await until_async(found, what="a stream is open")
+    return list(scripted.server._connections)
+
+
+async def true_if(value: bool) -> bool:
+    return value
+
+
+async def test_a_stop_waits_for_calls_but_not_for_those_who_only_listen() -> None:
+    async with running() as scripted, channel(f"127.0.0.1:{scripted.port}") as client:
+        silent = await asyncio.open_connection("127.0.0.1", scripted.port)
+        idle = await asyncio.open_connection("127.0.0.1", scripted.port)
+        idle[1].write(PREFACE + frame(SETTINGS, 0, 0))
+        watching = health_pb2_grpc.HealthStub(client).Watch(health_pb2.HealthCheckRequest())
+        assert (await watching.read()).status == NOT_SERVING
+        listing = reflection_pb2_grpc.ServerReflectionStub(client).ServerReflectionInfo()
+        await listing.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        await listing.read()
+        call = method(client, "/test/Wait")(b"", timeout=WAIT_S)
+        await scripted.all_waiting(1)
+        stopping = asyncio.create_task(scripted.server.stop(WAIT_S))
+        for reader, _ in (silent, idle):
+            await asyncio.wait_for(reader.read(), WAIT_S / 2)
+        assert (await failure(listing.read())).code() is grpc.StatusCode.UNAVAILABLE
+        assert not stopping.done()
+        scripted.waiting[0].finish(b"done")
+        assert await call == b"done"
+        await asyncio.wait_for(stopping, WAIT_S / 2)
+
+
+async def test_those_who_leave_at_once_leave_no_error_behind(caplog: pytest.LogCaptureFixture) -> None:
+    errors: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    async with running() as scripted:
+        watch = bytes([len(b"/grpc.health.v1.Health/Watch")]) + b"/grpc.health.v1.Health/Watch"
+        for number in range(100):
+            _, writer = await asyncio.open_connection("127.0.0.1", scripted.port)
+            headers = REQUEST.replace(b"\x0a/test/Wait", watch)
+            writer.write(PREFACE + frame(SETTINGS, 0, 0) + frame(HEADERS, 4, 1, headers))
+            writer.write(frame(DATA, 1, 1, b"\0\0\0\0\0"))
+            if number % 2:
+                await writer.drain()
+                await asyncio.sleep(0)
+            writer.transport.abort()
+        await scripted.server.set_serving(True)
+
+        async def left() -> bool:
+            return not scripted.server._connections
+
+        await until_async(left, what="all connections have ended")
+    assert not errors
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_random_frames_harm_no_other_connection(seed: int) -> None:
+    draw = random.Random(seed)
+    errors: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+
+    def any_frame(stream: int) -> bytes:
+        at = draw.choice([stream, stream, stream, max(stream - 2, 1), 0, stream + 2, 2])
+        number = struct.pack(">I", draw.choice([0, 1, 1000, 0x7FFFFFFF, 0x80000001]))
+        setting = struct.pack(">HI", draw.choice([1, 2, 3, 4, 5, 6, 9]), draw.choice([0, 1, 16384, 65535, 1 << 31]))
+        junk = draw.randbytes(draw.randrange(40))
+        return draw.choice(
+            [
+                request(draw.choice([b"/test/Wait", b"/test/Echo"]), stream, draw.random() < 0.3),
+                frame(HEADERS, draw.choice([0, 1, 4, 5, 12, 36]), stream, draw.choice([REQUEST, junk, REQUEST[:20]])),
+                frame(DATA, draw.choice([0, 1, 8]), at, draw.choice([b"", b"\0\0\0\0\3abc", b"\0\xff\xff\xff", junk])),
+                frame(RST_STREAM, 0, at, number),
+                frame(8, 0, at, number),
+                frame(SETTINGS, draw.choice([0, 1]), draw.choice([0, 0, 1]), draw.choice([setting, b"", junk])),
+                frame(PING, draw.choice([0, 1]), 0, bytes(draw.choice([8, 8, 7]))),
+                frame(GOAWAY, 0, 0, bytes(8)),
+                frame(draw.randrange(256), draw.randrange(256), at, junk),
+                junk,
+            ]
+        )
+
+    async def attack(port: int) -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        frames = [any_frame(1 + 2 * (number // 2)) for number in range(draw.randrange(1, 60))]
+        writer.write(PREFACE + frame(SETTINGS, 0, 0) + b"".join(frames))
+        with suppress(OSError):
+            await writer.drain()
+        writer.transport.abort()
+
+    async with calling() as (scripted, client):
+        for _ in range(25):
+            await asyncio.gather(*(attack(scripted.port) for _ in range(8)))
+            assert await method(client, "/test/Echo")(b"well", timeout=WAIT_S) == b"well"
+            for call in scripted.waiting:
+                call.finish(b"late")
+            scripted.waiting.clear()
+    assert not errors
