@@ -37,7 +37,7 @@ class Deadlines:
         heapq.heappush(heap, (deadline_s, id_))
         if self._timer is None or deadline_s < self._timer_s:
             self._start(deadline_s)
-        elif len(heap) > 2 * len(self._pending) + _FEW:
+        if len(heap) > 2 * len(self._pending) + _FEW:
             self._heap = [each for each in heap if each[1] in self._pending]
             heapq.heapify(self._heap)
 

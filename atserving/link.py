@@ -7,6 +7,7 @@ sends the preface and a HELLO. The worker's socket has neither.
 from __future__ import annotations
 
 import asyncio
+import mmap
 import struct
 from collections.abc import Callable
 from typing import NamedTuple, cast
@@ -54,6 +55,9 @@ RESULT, ERROR = 0, 1
 MAX_BYTES = 64 << 20
 """The longest payload of a frame from a peer."""
 
+MAX_TIMEOUT_US = 24 * 3600 * 10**6
+"""A longer timeout of a call counts as this one."""
+
 MOST_OPEN = 4096
 """How many calls of one connection may be open; an instance reads no more until some have their reply."""
 
@@ -65,6 +69,11 @@ _MOST_SILENT = 3
 
 # A longer frame that arrives in parts is collected in a buffer of its own size.
 _LARGE = 4096
+# A buffer from here on takes memory only as it fills: its length is the word of a peer.
+_MAPPED = 1 << 20
+# Until a peer has named itself, its frames are short, and come soon.
+_MOST_HELLO_BYTES = 4096
+_HELLO_S = 10.0
 _READ_BYTES = 1 << 18
 _WRITE_BUFFER_BYTES = 1 << 20
 _CALL = struct.Struct(HEAD.format + CALL_HEAD.format[1:])
@@ -121,7 +130,7 @@ def read_call(data: Buffer, start: int, end: int) -> Call:
         raise Malformed("a call is too short")
     return Call(
         id_,
-        timeout_us,
+        min(timeout_us, MAX_TIMEOUT_US),
         flags,
         bytes(data[reqid_at:trace_at]),
         bytes(data[trace_at:request_at]),
@@ -196,10 +205,11 @@ class FrameReader:
     def __init__(self, take: Take, max_bytes: int = MAX_BYTES) -> None:
         self.reads = True
         """While this is False, frames wait."""
+        self.max_bytes = max_bytes
+        """The longest payload to take."""
         self._take = take
-        self._max_bytes = max_bytes
         self._rest = b""
-        self._large: bytearray | None = None
+        self._large: memoryview | None = None
         self._large_kind = self._filled = 0
         self._scratch = memoryview(bytearray(_READ_BYTES))
 
@@ -210,7 +220,7 @@ class FrameReader:
 
     def space(self) -> memoryview:
         """Return where the next bytes should be read to: the rest of a large frame goes to its place."""
-        return self._scratch if self._large is None else memoryview(self._large)[self._filled :]
+        return self._scratch if self._large is None else self._large[self._filled :]
 
     def filled(self, count: int) -> bytes | None:
         """Take note of ``count`` bytes in the space. Return them if they still have to be fed. Raises Malformed."""
@@ -221,6 +231,11 @@ class FrameReader:
             large, self._large = self._large, None
             self._take(self._large_kind, large, 0, len(large))
         return None
+
+    def close(self) -> None:
+        """Take no more, and drop an incomplete frame."""
+        self.reads = False
+        self._rest, self._large = b"", None
 
     def feed(self, data: bytes) -> None:
         """Take what has arrived; nothing, to take the frames that waited. Raises Malformed."""
@@ -235,13 +250,13 @@ class FrameReader:
         size, head = len(data), HEAD.size
         while self.reads and size - start >= head:
             length, kind = HEAD.unpack_from(data, start)
-            if length > self._max_bytes:
-                raise Malformed(f"a frame of {length} bytes is longer than {self._max_bytes}")
+            if length > self.max_bytes:
+                raise Malformed(f"a frame of {length} bytes is longer than {self.max_bytes}")
             end = start + head + length
             if end > size:
                 if length < _LARGE:
                     break
-                self._large, self._large_kind, self._filled = bytearray(length), kind, 0
+                self._large, self._large_kind, self._filled = _buffer(length), kind, 0
                 self._fill(data, start + head)
                 return
             self._take(kind, data, start + head, end)
@@ -254,13 +269,19 @@ class FrameReader:
         large = self._large
         assert large is not None
         count = min(len(data) - start, len(large) - self._filled)
-        large[self._filled : self._filled + count] = memoryview(data)[start : start + count]
+        large[self._filled : self._filled + count] = data[start : start + count]
         self._filled += count
         if self._filled < len(large):
             return -1
         self._large = None
         self._take(self._large_kind, large, 0, len(large))
         return start + count
+
+
+def _buffer(length: int) -> memoryview:
+    if length < _MAPPED:
+        return memoryview(bytearray(length))
+    return memoryview(mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 class FrameProtocol(asyncio.BufferedProtocol):
@@ -371,6 +392,8 @@ class Link(FrameProtocol):
 
     def __init__(self) -> None:
         super().__init__()
+        self.reader.max_bytes = _MOST_HELLO_BYTES
+        self._greeted = False
         self._preface = b""
         self._silent = 0
         self._unsent = 0
@@ -379,10 +402,22 @@ class Link(FrameProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._beating = self._loop.call_later(ALIVE_S, self._beat)
+        self._patience = self._loop.call_later(_HELLO_S, self._impatient)
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._patience.cancel()
         if self._beating:
             self._beating.cancel()
+        self.reader.close()
+
+    def greet(self) -> None:
+        """Take long frames from now on: the peer has named itself."""
+        self._greeted = True
+        self.reader.max_bytes = MAX_BYTES
+
+    def _impatient(self) -> None:
+        if not self._greeted:
+            self.malformed("the peer did not begin with a HELLO")
 
     def data_received(self, data: bytes) -> None:
         if len(self._preface) < len(PREFACE):

@@ -184,10 +184,12 @@ class EvaluatorConnection:
 
     def _abandon(self, id_: int) -> None:
         answer = self._pending.pop(id_, None)
-        # An unsent call is never sent.
         if answer and answer.sent:
             self._abandoned.append(id_)
             self._flush_soon()
+        elif answer:
+            # An unsent call is never sent, and leaves the outbox with the next flush.
+            answer.parts = ()
 
     def _expire(self, id_: int) -> None:
         answer = self._pending[id_]
@@ -284,6 +286,7 @@ class _InstanceLink(link.Link):
             self._end(f"instance {hello.instance!r} of app {hello.app!r} answers at its address")
             self.abort()
         else:
+            self.greet()
             self.greeted.set_result(None)
 
     def malformed(self, reason: str) -> None:

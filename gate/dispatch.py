@@ -31,6 +31,9 @@ log = structlog.get_logger()
 MAX_JSON_CHARS = 1 << 20
 """The longest that ``params`` and all attributes of one request may be together, as JSON."""
 
+# What a caller chooses is as long in a log line at most.
+_MOST_NAME_CHARS, _MOST_REASON_CHARS = 80, 1000
+
 MAX_LOST = 2
 """How many instances may be lost under one request. An eval has no side effects, so the gate may retry it; but a
 request that crashes instances must not reach all of them."""
@@ -103,10 +106,10 @@ class Dispatcher:
         finally:
             fields = {
                 "reqid": call.reqid,
-                "app": task.app,
-                "version": answer.version if answer else task.version,
+                "app": task.app[:_MOST_NAME_CHARS],
+                "version": answer.version if answer else task.version[:_MOST_NAME_CHARS],
                 "code": code,
-                "reason": reason,
+                "reason": reason[:_MOST_REASON_CHARS] if reason else reason,
                 "traceparent": call.traceparent,
                 "total_ms": round((time.monotonic() - call.started) * 1e3, 2),
             }
@@ -147,6 +150,8 @@ class Dispatcher:
             raise InvalidArgument("no app given")
         if not config.is_name(task.app):
             raise NotFound("unknown app: its name is not one an app can have")
+        if task.version and not config.is_name(task.version):
+            raise NotFound("unknown version: its name is not one a version can have")
         route = self._router.route(task.app, task.version)
         admit(call.caller, task.app, route.metadata, route.default_metadata)
         return route

@@ -142,6 +142,7 @@ class GateLink(link.Link):
             self._refuse(hello)
             return
         self._answerer = self._server.answerer
+        self.greet()
         self.send(link.frame(link.HELLO, hello.SerializeToString()))
 
     def _refuse(self, hello: evaluator_pb2.Hello) -> None:

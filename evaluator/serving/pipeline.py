@@ -217,6 +217,8 @@ class Request:
         if self.ended:
             return
         self.ended = True
+        # What worked on it refers back to it, and would keep its body in memory.
+        self._work = self._fetching = None
         pipeline, ms = self._pipeline, self._ms
         if self._ahead:
             pipeline.capacity.leave(self._ahead, self._began_s)

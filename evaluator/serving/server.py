@@ -10,7 +10,7 @@ from grpc import StatusCode
 from atserving import link
 from atserving.grpc_server import Call, GrpcError, Server, parsed
 from atserving.v1 import evaluator_pb2
-from evaluator.serving.pipeline import Pipeline
+from evaluator.serving.pipeline import Pipeline, Request
 
 
 class EvaluatorService:
@@ -47,7 +47,8 @@ class EvaluatorService:
             replier,
         )
         if not begun.ended:
-            call.on_gone = begun.abandon
+            replier.request = begun
+            call.on_gone = replier.gone
             if left_s is not None:
                 replier.timer = asyncio.get_running_loop().call_later(left_s, begun.expire)
 
@@ -57,7 +58,15 @@ class _Replier:
 
     def __init__(self, call: Call) -> None:
         self.timer: asyncio.TimerHandle | None = None
+        self.request: Request | None = None
         self._call = call
+
+    def gone(self) -> None:
+        """Abandon the request, since its caller has left."""
+        if self.timer:
+            self.timer.cancel()
+        if self.request:
+            self.request.abandon()
 
     def reply(self, reply: link.Reply) -> None:
         if self.timer:

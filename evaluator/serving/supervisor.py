@@ -35,6 +35,9 @@ _MAX_DEATHS = 3
 
 _DIED = "the net's process died"
 
+# A few cancelled calls in the queue cost less than to remove them.
+_FEW = 64
+
 
 class Taker(Protocol):
     """Takes the end of a call; one of these is called once, unless the call was cancelled."""
@@ -194,6 +197,9 @@ class WorkerSupervisor:
             self._flush_soon()
         else:
             del self._calls[one.id]
+            one.request = b""
+            if len(self._waiting) > 2 * len(self._calls) + _FEW:
+                self._waiting = deque(each for each in self._waiting if each.id in self._calls)
 
     def _flush_soon(self) -> None:
         if not self._flushing:
@@ -224,9 +230,9 @@ class WorkerSupervisor:
         now_s = time.monotonic()
         parts: list[link.Buffer] = []
         for one in calls:
-            one.sent = True
-            timeout_us = max(1, round((one.deadline_s - now_s) * 1e6))
+            timeout_us = max(1, round(min(one.deadline_s - now_s, link.MAX_TIMEOUT_US / 1e6) * 1e6))
             parts += (link.call_head(one.id, timeout_us, 0, one.reqid, b"", len(one.request)), one.request)
+            one.sent = True
         self._sent += len(calls)
         process.write(parts)
 
@@ -238,8 +244,8 @@ class WorkerSupervisor:
             self._sent -= one.sent
             self._patience.learn(reply.decode_us / 1e6, (reply.forward_us + reply.postprocess_us) / 1e6)
             _end(one)
-            if one.taker:
-                one.taker.answered(reply)
+            if taker := _released(one):
+                taker.answered(reply)
         if self._waiting and not self._flushing:
             self._flush_soon()
 
@@ -310,8 +316,8 @@ class WorkerSupervisor:
         for one in calls:
             self._calls.pop(one.id, None)
             _end(one)
-            if one.taker:
-                one.taker.failed(error)
+            if taker := _released(one):
+                taker.failed(error)
 
     async def _watch(self) -> None:
         """Kill the process if a call is stuck, or if the process no longer works at all."""
@@ -359,6 +365,12 @@ class _Outcome:
     def failed(self, error: ServingError) -> None:
         if not self.reply.done():
             self.reply.set_exception(error)
+
+
+def _released(one: SupervisedCall) -> Taker | None:
+    """Return the taker of a call that has ended, whose request nobody needs any more."""
+    taker, one.taker, one.request = one.taker, None, b""
+    return taker
 
 
 def _end(one: SupervisedCall) -> None:

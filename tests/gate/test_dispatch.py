@@ -268,6 +268,7 @@ async def test_invalid_request_reaches_no_instance(mesh: Mesh) -> None:
         (InvalidArgument, "file", task(uri="file:///etc/passwd")),
         (InvalidArgument, "qiniu", task(uri="qiniu://no-bucket")),
         (InvalidArgument, "no data given", Task("app", "", evaluator_pb2.InferRequest())),
+        (NotFound, "unknown version: its name", Task("app", "v" * 100_000, evaluator_pb2.InferRequest())),
     ):
         with pytest.raises(error, match=message):
             await mesh.dispatcher.eval(invalid, CallContext("reqid", Caller()))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -283,6 +285,7 @@ async def disconnected(reader: asyncio.StreamReader) -> None:
         link.MAGIC + b"\xff",
         link.PREFACE + ONE,
         link.PREFACE + link.frame(link.HELLO, b"\xff"),
+        link.PREFACE + link.HEAD.pack(5000, link.HELLO),
         GREETING + link.HEAD.pack(link.MAX_BYTES + 1, link.CALL),
         GREETING + link.frame(99),
         GREETING + link.frame(link.CALL, b"short"),
@@ -368,3 +371,59 @@ async def test_idle_link_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.sleep(0.5)
         assert server.links.links == {first}
         assert (await ask(connection, "y")).result_json == "y"
+
+
+async def test_a_peer_that_does_not_say_who_it_is_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "_HELLO_S", 0.05)
+    async with serving(Echo()) as (_, connection, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(link.PREFACE + link.frame(link.ALIVE))
+        await disconnected(reader)
+        writer.close()
+        # A gate that did stays.
+        await asyncio.sleep(0.1)
+        await ask(connection, "x")
+
+
+async def test_a_frame_takes_memory_only_as_it_arrives() -> None:
+    before_mb = resident_mb()
+    readers = [link.FrameReader(lambda *_: None) for _ in range(20)]
+    for reader in readers:
+        reader.feed(link.HEAD.pack(link.MAX_BYTES, link.CALL) + b"x")
+        assert len(reader.space()) == link.MAX_BYTES - 1
+    assert resident_mb() < before_mb + 100
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+async def test_a_call_with_the_longest_timeout_is_answered_beside_others() -> None:
+    async with serving(Echo()) as (_, _, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        request = InferRequest(params_json="x").SerializeToString()
+        writer.write(GREETING + link.call_head(1, (1 << 64) - 1, 0, b"", b"", len(request)) + request)
+        replies: list[link.Reply] = []
+
+        def take(kind: int, data: link.Buffer, start: int, end: int) -> None:
+            if kind == link.REPLY:
+                replies.append(link.read_reply(data, start, end))
+
+        frames = link.FrameReader(take)
+        assert await reader.readexactly(len(link.PREFACE)) == link.PREFACE
+        while not replies:
+            frames.feed(await asyncio.wait_for(reader.read(1000), WAIT_S))
+        assert replies[0].id == 1
+        writer.close()
+    data = link.call_head(1, (1 << 64) - 1, 0, b"", b"", 0)
+    assert link.read_call(data, link.HEAD.size, len(data)).timeout_us == link.MAX_TIMEOUT_US
+
+
+async def test_calls_that_are_abandoned_before_they_leave_keep_no_bodies() -> None:
+    connection = EvaluatorConnection(Instance(app="a", version="v", id="i", address="192.0.2.1:1", capacity=1), WAIT_S)
+    answers = [ask(connection, "x" * 1000) for _ in range(20)]
+    for answer in answers:
+        answer.cancel()
+    assert all(not each.parts for each in connection._outbox)
+    await connection.close()

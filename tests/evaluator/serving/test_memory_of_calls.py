@@ -1,0 +1,107 @@
+"""A call that has ended keeps no body in memory, however it ended and whoever still knows of it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from atserving import link
+from atserving.errors import ServingError
+from evaluator.net_config import NetConfig
+from evaluator.options import Options
+from evaluator.serving.capacity import Capacity
+from evaluator.serving.metrics import Metrics
+from evaluator.serving.pipeline import Pipeline, Request
+from evaluator.serving.supervisor import WorkerSupervisor
+
+BODY_BYTES = 1 << 20
+
+
+class Body(bytearray):
+    """A request's body, whose end can be seen."""
+
+
+class Replier:
+    """Takes replies."""
+
+    def __init__(self) -> None:
+        self.replies: list[link.Reply] = []
+
+    def reply(self, reply: link.Reply) -> None:
+        self.replies.append(reply)
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Leave memory to the counting of references: large bodies make few objects, so the collector rarely runs."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def pipeline(tmp_path: Path, capacity: int = 10_000) -> Pipeline:
+    """Return a pipeline whose worker never starts: its calls wait."""
+    config = NetConfig({}, custom_values=Options("custom_values", {"net": "classify"}), workspace=tmp_path)
+    return Pipeline(
+        "app",
+        "v1",
+        config,
+        worker=WorkerSupervisor(config),
+        fetcher=cast(Any, None),
+        capacity=Capacity(capacity),
+        metrics=Metrics(),
+    )
+
+
+def begin(served: Pipeline, number: int, replier: Replier) -> tuple[Request, weakref.ref[Body]]:
+    body = Body(BODY_BYTES)
+    call = link.Call(number, 0, 0, b"r", b"", cast(link.Buffer, body))
+    return served.begin(call, replier), weakref.ref(body)
+
+
+async def test_an_ended_request_lets_go_of_its_body(tmp_path: Path) -> None:
+    served, replier = pipeline(tmp_path), Replier()
+    worker = served.worker
+    with without_collector():
+        answered, first = begin(served, 1, replier)
+        abandoned, second = begin(served, 2, replier)
+        expired, third = begin(served, 3, replier)
+        assert all(body() is not None for body in (first, second, third))
+        (id_, *_) = worker._calls
+        worker._take_reply(link.Reply(id_, link.RESULT, 0, 0, 0, 0, 1, 1, b""))
+        abandoned.abandon()
+        expired.expire()
+        assert answered.ended
+        assert [reply.id for reply in replier.replies] == [1, 3]
+        assert [body() for body in (first, second, third)] == [None, None, None]
+
+
+async def test_cancelled_calls_leave_the_queue_of_a_busy_worker(tmp_path: Path) -> None:
+    config = NetConfig({}, workspace=tmp_path)
+    worker = WorkerSupervisor(config)
+    kept = worker.submit(b"kept", b"x", time.monotonic() + 60, Taker())
+    for _ in range(1000):
+        worker.cancel(worker.submit(b"r", bytes(1000), time.monotonic() + 60, Taker()))
+    assert list(worker._calls) == [kept.id]
+    assert len(worker._waiting) < 100
+    assert sum(len(each.request) for each in worker._waiting) == 1
+    await asyncio.sleep(0)
+
+
+class Taker:
+    """Takes no outcome: the calls here get none."""
+
+    def answered(self, reply: link.Reply) -> None:
+        raise AssertionError
+
+    def failed(self, error: ServingError) -> None:
+        raise AssertionError
