@@ -69,8 +69,9 @@ _MOST_SILENT = 3
 
 # A longer frame that arrives in parts is collected in a buffer of its own size.
 _LARGE = 4096
-# A buffer from here on takes memory only as it fills: its length is the word of a peer.
-_MAPPED = 1 << 20
+# A buffer from here on takes memory only as it fills, since its length is the word of a peer. For usual bodies it would
+# cost more, a page at a time, than memory that is used again.
+_MAPPED = 16 << 20
 # Until a peer has named itself, its frames are short, and come soon.
 _MOST_HELLO_BYTES = 4096
 _HELLO_S = 10.0

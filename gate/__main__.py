@@ -9,7 +9,7 @@ import click
 import structlog
 import uvloop
 
-from atserving import lifecycle
+from atserving import lifecycle, malloc
 from atserving.cli import service
 from atserving.errors import StartError
 from atserving.follower import ConfigFollower, reminding
@@ -113,6 +113,7 @@ def main(
     registry: list[str], listen: str, wait: float, drain: float, grace: float, max_batch: int, log_level: str
 ) -> None:
     configure_logging("gate", log_level)
+    malloc.keep_freed()
     uvloop.run(serve(GateSettings(registry, listen, wait, drain, grace, max_batch)))
 
 

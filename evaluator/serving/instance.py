@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 import structlog
 
-from atserving import lifecycle
+from atserving import lifecycle, malloc
 from atserving.config import Instance, MalformedConfig, WorkerConfig, validate
 from atserving.errors import StartError
 from atserving.grpc_server import Server
@@ -139,6 +139,7 @@ class _Life:
         self, config: NetConfig, worker: WorkerSupervisor, port: int, following: asyncio.Task[None]
     ) -> None:
         settings, capacity, metrics = self._settings, self._capacity, self._metrics
+        malloc.keep_freed()
         metrics.of_worker(worker)
         metrics.of_capacity(lambda: capacity.in_flight, lambda: capacity.limit)
         policy = AddressPolicy(settings.allow_networks)

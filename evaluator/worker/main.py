@@ -24,7 +24,7 @@ import cv2
 import orjson
 import structlog
 
-from atserving import link, wire
+from atserving import link, malloc, wire
 from atserving.errors import ServingError, StartError
 from atserving.telemetry import configure_logging
 from atserving.v1 import evaluator_pb2
@@ -72,6 +72,7 @@ class Worker:
             return
         # Conversion and planning took far more than what follows will.
         memory.give_back()
+        malloc.keep_freed()
         # The supervisor needs the longest calls to detect a stuck one.
         longest_s = [runner.longest_prepare_s, runner.longest_infer_s]
         self._send([link.frame(link.START, orjson.dumps({"plan": plan, "longest_s": longest_s}))])
