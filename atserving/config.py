@@ -22,6 +22,9 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"
 DEFAULT_APP_METADATA_KEY = f"{PREFIX}app/default/metadata"
 DEFAULT_WORKER_KEY = f"{PREFIX}worker/default"
 
+_TRUE, _FALSE = ("1", "on", "t", "true", "y", "yes"), ("0", "off", "f", "false", "n", "no")
+_TEXTS = {"name", "version", "file", "desc", "lastmodified", "app", "id"}
+
 _GO_UNITS_NS = {"ns": 1, "us": 1e3, "µs": 1e3, "ms": 1e6, "s": 1e9, "m": 60e9, "h": 3600e9}
 _GO_PART = r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)"
 _MAX_DURATION = timedelta(hours=1)
@@ -136,8 +139,17 @@ class Owner(_Value, frozen=True, kw_only=True):
     uid: int
 
 
+def _truth(value: object) -> object:
+    """Take the words that mean true or false, too: a rule that closes an app must not be lost for its spelling."""
+    if isinstance(value, str):
+        return {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}.get(value.lower(), value)
+    return bool(value) if value in (0, 1) else value
+
+
 class AppMetadata(_Value, frozen=True, kw_only=True):
     """The access rights of an app: ``/ava/serving/app/metadata/<app>``, or ``/ava/serving/app/default/metadata``."""
+
+    readers = {"public": _truth}
 
     public: bool | None = None
     owner: Owner | None = None
@@ -185,6 +197,15 @@ _T = TypeVar("_T", bound=_Value)
 
 def release_key(app: str, version: str) -> str:
     return f"{PREFIX}eval/{app}/{version}"
+
+
+CLOSED = AppMetadata(public=False)
+"""What malformed access rules count as."""
+
+
+def is_access_rules(key: str) -> bool:
+    """Return whether a key holds the access rules of an app, or those of all apps."""
+    return key == DEFAULT_APP_METADATA_KEY or key.startswith(app_metadata_key(""))
 
 
 def instance_key(app: str, version: str, id_: str) -> str:
@@ -254,6 +275,10 @@ def _validate(kind: type[_T], fields: dict[str, Any], expected: dict[str, str]) 
 def validate(kind: type[_T], fields: Mapping[str, Any]) -> _T:
     """Return a value of ``kind`` from its fields. Raises MalformedConfig, which names the first wrong field."""
     read = dict(fields)
+    for name, value in read.items():
+        # msgspec would take the text for null, which opens what the field closes.
+        if isinstance(value, str) and value.lower() == "null" and name not in _TEXTS:
+            raise MalformedConfig(f"{name}: is the text {value!r}")
     for name, reader in kind.readers.items():
         if read.get(name) is not None:
             try:

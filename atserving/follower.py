@@ -11,7 +11,7 @@ import grpc.aio
 import structlog
 
 from atserving import transport
-from atserving.config import ConfigValue, MalformedConfig, parse
+from atserving.config import CLOSED, ConfigValue, MalformedConfig, is_access_rules, parse
 from atserving.peers import Peers
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 
@@ -102,6 +102,8 @@ class ConfigFollower:
                 upserts[entry.key] = parse(entry.key, entry.value_json)
             except MalformedConfig as error:
                 log.warning("config skipped", key=entry.key, reason=str(error))
+                if is_access_rules(entry.key) and entry.key not in self.entries:
+                    upserts[entry.key] = CLOSED
         deletes = set(response.deletes)
         if response.reset:
             deletes = self.entries.keys() - {entry.key for entry in response.upserts}

@@ -3,7 +3,8 @@
 Three invariants hold at any time:
 
 1. ``entries`` equals the store at ``revision``, but with well-formed values only. A key with a malformed value is in
-   ``malformed``, and its entry keeps the last good value since the key was created.
+   ``malformed``, and its entry keeps the last good value since the key was created. Access rules without one are
+   closed.
 2. A subscriber that applies its steps in order has the ``entries`` of the last step.
 3. A slow subscriber delays nobody.
 """
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from atserving.config import ConfigValue, MalformedConfig, app_of, parse
+from atserving.config import CLOSED, ConfigValue, MalformedConfig, app_of, is_access_rules, parse
 
 log = structlog.get_logger()
 
@@ -148,6 +149,9 @@ class View:
             if self.malformed.get(put.key) != str(error):
                 log.warning("config skipped", key=put.key, reason=str(error), last_good_kept=put.key in self.entries)
             self.malformed[put.key] = str(error)
+            if put.key not in self.entries and is_access_rules(put.key):
+                # Rules that nobody can read close the app; without an entry it would be open to all.
+                self.entries[put.key] = Entry(CLOSED.to_json(), CLOSED, put.created)
             return
         self.malformed.pop(put.key, None)
         self.entries[put.key] = Entry(put.value.decode(), value, put.created)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atserving.config import PREFIX, MalformedConfig, parse
+from atserving.config import CLOSED, PREFIX, AppMetadata, MalformedConfig, parse
 from registry.view import Change, Delete, Delta, Put, Subscription, View
 
 KEYS = [
@@ -212,3 +212,17 @@ def test_deeply_nested_values_are_read_or_refused(depth: int) -> None:
     view = synced_view()
     view.apply([Put(KEYS[1], b'{"file":"file:///1","custom_values":{"a":' + b"[" * depth + b"]" * depth + b"}}", 2)], 2)
     assert (KEYS[1] in view.entries) == (KEYS[1] not in view.malformed) == (depth == 200)
+
+
+def test_malformed_access_rules_close_an_app_until_they_are_mended() -> None:
+    view = View()
+    for key in ("/ava/serving/app/metadata/a", "/ava/serving/app/default/metadata"):
+        view.apply([Put(key, b'{"public": "perhaps"}', 1)], 1)
+        assert view.entries[key].value == CLOSED
+        assert key in view.malformed
+        view.apply([Put(key, b'{"public": true}', 1)], 2)
+        assert view.entries[key].value == AppMetadata(public=True)
+        view.apply([Put(key, b"{", 1)], 3)
+        assert view.entries[key].value == AppMetadata(public=True)
+        view.apply([Delete(key)], 4)
+        assert key not in view.entries

@@ -131,3 +131,14 @@ def test_a_name_has_no_newline_slash_or_leading_dot(name: str) -> None:
     assert not config.is_name(name + "\n")
     assert not config.is_name(name + "/")
     assert not config.is_name("." + name)
+
+
+@pytest.mark.parametrize("word", [False, 0, "off", "OFF", "no", "n", "f", "false", "0"])
+def test_every_word_for_no_closes_an_app(word: object) -> None:
+    assert config.parse("/ava/serving/app/metadata/a", orjson.dumps({"public": word})) == config.CLOSED
+
+
+@pytest.mark.parametrize("field", ["public", "owner", "user_whitelist", "batch_size"])
+def test_the_text_null_is_no_null(field: str) -> None:
+    with pytest.raises(MalformedConfig, match=field):
+        config.parse("/ava/serving/app/metadata/a", orjson.dumps({field: "Null"}))
