@@ -58,9 +58,13 @@ class _Batch:
             outcome = await self._outcome(self._tasks[index])
             if isinstance(outcome, ResourceExhausted):
                 if self._running or self._tries or time.monotonic() - self._got_on_s < _PATIENCE_S:
-                    self._left.appendleft(index)
+                    # Behind those of other apps, which may have room.
+                    self._left.append(index)
                     await self._wait()
                     continue
+                task = self._tasks[index]
+                assert isinstance(task, Task)
+                self._dispatcher.finished(task, self._call, "", outcome.code, outcome.message)
             else:
                 self._got_on_s = time.monotonic()
             self._outcomes[index] = outcome
@@ -81,8 +85,8 @@ class _Batch:
             self._running -= 1
 
     async def _wait(self) -> None:
-        """Wait until a task of the batch is done. If none runs, one worker tries again after a moment."""
-        if self._running or self._tries:
+        """Wait until a task of the batch is done. One worker tries again after a moment in any case."""
+        if self._tries:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append(waiter)
             await waiter

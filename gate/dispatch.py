@@ -87,14 +87,16 @@ class Dispatcher:
         self._requests = RequestLog("gate")
 
     async def eval(self, task: Task, call: CallContext) -> EvalResult:
-        """Return the result of a task, and log one line for it. Raises a ServingError."""
+        """Return the result of a task, and log one line for it, unless it may try again. Raises a ServingError."""
         answer: EvalResult | None = None
         code, reason = 0, ""
+        waits = False
         try:
             answer = await self._eval(task, call)
             return answer
         except ServingError as error:
             code, reason = error.code, error.message
+            waits = call.batched and isinstance(error, ResourceExhausted)
             raise
         except asyncio.CancelledError:
             code, reason = 499, "the caller has gone"
@@ -104,16 +106,21 @@ class Dispatcher:
             log.exception("request failed", reqid=call.reqid)
             raise Internal("the gate failed on this request") from None
         finally:
-            fields = {
-                "reqid": call.reqid,
-                "app": task.app[:_MOST_NAME_CHARS],
-                "version": answer.version if answer else task.version[:_MOST_NAME_CHARS],
-                "code": code,
-                "reason": reason[:_MOST_REASON_CHARS] if reason else reason,
-                "traceparent": call.traceparent,
-                "total_ms": round((time.monotonic() - call.started) * 1e3, 2),
-            }
-            self._requests.write("info", "request finished", fields)
+            if not waits:
+                self.finished(task, call, answer.version if answer else "", code, reason)
+
+    def finished(self, task: Task, call: CallContext, version: str, code: int, reason: str) -> None:
+        """Log the end of a task. A batch does it for a task that found no place until the batch gave it up."""
+        fields = {
+            "reqid": call.reqid,
+            "app": task.app[:_MOST_NAME_CHARS],
+            "version": version or task.version[:_MOST_NAME_CHARS],
+            "code": code,
+            "reason": reason[:_MOST_REASON_CHARS],
+            "traceparent": call.traceparent,
+            "total_ms": round((time.monotonic() - call.started) * 1e3, 2),
+        }
+        self._requests.write("info", "request finished", fields)
 
     async def _eval(self, task: Task, call: CallContext) -> EvalResult:
         if not self._synced.is_set():

@@ -242,7 +242,7 @@ def _large_typed_eval(call: Call) -> Task | None:
     if (cut := _cut(call, path)) is None:
         return None
     request = parsed(serving_pb2.EvalRequest(), cut[0])
-    if len(request.data) > 1 or request.data[0].attribute_json:
+    if len(request.data) > 1 or request.group or request.params_json or request.data[0].attribute_json:
         return None
     return Task(request.app, request.version, evaluator_pb2.InferRequest(), cut[1])
 

@@ -101,6 +101,15 @@ async def test_a_large_body_gives_the_answer_of_a_small_one(
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
+async def test_fields_in_another_order_than_usual_count_too(
+    channel: grpc.aio.Channel, serving: serving_pb2_grpc.ServingServiceAsyncStub
+) -> None:
+    head = serving_pb2.EvalRequest(app="digits", params_json='{"limit": 3}').SerializeToString()
+    body = serving_pb2.EvalRequest(data=[serving_pb2.Resource(body=LARGE)]).SerializeToString()
+    method = channel.unary_unary("/atserving.v1.ServingService/Eval", None, serving_pb2.EvalResponse.FromString)
+    assert (await method(head + body)).result_json.count('"class"') == 3
+
+
 async def test_the_callers_deadline_limits_the_call(
     serving: serving_pb2_grpc.ServingServiceAsyncStub, mesh: Mesh
 ) -> None:

@@ -352,3 +352,25 @@ async def test_a_batch_without_a_place_is_told_that_the_instances_are_full(
         assert evaluator.hold
         evaluator.hold.set()
     assert [each.result() for each in others] == ['"a:"'] * 6
+
+
+async def test_a_full_app_keeps_no_task_of_another_waiting(mesh: Mesh) -> None:
+    full = Evaluator("a", hold=asyncio.Event())
+    await mesh.add(full)
+    mesh.put(release_key("other", "v1"), Release(name="other", version="v1", file="file:///x", phase="production"))
+    answered = (other := Evaluator("b")).received
+    free = ScriptedInstance(other.infer, "other", "v1", "b")
+    instance = await free.start()
+    mesh.put(instance.key, instance)
+    async with asyncio.TaskGroup() as group:
+        others = [group.create_task(mesh.eval()) for _ in range(6)]
+        await until(lambda: full.in_flight == 6)
+        tasks = [*(task() for _ in range(8)), *(task(app="other") for _ in range(2))]
+        results = group.create_task(run_batch(mesh.dispatcher, tasks, CallContext("reqid", Caller()), concurrency=4))
+        # They are answered while every task before them still waits.
+        await until(lambda: len(answered) == 2)
+        assert full.hold
+        full.hold.set()
+    assert all(isinstance(each, EvalResult) for each in results.result())
+    assert [each.result() for each in others] == ['"a:"'] * 6
+    await free.stop()
