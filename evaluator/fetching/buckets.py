@@ -15,6 +15,7 @@ from atserving.errors import InvalidArgument, ResourceUnreachable, ServingError
 from atserving.uris import QiniuUri
 from evaluator.fetching.addresses import AddressRefused
 from evaluator.fetching.qiniu import QiniuConfig, checked_base, sign
+from evaluator.fetching.statuses import is_refusal
 
 _LOOKUP_S = 5.0
 _LOOKUP_BYTES = 1 << 20
@@ -111,8 +112,3 @@ async def _body(response: aiohttp.ClientResponse) -> bytes:
     except asyncio.IncompleteReadError as whole:
         return whole.partial
     raise ResourceUnreachable("the bucket service's answer is too long")
-
-
-def is_refusal(status: int) -> bool:
-    """Whether a status blames the request: 4xx, or one of Kodo's own 6xx, such as 631 for an unknown bucket."""
-    return 400 <= status < 500 or 600 <= status < 700

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from atserving import uris
+from atserving.errors import ResourceUnreachable
 from evaluator.fetching.addresses import AddressPolicy
 from evaluator.limits import Budget, too_large
 
@@ -42,7 +43,9 @@ class ResourceFetcher:
 
     async def __aexit__(self, *_: object) -> None:
         if self._opening:
-            await (await self._opening).close()
+            await asyncio.wait({self._opening})
+            if not self._opening.exception():
+                await self._opening.result().close()
 
     async def fetch(self, uri: str, budget: Budget | None = None) -> bytes:
         """Fetch a resource and take its bytes from ``budget``, the request's (None: this is its only resource).
@@ -53,8 +56,13 @@ class ResourceFetcher:
         if uris.scheme(uri) == "data":
             return self.decode(uri, budget)
         if not self._http:
-            self._opening = self._opening or asyncio.create_task(self._open())
-            self._http = await asyncio.shield(self._opening)
+            self._opening = opening = self._opening or asyncio.create_task(self._open())
+            try:
+                self._http = await asyncio.shield(opening)
+            except (OSError, ImportError) as error:
+                # The next request tries again: files may have been short.
+                self._opening = None
+                raise ResourceUnreachable(f"the HTTP client could not be loaded: {error}") from None
         return await self._http.fetch(uri, budget)
 
     def decode(self, uri: str, budget: Budget) -> bytes:

@@ -61,8 +61,10 @@ def for_built_in(load: LoadNet, config: NetConfig, known: Plan | None = None) ->
         raise StartError(f"model_params.engines is {engines}, should be at most {MAX_THREADS // 2}")
     if known:
         net, plan = _Net(load, config, known.threads), known
-        if known.wide:
-            net.runner.wide = _Net(load, config, cpus.available()).runner
+        if known.wide and _has_memory(config):
+            wide = _Net(load, config, cpus.available())
+            wide.warm_up(1)
+            net.runner.wide = wide.runner
     elif config.use_device != "CPU":
         net = _Net(load, config, 0)
         plan = Plan(engines or 1, 0, net.runner.batch_size, _preparers(engines or 1))
@@ -116,18 +118,26 @@ def _split(load: LoadNet, config: NetConfig, nets: dict[int, _Net], measured: di
         cost_s = nets[threads].cost_s(available // threads, 1, measured)
         if cost_s * _MIN_GAIN < least_s:
             best, least_s = (available // threads, threads), cost_s
+        # Only those that may be taken stay loaded: a large net takes much memory.
+        for each in nets.keys() - {1, best[1], available}:
+            del nets[each]
     return best
 
 
 def _widen(config: NetConfig, net: _Net, wide: _Net, measured: dict[str, float]) -> bool:
     """Give a net another session for lone requests, if that is faster and there is memory. Raises StartError."""
-    weights = config.tar_files.get("weight.caffemodel")
-    if weights and weights.stat().st_size * _WIDE_FACTOR > memory.available_bytes():
+    if not _has_memory(config):
         return False
     if wide.alone_s(measured) * _MIN_WIDE_GAIN > net.alone_s(measured):
         return False
     net.runner.wide = wide.runner
     return True
+
+
+def _has_memory(config: NetConfig) -> bool:
+    """Return whether there is memory for another session."""
+    weights = config.tar_files.get("weight.caffemodel")
+    return not weights or weights.stat().st_size * _WIDE_FACTOR <= memory.available_bytes()
 
 
 def _name(engines: int, threads: int, size: int) -> str:
