@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,11 +14,10 @@ from pathlib import Path
 import pytest
 
 from atserving.local.examples import ROOT
-from bench.peers import __main__ as peers
-from bench.peers import rounds, servers
+from bench.peers import rounds
 from bench.peers.figures import figures, table
 from bench.peers.rounds import OURS, SHORT, Bench, Row
-from bench.peers.settings import FASTAPI, MOSEC
+from bench.peers.settings import MOSEC
 
 ROW = Row("tiny", 32, OURS, 100.0, 2.0, 3.0, 0, 0, {"gate": 60.0, "load generator": 9.0}, 0.0)
 
@@ -41,15 +41,27 @@ def test_a_short_run_compares_the_mesh_with_its_peers(tmp_path: Path) -> None:
     assert "| net | callers | server |" in run.stdout
 
 
-def test_a_wrong_answer_spoils_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    # Its first answer is right, those under load are not.
-    broken = (*servers.COMMANDS[FASTAPI][:2], "tests.bench.broken_peer:app", *servers.COMMANDS[FASTAPI][3:])
-    monkeypatch.setattr(servers, "COMMANDS", {FASTAPI: broken})
-    monkeypatch.setattr(peers, "SHORT", replace(SHORT, cases=(("tiny", 1, (FASTAPI,)),), rounds=1, seconds=0.05))
-    monkeypatch.setattr(sys, "argv", ["bench.peers"])
-    with pytest.raises(SystemExit, match=r"0 answers were refused and \d+ wrong"):
-        peers.main()
-    assert "| tiny | 1 | fastapi | 0 |" in capsys.readouterr().out
+BROKEN = """
+import sys
+from dataclasses import replace
+from bench.peers import __main__ as peers, servers
+from bench.peers.settings import FASTAPI
+
+# Its first answer is right, those under load are not.
+command = servers.COMMANDS[FASTAPI]
+servers.COMMANDS = {FASTAPI: (*command[:2], "tests.bench.broken_peer:app", *command[3:])}
+peers.SHORT = replace(peers.SHORT, cases=(("tiny", 1, (FASTAPI,)),), rounds=1, seconds=0.05)
+sys.argv = ["bench.peers"]
+peers.main()
+"""
+
+
+def test_a_wrong_answer_spoils_the_run() -> None:
+    # In a process of its own, as the command sets up the log.
+    run = subprocess.run([sys.executable, "-c", BROKEN], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert re.search(r"0 answers were refused and \d+ wrong", run.stderr)
+    assert "| tiny | 1 | fastapi | 0 |" in run.stdout
 
 
 def bench(measured: Sequence[Row], seconds_left: float = 60) -> Bench:
