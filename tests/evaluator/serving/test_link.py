@@ -374,15 +374,15 @@ async def test_idle_link_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_peer_that_does_not_say_who_it_is_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "_HELLO_S", 0.05)
     async with serving(Echo()) as (_, connection, port):
+        # This gate has said it, with time enough.
+        await ask(connection, "x")
+        monkeypatch.setattr(link, "_HELLO_S", 0.05)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(link.PREFACE + link.frame(link.ALIVE))
         await disconnected(reader)
         writer.close()
-        # A gate that did stays.
-        await asyncio.sleep(0.1)
-        await ask(connection, "x")
+        await ask(connection, "y")
 
 
 async def test_a_frame_takes_memory_only_as_it_arrives() -> None:
