@@ -35,7 +35,7 @@ _IDLE = (
     "Thread.run (",
     "_worker (concurrent/futures/",
     "wait (threading.py",
-    "_run_safe_shutdown_loop (",
+    "_ChannelShutdownManager._run_safe_shutdown_loop (",
     "Worker._watch (",
 )
 
