@@ -89,7 +89,7 @@ class Detect(ImageNet):
         if not np.isfinite(rows).all():
             return {"code": 500, "message": "the net's output is not finite"}
         rows = rows[np.argsort(-rows[:, 1], kind="stable")]
-        corners, inside = _corners(rows[:, 2:], self.transformer.window, size)
+        corners, inside = _corners(rows[:, 2:], self.geometry.window, size)
         detections = [
             self._detection(int(row[0]), float(row[1]), pts)
             for row, pts, is_inside in zip(rows, corners.tolist(), inside, strict=True)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
-
-import onnx
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from atserving.errors import InvalidArgument, StartError
 from evaluator.images import Pixels, read
 from evaluator.net_config import NetConfig
 from evaluator.net_contract import Req, Ret
 from evaluator.nets import labels
-from evaluator.runtime import input_graph, preprocessing
 from evaluator.runtime.device import Device
 from evaluator.runtime.engine import Engine
-from evaluator.runtime.net import Net, converted
+from evaluator.runtime.graph import Graph, made_apart
+from evaluator.runtime.net import Net
+from evaluator.runtime.preprocessing import Geometry
+
+if TYPE_CHECKING:
+    import onnx
 
 
 class ImageNet(ABC):
@@ -32,18 +34,17 @@ class ImageNet(ABC):
     def __init__(self, config: NetConfig, outputs: Sequence[str] = ()) -> None:
         """Load the net. ``outputs`` names inner blobs to have as outputs too. Raises StartError."""
         device = Device.of_release(config)
-        graph = converted(config, device, outputs)
-        shape = self._image_shape(graph)
-        self.transformer = preprocessing.transformer(config, shape)
-        input_graph.prepend(graph, self.transformer.arithmetic, on_cpu=device.is_cpu)
-        self.net = Net.of(Engine(graph, device))
+        self.net = Net.of(Engine(self._graph(config, device, outputs), device))
+        # The conversion has checked that they are fixed.
+        height, width, channels = (size or 0 for size in self.net.input_shape(self.net.inputs[0]))
+        self.geometry = Geometry((channels, height, width), config.image_width)
         self.batch_size: int | None = device.batch_size
-        self.input_size = (shape[2], shape[1])
+        self.input_size = (width, height)
         """The width and height of the net's input."""
         self._options = config.custom_values
         self._limits = config.limits
         reduced = config.custom_values.boolean("reduced_decode", False)
-        self._least_size = self.transformer.resized if reduced else None
+        self._least_size = self.geometry.resized if reduced else None
         self._labels = labels.read(config.tar_files.get("labels.csv"))
 
     @abstractmethod
@@ -58,18 +59,15 @@ class ImageNet(ABC):
         """Give back the memory that larger batches took. Runs the net once."""
         self.net.shrink()
 
-    def _image_shape(self, graph: onnx.ModelProto) -> tuple[int, int, int]:
-        """Return (channels, height, width) of the only input. Raises StartError."""
-        inputs = {
-            value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in graph.graph.input
-        }
-        sizes = next(iter(inputs.values()), [])[1:]
-        if len(inputs) != 1 or len(sizes) != 3 or 0 in sizes:
-            raise StartError(
-                f"{self.name} takes nets with one image input of a fixed size; this one has {list(inputs)}"
-            )
-        channels, height, width = sizes
-        return channels, height, width
+    def _graph(self, config: NetConfig, device: Device, outputs: Sequence[str]) -> Graph:
+        """Convert the net. Raises StartError."""
+
+        def make() -> onnx.ModelProto:
+            from evaluator.runtime import conversion
+
+            return conversion.for_pixels(config, device, outputs, self.name)
+
+        return made_apart(make, config.workspace / "net.onnx") if config.workspace else Graph.of(make())
 
     def output(self, holds: str) -> str:
         """Return the output that ``custom_values.output`` names, or else the net's only one. Raises StartError."""
@@ -88,7 +86,7 @@ class ImageNet(ABC):
         if isinstance(data, list):
             raise InvalidArgument(f"{self.name} takes one image, not a list of them")
         picture = read(data["body"], self._limits, self._least_size)
-        return self.transformer.pixels(picture.pixels), picture.size
+        return self.geometry.pixels(picture.pixels), picture.size
 
     def class_name(self, index: int) -> str:
         """Return the name in ``labels.csv``; the index as text if there is none."""

@@ -85,7 +85,7 @@ class Segment(ImageNet):
 
     def _box(self, size: tuple[int, int]) -> tuple[slice, slice]:
         """Return the part of an image that the net sees, as rows and columns."""
-        left, top, right, bottom = np.rint(np.array(self.transformer.window) * np.tile(size, 2)).astype(int)
+        left, top, right, bottom = np.rint(np.array(self.geometry.window) * np.tile(size, 2)).astype(int)
         return slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1))
 
     def _whole_labels(self, seen: Labels, size: tuple[int, int]) -> Labels:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
 from atserving.errors import StartError
 from evaluator.runtime import cpus, gpu
 from evaluator.runtime.device import CPU, Device
+from evaluator.runtime.graph import Graph
 
 Array = NDArray[np.float32]
 
@@ -41,9 +41,9 @@ class TensorSpec:
 class Engine:
     """One onnxruntime session. Safe in several threads."""
 
-    def __init__(self, model: onnx.ModelProto, device: Device = CPU) -> None:
+    def __init__(self, graph: Graph, device: Device = CPU) -> None:
         """Raises StartError if onnxruntime can't load the graph or has no such device; there is no fallback."""
-        self._session = _session(model, device)
+        self._session = _session(graph, device)
         self._on_cpu = device.is_cpu
         self._has_arena = device.is_cpu and device.arena
         self.inputs = [_tensor_spec(value) for value in self._session.get_inputs()]
@@ -80,13 +80,11 @@ class Engine:
         return results
 
 
-def _session(model: onnx.ModelProto, device: Device) -> onnxruntime.InferenceSession:
-    providers = ["CPUExecutionProvider"] if device.is_cpu else gpu.providers(device, model)
+def _session(graph: Graph, device: Device) -> onnxruntime.InferenceSession:
+    providers = ["CPUExecutionProvider"] if device.is_cpu else gpu.providers(device, graph)
     try:
         # With the fallback onnxruntime would silently use the CPU, at start or after a failed batch.
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), _options(device), providers=providers, enable_fallback=0
-        )
+        session = onnxruntime.InferenceSession(graph.source, _options(device), providers=providers, enable_fallback=0)
     except Exception as error:
         # onnxruntime's errors have no useful common type; all mean that the graph or the device is unusable.
         missing = None if device.is_cpu else gpu.missing(device, error)

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
 from atserving.errors import StartError
 from evaluator.runtime.device import Device
+from evaluator.runtime.graph import Graph
+
+if TYPE_CHECKING:
+    import onnx
 
 _CUDA = "CUDAExecutionProvider"
 _TENSORRT = "TensorrtExecutionProvider"
@@ -23,8 +26,8 @@ _CPU = "CPUExecutionProvider"
 _ERRORS_ONLY = 3
 
 
-def providers(device: Device, model: onnx.ModelProto) -> list[Any]:
-    """Return the execution providers for ``model``, best first. The CPU runs operators without a GPU kernel.
+def providers(device: Device, graph: Graph) -> list[Any]:
+    """Return the execution providers for ``graph``, best first. The CPU runs operators without a GPU kernel.
 
     Raises StartError if this build of onnxruntime lacks the provider.
     """
@@ -40,7 +43,7 @@ def providers(device: Device, model: onnx.ModelProto) -> list[Any]:
     onnxruntime.preload_dlls()
     wanted: list[Any] = [(_CUDA, _cuda_options(device)), _CPU]
     if device.tensorrt:
-        wanted.insert(0, (_TENSORRT, _tensorrt_options(device, model)))
+        wanted.insert(0, (_TENSORRT, _tensorrt_options(device, graph)))
     return wanted
 
 
@@ -57,14 +60,14 @@ def _cuda_options(device: Device) -> dict[str, Any]:
     return options
 
 
-def _tensorrt_options(device: Device, model: onnx.ModelProto) -> dict[str, Any]:
+def _tensorrt_options(device: Device, graph: Graph) -> dict[str, Any]:
     """Give profiles for all batches up to the largest: TensorRT would rebuild its engine for another size."""
     options: dict[str, Any] = {
         "device_id": device.index,
         "trt_fp16_enable": device.fp16,
-        "trt_profile_min_shapes": _shapes(model, 1),
-        "trt_profile_opt_shapes": _shapes(model, device.batch_size),
-        "trt_profile_max_shapes": _shapes(model, device.batch_size),
+        "trt_profile_min_shapes": _shapes(graph, 1),
+        "trt_profile_opt_shapes": _shapes(graph, device.batch_size),
+        "trt_profile_max_shapes": _shapes(graph, device.batch_size),
     }
     if device.cache:
         device.cache.mkdir(parents=True, exist_ok=True)
@@ -77,12 +80,10 @@ def _tensorrt_options(device: Device, model: onnx.ModelProto) -> dict[str, Any]:
     return options
 
 
-def _shapes(model: onnx.ModelProto, batch: int) -> str:
+def _shapes(graph: Graph, batch: int) -> str:
     """Format the inputs' shapes for TensorRT's provider, ``name:1x3x224x224,...``; an axis that is not fixed is 1."""
-    shapes = {
-        value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim] for value in model.graph.input
-    }
-    return ",".join(f"{name}:{'x'.join(map(str, [batch, *sizes[1:]]))}" for name, sizes in shapes.items())
+    shapes = {name: [batch, *(size or 1 for size in sizes[1:])] for name, sizes in graph.inputs.items()}
+    return ",".join(f"{name}:{'x'.join(map(str, sizes))}" for name, sizes in shapes.items())
 
 
 def refuse_less(device: Device, got: Iterable[str]) -> None:

@@ -7,22 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from atserving.errors import StartError
-from evaluator.caffe import ConversionError, convert
 from evaluator.net_config import NetConfig
-from evaluator.runtime import gpu
 from evaluator.runtime.device import Device
 from evaluator.runtime.engine import Array, Engine
+from evaluator.runtime.graph import Graph
 
 TEST = 1
 """pycaffe's name for the only phase that exists here."""
-
-
-PROTOTXT = "deploy.prototxt"
-CAFFEMODEL = "weight.caffemodel"
 
 
 class Blob:
@@ -38,25 +32,6 @@ class Blob:
     def reshape(self, *shape: int) -> None:
         """Resize the blob; its values are lost."""
         self.data = np.zeros(shape, self.data.dtype)
-
-
-def converted(config: NetConfig, device: Device, outputs: Sequence[str] = ()) -> onnx.ModelProto:
-    """Convert the net of a release to ONNX; see :class:`Net` for ``outputs``. Raises StartError.
-
-    Its inputs and outputs are float32, also if ``device`` computes in float16.
-    """
-    for name in (PROTOTXT, CAFFEMODEL):
-        if name not in config.tar_files:
-            raise StartError(f"the release's tar has no {name}")
-    model = _converted(config.tar_files[PROTOTXT], config.tar_files[CAFFEMODEL], outputs)
-    return gpu.halved(model) if device.halves_graph else model
-
-
-def _converted(prototxt: str | Path, caffemodel: str | Path, outputs: Sequence[str]) -> onnx.ModelProto:
-    try:
-        return convert(Path(prototxt), Path(caffemodel), outputs=outputs)
-    except ConversionError as error:
-        raise StartError(f"the net can't be converted: {error}") from error
 
 
 class Net:
@@ -79,8 +54,11 @@ class Net:
     ) -> None:
         if phase != TEST:
             raise StartError("a net can only be loaded for testing")
+        # A process that only runs nets does without it.
+        from evaluator.runtime import conversion
+
         device = Device(use_device, intra_op_threads=intra_op_threads)
-        self._use(Engine(_converted(prototxt, caffemodel, outputs), device))
+        self._use(Engine(Graph.of(conversion.of_files(prototxt, caffemodel, outputs)), device))
 
     @classmethod
     def of(cls, engine: Engine) -> Net:
@@ -92,8 +70,10 @@ class Net:
     @staticmethod
     def load(config: NetConfig, outputs: Sequence[str] = ()) -> Net:
         """Load the net of a release; see the class for ``outputs``. Raises StartError."""
+        from evaluator.runtime import conversion
+
         device = Device.of_release(config)
-        return Net.of(Engine(converted(config, device, outputs), device))
+        return Net.of(Engine(Graph.of(conversion.of_release(config, device, outputs)), device))
 
     def shrink(self) -> None:
         """Give back the memory that larger batches took. Runs the net once."""

@@ -10,8 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atserving.errors import StartError
-from evaluator.caffe import ConversionError
-from evaluator.caffe.caffemodel import read_blob
 from evaluator.images import Pixels
 from evaluator.net_config import NetConfig
 
@@ -45,37 +43,17 @@ class Arithmetic:
         return out
 
 
-class Transformer:
-    """Makes inputs for a net of shape (n, channels, height, width), with 3 channels (BGR) or 1 (grey).
+class Geometry:
+    """Makes the pixels for a net of shape (n, channels, height, width), with 3 channels (BGR) or 1 (grey)."""
 
-    It works in two steps: ``pixels`` resizes, crops and converts to grey, ``arithmetic`` does the rest.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        *,
-        image_width: int | None = None,
-        raw_scale: float = 1.0,
-        channel_swap: tuple[int, ...] | None = None,
-        mean: Planes | None = None,
-        input_scale: float = 1.0,
-    ) -> None:
-        """``shape`` is (channels, height, width); ``mean`` broadcasts to it, in the net's order of channels.
-
-        Raises StartError if these don't fit each other.
-        """
+    def __init__(self, shape: tuple[int, int, int], image_width: int | None = None) -> None:
+        """``shape`` is (channels, height, width). Raises StartError if no image can have it."""
         channels, self._height, self._width = shape
         if channels not in (1, 3):
             raise StartError(f"the net's input has {channels} channels, an image has 3 or, grey, 1")
         self._grey = channels == 1
         self.resized = self._resize_to(image_width)
         """The width and height of a resized image; the net sees its centre."""
-        self.arithmetic = Arithmetic(
-            np.float32(raw_scale * input_scale),
-            None if self._grey else channel_swap,
-            None if mean is None else mean * np.float32(input_scale),
-        )
 
     def _resize_to(self, image_width: int | None) -> tuple[int, int]:
         if image_width is None:
@@ -101,6 +79,31 @@ class Transformer:
         resized = np.atleast_3d(cv2.resize(image, self.resized, interpolation=cv2.INTER_LINEAR))
         left, top = (self.resized[0] - self._width) // 2, (self.resized[1] - self._height) // 2
         return resized[top : top + self._height, left : left + self._width].astype(np.uint8, copy=False)
+
+
+class Transformer(Geometry):
+    """Makes inputs for a net in two steps: ``pixels`` as above, then ``arithmetic``."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        *,
+        image_width: int | None = None,
+        raw_scale: float = 1.0,
+        channel_swap: tuple[int, ...] | None = None,
+        mean: Planes | None = None,
+        input_scale: float = 1.0,
+    ) -> None:
+        """``shape`` is (channels, height, width); ``mean`` broadcasts to it, in the net's order of channels.
+
+        Raises StartError if these don't fit each other.
+        """
+        super().__init__(shape, image_width)
+        self.arithmetic = Arithmetic(
+            np.float32(raw_scale * input_scale),
+            None if self._grey else channel_swap,
+            None if mean is None else mean * np.float32(input_scale),
+        )
 
     def __call__(self, pixels: Pixels) -> Planes:
         """Convert (height, width, 3) BGR uint8 of any size to (channels, height, width) float32, contiguous."""
@@ -136,6 +139,10 @@ def transformer(config: NetConfig, shape: tuple[int, int, int]) -> Transformer:
 
 def read_mean(path: Path) -> Planes:
     """Read a ``mean.binaryproto`` as (channels, height, width) float32. Raises StartError."""
+    # A process that only runs nets does without the converter.
+    from evaluator.caffe import ConversionError
+    from evaluator.caffe.caffemodel import read_blob
+
     try:
         mean = read_blob(path)
     except ConversionError as error:

@@ -16,7 +16,7 @@ from atserving.errors import InvalidArgument
 from evaluator.net_contract import Ret
 from evaluator.nets import detect
 from evaluator.nets.image_input import ImageNet
-from evaluator.runtime.preprocessing import Transformer
+from evaluator.runtime.preprocessing import Geometry
 from tests.caffe.nets import MODELS, input_layer, layer
 from tests.evaluator.built_in import Array, config, evaluate, files, loaded, start_error, with_outputs
 
@@ -136,11 +136,11 @@ def test_boxes_of_a_cropped_input_refer_to_the_whole_image(quarters: dict[str, P
 
 
 def detections(
-    *rows: list[float], requests: int = 1, size: tuple[int, int] = (100, 50), transformer: Transformer | None = None
+    *rows: list[float], requests: int = 1, size: tuple[int, int] = (100, 50), geometry: Geometry | None = None
 ) -> list[Ret]:
     """Return the rets for the rows of a DetectionOutput, one per request for an image of that size."""
     outputs = {"out": np.array(rows).reshape(1, 1, -1, 7)}
-    attributes: dict[str, Any] = {"transformer": transformer} if transformer else {}
+    attributes: dict[str, Any] = {"geometry": geometry} if geometry else {}
     net = with_outputs("detect", outputs, head=detect.DetectionOutput("out"), **attributes)
     return net.infer("r", [detect.Input(np.zeros((2, 2, 3), np.uint8), size, 0.0)] * requests)
 
@@ -169,8 +169,8 @@ def test_boxes_are_clipped_to_the_image_and_boxes_outside_are_dropped() -> None:
 def test_corners_are_clockwise_from_top_left_and_inside_images_of_any_size(
     size: tuple[int, int], input_size: tuple[int, int], margin: int, box: tuple[float, ...]
 ) -> None:
-    transformer = Transformer((3, *input_size), image_width=input_size[1] + margin)
-    for each in detections([0, 1, 0.9, *box], size=size, transformer=transformer)[0]["result"]["detections"]:
+    geometry = Geometry((3, *input_size), input_size[1] + margin)
+    for each in detections([0, 1, 0.9, *box], size=size, geometry=geometry)[0]["result"]["detections"]:
         (left, top), _, (right, bottom), _ = each["pts"]
         assert each["pts"] == [[left, top], [right, top], [right, bottom], [left, bottom]]
         assert 0 <= left <= right < size[0]

@@ -16,7 +16,7 @@ from atserving.errors import InvalidArgument
 from evaluator.net_contract import Ret
 from evaluator.nets import segment
 from evaluator.nets.palette import palette
-from evaluator.runtime.preprocessing import Transformer
+from evaluator.runtime.preprocessing import Geometry
 from tests.caffe.nets import input_layer, layer
 from tests.evaluator.built_in import Array, config, evaluate, files, loaded, start_error, with_outputs
 
@@ -200,8 +200,8 @@ def test_mask_and_outlines_fit_images_of_any_size(
     random = np.random.default_rng(seed)
     shape = (classes, *random.integers(1, 9, 2))
     output = random.normal(0, 3, shape) if classes > 1 else random.integers(0, 4, shape)
-    transformer = Transformer((3, *input_size), image_width=input_size[1] + margin)
-    ret = of_map(output, size=size, transformer=transformer, _background=int(random.integers(-1, 2)))
+    geometry = Geometry((3, *input_size), input_size[1] + margin)
+    ret = of_map(output, size=size, geometry=geometry, _background=int(random.integers(-1, 2)))
     colours = mask(ret)
     assert colours.shape == (size[1], size[0], 3)
     for each in ret["result"]["detections"]:

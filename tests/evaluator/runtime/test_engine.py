@@ -12,6 +12,7 @@ from atserving.errors import StartError
 from atserving.local.examples import ROOT
 from evaluator.runtime.device import Device
 from evaluator.runtime.engine import Engine
+from evaluator.runtime.graph import Graph
 
 
 def model() -> onnx.ModelProto:
@@ -27,7 +28,7 @@ def model() -> onnx.ModelProto:
 
 
 def test_engine_gives_names_and_shapes_without_the_batch() -> None:
-    engine = Engine(model(), Device(intra_op_threads=1))
+    engine = Engine(Graph.of(model()), Device(intra_op_threads=1))
     assert [(blob.name, blob.shape) for blob in (*engine.inputs, *engine.outputs)] == [("data", (3,)), ("prob", (3,))]
 
 
@@ -35,7 +36,7 @@ def test_broken_graph_gives_an_error_of_one_line() -> None:
     broken = model()
     broken.graph.node[0].op_type = "NoSuchOperator"
     with pytest.raises(StartError, match="onnxruntime can't load the net on CPU") as error:
-        Engine(broken)
+        Engine(Graph.of(broken))
     assert "\n" not in str(error.value)
 
 
@@ -45,12 +46,13 @@ from pathlib import Path
 import numpy as np
 from evaluator.runtime.device import Device
 from evaluator.runtime.engine import Engine
+from evaluator.runtime.graph import Graph
 from tests.evaluator.runtime.test_engine import model
 
 def resident_mb():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
-engine = Engine(model(), Device(intra_op_threads=1, arena=sys.argv[1] == "True"))
+engine = Engine(Graph.of(model()), Device(intra_op_threads=1, arena=sys.argv[1] == "True"))
 # onnxruntime keeps what it allocated first.
 engine.run(["prob"], {"data": np.ones((1, 3), np.float32)})
 before_mb = resident_mb()

@@ -22,6 +22,7 @@ from evaluator.caffe import convert
 from evaluator.runtime import gpu
 from evaluator.runtime.device import Device
 from evaluator.runtime.engine import Engine
+from evaluator.runtime.graph import Graph
 from tests.caffe.nets import input_layer, layer, write_net
 from tests.evaluator.built_in import Array, config, evaluate, files, loaded
 
@@ -85,9 +86,9 @@ def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
 def test_gpu_gives_the_outputs_of_the_cpu(
     device: Device, tolerance: float, net: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    plain = Engine(graph(net))
+    plain = Engine(Graph.of(graph(net)))
     model = gpu.halved(graph(net)) if device.halves_graph else graph(net)
-    engine = Engine(model, replace(device, cache=tmp_path / "tensorrt"))
+    engine = Engine(Graph.of(model), replace(device, cache=tmp_path / "tensorrt"))
     expected = {size: plain.run(OUTPUTS, batch(size)) for size in BATCHES}
     for size in BATCHES:
         assert_near(engine.run(OUTPUTS, batch(size)), expected[size], tolerance)
@@ -116,7 +117,7 @@ def test_built_in_net_gives_the_same_result_on_gpu_and_cpu(tmp_path: Path) -> No
 @on_gpu
 def test_missing_gpu_fails_to_load(net: tuple[Path, Path]) -> None:
     with pytest.raises(StartError, match=f"use_device is GPU:{gpu.count()}, but the last GPU here is"):
-        Engine(graph(net), Device(f"GPU:{gpu.count()}"))
+        Engine(Graph.of(graph(net)), Device(f"GPU:{gpu.count()}"))
 
 
 def bound_runs(bound: onnxruntime.InferenceSession, sizes: Sequence[int]) -> list[list[Array]]:
@@ -157,9 +158,10 @@ def test_release_in_float16_keeps_pixels_and_means_in_float32(tmp_path: Path, mo
     models: list[onnx.ModelProto] = []
 
     class RecordingEngine(Engine):
-        def __init__(self, model: onnx.ModelProto, device: Device) -> None:
-            models.append(model)
-            super().__init__(model)
+        def __init__(self, graph: Graph, device: Device) -> None:
+            assert isinstance(graph.source, bytes)
+            models.append(onnx.load_from_string(graph.source))
+            super().__init__(graph)
 
     monkeypatch.setattr("evaluator.nets.image_input.Engine", RecordingEngine)
     release = config(
@@ -180,7 +182,7 @@ def test_options_of_the_release_reach_the_providers(
     names = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
     device = Device("GPU:1", tensorrt=True, fp16=True, gpu_mem_limit_mib=64, arena=False, cache=tmp_path / "cache")
-    (tensorrt, its), (cuda, options), cpu = gpu.providers(replace(device, batch_size=12), graph(net))
+    (tensorrt, its), (cuda, options), cpu = gpu.providers(replace(device, batch_size=12), Graph.of(graph(net)))
     assert [tensorrt, cuda, cpu] == names
     assert options == {
         "device_id": 1,
@@ -194,13 +196,13 @@ def test_options_of_the_release_reach_the_providers(
     assert its["trt_engine_cache_path"] == str(tmp_path / "cache")
     assert (its["device_id"], its["trt_fp16_enable"]) == (1, True)
     assert (tmp_path / "cache").is_dir()
-    assert [provider[0] for provider in gpu.providers(GPU, graph(net))[:1]] == ["CUDAExecutionProvider"]
+    assert [provider[0] for provider in gpu.providers(GPU, Graph.of(graph(net)))[:1]] == ["CUDAExecutionProvider"]
 
 
 @without_cuda
 def test_gpu_release_is_refused_by_an_onnxruntime_without_cuda(net: tuple[Path, Path]) -> None:
     with pytest.raises(StartError, match="use_device is GPU:1, but this onnxruntime has no CUDA"):
-        Engine(graph(net), Device("GPU:1"))
+        Engine(Graph.of(graph(net)), Device("GPU:1"))
 
 
 class FakeOnnxruntime:
@@ -274,5 +276,5 @@ def test_session_without_the_requested_provider_is_refused(
 ) -> None:
     FakeOnnxruntime(monkeypatch, gpus, session_providers, error)
     with pytest.raises(StartError, match=message) as raised:
-        Engine(graph(net), device)
+        Engine(Graph.of(graph(net)), device)
     assert "\n" not in str(raised.value)

@@ -15,6 +15,7 @@ from evaluator.fetching.unpack import unpack
 from evaluator.images import decode
 from evaluator.runtime import input_graph, preprocessing
 from evaluator.runtime.engine import Engine
+from evaluator.runtime.graph import Graph
 from evaluator.runtime.net import Net
 from tests.caffe.nets import input_layer, layer, write_net
 from tests.evaluator.built_in import config, evaluate, files, loaded, png
@@ -71,7 +72,7 @@ def test_graph_gives_the_numbers_of_the_transformer(
     transformer = preprocessing.transformer(config(release, **options), (channels, HEIGHT, WIDTH))
     graph = convert(release["deploy.prototxt"], release["weight.caffemodel"])
     input_graph.prepend(graph, transformer.arithmetic, on_cpu=on_cpu)
-    net = Net.of(Engine(graph))
+    net = Net.of(Engine(Graph.of(graph)))
     assert net.input_shape(net.inputs[0]) == (HEIGHT, WIDTH, channels)
     for count in (1, 4):
         batch = np.stack([transformer.pixels(image) for image in pictures(count)])
@@ -105,7 +106,7 @@ def test_added_nodes_have_names_unused_in_the_net(tmp_path: Path) -> None:
     graph = convert(*write_net(tmp_path, prototxt))
     transformer = preprocessing.transformer(config({}, mean_values=5), (3, HEIGHT, WIDTH))
     input_graph.prepend(graph, transformer.arithmetic)
-    net = Net.of(Engine(graph))
+    net = Net.of(Engine(Graph.of(graph)))
     (image,) = pictures(1)
     outputs = net.run({net.inputs[0]: transformer.pixels(image)[np.newaxis]})
     np.testing.assert_array_equal(outputs["pixels_"].reshape(3, HEIGHT, WIDTH), transformer(image))
