@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import grpc.aio
 import structlog
 
-from atserving import transport
+from atserving import lifecycle, transport
 from atserving.config import CLOSED, ConfigValue, MalformedConfig, is_access_rules, parse
 from atserving.peers import Peers
 from atserving.v1 import registry_pb2, registry_pb2_grpc
@@ -38,8 +38,7 @@ async def reminding(reason: Callable[[], str]) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await lifecycle.end([task])
 
 
 class ConfigFollower:

@@ -4,10 +4,51 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
+import structlog
+import uvloop
+
+log = structlog.get_logger()
+
 _T = TypeVar("_T")
+
+_AGAIN_S = 0.1
+_REMIND_TURNS = 50
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run ``main`` on an event loop of its own, and end every task that it leaves."""
+
+    async def whole() -> None:
+        try:
+            await main
+        finally:
+            await end(asyncio.all_tasks() - {asyncio.current_task()})
+
+    uvloop.run(whole())
+
+
+async def end(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
+    """Cancel tasks and wait for their end. Their results and errors are lost.
+
+    A task may miss a cancellation, which libraries swallow at times. It is cancelled until it has ended, so whoever
+    stops something comes to an end.
+    """
+    left: set[asyncio.Task[Any]] = {task for task in tasks if task}
+    turns = 0
+    while left:
+        for task in left:
+            task.cancel()
+        done, left = await asyncio.wait(left, timeout=_AGAIN_S)
+        for task in done:
+            if not task.cancelled():
+                # Otherwise asyncio logs that nobody has seen its error.
+                task.exception()
+        turns += 1
+        if turns % _REMIND_TURNS == 0:
+            log.warning("stop delayed", tasks=sorted(task.get_name() for task in left)[:10])
 
 
 def stop_signal() -> asyncio.Event:
@@ -31,8 +72,7 @@ async def until_stopped(stop: asyncio.Event, *tasks: asyncio.Task[None]) -> None
             task.result()
             raise RuntimeError("a background task ended by itself")
     finally:
-        stopping.cancel()
-        await asyncio.gather(stopping, return_exceptions=True)
+        await end([stopping])
 
 
 async def unless_stopped(work: Coroutine[Any, Any, _T], stop: asyncio.Event, *tasks: asyncio.Task[None]) -> _T | None:
@@ -50,6 +90,4 @@ async def unless_stopped(work: Coroutine[Any, Any, _T], stop: asyncio.Event, *ta
             return None
         return working.result()
     finally:
-        for task in (working, stopped):
-            task.cancel()
-        await asyncio.gather(working, stopped, return_exceptions=True)
+        await end([working, stopped])

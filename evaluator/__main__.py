@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import orjson
-import uvloop
 
+from atserving import lifecycle
 from atserving.cli import service
 from atserving.config import is_name
 from atserving.telemetry import configure_logging
@@ -153,7 +153,7 @@ def main(
         http=http,
         status_file=status_file,
     )
-    uvloop.run(run(settings))
+    lifecycle.run(run(settings))
 
 
 @click.command()

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import orjson
 
-from atserving import link
+from atserving import lifecycle, link
 from atserving.config import MalformedConfig, Release, validate
 from atserving.errors import DeadlineExceeded, ServingError, StartError
 from atserving.v1 import evaluator_pb2, serving_pb2
@@ -94,8 +94,7 @@ async def check(options: CheckOptions) -> Report:
                 data = await trial.ask_each(config.script is not None)
                 prepare_ms, by_batch_ms = await trial.timed(data)
             finally:
-                running.cancel()
-                await asyncio.wait({running})
+                await lifecycle.end([running])
         finally:
             await worker.close()
     return Report(

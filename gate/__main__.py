@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import click
 import structlog
-import uvloop
 
 from atserving import lifecycle, malloc
 from atserving.cli import service
@@ -73,9 +72,7 @@ async def serve(settings: GateSettings) -> None:
         await asyncio.sleep(settings.drain_s)
     finally:
         await server.stop(settings.grace_s)
-        for task in (following, tending):
-            task.cancel()
-        await asyncio.gather(following, tending, return_exceptions=True)
+        await lifecycle.end([following, tending])
         if ready:
             log.info("service stopped")
 
@@ -114,7 +111,7 @@ def main(
 ) -> None:
     configure_logging("gate", log_level)
     malloc.keep_freed()
-    uvloop.run(serve(GateSettings(registry, listen, wait, drain, grace, max_batch)))
+    lifecycle.run(serve(GateSettings(registry, listen, wait, drain, grace, max_batch)))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any, cast
 import structlog
 from google.protobuf.message import DecodeError
 
-from atserving import link, wire
+from atserving import lifecycle, link, wire
 from atserving.config import Instance
 from atserving.deadlines import Deadlines
 from atserving.errors import Internal
@@ -23,7 +24,8 @@ from atserving.wire import Buffer
 log = structlog.get_logger()
 
 CONNECT_TIMEOUT_S = 2.0
-_PAUSE_S = 0.1
+# How long the first and the last of many attempts wait for the next.
+_PAUSES_S = (0.1, 5.0)
 # The gate ends a call at its deadline. The instance does so a little later, in case the gate can't.
 _LATER_S = 0.01
 # The calls of one write, so that a cancellation can still overtake large ones.
@@ -88,6 +90,8 @@ class EvaluatorConnection:
         self._link: _InstanceLink | None = None
         self._flushing = False
         self._down = ""
+        self._pause_s = _PAUSES_S[0]
+        self._wanted = asyncio.Event()
         self._running = asyncio.create_task(self._run())
 
     def ask(
@@ -105,6 +109,7 @@ class EvaluatorConnection:
         TransportError if the link breaks. Raises TransportError while there is none.
         """
         if self._down:
+            self._wanted.set()
             raise TransportError(self._down, reached=False)
         answer = _Answer(loop=self._loop)
         answer.id = id_ = next(self._ids)
@@ -127,9 +132,7 @@ class EvaluatorConnection:
 
     async def close(self) -> None:
         """Close at once; calls in flight fail."""
-        self._running.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._running
+        await lifecycle.end([self._running])
         self._deadlines.close()
 
     async def _run(self) -> None:
@@ -142,9 +145,21 @@ class EvaluatorConnection:
                     log.exception("link failed", instance=self._instance.id)
                     reason = "the link failed unexpectedly"
                 self._fail(reason)
-                await asyncio.sleep(_PAUSE_S)
+                await self._pause()
         finally:
             self._fail("the connection was closed")
+
+    async def _pause(self) -> None:
+        """Wait before the next attempt: longer each time, but only for a moment if a call wants the instance."""
+        least, most = _PAUSES_S
+        await asyncio.sleep(least)
+        # Not all at once: the instances of a node may end together.
+        rest_s = random.uniform(self._pause_s / 2, self._pause_s)  # noqa: S311
+        self._pause_s = min(2 * self._pause_s, most)
+        self._wanted.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(rest_s):
+                await self._wanted.wait()
 
     async def _connected(self) -> str:
         """Connect and exchange frames. Return the reason of the end."""
@@ -157,6 +172,7 @@ class EvaluatorConnection:
                 )
                 await wire.greeted
             self._down = ""
+            self._pause_s = _PAUSES_S[0]
             self._link = wire
             self._flush_soon()
             return await wire.ended

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 import structlog
-import uvloop
 
 from atserving import lifecycle, telemetry, transport
 from atserving.cli import service
@@ -84,8 +83,7 @@ async def serve(settings: RegistrySettings) -> None:
                 await lifecycle.until_stopped(stop, mirroring)
         finally:
             await _drain(servers, view)
-            mirroring.cancel()
-            await asyncio.gather(mirroring, return_exceptions=True)
+            await lifecycle.end([mirroring])
     log.info("service stopped")
 
 
@@ -184,7 +182,7 @@ def main(
         lease_ttl_s=lease_ttl,
     )
     telemetry.configure_logging("registry", log_level)
-    uvloop.run(serve(settings))
+    lifecycle.run(serve(settings))
 
 
 if __name__ == "__main__":

@@ -237,5 +237,4 @@ async def _background(work: Coroutine[Any, Any, None]) -> AsyncIterator[asyncio.
     try:
         yield task
     finally:
-        task.cancel()
-        await asyncio.wait({task})
+        await lifecycle.end([task])

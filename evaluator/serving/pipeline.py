@@ -10,7 +10,7 @@ from typing import cast
 import structlog
 from google.protobuf.message import DecodeError
 
-from atserving import link
+from atserving import lifecycle, link
 from atserving.errors import DeadlineExceeded, Internal, InvalidArgument, ServingError
 from atserving.telemetry import RequestLog, request_id
 from atserving.v1 import evaluator_pb2, serving_pb2
@@ -95,9 +95,7 @@ class Pipeline:
                 resource.body = body
         finally:
             # If one failed, the others are of no use.
-            for each in tasks:
-                each.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await lifecycle.end(tasks)
 
 
 class Request:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import orjson
 import structlog
 
-from atserving import link
+from atserving import lifecycle, link
 from atserving.errors import DeadlineExceeded, Internal, ServingError, StartError, Unavailable
 from atserving.v1 import evaluator_pb2
 from evaluator.net_config import NetConfig
@@ -124,8 +124,7 @@ class WorkerSupervisor:
                 # Wait for its end: until then it writes to the progress memory.
                 self._after_death(killed=await process.gone() == -signal.SIGKILL)
         finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            await lifecycle.end([watching])
             self._stopped = True
             self._fail(list(self._calls.values()), _stopped())
 

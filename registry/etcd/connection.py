@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
+from atserving import lifecycle
 from atserving.v1 import etcd_pb2
 from registry.etcd.errors import EtcdError, EtcdRefused, EtcdUnavailable, TokenRefused, translate
 
@@ -216,8 +217,7 @@ class Connection:
                 await self._try(member, *probe)
         finally:
             if not reading.done():
-                reading.cancel()
-                await asyncio.wait({reading})
+                await lifecycle.end([reading])
         return member.received(method, reading.result())
 
     async def _try(self, member: _Member, method: Method[_Response], request: Message) -> _Response:

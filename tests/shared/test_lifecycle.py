@@ -98,3 +98,38 @@ async def test_a_timeout_cancels_the_work() -> None:
         async with asyncio.timeout(0.01):
             await lifecycle.unless_stopped(work.run(), asyncio.Event())
     assert work.cancelled
+
+
+async def swallow(times: int) -> None:
+    """Miss some cancellations, as code does that catches more than it should."""
+    while times:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            times -= 1
+    await asyncio.Event().wait()
+
+
+async def test_a_task_that_misses_cancellations_ends_too() -> None:
+    tasks = [asyncio.create_task(swallow(times)) for times in (0, 1, 3)]
+    await asyncio.sleep(0)
+    await lifecycle.end(tasks)
+    assert all(task.cancelled() for task in tasks)
+
+
+async def test_the_errors_of_ended_tasks_are_lost() -> None:
+    task = asyncio.create_task(fail())
+    await asyncio.sleep(0)
+    await lifecycle.end([task, None])
+    assert isinstance(task.exception(), ValueError)
+
+
+def test_a_run_ends_the_tasks_that_its_main_leaves() -> None:
+    left: list[asyncio.Task[None]] = []
+
+    async def main() -> None:
+        left.append(asyncio.create_task(swallow(2)))
+        await asyncio.sleep(0)
+
+    lifecycle.run(main())
+    assert left[0].cancelled()
