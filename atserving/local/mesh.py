@@ -131,7 +131,7 @@ class Mesh:
             result[name] = commands.gate(self.registry, f"127.0.0.1:{port}", *drain)
         workspace = ["--workspace", str(directory / "workspaces")]
         for each in self.serves:
-            flags = ["--wait", "60", "--allow-network", "127.0.0.0/8", *workspace]
+            flags = ["--wait", "60", "--allow-network", f"127.0.0.1:{ports.files}", *workspace]
             result[f"evaluator-{each.app}-{each.version}"] = commands.evaluator(
                 self.registry, each.app, each.version, *flags
             )

@@ -20,7 +20,7 @@ from atserving.config import Instance, MalformedConfig, WorkerConfig, validate
 from atserving.errors import StartError
 from atserving.grpc_server import Server
 from atserving.v1 import evaluator_pb2
-from evaluator.fetching.addresses import AddressPolicy, Network
+from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
 from evaluator.fetching.release import fetch_release
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.net_config import NetConfig
@@ -62,7 +62,7 @@ class InstanceSettings:
     workspace: Path | None = None
     wait_s: float = 10.0
     grace_s: float = 30.0
-    allow_networks: Sequence[Network] = ()
+    allow_networks: Sequence[AllowedNetwork] = ()
     qiniu: QiniuConfig | None = None
     http: str = "127.0.0.1:0"
     status_file: Path | None = None

@@ -124,6 +124,7 @@ def test_sigterm_during_the_start_ends_the_process_cleanly(registry: Registry) -
     [
         (["--app", "a b"], "'a b' should match"),
         (["--allow-network", "10.0.0.1/8"], "has host bits set"),
+        (["--allow-network", "10.0.0.1:0"], "has no port between 1 and 65535"),
         (["--advertise", "nowhere"], "'nowhere' is not host:port"),
         (["--registry", "nowhere"], "'nowhere' is not host:port"),
         (["--grace", "-1"], "-1"),
