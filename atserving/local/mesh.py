@@ -117,7 +117,8 @@ class Mesh:
     def _commands(self) -> dict[str, list[str]]:
         """Return the command line of each process by its name. Add a new service here."""
         ports, directory = self.ports, self.directory
-        peers = {"default": f"http://127.0.0.1:{ports.etcd_peer}"}
+        # A socket in the folder of the mesh: there are no peers.
+        peers = {"default": "unix://etcd-peers:0"}
         result = {
             "etcd": commands.etcd(directory / "etcd", f"http://{self.etcd}", peers, "--log-level", "warn"),
             "registry": commands.registry([self.etcd], self.registry),
