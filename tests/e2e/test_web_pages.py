@@ -116,8 +116,8 @@ async def test_only_the_user_of_the_mesh_reaches_what_stops_or_changes_it(mesh: 
 async def test_callers_reach_no_port_but_the_file_servers(client: Client) -> None:
     assert (await client.json("/v1/eval/digits", {"data": client.uri("7.png")})).status == 200
     others = {port for _, port in listeners(client.mesh)} - {client.mesh.ports.files}
-    # One that nothing listens on looks no different.
-    for port in (*others, 1):
+    # A port that nothing listens on looks no different.
+    for port in (*others, 2):
         for host in ("127.0.0.1", "localhost", "127.0.0.2"):
             response = await client.json("/v1/eval/digits", {"data": {"uri": f"http://{host}:{port}/metrics"}})
             assert (response.status, response.json["message"]) == (
