@@ -65,7 +65,7 @@ def _sweep(parent: Path) -> None:
                 # Another process that starts now may have removed it first.
                 if os.fstat(lock).st_nlink:
                     _remove(folder)
-                    log.info("workspace removed", path=str(folder), reason="its process was killed")
+                    log.debug("workspace removed", path=str(folder), reason="its process was killed")
             finally:
                 os.close(lock)
 
