@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import signal
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from atserving.config import is_name
 from atserving.telemetry import configure_logging
 
 try:
-    from evaluator.fetching.addresses import Network
+    from evaluator.fetching.addresses import AllowedNetwork
     from evaluator.serving.instance import InstanceSettings, run
 except ModuleNotFoundError as missing:
     raise SystemExit(
@@ -45,9 +44,9 @@ def _host_and_port(context: click.Context, parameter: click.Parameter, value: st
     return value
 
 
-def _networks(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[Network]:
+def _networks(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[AllowedNetwork]:
     try:
-        return [ipaddress.ip_network(value) for value in values]
+        return [AllowedNetwork.parse(value) for value in values]
     except ValueError as error:
         raise click.BadParameter(str(error), ctx=context, param=parameter) from None
 
@@ -98,8 +97,8 @@ def _keys(path: Path) -> QiniuConfig:
     "allow_networks",
     multiple=True,
     callback=_networks,
-    metavar="CIDR",
-    help="A private network that resources may come from; repeatable.",
+    metavar="NETWORK[:PORT]",
+    help="A private network or address that resources may come from, on one port or on all; repeatable.",
 )
 @click.option(
     "--qiniu",
@@ -130,7 +129,7 @@ def main(
     workspace: Path | None,
     wait: float,
     grace: float,
-    allow_networks: list[Network],
+    allow_networks: list[AllowedNetwork],
     qiniu: Path | None,
     http: str,
     status_file: Path | None,

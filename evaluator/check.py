@@ -7,7 +7,6 @@ import json
 import math
 import resource
 import statistics
-import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from atserving.errors import DeadlineExceeded, ServingError, StartError
 from atserving.v1 import evaluator_pb2, serving_pb2
 from evaluator.fetching.release import fetch_release
 from evaluator.serving.supervisor import WorkerSupervisor
+from evaluator.serving.workspace import workspace
 from evaluator.worker.plan import Plan
 
 _TIMED_S = 1.0
@@ -80,10 +80,10 @@ class Report:
 
 async def check(options: CheckOptions) -> Report:
     """Check a release. Raises StartError with one line that says what is wrong with it."""
-    with tempfile.TemporaryDirectory(prefix="check-") as folder:
+    with workspace(None, "check") as folder:
         release = _release(options)
         began_s = time.perf_counter()
-        config = await fetch_release(release, Path(folder))
+        config = await fetch_release(release, folder)
         worker = WorkerSupervisor(config)
         try:
             await worker.start()

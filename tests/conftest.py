@@ -1,5 +1,7 @@
 """Settings of all tests."""
 
+import ctypes
+import signal
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,13 @@ _SLOW = (
     "shared/test_health.py",
 )
 _SLOW_PATHS = [_TESTS / path for path in _SLOW]
+_PR_SET_PDEATHSIG = 1
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the kernel kill a worker of xdist with its parent; the worker's own processes end with it."""
+    if hasattr(config, "workerinput"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

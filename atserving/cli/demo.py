@@ -15,7 +15,7 @@ import click
 import orjson
 
 from atserving.cli.scenes import Drawing, Scene, scenes
-from atserving.cli.up import starting
+from atserving.cli.up import starting, tell
 from atserving.errors import StartError
 from atserving.local import examples
 from atserving.local.examples import ROOT
@@ -49,8 +49,8 @@ async def _demo(out: Path) -> None:
         if not shutil.which(tool):
             raise StartError(f"the demo needs {tool}, which is not installed")
     began = time.monotonic()
-    print(starting(examples.ALL), flush=True)
-    async with Mesh(serves=examples.ALL) as mesh:
+    tell(starting(examples.ALL))
+    async with Mesh(serves=examples.ALL, tell=tell) as mesh:
         print(f"Ready after {time.monotonic() - began:.1f} s.\n")
         drawn = [path for scene in scenes(mesh.url, mesh.files_url) if (path := await play(scene, out))]
     print(f"Drawn: {', '.join(map(str, drawn))}.")

@@ -45,14 +45,19 @@ def up(port: int, gates: int) -> None:
     run_until_stopped(_up(port, gates))
 
 
+def tell(line: str) -> None:
+    """Print a line about the start of a mesh."""
+    print(line, flush=True)
+
+
 def starting(serves: Sequence[Example]) -> str:
     """Return the line that is printed before a mesh starts."""
     return f"Starting etcd, registry, gate, {len(serves)} evaluators and Envoy ..."
 
 
 async def _up(port: int, gates: int) -> None:
-    print(starting(examples.ALL), flush=True)
-    async with Mesh(port, examples.ALL, gates=gates) as mesh:
+    tell(starting(examples.ALL))
+    async with Mesh(port, examples.ALL, gates=gates, tell=tell) as mesh:
         text = _HELP.format(
             apps=", ".join(dict.fromkeys(each.app for each in mesh.serves)),
             url=mesh.url,

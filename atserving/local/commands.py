@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from atserving.loopback import HOSTS
+
 BIN = Path(sys.executable).parent
 """The programs of this Python environment: etcd, etcdctl, envoy, atserving."""
 
@@ -17,13 +19,17 @@ def etcd(
     *flags: str,
     name: str = "default",
 ) -> list[str]:
-    """Return the command of one member; ``peer_urls`` has those of all members of its cluster, by name."""
+    """Return the command of one member; ``peer_urls`` has those of all members of its cluster, by name.
+
+    It takes gRPC alone, which no web page can send: etcd's JSON API would take a page's request without a question.
+    """
     peer_url = peer_urls[name]
     return [
         *(str(BIN / "etcd"), "--name", name, "--data-dir", str(data)),
         *("--listen-client-urls", client_url, "--advertise-client-urls", client_url),
         *("--listen-peer-urls", peer_url, "--initial-advertise-peer-urls", peer_url),
         *("--initial-cluster", ",".join(f"{each}={url}" for each, url in peer_urls.items())),
+        *("--enable-grpc-gateway=false", "--host-whitelist", ",".join(HOSTS)),
         *flags,
     ]
 
@@ -52,4 +58,4 @@ def envoy(config: Path, *flags: str) -> list[str]:
 
 def file_server(folder: Path, port: int, *flags: str) -> list[str]:
     """Return the command of an HTTP server of a folder's files."""
-    return [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", "-d", str(folder), str(port), *flags]
+    return [sys.executable, "-m", "atserving.local.files", str(folder), str(port), *flags]

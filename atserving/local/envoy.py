@@ -8,23 +8,42 @@ from typing import Any
 import yaml
 
 from atserving.local.ports import Ports
+from atserving.loopback import HOSTS
+
+ADMIN_SOCKET = "envoy-admin.sock"
+"""The socket of Envoy's admin interface, in the folder where Envoy runs. Only its user can connect to it."""
 
 
 def local_bootstrap(folder: Path, ports: Ports) -> str:
     """Return the bootstrap in ``folder`` with the paths of the checkout and the ports of the local mesh."""
     text = (folder / "envoy.yaml").read_text().replace("/etc/envoy/", f"{folder}/")
     bootstrap = yaml.safe_load(text)
-    _set_address(bootstrap["admin"], ports.admin)
+    # Any web page could send a POST to a port, and stop the process.
+    admin = {"pipe": {"path": ADMIN_SOCKET}}
+    bootstrap["admin"]["address"] = {"pipe": {**admin["pipe"], "mode": 0o600}}
     resources = bootstrap["static_resources"]
     for listener in resources["listeners"]:
-        _set_address(listener, {"edge": ports.edge, "ops": ports.ops}[listener["name"]])
+        listener["address"] = _loopback({"edge": ports.edge, "ops": ports.ops}[listener["name"]])
+        for chain in listener["filter_chains"]:
+            for each in chain["filters"]:
+                _answer_only_loopback(each["typed_config"]["route_config"])
     for cluster in resources["clusters"]:
-        upstreams = {"gate": ports.gates, "admin": (ports.admin,)}[cluster["name"]]
+        upstreams = {"gate": [_loopback(port) for port in ports.gates], "admin": [admin]}[cluster["name"]]
         endpoints = cluster["load_assignment"]["endpoints"][0]
-        endpoints["lb_endpoints"] = [{"endpoint": _set_address({}, port)} for port in upstreams]
+        endpoints["lb_endpoints"] = [{"endpoint": {"address": address}} for address in upstreams]
     return yaml.safe_dump(bootstrap)
 
 
-def _set_address(holder: dict[str, Any], port: int) -> dict[str, Any]:
-    holder["address"] = {"socket_address": {"address": "127.0.0.1", "port_value": port}}
-    return holder
+def _loopback(port: int) -> dict[str, Any]:
+    return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
+
+
+def _answer_only_loopback(routes: dict[str, Any]) -> None:
+    """Refuse the requests for other hosts, see :mod:`atserving.loopback`."""
+    for host in routes["virtual_hosts"]:
+        host["domains"] = list(HOSTS)
+    refusal = {"status": 421, "body": {"inline_string": f"this mesh answers only to {', '.join(HOSTS)}"}}
+    routes["virtual_hosts"].append(
+        {"name": "others", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "direct_response": refusal}]}
+    )
+    routes["ignore_port_in_host_matching"] = True

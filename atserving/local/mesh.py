@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -18,7 +18,7 @@ from atserving.local.child import ChildProcess
 from atserving.local.examples import ROOT, Example
 from atserving.local.ports import Ports, check_free
 from atserving.local.processes import ManagedProcess, ProcessGroup, State
-from atserving.local.publishing import file_uri, publish
+from atserving.local.publishing import file_uri, publish, served
 from atserving.v1 import registry_pb2
 
 _POLL_S = 0.05
@@ -28,6 +28,7 @@ class Mesh:
     """A mesh that serves example releases. Its directory holds its config, its data and its logs.
 
     An async context manager: entering starts every process and waits until each release answers; leaving stops them.
+    Envoy starts last, so that its port is closed until every release has an instance.
     The processes are ``etcd``, ``registry``, ``gate``, ``gate-1``, ..., ``envoy``, ``evaluator-<app>-<version>``, and
     ``files``, which serves the folder of the examples at ``files_url``. A process that dies is started again.
     """
@@ -40,8 +41,12 @@ class Mesh:
         gates: int = 1,
         start_timeout_s: float = 90.0,
         extra: Mapping[str, Sequence[str]] | None = None,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """``extra`` has more flags for processes, by name: a test shortens a lease with it."""
+        """``extra`` has more flags for processes, by name: a test shortens a lease with it.
+
+        ``tell`` gets a line whenever the start waits for something else.
+        """
         self.serves = serves
         self.ports = Ports.free(edge_port, gates)
         self.url = f"http://127.0.0.1:{self.ports.edge}"
@@ -50,6 +55,8 @@ class Mesh:
         self.files_url = f"http://127.0.0.1:{self.ports.files}"
         self._start_timeout_s = start_timeout_s
         self._extra = extra or {}
+        self._tell = tell
+        self._awaited = ""
 
     async def __aenter__(self) -> Mesh:
         for needed in (ROOT / "envoy" / "envoy.yaml", *(each.path for each in self.serves)):
@@ -60,7 +67,7 @@ class Mesh:
         (self.directory / "envoy.yaml").write_text(envoy.local_bootstrap(ROOT / "envoy", self.ports))
         self._processes = self._group()
         try:
-            self._start()
+            self._start(*(each.name for each in self._processes if each.name != "envoy"))
             await self._wait_ready()
         except BaseException as error:
             await self._processes.stop()
@@ -100,9 +107,10 @@ class Mesh:
         """Return all that a process has logged so far."""
         return self._processes[name].log_text()
 
-    def _start(self) -> None:
+    def _start(self, *names: str) -> None:
         try:
-            self._processes.start()
+            for name in names:
+                self._processes[name].start()
         except OSError as error:
             raise StartError(f"the mesh's processes cannot be started: {error}") from None
 
@@ -117,7 +125,8 @@ class Mesh:
     def _commands(self) -> dict[str, list[str]]:
         """Return the command line of each process by its name. Add a new service here."""
         ports, directory = self.ports, self.directory
-        peers = {"default": f"http://127.0.0.1:{ports.etcd_peer}"}
+        # A socket in the folder of the mesh: there are no peers.
+        peers = {"default": "unix://etcd-peers:0"}
         result = {
             "etcd": commands.etcd(directory / "etcd", f"http://{self.etcd}", peers, "--log-level", "warn"),
             "registry": commands.registry([self.etcd], self.registry),
@@ -131,7 +140,7 @@ class Mesh:
             result[name] = commands.gate(self.registry, f"127.0.0.1:{port}", *drain)
         workspace = ["--workspace", str(directory / "workspaces")]
         for each in self.serves:
-            flags = ["--wait", "60", "--allow-network", "127.0.0.0/8", *workspace]
+            flags = ["--wait", "60", "--allow-network", f"127.0.0.1:{ports.files}", *workspace]
             result[f"evaluator-{each.app}-{each.version}"] = commands.evaluator(
                 self.registry, each.app, each.version, *flags
             )
@@ -140,14 +149,24 @@ class Mesh:
     async def _wait_ready(self) -> None:
         try:
             async with asyncio.timeout(self._start_timeout_s):
-                await publish(self.registry, *map(_release, self.serves))
+                self._await("etcd and the registry")
+                releases = [_release(each) for each in self.serves]
+                await publish(self.registry, *releases)
+                await served(self.registry, releases, lambda names: self._await(f"instances of {', '.join(names)}"))
+                self._await("Envoy and the gates")
+                self._start("envoy")
                 async with aiohttp.ClientSession() as session:
                     for each in self.serves:
                         await self._wait_answer(session, each)
         except TimeoutError:
             raise StartError(
-                f"not ready within {self._start_timeout_s:g} s: {self._complaint()} (logs: {self.directory}/*.log)"
+                f"not ready within {self._start_timeout_s:g} s, waited for {self._awaited}: {self._complaint()}"
+                f" (logs: {self.directory}/*.log)"
             ) from None
+
+    def _await(self, what: str) -> None:
+        self._awaited = what
+        self._tell(f"Waiting for {what} ...")
 
     async def _wait_answer(self, session: aiohttp.ClientSession, example: Example) -> None:
         data = [{"uri": f"{self.files_url}/{image}"} for image in example.images]
@@ -163,8 +182,8 @@ class Mesh:
             await asyncio.sleep(_POLL_S)
 
     def _complaint(self) -> str:
-        """Return the last log line of each process that is down."""
-        down = [each for each in self._processes if each.state is not State.RUNNING]
+        """Return the last log line of each process that was started and is down."""
+        down = [each for each in self._processes if each.state not in (State.RUNNING, State.STOPPED)]
         lines = [f"{each.name}: {_last_line(each.log_text())}" for each in down]
         return "; ".join(lines) or "every process runs, but not every release answers"
 

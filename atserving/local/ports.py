@@ -19,18 +19,16 @@ class Ports:
 
     edge: int
     ops: int
-    admin: int
     gates: tuple[int, ...]
     registry: int
     etcd: int
-    etcd_peer: int
     files: int
 
     @staticmethod
     def free(edge: int = 0, gates: int = 1) -> Ports:
         """Choose unused ports. A nonzero ``edge`` stays the edge's port."""
-        first, ops, admin, registry, etcd, etcd_peer, files, *rest = free_ports(7 + gates)
-        return Ports(edge or first, ops, admin, tuple(rest), registry, etcd, etcd_peer, files)
+        first, ops, registry, etcd, files, *rest = free_ports(5 + gates)
+        return Ports(edge or first, ops, tuple(rest), registry, etcd, files)
 
 
 def free_ports(count: int) -> list[int]:

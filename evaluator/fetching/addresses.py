@@ -1,4 +1,4 @@
-"""Restricts downloads to public addresses and to networks that the operator allows.
+"""Restricts downloads to public addresses, and to networks and ports that the operator allows.
 
 A request must not reach internal services: those of this machine, of its network, or the metadata service of a cloud.
 ``AddressPolicy.socket`` checks the address of every connection, also after a redirect. The resolver in
@@ -8,8 +8,10 @@ A request must not reach internal services: those of this machine, of its networ
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -25,6 +27,35 @@ _REFUSED: tuple[Network, ...] = (
 )
 
 
+_WITH_PORT = re.compile(r"(?:\[([^\]]+)\]|([^:\[\]]+)):([0-9]{1,5})")
+
+
+@dataclass(frozen=True)
+class AllowedNetwork:
+    """A network to allow although it is not public, on one port or on all of them."""
+
+    network: Network
+    port: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> AllowedNetwork:
+        """Parse an address or a network, perhaps with a port: ``10.0.0.0/8``, ``127.0.0.1:80``, ``[fd00::/8]:80``.
+
+        Raises ValueError.
+        """
+        match = _WITH_PORT.fullmatch(text)
+        if not match:
+            return cls(ipaddress.ip_network(text))
+        port = int(match[3])
+        if not 0 < port < 1 << 16:
+            raise ValueError(f"{text!r} has no port between 1 and 65535")
+        return cls(ipaddress.ip_network(match[1] or match[2]), port)
+
+    def has(self, address: Address, port: int) -> bool:
+        """Whether this allows a connection to the address."""
+        return self.port in (None, port) and address in self.network
+
+
 class AddressRefused(Exception):  # noqa: N818
     """The policy refuses ``host``, a name or an address."""
 
@@ -36,17 +67,16 @@ class AddressRefused(Exception):  # noqa: N818
 class AddressPolicy:
     """Decides which addresses may be connected to."""
 
-    def __init__(self, allowed: Sequence[Network] = ()) -> None:
-        """``allowed``: networks to allow although they are not public."""
+    def __init__(self, allowed: Sequence[AllowedNetwork] = ()) -> None:
         self._allowed = tuple(allowed)
 
-    def allows(self, text: str) -> bool:
-        """Whether an address is allowed. If it embeds an IPv4 address, both must be allowed."""
+    def allows(self, text: str, port: int) -> bool:
+        """Whether an address is allowed on a port. If it embeds an IPv4 address, both must be allowed."""
         try:
             address = ipaddress.ip_address(text.partition("%")[0])
         except ValueError:
             return False
-        return all(self._allows(each) for each in _with_embedded(address))
+        return all(self._allows(each, port) for each in _with_embedded(address))
 
     def socket(self, info: tuple[Any, Any, int, str, tuple[Any, ...]]) -> socket.socket:
         """Create a socket for a connection to ``info``, an entry of getaddrinfo.
@@ -55,12 +85,12 @@ class AddressPolicy:
         """
         family, kind, protocol, _, address = info
         host = str(address[0])
-        if not self.allows(host):
+        if not self.allows(host, int(address[1])):
             raise AddressRefused(host)
         return socket.socket(family, kind, protocol)
 
-    def _allows(self, address: Address) -> bool:
-        if any(address in network for network in self._allowed):
+    def _allows(self, address: Address, port: int) -> bool:
+        if any(each.has(address, port) for each in self._allowed):
             return True
         return (
             address.is_global

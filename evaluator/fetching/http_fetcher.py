@@ -47,7 +47,7 @@ class PolicyResolver(AbstractResolver):
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
         results = await self._resolver.resolve(host, port, family)
-        if not all(self._policy.allows(result["host"]) for result in results):
+        if not all(self._policy.allows(result["host"], port) for result in results):
             raise AddressRefused(host)
         return results
 

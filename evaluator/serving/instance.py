@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import shutil
-import tempfile
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +18,7 @@ from atserving.config import Instance, MalformedConfig, WorkerConfig, validate
 from atserving.errors import StartError
 from atserving.grpc_server import Server
 from atserving.v1 import evaluator_pb2
-from evaluator.fetching.addresses import AddressPolicy, Network
+from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
 from evaluator.fetching.release import fetch_release
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.net_config import NetConfig
@@ -36,6 +34,7 @@ from evaluator.serving.release_config import VersionConfigFollower
 from evaluator.serving.server import EvaluatorService
 from evaluator.serving.status import State, Status
 from evaluator.serving.supervisor import WorkerSupervisor
+from evaluator.serving.workspace import workspace
 
 if TYPE_CHECKING:
     from evaluator.fetching.qiniu import QiniuConfig
@@ -62,7 +61,7 @@ class InstanceSettings:
     workspace: Path | None = None
     wait_s: float = 10.0
     grace_s: float = 30.0
-    allow_networks: Sequence[Network] = ()
+    allow_networks: Sequence[AllowedNetwork] = ()
     qiniu: QiniuConfig | None = None
     http: str = "127.0.0.1:0"
     status_file: Path | None = None
@@ -102,7 +101,7 @@ class _Life:
     async def run(self) -> None:
         settings = self._settings
         self._log.debug("service starting", registries=settings.registries)
-        with _workspace(settings) as workspace:
+        with workspace(settings.workspace, f"{settings.app}-{settings.version}") as folder:
             async with (
                 OpsServer(settings.http, self._metrics, self._status) as ops,
                 _background(self._follower.run()) as following,
@@ -110,7 +109,7 @@ class _Life:
             ):
                 # The health service answers from the start, so that a probe sees a live process during a long load.
                 port = await self._listen(stack)
-                loaded = await lifecycle.unless_stopped(self._load(workspace, stack, ops.port), self._stop, following)
+                loaded = await lifecycle.unless_stopped(self._load(folder, stack, ops.port), self._stop, following)
                 if loaded:
                     await self._serve(*loaded, port, following)
 
@@ -122,10 +121,10 @@ class _Life:
         stack.callback(self._listener.close)
         return await self._listener.start(self._settings.listen)
 
-    async def _load(self, workspace: Path, stack: AsyncExitStack, http_port: int) -> tuple[NetConfig, WorkerSupervisor]:
+    async def _load(self, folder: Path, stack: AsyncExitStack, http_port: int) -> tuple[NetConfig, WorkerSupervisor]:
         release = await self._follower.release(self._settings.wait_s)
         self._log.info("release loading", http_port=http_port)
-        config = await fetch_release(release, workspace, self._settings.qiniu)
+        config = await fetch_release(release, folder, self._settings.qiniu)
         # Refuse wrong limits before the worker loads the net, which may take long.
         _ = config.limits
         worker = WorkerSupervisor(config)
@@ -213,21 +212,6 @@ def _instance(settings: InstanceSettings, port: int) -> Instance:
         return validate(Instance, {**fields, "address": address})
     except MalformedConfig as error:
         raise StartError(f"gates can't use this address, see --advertise: {error}") from None
-
-
-@contextmanager
-def _workspace(settings: InstanceSettings) -> Iterator[Path]:
-    """A folder of this process alone, removed at the end."""
-    try:
-        if settings.workspace:
-            settings.workspace.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f"{settings.app}-{settings.version}-", dir=settings.workspace)
-    except OSError as error:
-        raise StartError(f"can't make a workspace: {error.strerror}") from error
-    try:
-        yield Path(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @asynccontextmanager

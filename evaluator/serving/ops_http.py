@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 
 import structlog
 from httpunk.asyncio import H1ServerProtocol, ServerConnections
 from httpunk.h1.server import ServerRequest
 
 from atserving.errors import StartError
+from atserving.loopback import is_loopback
 from evaluator.serving.metrics import Metrics
 from evaluator.serving.status import Status
 
@@ -25,6 +27,7 @@ class OpsServer:
         self._metrics = metrics
         self._status = status
         self._connections = ServerConnections()
+        self._only_loopback = False
         self.port = 0
 
     async def __aenter__(self) -> OpsServer:
@@ -34,17 +37,18 @@ class OpsServer:
             async def handle(_, request: ServerRequest) -> None:  # noqa: N805 - self is the server
                 await self._answer(request)
 
-        host, _, port = self._listen.rpartition(":")
+        host, _, wanted = self._listen.rpartition(":")
         loop = asyncio.get_running_loop()
         try:
             self._server = await loop.create_server(
-                self._connections.track(Connection), host.strip("[]") or None, int(port)
+                self._connections.track(Connection), host.strip("[]") or None, int(wanted)
             )
         except OSError:
             raise StartError(
                 f"cannot listen on {self._listen} for --http: the address is in use or not this machine's"
             ) from None
-        self.port = int(self._server.sockets[0].getsockname()[1])
+        address, port, *_ = self._server.sockets[0].getsockname()
+        self.port, self._only_loopback = int(port), ipaddress.ip_address(address).is_loopback
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -63,11 +67,18 @@ class OpsServer:
         """Return the status, the content type and the body of a page."""
         if request.method not in ("GET", "HEAD"):
             return 405, "text/plain", b"GET a page\n"
+        if self._only_loopback and not is_loopback(_text(request, "host")):
+            return 421, "text/plain", b"this port answers only to a loopback host\n"
         path = request.path.partition("?")[0]
         if path == "/metrics":
-            accept = request.headers.get("accept") or b""
-            body, content_type = self._metrics.expose(accept if isinstance(accept, str) else accept.decode("latin-1"))
+            body, content_type = self._metrics.expose(_text(request, "accept"))
             return 200, content_type, body
         if path == "/status":
             return 200, "application/json", self._status.to_json()
         return 404, "text/plain", b"the pages are /metrics and /status\n"
+
+
+def _text(request: ServerRequest, name: str) -> str:
+    """Return a header; empty if the request has none."""
+    value = request.headers.get(name) or b""
+    return value if isinstance(value, str) else value.decode("latin-1")

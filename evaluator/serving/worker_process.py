@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import socket
@@ -36,6 +37,7 @@ class WorkerProcess(link.FrameProtocol):
         self._replied = replied
         self._started: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._popen: subprocess.Popen[bytes] | None = None
+        self._tether: int | None = None
 
     @property
     def pid(self) -> int | None:
@@ -52,17 +54,8 @@ class WorkerProcess(link.FrameProtocol):
         ours, theirs = socket.socketpair()
         for each in (ours, theirs):
             each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
-        descriptors = [theirs.fileno(), self._progress.descriptor]
-        self._popen = await asyncio.to_thread(
-            subprocess.Popen,
-            [sys.executable, "-m", "evaluator.worker.main", *map(str, descriptors)],
-            pass_fds=descriptors,
-            stdin=subprocess.DEVNULL,
-            # The output of a script must not look like output of this process.
-            stdout=2,
-            # A session of its own keeps the terminal's signals away, and lets one signal kill its children too.
-            start_new_session=True,
-        )
+        await asyncio.to_thread(self._spawn, [theirs.fileno(), self._progress.descriptor])
+        assert self._popen
         theirs.close()
         loop = asyncio.get_running_loop()
         ours.setblocking(False)
@@ -75,6 +68,22 @@ class WorkerProcess(link.FrameProtocol):
                 return await self._said()
         except TimeoutError:
             raise StartError(f"net_init did not return within {timeout_s:g} s (model_params.init_timeout_s)") from None
+
+    def _spawn(self, descriptors: list[int]) -> None:
+        tethered, self._tether = os.pipe()
+        try:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", "evaluator.worker.main", *map(str, descriptors)],
+                pass_fds=[*descriptors, tethered],
+                stdin=subprocess.DEVNULL,
+                # The output of a script must not look like output of this process.
+                stdout=2,
+                # A session of its own keeps the terminal's signals away, and lets one signal kill its children too.
+                start_new_session=True,
+            )
+            _kill_on_close(tethered, self._popen.pid)
+        finally:
+            os.close(tethered)
 
     async def _said(self) -> dict[str, Any]:
         ends: list[asyncio.Future[Any]] = [self._started, self.ended]
@@ -134,9 +143,23 @@ class WorkerProcess(link.FrameProtocol):
         if self._popen and self._popen.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._popen.pid, signal.SIGKILL)
+        if self._tether is not None:
+            os.close(self._tether)
+            self._tether = None
 
     def _end(self) -> None:
         if not self.ended.done():
             self.ended.set_result(None)
             if self.transport:
                 self.transport.abort()
+
+
+def _kill_on_close(descriptor: int, group: int) -> None:
+    """Make the kernel kill a process group once the write end of a pipe is closed; ``descriptor`` is its read end.
+
+    The write end is this process's alone, so its death closes it. The group dies even if the worker is stopped, or if a
+    script holds the GIL. The worker has inherited the read end, and keeps it open.
+    """
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, -group)
+    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)

@@ -1,7 +1,7 @@
 """The worker process, which runs a release's net: ``python -m evaluator.worker.main <socket> <progress memory>``.
 
 Its main thread is an engine, and a script's only one. The plan may add threads to run batches or to prepare requests.
-When the front closes its end of the socket, the worker kills its process group, with all children of a script.
+When the front ends, the kernel kills the worker's process group, with all children of a script.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ class Worker:
             start = orjson.loads(frames[0].payload)
         except (EOFError, OSError):
             return
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
         config = NetConfig.from_cfg(start["cfg"])
         try:
             runner, plan = load(config, Plan(**start["plan"]) if start["plan"] else None)
@@ -102,13 +101,6 @@ class Worker:
             pass
         except BaseException:
             log.exception("thread failed")
-        end()
-
-    def _watch(self) -> None:
-        """End the process when the front closes the socket, also during loading, when nothing reads the socket."""
-        poll = select.poll()
-        poll.register(self._connection, select.POLLRDHUP)
-        poll.poll()
         end()
 
     def _read(self, batcher: Batcher) -> None:

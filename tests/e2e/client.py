@@ -16,6 +16,8 @@ from atserving.local.mesh import Mesh
 
 IMAGES = examples.FOLDER / "digits" / "images"
 JSON = {"content-type": "application/json"}
+UNUSED_PORT = 1
+"""A loopback port without a listener, from which digits v1 allows resources."""
 BYTES = {"content-type": "application/octet-stream"}
 
 

@@ -8,12 +8,12 @@ import aiohttp
 import pytest_asyncio
 
 from atserving.local.mesh import Mesh
-from tests.e2e.client import Client
+from tests.e2e.client import UNUSED_PORT, Client
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def mesh() -> AsyncIterator[Mesh]:
-    async with Mesh() as mesh:
+    async with Mesh(extra={"evaluator-digits-v1": ["--allow-network", f"127.0.0.1:{UNUSED_PORT}"]}) as mesh:
         yield mesh
 
 

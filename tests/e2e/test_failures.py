@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from atserving import transport
 from atserving.local import commands, examples
+from atserving.local.envoy import ADMIN_SOCKET
 from atserving.local.mesh import Mesh
 from tests.e2e.client import Client, image
 from tests.processes import Evaluator, etcdctl, start_evaluator
@@ -284,11 +285,12 @@ async def mesh_of_two_gates() -> AsyncIterator[Mesh]:
 @pytest.mark.parametrize("stop", ["SIGKILL", "SIGTERM"])
 async def test_one_of_two_gates_may_end_at_any_time(stop: str, mesh_of_two_gates: Mesh) -> None:
     mesh = mesh_of_two_gates
-    async with aiohttp.ClientSession() as session:
+    to_admin = aiohttp.UnixConnector(str(mesh.directory / ADMIN_SOCKET))
+    async with aiohttp.ClientSession() as session, aiohttp.ClientSession(connector=to_admin) as admin:
         client = Client(mesh, session)
 
         async def both_serve() -> bool:
-            async with session.get(f"http://127.0.0.1:{mesh.ports.admin}/clusters") as response:
+            async with admin.get("http://envoy/clusters") as response:
                 lines = (await response.text()).splitlines()
             gates = [line for line in lines if line.startswith("gate::") and line.endswith("::health_flags::healthy")]
             return len(gates) == 2 and all([await serves(port) for port in mesh.ports.gates])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from typing import Any
 
 import orjson
 import pytest
 
-from tests.e2e.client import JSON, Client, Response, data_uri, image, padded
+from tests.e2e.client import JSON, UNUSED_PORT, Client, Response, data_uri, image, padded
 from tests.processes import etcdctl
 from tests.waiting import until_async
 
@@ -146,10 +145,8 @@ async def test_a_malformed_request_is_a_400_with_the_reason(client: Client) -> N
 
 
 async def test_an_unreachable_resource_is_a_502(client: Client) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        uri = f"http://127.0.0.1:{unused.getsockname()[1]}/x.png"
-        check_error(await client.json("/v1/eval/digits", {"data": {"uri": uri}}), 502)
+    uri = f"http://127.0.0.1:{UNUSED_PORT}/x.png"
+    check_error(await client.json("/v1/eval/digits", {"data": {"uri": uri}}), 502)
 
 
 async def test_an_unknown_app_version_or_path_is_a_404(client: Client) -> None:
@@ -361,7 +358,12 @@ async def test_an_error_of_the_edge_has_the_body_of_every_error_and_a_request_id
     client: Client, path: str, headers: dict[str, str], status: int
 ) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", client.mesh.ports.edge)
-    lines = [f"POST {path} HTTP/1.1", "host: x", "content-length: 0", *(f"{k}: {v}" for k, v in headers.items())]
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "host: localhost",
+        "content-length: 0",
+        *(f"{k}: {v}" for k, v in headers.items()),
+    ]
     writer.write("\r\n".join((*lines, "connection: close", "", "")).encode())
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()

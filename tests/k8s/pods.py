@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from atserving.local.child import bound_to_parent
 from atserving.local.commands import BIN
 from tests.k8s.container import expanded, image_config
 from tests.k8s.mount_namespace import in_namespace
@@ -141,7 +142,9 @@ class Pod:
                 await asyncio.sleep(seconds)
             case {"exec": {"command": [program, *arguments]}}:
                 hook = await asyncio.create_subprocess_exec(
-                    program, *map(self._here, arguments), stderr=asyncio.subprocess.PIPE, cwd=self._folder
+                    *bound_to_parent([program, *map(self._here, arguments)]),
+                    stderr=asyncio.subprocess.PIPE,
+                    cwd=self._folder,
                 )
                 try:
                     _, errors = await hook.communicate()

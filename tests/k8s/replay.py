@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from atserving.local.child import bound_to_parent
 from tests.k8s.dockerfile import Context, Instruction, Stage, chain
 
 # The machine says how to reach the package index. The Dockerfile sets the rest of the environment.
@@ -34,15 +35,16 @@ class Image:
 
     def popen(self, *arguments: str) -> subprocess.Popen[str]:
         """Run the entry point in a folder that nobody can write to."""
+        program, *own = self.entrypoint
+        found = shutil.which(program, path=self.environment["PATH"]) or program
         return subprocess.Popen(
-            [*self.entrypoint, *arguments],
+            bound_to_parent([found, *own, *arguments]),
             cwd="/proc",
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            executable=shutil.which(self.entrypoint[0], path=self.environment["PATH"]),
         )
 
     def run(self, *arguments: str, entrypoint: list[str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from atserving.local.child import ChildProcess, bound_to_parent
+from atserving.local.examples import ROOT
 from atserving.local.proc import is_alive
 from atserving.local.processes import ManagedProcess, ProcessGroup, State
 from tests.waiting import until
@@ -162,6 +163,41 @@ async def test_no_process_outlives_a_parent_that_is_killed(tmp_path: Path) -> No
     holder.kill()
     await holder.wait()
     await until(lambda: not any(map(is_alive, pids)), "the processes have ended with their parent")
+
+
+SLEEPER = """
+import os, time
+from pathlib import Path
+from tests.processes import Process
+
+def test_sleeps():
+    process = Process(["sleep", "1000"])
+    process.start()
+    Path({pids!r}).write_text(f"{{os.getpid()}} {{process.pid}}\\n")
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("killed", ["pytest", "its worker"])
+async def test_no_process_outlives_a_test_suite_that_is_killed(killed: str, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    (tmp_path / "test_sleeper.py").write_text(SLEEPER.format(pids=str(pids)))
+    # The settings of these tests, without their folder.
+    options = ["-p", "tests.conftest", "-p", "no:cacheprovider", "-n", "1", f"--rootdir={tmp_path}"]
+    suite = await asyncio.create_subprocess_exec(
+        *bound_to_parent([sys.executable, "-m", "pytest", *options, str(tmp_path / "test_sleeper.py")]),
+        cwd=ROOT,
+        stdout=asyncio.subprocess.DEVNULL,
+    )
+    await until(lambda: pids.exists() and pids.read_text().endswith("\n"), "the test runs")
+    worker, sleeper = map(int, pids.read_text().split())
+    # xdist ends a worker that runs code, after a while.
+    os.kill(worker, signal.SIGSTOP)
+    os.kill(suite.pid if killed == "pytest" else worker, signal.SIGKILL)
+    await until(lambda: not is_alive(worker) and not is_alive(sleeper), "the worker and its process have ended")
+    if suite.returncode is None:
+        suite.kill()
+    await suite.wait()
 
 
 def test_a_process_whose_parent_died_before_it_could_ask_does_not_run(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import hashlib
 import hmac
-import ipaddress
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ from atserving.local.examples import ROOT
 from atserving.v1.evaluator_pb2 import InferRequest
 from atserving.v1.serving_pb2 import Resource
 from evaluator.fetching import buckets, qiniu
-from evaluator.fetching.addresses import AddressPolicy
+from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
 from evaluator.fetching.qiniu import QiniuConfig, read_config
 from evaluator.fetching.release import fetch_release
 from evaluator.fetching.resources import ResourceFetcher
@@ -146,7 +145,7 @@ def config(kodo: Kodo, **fields: Any) -> QiniuConfig:
 
 @asynccontextmanager
 async def fetching(kodo: Kodo, names: ScriptedNames, **fields: Any) -> AsyncIterator[ResourceFetcher]:
-    policy = AddressPolicy([ipaddress.ip_network(f"{HOST}/32")])
+    policy = AddressPolicy([AllowedNetwork.parse(f"{HOST}/32")])
     async with ResourceFetcher(MAX_BYTES, policy, config(kodo, **fields), names.resolver()) as fetcher:
         yield fetcher
 

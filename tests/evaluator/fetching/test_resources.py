@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import gzip
-import ipaddress
 import os
 import shutil
 import ssl
@@ -20,7 +19,7 @@ from multidict import CIMultiDictProxy
 
 from atserving.errors import InvalidArgument, ResourceUnreachable
 from evaluator.fetching import http_fetcher
-from evaluator.fetching.addresses import AddressPolicy
+from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.limits import Budget
 from tests.name_server import ScriptedNames, scripted_names
@@ -28,12 +27,12 @@ from tests.name_server import ScriptedNames, scripted_names
 MAX_BYTES = 100_000
 ZIPPED = {"fair": gzip.compress(bytes(MAX_BYTES)), "bomb": gzip.compress(bytes(64 << 20))}
 FETCH = """
-import asyncio, ipaddress, sys
-from evaluator.fetching.addresses import AddressPolicy
+import asyncio, sys
+from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
 from evaluator.fetching.resources import ResourceFetcher
 
 async def fetch():
-    async with ResourceFetcher(100, AddressPolicy([ipaddress.ip_network("127.0.0.0/8")])) as fetcher:
+    async with ResourceFetcher(100, AddressPolicy([AllowedNetwork.parse("127.0.0.0/8")])) as fetcher:
         sys.stdout.buffer.write(await fetcher.fetch(sys.argv[1]))
 
 asyncio.run(fetch())
@@ -140,7 +139,7 @@ def names() -> Iterator[ScriptedNames]:
 
 @pytest.fixture
 async def fetcher(names: ScriptedNames) -> AsyncIterator[ResourceFetcher]:
-    policy = AddressPolicy([ipaddress.ip_network(f"{ALLOWED}/32")])
+    policy = AddressPolicy([AllowedNetwork.parse(f"{ALLOWED}/32")])
     async with ResourceFetcher(MAX_BYTES, policy, resolver=names.resolver()) as fetcher:
         yield fetcher
 
@@ -395,6 +394,19 @@ async def test_lookups_without_a_reply_do_not_delay_others(
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def test_another_port_of_an_allowed_address_is_never_connected_to(site: Site) -> None:
+    connected: list[object] = []
+    other = await asyncio.start_server(lambda *_: connected.append(1), ALLOWED, 0)
+    url = f"http://{ALLOWED}:{other.sockets[0].getsockname()[1]}/"
+    async with ResourceFetcher(MAX_BYTES, AddressPolicy([AllowedNetwork.parse(f"{ALLOWED}:{site.port}")])) as fetcher:
+        assert await fetcher.fetch(site.url("/bytes/5")) == bytes(5)
+        for uri in (url, site.url(f"/to?url={url}")):
+            with pytest.raises(InvalidArgument, match=f"'{ALLOWED}' is not a public address"):
+                await fetcher.fetch(uri)
+    other.close()
+    assert not connected
+
+
 async def test_proxies_and_netrc_of_the_environment_are_ignored(
     site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -403,7 +415,7 @@ async def test_proxies_and_netrc_of_the_environment_are_ignored(
     monkeypatch.setenv("NETRC", str(netrc))
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, f"http://{ALLOWED}:1")
-    async with ResourceFetcher(MAX_BYTES, AddressPolicy([ipaddress.ip_network("127.0.0.0/8")])) as fetcher:
+    async with ResourceFetcher(MAX_BYTES, AddressPolicy([AllowedNetwork.parse("127.0.0.0/8")])) as fetcher:
         assert await fetcher.fetch(site.url("/host")) == f"{ALLOWED}:{site.port}".encode()
     assert "Authorization" not in site.headers[0]
 

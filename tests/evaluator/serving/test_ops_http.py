@@ -111,6 +111,28 @@ async def test_status_has_the_address_the_state_and_the_plan(digits: Process) ->
     assert (await get(digits, "/other"))[0] == 404
 
 
+async def test_a_loopback_port_answers_only_to_a_loopback_host(digits: Process) -> None:
+    port = digits.logged(event="release loading")["http_port"]
+    for host in ("127.0.0.1", f"localhost:{port}", f"LocalHost:{port}", f"[::1]:{port}"):
+        assert (await get(digits, "/status", host=host))[0] == 200
+    for host in (
+        "attacker.test",
+        f"127.0.0.1.attacker.test:{port}",
+        f"localhost@attacker.test:{port}",
+        "127.0.0.2",
+        "",
+    ):
+        for page in ("/status", "/metrics"):
+            status, _, text = await get(digits, page, host=host)
+            assert (status, text) == (421, "this port answers only to a loopback host\n")
+
+
+def test_other_ports_answer_to_every_host(registry: Registry) -> None:
+    registry.publish("ops-open", custom_values={"net": "classify"})
+    with evaluator(registry, "ops-open", "v1", "--http", "0.0.0.0:0") as process:
+        assert asyncio.run(get(process, "/status", host="pod.test:1"))[0] == 200
+
+
 def test_status_file_remains_after_the_process(registry: Registry, tmp_path: Path) -> None:
     file = tmp_path / "status.json"
 

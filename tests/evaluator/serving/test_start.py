@@ -14,7 +14,7 @@ from atserving.errors import StartError
 from atserving.local.examples import ROOT
 from evaluator.serving.instance import InstanceSettings, run
 from tests.evaluator.digits import DIGITS, digits_tar
-from tests.processes import Registry, start_evaluator
+from tests.processes import Process, Registry, start_evaluator
 
 SCRIPT = b"def net_inference(model, args): ...\ndef net_init(cfg):\n"
 TARS: dict[str, tuple[dict[str, bytes | None], str]] = {
@@ -112,6 +112,31 @@ def test_sigterm_ends_a_net_init_that_never_returns(registry: Registry, tmp_path
     assert process.wait() == 0
 
 
+def test_a_start_removes_the_workspaces_of_killed_processes_alone(registry: Registry, workspace: Path) -> None:
+    def started() -> Process:
+        flags = ("--wait", "600", "--workspace", str(workspace), "--log-level", "debug")
+        process = start_evaluator(registry.address, "never-published", "v1", *flags)
+        process.logged(event="service starting")
+        return process
+
+    living = started()
+    (kept,) = os.listdir(workspace)
+    killed = started()
+    (left,) = {*os.listdir(workspace)} - {kept}
+    killed.kill()
+    assert {*os.listdir(workspace)} == {kept, left}
+    next_one = started()
+    assert next_one.logged(event="workspace removed")["path"] == str(workspace / left)
+    now = {*os.listdir(workspace)}
+    assert kept in now
+    assert left not in now
+    assert len(now) == 2
+    for each in (living, next_one):
+        each.terminate()
+        assert each.wait() == 0
+    assert os.listdir(workspace) == []
+
+
 def test_sigterm_during_the_start_ends_the_process_cleanly(registry: Registry) -> None:
     process = start_evaluator(f"{registry.address}", "never-published", "v1", "--wait", "600", "--log-level", "debug")
     process.logged(event="service starting")
@@ -124,6 +149,7 @@ def test_sigterm_during_the_start_ends_the_process_cleanly(registry: Registry) -
     [
         (["--app", "a b"], "'a b' should match"),
         (["--allow-network", "10.0.0.1/8"], "has host bits set"),
+        (["--allow-network", "10.0.0.1:0"], "has no port between 1 and 65535"),
         (["--advertise", "nowhere"], "'nowhere' is not host:port"),
         (["--registry", "nowhere"], "'nowhere' is not host:port"),
         (["--grace", "-1"], "-1"),

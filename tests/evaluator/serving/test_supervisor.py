@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from atserving.errors import DeadlineExceeded, Internal, InvalidArgument, ServingError, StartError, Unavailable
+from atserving.local.child import bound_to_parent
 from atserving.local.examples import ROOT
 from atserving.v1.evaluator_pb2 import InferResponse
 from atserving.v1.serving_pb2 import Resource
@@ -369,7 +370,7 @@ def check_that_loads_forever(folder: Path, expression: str) -> Iterator[tuple[su
     )
     digits_tar(folder / "release.tar", **{"net.py": script.encode()})
     command = [sys.executable, "-m", "evaluator", "check", str(folder / "release.tar")]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as check:
+    with subprocess.Popen(bound_to_parent(command), cwd=ROOT, stderr=subprocess.DEVNULL) as check:
         wait_for(lambda: value.exists() and value.read_text())
         yield check, value.read_text()
 
@@ -378,6 +379,16 @@ def test_worker_that_still_loads_ends_with_its_evaluator(tmp_path: Path) -> None
     with check_that_loads_forever(tmp_path, "str(os.getpid())") as (check, pid):
         check.kill()
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_worker_that_runs_no_code_ends_with_its_evaluator_and_so_does_its_child(tmp_path: Path) -> None:
+    child = "__import__('subprocess').Popen(['sleep', '1000'])"
+    with check_that_loads_forever(tmp_path, f"str(os.getpid()) + ' ' + str({child}.pid)") as (check, pids):
+        worker, sleeper = map(int, pids.split())
+        # A script that holds the GIL keeps the worker's threads from running, too.
+        os.kill(worker, signal.SIGSTOP)
+        check.kill()
+    wait_for(lambda: has_ended(worker) and has_ended(sleeper))
 
 
 def test_stopped_check_removes_its_workspace(tmp_path: Path) -> None:

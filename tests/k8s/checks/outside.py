@@ -147,7 +147,7 @@ def outsiders_read_metrics_only(manifests: Manifests) -> Iterator[str]:
 def refused() -> tuple[Network, ...]:
     """Return the special-purpose networks that an evaluator refuses to download from."""
     policy = AddressPolicy()
-    return tuple(each for each in dict.fromkeys(_SPECIAL) if not policy.allows(str(each[0])))
+    return tuple(each for each in dict.fromkeys(_SPECIAL) if not policy.allows(str(each[0]), 443))
 
 
 @cache
@@ -156,7 +156,7 @@ def _public() -> tuple[Address, ...]:
     spread: list[Address] = [IPv4Address((first << 24) + 1) for first in range(256)]
     spread += [IPv6Address((first << 112) + 1) for first in range(0x2000, 0x4000, 0x100)]
     policy = AddressPolicy()
-    return tuple(each for each in spread if policy.allows(str(each)))
+    return tuple(each for each in spread if policy.allows(str(each), 443))
 
 
 @cache
