@@ -50,6 +50,45 @@ def cut_tail(start: Buffer, length: int, path: Sequence[int]) -> tuple[bytes, in
     return small, at
 
 
+def field_spans(message: Buffer, number: int, most: int) -> list[tuple[int, int]] | None:
+    """Return where the values of a message's length-delimited fields of one number begin and end.
+
+    Return None if the message has more than ``most`` fields in all. A message that is malformed has the fields up to
+    there.
+    """
+    spans: list[tuple[int, int]] = []
+    at, size = 0, len(message)
+    fields = 0
+    while at < size:
+        fields += 1
+        if fields > most:
+            return None
+        tag = _read_varint(message, at)
+        if tag is None:
+            break
+        at = tag[1]
+        match tag[0] & 7:
+            case 0:
+                value = _read_varint(message, at)
+                if value is None:
+                    break
+                at = value[1]
+            case 1:
+                at += 8
+            case 5:
+                at += 4
+            case 2:
+                length = _read_varint(message, at)
+                if length is None:
+                    break
+                at = length[1] + length[0]
+                if tag[0] >> 3 == number and at <= size:
+                    spans.append((length[1], at))
+            case _:
+                break
+    return spans
+
+
 def _read_head(data: Buffer, at: int) -> tuple[int, int, int] | None:
     """Return the tag of a length-delimited field, its length, and where its bytes begin; None for other fields."""
     tag = _read_varint(data, at)

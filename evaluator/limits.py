@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from atserving.counting import MAX_GROUP
 from atserving.errors import InvalidArgument
 from atserving.v1 import evaluator_pb2
 from evaluator.options import Options
-
-_MAX_GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ def check_request(request: evaluator_pb2.InferRequest, built_in: str | None) -> 
     """
     if not request.data:
         raise InvalidArgument("the request has no data")
-    if len(request.data) > _MAX_GROUP:
-        raise InvalidArgument(f"the request has {len(request.data)} resources, more than {_MAX_GROUP}")
+    if len(request.data) > MAX_GROUP:
+        raise InvalidArgument(f"the request has {len(request.data)} resources, more than {MAX_GROUP}")
     if built_in and (request.group or len(request.data) > 1):
         raise InvalidArgument(f"{built_in} takes one image, not a list of them")
     for each in request.data:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from atserving import config, uris
+from atserving.counting import MAX_GROUP
 from atserving.errors import (
     DeadlineExceeded,
     Internal,
@@ -170,6 +171,8 @@ class Dispatcher:
             return
         if not task.request.data:
             raise InvalidArgument("no data given")
+        if len(task.request.data) > MAX_GROUP:
+            raise InvalidArgument(f"the request has {len(task.request.data)} resources, more than {MAX_GROUP}")
         # The evaluator parses these whole while other callers wait.
         if len(task.request.params_json) + sum(len(each.attribute_json) for each in task.request.data) > MAX_JSON_CHARS:
             raise InvalidArgument(f"params and attributes are longer than {MAX_JSON_CHARS} characters")

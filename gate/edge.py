@@ -7,11 +7,13 @@ text, so that integers of any size survive.
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
 
+from atserving.counting import MAX_GROUP, TooMany, check_data, check_objects
 from atserving.errors import InvalidArgument, PayloadTooLarge, ServingError, UnsupportedMediaType
 from atserving.v1 import evaluator_pb2, serving_pb2
 from gate.dispatch import EvalResult, Task
@@ -55,6 +57,7 @@ class Reply:
 def read_eval(app: str, version: str, content_type: str, body: bytes) -> Task:
     """Read the task of an eval request. Raises InvalidArgument or UnsupportedMediaType."""
     if is_json(content_type):
+        _count(check_data, body, MAX_GROUP, too_many_resources)
         return _task(app, version, _decode(_EVAL, body))
     if not is_bytes(content_type):
         raise UnsupportedMediaType(f"content type {content_type[:80]!r} should be {JSON} or {BYTES}")
@@ -70,6 +73,7 @@ def read_batch(content_type: str, body: bytes, most: int) -> list[Task | Serving
     """
     if not is_json(content_type):
         raise UnsupportedMediaType(f"content type {content_type[:80]!r} should be {JSON}")
+    _count(check_objects, body, most, lambda: too_many_tasks(most))
     items = _decode(_TASKS, body)
     check_batch(len(items), most)
     return [_batch_task(item) for item in items]
@@ -80,11 +84,22 @@ def check_batch(tasks: int, most: int) -> None:
     if not tasks:
         raise InvalidArgument("the batch is empty")
     if tasks > most:
-        raise PayloadTooLarge(f"the batch has {tasks} tasks, at most {most} are taken")
+        raise too_many_tasks(most)
+
+
+def too_many_tasks(most: int) -> PayloadTooLarge:
+    """Return the error for a batch of more than ``most`` tasks."""
+    return PayloadTooLarge(f"the batch has more than {most} tasks")
+
+
+def too_many_resources() -> InvalidArgument:
+    """Return the error for a request with more resources than it may have."""
+    return InvalidArgument(f"the request has more than {MAX_GROUP} resources")
 
 
 def _batch_task(item: msgspec.Raw) -> Task | ServingError:
     try:
+        _count(check_data, item, MAX_GROUP, too_many_resources)
         task = _decode(_TASK, item)
         return _task(*_read_op(task.op), task)
     except ServingError as error:
@@ -108,6 +123,24 @@ def is_bytes(content_type: str) -> bool:
     return content_type.partition(";")[0].strip().lower() == BYTES
 
 
+def _count(
+    check: Callable[[bytes | msgspec.Raw, int], None],
+    document: bytes | msgspec.Raw,
+    most: int,
+    error: Callable[[], ServingError],
+) -> None:
+    """Raise the error if a document has more elements than it may. Whoever reads a malformed document refuses it."""
+    try:
+        check(document, most)
+    except TooMany:
+        raise error() from None
+    except msgspec.ValidationError as wrong:
+        # Its elements are no objects, and there may be millions of them.
+        raise InvalidArgument(f"malformed request: {wrong}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+
+
 def _decode(decoder: msgspec.json.Decoder[_DecodedT], body: bytes | msgspec.Raw) -> _DecodedT:
     try:
         return decoder.decode(body)
@@ -124,6 +157,8 @@ def _task(app: str, version: str, fields: _Eval) -> Task:
     resources = fields.data if isinstance(fields.data, list) else [fields.data]
     if not resources:
         raise InvalidArgument("data is an empty list")
+    if len(resources) > MAX_GROUP:
+        raise too_many_resources()
     request = evaluator_pb2.InferRequest(
         data=[serving_pb2.Resource(uri=each.uri, attribute_json=_text(each.attribute)) for each in resources],
         group=group,

@@ -12,7 +12,8 @@ import structlog
 from google.api import httpbody_pb2
 
 from atserving.coroutines import Running
-from atserving.errors import Internal, ServingError
+from atserving.counting import MAX_GROUP, TooMany, check_repeated
+from atserving.errors import Internal, InvalidArgument, ServingError
 from atserving.grpc_server import Call, GrpcError, Server, parsed
 from atserving.grpc_status import grpc_status
 from atserving.telemetry import request_id, trace_context
@@ -29,6 +30,8 @@ BATCH_CONCURRENCY = 32
 """How many items of a batch run at once."""
 
 _NOBODY = Caller()
+_DATA = serving_pb2.EvalRequest.DATA_FIELD_NUMBER
+_TASKS = serving_pb2.BatchRequest.TASKS_FIELD_NUMBER
 _ResultT = TypeVar("_ResultT")
 
 
@@ -94,12 +97,23 @@ class ServingService:
         try:
             context = read_call(call, call.deadline())
             task = _large_typed_eval(call) if call.size >= LARGE_BYTES else None
-            task = task or task_of(parsed(serving_pb2.EvalRequest(), call.message))
+            if task is None:
+                message = call.message
+                check_repeated(message, MAX_GROUP, _DATA)
+                task = task_of(parsed(serving_pb2.EvalRequest(), message))
         except GrpcError as error:
             call.abort(error.status, str(error))
             return
+        except TooMany:
+            self._reject(call, context, edge.too_many_resources())
+            return
         work = self._dispatcher.eval(task, context)
         _run(call, context, work, partial(self._answer, call, context), partial(_abort, call, context))
+
+    @staticmethod
+    def _reject(call: Call, context: CallContext, error: ServingError) -> None:
+        log_rejected(context, error)
+        _abort(call, context, error)
 
     @staticmethod
     def _answer(call: Call, context: CallContext, result: EvalResult) -> None:
@@ -109,15 +123,19 @@ class ServingService:
     def batch(self, call: Call) -> None:
         try:
             context = read_call(call, call.deadline())
-            request = parsed(serving_pb2.BatchRequest(), call.message)
+            message = call.message
+            check_repeated(message, self._max_batch, _TASKS, (self._max_batch * MAX_GROUP, _DATA))
+            request = parsed(serving_pb2.BatchRequest(), message)
+            edge.check_batch(len(request.tasks), self._max_batch)
         except GrpcError as error:
             call.abort(error.status, str(error))
             return
-        try:
-            edge.check_batch(len(request.tasks), self._max_batch)
+        except TooMany:
+            most = f"{self._max_batch} tasks, or {self._max_batch * MAX_GROUP} resources"
+            self._reject(call, context, InvalidArgument(f"the batch has more than {most}"))
+            return
         except ServingError as error:
-            log_rejected(context, error)
-            _abort(call, context, error)
+            self._reject(call, context, error)
             return
 
         def answer(results: list[EvalResult | ServingError]) -> None:
