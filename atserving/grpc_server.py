@@ -13,6 +13,7 @@ import time
 import urllib.parse
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -24,6 +25,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from atserving import http2
+from atserving.held import LARGE_BYTES, HeldBytes
 from atserving.http2 import Headers, Stream
 from atserving.sockets import listening_socket
 from atserving.transport import LIVE, MAX_MESSAGE_BYTES
@@ -41,6 +43,8 @@ _SHORT_BYTES = 1 << 10
 _MOST_MESSAGE_CHARS = 1024
 # Smaller parts of a body cost more as objects than as bytes.
 _SMALL_BYTES = 4096
+# Beyond what a server without a bound of its own may hold.
+_MOST_HELD_BYTES = 256 << 20
 # A streaming call waits while its peer has not taken so many messages.
 _MOST_UNSENT = 64
 # After so long a stopping server waits for calls only, no longer for connections and streams.
@@ -48,14 +52,20 @@ _PARTING_S = 1.0
 
 
 class Call:
-    """A unary call; the receiver of its stream."""
+    """A unary call; the receiver of its stream.
 
-    __slots__ = ("_chunks", "_handler", "_most", "_size", "_stream", "on_gone", "parts")
+    Its request counts as held by the process from its arrival until the answer, and a large answer until it has left.
+    """
 
-    def __init__(self, stream: Stream, handler: Callable[[Call], None], most: int) -> None:
+    __slots__ = ("_answered", "_chunks", "_held", "_method", "_most", "_size", "_stream", "_taken", "on_gone", "parts")
+
+    def __init__(self, stream: Stream, method: Unary, most: int, held: HeldBytes) -> None:
         self._stream = stream
-        self._handler = handler
+        self._method = method
         self._most = most
+        self._held = held
+        self._taken = 0
+        self._answered = False
         self._chunks: list[bytes | bytearray] = []
         self._size = 0
         self.parts: list[Buffer] = []
@@ -83,25 +93,33 @@ class Call:
         return _deadline(self._stream.headers)
 
     def received(self, data: bytes) -> None:
-        if self._is_too_large:
+        if self._answered:
             return
-        self._size += len(data)
-        if self._is_too_large:
-            self._chunks.clear()
+        count = len(data)
+        self._size += count
+        if self._size > self._most + _HEAD.size:
             self.abort(StatusCode.RESOURCE_EXHAUSTED, f"the message is larger than {self._most} bytes")
-        elif len(data) >= _SMALL_BYTES or not self._chunks:
+        elif not self._take(count, large=self._size >= LARGE_BYTES):
+            self._method.full(self)
+        elif count >= _SMALL_BYTES or not self._chunks:
             self._chunks.append(data)
         elif isinstance(last := self._chunks[-1], bytearray) and len(last) < 1 << 16:
             last += data
         else:
             self._chunks.append(bytearray(data))
 
-    @property
-    def _is_too_large(self) -> bool:
-        return self._size > self._most + _HEAD.size
+    def _take(self, count: int, *, large: bool) -> bool:
+        if not self._held.take(count, large=large):
+            return False
+        self._taken += count
+        return True
+
+    def _give(self) -> None:
+        self._held.give(self._taken)
+        self._taken = 0
 
     def ended(self) -> None:
-        if self._is_too_large:
+        if self._answered:
             return
         chunks, self._chunks = self._chunks, []
         try:
@@ -110,7 +128,7 @@ class Call:
             self.abort(error.status, str(error))
             return
         try:
-            self._handler(self)
+            self._method.handler(self)
         except Exception:
             # It must not take the connection's other calls with it.
             log.exception("call failed", path=self._stream.path)
@@ -123,13 +141,27 @@ class Call:
 
     def _release(self) -> None:
         """Let go of the message, and of all that would keep it alive in a circle of references."""
+        self._answered = True
         self._chunks.clear()
         self.parts = []
         self.on_gone = _nothing
+        self._give()
+
+    def _has_room(self, count: int) -> bool:
+        """Count a large answer until it has left; return False if there is no room for it."""
+        if count < LARGE_BYTES:
+            return True
+        if not self._take(count, large=True):
+            return False
+        self._stream.on_sent = self._give
+        return True
 
     def finish(self, message: bytes, headers: Iterable[tuple[str, str]] = ()) -> None:
         """Answer with a message, and headers."""
         self._release()
+        if not self._has_room(len(message)):
+            self._method.full(self)
+            return
         sent = Headers([("content-type", "application/grpc"), *headers])
         self._stream.respond(200, sent, _HEAD.pack(0, len(message)) + message, _ok())
 
@@ -141,6 +173,9 @@ class Call:
     def respond(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
         """Answer as an HTTP server, not by gRPC: Envoy's transcoder passes such a response on unchanged."""
         self._release()
+        if not self._has_room(len(body)):
+            self._method.full(self)
+            return
         self._stream.respond(status, Headers([*headers, ("content-length", str(len(body)))]), body)
 
 
@@ -150,6 +185,18 @@ class GrpcError(Exception):
     def __init__(self, status: StatusCode, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+def _full(call: Call) -> None:
+    call.abort(StatusCode.RESOURCE_EXHAUSTED, "the server holds too many bytes")
+
+
+@dataclass(frozen=True)
+class Unary:
+    """A unary method: what answers its calls, and what refuses those for which there is no memory."""
+
+    handler: Callable[[Call], None]
+    full: Callable[[Call], None] = _full
 
 
 Streaming = Callable[[AsyncIterator[bytes]], AsyncIterator[bytes]]
@@ -250,9 +297,16 @@ class Server:
     packed by gzip, and sends none packed.
     """
 
-    def __init__(self, services: Iterable[ServiceDescriptor], max_receive_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    def __init__(
+        self,
+        services: Iterable[ServiceDescriptor],
+        max_receive_bytes: int = MAX_MESSAGE_BYTES,
+        held: HeldBytes | None = None,
+    ) -> None:
+        """``held`` bounds the bytes of all calls together."""
         self._most = max_receive_bytes
-        self._unary: dict[str, Callable[[Call], None]] = {}
+        self._held = held or HeldBytes(_MOST_HELD_BYTES)
+        self._unary: dict[str, Unary] = {}
         self._streaming: dict[str, Streaming] = {}
         self._connections: set[http2.Connection] = set()
         self._server: asyncio.Server | None = None
@@ -266,9 +320,12 @@ class Server:
         self._reflection = ReflectionServicer(service_names=names)
         self._streaming[f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"] = self._reflect
 
-    def unary(self, path: str, handler: Callable[[Call], None]) -> None:
-        """Let ``handler`` answer the calls of a path, ``/<service>/<method>``, at once or later."""
-        self._unary[path] = handler
+    def unary(self, path: str, handler: Callable[[Call], None], full: Callable[[Call], None] = _full) -> None:
+        """Let ``handler`` answer the calls of a path, ``/<service>/<method>``, at once or later.
+
+        ``full`` refuses a call whose request or answer does not fit into what the server may hold.
+        """
+        self._unary[path] = Unary(handler, full)
 
     async def start(self, listen: str) -> int:
         """Listen on ``host:port`` (port 0: any free port) and return the port. Raises StartError."""
@@ -321,8 +378,8 @@ class Server:
         if not (stream.headers.get("content-type") or b"").startswith(_CONTENT_TYPE):
             stream.start(415, Headers([("accept", "application/grpc")]), end=True)
             return _Refused()
-        if handler := self._unary.get(stream.path):
-            return Call(stream, handler, self._most)
+        if method := self._unary.get(stream.path):
+            return Call(stream, method, self._most, self._held)
         if streaming := self._streaming.get(stream.path):
             return _StreamingCall(stream, streaming, _SHORT_BYTES)
         refusal = _failure(StatusCode.UNIMPLEMENTED, "unknown method")

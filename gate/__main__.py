@@ -13,6 +13,7 @@ from atserving.cli import service
 from atserving.errors import StartError
 from atserving.follower import ConfigFollower, reminding
 from atserving.grpc_server import Server
+from atserving.held import HeldBytes
 from atserving.telemetry import configure_logging
 from atserving.v1 import edge_pb2, serving_pb2
 from gate.connection import EvaluatorConnection
@@ -38,6 +39,7 @@ class GateSettings:
     drain_s: float
     grace_s: float
     max_batch: int
+    max_held_bytes: int
 
 
 async def serve(settings: GateSettings) -> None:
@@ -45,16 +47,18 @@ async def serve(settings: GateSettings) -> None:
     stop = lifecycle.stop_signal()
     router = Router(EvaluatorConnection)
     follower = ConfigFollower(settings.registries, router.apply)
+    held = HeldBytes(settings.max_held_bytes)
     server = Server(
         [
             serving_pb2.DESCRIPTOR.services_by_name["ServingService"],
             edge_pb2.DESCRIPTOR.services_by_name["EdgeService"],
         ],
         _MAX_REQUEST_BYTES,
+        held,
     )
     dispatcher = Dispatcher(router, follower.synced)
-    ServingService(dispatcher, settings.max_batch).register(server)
-    EdgeService(dispatcher, settings.max_batch).register(server)
+    ServingService(dispatcher, settings.max_batch, held).register(server)
+    EdgeService(dispatcher, settings.max_batch, held).register(server)
     following = asyncio.create_task(follower.run())
     tending = asyncio.create_task(_tend(router))
     ready = False
@@ -105,13 +109,28 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
 @click.option(
     "--max-batch", type=click.IntRange(1), default=1000, show_default=True, help="The most tasks in one batch."
 )
+@click.option(
+    "--max-held",
+    type=click.IntRange(64),
+    default=256,
+    show_default=True,
+    metavar="MIB",
+    help="The most MiB of requests and answers that the gate holds; it refuses what is over it.",
+)
 @service.log_level_option
 def main(
-    registry: list[str], listen: str, wait: float, drain: float, grace: float, max_batch: int, log_level: str
+    registry: list[str],
+    listen: str,
+    wait: float,
+    drain: float,
+    grace: float,
+    max_batch: int,
+    max_held: int,
+    log_level: str,
 ) -> None:
     configure_logging("gate", log_level)
     malloc.keep_freed()
-    lifecycle.run(serve(GateSettings(registry, listen, wait, drain, grace, max_batch)))
+    lifecycle.run(serve(GateSettings(registry, listen, wait, drain, grace, max_batch, max_held << 20)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
-from atserving.errors import ResourceExhausted, ServingError
+from atserving.errors import PayloadTooLarge, ResourceExhausted, ServingError, Unavailable
+from atserving.held import HeldBytes
 from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
 
 _PAUSE_S = (0.005, 0.02)
@@ -17,15 +18,23 @@ _PAUSE_S = (0.005, 0.02)
 _PATIENCE_S = 2.0
 
 
+MAX_ANSWER_BYTES = 60 << 20
+"""The most that the answers of a batch may be together, as they are sent; a message may be 64 MiB."""
+
+
 async def run_batch(
-    dispatcher: Dispatcher, tasks: Sequence[Task | ServingError], call: CallContext, concurrency: int
+    dispatcher: Dispatcher,
+    tasks: Sequence[Task | ServingError],
+    call: CallContext,
+    concurrency: int,
+    held: HeldBytes,
 ) -> list[EvalResult | ServingError]:
     """Return the outcomes in the order of the tasks. A task that is already an error keeps it.
 
     At most ``concurrency`` tasks run at once. All deadlines count from the start of the batch, so the longest timeout
-    of its tasks bounds the batch.
+    of its tasks bounds the batch. ``held`` counts the answers until the last is there.
     """
-    return await _Batch(dispatcher, tasks, call).run(concurrency)
+    return await _Batch(dispatcher, tasks, call, held).run(concurrency)
 
 
 class _Batch:
@@ -35,8 +44,13 @@ class _Batch:
     it waits until another task is done, or for a moment, and tries again.
     """
 
-    def __init__(self, dispatcher: Dispatcher, tasks: Sequence[Task | ServingError], call: CallContext) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, tasks: Sequence[Task | ServingError], call: CallContext, held: HeldBytes
+    ) -> None:
         self._dispatcher = dispatcher
+        self._held = held
+        self._bytes = 0
+        self._is_full = False
         self._call = replace(call, batched=True)
         self._tasks = tasks
         self._outcomes: list[EvalResult | ServingError | None] = [None] * len(tasks)
@@ -47,9 +61,12 @@ class _Batch:
         self._got_on_s = time.monotonic()
 
     async def run(self, concurrency: int) -> list[EvalResult | ServingError]:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(concurrency, len(self._tasks))):
-                group.create_task(self._work())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(concurrency, len(self._tasks))):
+                    group.create_task(self._work())
+        finally:
+            self._held.give(self._bytes)
         return [outcome for outcome in self._outcomes if outcome is not None]
 
     async def _work(self) -> None:
@@ -76,13 +93,27 @@ class _Batch:
     async def _outcome(self, task: Task | ServingError) -> EvalResult | ServingError:
         if isinstance(task, ServingError):
             return task
+        if self._is_full:
+            return _too_large()
         self._running += 1
         try:
-            return await self._dispatcher.eval(task, self._call)
+            return self._kept(await self._dispatcher.eval(task, self._call))
         except ServingError as error:
             return error
         finally:
             self._running -= 1
+
+    def _kept(self, answer: EvalResult) -> EvalResult:
+        """Keep an answer until the others are there. Raises PayloadTooLarge and Unavailable."""
+        size = answer.response.ByteSize()
+        # As JSON a stream is base64.
+        self._is_full = self._is_full or (self._bytes + size) * 4 // 3 > MAX_ANSWER_BYTES
+        if self._is_full:
+            raise _too_large()
+        if not self._held.take(size, large=True):
+            raise Unavailable("the gate holds as many bytes as it may", retry_after_s=1.0)
+        self._bytes += size
+        return answer
 
     async def _wait(self) -> None:
         """Wait until a task of the batch is done. One worker tries again after a moment in any case."""
@@ -100,3 +131,8 @@ class _Batch:
     def _wake(self) -> None:
         if self._waiting:
             self._waiting.popleft().set_result(None)
+
+
+def _too_large() -> PayloadTooLarge:
+    most = (MAX_ANSWER_BYTES >> 20) * 3 // 4
+    return PayloadTooLarge(f"the answers of the batch are larger than {most} MiB together")

@@ -13,9 +13,10 @@ from google.api import httpbody_pb2
 
 from atserving.coroutines import Running
 from atserving.counting import MAX_GROUP, TooMany, check_repeated
-from atserving.errors import Internal, InvalidArgument, ServingError
+from atserving.errors import Internal, InvalidArgument, ServingError, Unavailable
 from atserving.grpc_server import Call, GrpcError, Server, parsed
 from atserving.grpc_status import grpc_status
+from atserving.held import HeldBytes
 from atserving.telemetry import request_id, trace_context
 from atserving.v1 import edge_pb2, evaluator_pb2, serving_pb2
 from atserving.wire import LARGE_BYTES, Buffer, cut_tail
@@ -84,14 +85,15 @@ def _run(
 class ServingService:
     """The typed interface, native gRPC."""
 
-    def __init__(self, dispatcher: Dispatcher, max_batch: int) -> None:
+    def __init__(self, dispatcher: Dispatcher, max_batch: int, held: HeldBytes) -> None:
         self._dispatcher = dispatcher
         self._max_batch = max_batch
+        self._held = held
 
     def register(self, server: Server) -> None:
         """Answer the service's calls on a server."""
-        server.unary("/atserving.v1.ServingService/Eval", self.eval)
-        server.unary("/atserving.v1.ServingService/Batch", self.batch)
+        server.unary("/atserving.v1.ServingService/Eval", self.eval, self._full)
+        server.unary("/atserving.v1.ServingService/Batch", self.batch, self._full)
 
     def eval(self, call: Call) -> None:
         try:
@@ -109,6 +111,10 @@ class ServingService:
             return
         work = self._dispatcher.eval(task, context)
         _run(call, context, work, partial(self._answer, call, context), partial(_abort, call, context))
+
+    @classmethod
+    def _full(cls, call: Call) -> None:
+        cls._reject(call, read_call(call, None), _holds_too_much())
 
     @staticmethod
     def _reject(call: Call, context: CallContext, error: ServingError) -> None:
@@ -143,17 +149,23 @@ class ServingService:
             call.finish(response.SerializeToString(), (("x-reqid", context.reqid),))
 
         tasks = [task_of(each) for each in request.tasks]
-        _run(call, context, _batch(self._dispatcher, tasks, context), answer, partial(_abort, call, context))
+        work = _batch(self._dispatcher, tasks, context, self._held)
+        _run(call, context, work, answer, partial(_abort, call, context))
 
 
 def _batch(
-    dispatcher: Dispatcher, tasks: list[Task] | list[Task | ServingError], context: CallContext
+    dispatcher: Dispatcher, tasks: list[Task] | list[Task | ServingError], context: CallContext, held: HeldBytes
 ) -> Coroutine[Any, Any, list[EvalResult | ServingError]]:
     async def run() -> list[EvalResult | ServingError]:
         # A batch waits for many evals at once, which takes a task.
-        return await asyncio.get_running_loop().create_task(run_batch(dispatcher, tasks, context, BATCH_CONCURRENCY))
+        batch = run_batch(dispatcher, tasks, context, BATCH_CONCURRENCY, held)
+        return await asyncio.get_running_loop().create_task(batch)
 
     return run()
+
+
+def _holds_too_much() -> Unavailable:
+    return Unavailable("the gate holds as many bytes of requests and answers as it may", retry_after_s=1.0)
 
 
 def task_of(request: serving_pb2.EvalRequest) -> Task:
@@ -195,14 +207,21 @@ class EdgeService:
     Requests come as gRPC. Every outcome is a plain HTTP response, which the transcoder passes on unchanged.
     """
 
-    def __init__(self, dispatcher: Dispatcher, max_batch: int) -> None:
+    def __init__(self, dispatcher: Dispatcher, max_batch: int, held: HeldBytes) -> None:
         self._dispatcher = dispatcher
         self._max_batch = max_batch
+        self._held = held
 
     def register(self, server: Server) -> None:
         """Answer the service's calls on a server."""
-        server.unary("/atserving.v1.EdgeService/Eval", self.eval)
-        server.unary("/atserving.v1.EdgeService/Batch", self.batch)
+        server.unary("/atserving.v1.EdgeService/Eval", self.eval, self._full)
+        server.unary("/atserving.v1.EdgeService/Batch", self.batch, self._full)
+
+    @staticmethod
+    def _full(call: Call) -> None:
+        context, error = read_call(call, None), _holds_too_much()
+        log_rejected(context, error)
+        _reply(call, context, edge.write_error(error))
 
     def eval(self, call: Call) -> None:
         # Envoy sends the deadline of no HTTP caller.
@@ -233,7 +252,7 @@ class EdgeService:
             log_rejected(context, error)
             reply(edge.write_error(error))
             return
-        work = _batch(self._dispatcher, tasks, context)
+        work = _batch(self._dispatcher, tasks, context, self._held)
         _run(call, context, work, lambda results: reply(edge.write_batch(results)), _failing(reply))
 
 

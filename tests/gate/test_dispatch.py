@@ -22,6 +22,7 @@ from atserving.errors import (
     Unauthenticated,
     Unavailable,
 )
+from atserving.held import HeldBytes
 from atserving.v1 import evaluator_pb2, serving_pb2
 from gate import batch, dispatch
 from gate.admission import Caller
@@ -33,6 +34,7 @@ from tests.instance import ScriptedInstance
 from tests.waiting import until
 
 FULL = evaluator_pb2.Error(code=429, status=429, message="full", retry_after_ms=1500, refused=True)
+HELD = HeldBytes(1 << 30)
 DRAINING = evaluator_pb2.Error(code=503, status=503, message="draining", refused=True)
 
 
@@ -42,6 +44,7 @@ class Evaluator:
 
     name: str
     error: evaluator_pb2.Error | None = None
+    stream: bytes | None = None
     hold: asyncio.Event | None = None
     on_request: Callable[[], object] | None = None
     received: list[evaluator_pb2.InferRequest] = field(default_factory=list)
@@ -71,6 +74,8 @@ class Evaluator:
             self.in_flight -= 1
         if self.error:
             return evaluator_pb2.InferResponse(error=self.error)
+        if self.stream:
+            return evaluator_pb2.InferResponse(stream=self.stream)
         return evaluator_pb2.InferResponse(result_json=f'"{self.name}:{request.params_json}"')
 
 
@@ -297,7 +302,7 @@ async def test_batch_keeps_the_order_and_each_task_fails_alone(mesh: Mesh) -> No
     refused = InvalidArgument("not a task")
     tasks: list[Task | ServingError] = [task(params=str(n)) for n in range(40)]
     tasks[7], tasks[11] = refused, task(app="nothing")
-    results = await run_batch(mesh.dispatcher, tasks, CallContext("reqid", Caller()), concurrency=4)
+    results = await run_batch(mesh.dispatcher, tasks, CallContext("reqid", Caller()), 4, HELD)
     outcomes = [each.response.result_json if isinstance(each, EvalResult) else each.code for each in results]
     expected: list[str | int] = [f'"a:{n}"' for n in range(40)]
     expected[7], expected[11] = 400, 404
@@ -309,7 +314,7 @@ async def test_batch_runs_as_many_tasks_at_once_as_its_concurrency(mesh: Mesh) -
     await mesh.add(evaluator)
     call = CallContext("reqid", Caller())
     async with asyncio.TaskGroup() as group:
-        running = group.create_task(run_batch(mesh.dispatcher, [task() for _ in range(30)], call, concurrency=4))
+        running = group.create_task(run_batch(mesh.dispatcher, [task() for _ in range(30)], call, 4, HELD))
         await evaluator.four_in_flight.wait()
         assert evaluator.hold
         evaluator.hold.set()
@@ -323,8 +328,7 @@ async def test_batches_share_a_full_instance_and_leave_room_to_others(mesh: Mesh
     call = CallContext("reqid", Caller())
     async with asyncio.TaskGroup() as group:
         batches = [
-            group.create_task(run_batch(mesh.dispatcher, [task() for _ in range(30)], call, concurrency=16))
-            for _ in range(4)
+            group.create_task(run_batch(mesh.dispatcher, [task() for _ in range(30)], call, 16, HELD)) for _ in range(4)
         ]
         await until(lambda: evaluator.in_flight == 6)
         alone = group.create_task(mesh.eval())
@@ -345,13 +349,34 @@ async def test_a_batch_without_a_place_is_told_that_the_instances_are_full(
     async with asyncio.TaskGroup() as group:
         others = [group.create_task(mesh.eval()) for _ in range(6)]
         await until(lambda: evaluator.in_flight == 6)
-        results = await run_batch(
-            mesh.dispatcher, [task() for _ in range(20)], CallContext("reqid", Caller()), concurrency=4
-        )
+        results = await run_batch(mesh.dispatcher, [task() for _ in range(20)], CallContext("reqid", Caller()), 4, HELD)
         assert [each.code if isinstance(each, ServingError) else 0 for each in results] == [429] * 20
         assert evaluator.hold
         evaluator.hold.set()
     assert [each.result() for each in others] == ['"a:"'] * 6
+
+
+async def test_answers_of_a_batch_are_bounded_and_counted(mesh: Mesh) -> None:
+    """Sixty answers of 8 MiB took 2.5 GiB, and the batch failed as a whole."""
+    evaluator = Evaluator("a", stream=bytes(8 << 20))
+    await mesh.add(evaluator)
+    held = HeldBytes(1 << 30)
+    results = await run_batch(mesh.dispatcher, [task() for _ in range(60)], CallContext("reqid", Caller()), 4, held)
+    answered = [each for each in results if isinstance(each, EvalResult)]
+    assert len(answered) == 5
+    failed = {(each.code, each.message) for each in results if isinstance(each, ServingError)}
+    assert failed == {(413, "the answers of the batch are larger than 45 MiB together")}
+    # Those that ran when it was full.
+    assert len(evaluator.received) < 12
+    assert held.held == 0
+
+
+async def test_answers_of_a_batch_that_the_gate_can_not_hold_fail_alone(mesh: Mesh) -> None:
+    await mesh.add(Evaluator("a", stream=bytes(1 << 20)))
+    held = HeldBytes(4 << 20)
+    results = await run_batch(mesh.dispatcher, [task() for _ in range(5)], CallContext("reqid", Caller()), 2, held)
+    assert Counter(each.code if isinstance(each, ServingError) else 0 for each in results) == {0: 2, 503: 3}
+    assert held.held == 0
 
 
 async def test_a_full_app_keeps_no_task_of_another_waiting(mesh: Mesh) -> None:
@@ -366,7 +391,7 @@ async def test_a_full_app_keeps_no_task_of_another_waiting(mesh: Mesh) -> None:
         others = [group.create_task(mesh.eval()) for _ in range(6)]
         await until(lambda: full.in_flight == 6)
         tasks = [*(task() for _ in range(8)), *(task(app="other") for _ in range(2))]
-        results = group.create_task(run_batch(mesh.dispatcher, tasks, CallContext("reqid", Caller()), concurrency=4))
+        results = group.create_task(run_batch(mesh.dispatcher, tasks, CallContext("reqid", Caller()), 4, HELD))
         # They are answered while every task before them still waits.
         await until(lambda: len(answered) == 2)
         assert full.hold

@@ -18,11 +18,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from atserving.errors import StartError
 from atserving.grpc_server import Call, Server
+from atserving.held import HeldBytes
 from atserving.transport import LIVE, channel
 from atserving.v1 import serving_pb2
 from tests.waiting import until_async
 
 MAX_BYTES = 12 << 20
+HELD_BYTES = 64 << 20
 WAIT_S = 20.0
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -61,7 +63,9 @@ class Scripted:
         self.waiting: list[Call] = []
         self.gone = 0
         self.port = 0
-        self.server = Server([serving_pb2.DESCRIPTOR.services_by_name["ServingService"]], MAX_BYTES)
+        self.held = HeldBytes(HELD_BYTES)
+        services = [serving_pb2.DESCRIPTOR.services_by_name["ServingService"]]
+        self.server = Server(services, MAX_BYTES, self.held)
         self.server.unary("/test/Echo", lambda call: call.finish(bytes(call.message), [("x-said", "yes")]))
         self.server.unary("/test/Grow", lambda call: call.finish(bytes(int(bytes(call.message)))))
         self.server.unary("/test/Fail", self._fail)
@@ -122,6 +126,53 @@ async def failure(call: Awaitable[object]) -> Any:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     return caught.value
+
+
+async def test_requests_beyond_what_the_server_may_hold_are_refused() -> None:
+    async with calling() as (scripted, client):
+        message = bytes(10 << 20)
+        waiting = [asyncio.ensure_future(method(client, "/test/Wait")(message, timeout=WAIT_S)) for _ in range(4)]
+        await scripted.all_waiting(4)
+        error = await failure(method(client, "/test/Echo")(message, timeout=WAIT_S))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert error.details() == "the server holds too many bytes"
+        # Small ones still have room.
+        assert await method(client, "/test/Echo")(b"x", timeout=WAIT_S) == b"x"
+        for each in waiting:
+            each.cancel()
+        await scripted.all_gone(4)
+        assert scripted.held.held == 0
+        assert await method(client, "/test/Echo")(message, timeout=WAIT_S) == message
+
+
+async def test_requests_that_never_end_are_bounded_too() -> None:
+    async with calling() as (scripted, client):
+        endless: Any = client.stream_unary("/test/Echo", None, None)
+        uploads = [endless(timeout=WAIT_S) for _ in range(12)]
+        for each in uploads:
+            await each.write(bytes(8 << 20))
+        ends = [asyncio.ensure_future(each.code()) for each in uploads]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        assert await method(client, "/test/Echo")(b"x", timeout=WAIT_S) == b"x"
+        assert {each.result() for each in ends if each.done()} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert 40 << 20 < scripted.held.held <= 48 << 20
+        for each in uploads:
+            each.cancel()
+
+        async def nothing_held() -> bool:
+            return scripted.held.held == 0
+
+        await until_async(nothing_held)
+
+
+async def test_an_answer_beyond_what_the_server_may_hold_is_refused() -> None:
+    async with calling() as (scripted, client):
+        assert scripted.held.take(44 << 20, large=True)
+        error = await failure(method(client, "/test/Grow")(b"%d" % (8 << 20), timeout=WAIT_S))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert len(await method(client, "/test/Grow")(b"%d" % (3 << 20), timeout=WAIT_S)) == 3 << 20
+        assert len(await method(client, "/test/Grow")(b"1000", timeout=WAIT_S)) == 1000
+        assert scripted.held.held == 44 << 20
 
 
 @pytest.mark.parametrize("size", [0, 1, 16_384, 1_000_000, MAX_BYTES])
