@@ -1,7 +1,8 @@
 """The config in etcd: its keys, the types of its values, and the parser.
 
 All keys are below ``/ava/serving/``, and all values are JSON. The parser ignores unknown fields, so that a newer writer
-does not break an older reader. A malformed value raises :class:`MalformedConfig`, which names the field.
+does not break an older reader; :func:`read` warns of them. Unknown fields of access rules may be misspelt rules: they
+must not open an app. A malformed value raises :class:`MalformedConfig`, which names the field.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import msgspec
 import orjson
 from msgspec import Meta
+
+from atserving import known_fields
 
 PREFIX = "/ava/serving/"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"
@@ -146,6 +149,9 @@ def _truth(value: object) -> object:
     return bool(value) if value in (0, 1) else value
 
 
+_RULES = ("public", "owner", "user_whitelist")
+
+
 class AppMetadata(_Value, frozen=True, kw_only=True):
     """The access rights of an app: ``/ava/serving/app/metadata/<app>``, or ``/ava/serving/app/default/metadata``."""
 
@@ -155,6 +161,11 @@ class AppMetadata(_Value, frozen=True, kw_only=True):
     owner: Owner | None = None
     user_whitelist: tuple[int, ...] | None = None
     batch_size: Annotated[int, Meta(ge=1)] | None = None
+
+    @property
+    def says_who(self) -> bool:
+        """Whether it has a rule of access."""
+        return any(getattr(self, rule) is not None for rule in _RULES)
 
 
 class WorkerConfig(_Value, frozen=True, kw_only=True):
@@ -199,13 +210,14 @@ def release_key(app: str, version: str) -> str:
     return f"{PREFIX}eval/{app}/{version}"
 
 
-CLOSED = AppMetadata(public=False)
-"""What malformed access rules count as."""
+CLOSED = AppMetadata(public=False, user_whitelist=())
+"""What malformed access rules count as, whatever the rules were before."""
 
 
 def is_access_rules(key: str) -> bool:
     """Return whether a key holds the access rules of an app, or those of all apps."""
-    return key == DEFAULT_APP_METADATA_KEY or key.startswith(app_metadata_key(""))
+    start, _, app = key.rpartition("/")
+    return key == DEFAULT_APP_METADATA_KEY or (f"{start}/" == app_metadata_key("") and bool(app))
 
 
 def instance_key(app: str, version: str, id_: str) -> str:
@@ -239,6 +251,11 @@ def app_of(key: str) -> str | None:
 
 def parse(key: str, value: str | bytes) -> ConfigValue:
     """Parse the value of a key. Raises MalformedConfig for an unknown key, invalid JSON, and a wrong field."""
+    return read(key, value)[0]
+
+
+def read(key: str, value: str | bytes) -> tuple[ConfigValue, str]:
+    """Parse the value of a key; return a warning of its unknown fields, too, or an empty text. Raises as ``parse``."""
     app_of(key)
     parts = key.removeprefix(PREFIX).split("/")
     try:
@@ -254,14 +271,28 @@ def parse(key: str, value: str | bytes) -> ConfigValue:
         raise MalformedConfig("nested too deeply") from None
     match parts:
         case ["eval", app, version]:
-            expected = {"name": app, "version": version}
-            return _validate(Release, fields, expected)
+            return _validate(Release, fields, {"name": app, "version": version}), _warning(Release, fields)
         case ["instance", app, version, id_]:
-            return _validate(Instance, fields, {"app": app, "version": version, "id": id_})
+            # No person writes these.
+            return _validate(Instance, fields, {"app": app, "version": version, "id": id_}), ""
         case ["worker", *_]:
-            return _validate(WorkerConfig, fields, {})
+            return _validate(WorkerConfig, fields, {}), _warning(WorkerConfig, fields)
         case _:
-            return _validate(AppMetadata, fields, {})
+            return _access_rules(fields), _warning(AppMetadata, fields)
+
+
+def _warning(kind: type[_Value], fields: Mapping[str, Any]) -> str:
+    return known_fields.warning(fields, kind.__struct_fields__)
+
+
+def _access_rules(fields: dict[str, Any]) -> AppMetadata:
+    """Return the rules. Raises MalformedConfig, too, if an unknown field may be a misspelt rule."""
+    rules = _validate(AppMetadata, fields, {})
+    unknown = [name for name in fields if name not in AppMetadata.__struct_fields__]
+    misspelt = [name for name in unknown if known_fields.meant(name, AppMetadata.__struct_fields__) in _RULES]
+    if misspelt or (unknown and not rules.says_who):
+        raise MalformedConfig(known_fields.warning(misspelt or unknown, AppMetadata.__struct_fields__))
+    return rules
 
 
 def _validate(kind: type[_T], fields: dict[str, Any], expected: dict[str, str]) -> _T:

@@ -102,7 +102,7 @@ class ConfigFollower:
                 upserts[entry.key] = parse(entry.key, entry.value_json)
             except MalformedConfig as error:
                 log.warning("config skipped", key=entry.key, reason=str(error))
-                if is_access_rules(entry.key) and entry.key not in self.entries:
+                if is_access_rules(entry.key):
                     upserts[entry.key] = CLOSED
         deletes = set(response.deletes)
         if response.reset:

@@ -160,9 +160,13 @@ class Router(Generic[ConnectionT]):
         else:
             production = [each for each in releases.values() if each.phase == "production"]
             weights = {each.version: 1.0 if each.weight is None else each.weight for each in production}
-        own, default = (self._metadata(key) for key in (config.app_metadata_key(app), config.DEFAULT_APP_METADATA_KEY))
+        own, default = self.rules(app)
         timeout_s = max(self._timeout_s(app, each) for each in weights or [""])
         return Route(app, version, weights, timeout_s, own, default)
+
+    def rules(self, app: str) -> tuple[AppMetadata, AppMetadata]:
+        """Return the access rules of an app, which need not exist, and the default ones."""
+        return self._metadata(config.app_metadata_key(app)), self._metadata(config.DEFAULT_APP_METADATA_KEY)
 
     def _metadata(self, key: str) -> AppMetadata:
         value = self._settings.get(key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -133,12 +133,17 @@ class ReleaseServicer(registry_pb2_grpc.ReleaseServiceServicer):
                 )
                 for release in releases
             ],
-            malformed=[
-                registry_pb2.MalformedKey(key=key, reason=reason)
-                for key, reason in sorted(view.malformed.items())
-                if _known_to_concern(key, app)
-            ],
+            malformed=_reasons(view.malformed, app),
+            warnings=_reasons(view.warnings, app),
         )
+
+
+def _reasons(by_key: Mapping[str, str], app: str) -> list[registry_pb2.MalformedKey]:
+    return [
+        registry_pb2.MalformedKey(key=key, reason=reason)
+        for key, reason in sorted(by_key.items())
+        if _known_to_concern(key, app)
+    ]
 
 
 def _known_to_concern(key: str, app: str) -> bool:

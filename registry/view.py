@@ -3,8 +3,8 @@
 Three invariants hold at any time:
 
 1. ``entries`` equals the store at ``revision``, but with well-formed values only. A key with a malformed value is in
-   ``malformed``, and its entry keeps the last good value since the key was created. Access rules without one are
-   closed.
+   ``malformed``, and its entry keeps the last good value since the key was created. Malformed access rules are closed,
+   whatever they were before.
 2. A subscriber that applies its steps in order has the ``entries`` of the last step.
 3. A slow subscriber delays nobody.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from atserving.config import CLOSED, ConfigValue, MalformedConfig, app_of, is_access_rules, parse
+from atserving.config import CLOSED, ConfigValue, MalformedConfig, app_of, is_access_rules, read
 
 log = structlog.get_logger()
 
@@ -78,6 +78,8 @@ class View:
         self.entries: dict[str, Entry] = {}
         self.malformed: dict[str, str] = {}
         """Keys with a malformed value, and the reason."""
+        self.warnings: dict[str, str] = {}
+        """Keys with unknown fields, which nobody uses."""
         self.revision = 0
         self.synced = asyncio.Event()
         """Set after the first snapshot; never cleared."""
@@ -99,6 +101,7 @@ class View:
             else:
                 self.entries.pop(change.key, None)
                 self.malformed.pop(change.key, None)
+                self.warnings.pop(change.key, None)
         self.revision = revision
         self._publish(self._delta_since(before))
 
@@ -140,21 +143,34 @@ class View:
 
     def _put(self, put: Put) -> None:
         try:
-            value = parse(put.key, put.value)
+            value, warning = read(put.key, put.value)
         except MalformedConfig as error:
-            known = self.entries.get(put.key)
-            if known and known.created != put.created:
-                # The key was deleted and created again, so the last good value belongs to its earlier life.
-                del self.entries[put.key]
-            if self.malformed.get(put.key) != str(error):
-                log.warning("config skipped", key=put.key, reason=str(error), last_good_kept=put.key in self.entries)
-            self.malformed[put.key] = str(error)
-            if put.key not in self.entries and is_access_rules(put.key):
-                # Rules that nobody can read close the app; without an entry it would be open to all.
-                self.entries[put.key] = Entry(CLOSED.to_json(), CLOSED, put.created)
+            self._put_malformed(put, str(error))
             return
         self.malformed.pop(put.key, None)
         self.entries[put.key] = Entry(put.value.decode(), value, put.created)
+        if not warning:
+            self.warnings.pop(put.key, None)
+        elif self.warnings.get(put.key) != warning:
+            log.warning("config fields unknown", key=put.key, reason=warning)
+            self.warnings[put.key] = warning
+
+    def _put_malformed(self, put: Put, reason: str) -> None:
+        self.warnings.pop(put.key, None)
+        known = self.entries.get(put.key)
+        closes = is_access_rules(put.key)
+        if known and known.created != put.created:
+            # The key was deleted and created again, so the last good value belongs to its earlier life.
+            del self.entries[put.key]
+        if closes:
+            # The last good rules may be what their writer wanted to close; without any, an app is open to all.
+            self.entries[put.key] = Entry(CLOSED.to_json(), CLOSED, put.created)
+            which = "the app is" if app_of(put.key) else "apps without rules of their own are"
+            reason = f"{reason}; {which} closed until you correct the value"
+        if self.malformed.get(put.key) != reason:
+            kept = put.key in self.entries and not closes
+            log.warning("config skipped", key=put.key, reason=reason, last_good_kept=kept)
+        self.malformed[put.key] = reason
 
     def _delta_since(self, before: Mapping[str, Entry | None]) -> Delta:
         upserts = {}

@@ -137,3 +137,5 @@ def list_(registry: list[str], app: str, as_json: bool) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for malformed in found.malformed:
         print(f"malformed: {malformed.key}: {malformed.reason}", file=sys.stderr)
+    for warning in found.warnings:
+        print(f"warning: {warning.key}: {warning.reason}", file=sys.stderr)

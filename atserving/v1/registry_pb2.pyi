@@ -458,21 +458,29 @@ class ListReleasesResponse(_message.Message):
 
     RELEASES_FIELD_NUMBER: _builtins.int
     MALFORMED_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def releases(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReleaseStatus]: ...
     @_builtins.property
     def malformed(self) -> _containers.RepeatedCompositeFieldContainer[Global___MalformedKey]:
-        """Keys with a malformed value, and the reason. Such a key keeps its last good value, if it ever had one."""
+        """Keys with a malformed value, and the reason. Such a key keeps its last good value, if it ever had one; malformed
+        access rules close their app.
+        """
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedCompositeFieldContainer[Global___MalformedKey]:
+        """Keys with unknown fields, and the known fields nearest to them. The known fields of such a key are in use."""
 
     def __init__(
         self,
         *,
         releases: _abc.Iterable[Global___ReleaseStatus] | None = ...,
         malformed: _abc.Iterable[Global___MalformedKey] | None = ...,
+        warnings: _abc.Iterable[Global___MalformedKey] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["malformed", b"malformed", "releases", b"releases"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["malformed", b"malformed", "releases", b"releases", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
