@@ -7,9 +7,11 @@ must not open an app. A malformed value raises :class:`MalformedConfig`, which n
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
@@ -24,6 +26,9 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"
 
 DEFAULT_APP_METADATA_KEY = f"{PREFIX}app/default/metadata"
 DEFAULT_WORKER_KEY = f"{PREFIX}worker/default"
+
+MUTABLE = ("phase", "desc", "weight")
+"""The fields of a published version that may change. The others are its content."""
 
 _TRUE, _FALSE = ("1", "on", "t", "true", "y", "yes"), ("0", "off", "f", "false", "n", "no")
 _TEXTS = {"name", "version", "file", "desc", "lastmodified", "app", "id"}
@@ -103,16 +108,18 @@ class _Value(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_json(self) -> str:
         """Return the value as JSON for etcd, without the fields that are not set."""
+        return orjson.dumps(self._written()).decode()
+
+    def _written(self) -> dict[str, Any]:
         fields = msgspec.to_builtins(self, builtin_types=(timedelta,))
-        written = {
+        return {
             name: _nanoseconds(value) if isinstance(value, timedelta) else value
             for name, value in fields.items()
             if value not in (None, {}, "")
         }
-        return orjson.dumps(written).decode()
 
 
-class Release(_Value, frozen=True, kw_only=True):
+class Release(_Value, frozen=True, kw_only=True, dict=True):
     """One version of one app: ``/ava/serving/eval/<app>/<version>``."""
 
     readers = {"custom_files": _check_files}
@@ -134,6 +141,15 @@ class Release(_Value, frozen=True, kw_only=True):
     @property
     def key(self) -> str:
         return release_key(self.name, self.version)
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of its content, in hex. Two releases with one digest give the same answers.
+
+        Fields that are not set do not count, so that a reader that knows more fields finds the same digest.
+        """
+        content = {name: value for name, value in self._written().items() if name not in (*MUTABLE, "lastmodified")}
+        return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 class Owner(_Value, frozen=True, kw_only=True):
@@ -196,10 +212,16 @@ class Instance(_Value, frozen=True, kw_only=True):
     id: Name
     address: Address
     capacity: Annotated[int, Meta(ge=1, le=1_000_000)]
+    digest: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
+    """The digest of the release that it has loaded. Empty: it comes from a time without digests."""
 
     @property
     def key(self) -> str:
         return instance_key(self.app, self.version, self.id)
+
+    def serves(self, release: Release) -> bool:
+        """Return whether it has loaded the content of this release; assume so if it does not tell."""
+        return self.digest in ("", release.digest)
 
 
 ConfigValue = Release | AppMetadata | WorkerConfig | Instance

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -75,7 +75,7 @@ def phase_from(phase: int, field: str) -> Phase:
 
 def instance_from(message: registry_pb2.Instance) -> Instance:
     """Return the instance of a message. Raises InvalidArgument."""
-    fields = {name: getattr(message, name) for name in ("app", "version", "id", "address", "capacity")}
+    fields = {name: getattr(message, name) for name in ("app", "version", "id", "address", "capacity", "digest")}
     try:
         return validate(Instance, fields)
     except MalformedConfig as error:
@@ -85,6 +85,17 @@ def instance_from(message: registry_pb2.Instance) -> Instance:
 def instance_to(instance: Instance) -> registry_pb2.Instance:
     """Return the instance as a message of the API."""
     return registry_pb2.Instance(**msgspec.structs.asdict(instance))
+
+
+def release_status(release: Release, instances: Sequence[Instance]) -> registry_pb2.ReleaseStatus:
+    """Return a release with its instances as a message of the API."""
+    digest = release.digest
+    return registry_pb2.ReleaseStatus(
+        release=release_to(release),
+        instances=[instance_to(each) for each in instances],
+        outdated=[each.id for each in instances if each.digest not in ("", digest)],
+        digest=digest,
+    )
 
 
 def name_from(text: str, field: str) -> str:

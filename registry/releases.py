@@ -12,15 +12,12 @@ from typing import Any
 import msgspec
 import structlog
 
-from atserving.config import MalformedConfig, Phase, Release, parse, release_key
+from atserving.config import MUTABLE, MalformedConfig, Phase, Release, parse, release_key
 from atserving.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
 from atserving.v1 import etcd_pb2
 from registry.etcd import EtcdClient, put, written_at
 
 log = structlog.get_logger()
-
-MUTABLE = ("phase", "desc", "weight")
-"""The fields of a published version that may change."""
 
 MAX_VALUE_BYTES = 1 << 20
 """The size limit of a release's JSON; etcd refuses requests above 1.5 MiB."""

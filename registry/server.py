@@ -123,14 +123,12 @@ class ReleaseServicer(registry_pb2_grpc.ReleaseServiceServicer):
         releases = sorted(
             (value for value in values if isinstance(value, Release)), key=lambda one: (one.name, one.version)
         )
-        by_release: dict[tuple[str, str], list[registry_pb2.Instance]] = {}
+        by_release: dict[tuple[str, str], list[Instance]] = {}
         for instance in instances:
-            by_release.setdefault((instance.app, instance.version), []).append(messages.instance_to(instance))
+            by_release.setdefault((instance.app, instance.version), []).append(instance)
         return registry_pb2.ListReleasesResponse(
             releases=[
-                registry_pb2.ReleaseStatus(
-                    release=messages.release_to(release), instances=by_release.get((release.name, release.version), [])
-                )
+                messages.release_status(release, by_release.get((release.name, release.version), []))
                 for release in releases
             ],
             malformed=_reasons(view.malformed, app),

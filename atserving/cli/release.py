@@ -130,7 +130,8 @@ def list_(registry: list[str], app: str, as_json: bool) -> None:
     rows = [("APP", "VERSION", "PHASE", "INSTANCES", "MODIFIED", "DESCRIPTION")]
     for status in found.releases:
         each = status.release
-        phase_name, instances = _PHASE_NAMES.get(each.phase, "?"), str(len(status.instances))
+        phase_name, outdated = _PHASE_NAMES.get(each.phase, "?"), len(status.outdated)
+        instances = f"{len(status.instances) - outdated}" + (f" (+{outdated} outdated)" if outdated else "")
         rows.append((each.name, each.version, phase_name, instances, each.lastmodified, each.desc))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61tserving/v1/registry.proto\x12\x0c\x61tserving.v1\"\x1b\n\x0cWatchRequest\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\"v\n\rWatchResponse\x12\r\n\x05reset\x18\x01 \x01(\x08\x12$\n\x07upserts\x18\x02 \x03(\x0b\x32\x13.atserving.v1.Entry\x12\x0f\n\x07\x64\x65letes\x18\x03 \x03(\t\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\r\n\x05stale\x18\x05 \x01(\x08\"(\n\x05\x45ntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\nvalue_json\x18\x02 \x01(\t\"C\n\x17RegisterInstanceRequest\x12(\n\x08instance\x18\x01 \x01(\x0b\x32\x16.atserving.v1.Instance\"*\n\x18RegisterInstanceResponse\x12\x0e\n\x06ttl_ms\x18\x01 \x01(\x03\"E\n\x19\x44\x65registerInstanceRequest\x12(\n\x08instance\x18\x01 \x01(\x0b\x32\x16.atserving.v1.Instance\"\x1c\n\x1a\x44\x65registerInstanceResponse\"W\n\x08Instance\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x10\n\x08\x63\x61pacity\x18\x05 \x01(\x05\"\xad\x03\n\x07Release\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0c\n\x04\x66ile\x18\x03 \x01(\t\x12\"\n\x05phase\x18\x04 \x01(\x0e\x32\x13.atserving.v1.Phase\x12\x0c\n\x04\x64\x65sc\x18\x05 \x01(\t\x12\x14\n\x0clastmodified\x18\x06 \x01(\t\x12\x18\n\x0bimage_width\x18\x07 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nbatch_size\x18\x08 \x01(\x05H\x01\x88\x01\x01\x12<\n\x0c\x63ustom_files\x18\t \x03(\x0b\x32&.atserving.v1.Release.CustomFilesEntry\x12\x1a\n\x12\x63ustom_values_json\x18\n \x01(\t\x12\x19\n\x11model_params_json\x18\x0b \x01(\t\x12\x12\n\nuse_device\x18\x0c \x01(\t\x12\x13\n\x06weight\x18\r \x01(\x01H\x02\x88\x01\x01\x1a\x32\n\x10\x43ustomFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0e\n\x0c_image_widthB\r\n\x0b_batch_sizeB\t\n\x07_weight\"?\n\x15PublishReleaseRequest\x12&\n\x07release\x18\x01 \x01(\x0b\x32\x15.atserving.v1.Release\"@\n\x16PublishReleaseResponse\x12&\n\x07release\x18\x01 \x01(\x0b\x32\x15.atserving.v1.Release\"S\n\x0fSetPhaseRequest\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\"\n\x05phase\x18\x03 \x01(\x0e\x32\x13.atserving.v1.Phase\":\n\x10SetPhaseResponse\x12&\n\x07release\x18\x01 \x01(\x0b\x32\x15.atserving.v1.Release\"\"\n\x13ListReleasesRequest\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\"\xa2\x01\n\x14ListReleasesResponse\x12-\n\x08releases\x18\x01 \x03(\x0b\x32\x1b.atserving.v1.ReleaseStatus\x12-\n\tmalformed\x18\x02 \x03(\x0b\x32\x1a.atserving.v1.MalformedKey\x12,\n\x08warnings\x18\x03 \x03(\x0b\x32\x1a.atserving.v1.MalformedKey\"b\n\rReleaseStatus\x12&\n\x07release\x18\x01 \x01(\x0b\x32\x15.atserving.v1.Release\x12)\n\tinstances\x18\x02 \x03(\x0b\x32\x16.atserving.v1.Instance\"+\n\x0cMalformedKey\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t*G\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_STAGING\x10\x01\x12\x14\n\x10PHASE_PRODUCTION\x10\x02\x32\xa1\x02\n\x0fRegistryService\x12\x42\n\x05Watch\x12\x1a.atserving.v1.WatchRequest\x1a\x1b.atserving.v1.WatchResponse0\x01\x12\x61\n\x10RegisterInstance\x12%.atserving.v1.RegisterInstanceRequest\x1a&.atserving.v1.RegisterInstanceResponse\x12g\n\x12\x44\x65registerInstance\x12\'.atserving.v1.DeregisterInstanceRequest\x1a(.atserving.v1.DeregisterInstanceResponse2\x8f\x02\n\x0eReleaseService\x12[\n\x0ePublishRelease\x12#.atserving.v1.PublishReleaseRequest\x1a$.atserving.v1.PublishReleaseResponse\x12I\n\x08SetPhase\x12\x1d.atserving.v1.SetPhaseRequest\x1a\x1e.atserving.v1.SetPhaseResponse\x12U\n\x0cListReleases\x12!.atserving.v1.ListReleasesRequest\x1a\".atserving.v1.ListReleasesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61tserving/v1/registry.proto\x12\x0c\x61tserving.v1\"\x1b\n\x0cWatchRequest\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\"v\n\rWatchResponse\x12\r\n\x05reset\x18\x01 \x01(\x08\x12$\n\x07upserts\x18\x02 \x03(\x0b\x32\x13.atserving.v1.Entry\x12\x0f\n\x07\x64\x65letes\x18\x03 \x03(\t\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\r\n\x05stale\x18\x05 \x01(\x08\"(\n\x05\x45ntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\nvalue_json\x18\x02 \x01(\t\"C\n\x17RegisterInstanceRequest\x12(\n\x08instance\x18\x01 \x01(\x0b\x32\x16.atserving.v1.Instance\"*\n\x18RegisterInstanceResponse\x12\x0e\n\x06ttl_ms\x18\x01 \x01(\x03\"E\n\x19\x44\x65registerInstanceRequest\x12(\n\x08instance\x18\x01 \x01(\x0b\x32\x16.atserving.v1.Instance\"\x1c\n\x1a\x44\x65registerInstanceResponse\"g\n\x08Instance\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x10\n\x08\x63\x61pacity\x18\x05 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\"\xad\x03\n\x07Release\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0c\n\x04\x66ile\x18\x03 \x01(\t\x12\"\n\x05phase\x18\x04 \x01(\x0e\x32\x13.atserving.v1.Phase\x12\x0c\n\x04\x64\x65sc\x18\x05 \x01(\t\x12\x14\n\x0clastmodified\x18\x06 \x01(\t\x12\x18\n\x0bimage_width\x18\x07 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nbatch_size\x18\x08 \x01(\x05H\x01\x88\x01\x01\x12<\n\x0c\x63ustom_files\x18\t \x03(\x0b\x32&.atserving.v1.Release.CustomFilesEntry\x12\x1a\n\x12\x63ustom_values_json\x18\n \x01(\t\x12\x19\n\x11model_params_json\x18\x0b \x01(\t\x12\x12\n\nuse_device\x18\x0c \x01(\t\x12\x13\n\x06weight\x18\r \x01(\x01H\x02\x88\x01\x01\x1a\x32\n\x10\x43ustomFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0e\n\x0c_image_widthB\r\n\x0b_batch_sizeB\t\n\x07_weight\"?\n\x15PublishReleaseRequest\x12&\n\x07release\x18\x01 \x01(\x0b\x32\x15.atserving.v1.Release\"@\n\x16PublishReleaseResponse\x12&\n\x07release\x18\x01 \x01(\x0b\x32\x15.atserving.v1.Release\"S\n\x0fSetPhaseRequest\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\"\n\x05phase\x18\x03 \x01(\x0e\x32\x13.atserving.v1.Phase\":\n\x10SetPhaseResponse\x12&\n\x07release\x18\x01 \x01(\x0b\x32\x15.atserving.v1.Release\"\"\n\x13ListReleasesRequest\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\"\xa2\x01\n\x14ListReleasesResponse\x12-\n\x08releases\x18\x01 \x03(\x0b\x32\x1b.atserving.v1.ReleaseStatus\x12-\n\tmalformed\x18\x02 \x03(\x0b\x32\x1a.atserving.v1.MalformedKey\x12,\n\x08warnings\x18\x03 \x03(\x0b\x32\x1a.atserving.v1.MalformedKey\"\x84\x01\n\rReleaseStatus\x12&\n\x07release\x18\x01 \x01(\x0b\x32\x15.atserving.v1.Release\x12)\n\tinstances\x18\x02 \x03(\x0b\x32\x16.atserving.v1.Instance\x12\x10\n\x08outdated\x18\x03 \x03(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\"+\n\x0cMalformedKey\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t*G\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_STAGING\x10\x01\x12\x14\n\x10PHASE_PRODUCTION\x10\x02\x32\xa1\x02\n\x0fRegistryService\x12\x42\n\x05Watch\x12\x1a.atserving.v1.WatchRequest\x1a\x1b.atserving.v1.WatchResponse0\x01\x12\x61\n\x10RegisterInstance\x12%.atserving.v1.RegisterInstanceRequest\x1a&.atserving.v1.RegisterInstanceResponse\x12g\n\x12\x44\x65registerInstance\x12\'.atserving.v1.DeregisterInstanceRequest\x1a(.atserving.v1.DeregisterInstanceResponse2\x8f\x02\n\x0eReleaseService\x12[\n\x0ePublishRelease\x12#.atserving.v1.PublishReleaseRequest\x1a$.atserving.v1.PublishReleaseResponse\x12I\n\x08SetPhase\x12\x1d.atserving.v1.SetPhaseRequest\x1a\x1e.atserving.v1.SetPhaseResponse\x12U\n\x0cListReleases\x12!.atserving.v1.ListReleasesRequest\x1a\".atserving.v1.ListReleasesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_RELEASE_CUSTOMFILESENTRY']._loaded_options = None
   _globals['_RELEASE_CUSTOMFILESENTRY']._serialized_options = b'8\001'
-  _globals['_PHASE']._serialized_start=1593
-  _globals['_PHASE']._serialized_end=1664
+  _globals['_PHASE']._serialized_start=1644
+  _globals['_PHASE']._serialized_end=1715
   _globals['_WATCHREQUEST']._serialized_start=45
   _globals['_WATCHREQUEST']._serialized_end=72
   _globals['_WATCHRESPONSE']._serialized_start=74
@@ -50,29 +50,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DEREGISTERINSTANCERESPONSE']._serialized_start=420
   _globals['_DEREGISTERINSTANCERESPONSE']._serialized_end=448
   _globals['_INSTANCE']._serialized_start=450
-  _globals['_INSTANCE']._serialized_end=537
-  _globals['_RELEASE']._serialized_start=540
-  _globals['_RELEASE']._serialized_end=969
-  _globals['_RELEASE_CUSTOMFILESENTRY']._serialized_start=877
-  _globals['_RELEASE_CUSTOMFILESENTRY']._serialized_end=927
-  _globals['_PUBLISHRELEASEREQUEST']._serialized_start=971
-  _globals['_PUBLISHRELEASEREQUEST']._serialized_end=1034
-  _globals['_PUBLISHRELEASERESPONSE']._serialized_start=1036
-  _globals['_PUBLISHRELEASERESPONSE']._serialized_end=1100
-  _globals['_SETPHASEREQUEST']._serialized_start=1102
-  _globals['_SETPHASEREQUEST']._serialized_end=1185
-  _globals['_SETPHASERESPONSE']._serialized_start=1187
-  _globals['_SETPHASERESPONSE']._serialized_end=1245
-  _globals['_LISTRELEASESREQUEST']._serialized_start=1247
-  _globals['_LISTRELEASESREQUEST']._serialized_end=1281
-  _globals['_LISTRELEASESRESPONSE']._serialized_start=1284
-  _globals['_LISTRELEASESRESPONSE']._serialized_end=1446
-  _globals['_RELEASESTATUS']._serialized_start=1448
-  _globals['_RELEASESTATUS']._serialized_end=1546
-  _globals['_MALFORMEDKEY']._serialized_start=1548
-  _globals['_MALFORMEDKEY']._serialized_end=1591
-  _globals['_REGISTRYSERVICE']._serialized_start=1667
-  _globals['_REGISTRYSERVICE']._serialized_end=1956
-  _globals['_RELEASESERVICE']._serialized_start=1959
-  _globals['_RELEASESERVICE']._serialized_end=2230
+  _globals['_INSTANCE']._serialized_end=553
+  _globals['_RELEASE']._serialized_start=556
+  _globals['_RELEASE']._serialized_end=985
+  _globals['_RELEASE_CUSTOMFILESENTRY']._serialized_start=893
+  _globals['_RELEASE_CUSTOMFILESENTRY']._serialized_end=943
+  _globals['_PUBLISHRELEASEREQUEST']._serialized_start=987
+  _globals['_PUBLISHRELEASEREQUEST']._serialized_end=1050
+  _globals['_PUBLISHRELEASERESPONSE']._serialized_start=1052
+  _globals['_PUBLISHRELEASERESPONSE']._serialized_end=1116
+  _globals['_SETPHASEREQUEST']._serialized_start=1118
+  _globals['_SETPHASEREQUEST']._serialized_end=1201
+  _globals['_SETPHASERESPONSE']._serialized_start=1203
+  _globals['_SETPHASERESPONSE']._serialized_end=1261
+  _globals['_LISTRELEASESREQUEST']._serialized_start=1263
+  _globals['_LISTRELEASESREQUEST']._serialized_end=1297
+  _globals['_LISTRELEASESRESPONSE']._serialized_start=1300
+  _globals['_LISTRELEASESRESPONSE']._serialized_end=1462
+  _globals['_RELEASESTATUS']._serialized_start=1465
+  _globals['_RELEASESTATUS']._serialized_end=1597
+  _globals['_MALFORMEDKEY']._serialized_start=1599
+  _globals['_MALFORMEDKEY']._serialized_end=1642
+  _globals['_REGISTRYSERVICE']._serialized_start=1718
+  _globals['_REGISTRYSERVICE']._serialized_end=2007
+  _globals['_RELEASESERVICE']._serialized_start=2010
+  _globals['_RELEASESERVICE']._serialized_end=2281
 # @@protoc_insertion_point(module_scope)

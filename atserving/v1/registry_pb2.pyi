@@ -214,6 +214,7 @@ class Instance(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     app: _builtins.str
     """The app it serves."""
     version: _builtins.str
@@ -224,6 +225,8 @@ class Instance(_message.Message):
     """The host:port of the instance's EvaluatorService."""
     capacity: _builtins.int
     """The limit of requests in flight, running and queued."""
+    digest: _builtins.str
+    """The digest of the release's content that it has loaded (Release.digest in atserving/config.py); empty: unknown."""
     def __init__(
         self,
         *,
@@ -232,10 +235,11 @@ class Instance(_message.Message):
         id: _builtins.str = ...,
         address: _builtins.str = ...,
         capacity: _builtins.int = ...,
+        digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "app", b"app", "capacity", b"capacity", "id", b"id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "app", b"app", "capacity", b"capacity", "digest", b"digest", "id", b"id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -492,21 +496,31 @@ class ReleaseStatus(_message.Message):
 
     RELEASE_FIELD_NUMBER: _builtins.int
     INSTANCES_FIELD_NUMBER: _builtins.int
+    OUTDATED_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """The digest of the release's content."""
     @_builtins.property
     def release(self) -> Global___Release: ...
     @_builtins.property
     def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___Instance]:
         """The registered instances."""
 
+    @_builtins.property
+    def outdated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids of instances that have loaded other content than the release has now. Gates do not use them."""
+
     def __init__(
         self,
         *,
         release: Global___Release | None = ...,
         instances: _abc.Iterable[Global___Instance] | None = ...,
+        outdated: _abc.Iterable[_builtins.str] | None = ...,
+        digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["release", b"release"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instances", b"instances", "release", b"release"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "instances", b"instances", "outdated", b"outdated", "release", b"release"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -63,6 +63,32 @@ def test_an_unknown_key_is_refused(key: str) -> None:
         config.parse(key, "{}")
 
 
+def release(**fields: object) -> Release:
+    return config.validate(Release, {"name": "a", "version": "v", "file": "file:///x", **fields})
+
+
+def test_the_digest_of_a_release_is_that_of_its_content() -> None:
+    digest = release(custom_values={"a": 1, "b": {"c": 2, "d": 3}}).digest
+    same = release(
+        custom_values={"b": {"d": 3, "c": 2}, "a": 1}, phase="production", desc="d", weight=2, lastmodified="now"
+    )
+    assert same.digest == digest
+    assert config.parse(RELEASE_KEY, '{"file": "file:///x"}') == config.parse(RELEASE_KEY, '{"file": "file:///x"}')
+    others = [
+        release(),
+        release(name="b"),
+        release(version="w"),
+        release(file="file:///x#sha256=" + "a" * 64),
+        release(batch_size=4),
+        release(image_width=4),
+        release(use_device="GPU"),
+        release(custom_files={"a": "file:///a"}),
+        release(model_params={"engines": 1}),
+        release(custom_values={"a": 1}),
+    ]
+    assert len({each.digest for each in others} | {digest}) == len(others) + 1
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("100ms", 0.1), ("1m30s", 90), ("1.5s", 1.5), (2_000_000, 0.002), (0, 0), ("250us", 0.00025), ("1h", 3600)],
