@@ -26,6 +26,8 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"
 
 DEFAULT_APP_METADATA_KEY = f"{PREFIX}app/default/metadata"
 DEFAULT_WORKER_KEY = f"{PREFIX}worker/default"
+ACCEPT_KEY = f"{PREFIX}deletions/accepted"
+"""While this key exists, no deletion is held back (:mod:`atserving.holdback`)."""
 
 MUTABLE = ("phase", "desc", "weight")
 """The fields of a published version that may change. The others are its content."""
@@ -224,7 +226,11 @@ class Instance(_Value, frozen=True, kw_only=True):
         return self.digest in ("", release.digest)
 
 
-ConfigValue = Release | AppMetadata | WorkerConfig | Instance
+class Acceptance(_Value, frozen=True, kw_only=True):
+    """The value of ACCEPT_KEY, which says nothing more than that the key exists."""
+
+
+ConfigValue = Release | AppMetadata | WorkerConfig | Instance | Acceptance
 _T = TypeVar("_T", bound=_Value)
 
 
@@ -258,7 +264,7 @@ def worker_keys(app: str, version: str) -> tuple[str, str, str]:
 def app_of(key: str) -> str | None:
     """Return the app that a key belongs to, or None for a default. Raises MalformedConfig for an unknown key."""
     match key.removeprefix(PREFIX).split("/"):
-        case ["app", "default", "metadata"] | ["worker", "default"]:
+        case ["app", "default", "metadata"] | ["worker", "default"] | ["deletions", "accepted"]:
             return None
         case (
             ["eval", app, _]
@@ -297,6 +303,8 @@ def read(key: str, value: str | bytes) -> tuple[ConfigValue, str]:
         case ["instance", app, version, id_]:
             # No person writes these.
             return _validate(Instance, fields, {"app": app, "version": version, "id": id_}), ""
+        case ["deletions", _]:
+            return Acceptance(), ""
         case ["worker", *_]:
             return _validate(WorkerConfig, fields, {}), _warning(WorkerConfig, fields)
         case _:

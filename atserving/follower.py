@@ -12,6 +12,7 @@ import structlog
 
 from atserving import transport
 from atserving.config import CLOSED, ConfigValue, MalformedConfig, is_access_rules, parse
+from atserving.holdback import Holdback
 from atserving.peers import Peers
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 
@@ -48,9 +49,13 @@ class ConfigFollower:
     ``entries`` is always consistent, since each step of the stream is applied as a whole. If a registry fails, the
     follower moves to the next one. It also moves on if a registry has lost etcd and there is another. It forgets
     nothing in the meantime. A DNS name may stand for several registries.
+
+    For ``hold_s`` seconds it holds back what most releases lack in a new snapshot (:mod:`atserving.holdback`).
     """
 
-    def __init__(self, registries: Sequence[str], on_change: OnChange | None = None, app: str = "") -> None:
+    def __init__(
+        self, registries: Sequence[str], on_change: OnChange | None = None, app: str = "", hold_s: float = 0
+    ) -> None:
         self.entries: dict[str, ConfigValue] = {}
         self.synced = asyncio.Event()
         """Set after the first snapshot; never cleared."""
@@ -59,6 +64,7 @@ class ConfigFollower:
         self._on_change = on_change
         self._app = app
         self._steps = 0
+        self._holdback = Holdback(hold_s, lambda keys: self._change({}, keys))
 
     async def run(self) -> None:
         """Follow until cancelled, one registry after the other, with a pause after each round."""
@@ -104,11 +110,17 @@ class ConfigFollower:
                 log.warning("config skipped", key=entry.key, reason=str(error))
                 if is_access_rules(entry.key):
                     upserts[entry.key] = CLOSED
-        deletes = set(response.deletes)
+        written = {entry.key for entry in response.upserts}
+        deletes: Set[str] = set(response.deletes)
         if response.reset:
-            deletes = self.entries.keys() - {entry.key for entry in response.upserts}
+            deletes = self.entries.keys() - written
+        # The registry has checked its own steps.
+        deletes = self._holdback.taken(self.entries.keys(), written, deletes, vetted=not response.reset)
+        self._change(upserts, deletes)
+
+    def _change(self, upserts: Mapping[str, ConfigValue], deletes: Set[str]) -> None:
         upserts = {key: value for key, value in upserts.items() if self.entries.get(key) != value}
-        deletes &= self.entries.keys()
+        deletes = deletes & self.entries.keys()
         self.entries.update(upserts)
         for key in deletes:
             del self.entries[key]

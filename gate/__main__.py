@@ -39,13 +39,14 @@ class GateSettings:
     drain_s: float
     grace_s: float
     max_batch: int
+    hold_s: float
 
 
 async def serve(settings: GateSettings) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartError."""
     stop = lifecycle.stop_signal()
     router = Router(EvaluatorConnection)
-    follower = ConfigFollower(settings.registries, router.apply)
+    follower = ConfigFollower(settings.registries, router.apply, hold_s=settings.hold_s)
     server = Server(
         [
             serving_pb2.DESCRIPTOR.services_by_name["ServingService"],
@@ -108,13 +109,21 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
 @click.option(
     "--max-batch", type=click.IntRange(1), default=1000, show_default=True, help="The most tasks in one batch."
 )
+@service.hold_option
 @service.log_level_option
 def main(
-    registry: list[str], listen: str, wait: float, drain: float, grace: float, max_batch: int, log_level: str
+    registry: list[str],
+    listen: str,
+    wait: float,
+    drain: float,
+    grace: float,
+    max_batch: int,
+    hold_deletions: float,
+    log_level: str,
 ) -> None:
     configure_logging("gate", log_level)
     malloc.keep_freed()
-    uvloop.run(serve(GateSettings(registry, listen, wait, drain, grace, max_batch)))
+    uvloop.run(serve(GateSettings(registry, listen, wait, drain, grace, max_batch, hold_deletions)))
 
 
 if __name__ == "__main__":

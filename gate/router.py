@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import structlog
 
 from atserving import config
-from atserving.config import AppMetadata, ConfigValue, Instance, Release, WorkerConfig
+from atserving.config import Acceptance, AppMetadata, ConfigValue, Instance, Release, WorkerConfig
 from atserving.errors import NotFound, ResourceExhausted, ServingError, Unavailable
 
 log = structlog.get_logger()
@@ -119,7 +119,7 @@ class Router(Generic[ConnectionT]):
                 self._compare(value)
             elif isinstance(value, Instance):
                 self._enter(value)
-            else:
+            elif not isinstance(value, Acceptance):
                 self._settings[key] = value
 
     def _delete(self, key: str) -> None:

@@ -4,7 +4,7 @@ Three invariants hold at any time:
 
 1. ``entries`` equals the store at ``revision``, but with well-formed values only. A key with a malformed value is in
    ``malformed``, and its entry keeps the last good value since the key was created. Malformed access rules are closed,
-   whatever they were before.
+   whatever they were before. A key whose deletion is held back (:mod:`atserving.holdback`) keeps its entry.
 2. A subscriber that applies its steps in order has the ``entries`` of the last step.
 3. A slow subscriber delays nobody.
 """
@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 import structlog
 
 from atserving.config import CLOSED, ConfigValue, MalformedConfig, app_of, is_access_rules, read
+from atserving.holdback import Holdback
 
 log = structlog.get_logger()
 
@@ -74,13 +75,14 @@ class Delta:
 class View:
     """The mirrored config, for many subscribers."""
 
-    def __init__(self, queue_deltas: int = QUEUE_DELTAS) -> None:
+    def __init__(self, queue_deltas: int = QUEUE_DELTAS, hold_s: float = 0) -> None:
         self.entries: dict[str, Entry] = {}
         self.malformed: dict[str, str] = {}
         """Keys with a malformed value, and the reason."""
         self.warnings: dict[str, str] = {}
         """Keys with unknown fields, which nobody uses."""
         self.revision = 0
+        self.holdback = Holdback(hold_s, self._drop)
         self.synced = asyncio.Event()
         """Set after the first snapshot; never cleared."""
         self.stale = False
@@ -93,6 +95,23 @@ class View:
 
     def apply(self, changes: Iterable[Change], revision: int) -> None:
         """Apply changes in order, and send them to every subscriber as one delta."""
+        self._apply(self._taken(list(changes)), revision)
+
+    def _taken(self, changes: list[Change]) -> list[Change]:
+        """Return the changes without the deletions that are held back, and with those that are so no longer."""
+        last = {change.key: change for change in changes}
+        deletes = {key for key, change in last.items() if isinstance(change, Delete)}
+        taken = self.holdback.taken(self.entries.keys(), last.keys() - deletes, deletes)
+        held = deletes - taken
+        return [
+            *(each for each in changes if each.key not in held or isinstance(each, Put)),
+            *map(Delete, taken - deletes),
+        ]
+
+    def _drop(self, keys: Set[str]) -> None:
+        self._apply(map(Delete, keys), self.revision)
+
+    def _apply(self, changes: Iterable[Change], revision: int) -> None:
         before: dict[str, Entry | None] = {}
         for change in changes:
             before.setdefault(change.key, self.entries.get(change.key))

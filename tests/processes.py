@@ -210,8 +210,9 @@ class Gate(Process):
         self.address = f"127.0.0.1:{port}"
         super().__init__(commands.gate(",".join(registries), self.address, "--drain", "0", *flags))
 
-    async def eval(self, app: str, version: str = "", body: bytes = b"x") -> serving_pb2.EvalResponse:
-        """Evaluate one body. Raises AioRpcError."""
+    async def eval(self, app: str, version: str = "") -> serving_pb2.EvalResponse:
+        """Evaluate the image of a seven. Raises AioRpcError."""
+        body = (FOLDER / "digits" / "images" / "7.png").read_bytes()
         request = serving_pb2.EvalRequest(app=app, version=version, data=[serving_pb2.Resource(body=body)])
         async with transport.channel(self.address) as channel:
             stub = serving_pb2_grpc.ServingServiceStub(channel)

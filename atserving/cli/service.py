@@ -58,6 +58,13 @@ def wait_option(text: str) -> Callable[[Any], Any]:
     return seconds_option("--wait", 10.0, f"{text} 0: without a limit.")
 
 
+hold_option = seconds_option(
+    "--hold-deletions",
+    600.0,
+    "Seconds to hold back the deletion of most releases at once, which an emptied etcd looks like. 0: take it at once.",
+)
+
+
 def name_variables(command: click.Command, prefix: str = "ATSERVING") -> None:
     """Let every flag of a command and of its subcommands be a variable too, ``ATSERVING_<FLAG>``.
 

@@ -463,6 +463,7 @@ class ListReleasesResponse(_message.Message):
     RELEASES_FIELD_NUMBER: _builtins.int
     MALFORMED_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def releases(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReleaseStatus]: ...
     @_builtins.property
@@ -475,20 +476,60 @@ class ListReleasesResponse(_message.Message):
     def warnings(self) -> _containers.RepeatedCompositeFieldContainer[Global___MalformedKey]:
         """Keys with unknown fields, and the known fields nearest to them. The known fields of such a key are in use."""
 
+    @_builtins.property
+    def held(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keys that are deleted in etcd, but held back, as most releases were deleted at once. They are in use."""
+
     def __init__(
         self,
         *,
         releases: _abc.Iterable[Global___ReleaseStatus] | None = ...,
         malformed: _abc.Iterable[Global___MalformedKey] | None = ...,
         warnings: _abc.Iterable[Global___MalformedKey] | None = ...,
+        held: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["malformed", b"malformed", "releases", b"releases", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "malformed", b"malformed", "releases", b"releases", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListReleasesResponse: _TypeAlias = ListReleasesResponse  # noqa: Y015
+
+@_typing.final
+class AcceptDeletionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcceptDeletionsRequest: _TypeAlias = AcceptDeletionsRequest  # noqa: Y015
+
+@_typing.final
+class AcceptDeletionsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TTL_MS_FIELD_NUMBER: _builtins.int
+    ttl_ms: _builtins.int
+    """How long no deletion is held back."""
+    def __init__(
+        self,
+        *,
+        ttl_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ttl_ms", b"ttl_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcceptDeletionsResponse: _TypeAlias = AcceptDeletionsResponse  # noqa: Y015
 
 @_typing.final
 class ReleaseStatus(_message.Message):

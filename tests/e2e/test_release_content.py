@@ -15,13 +15,11 @@ import pytest
 
 from atserving.local import commands
 from atserving.local.ports import free_ports
-from tests.e2e.client import image
 from tests.processes import Evaluator, Gate, Registry, evaluator, running_registry, start_evaluator
 from tests.waiting import until, until_async
 
 pytestmark = pytest.mark.slow
 
-IMAGE = image("7.png")
 CLASSES, FEATURES = {"net": "classify"}, {"net": "feature"}
 """Two contents of a release, whose answers differ in kind."""
 
@@ -43,7 +41,7 @@ def gate(registry: Registry) -> Iterator[Gate]:
 async def kind(gate: Gate, app: str) -> str:
     """Ask version v1 of an app; return the kind of its answer, or the status."""
     try:
-        answer = await gate.eval(app, "v1", IMAGE)
+        answer = await gate.eval(app, "v1")
     except grpc.aio.AioRpcError as error:
         return error.code().name
     return "features" if answer.stream else "classes"
