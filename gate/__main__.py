@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 import structlog
@@ -40,13 +41,14 @@ class GateSettings:
     grace_s: float
     max_batch: int
     hold_s: float
+    cache: Path | None = None
 
 
 async def serve(settings: GateSettings) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartError."""
     stop = lifecycle.stop_signal()
     router = Router(EvaluatorConnection)
-    follower = ConfigFollower(settings.registries, router.apply, hold_s=settings.hold_s)
+    follower = ConfigFollower(settings.registries, router.apply, hold_s=settings.hold_s, cache=settings.cache)
     server = Server(
         [
             serving_pb2.DESCRIPTOR.services_by_name["ServingService"],
@@ -110,6 +112,7 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
     "--max-batch", type=click.IntRange(1), default=1000, show_default=True, help="The most tasks in one batch."
 )
 @service.hold_option
+@service.cache_option
 @service.log_level_option
 def main(
     registry: list[str],
@@ -119,11 +122,12 @@ def main(
     grace: float,
     max_batch: int,
     hold_deletions: float,
+    config_cache: Path | None,
     log_level: str,
 ) -> None:
     configure_logging("gate", log_level)
     malloc.keep_freed()
-    uvloop.run(serve(GateSettings(registry, listen, wait, drain, grace, max_batch, hold_deletions)))
+    uvloop.run(serve(GateSettings(registry, listen, wait, drain, grace, max_batch, hold_deletions, config_cache)))
 
 
 if __name__ == "__main__":

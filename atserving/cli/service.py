@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -62,6 +63,14 @@ hold_option = seconds_option(
     "--hold-deletions",
     600.0,
     "Seconds to hold back the deletion of most releases at once, which an emptied etcd looks like. 0: take it at once.",
+)
+
+
+cache_option = click.option(
+    "--config-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="A file that keeps the last config, for a start while no registry answers.",
 )
 
 

@@ -66,6 +66,7 @@ class InstanceSettings:
     qiniu: QiniuConfig | None = None
     http: str = "127.0.0.1:0"
     status_file: Path | None = None
+    config_cache: Path | None = None
 
 
 async def run(settings: InstanceSettings) -> None:
@@ -92,7 +93,9 @@ class _Life:
         self._log = log.bind(app=settings.app, version=settings.version)
         self._metrics = Metrics()
         self._capacity = Capacity(1)
-        self._follower = VersionConfigFollower(settings.registries, settings.app, settings.version)
+        self._follower = VersionConfigFollower(
+            settings.registries, settings.app, settings.version, settings.config_cache
+        )
         self._links = LinkServer()
         self._server = Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
         self._service = EvaluatorService()

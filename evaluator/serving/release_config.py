@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence, Set
+from pathlib import Path
 
 import structlog
 
@@ -17,7 +18,7 @@ log = structlog.get_logger()
 class VersionConfigFollower:
     """Follows one version of one app at any of the registries."""
 
-    def __init__(self, registries: Sequence[str], app: str, version: str) -> None:
+    def __init__(self, registries: Sequence[str], app: str, version: str, cache: Path | None = None) -> None:
         self.on_worker: Callable[[WorkerConfig], None] = lambda _: None
         """The follower calls this with the worker config after each change."""
         self.on_outdated: Callable[[bool], None] = lambda _: None
@@ -27,7 +28,7 @@ class VersionConfigFollower:
         self._loaded = ""
         self._app, self._version = app, version
         self._key = release_key(app, version)
-        self._follower = ConfigFollower(registries, self._changed, app)
+        self._follower = ConfigFollower(registries, self._changed, app, cache=cache)
         self._published = asyncio.Event()
         self._worker = self.worker
 

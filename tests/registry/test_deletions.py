@@ -1,4 +1,4 @@
-"""An emptied etcd takes no app down: registries and gates hold back what is gone until an operator or the time decides."""
+"""An emptied etcd takes no app down: registries and gates hold back deletions until an operator or the time decides."""
 
 from __future__ import annotations
 
