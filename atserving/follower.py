@@ -125,14 +125,18 @@ class ConfigFollower:
         # Not wait_for: before Python 3.12 it loses a cancellation that comes in the moment in which the read ends.
         async with asyncio.timeout(_FIRST_RESPONSE_S):
             response = await call.read()
+        step = registry_pb2.WatchResponse()
         while isinstance(response, registry_pb2.WatchResponse):
             if response.stale and self._steps and not alone:
                 # The entries may be newer than the snapshot of a registry without etcd; saved ones hardly are.
                 return "has lost etcd"
-            self._apply(response)
-            self._steps += 1
-            self._to_save.set()
-            self.synced.set()
+            step.MergeFrom(response)
+            if not response.more:
+                self._apply(step)
+                self._steps += 1
+                self._to_save.set()
+                self.synced.set()
+                step = registry_pb2.WatchResponse()
             response = await call.read()
         return "ended the stream"
 

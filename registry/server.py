@@ -56,7 +56,8 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
             _require_synced(self._mirror)
             with self._mirror.view.subscribe(app) as subscription:
                 while delta := await subscription.next():
-                    yield messages.watch_response(delta)
+                    for response in messages.watch_responses(delta):
+                        yield response
             raise Unavailable("the registry is stopping")
 
     async def RegisterInstance(  # noqa: N802

@@ -64,7 +64,7 @@ Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
 
 @_typing.final
 class WatchResponse(_message.Message):
-    """One atomic step: all changes of one etcd transaction arrive in one response."""
+    """One atomic step: all changes of one etcd transaction arrive in one response, or in several if they are large."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -73,12 +73,15 @@ class WatchResponse(_message.Message):
     DELETES_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     STALE_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     reset: _builtins.bool
     """True: the upserts are a complete snapshot and replace all earlier entries. Always set in a stream's first response."""
     revision: _builtins.int
     """The etcd revision after this step."""
     stale: _builtins.bool
     """True: this registry has lost etcd and serves the last known config. Another registry may have a newer one."""
+    more: _builtins.bool
+    """True: the step goes on in the next response; apply all its parts together. `reset` is in the first part."""
     @_builtins.property
     def upserts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
         """The written keys."""
@@ -95,10 +98,11 @@ class WatchResponse(_message.Message):
         deletes: _abc.Iterable[_builtins.str] | None = ...,
         revision: _builtins.int = ...,
         stale: _builtins.bool = ...,
+        more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deletes", b"deletes", "reset", b"reset", "revision", b"revision", "stale", b"stale", "upserts", b"upserts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deletes", b"deletes", "more", b"more", "reset", b"reset", "revision", b"revision", "stale", b"stale", "upserts", b"upserts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -70,7 +70,7 @@ async def test_malformed_rules_close_an_app_and_the_operator_sees_why(
     assert registry.logged("reason", event="config skipped", key=PREFIX + key)
     registry.put(key, {"public": True})
     await answers(OPEN)
-    assert not listed(registry, app)
+    assert PREFIX + key not in listed(registry, app)
     registry.etcdctl("put", PREFIX + key, "--", value)
     await answers(CLOSED)
     registry.delete(key)
