@@ -1,19 +1,24 @@
 """The config in etcd: its keys, the types of its values, and the parser.
 
 All keys are below ``/ava/serving/``, and all values are JSON. The parser ignores unknown fields, so that a newer writer
-does not break an older reader. A malformed value raises :class:`MalformedConfig`, which names the field.
+does not break an older reader; :func:`read` warns of them. Unknown fields of access rules may be misspelt rules: they
+must not open an app. A malformed value raises :class:`MalformedConfig`, which names the field.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 import orjson
 from msgspec import Meta
+
+from atserving import known_fields
 
 PREFIX = "/ava/serving/"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"
@@ -21,6 +26,11 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"
 
 DEFAULT_APP_METADATA_KEY = f"{PREFIX}app/default/metadata"
 DEFAULT_WORKER_KEY = f"{PREFIX}worker/default"
+ACCEPT_KEY = f"{PREFIX}deletions/accepted"
+"""While this key exists, no deletion is held back (:mod:`atserving.holdback`)."""
+
+MUTABLE = ("phase", "desc", "weight")
+"""The fields of a published version that may change. The others are its content."""
 
 _TRUE, _FALSE = ("1", "on", "t", "true", "y", "yes"), ("0", "off", "f", "false", "n", "no")
 _TEXTS = {"name", "version", "file", "desc", "lastmodified", "app", "id"}
@@ -100,16 +110,18 @@ class _Value(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_json(self) -> str:
         """Return the value as JSON for etcd, without the fields that are not set."""
+        return orjson.dumps(self._written()).decode()
+
+    def _written(self) -> dict[str, Any]:
         fields = msgspec.to_builtins(self, builtin_types=(timedelta,))
-        written = {
+        return {
             name: _nanoseconds(value) if isinstance(value, timedelta) else value
             for name, value in fields.items()
             if value not in (None, {}, "")
         }
-        return orjson.dumps(written).decode()
 
 
-class Release(_Value, frozen=True, kw_only=True):
+class Release(_Value, frozen=True, kw_only=True, dict=True):
     """One version of one app: ``/ava/serving/eval/<app>/<version>``."""
 
     readers = {"custom_files": _check_files}
@@ -132,6 +144,15 @@ class Release(_Value, frozen=True, kw_only=True):
     def key(self) -> str:
         return release_key(self.name, self.version)
 
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of its content, in hex. Two releases with one digest give the same answers.
+
+        Fields that are not set do not count, so that a reader that knows more fields finds the same digest.
+        """
+        content = {name: value for name, value in self._written().items() if name not in (*MUTABLE, "lastmodified")}
+        return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
 
 class Owner(_Value, frozen=True, kw_only=True):
     """Who owns an app."""
@@ -146,6 +167,9 @@ def _truth(value: object) -> object:
     return bool(value) if value in (0, 1) else value
 
 
+_RULES = ("public", "owner", "user_whitelist")
+
+
 class AppMetadata(_Value, frozen=True, kw_only=True):
     """The access rights of an app: ``/ava/serving/app/metadata/<app>``, or ``/ava/serving/app/default/metadata``."""
 
@@ -155,6 +179,11 @@ class AppMetadata(_Value, frozen=True, kw_only=True):
     owner: Owner | None = None
     user_whitelist: tuple[int, ...] | None = None
     batch_size: Annotated[int, Meta(ge=1)] | None = None
+
+    @property
+    def says_who(self) -> bool:
+        """Whether it has a rule of access."""
+        return any(getattr(self, rule) is not None for rule in _RULES)
 
 
 class WorkerConfig(_Value, frozen=True, kw_only=True):
@@ -185,13 +214,23 @@ class Instance(_Value, frozen=True, kw_only=True):
     id: Name
     address: Address
     capacity: Annotated[int, Meta(ge=1, le=1_000_000)]
+    digest: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
+    """The digest of the release that it has loaded. Empty: it comes from a time without digests."""
 
     @property
     def key(self) -> str:
         return instance_key(self.app, self.version, self.id)
 
+    def serves(self, release: Release) -> bool:
+        """Return whether it has loaded the content of this release; assume so if it does not tell."""
+        return self.digest in ("", release.digest)
 
-ConfigValue = Release | AppMetadata | WorkerConfig | Instance
+
+class Acceptance(_Value, frozen=True, kw_only=True):
+    """The value of ACCEPT_KEY, which says nothing more than that the key exists."""
+
+
+ConfigValue = Release | AppMetadata | WorkerConfig | Instance | Acceptance
 _T = TypeVar("_T", bound=_Value)
 
 
@@ -199,13 +238,14 @@ def release_key(app: str, version: str) -> str:
     return f"{PREFIX}eval/{app}/{version}"
 
 
-CLOSED = AppMetadata(public=False)
-"""What malformed access rules count as."""
+CLOSED = AppMetadata(public=False, user_whitelist=())
+"""What malformed access rules count as, whatever the rules were before."""
 
 
 def is_access_rules(key: str) -> bool:
     """Return whether a key holds the access rules of an app, or those of all apps."""
-    return key == DEFAULT_APP_METADATA_KEY or key.startswith(app_metadata_key(""))
+    start, _, app = key.rpartition("/")
+    return key == DEFAULT_APP_METADATA_KEY or (f"{start}/" == app_metadata_key("") and bool(app))
 
 
 def instance_key(app: str, version: str, id_: str) -> str:
@@ -224,7 +264,7 @@ def worker_keys(app: str, version: str) -> tuple[str, str, str]:
 def app_of(key: str) -> str | None:
     """Return the app that a key belongs to, or None for a default. Raises MalformedConfig for an unknown key."""
     match key.removeprefix(PREFIX).split("/"):
-        case ["app", "default", "metadata"] | ["worker", "default"]:
+        case ["app", "default", "metadata"] | ["worker", "default"] | ["deletions", "accepted"]:
             return None
         case (
             ["eval", app, _]
@@ -239,6 +279,11 @@ def app_of(key: str) -> str | None:
 
 def parse(key: str, value: str | bytes) -> ConfigValue:
     """Parse the value of a key. Raises MalformedConfig for an unknown key, invalid JSON, and a wrong field."""
+    return read(key, value)[0]
+
+
+def read(key: str, value: str | bytes) -> tuple[ConfigValue, str]:
+    """Parse the value of a key; return a warning of its unknown fields, too, or an empty text. Raises as ``parse``."""
     app_of(key)
     parts = key.removeprefix(PREFIX).split("/")
     try:
@@ -254,14 +299,30 @@ def parse(key: str, value: str | bytes) -> ConfigValue:
         raise MalformedConfig("nested too deeply") from None
     match parts:
         case ["eval", app, version]:
-            expected = {"name": app, "version": version}
-            return _validate(Release, fields, expected)
+            return _validate(Release, fields, {"name": app, "version": version}), _warning(Release, fields)
         case ["instance", app, version, id_]:
-            return _validate(Instance, fields, {"app": app, "version": version, "id": id_})
+            # No person writes these.
+            return _validate(Instance, fields, {"app": app, "version": version, "id": id_}), ""
+        case ["deletions", _]:
+            return Acceptance(), ""
         case ["worker", *_]:
-            return _validate(WorkerConfig, fields, {})
+            return _validate(WorkerConfig, fields, {}), _warning(WorkerConfig, fields)
         case _:
-            return _validate(AppMetadata, fields, {})
+            return _access_rules(fields), _warning(AppMetadata, fields)
+
+
+def _warning(kind: type[_Value], fields: Mapping[str, Any]) -> str:
+    return known_fields.warning(fields, kind.__struct_fields__)
+
+
+def _access_rules(fields: dict[str, Any]) -> AppMetadata:
+    """Return the rules. Raises MalformedConfig, too, if an unknown field may be a misspelt rule."""
+    rules = _validate(AppMetadata, fields, {})
+    unknown = [name for name in fields if name not in AppMetadata.__struct_fields__]
+    misspelt = [name for name in unknown if known_fields.meant(name, AppMetadata.__struct_fields__) in _RULES]
+    if misspelt or (unknown and not rules.says_who):
+        raise MalformedConfig(known_fields.warning(misspelt or unknown, AppMetadata.__struct_fields__))
+    return rules
 
 
 def _validate(kind: type[_T], fields: dict[str, Any], expected: dict[str, str]) -> _T:

@@ -6,12 +6,15 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc.aio
 import structlog
 
 from atserving import lifecycle, transport
 from atserving.config import CLOSED, ConfigValue, MalformedConfig, is_access_rules, parse
+from atserving.config_cache import ConfigCache
+from atserving.holdback import Holdback
 from atserving.peers import Peers
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 
@@ -20,6 +23,8 @@ log = structlog.get_logger()
 _FIRST_RESPONSE_S = 3.0
 _PAUSE_S = (0.1, 0.5)
 _REMIND_S = 10.0
+_SAVE_S = 5.0
+"""The least time from one save of the config to the next."""
 
 OnChange = Callable[[Mapping[str, ConfigValue], Set[str]], None]
 """Called with the written and the deleted keys of one step; never with an empty step."""
@@ -47,20 +52,44 @@ class ConfigFollower:
     ``entries`` is always consistent, since each step of the stream is applied as a whole. If a registry fails, the
     follower moves to the next one. It also moves on if a registry has lost etcd and there is another. It forgets
     nothing in the meantime. A DNS name may stand for several registries.
+
+    For ``hold_s`` seconds it keeps what a new snapshot lacks, if that is most releases (:mod:`atserving.holdback`). If
+    no registry answers at the start, it begins with the config that it last saved to the file ``cache``.
     """
 
-    def __init__(self, registries: Sequence[str], on_change: OnChange | None = None, app: str = "") -> None:
+    def __init__(
+        self,
+        registries: Sequence[str],
+        on_change: OnChange | None = None,
+        app: str = "",
+        *,
+        hold_s: float = 0,
+        cache: Path | None = None,
+    ) -> None:
         self.entries: dict[str, ConfigValue] = {}
         self.synced = asyncio.Event()
-        """Set after the first snapshot; never cleared."""
+        """Set after the first snapshot, or by the saved config; never cleared."""
         self.last_error = "not yet tried"
         self._registries = Peers(registries)
         self._on_change = on_change
         self._app = app
         self._steps = 0
+        self._cache = ConfigCache(cache, app) if cache else None
+        self._to_save = asyncio.Event()
+        self._holdback = Holdback(hold_s, lambda keys: self._change({}, keys))
 
     async def run(self) -> None:
         """Follow until cancelled, one registry after the other, with a pause after each round."""
+        saving = asyncio.create_task(self._save(self._cache)) if self._cache else None
+        try:
+            await self._rounds()
+        finally:
+            if saving:
+                saving.cancel()
+                await asyncio.gather(saving, return_exceptions=True)
+
+    async def _rounds(self) -> None:
+        unread = self._cache
         while True:
             addresses = await self._registries.resolve()
             for address in addresses:
@@ -75,7 +104,19 @@ class ConfigFollower:
                 self.last_error = f"registry {address}: {reason}"
                 if self._steps > began:
                     log.warning("registry lost", reason=self.last_error)
+            if unread and not self.synced.is_set() and (saved := unread.load()):
+                self._apply(saved)
+                self.synced.set()
+            unread = None
             await asyncio.sleep(random.uniform(*_PAUSE_S))  # noqa: S311 - spreads reconnects
+
+    async def _save(self, cache: ConfigCache) -> None:
+        """Save the config after changes."""
+        while True:
+            await self._to_save.wait()
+            self._to_save.clear()
+            await asyncio.to_thread(cache.save, dict(self.entries))
+            await asyncio.sleep(_SAVE_S)
 
     async def _follow(self, channel: grpc.aio.Channel, alone: bool) -> str:
         """Follow one registry; return the reason to move to the next."""
@@ -83,13 +124,18 @@ class ConfigFollower:
         # Not wait_for: before Python 3.12 it loses a cancellation that comes in the moment in which the read ends.
         async with asyncio.timeout(_FIRST_RESPONSE_S):
             response = await call.read()
+        step = registry_pb2.WatchResponse()
         while isinstance(response, registry_pb2.WatchResponse):
-            if response.stale and self.synced.is_set() and not alone:
-                # The entries may be newer than the snapshot of a registry without etcd.
+            if response.stale and self._steps and not alone:
+                # The entries may be newer than the snapshot of a registry without etcd; saved ones hardly are.
                 return "has lost etcd"
-            self._apply(response)
-            self._steps += 1
-            self.synced.set()
+            step.MergeFrom(response)
+            if not response.more:
+                self._apply(step)
+                self._steps += 1
+                self._to_save.set()
+                self.synced.set()
+                step = registry_pb2.WatchResponse()
             response = await call.read()
         return "ended the stream"
 
@@ -101,13 +147,19 @@ class ConfigFollower:
                 upserts[entry.key] = parse(entry.key, entry.value_json)
             except MalformedConfig as error:
                 log.warning("config skipped", key=entry.key, reason=str(error))
-                if is_access_rules(entry.key) and entry.key not in self.entries:
+                if is_access_rules(entry.key):
                     upserts[entry.key] = CLOSED
-        deletes = set(response.deletes)
+        written = {entry.key for entry in response.upserts}
+        deletes: Set[str] = set(response.deletes)
         if response.reset:
-            deletes = self.entries.keys() - {entry.key for entry in response.upserts}
+            deletes = self.entries.keys() - written
+        # The registry has checked its own steps.
+        deletes = self._holdback.taken(self.entries.keys(), written, deletes, vetted=not response.reset)
+        self._change(upserts, deletes)
+
+    def _change(self, upserts: Mapping[str, ConfigValue], deletes: Set[str]) -> None:
         upserts = {key: value for key, value in upserts.items() if self.entries.get(key) != value}
-        deletes &= self.entries.keys()
+        deletes = deletes & self.entries.keys()
         self.entries.update(upserts)
         for key in deletes:
             del self.entries[key]

@@ -119,6 +119,7 @@ def _keys(path: Path) -> QiniuConfig:
     type=click.Path(path_type=Path, dir_okay=False),
     help="A file that holds what /status answers, also after this process has ended.",
 )
+@service.cache_option
 @service.log_level_option
 def main(
     app: str,
@@ -133,6 +134,7 @@ def main(
     qiniu: Path | None,
     http: str,
     status_file: Path | None,
+    config_cache: Path | None,
     log_level: str,
 ) -> None:
     """Serve one version of one app, as one instance of the mesh."""
@@ -151,6 +153,7 @@ def main(
         qiniu=keys,
         http=http,
         status_file=status_file,
+        config_cache=config_cache,
     )
     lifecycle.run(run(settings))
 

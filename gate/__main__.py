@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 import structlog
@@ -40,13 +41,15 @@ class GateSettings:
     grace_s: float
     max_batch: int
     max_held_bytes: int
+    hold_s: float
+    cache: Path | None = None
 
 
 async def serve(settings: GateSettings) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartError."""
     stop = lifecycle.stop_signal()
     router = Router(EvaluatorConnection)
-    follower = ConfigFollower(settings.registries, router.apply)
+    follower = ConfigFollower(settings.registries, router.apply, hold_s=settings.hold_s, cache=settings.cache)
     held = HeldBytes(settings.max_held_bytes)
     server = Server(
         [
@@ -117,6 +120,8 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
     metavar="MIB",
     help="The most MiB of requests and answers that the gate holds; it refuses what is over it.",
 )
+@service.hold_option
+@service.cache_option
 @service.log_level_option
 def main(
     registry: list[str],
@@ -126,11 +131,16 @@ def main(
     grace: float,
     max_batch: int,
     max_held: int,
+    hold_deletions: float,
+    config_cache: Path | None,
     log_level: str,
 ) -> None:
     configure_logging("gate", log_level)
     malloc.keep_freed()
-    lifecycle.run(serve(GateSettings(registry, listen, wait, drain, grace, max_batch, max_held << 20)))
+    settings = GateSettings(
+        registry, listen, wait, drain, grace, max_batch, max_held << 20, hold_deletions, config_cache
+    )
+    lifecycle.run(serve(settings))
 
 
 if __name__ == "__main__":

@@ -268,7 +268,9 @@ class _InstanceLink(link.Link):
         """Done once the instance has named itself; a TransportError if it is another one."""
         self.ended: asyncio.Future[str] = self._loop.create_future()
         """Why the link has ended."""
-        self._hello = evaluator_pb2.Hello(app=instance.app, version=instance.version, instance=instance.id)
+        self._hello = evaluator_pb2.Hello(
+            app=instance.app, version=instance.version, instance=instance.id, digest=instance.digest
+        )
         self._replied = replied
         self._writable = writable
         self._reason = "the instance ended the connection"

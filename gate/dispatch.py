@@ -158,9 +158,14 @@ class Dispatcher:
             raise InvalidArgument("no app given")
         if not config.is_name(task.app):
             raise NotFound("unknown app: its name is not one an app can have")
-        if task.version and not config.is_name(task.version):
-            raise NotFound("unknown version: its name is not one a version can have")
-        route = self._router.route(task.app, task.version)
+        try:
+            if task.version and not config.is_name(task.version):
+                raise NotFound("unknown version: its name is not one a version can have")
+            route = self._router.route(task.app, task.version)
+        except NotFound:
+            # Only those who may use an app learn which versions it has.
+            admit(call.caller, task.app, *self._router.rules(task.app))
+            raise
         admit(call.caller, task.app, route.metadata, route.default_metadata)
         return route
 

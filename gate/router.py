@@ -12,9 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import structlog
+
 from atserving import config
-from atserving.config import AppMetadata, ConfigValue, Instance, Release, WorkerConfig
+from atserving.config import Acceptance, AppMetadata, ConfigValue, Instance, Release, WorkerConfig
 from atserving.errors import NotFound, ResourceExhausted, ServingError, Unavailable
+
+log = structlog.get_logger()
 
 LINGER_S = 30.0
 """How long the router remembers an instance that left the registry, as a last resort."""
@@ -80,6 +84,8 @@ class Router(Generic[ConnectionT]):
     The router does not forget an instance as soon as it leaves the registry, since its lease may only have expired
     while etcd or every registry was away. The instance remains a last resort while its version has no other, until it
     refuses a request itself or LINGER_S have passed.
+
+    An instance that has loaded other content than its release has now takes no request.
     """
 
     def __init__(
@@ -94,6 +100,8 @@ class Router(Generic[ConnectionT]):
         self._releases: dict[str, dict[str, Release]] = {}
         self._endpoints: dict[tuple[str, str], dict[str, Endpoint[ConnectionT]]] = {}
         self._left: dict[tuple[str, str], dict[str, Endpoint[ConnectionT]]] = {}
+        # Registered, but with other content than their release has now; they may fit again.
+        self._outdated: dict[tuple[str, str], dict[str, Endpoint[ConnectionT]]] = {}
         self._settings: dict[str, AppMetadata | WorkerConfig] = {}
         # Resolved from the releases and settings; valid until the config changes.
         self._routes: dict[tuple[str, str], Route] = {}
@@ -104,12 +112,14 @@ class Router(Generic[ConnectionT]):
         self._routes.clear()
         for key in deletes:
             self._delete(key)
-        for key, value in upserts.items():
+        # Instances last, since a release decides on its instances.
+        for key, value in sorted(upserts.items(), key=lambda each: isinstance(each[1], Instance)):
             if isinstance(value, Release):
                 self._releases.setdefault(value.name, {})[value.version] = value
+                self._compare(value)
             elif isinstance(value, Instance):
                 self._enter(value)
-            else:
+            elif not isinstance(value, Acceptance):
                 self._settings[key] = value
 
     def _delete(self, key: str) -> None:
@@ -121,6 +131,8 @@ class Router(Generic[ConnectionT]):
                 if not versions:
                     self._releases.pop(app, None)
             case ["instance", app, version, id_]:
+                if outdated := self._outdated.get((app, version), {}).pop(id_, None):
+                    self._dropped.append(outdated)
                 endpoint = self._endpoints.get((app, version), {}).pop(id_, None)
                 if endpoint:
                     endpoint.left_at = self._clock()
@@ -129,7 +141,8 @@ class Router(Generic[ConnectionT]):
     def _enter(self, instance: Instance) -> None:
         key = (instance.app, instance.version)
         known = self._endpoints.setdefault(key, {})
-        endpoint = known.pop(instance.id, None) or self._left.get(key, {}).pop(instance.id, None)
+        pools = (known, self._left.get(key, {}), self._outdated.get(key, {}))
+        endpoint = next((found for pool in pools if (found := pool.pop(instance.id, None))), None)
         if endpoint and endpoint.instance.address != instance.address:
             self._dropped.append(endpoint)
             endpoint = None
@@ -138,6 +151,28 @@ class Router(Generic[ConnectionT]):
         else:
             endpoint = Endpoint(instance, self._connect(instance))
         known[instance.id] = endpoint
+        release = self._releases.get(instance.app, {}).get(instance.version)
+        if release and not instance.serves(release):
+            self._set_aside(known.pop(instance.id))
+
+    def _compare(self, release: Release) -> None:
+        """Use the instances that have loaded this content of a version, and no others."""
+        key = (release.name, release.version)
+        digest = release.digest
+        known = self._endpoints.setdefault(key, {})
+        left, outdated = self._left.get(key, {}), self._outdated.get(key, {})
+        for id_ in [id_ for id_, each in outdated.items() if each.instance.digest == digest]:
+            known[id_] = outdated.pop(id_)
+            log.info("instance current", instance=id_, app=release.name, version=release.version)
+        for id_ in [id_ for id_, each in known.items() if each.instance.digest not in ("", digest)]:
+            self._set_aside(known.pop(id_))
+        for id_ in [id_ for id_, each in left.items() if each.instance.digest not in ("", digest)]:
+            self._dropped.append(left.pop(id_))
+
+    def _set_aside(self, endpoint: Endpoint[ConnectionT]) -> None:
+        instance = endpoint.instance
+        self._outdated.setdefault((instance.app, instance.version), {})[instance.id] = endpoint
+        log.warning("instance outdated", instance=instance.id, app=instance.app, version=instance.version)
 
     def route(self, app: str, version: str) -> Route:
         """Return the route of a request. Raises NotFound for an unknown app or version.
@@ -160,9 +195,13 @@ class Router(Generic[ConnectionT]):
         else:
             production = [each for each in releases.values() if each.phase == "production"]
             weights = {each.version: 1.0 if each.weight is None else each.weight for each in production}
-        own, default = (self._metadata(key) for key in (config.app_metadata_key(app), config.DEFAULT_APP_METADATA_KEY))
+        own, default = self.rules(app)
         timeout_s = max(self._timeout_s(app, each) for each in weights or [""])
         return Route(app, version, weights, timeout_s, own, default)
+
+    def rules(self, app: str) -> tuple[AppMetadata, AppMetadata]:
+        """Return the access rules of an app, which need not exist, and the default ones."""
+        return self._metadata(config.app_metadata_key(app)), self._metadata(config.DEFAULT_APP_METADATA_KEY)
 
     def _metadata(self, key: str) -> AppMetadata:
         value = self._settings.get(key)
@@ -199,7 +238,8 @@ class Router(Generic[ConnectionT]):
         if not any(draws.values()):
             if not any(route.weights.values()):
                 raise Unavailable(f"app {route.app!r} has no version in production with a weight above 0")
-            raise self._none_free(route, [each for found in ready.values() for each in found], batched)
+            outdated = sum(len(self._outdated.get((route.app, version), ())) for version in route.weights)
+            raise self._none_free(route, [each for found in ready.values() for each in found], batched, outdated)
         drawn = self._random.choices(list(draws), list(draws.values()))[0] if len(draws) > 1 else next(iter(draws))
         candidates = [each for each in ready[drawn] if each.room(batched=batched)]
         least = min((each.in_flight + 1) / each.instance.capacity for each in candidates)
@@ -227,11 +267,12 @@ class Router(Generic[ConnectionT]):
         return []
 
     @staticmethod
-    def _none_free(route: Route, ready: list[Endpoint[ConnectionT]], batched: bool) -> ServingError:
+    def _none_free(route: Route, ready: list[Endpoint[ConnectionT]], batched: bool, outdated: int) -> ServingError:
         what = f"version {route.version!r} of app {route.app!r}" if route.version else f"app {route.app!r}"
         if any(each.room(batched=batched) == 0 for each in ready):
             return ResourceExhausted(f"every instance of {what} is full", retry_after_s=1.0)
-        return Unavailable(f"no instance of {what} is ready")
+        why = f"; {outdated} have loaded other content than the release has now" if outdated else ""
+        return Unavailable(f"no instance of {what} is ready{why}")
 
     def failed(self, endpoint: Endpoint[ConnectionT]) -> None:
         """Eject an endpoint whose transport failed; drop it if it had left the registry."""

@@ -38,6 +38,7 @@ class RegistrySettings:
     tls: Tls | None
     user: User | None = field(repr=False)
     lease_ttl_s: int
+    hold_s: float
 
 
 class _LeaseTtl(click.ParamType[int]):
@@ -67,7 +68,7 @@ async def serve(settings: RegistrySettings) -> None:
     servers = [server, release_server] if two_ports else [server]
     connection = Connection(settings.etcd, tls=settings.tls, user=settings.user)
     async with EtcdClient(connection) as client:
-        view = View()
+        view = View(hold_s=settings.hold_s)
         mirror = Mirror(client, view)
         registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s))
         releases = ReleaseServicer(mirror, Releases(client))
@@ -155,6 +156,7 @@ _file = click.Path(path_type=Path)
     metavar="DURATION",
     help="Time after which an instance without heartbeats is deregistered: seconds, or a duration such as 1m.",
 )
+@service.hold_option
 @service.log_level_option
 def main(
     etcd: list[str],
@@ -166,6 +168,7 @@ def main(
     etcd_user: str | None,
     etcd_password: str | None,
     lease_ttl: int,
+    hold_deletions: float,
     log_level: str,
 ) -> None:
     """Mirror the release config and the instances from etcd, serve them, and publish releases.
@@ -180,6 +183,7 @@ def main(
         tls=_tls(etcd_ca, etcd_cert, etcd_key),
         user=_user(etcd_user, etcd_password),
         lease_ttl_s=lease_ttl,
+        hold_s=hold_deletions,
     )
     telemetry.configure_logging("registry", log_level)
     lifecycle.run(serve(settings))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import structlog
 
-from atserving.config import Instance, MalformedConfig, instance_key, parse, release_key
+from atserving.config import Instance, MalformedConfig, Release, instance_key, parse, release_key
 from atserving.errors import NotFound, Unavailable
 from atserving.v1 import etcd_pb2
 from registry.etcd import EtcdClient, Lease, LeaseNotFound, delete, put, written_at
@@ -46,6 +46,7 @@ class Instances:
                     address=instance.address,
                     capacity=instance.capacity,
                 )
+                _check_content(instance, release)
                 return lease.ttl_s
         raise Unavailable(
             f"instance {instance.id} of {instance.app}/{instance.version} keeps changing in etcd: try again"
@@ -84,6 +85,16 @@ class Instances:
                     await self._client.revoke(stored.lease)
                 return
         raise Unavailable(f"instance {id_} of {app}/{version} keeps changing in etcd: try again")
+
+
+def _check_content(instance: Instance, stored: etcd_pb2.KeyValue) -> None:
+    """Warn of an instance that has loaded other content than its release has now."""
+    try:
+        release = parse(stored.key.decode(), stored.value)
+    except MalformedConfig:
+        return
+    if isinstance(release, Release) and not instance.serves(release):
+        log.warning("instance outdated", instance=instance.id, app=instance.app, version=instance.version)
 
 
 def _matches(stored: etcd_pb2.KeyValue, instance: Instance) -> bool:

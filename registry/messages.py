@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -12,6 +12,9 @@ from atserving.config import Instance, MalformedConfig, Phase, Release, is_name,
 from atserving.errors import InvalidArgument
 from atserving.v1 import registry_pb2
 from registry.view import Delta
+
+PART_CHARS = 4 << 20
+"""A step is continued in another message after so many characters of JSON."""
 
 _PHASES: dict[int, Phase] = {
     registry_pb2.PHASE_STAGING: "staging",
@@ -75,7 +78,7 @@ def phase_from(phase: int, field: str) -> Phase:
 
 def instance_from(message: registry_pb2.Instance) -> Instance:
     """Return the instance of a message. Raises InvalidArgument."""
-    fields = {name: getattr(message, name) for name in ("app", "version", "id", "address", "capacity")}
+    fields = {name: getattr(message, name) for name in ("app", "version", "id", "address", "capacity", "digest")}
     try:
         return validate(Instance, fields)
     except MalformedConfig as error:
@@ -87,6 +90,17 @@ def instance_to(instance: Instance) -> registry_pb2.Instance:
     return registry_pb2.Instance(**msgspec.structs.asdict(instance))
 
 
+def release_status(release: Release, instances: Sequence[Instance]) -> registry_pb2.ReleaseStatus:
+    """Return a release with its instances as a message of the API."""
+    digest = release.digest
+    return registry_pb2.ReleaseStatus(
+        release=release_to(release),
+        instances=[instance_to(each) for each in instances],
+        outdated=[each.id for each in instances if each.digest not in ("", digest)],
+        digest=digest,
+    )
+
+
 def name_from(text: str, field: str) -> str:
     """Return the checked name of an app, a version or an instance. Raises InvalidArgument."""
     if not is_name(text):
@@ -94,15 +108,19 @@ def name_from(text: str, field: str) -> str:
     return text
 
 
-def watch_response(delta: Delta) -> registry_pb2.WatchResponse:
-    """Return one step of a view as a message of the stream."""
-    return registry_pb2.WatchResponse(
-        reset=delta.reset,
-        upserts=[registry_pb2.Entry(key=key, value_json=value) for key, value in delta.upserts.items()],
-        deletes=sorted(delta.deletes),
-        revision=delta.revision,
-        stale=delta.stale,
-    )
+def watch_responses(delta: Delta) -> Iterator[registry_pb2.WatchResponse]:
+    """Yield one step of a view as messages of the stream, each well below the size limit of a message."""
+    part = registry_pb2.WatchResponse(reset=delta.reset, deletes=sorted(delta.deletes))
+    size = 0
+    for key, value in delta.upserts.items():
+        if size > PART_CHARS:
+            part.revision, part.stale, part.more = delta.revision, delta.stale, True
+            yield part
+            part, size = registry_pb2.WatchResponse(), 0
+        part.upserts.add(key=key, value_json=value)
+        size += len(key) + len(value)
+    part.revision, part.stale = delta.revision, delta.stale
+    yield part
 
 
 def _object(text: str, field: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from contextlib import aclosing
 
 import structlog
 
-from atserving.config import PREFIX, MalformedConfig, parse
+from atserving.config import PREFIX, MalformedConfig, is_access_rules, parse
 from atserving.v1 import etcd_pb2
 from registry.etcd import Compacted, EtcdClient, EtcdError
 from registry.view import Change, Delete, Put, View
@@ -88,7 +88,7 @@ class Mirror:
 
         With it, a registry that has just started serves the same value as one that saw the good value itself.
         """
-        if _is_well_formed(kv):
+        if _is_well_formed(kv) or is_access_rules(_text(kv.key)):
             return []
         earlier: etcd_pb2.KeyValue | None = kv
         for _ in range(_HISTORY_STEPS):

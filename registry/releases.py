@@ -12,18 +12,18 @@ from typing import Any
 import msgspec
 import structlog
 
-from atserving.config import MalformedConfig, Phase, Release, parse, release_key
+from atserving.config import ACCEPT_KEY, MUTABLE, Acceptance, MalformedConfig, Phase, Release, parse, release_key
 from atserving.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
 from atserving.v1 import etcd_pb2
 from registry.etcd import EtcdClient, put, written_at
 
 log = structlog.get_logger()
 
-MUTABLE = ("phase", "desc", "weight")
-"""The fields of a published version that may change."""
-
 MAX_VALUE_BYTES = 1 << 20
 """The size limit of a release's JSON; etcd refuses requests above 1.5 MiB."""
+
+ACCEPT_S = 60
+"""How long an operator's word counts that accepts deletions."""
 
 _ATTEMPTS = 4
 _SHA256 = re.compile(r"#sha256=(?![0-9A-Fa-f]{64}$)")
@@ -71,6 +71,13 @@ class Releases:
             if stored:
                 return stored
         raise _contended(app, version)
+
+    async def accept_deletions(self) -> int:
+        """Let every registry and gate take the deletions that it holds back; return the revision. Raises EtcdError."""
+        lease = await self._client.grant(ACCEPT_S)
+        revision = await self._client.put(ACCEPT_KEY, Acceptance().to_json(), lease.id)
+        log.warning("deletions accepted", revision=revision)
+        return revision
 
     async def _amend(self, kv: etcd_pb2.KeyValue, changes: Mapping[str, Any]) -> Stored | None:
         current = _read(kv)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -18,7 +18,7 @@ from registry import messages
 from registry.etcd import EtcdError, EtcdUnavailable
 from registry.instances import Instances
 from registry.mirror import Mirror
-from registry.releases import Releases, Stored
+from registry.releases import ACCEPT_S, Releases
 from registry.view import concerns
 
 _READ_YOUR_WRITES_S = 1.0
@@ -56,7 +56,8 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
             _require_synced(self._mirror)
             with self._mirror.view.subscribe(app) as subscription:
                 while delta := await subscription.next():
-                    yield messages.watch_response(delta)
+                    for response in messages.watch_responses(delta):
+                        yield response
             raise Unavailable("the registry is stopping")
 
     async def RegisterInstance(  # noqa: N802
@@ -89,7 +90,7 @@ class ReleaseServicer(registry_pb2_grpc.ReleaseServiceServicer):
     ) -> registry_pb2.PublishReleaseResponse:
         async with _translated(context):
             stored = await self._releases.publish(*messages.release_from(request.release))
-            await self._until_mirrored(stored)
+            await self._until_mirrored(stored.revision)
         return registry_pb2.PublishReleaseResponse(release=messages.release_to(stored.release))
 
     async def SetPhase(  # noqa: N802
@@ -99,7 +100,7 @@ class ReleaseServicer(registry_pb2_grpc.ReleaseServiceServicer):
             app = messages.name_from(request.app, "app")
             version = messages.name_from(request.version, "version")
             stored = await self._releases.set_phase(app, version, messages.phase_from(request.phase, "phase"))
-            await self._until_mirrored(stored)
+            await self._until_mirrored(stored.revision)
         return registry_pb2.SetPhaseResponse(release=messages.release_to(stored.release))
 
     async def ListReleases(  # noqa: N802
@@ -110,11 +111,19 @@ class ReleaseServicer(registry_pb2_grpc.ReleaseServiceServicer):
             _require_synced(self._mirror)
         return self._list(app)
 
-    async def _until_mirrored(self, stored: Stored) -> None:
+    async def AcceptDeletions(  # noqa: N802
+        self, request: registry_pb2.AcceptDeletionsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> registry_pb2.AcceptDeletionsResponse:
+        async with _translated(context):
+            revision = await self._releases.accept_deletions()
+            await self._until_mirrored(revision)
+        return registry_pb2.AcceptDeletionsResponse(ttl_ms=ACCEPT_S * 1000)
+
+    async def _until_mirrored(self, revision: int) -> None:
         # A caller that lists releases after a write should see it. The write is done even if the mirror is late.
         with suppress(TimeoutError):
             async with asyncio.timeout(_READ_YOUR_WRITES_S):
-                await self._mirror.view.reached(stored.revision)
+                await self._mirror.view.reached(revision)
 
     def _list(self, app: str) -> registry_pb2.ListReleasesResponse:
         view = self._mirror.view
@@ -123,22 +132,26 @@ class ReleaseServicer(registry_pb2_grpc.ReleaseServiceServicer):
         releases = sorted(
             (value for value in values if isinstance(value, Release)), key=lambda one: (one.name, one.version)
         )
-        by_release: dict[tuple[str, str], list[registry_pb2.Instance]] = {}
+        by_release: dict[tuple[str, str], list[Instance]] = {}
         for instance in instances:
-            by_release.setdefault((instance.app, instance.version), []).append(messages.instance_to(instance))
+            by_release.setdefault((instance.app, instance.version), []).append(instance)
         return registry_pb2.ListReleasesResponse(
             releases=[
-                registry_pb2.ReleaseStatus(
-                    release=messages.release_to(release), instances=by_release.get((release.name, release.version), [])
-                )
+                messages.release_status(release, by_release.get((release.name, release.version), []))
                 for release in releases
             ],
-            malformed=[
-                registry_pb2.MalformedKey(key=key, reason=reason)
-                for key, reason in sorted(view.malformed.items())
-                if _known_to_concern(key, app)
-            ],
+            malformed=_reasons(view.malformed, app),
+            warnings=_reasons(view.warnings, app),
+            held=sorted(key for key in view.holdback.held if _known_to_concern(key, app)),
         )
+
+
+def _reasons(by_key: Mapping[str, str], app: str) -> list[registry_pb2.MalformedKey]:
+    return [
+        registry_pb2.MalformedKey(key=key, reason=reason)
+        for key, reason in sorted(by_key.items())
+        if _known_to_concern(key, app)
+    ]
 
 
 def _known_to_concern(key: str, app: str) -> bool:

@@ -3,8 +3,8 @@
 Three invariants hold at any time:
 
 1. ``entries`` equals the store at ``revision``, but with well-formed values only. A key with a malformed value is in
-   ``malformed``, and its entry keeps the last good value since the key was created. Access rules without one are
-   closed.
+   ``malformed``, and its entry keeps the last good value since the key was created. Malformed access rules are closed,
+   whatever they were before. A key whose deletion is held back (:mod:`atserving.holdback`) keeps its entry.
 2. A subscriber that applies its steps in order has the ``entries`` of the last step.
 3. A slow subscriber delays nobody.
 """
@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 import structlog
 
-from atserving.config import CLOSED, ConfigValue, MalformedConfig, app_of, is_access_rules, parse
+from atserving.config import CLOSED, ConfigValue, MalformedConfig, app_of, is_access_rules, read
+from atserving.holdback import Holdback
 
 log = structlog.get_logger()
 
@@ -74,11 +75,14 @@ class Delta:
 class View:
     """The mirrored config, for many subscribers."""
 
-    def __init__(self, queue_deltas: int = QUEUE_DELTAS) -> None:
+    def __init__(self, queue_deltas: int = QUEUE_DELTAS, hold_s: float = 0) -> None:
         self.entries: dict[str, Entry] = {}
         self.malformed: dict[str, str] = {}
         """Keys with a malformed value, and the reason."""
+        self.warnings: dict[str, str] = {}
+        """Keys with unknown fields, which nobody uses."""
         self.revision = 0
+        self.holdback = Holdback(hold_s, self._drop)
         self.synced = asyncio.Event()
         """Set after the first snapshot; never cleared."""
         self.stale = False
@@ -91,6 +95,23 @@ class View:
 
     def apply(self, changes: Iterable[Change], revision: int) -> None:
         """Apply changes in order, and send them to every subscriber as one delta."""
+        self._apply(self._taken(list(changes)), revision)
+
+    def _taken(self, changes: list[Change]) -> list[Change]:
+        """Return the changes without the deletions that are held back, and with those that are so no longer."""
+        last = {change.key: change for change in changes}
+        deletes = {key for key, change in last.items() if isinstance(change, Delete)}
+        taken = self.holdback.taken(self.entries.keys(), last.keys() - deletes, deletes)
+        held = deletes - taken
+        return [
+            *(each for each in changes if each.key not in held or isinstance(each, Put)),
+            *map(Delete, taken - deletes),
+        ]
+
+    def _drop(self, keys: Set[str]) -> None:
+        self._apply(map(Delete, keys), self.revision)
+
+    def _apply(self, changes: Iterable[Change], revision: int) -> None:
         before: dict[str, Entry | None] = {}
         for change in changes:
             before.setdefault(change.key, self.entries.get(change.key))
@@ -99,6 +120,7 @@ class View:
             else:
                 self.entries.pop(change.key, None)
                 self.malformed.pop(change.key, None)
+                self.warnings.pop(change.key, None)
         self.revision = revision
         self._publish(self._delta_since(before))
 
@@ -140,21 +162,34 @@ class View:
 
     def _put(self, put: Put) -> None:
         try:
-            value = parse(put.key, put.value)
+            value, warning = read(put.key, put.value)
         except MalformedConfig as error:
-            known = self.entries.get(put.key)
-            if known and known.created != put.created:
-                # The key was deleted and created again, so the last good value belongs to its earlier life.
-                del self.entries[put.key]
-            if self.malformed.get(put.key) != str(error):
-                log.warning("config skipped", key=put.key, reason=str(error), last_good_kept=put.key in self.entries)
-            self.malformed[put.key] = str(error)
-            if put.key not in self.entries and is_access_rules(put.key):
-                # Rules that nobody can read close the app; without an entry it would be open to all.
-                self.entries[put.key] = Entry(CLOSED.to_json(), CLOSED, put.created)
+            self._put_malformed(put, str(error))
             return
         self.malformed.pop(put.key, None)
         self.entries[put.key] = Entry(put.value.decode(), value, put.created)
+        if not warning:
+            self.warnings.pop(put.key, None)
+        elif self.warnings.get(put.key) != warning:
+            log.warning("config fields unknown", key=put.key, reason=warning)
+            self.warnings[put.key] = warning
+
+    def _put_malformed(self, put: Put, reason: str) -> None:
+        self.warnings.pop(put.key, None)
+        known = self.entries.get(put.key)
+        closes = is_access_rules(put.key)
+        if known and known.created != put.created:
+            # The key was deleted and created again, so the last good value belongs to its earlier life.
+            del self.entries[put.key]
+        if closes:
+            # The last good rules may be what their writer wanted to close; without any, an app is open to all.
+            self.entries[put.key] = Entry(CLOSED.to_json(), CLOSED, put.created)
+            which = "the app is" if app_of(put.key) else "apps without rules of their own are"
+            reason = f"{reason}; {which} closed until you correct the value"
+        if self.malformed.get(put.key) != reason:
+            kept = put.key in self.entries and not closes
+            log.warning("config skipped", key=put.key, reason=reason, last_good_kept=kept)
+        self.malformed[put.key] = reason
 
     def _delta_since(self, before: Mapping[str, Entry | None]) -> Delta:
         upserts = {}

@@ -18,15 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import grpc.aio
 import orjson
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from atserving import transport
 from atserving.config import PREFIX
 from atserving.local import commands
 from atserving.local.child import ChildProcess
 from atserving.local.examples import FOLDER, ROOT
 from atserving.local.json_log import wait_logged
 from atserving.local.ports import free_ports
+from atserving.v1 import serving_pb2, serving_pb2_grpc
 from tests.waiting import PATIENCE_S, POLL_S, until_async
 
 
@@ -197,6 +200,31 @@ def running_registry(directory: Path, *flags: str) -> Iterator[Registry]:
     finally:
         registry.kill()
         etcd.kill()
+
+
+class Gate(Process):
+    """`python -m gate`, asked over gRPC."""
+
+    def __init__(self, registries: Sequence[str], *flags: str) -> None:
+        (port,) = free_ports(1)
+        self.address = f"127.0.0.1:{port}"
+        super().__init__(commands.gate(",".join(registries), self.address, "--drain", "0", *flags))
+
+    async def eval(self, app: str, version: str = "") -> serving_pb2.EvalResponse:
+        """Evaluate the image of a seven. Raises AioRpcError."""
+        body = (FOLDER / "digits" / "images" / "7.png").read_bytes()
+        request = serving_pb2.EvalRequest(app=app, version=version, data=[serving_pb2.Resource(body=body)])
+        async with transport.channel(self.address) as channel:
+            stub = serving_pb2_grpc.ServingServiceStub(channel)
+            return await stub.Eval(request, wait_for_ready=True, timeout=PATIENCE_S)
+
+    async def status(self, app: str, version: str = "") -> grpc.StatusCode:
+        """Return the status of an eval."""
+        try:
+            await self.eval(app, version)
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+        return grpc.StatusCode.OK
 
 
 class Evaluator(Process):

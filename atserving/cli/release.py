@@ -117,6 +117,16 @@ def phase(registry: list[str], app: str, version: str, phase: str) -> None:
     print(f"{stored.name} {stored.version} is in {_PHASE_NAMES[stored.phase]}")
 
 
+@release.command(
+    "accept-deletions", help="Take the deletions in etcd that are held back, for a minute the next ones, too."
+)
+@_registry_option
+def accept_deletions(registry: list[str]) -> None:
+    request = registry_pb2.AcceptDeletionsRequest()
+    accepted = _call(registry, lambda stub: stub.AcceptDeletions(request, timeout=_CALL_TIMEOUT_S))
+    print(f"deletions are taken at once for {accepted.ttl_ms // 1000} s")
+
+
 @release.command("list", help="List releases with their ready instances, and malformed keys in etcd.")
 @click.option("--app", default="", help="List only this app.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -130,10 +140,15 @@ def list_(registry: list[str], app: str, as_json: bool) -> None:
     rows = [("APP", "VERSION", "PHASE", "INSTANCES", "MODIFIED", "DESCRIPTION")]
     for status in found.releases:
         each = status.release
-        phase_name, instances = _PHASE_NAMES.get(each.phase, "?"), str(len(status.instances))
+        phase_name, outdated = _PHASE_NAMES.get(each.phase, "?"), len(status.outdated)
+        instances = f"{len(status.instances) - outdated}" + (f" (+{outdated} outdated)" if outdated else "")
         rows.append((each.name, each.version, phase_name, instances, each.lastmodified, each.desc))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     for malformed in found.malformed:
         print(f"malformed: {malformed.key}: {malformed.reason}", file=sys.stderr)
+    for warning in found.warnings:
+        print(f"warning: {warning.key}: {warning.reason}", file=sys.stderr)
+    for key in found.held:
+        print(f"held back: {key}: deleted in etcd with most releases, and still in use", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -56,6 +57,21 @@ def seconds_option(name: str, default: float, text: str) -> Callable[[Any], Any]
 def wait_option(text: str) -> Callable[[Any], Any]:
     """Return ``--wait``, how long a start may wait for other processes."""
     return seconds_option("--wait", 10.0, f"{text} 0: without a limit.")
+
+
+hold_option = seconds_option(
+    "--hold-deletions",
+    600.0,
+    "Seconds to hold back the deletion of most releases at once, which an emptied etcd looks like. 0: take it at once.",
+)
+
+
+cache_option = click.option(
+    "--config-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="A file that keeps the last config, for a start while no registry answers.",
+)
 
 
 def name_variables(command: click.Command, prefix: str = "ATSERVING") -> None:

@@ -32,12 +32,17 @@ class Hello(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     app: _builtins.str
     """The instance: the one that the gate wants, or the one that answers."""
     version: _builtins.str
     instance: _builtins.str
     refusal: _builtins.str
     """Why the instance closes the link; empty if it does not."""
+    digest: _builtins.str
+    """The digest of the release's content that the instance has loaded. The gate sends it if it knows it, and only then
+    does the instance.
+    """
     def __init__(
         self,
         *,
@@ -45,10 +50,11 @@ class Hello(_message.Message):
         version: _builtins.str = ...,
         instance: _builtins.str = ...,
         refusal: _builtins.str = ...,
+        digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "instance", b"instance", "refusal", b"refusal", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "digest", b"digest", "instance", b"instance", "refusal", b"refusal", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -64,7 +64,7 @@ Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
 
 @_typing.final
 class WatchResponse(_message.Message):
-    """One atomic step: all changes of one etcd transaction arrive in one response."""
+    """One atomic step: all changes of one etcd transaction arrive in one response, or in several if they are large."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -73,12 +73,15 @@ class WatchResponse(_message.Message):
     DELETES_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     STALE_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     reset: _builtins.bool
     """True: the upserts are a complete snapshot and replace all earlier entries. Always set in a stream's first response."""
     revision: _builtins.int
     """The etcd revision after this step."""
     stale: _builtins.bool
     """True: this registry has lost etcd and serves the last known config. Another registry may have a newer one."""
+    more: _builtins.bool
+    """True: the step goes on in the next response; apply all its parts together. `reset` is in the first part."""
     @_builtins.property
     def upserts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
         """The written keys."""
@@ -95,10 +98,11 @@ class WatchResponse(_message.Message):
         deletes: _abc.Iterable[_builtins.str] | None = ...,
         revision: _builtins.int = ...,
         stale: _builtins.bool = ...,
+        more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deletes", b"deletes", "reset", b"reset", "revision", b"revision", "stale", b"stale", "upserts", b"upserts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deletes", b"deletes", "more", b"more", "reset", b"reset", "revision", b"revision", "stale", b"stale", "upserts", b"upserts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -214,6 +218,7 @@ class Instance(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     app: _builtins.str
     """The app it serves."""
     version: _builtins.str
@@ -224,6 +229,8 @@ class Instance(_message.Message):
     """The host:port of the instance's EvaluatorService."""
     capacity: _builtins.int
     """The limit of requests in flight, running and queued."""
+    digest: _builtins.str
+    """The digest of the release's content that it has loaded (Release.digest in atserving/config.py); empty: unknown."""
     def __init__(
         self,
         *,
@@ -232,10 +239,11 @@ class Instance(_message.Message):
         id: _builtins.str = ...,
         address: _builtins.str = ...,
         capacity: _builtins.int = ...,
+        digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "app", b"app", "capacity", b"capacity", "id", b"id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "app", b"app", "capacity", b"capacity", "digest", b"digest", "id", b"id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -458,25 +466,74 @@ class ListReleasesResponse(_message.Message):
 
     RELEASES_FIELD_NUMBER: _builtins.int
     MALFORMED_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def releases(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReleaseStatus]: ...
     @_builtins.property
     def malformed(self) -> _containers.RepeatedCompositeFieldContainer[Global___MalformedKey]:
-        """Keys with a malformed value, and the reason. Such a key keeps its last good value, if it ever had one."""
+        """Keys with a malformed value, and the reason. Such a key keeps its last good value, if it ever had one; malformed
+        access rules close their app.
+        """
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedCompositeFieldContainer[Global___MalformedKey]:
+        """Keys with unknown fields, and the known fields nearest to them. The known fields of such a key are in use."""
+
+    @_builtins.property
+    def held(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keys that are deleted in etcd, but held back, as most releases were deleted at once. They are in use."""
 
     def __init__(
         self,
         *,
         releases: _abc.Iterable[Global___ReleaseStatus] | None = ...,
         malformed: _abc.Iterable[Global___MalformedKey] | None = ...,
+        warnings: _abc.Iterable[Global___MalformedKey] | None = ...,
+        held: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["malformed", b"malformed", "releases", b"releases"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held", b"held", "malformed", b"malformed", "releases", b"releases", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListReleasesResponse: _TypeAlias = ListReleasesResponse  # noqa: Y015
+
+@_typing.final
+class AcceptDeletionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcceptDeletionsRequest: _TypeAlias = AcceptDeletionsRequest  # noqa: Y015
+
+@_typing.final
+class AcceptDeletionsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TTL_MS_FIELD_NUMBER: _builtins.int
+    ttl_ms: _builtins.int
+    """How long no deletion is held back."""
+    def __init__(
+        self,
+        *,
+        ttl_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ttl_ms", b"ttl_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcceptDeletionsResponse: _TypeAlias = AcceptDeletionsResponse  # noqa: Y015
 
 @_typing.final
 class ReleaseStatus(_message.Message):
@@ -484,21 +541,31 @@ class ReleaseStatus(_message.Message):
 
     RELEASE_FIELD_NUMBER: _builtins.int
     INSTANCES_FIELD_NUMBER: _builtins.int
+    OUTDATED_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """The digest of the release's content."""
     @_builtins.property
     def release(self) -> Global___Release: ...
     @_builtins.property
     def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___Instance]:
         """The registered instances."""
 
+    @_builtins.property
+    def outdated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The ids of instances that have loaded other content than the release has now. Gates do not use them."""
+
     def __init__(
         self,
         *,
         release: Global___Release | None = ...,
         instances: _abc.Iterable[Global___Instance] | None = ...,
+        outdated: _abc.Iterable[_builtins.str] | None = ...,
+        digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["release", b"release"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instances", b"instances", "release", b"release"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "instances", b"instances", "outdated", b"outdated", "release", b"release"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -216,6 +216,11 @@ class ReleaseServiceStub:
                 request_serializer=atserving_dot_v1_dot_registry__pb2.ListReleasesRequest.SerializeToString,
                 response_deserializer=atserving_dot_v1_dot_registry__pb2.ListReleasesResponse.FromString,
                 _registered_method=True)
+        self.AcceptDeletions = channel.unary_unary(
+                '/atserving.v1.ReleaseService/AcceptDeletions',
+                request_serializer=atserving_dot_v1_dot_registry__pb2.AcceptDeletionsRequest.SerializeToString,
+                response_deserializer=atserving_dot_v1_dot_registry__pb2.AcceptDeletionsResponse.FromString,
+                _registered_method=True)
 
 
 class ReleaseServiceServicer:
@@ -245,6 +250,13 @@ class ReleaseServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AcceptDeletions(self, request, context):
+        """Takes the deletions that are held back, and holds back none for the next minute.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ReleaseServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -262,6 +274,11 @@ def add_ReleaseServiceServicer_to_server(servicer, server):
                     servicer.ListReleases,
                     request_deserializer=atserving_dot_v1_dot_registry__pb2.ListReleasesRequest.FromString,
                     response_serializer=atserving_dot_v1_dot_registry__pb2.ListReleasesResponse.SerializeToString,
+            ),
+            'AcceptDeletions': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcceptDeletions,
+                    request_deserializer=atserving_dot_v1_dot_registry__pb2.AcceptDeletionsRequest.FromString,
+                    response_serializer=atserving_dot_v1_dot_registry__pb2.AcceptDeletionsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -346,6 +363,33 @@ class ReleaseService:
             '/atserving.v1.ReleaseService/ListReleases',
             atserving_dot_v1_dot_registry__pb2.ListReleasesRequest.SerializeToString,
             atserving_dot_v1_dot_registry__pb2.ListReleasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcceptDeletions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atserving.v1.ReleaseService/AcceptDeletions',
+            atserving_dot_v1_dot_registry__pb2.AcceptDeletionsRequest.SerializeToString,
+            atserving_dot_v1_dot_registry__pb2.AcceptDeletionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

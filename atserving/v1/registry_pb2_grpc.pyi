@@ -109,6 +109,8 @@ class ReleaseServiceStub:
     """Moves a release between staging and production. NOT_FOUND if the release does not exist."""
     ListReleases: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ListReleasesRequest, _registry_pb2.ListReleasesResponse]
     """Lists the releases with their registered instances, sorted by app and version, and the keys with malformed values."""
+    AcceptDeletions: _grpc.UnaryUnaryMultiCallable[_registry_pb2.AcceptDeletionsRequest, _registry_pb2.AcceptDeletionsResponse]
+    """Takes the deletions that are held back, and holds back none for the next minute."""
 
 @_typing.type_check_only
 class ReleaseServiceAsyncStub(ReleaseServiceStub):
@@ -124,6 +126,8 @@ class ReleaseServiceAsyncStub(ReleaseServiceStub):
     """Moves a release between staging and production. NOT_FOUND if the release does not exist."""
     ListReleases: _aio.UnaryUnaryMultiCallable[_registry_pb2.ListReleasesRequest, _registry_pb2.ListReleasesResponse]  # type: ignore[assignment]
     """Lists the releases with their registered instances, sorted by app and version, and the keys with malformed values."""
+    AcceptDeletions: _aio.UnaryUnaryMultiCallable[_registry_pb2.AcceptDeletionsRequest, _registry_pb2.AcceptDeletionsResponse]  # type: ignore[assignment]
+    """Takes the deletions that are held back, and holds back none for the next minute."""
 
 class ReleaseServiceServicer(metaclass=_abc_1.ABCMeta):
     """Release management, for operators and their tools."""
@@ -154,5 +158,13 @@ class ReleaseServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.ListReleasesResponse, _abc.Awaitable[_registry_pb2.ListReleasesResponse]]:
         """Lists the releases with their registered instances, sorted by app and version, and the keys with malformed values."""
+
+    @_abc_1.abstractmethod
+    def AcceptDeletions(
+        self,
+        request: _registry_pb2.AcceptDeletionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.AcceptDeletionsResponse, _abc.Awaitable[_registry_pb2.AcceptDeletionsResponse]]:
+        """Takes the deletions that are held back, and holds back none for the next minute."""
 
 def add_ReleaseServiceServicer_to_server(servicer: ReleaseServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

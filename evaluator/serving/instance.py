@@ -65,6 +65,7 @@ class InstanceSettings:
     qiniu: QiniuConfig | None = None
     http: str = "127.0.0.1:0"
     status_file: Path | None = None
+    config_cache: Path | None = None
 
 
 async def run(settings: InstanceSettings) -> None:
@@ -91,12 +92,15 @@ class _Life:
         self._log = log.bind(app=settings.app, version=settings.version)
         self._metrics = Metrics()
         self._capacity = Capacity(1)
-        self._follower = VersionConfigFollower(settings.registries, settings.app, settings.version)
+        self._follower = VersionConfigFollower(
+            settings.registries, settings.app, settings.version, settings.config_cache
+        )
         self._links = LinkServer()
         self._server = Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
         self._service = EvaluatorService()
         self._service.register(self._server)
         self._stop = lifecycle.stop_signal()
+        self._digest = ""
 
     async def run(self) -> None:
         settings = self._settings
@@ -122,7 +126,9 @@ class _Life:
         return await self._listener.start(self._settings.listen)
 
     async def _load(self, folder: Path, stack: AsyncExitStack, http_port: int) -> tuple[NetConfig, WorkerSupervisor]:
+        self._follower.on_outdated = self._mark_outdated
         release = await self._follower.release(self._settings.wait_s)
+        self._digest = release.digest
         self._log.info("release loading", http_port=http_port)
         config = await fetch_release(release, folder, self._settings.qiniu)
         # Refuse wrong limits before the worker loads the net, which may take long.
@@ -155,7 +161,7 @@ class _Life:
                 capacity=capacity,
                 metrics=metrics,
             )
-            instance = await asyncio.to_thread(_instance, settings, port)
+            instance = await asyncio.to_thread(_instance, settings, port, self._digest)
             self._links.serve(instance, pipeline)
             registration = Registration(
                 settings.registries, lambda: msgspec.structs.replace(instance, capacity=capacity.limit)
@@ -179,6 +185,10 @@ class _Life:
                     self._follower.on_worker = lambda _: None
                     worker.configure(delay_s=0)
                     await self._drain(registration)
+
+    def _mark_outdated(self, outdated: bool) -> None:
+        self._status.outdated = outdated
+        self._status.write()
 
     async def _announce(self, registered: asyncio.Event, instance: Instance) -> None:
         # Report SERVING only after gates can know the instance: a rollout then stops another one.
@@ -205,11 +215,11 @@ class _Life:
         self._log.info("service stopped")
 
 
-def _instance(settings: InstanceSettings, port: int) -> Instance:
+def _instance(settings: InstanceSettings, port: int, digest: str) -> Instance:
     address = advertised_address(settings.advertise, settings.listen, port, settings.registries[0])
-    fields = {"app": settings.app, "version": settings.version, "id": secrets.token_hex(8), "capacity": 1}
+    names = {"app": settings.app, "version": settings.version, "id": secrets.token_hex(8)}
     try:
-        return validate(Instance, {**fields, "address": address})
+        return validate(Instance, {**names, "address": address, "capacity": 1, "digest": digest})
     except MalformedConfig as error:
         raise StartError(f"gates can't use this address, see --advertise: {error}") from None
 

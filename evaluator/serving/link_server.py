@@ -137,8 +137,13 @@ class GateLink(link.Link):
             self._refuse(evaluator_pb2.Hello(refusal="the net is still being loaded"))
             return
         hello = evaluator_pb2.Hello(app=own.app, version=own.version, instance=own.id)
+        if wanted.digest:
+            hello.digest = own.digest
         if hello != wanted:
-            hello.refusal = f"this is instance {own.id!r} of app {own.app!r}, not {wanted.instance!r}"
+            other = wanted.instance != own.id
+            hello.refusal = f"this is instance {own.id!r} of app {own.app!r}" + (
+                f", not {wanted.instance!r}" if other else f" {own.version!r}, with other content than wanted"
+            )
             self._refuse(hello)
             return
         self._answerer = self._server.answerer

@@ -114,4 +114,5 @@ def _proto(instance: Instance) -> registry_pb2.Instance:
         id=instance.id,
         address=instance.address,
         capacity=instance.capacity,
+        digest=instance.digest,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence, Set
+from pathlib import Path
 
 import structlog
 
@@ -17,12 +18,17 @@ log = structlog.get_logger()
 class VersionConfigFollower:
     """Follows one version of one app at any of the registries."""
 
-    def __init__(self, registries: Sequence[str], app: str, version: str) -> None:
+    def __init__(self, registries: Sequence[str], app: str, version: str, cache: Path | None = None) -> None:
         self.on_worker: Callable[[WorkerConfig], None] = lambda _: None
         """The follower calls this with the worker config after each change."""
+        self.on_outdated: Callable[[bool], None] = lambda _: None
+        """The follower calls this when the release gets other content than was loaded, and when that is gone again."""
+        self.outdated = False
+        """Whether the release has other content now."""
+        self._loaded = ""
         self._app, self._version = app, version
         self._key = release_key(app, version)
-        self._follower = ConfigFollower(registries, self._changed, app)
+        self._follower = ConfigFollower(registries, self._changed, app, cache=cache)
         self._published = asyncio.Event()
         self._worker = self.worker
 
@@ -46,6 +52,7 @@ class VersionConfigFollower:
             raise StartError(
                 f"{self._app} {self._version} was not published within {wait_s:g} s, or its release is malformed"
             )
+        self._loaded = release.digest
         return release
 
     def _missing(self) -> str:
@@ -68,7 +75,21 @@ class VersionConfigFollower:
             self._published.set()
         if self._key in deletes:
             log.warning("release deleted", app=self._app, version=self._version)
+        release = upserts.get(self._key)
+        if self._loaded and isinstance(release, Release):
+            self._compare(release)
         worker = self.worker
         if worker != self._worker:
             self._worker = worker
             self.on_worker(worker)
+
+    def _compare(self, release: Release) -> None:
+        outdated = release.digest != self._loaded
+        if outdated == self.outdated:
+            return
+        self.outdated = outdated
+        if outdated:
+            log.warning("instance outdated", app=self._app, version=self._version)
+        else:
+            log.info("instance current", app=self._app, version=self._version)
+        self.on_outdated(outdated)

@@ -40,6 +40,8 @@ class Status:
     address: str = ""
     device: str = ""
     plan: Plan | None = None
+    outdated: bool = False
+    """Whether the release has other content now than the instance has loaded."""
     changed_s: float = field(default_factory=time.time)
 
     def set(self, state: State, reason: str = "", **known: Any) -> None:
@@ -68,6 +70,7 @@ class Status:
                 "since": datetime.fromtimestamp(self.changed_s, UTC).isoformat(timespec="milliseconds"),
                 "address": self.address,
                 "device": self.device,
+                "outdated": self.outdated,
                 "plan": asdict(self.plan) if self.plan else None,
             },
             option=orjson.OPT_APPEND_NEWLINE,

@@ -280,6 +280,17 @@ async def test_invalid_request_reaches_no_instance(mesh: Mesh) -> None:
     assert not evaluator.received
 
 
+@pytest.mark.parametrize("key", ["/ava/serving/app/metadata/app", "/ava/serving/app/default/metadata"])
+async def test_versions_of_a_closed_app_cannot_be_guessed(mesh: Mesh, key: str) -> None:
+    mesh.put(key, AppMetadata(public=False))
+    for version in ("", "v1", "v9", "no name of a version"):
+        with pytest.raises(Unauthenticated, match="app 'app' is not public"):
+            await mesh.dispatcher.eval(task(version=version), CallContext("reqid", Caller()))
+    mesh.put(key, AppMetadata(public=True))
+    with pytest.raises(NotFound, match="app 'app' has no version 'v9'"):
+        await mesh.dispatcher.eval(task(version="v9"), CallContext("reqid", Caller()))
+
+
 async def test_app_that_is_not_public_requires_credentials(mesh: Mesh) -> None:
     await mesh.add(Evaluator("a"))
     for metadata in ({"public": False}, {"owner": {"uid": 7}}, {"user_whitelist": [7]}):

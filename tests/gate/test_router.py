@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -105,6 +106,40 @@ def test_instance_without_a_release_receives_no_traffic(table: Table) -> None:
     with pytest.raises(NotFound):
         table.pick("app", "ghost")
     assert {table.pick("app", "").instance.id for _ in range(50)} == {"a"}
+
+
+def with_file(file: str) -> Release:
+    return validate(Release, {"name": "app", "version": "v1", "file": file, "phase": "production"})
+
+
+def loaded(id_: str, content: Release | None) -> Instance:
+    return msgspec.structs.replace(instance("v1", id_), digest=content.digest if content else "")
+
+
+def test_only_instances_with_the_content_of_the_release_take_requests(table: Table) -> None:
+    old, new = with_file("file:///old.tar"), with_file("file:///new.tar")
+    table.put(loaded("a", old), old)
+    assert table.pick("app", "v1").instance.id == "a"
+    table.put(new)
+    with pytest.raises(Unavailable, match="is ready; 1 have loaded other content"):
+        table.pick("app", "v1")
+    table.put(loaded("b", new), loaded("c", None))
+    assert {table.pick("app", "").instance.id for _ in range(50)} == {"b", "c"}
+    table.delete(old)
+    table.put(old)
+    assert {table.pick("app", "").instance.id for _ in range(50)} == {"a", "c"}
+
+
+def test_outdated_instance_that_leaves_is_no_last_resort(table: Table) -> None:
+    old, new = with_file("file:///old.tar"), with_file("file:///new.tar")
+    table.put(old, loaded("a", old), loaded("b", old))
+    table.delete(loaded("a", old))
+    assert table.pick("app", "v1").instance.id == "b"
+    table.put(new)
+    table.delete(loaded("b", old))
+    with pytest.raises(Unavailable):
+        table.pick("app", "v1")
+    assert {each.instance.id for each in table.router.expired()} == {"a", "b"}
 
 
 def test_router_picks_the_least_loaded_instance_of_a_version(table: Table) -> None:

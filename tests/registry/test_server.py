@@ -16,7 +16,9 @@ from atserving import transport
 from atserving.config import PREFIX, release_key
 from atserving.follower import ConfigFollower
 from atserving.v1 import registry_pb2, registry_pb2_grpc
+from registry import messages
 from registry.etcd import Connection, EtcdClient
+from registry.view import Delta
 from tests.processes import Etcd, Registry
 from tests.waiting import until, until_async
 
@@ -78,6 +80,22 @@ def api(apis: list[Api]) -> Api:
 async def etcd_client(shared_etcd: Etcd) -> AsyncIterator[EtcdClient]:
     async with EtcdClient(Connection([shared_etcd.address])) as client:
         yield client
+
+
+async def test_a_large_step_comes_in_parts_and_is_applied_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "PART_CHARS", 100)
+    upserts = {f"{PREFIX}eval/a/{number}": '{"file": "file:///x"}' for number in range(20)}
+    parts = list(messages.watch_responses(Delta(upserts, frozenset({"b", "c"}), 7, reset=True, stale=True)))
+    assert [part.more for part in parts] == [True] * (len(parts) - 1) + [False]
+    assert [part.reset for part in parts] == [True] + [False] * (len(parts) - 1)
+    assert {part.stale for part in parts} == {True}
+    assert {part.revision for part in parts} == {7}
+    assert {entry.key: entry.value_json for part in parts for entry in part.upserts} == upserts
+    assert [key for part in parts for key in part.deletes] == ["b", "c"]
+    assert len(parts) > 5
+    (empty,) = messages.watch_responses(Delta({}, frozenset(), 1, reset=True))
+    assert empty.reset
+    assert not empty.more
 
 
 @pytest.fixture

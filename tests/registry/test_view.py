@@ -214,15 +214,35 @@ def test_deeply_nested_values_are_read_or_refused(depth: int) -> None:
     assert (KEYS[1] in view.entries) == (KEYS[1] not in view.malformed) == (depth == 200)
 
 
-def test_malformed_access_rules_close_an_app_until_they_are_mended() -> None:
+ACCESS_KEYS = [f"{PREFIX}app/metadata/a", f"{PREFIX}app/default/metadata"]
+
+
+@pytest.mark.parametrize("key", ACCESS_KEYS)
+def test_malformed_access_rules_close_an_app_until_they_are_mended(key: str) -> None:
     view = View()
-    for key in ("/ava/serving/app/metadata/a", "/ava/serving/app/default/metadata"):
-        view.apply([Put(key, b'{"public": "perhaps"}', 1)], 1)
+    for before in (b'{"public": "perhaps"}', b"{"):
+        view.apply([Put(key, before, 1)], 1)
         assert view.entries[key].value == CLOSED
-        assert key in view.malformed
+        assert "closed until you correct the value" in view.malformed[key]
         view.apply([Put(key, b'{"public": true}', 1)], 2)
         assert view.entries[key].value == AppMetadata(public=True)
-        view.apply([Put(key, b"{", 1)], 3)
-        assert view.entries[key].value == AppMetadata(public=True)
-        view.apply([Delete(key)], 4)
-        assert key not in view.entries
+        assert key not in view.malformed
+    view.apply([Delete(key)], 4)
+    assert key not in view.entries
+
+
+def test_a_key_below_an_apps_metadata_is_unknown_and_breaks_nobodys_stream() -> None:
+    view = View()
+    view.apply([Put(f"{ACCESS_KEYS[0]}/more", b"{}", 1)], 1)
+    assert view.malformed == {f"{ACCESS_KEYS[0]}/more": "unknown key"}
+    assert not view.snapshot("a").upserts
+
+
+def test_a_warning_of_unknown_fields_ends_with_the_fields() -> None:
+    view = View()
+    view.apply([Put(KEYS[3], b'{"timout": "2s"}', 1)], 1)
+    assert view.warnings == {KEYS[3]: "unknown field 'timout', did you mean 'timeout'?"}
+    view.apply([Put(KEYS[3], b'{"timeout": "2s"}', 1)], 2)
+    assert not view.warnings
+    view.apply([Put(KEYS[3], b'{"timout": "2s"}', 1), Delete(KEYS[3])], 3)
+    assert not view.warnings

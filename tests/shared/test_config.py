@@ -63,6 +63,32 @@ def test_an_unknown_key_is_refused(key: str) -> None:
         config.parse(key, "{}")
 
 
+def release(**fields: object) -> Release:
+    return config.validate(Release, {"name": "a", "version": "v", "file": "file:///x", **fields})
+
+
+def test_the_digest_of_a_release_is_that_of_its_content() -> None:
+    digest = release(custom_values={"a": 1, "b": {"c": 2, "d": 3}}).digest
+    same = release(
+        custom_values={"b": {"d": 3, "c": 2}, "a": 1}, phase="production", desc="d", weight=2, lastmodified="now"
+    )
+    assert same.digest == digest
+    assert config.parse(RELEASE_KEY, '{"file": "file:///x"}') == config.parse(RELEASE_KEY, '{"file": "file:///x"}')
+    others = [
+        release(),
+        release(name="b"),
+        release(version="w"),
+        release(file="file:///x#sha256=" + "a" * 64),
+        release(batch_size=4),
+        release(image_width=4),
+        release(use_device="GPU"),
+        release(custom_files={"a": "file:///a"}),
+        release(model_params={"engines": 1}),
+        release(custom_values={"a": 1}),
+    ]
+    assert len({each.digest for each in others} | {digest}) == len(others) + 1
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("100ms", 0.1), ("1m30s", 90), ("1.5s", 1.5), (2_000_000, 0.002), (0, 0), ("250us", 0.00025), ("1h", 3600)],
@@ -135,7 +161,42 @@ def test_a_name_has_no_newline_slash_or_leading_dot(name: str) -> None:
 
 @pytest.mark.parametrize("word", [False, 0, "off", "OFF", "no", "n", "f", "false", "0"])
 def test_every_word_for_no_closes_an_app(word: object) -> None:
-    assert config.parse("/ava/serving/app/metadata/a", orjson.dumps({"public": word})) == config.CLOSED
+    assert config.parse("/ava/serving/app/metadata/a", orjson.dumps({"public": word})) == AppMetadata(public=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ('{"pubilc": false}', "unknown field 'pubilc', did you mean 'public'?"),
+        ('{"Public": true}', "unknown field 'Public', did you mean 'public'?"),
+        ('{"whitelist": [1], "public": true}', "unknown field 'whitelist', did you mean 'user_whitelist'?"),
+        ('{"ownr": {"uid": 1}, "batch_size": 4}', "unknown field 'ownr', did you mean 'owner'?"),
+        ('{"private": true}', "unknown field 'private'"),
+        ('{"private": true, "batch_size": 4}', "unknown field 'private'"),
+    ],
+)
+@pytest.mark.parametrize("key", ["/ava/serving/app/metadata/a", config.DEFAULT_APP_METADATA_KEY])
+def test_misspelt_access_rules_are_malformed(key: str, value: str, reason: str) -> None:
+    with pytest.raises(MalformedConfig) as caught:
+        config.parse(key, value)
+    assert str(caught.value) == reason
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "warning"),
+    [
+        (RELEASE_KEY, '{"file": "file:///x", "batchsize": 4}', "unknown field 'batchsize', did you mean 'batch_size'?"),
+        (config.DEFAULT_WORKER_KEY, '{"maxConcurrent": 4}', "unknown field 'maxConcurrent', did you mean 'max_conc"),
+        (config.DEFAULT_WORKER_KEY, '{"x": 4, "y": 5}', "unknown field 'x'; unknown field 'y'"),
+        (config.DEFAULT_WORKER_KEY, orjson.dumps({f"x{n}": n for n in range(99)}), "; 89 more unknown fields"),
+        ("/ava/serving/app/metadata/a", '{"public": true, "quota": 4}', "unknown field 'quota'"),
+        ("/ava/serving/app/metadata/a", '{"public": true}', ""),
+    ],
+)
+def test_unknown_fields_are_warned_of_with_the_nearest_known_name(key: str, value: str, warning: str) -> None:
+    said = config.read(key, value)[1]
+    assert warning in said
+    assert bool(warning) == bool(said)
 
 
 @pytest.mark.parametrize("field", ["public", "owner", "user_whitelist", "batch_size"])

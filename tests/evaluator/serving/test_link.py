@@ -255,6 +255,25 @@ async def test_another_instance_at_the_address_is_never_asked() -> None:
         await server.stop()
 
 
+@pytest.mark.parametrize(("wanted", "own", "asks"), [("a", "b", False), ("a", "a", True), ("", "a", True)])
+async def test_an_instance_with_other_content_is_never_asked(wanted: str, own: str, asks: bool) -> None:
+    echo = Echo()
+    server = ScriptedInstance(echo.infer)
+    instance = await server.start()
+    server.links.serve(msgspec.structs.replace(instance, digest=own * 64), server)
+    connection = EvaluatorConnection(msgspec.structs.replace(instance, digest=wanted * 64), WAIT_S)
+    try:
+        if asks:
+            assert (await ask(connection, "x")).result_json
+        else:
+            with pytest.raises(TransportError, match="'i' of app 'a' 'v', with other content than wanted"):
+                await ask(connection, "x")
+        assert bool(echo.ran) == asks
+    finally:
+        await connection.close()
+        await server.stop()
+
+
 async def test_instance_that_still_loads_refuses_gates() -> None:
     links = LinkServer()
     server = await asyncio.get_running_loop().create_server(links.connect, "127.0.0.1", 0)

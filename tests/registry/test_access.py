@@ -1,0 +1,87 @@
+"""Access rules in etcd: none that is malformed or misspelt opens an app, as an operator and a caller see it."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from atserving.config import PREFIX
+from atserving.local import commands
+from tests.processes import Etcd, Gate, Registry
+from tests.waiting import until_async
+
+pytestmark = pytest.mark.slow
+
+CLOSED, OPEN = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE
+"""An open app has no instance here."""
+
+MALFORMED = [
+    '{"public": false',
+    '{"public": false, "batch_size": 0}',
+    '{"owner": 5}',
+    '{"user_whitelist": ["a"]}',
+    '{"owner": {}}',
+    "[]",
+    "false",
+    '{"pubic": false}',
+    '{"Public": false}',
+    '{"private": true, "batch_size": 4}',
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def gate(registries: list[Registry], shared_etcd: Etcd) -> Iterator[Gate]:
+    gate = Gate([registries[0].address])
+    gate.start()
+    yield gate
+    gate.kill()
+    shared_etcd.ctl("del", "--prefix", f"{PREFIX}app/")
+
+
+def listed(registry: Registry, app: str) -> str:
+    command = [str(commands.BIN / "atserving"), "release", "list", "--app", app, "--registry", registry.address]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+@pytest.mark.parametrize("default", [False, True])
+@pytest.mark.parametrize("value", MALFORMED)
+async def test_malformed_rules_close_an_app_and_the_operator_sees_why(
+    gate: Gate, registries: list[Registry], value: str, default: bool
+) -> None:
+    registry, app = registries[0], f"access-{MALFORMED.index(value)}-{default}"
+    key = "app/default/metadata" if default else f"app/metadata/{app}"
+    registry.publish(app, phase="production")
+
+    async def answers(status: grpc.StatusCode) -> None:
+        async def does() -> bool:
+            return await gate.status(app) is status
+
+        await until_async(does, what=f"{app} answers {status}")
+
+    await answers(OPEN)
+    registry.etcdctl("put", PREFIX + key, "--", value)
+    await answers(CLOSED)
+    assert await gate.status(app, "v9") is CLOSED
+    assert f"malformed: {PREFIX}{key}: " in listed(registry, app)
+    assert registry.logged("reason", event="config skipped", key=PREFIX + key)
+    registry.put(key, {"public": True})
+    await answers(OPEN)
+    assert PREFIX + key not in listed(registry, app)
+    registry.etcdctl("put", PREFIX + key, "--", value)
+    await answers(CLOSED)
+    registry.delete(key)
+    await answers(OPEN)
+
+
+async def test_unknown_fields_are_shown_with_the_nearest_known_name(registries: list[Registry]) -> None:
+    registry = registries[0]
+    registry.publish("unknown-fields", batchsize=4)
+    registry.put("worker/app/unknown-fields/default", {"timout": "3s"})
+    for key, field in (("eval/unknown-fields/v1", "batch_size"), ("worker/app/unknown-fields/default", "timeout")):
+        said = registry.logged("reason", event="config fields unknown", key=PREFIX + key)["reason"]
+        assert f"did you mean '{field}'?" in said
+        assert f"warning: {PREFIX}{key}: {said}" in listed(registry, "unknown-fields")
