@@ -19,20 +19,21 @@ from atserving.config import ACCEPT_KEY, PREFIX
 log = structlog.get_logger()
 
 LEAST = 2
-"""The deletion of fewer releases is never held back."""
+"""The deletion of fewer releases, or of fewer apps' rules of access, is never held back."""
 
 WINDOW_S = 10.0
-"""Releases that are deleted within so many seconds count together."""
+"""Keys that are deleted within so many seconds count together."""
 
 _REMIND_S = 60.0
-_RELEASES, _INSTANCES = f"{PREFIX}eval/", f"{PREFIX}instance/"
+_RELEASES, _RULES, _INSTANCES = f"{PREFIX}eval/", f"{PREFIX}app/", f"{PREFIX}instance/"
 
 
 class Holdback:
     """Decides which deletions are taken now.
 
     It holds them back from the one on with which more than half of the releases, and at least LEAST, are deleted within
-    WINDOW_S. It calls ``take`` with the keys once ``hold_s`` seconds have passed. 0: it holds back nothing.
+    WINDOW_S. Rules of access count in the same way, since without them closed apps are open: who empties etcd key by
+    key begins with them. It calls ``take`` with the keys once ``hold_s`` seconds have passed. 0: it holds back nothing.
     """
 
     def __init__(self, hold_s: float, take: Callable[[Set[str]], None]) -> None:
@@ -73,15 +74,15 @@ class Holdback:
     def _holds(self, known: Set[str], writes: Set[str], deletes: Set[str]) -> bool:
         if any(key.startswith(_RELEASES) for key in self.held):
             return True
-        vanished = {key for key in deletes if key.startswith(_RELEASES)}
+        vanished = {key for key in deletes if key.startswith((_RELEASES, _RULES))}
         if not vanished or not self._hold_s:
             return False
         now_s = time.monotonic()
         while self._recent and self._recent[0][0] < now_s - WINDOW_S:
             self._recent.popleft()
-        left = {key for key in known | writes if key.startswith(_RELEASES)} - vanished
+        left = (known | writes) - vanished
         gone = vanished | {key for _, key in self._recent if key not in left}
-        if len(gone) >= LEAST and len(gone) > len(left):
+        if _most(gone, left, _RELEASES) or _most(gone, left, _RULES):
             return True
         self._recent += [(now_s, key) for key in vanished]
         return False
@@ -105,3 +106,9 @@ class Holdback:
             self._timer = None
             log.warning("deletions no longer held", reason=reason)
         return held
+
+
+def _most(gone: Set[str], left: Set[str], kind: str) -> bool:
+    """Return whether most keys of a kind are gone."""
+    number = sum(key.startswith(kind) for key in gone)
+    return number >= LEAST and number > sum(key.startswith(kind) for key in left)

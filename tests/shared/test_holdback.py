@@ -59,6 +59,15 @@ async def test_releases_deleted_one_after_the_other_count_together(monkeypatch: 
     assert config.keys == {INSTANCE, RULES}
 
 
+async def test_who_deletes_key_by_key_opens_no_more_than_the_first_closed_apps() -> None:
+    rules = [f"{PREFIX}app/metadata/{app}" for app in "abcde"]
+    config = Config({*rules, *RELEASES, INSTANCE})
+    for key in sorted(config.keys):
+        config.delete(key)
+    # Half of either kind is gone before the rest waits.
+    assert config.keys == {*rules[2:], *RELEASES[2:], INSTANCE}
+
+
 async def test_a_release_that_is_written_again_does_not_count() -> None:
     config = Config()
     for release in RELEASES:
