@@ -25,7 +25,7 @@ from atserving.v1 import evaluator_pb2
 from atserving.wire import Buffer
 from gate.admission import Caller, admit
 from gate.connection import EvaluatorConnection, TransportError
-from gate.router import Endpoint, Route, Router
+from gate.router import Endpoint, Kind, Route, Router
 
 log = structlog.get_logger()
 
@@ -127,12 +127,12 @@ class Dispatcher:
         if not self._synced.is_set():
             await self._wait_synced(call)
         route = self._admit(task, call)
-        self._check(task, call)
+        kind = Kind(call.batched, self._check(task, call))
         deadline = call.started + route.timeout_s
         if call.deadline is not None:
             deadline = min(deadline, call.deadline)
         try:
-            return await self._infer(task, call, route, deadline)
+            return await self._infer(task, call, route, kind, deadline)
         except TimeoutError:
             after_s = round(time.monotonic() - call.started, 3)
             raise DeadlineExceeded(f"app {task.app!r} did not answer within {after_s} s") from None
@@ -170,10 +170,13 @@ class Dispatcher:
         return route
 
     @staticmethod
-    def _check(task: Task, call: CallContext) -> None:
-        """Check what the request brings, and put the caller's uid into its URIs. Raises InvalidArgument."""
+    def _check(task: Task, call: CallContext) -> bool:
+        """Check what the request brings, and put the caller's uid into its URIs. Raises InvalidArgument.
+
+        Return whether an instance has to fetch a resource.
+        """
         if task.body:
-            return
+            return False
         if not task.request.data:
             raise InvalidArgument("no data given")
         if len(task.request.data) > MAX_GROUP:
@@ -181,14 +184,17 @@ class Dispatcher:
         # The evaluator parses these whole while other callers wait.
         if len(task.request.params_json) + sum(len(each.attribute_json) for each in task.request.data) > MAX_JSON_CHARS:
             raise InvalidArgument(f"params and attributes are longer than {MAX_JSON_CHARS} characters")
+        fetches = False
         for resource in task.request.data:
             match resource.WhichOneof("source"):
                 case None:
                     raise InvalidArgument("data without a uri or a body")
                 case "uri" if resource.uri[:5].lower() != "data:":
                     resource.uri = uris.with_caller(resource.uri, call.caller.uid)
+                    fetches = True
+        return fetches
 
-    async def _infer(self, task: Task, call: CallContext, route: Route, deadline: float) -> EvalResult:
+    async def _infer(self, task: Task, call: CallContext, route: Route, kind: Kind, deadline: float) -> EvalResult:
         """Ask one instance after another until one takes the task. Raises TimeoutError at the deadline."""
         tried: list[Endpoint[EvaluatorConnection]] = []
         lost = 0
@@ -198,13 +204,13 @@ class Dispatcher:
                 # The config may have changed since: a retry follows a promotion.
                 route = self._router.route(task.app, task.version)
             try:
-                endpoint = self._router.pick(route, tried, batched=call.batched)
+                endpoint = self._router.pick(route, tried, kind)
             except Unavailable as none_left:
                 # If the ready instances refused because they are full, that is the reason to give.
                 raise (refusal if isinstance(refusal, ResourceExhausted) else none_left) from None
             tried.append(endpoint)
             try:
-                with endpoint.hold():
+                with endpoint.hold(kind):
                     response = await endpoint.connection.ask(
                         task.request, deadline, call.reqid, call.traceparent, task.body
                     )

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import structlog
 
@@ -31,6 +31,19 @@ _NO_METADATA = AppMetadata()
 ConnectionT = TypeVar("ConnectionT")
 
 
+class Kind(NamedTuple):
+    """What a request needs of an instance."""
+
+    batched: bool = False
+    """It is a task of a batch: those leave a quarter of an instance to other callers."""
+    fetches: bool = False
+    """The instance has to fetch a resource."""
+
+
+ALONE = Kind()
+"""A request with all that the net needs."""
+
+
 @dataclass(eq=False)
 class Endpoint(Generic[ConnectionT]):
     """An instance as this gate sees it."""
@@ -38,23 +51,41 @@ class Endpoint(Generic[ConnectionT]):
     instance: Instance
     connection: ConnectionT
     in_flight: int = 0
+    fetching: int = 0
+    """Requests in flight whose resources the instance has to fetch. They have room of their own: a slow host must not
+    keep others from the net."""
     ejected_until: float = 0.0
     left_at: float | None = field(default=None)
     """When the registry reported its departure; None while it is registered."""
 
-    def room(self, *, batched: bool = False) -> int:
-        """Return how many more requests of this gate it can take. Tasks of batches leave a quarter to other callers."""
+    def room(self, kind: Kind = ALONE) -> int:
+        """Return how many more requests of a kind this gate can send it."""
         capacity = self.instance.capacity
-        return max((capacity - capacity // 4 if batched else capacity) - self.in_flight, 0)
+        return max((capacity - capacity // 4 if kind.batched else capacity) - self.used(kind), 0)
+
+    def used(self, kind: Kind) -> int:
+        """Return how many requests in flight share the room of a kind."""
+        return self.fetching if kind.fetches else self.in_flight
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self, kind: Kind = ALONE) -> Iterator[None]:
         """Count one request in flight."""
-        self.in_flight += 1
+        if kind.fetches:
+            self.fetching += 1
+        else:
+            self.in_flight += 1
         try:
             yield
         finally:
-            self.in_flight -= 1
+            if kind.fetches:
+                self.fetching -= 1
+            else:
+                self.in_flight -= 1
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no request in flight."""
+        return not self.in_flight and not self.fetching
 
 
 @dataclass(frozen=True)
@@ -217,37 +248,35 @@ class Router(Generic[ConnectionT]):
         return merged.timeout.total_seconds()
 
     def pick(
-        self, route: Route, tried: Collection[Endpoint[ConnectionT]] = (), *, batched: bool = False
+        self, route: Route, tried: Collection[Endpoint[ConnectionT]] = (), kind: Kind = ALONE
     ) -> Endpoint[ConnectionT]:
         """Return the instance that takes a request, but none of those that were ``tried``.
 
         Draws a version in proportion to weight x free capacity, then takes the instance of that version with the
-        smallest share of its capacity in flight. For a task of a batch (``batched``) instances have less room.
+        smallest share of its capacity in flight.
 
         Raises Unavailable (no instance is ready, or all were tried) or ResourceExhausted (all ready ones are full).
         """
-        if not tried and (only := self._only(route, batched)):
+        if not tried and (only := self._only(route, kind)):
             return only
         if not route.weights:
             raise Unavailable(f"app {route.app!r} has no version in production")
         ready = {version: self._ready(route.app, version, tried) for version in route.weights}
         draws = {
-            version: route.weights[version] * sum(each.room(batched=batched) for each in found)
-            for version, found in ready.items()
+            version: route.weights[version] * sum(each.room(kind) for each in found) for version, found in ready.items()
         }
         if not any(draws.values()):
             if not any(route.weights.values()):
                 raise Unavailable(f"app {route.app!r} has no version in production with a weight above 0")
             outdated = sum(len(self._outdated.get((route.app, version), ())) for version in route.weights)
-            raise self._none_free(route, [each for found in ready.values() for each in found], batched, outdated)
+            raise self._none_free(route, [each for found in ready.values() for each in found], kind, outdated)
         drawn = self._random.choices(list(draws), list(draws.values()))[0] if len(draws) > 1 else next(iter(draws))
-        candidates = [each for each in ready[drawn] if each.room(batched=batched)]
-        least = min((each.in_flight + 1) / each.instance.capacity for each in candidates)
-        return self._random.choice(
-            [each for each in candidates if (each.in_flight + 1) / each.instance.capacity == least]
-        )
+        candidates = [each for each in ready[drawn] if each.room(kind)]
+        shares = [(each.used(kind) + 1) / each.instance.capacity for each in candidates]
+        least = min(shares)
+        return self._random.choice([each for each, share in zip(candidates, shares, strict=True) if share == least])
 
-    def _only(self, route: Route, batched: bool) -> Endpoint[ConnectionT] | None:
+    def _only(self, route: Route, kind: Kind) -> Endpoint[ConnectionT] | None:
         """Return the instance if there is only one to pick, as for most apps, and it has room."""
         if len(route.weights) != 1:
             return None
@@ -256,7 +285,7 @@ class Router(Generic[ConnectionT]):
         if len(pool) != 1 or not weight:
             return None
         (endpoint,) = pool.values()
-        return endpoint if endpoint.room(batched=batched) else None
+        return endpoint if endpoint.room(kind) else None
 
     def _ready(self, app: str, version: str, tried: Collection[Endpoint[ConnectionT]]) -> list[Endpoint[ConnectionT]]:
         for pool in (self._endpoints, self._left):
@@ -267,9 +296,9 @@ class Router(Generic[ConnectionT]):
         return []
 
     @staticmethod
-    def _none_free(route: Route, ready: list[Endpoint[ConnectionT]], batched: bool, outdated: int) -> ServingError:
+    def _none_free(route: Route, ready: list[Endpoint[ConnectionT]], kind: Kind, outdated: int) -> ServingError:
         what = f"version {route.version!r} of app {route.app!r}" if route.version else f"app {route.app!r}"
-        if any(each.room(batched=batched) == 0 for each in ready):
+        if any(each.room(kind) == 0 for each in ready):
             return ResourceExhausted(f"every instance of {what} is full", retry_after_s=1.0)
         why = f"; {outdated} have loaded other content than the release has now" if outdated else ""
         return Unavailable(f"no instance of {what} is ready{why}")
@@ -291,6 +320,6 @@ class Router(Generic[ConnectionT]):
         for pool in self._left.values():
             for id_ in [id_ for id_, each in pool.items() if each.left_at is not None and each.left_at < oldest]:
                 self._dropped.append(pool.pop(id_))
-        idle = [each for each in self._dropped if each.in_flight == 0]
-        self._dropped = [each for each in self._dropped if each.in_flight]
+        idle = [each for each in self._dropped if each.is_idle]
+        self._dropped = [each for each in self._dropped if not each.is_idle]
         return idle

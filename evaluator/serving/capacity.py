@@ -1,9 +1,15 @@
-"""Bounds the requests in flight in an instance, and refuses the rest at once; while draining, it refuses all."""
+"""Bounds the requests in flight in an instance, and refuses the rest at once; while draining, it refuses all.
+
+Requests whose resources have to be fetched have places of their own until the bytes are there.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from atserving.errors import ResourceExhausted, Unavailable
 
@@ -11,7 +17,7 @@ _LEAST_RETRY_AFTER_S = 0.05
 
 
 class Capacity:
-    """Counts requests from their arrival to their reply; ``in_flight`` never exceeds ``limit``.
+    """Counts requests from their arrival to their reply; neither ``in_flight`` nor ``fetching`` exceeds ``limit``.
 
     After the limit is lowered, requests in flight may still finish.
     """
@@ -19,6 +25,10 @@ class Capacity:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.in_flight = 0
+        self.fetching = 0
+        # Of those, the number by host; and those that have fetched, and wait for a place among the requests in flight.
+        self._by_host: Counter[str] = Counter()
+        self._fetched: deque[asyncio.Future[None]] = deque()
         self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -33,23 +43,72 @@ class Capacity:
         if self._draining:
             raise Unavailable("the instance is draining", refused=True)
         if self.in_flight >= self.limit:
-            raise ResourceExhausted(
-                f"the instance has {self.in_flight} requests in flight, which is its limit",
-                retry_after_s=max(self.in_flight * self._each_s, _LEAST_RETRY_AFTER_S),
-                refused=True,
-            )
+            raise self._full(f"the instance has {self.in_flight} requests in flight, which is its limit")
         self.in_flight += 1
         if self.in_flight == 1:
             self._empty.clear()
         return self.in_flight
 
+    def _full(self, message: str) -> ResourceExhausted:
+        wait_s = max(self.in_flight * self._each_s, _LEAST_RETRY_AFTER_S)
+        return ResourceExhausted(message, retry_after_s=wait_s, refused=True)
+
+    @asynccontextmanager
+    async def fetch(self, host: str) -> AsyncIterator[None]:
+        """Count a request that fetches from ``host`` during the block; then wait until it is one in flight.
+
+        One host has at most half of the places. Raises as :meth:`enter` does.
+        """
+        if self._draining:
+            raise Unavailable("the instance is draining", refused=True)
+        if self.fetching >= self.limit:
+            raise self._full(f"the instance fetches the resources of {self.fetching} requests, which is its limit")
+        if self._by_host[host] >= max(self.limit // 2, 1):
+            raise self._full(f"the instance fetches the resources of {self._by_host[host]} requests from this host")
+        self.fetching += 1
+        self._by_host[host] += 1
+        self._empty.clear()
+        try:
+            yield
+            await self._enter_later()
+        finally:
+            self.fetching -= 1
+            self._by_host[host] -= 1
+            if not self._by_host[host]:
+                del self._by_host[host]
+            self._check_empty()
+
+    async def _enter_later(self) -> None:
+        if self.in_flight < self.limit and not self._fetched:
+            self.in_flight += 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._fetched.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                # It had got a place meanwhile.
+                self._left()
+            raise
+
+    def _left(self) -> None:
+        self.in_flight -= 1
+        while self._fetched and self.in_flight < self.limit:
+            if not (turn := self._fetched.popleft()).done():
+                self.in_flight += 1
+                turn.set_result(None)
+        self._check_empty()
+
+    def _check_empty(self) -> None:
+        if not self.in_flight and not self.fetching:
+            self._empty.set()
+
     def leave(self, ahead: int, began_s: float) -> None:
         """End a request that began at ``began_s`` of the monotonic clock, as the ``ahead``-th in flight."""
-        self.in_flight -= 1
+        self._left()
         each_s = (time.monotonic() - began_s) / ahead
         self._each_s += (each_s - self._each_s) / (8 if self._each_s else 1)
-        if not self.in_flight:
-            self._empty.set()
 
     def drain(self) -> None:
         """Refuse all requests from now on."""

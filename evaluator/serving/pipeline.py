@@ -68,15 +68,11 @@ class Pipeline:
         check_request(request, self._built_in)
         return request
 
-    def decode(self, request: evaluator_pb2.InferRequest) -> bool:
-        """Replace all URIs by their bytes if all are data URIs, and return whether they are. Raises InvalidArgument."""
-        elsewhere = _elsewhere(request)
-        if any(each.uri[:5].lower() != "data:" for each in elsewhere):
-            return False
+    def decode(self, request: evaluator_pb2.InferRequest) -> None:
+        """Replace all URIs, which are data URIs, by their bytes. Raises InvalidArgument."""
         budget = Budget(self._limits.max_request_bytes)
-        for each in elsewhere:
+        for each in _elsewhere(request):
             each.body = self._fetcher.decode(each.uri, budget)
-        return True
 
     async def fetch(self, request: evaluator_pb2.InferRequest) -> None:
         """Replace the URI of each resource by its bytes. Raises a ServingError."""
@@ -109,6 +105,7 @@ class Request:
         "_ahead",
         "_began_s",
         "_deadline_s",
+        "_entered_s",
         "_fetching",
         "_id",
         "_ms",
@@ -128,7 +125,7 @@ class Request:
         self._id = call.id
         self._reqid = request_id(call.reqid.decode(errors="replace"))
         self._traceparent = call.traceparent
-        self._began_s = time.monotonic()
+        self._began_s = self._entered_s = time.monotonic()
         self._deadline_s = self._began_s + call.timeout_us / 1e6 if call.timeout_us else None
         # Its place among the requests in flight; 0: it has none.
         self._ahead = 0
@@ -139,22 +136,31 @@ class Request:
     def begin(self, call: link.Call) -> None:
         """Begin the work."""
         try:
-            self._ahead = self._pipeline.capacity.enter()
-            if call.flags & link.FETCH:
-                request = self._pipeline.read(call.request)
-                if self._pipeline.decode(request):
-                    self._fetched(request)
-                else:
-                    self._fetching = asyncio.get_running_loop().create_task(self._fetch(request))
-            else:
+            if not call.flags & link.FETCH:
+                self._ahead = self._pipeline.capacity.enter()
                 self._ms["fetch_ms"] = 0.0
                 self._submit(call.request)
+                return
+            request = self._pipeline.read(call.request)
+            if host := remote_host(request):
+                self._fetching = asyncio.get_running_loop().create_task(self._fetch(request, host))
+            else:
+                self._ahead = self._pipeline.capacity.enter()
+                self._pipeline.decode(request)
+                self._fetched(request)
         except Exception as error:
             self._fail(error)
 
-    async def _fetch(self, request: evaluator_pb2.InferRequest) -> None:
+    async def _fetch(self, request: evaluator_pb2.InferRequest, host: str) -> None:
+        capacity = self._pipeline.capacity
         try:
-            await self._pipeline.fetch(request)
+            async with capacity.fetch(host):
+                await self._pipeline.fetch(request)
+            self._entered_s = time.monotonic()
+            if self.ended:
+                capacity.leave(capacity.in_flight, self._entered_s)
+                return
+            self._ahead = capacity.in_flight
             self._fetched(request)
         except Exception as error:
             self._fail(error)
@@ -219,7 +225,7 @@ class Request:
         self._work = self._fetching = None
         pipeline, ms = self._pipeline, self._ms
         if self._ahead:
-            pipeline.capacity.leave(self._ahead, self._began_s)
+            pipeline.capacity.leave(self._ahead, self._entered_s)
         code, status = (error.code, error.status) if error else (0, 200)
         if reply is None:
             code = status = _CALLER_GONE
@@ -234,6 +240,12 @@ class Request:
         if self._traceparent:
             line["traceparent"] = self._traceparent.decode(errors="replace")[:_MAX_TRACE_CHARS]
         pipeline.lines.write("info", "request finished", line)
+
+
+def remote_host(request: evaluator_pb2.InferRequest) -> str:
+    """Return what comes before the path of the first URI that is no data URI; empty if all are."""
+    remote = (each.uri for each in request.data if each.HasField("uri") and each.uri[:5].lower() != "data:")
+    return next(("/".join(uri.split("/", 3)[:3]) or "?" for uri in remote), "")
 
 
 def _elsewhere(request: evaluator_pb2.InferRequest) -> list[serving_pb2.Resource]:

@@ -308,6 +308,40 @@ async def test_uid_that_a_caller_wrote_into_a_uri_is_removed(mesh: Mesh) -> None
     assert evaluator.received[0].data[0].uri == "qiniu://z0/bucket/a/key"
 
 
+async def test_requests_that_wait_for_a_slow_host_keep_no_others_from_the_net(mesh: Mesh) -> None:
+    slow = asyncio.Event()
+    waiting = 0
+
+    async def infer(request: evaluator_pb2.InferRequest) -> evaluator_pb2.InferResponse:
+        nonlocal waiting
+        if request.data[0].HasField("uri"):
+            waiting += 1
+            await slow.wait()
+        return evaluator_pb2.InferResponse(result_json="1")
+
+    server = ScriptedInstance(infer, "app", "v1", "a")
+    instance = await server.start()
+    mesh.put(instance.key, instance)
+    try:
+        async with asyncio.TaskGroup() as group:
+            call = CallContext("reqid", Caller())
+            tasks = [task(uri=f"http://slow/{n}") for n in range(40)]
+            group.create_task(run_batch(mesh.dispatcher, tasks, call, 32, HELD))
+            # The batch leaves a quarter of the eight places.
+            await until(lambda: waiting == 6)
+            alone = [group.create_task(mesh.eval(uri="http://slow/alone")) for _ in range(2)]
+            await until(lambda: waiting == 8)
+            for _ in range(20):
+                assert await mesh.eval() == "1"
+            with pytest.raises(ResourceExhausted):
+                await mesh.eval(uri="http://other/")
+            assert not any(each.done() for each in alone)
+            slow.set()
+    finally:
+        mesh.delete(instance.key)
+        await server.stop()
+
+
 async def test_batch_keeps_the_order_and_each_task_fails_alone(mesh: Mesh) -> None:
     await mesh.add(Evaluator("a"))
     refused = InvalidArgument("not a task")

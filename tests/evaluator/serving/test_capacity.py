@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from atserving.errors import ResourceExhausted, Unavailable
 from evaluator.serving.capacity import Capacity
+from tests.waiting import until
 
 
 @given(limit=st.integers(1, 5), steps=st.lists(st.booleans(), max_size=40))
@@ -68,3 +69,55 @@ async def test_drain_refuses_requests_and_waits_for_those_in_flight() -> None:
     assert not drained.done()
     capacity.leave(ahead, time.monotonic())
     await drained
+
+
+async def fetching(capacity: Capacity, host: str, fetched: asyncio.Event) -> None:
+    async with capacity.fetch(host):
+        await fetched.wait()
+
+
+async def test_fetches_have_places_of_their_own_and_a_host_half_of_them() -> None:
+    capacity, fetched = Capacity(4), asyncio.Event()
+    running = [asyncio.create_task(fetching(capacity, host, fetched)) for host in "aabb"]
+    await asyncio.sleep(0)
+    assert (capacity.fetching, capacity.in_flight) == (4, 0)
+    for _ in range(4):
+        capacity.enter()
+    with pytest.raises(ResourceExhausted, match="fetches the resources of 4 requests, which is its limit"):
+        await fetching(capacity, "c", fetched)
+    running[3].cancel()
+    await asyncio.sleep(0)
+    with pytest.raises(ResourceExhausted, match="fetches the resources of 2 requests from this host"):
+        await fetching(capacity, "a", fetched)
+    running[3] = asyncio.create_task(fetching(capacity, "c", fetched))
+    await asyncio.sleep(0)
+    fetched.set()
+    # What has been fetched waits for a place.
+    early, _ = await asyncio.wait(running, timeout=0.05)
+    assert not early
+    assert (capacity.fetching, capacity.in_flight) == (4, 4)
+    for done in range(1, 5):
+        capacity.leave(4, time.monotonic())
+        await until(lambda done=done: sum(each.done() for each in running) == done)  # type: ignore[misc]
+        assert (capacity.fetching, capacity.in_flight) == (4 - done, 4)
+    for _ in range(4):
+        capacity.leave(4, time.monotonic())
+    await capacity.drained()
+
+
+async def test_a_fetched_request_that_leaves_gives_its_place_back() -> None:
+    capacity, fetched = Capacity(2), asyncio.Event()
+    fetched.set()
+    for _ in range(2):
+        capacity.enter()
+    waiting, next_one = (asyncio.create_task(fetching(capacity, host, fetched)) for host in "ab")
+    await asyncio.sleep(0)
+    # It has been given the place, and leaves before it learns of it.
+    capacity.leave(1, time.monotonic())
+    waiting.cancel()
+    await asyncio.wait([waiting, next_one])
+    assert waiting.cancelled()
+    assert (capacity.fetching, capacity.in_flight) == (0, 2)
+    for _ in range(2):
+        capacity.leave(1, time.monotonic())
+    await capacity.drained()

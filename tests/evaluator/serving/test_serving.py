@@ -196,11 +196,12 @@ async def test_direct_caller_who_leaves_or_whose_deadline_passes_frees_capacity(
             slow = InferRequest(data=[Resource(uri=slow_host.url)])
             leaving = stub.Infer(slow)
             await slow_host.asked.wait()
-            assert (await stub.Infer(InferRequest(data=[DIGIT]))).error.code == 429
+            assert (await stub.Infer(slow)).error.code == 429
             leaving.cancel()
 
             async def free() -> bool:
-                return not (await stub.Infer(InferRequest(data=[DIGIT]))).HasField("error")
+                probe = InferRequest(data=[Resource(uri="http://127.0.0.1:1/")])
+                return (await stub.Infer(probe)).error.code != 429
 
             await until_async(free, what="the caller's place is free")
             # Either end may notice it first.
@@ -221,12 +222,15 @@ async def test_full_instance_refuses_at_once_and_a_cancelled_request_frees_capac
             request = InferRequest(data=[Resource(uri=slow_host.url)])
             in_flight = ask(full, request, reqid="in-flight")
             await slow_host.asked.wait()
-            error = (await ask(full, InferRequest(data=[DIGIT]))).error
+            error = (await ask(full, request)).error
             assert (error.code, error.status, error.refused) == (429, 429, True)
             assert error.retry_after_ms > 0
+            # It waits for a slow host, which keeps nobody else from the net.
+            assert (await ask(full, InferRequest(data=[DIGIT]))).result_json
             in_flight.cancel()
             assert (await asyncio.to_thread(process.logged, reqid="in-flight"))["code"] == 499
-            assert (await ask(full, InferRequest(data=[DIGIT]))).result_json
+            slow_host.unblocked.set()
+            assert (await ask(full, request)).result_json
 
 
 async def test_request_is_cancelled_after_its_deadline(registry: Registry, slow_host: SlowHost) -> None:
