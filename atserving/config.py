@@ -32,8 +32,6 @@ ACCEPT_KEY = f"{PREFIX}deletions/accepted"
 MUTABLE = ("phase", "desc", "weight")
 """The fields of a published version that may change. The others are its content."""
 
-_TRUE, _FALSE = ("1", "on", "t", "true", "y", "yes"), ("0", "off", "f", "false", "n", "no")
-_TEXTS = {"name", "version", "file", "desc", "lastmodified", "app", "id"}
 
 _GO_UNITS_NS = {"ns": 1, "us": 1e3, "µs": 1e3, "ms": 1e6, "s": 1e9, "m": 60e9, "h": 3600e9}
 _GO_PART = r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)"
@@ -67,6 +65,14 @@ def parse_duration(value: object) -> timedelta:
     if not 0 <= nanoseconds <= _MAX_DURATION / timedelta(microseconds=1) * 1e3:
         raise ValueError("should be between 0 and 1h")
     return timedelta(microseconds=nanoseconds / 1e3)
+
+
+def _parse_timeout(value: object) -> timedelta:
+    timeout = parse_duration(value)
+    if not timeout:
+        # Every eval would end as soon as it begins.
+        raise ValueError("should be above 0")
+    return timeout
 
 
 def _nanoseconds(value: timedelta) -> int:
@@ -160,20 +166,11 @@ class Owner(_Value, frozen=True, kw_only=True):
     uid: int
 
 
-def _truth(value: object) -> object:
-    """Take the words that mean true or false, too: a rule that closes an app must not be lost for its spelling."""
-    if isinstance(value, str):
-        return {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}.get(value.lower(), value)
-    return bool(value) if value in (0, 1) else value
-
-
 _RULES = ("public", "owner", "user_whitelist")
 
 
 class AppMetadata(_Value, frozen=True, kw_only=True):
     """The access rights of an app: ``/ava/serving/app/metadata/<app>``, or ``/ava/serving/app/default/metadata``."""
-
-    readers = {"public": _truth}
 
     public: bool | None = None
     owner: Owner | None = None
@@ -189,7 +186,7 @@ class AppMetadata(_Value, frozen=True, kw_only=True):
 class WorkerConfig(_Value, frozen=True, kw_only=True):
     """The settings of a version's workers: ``/ava/serving/worker/...``. The most specific key wins, field by field."""
 
-    readers = {"timeout": parse_duration, "delay4batch": parse_duration}
+    readers = {"timeout": _parse_timeout, "delay4batch": parse_duration}
 
     timeout: timedelta | None = None
     max_concurrent: Annotated[int, Meta(ge=1, le=100_000)] | None = None
@@ -336,10 +333,6 @@ def _validate(kind: type[_T], fields: dict[str, Any], expected: dict[str, str]) 
 def validate(kind: type[_T], fields: Mapping[str, Any]) -> _T:
     """Return a value of ``kind`` from its fields. Raises MalformedConfig, which names the first wrong field."""
     read = dict(fields)
-    for name, value in read.items():
-        # msgspec would take the text for null, which opens what the field closes.
-        if isinstance(value, str) and value.lower() == "null" and name not in _TEXTS:
-            raise MalformedConfig(f"{name}: is the text {value!r}")
     for name, reader in kind.readers.items():
         if read.get(name) is not None:
             try:
@@ -347,7 +340,7 @@ def validate(kind: type[_T], fields: Mapping[str, Any]) -> _T:
             except ValueError as error:
                 raise MalformedConfig(f"{name}{getattr(error, 'where', '')}: {error}") from None
     try:
-        return msgspec.convert(read, kind, strict=False, builtin_types=(timedelta,))
+        return msgspec.convert(read, kind, builtin_types=(timedelta,))
     except msgspec.ValidationError as error:
         raise MalformedConfig(_said(str(error))) from None
 

@@ -94,10 +94,28 @@ def test_the_digest_of_a_release_is_that_of_its_content() -> None:
     [("100ms", 0.1), ("1m30s", 90), ("1.5s", 1.5), (2_000_000, 0.002), (0, 0), ("250us", 0.00025), ("1h", 3600)],
 )
 def test_a_duration_is_nanoseconds_or_go_notation(text: str | int, seconds: float) -> None:
-    value = config.parse(config.DEFAULT_WORKER_KEY, orjson.dumps({"timeout": text}))
+    value = config.parse(config.DEFAULT_WORKER_KEY, orjson.dumps({"delay4batch": text}))
     assert isinstance(value, WorkerConfig)
-    assert value.timeout == timedelta(seconds=seconds)
+    assert value.delay4batch == timedelta(seconds=seconds)
     assert config.parse(config.DEFAULT_WORKER_KEY, value.to_json()) == value
+
+
+@pytest.mark.parametrize("timeout", [0, "0s", "0h0m"])
+def test_a_timeout_of_nothing_is_refused(timeout: object) -> None:
+    with pytest.raises(MalformedConfig, match="timeout: should be above 0"):
+        config.validate(WorkerConfig, {"timeout": timeout})
+
+
+@pytest.mark.parametrize("value", ["no", "true", "null", 0, 1, 1.0, []])
+def test_only_booleans_are_booleans(value: object) -> None:
+    with pytest.raises(MalformedConfig, match="public: "):
+        config.validate(AppMetadata, {"public": value})
+
+
+@pytest.mark.parametrize("value", ["8", 8.5, True, "null"])
+def test_only_numbers_are_numbers(value: object) -> None:
+    with pytest.raises(MalformedConfig, match="max_concurrent: "):
+        config.validate(WorkerConfig, {"max_concurrent": value})
 
 
 @pytest.mark.parametrize("text", ["soon", "", "1", "1 s", "-1s", -1, 1.5, True, "2h", [1], "1s1"])
@@ -157,11 +175,6 @@ def test_a_name_has_no_newline_slash_or_leading_dot(name: str) -> None:
     assert not config.is_name(name + "\n")
     assert not config.is_name(name + "/")
     assert not config.is_name("." + name)
-
-
-@pytest.mark.parametrize("word", [False, 0, "off", "OFF", "no", "n", "f", "false", "0"])
-def test_every_word_for_no_closes_an_app(word: object) -> None:
-    assert config.parse("/ava/serving/app/metadata/a", orjson.dumps({"public": word})) == AppMetadata(public=False)
 
 
 @pytest.mark.parametrize(
