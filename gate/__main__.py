@@ -47,11 +47,9 @@ async def serve(settings: GateSettings) -> None:
     router = Router(EvaluatorConnection)
     follower = ConfigFollower(settings.registries, router.apply)
     server = Server(
-        [
-            serving_pb2.DESCRIPTOR.services_by_name["ServingService"],
-            edge_pb2.DESCRIPTOR.services_by_name["EdgeService"],
-        ],
+        [serving_pb2.DESCRIPTOR.services_by_name["ServingService"]],
         _MAX_REQUEST_BYTES,
+        internal=[edge_pb2.DESCRIPTOR.services_by_name["EdgeService"]],
     )
     dispatcher = Dispatcher(router, follower.synced)
     ServingService(dispatcher, settings.max_batch).register(server)
