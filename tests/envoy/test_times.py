@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from atserving import transport
-from tests.envoy.fake_gate import SIZES, SLOW
+from tests.envoy.fake_gate import NEVER, SIZES, SLOW
 from tests.envoy.rig import EVAL, TYPED_EVAL, Edge, eval_request, http2_headers, http2_start
 from tests.frames import DATA, HEADERS, RST_STREAM, frame
 from tests.waiting import PATIENCE_S, until_async
@@ -22,6 +22,7 @@ from tests.waiting import PATIENCE_S, until_async
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CONNECTIONS = 20
+LEAVING = 1500
 
 
 def hurried(bootstrap: Any) -> None:
@@ -142,6 +143,31 @@ async def test_the_end_of_an_answer_whose_window_stays_closed_is_reset(edge: Edg
             await reader.readexactly(int.from_bytes(head[:3]))
             assert (await edge.ask())[0] == 200
     writer.close()
+
+
+async def test_callers_that_leave_at_once_break_no_connection_to_a_gate(edge: Edge) -> None:
+    """Other callers share it."""
+    active, floods = "cluster.gate.upstream_rq_active", "cluster.gate.http2.outbound_control_flood"
+    leaving = []
+    for _ in range(LEAVING // 100):
+        _, writer = await edge.connect()
+        leaving.append(writer)
+        writer.write(http2_start())
+        for stream in range(1, 200, 2):
+            writer.write(frame(HEADERS, 4, stream, http2_headers(EVAL, "application/octet-stream")))
+            writer.write(frame(DATA, 1, stream, NEVER))
+
+    async def waiting() -> bool:
+        return await edge.stat(active) == LEAVING
+
+    async def left() -> bool:
+        return await edge.stat(active) == 0
+
+    await until_async(waiting, what="the gates have every request")
+    for writer in leaving:
+        writer.transport.abort()
+    await until_async(left, what="every request has left")
+    assert await edge.stat(floods) == 0
 
 
 async def test_more_connections_than_the_limit_are_closed_and_operators_still_get_in(edge: Edge) -> None:
