@@ -26,6 +26,7 @@ class ServingError(Exception):
         code: int | None = None,
         retry_after_s: float | None = None,
         refused: bool = False,
+        version: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -34,6 +35,8 @@ class ServingError(Exception):
         """When it is worth trying again, in seconds; None: not said."""
         self.refused = refused
         """Refused before any work was done: another instance may take the request."""
+        self.version = version
+        """The version of the instance that was asked last; empty if none was."""
 
     def to_proto(self) -> evaluator_pb2.Error:
         """The error as it travels from evaluator to gate."""

@@ -11,13 +11,13 @@ import re
 import struct
 import time
 import urllib.parse
-import zlib
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
+from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2
@@ -37,6 +37,8 @@ _HEAD = struct.Struct(">BI")
 _CONTENT_TYPE = b"application/grpc"
 _TIMEOUT = re.compile(rb"(\d{1,8})([HMSmun])")
 _UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
+# Envoy counts its attempts at a request, over connections that failed too.
+_ATTEMPT = "x-envoy-attempt-count"
 _UNQUOTED = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 _SHORT_BYTES = 1 << 10
 # A longer message of an error would not fit into the headers that clients and proxies take.
@@ -121,9 +123,12 @@ class Call:
     def ended(self) -> None:
         if self._answered:
             return
+        if self._stream.headers.get(_ATTEMPT, b"1") != b"1":
+            # Envoy retries no request whose response has begun: one that kills servers meets no third.
+            self._stream.proceed()
         chunks, self._chunks = self._chunks, []
         try:
-            self.parts = _message(chunks, self._size, self._stream.headers, self._most)
+            self.parts = _message(chunks, self._size)
         except GrpcError as error:
             self.abort(error.status, str(error))
             return
@@ -293,17 +298,19 @@ class Server:
     """A gRPC server with the standard health service and reflection.
 
     The health of every service is NOT_SERVING until :meth:`set_serving`; ``LIVE`` is SERVING from the start. The server
-    rejects a message larger than ``max_receive_bytes`` with RESOURCE_EXHAUSTED. It takes messages as they are, or
-    packed by gzip, and sends none packed.
+    rejects a message larger than ``max_receive_bytes`` with RESOURCE_EXHAUSTED, and a compressed one with
+    UNIMPLEMENTED. Reflection shows ``services`` and the files they need, and leaves out those in ``internal``.
     """
 
     def __init__(
         self,
-        services: Iterable[ServiceDescriptor],
+        services: Sequence[ServiceDescriptor],
         max_receive_bytes: int = MAX_MESSAGE_BYTES,
         held: HeldBytes | None = None,
+        *,
+        internal: Sequence[ServiceDescriptor] = (),
     ) -> None:
-        """``held`` bounds the bytes of all calls together."""
+        """``held`` bounds the bytes of all calls together. Reflection does not show the ``internal`` services."""
         self._most = max_receive_bytes
         self._held = held or HeldBytes(_MOST_HELD_BYTES)
         self._unary: dict[str, Unary] = {}
@@ -311,13 +318,14 @@ class Server:
         self._connections: set[http2.Connection] = set()
         self._server: asyncio.Server | None = None
         self._serving = self._stopping = False
-        self._names = ["", *(service.full_name for service in services)]
+        self._names = ["", *(service.full_name for service in (*services, *internal))]
         self._changed = asyncio.Event()
-        health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        self.unary(f"/{health}/Check", self._check)
-        self._streaming[f"/{health}/Watch"] = self._watch
-        names = [*self._names[1:], health, reflection.SERVICE_NAME]
-        self._reflection = ReflectionServicer(service_names=names)
+        health = health_pb2.DESCRIPTOR.services_by_name["Health"]
+        self.unary(f"/{health.full_name}/Check", self._check)
+        self._streaming[f"/{health.full_name}/Watch"] = self._watch
+        shown = [*services, health, reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]]
+        names = [service.full_name for service in shown]
+        self._reflection = ReflectionServicer(names, pool=_pool([service.file for service in shown]))
         self._streaming[f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"] = self._reflect
 
     def unary(self, path: str, handler: Callable[[Call], None], full: Callable[[Call], None] = _full) -> None:
@@ -427,6 +435,23 @@ class Server:
             yield response.SerializeToString()
 
 
+def _pool(files: Iterable[FileDescriptor]) -> DescriptorPool:
+    """Return a pool of the files and of those they need. The process's own pool has every file that it has loaded."""
+    pool = DescriptorPool()
+    added: set[str] = set()
+
+    def add(file: FileDescriptor) -> None:
+        if file.name not in added:
+            added.add(file.name)
+            for needed in file.dependencies:
+                add(needed)
+            pool.AddSerializedFile(file.serialized_pb)
+
+    for file in files:
+        add(file)
+    return pool
+
+
 def parsed(message: Any, data: Buffer) -> Any:
     """Return the message with the data. Raises GrpcError."""
     try:
@@ -450,11 +475,11 @@ def _failure(
     quoted = urllib.parse.quote(message[:_MOST_MESSAGE_CHARS], safe=_UNQUOTED)
     said = [("grpc-status", str(number)), ("grpc-message", quoted), *trailing]
     if status is StatusCode.UNIMPLEMENTED:
-        said.append(("grpc-accept-encoding", "identity,gzip"))
+        said.append(("grpc-accept-encoding", "identity"))
     return Headers([("content-type", "application/grpc"), *said] if with_type else said)
 
 
-def _message(chunks: Sequence[bytes | bytearray], size: int, headers: Headers, most: int) -> list[Buffer]:
+def _message(chunks: Sequence[bytes | bytearray], size: int) -> list[Buffer]:
     """Return the only message of a body, in parts. Raises GrpcError."""
     if size < _HEAD.size:
         raise GrpcError(StatusCode.INTERNAL, "the call has no message")
@@ -463,22 +488,10 @@ def _message(chunks: Sequence[bytes | bytearray], size: int, headers: Headers, m
     flag, length = _HEAD.unpack_from(chunks[0])
     if length != size - _HEAD.size:
         raise GrpcError(StatusCode.INTERNAL, "the call should have one whole message")
-    if flag > 1:
-        raise GrpcError(StatusCode.INTERNAL, "the message's first byte should be 0 or 1")
-    if not flag:
-        return [memoryview(chunks[0])[_HEAD.size :], *chunks[1:]]
-    if headers.get("grpc-encoding") != b"gzip":
-        raise GrpcError(StatusCode.UNIMPLEMENTED, "the message's encoding is neither identity nor gzip")
-    try:
-        packed = zlib.decompressobj(31)
-        message = packed.decompress(memoryview(b"".join(chunks))[_HEAD.size :], most + 1)
-    except zlib.error:
-        raise GrpcError(StatusCode.INTERNAL, "the message is no gzip") from None
-    if len(message) > most:
-        raise GrpcError(StatusCode.RESOURCE_EXHAUSTED, f"the message is larger than {most} bytes")
-    if not packed.eof:
-        raise GrpcError(StatusCode.INTERNAL, "the message is no whole gzip")
-    return [message]
+    if flag:
+        # A few bytes would unpack to a message of any size, and of any number of parts.
+        raise GrpcError(StatusCode.UNIMPLEMENTED, "the message is compressed: send it as it is")
+    return [memoryview(chunks[0])[_HEAD.size :], *chunks[1:]]
 
 
 def _deadline(headers: Headers) -> float | None:

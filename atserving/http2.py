@@ -60,6 +60,9 @@ _SEND_BUFFER_BYTES = 1 << 20
 # and the library would refuse it: it decodes all that has arrived before it takes the acknowledgement.
 _FRAME_BYTES = 16 << 10
 _HANDSHAKE_S = 10.0
+# The head of a HEADERS frame up to the stream's number (length 5, END_HEADERS), and its field `:status: 100`, whose
+# name has number 8 in the static table (RFC 7541, section 6.2.2 and appendix A).
+_CONTINUE, _STATUS_100 = b"\0\0\5\1\4", b"\x08\x03100"
 # In one second a peer may reset as many requests as it may have open. More is no change of mind but an attack.
 _MAX_RESETS = MAX_STREAMS
 
@@ -117,6 +120,10 @@ class Stream:
         if trailers is not None:
             self._outbox.append((trailers, True))
         self.pump()
+
+    def proceed(self) -> None:
+        """Send ``100 Continue``, at once: whatever happens now, the request has arrived here."""
+        self._connection.send_continue(self)
 
     def start(self, status: int, headers: Headers, *, end: bool = False) -> None:
         """Send the status and the headers; with ``end`` they are the whole response."""
@@ -359,6 +366,12 @@ class Connection(asyncio.Protocol):
             log.warning("connection refused", reason=f"its peer has reset {self._resets} requests in a second")
             self.state.send_goaway(ENHANCE_YOUR_CALM)
             self.close()
+
+    def send_continue(self, stream: Stream) -> None:
+        if stream in self._streams and self._transport:
+            # The library sends no such response. Behind all that it has sent, a frame of our own may follow.
+            self._write()
+            self._transport.write(_CONTINUE + stream.id.to_bytes(4) + _STATUS_100)
 
     def send_head(self, stream: Stream, status: int, headers: Headers, end: bool) -> None:
         if stream not in self._streams:

@@ -52,12 +52,10 @@ async def serve(settings: GateSettings) -> None:
     follower = ConfigFollower(settings.registries, router.apply, hold_s=settings.hold_s, cache=settings.cache)
     held = HeldBytes(settings.max_held_bytes)
     server = Server(
-        [
-            serving_pb2.DESCRIPTOR.services_by_name["ServingService"],
-            edge_pb2.DESCRIPTOR.services_by_name["EdgeService"],
-        ],
+        [serving_pb2.DESCRIPTOR.services_by_name["ServingService"]],
         _MAX_REQUEST_BYTES,
         held,
+        internal=[edge_pb2.DESCRIPTOR.services_by_name["EdgeService"]],
     )
     dispatcher = Dispatcher(router, follower.synced)
     ServingService(dispatcher, settings.max_batch, held).register(server)

@@ -133,9 +133,11 @@ class Dispatcher:
             deadline = min(deadline, call.deadline)
         try:
             return await self._infer(task, call, route, kind, deadline)
-        except TimeoutError:
+        except TimeoutError as late:
             after_s = round(time.monotonic() - call.started, 3)
-            raise DeadlineExceeded(f"app {task.app!r} did not answer within {after_s} s") from None
+            raise DeadlineExceeded(
+                f"app {task.app!r} did not answer within {after_s} s", version="".join(late.args)
+            ) from None
 
     async def _wait_synced(self, call: CallContext) -> None:
         """Wait for the first config, which a restarted gate has within milliseconds. Raises Unavailable.
@@ -195,7 +197,10 @@ class Dispatcher:
         return fetches
 
     async def _infer(self, task: Task, call: CallContext, route: Route, kind: Kind, deadline: float) -> EvalResult:
-        """Ask one instance after another until one takes the task. Raises TimeoutError at the deadline."""
+        """Ask one instance after another until one takes the task.
+
+        Raises TimeoutError at the deadline, with the version of the instance that was asked last.
+        """
         tried: list[Endpoint[EvaluatorConnection]] = []
         lost = 0
         refusal: ServingError | None = None
@@ -219,11 +224,17 @@ class Dispatcher:
                 log.warning("instance lost", reqid=call.reqid, instance=endpoint.instance.id, reason=str(error))
                 lost += error.reached
                 if lost == MAX_LOST:
-                    raise Unavailable(f"{lost} instances of app {task.app!r} were lost under this request") from None
+                    raise Unavailable(
+                        f"{lost} instances of app {task.app!r} were lost under this request",
+                        version=endpoint.instance.version,
+                    ) from None
                 continue
+            except TimeoutError:
+                raise TimeoutError(endpoint.instance.version) from None
             if not response.HasField("error"):
                 return EvalResult(response, endpoint.instance.version)
             refusal = ServingError.from_proto(response.error)
+            refusal.version = endpoint.instance.version
             if not refusal.refused:
                 raise refusal
             self._router.refused(endpoint)

@@ -186,7 +186,7 @@ def write_answer(answer: EvalResult) -> Reply:
 
 def write_error(error: ServingError) -> Reply:
     """Return the response of a failed request. A net's own code goes into the body, next to the HTTP status."""
-    headers = {}
+    headers = {"x-serving-version": error.version} if error.version else {}
     if error.retry_after_s is not None:
         headers["retry-after"] = retry_after(error)
     return Reply(_error_item(error), status=error.status, headers=headers)

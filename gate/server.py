@@ -192,6 +192,8 @@ def response_of(result: EvalResult | ServingError) -> serving_pb2.EvalResponse:
 def error_metadata(error: ServingError, context: CallContext) -> list[tuple[str, str]]:
     """Return the trailing metadata of a failed call."""
     trailing = [("x-reqid", context.reqid), ("x-serving-code", str(error.code))]
+    if error.version:
+        trailing.append(("x-serving-version", error.version))
     if error.retry_after_s is not None:
         trailing.append(("retry-after", edge.retry_after(error)))
     return trailing

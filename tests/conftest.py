@@ -17,6 +17,7 @@ _SLOW = (
     "caffe/test_memory.py",
     "caffe/test_models.py",
     "e2e",
+    "envoy",
     "evaluator/fetching/test_qiniu.py",
     "evaluator/images/test_hostile_images.py",
     "evaluator/nets/test_models.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ _MAX_REDIRECTS = 3
 _REDIRECTS = (301, 302, 303, 307, 308)
 # Tiny chunks cost far more to read than their bytes.
 _MAX_CHUNKS = 1 << 16
+# yarl passes these on, and a resolver would take such a name for one that it does not know.
+_NO_HOST = re.compile(r"[\x00-\x20%\x7f]")
 _CONNECTIONS = 256
 _CONNECTIONS_PER_HOST = 16
 
@@ -166,9 +169,11 @@ def _url(text: str, label: str) -> URL:
     try:
         url = URL(text)
         # yarl parses both only when they are read.
-        _ = url.host, url.port
+        host, _ = url.host, url.port
     except ValueError:
         raise InvalidArgument(f"{label}: bad url") from None
+    if host and _NO_HOST.search(host):
+        raise InvalidArgument(f"{label}: bad url")
     return url
 
 

@@ -80,6 +80,20 @@ async def test_a_failure_is_a_status_with_the_code_and_the_request_id(
     assert (metadata["x-serving-code"], metadata["x-reqid"]) == (code, "mine")
 
 
+async def test_a_failure_says_which_version_was_asked(serving: serving_pb2_grpc.ServingServiceAsyncStub) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await serving.Eval(request(1, params_json="not json"))
+    trailers: Any = caught.value.trailing_metadata()
+    assert dict(trailers)["x-serving-version"] == "v1"
+
+
+async def test_a_compressed_message_is_unimplemented(serving: serving_pb2_grpc.ServingServiceAsyncStub) -> None:
+    large = serving_pb2.EvalRequest(app="digits", data=[serving_pb2.Resource(body=LARGE)])
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await serving.Eval(large, compression=grpc.Compression.Gzip)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
 @pytest.mark.parametrize(
     "fields", [{}, {"params_json": '{"limit": 1}'}, {"data": [serving_pb2.Resource(body=LARGE, attribute_json="1")]}]
 )
@@ -174,6 +188,7 @@ async def test_every_service_has_health_and_reflection(mesh: Mesh) -> None:
             call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([ask]))
             names = [service.name async for reply in call for service in reply.list_services_response.service]
             assert any(name.startswith("atserving.v1.") for name in names), names
+            assert "atserving.v1.EdgeService" not in names
             assert "grpc.health.v1.Health" in names
 
 

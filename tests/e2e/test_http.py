@@ -173,6 +173,21 @@ async def test_a_wrong_content_type_is_a_415(client: Client, content_type: str) 
     check_error(response, 415, "content type")
 
 
+async def test_an_error_says_which_version_was_asked(client: Client) -> None:
+    """Errors before a version is chosen do not."""
+    for path, version in (("/v1/eval/digits", "v1"), ("/v1/eval/digits/v2", "v2")):
+        response = await client.bytes(path, b"this is no image")
+        check_error(response, 400, "image")
+        assert response.headers["x-serving-version"] == version
+    response = await client.bytes("/v1/eval/digits/v9", b"x")
+    check_error(response, 404)
+    assert "x-serving-version" not in response.headers
+
+
+async def test_a_host_with_a_control_character_is_a_400(client: Client) -> None:
+    check_error(await client.json("/v1/eval/digits", {"data": {"uri": "http://ho\0st/"}}), 400, "bad url")
+
+
 async def test_a_body_over_20_mib_is_a_413(client: Client) -> None:
     check_error(await client.bytes("/v1/eval/digits", bytes((20 << 20) + 1)), 413, "20 MiB")
     # A smaller body passes the edge and reaches the evaluator, which has a lower limit for one image.
@@ -337,8 +352,8 @@ async def test_bytes_that_are_not_http_are_a_400(client: Client, text: bytes) ->
 async def test_http_1_0_is_served(client: Client) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", client.mesh.ports.edge)
     body = image("6.png")
-    head = ("POST /v1/eval/digits HTTP/1.0", "content-type: application/octet-stream", f"content-length: {len(body)}")
-    writer.write("\r\n".join((*head, "", "")).encode() + body)
+    head = ("POST /v1/eval/digits HTTP/1.0", "host: localhost", "content-type: application/octet-stream")
+    writer.write("\r\n".join((*head, f"content-length: {len(body)}", "", "")).encode() + body)
     answer = await reader.read()
     writer.close()
     assert b" 200 OK" in answer

@@ -223,8 +223,9 @@ async def test_request_that_crashes_instances_is_tried_on_two_at_most(mesh: Mesh
     for evaluator in evaluators:
         server = await mesh.add(evaluator)
         evaluator.on_request = lambda server=server: asyncio.ensure_future(server.stop())
-    with pytest.raises(Unavailable, match="2 instances of app 'app' were lost under this request"):
+    with pytest.raises(Unavailable, match="2 instances of app 'app' were lost under this request") as lost:
         await mesh.eval()
+    assert lost.value.version == "v1"
     assert sum(len(each.received) for each in evaluators) == 2
 
 
@@ -236,9 +237,10 @@ async def test_apps_timeout_cancels_the_request_at_the_instance(mesh: Mesh) -> N
     while not slow.entered.is_set():
         timeout_ms *= 2
         mesh.put("/ava/serving/worker/default", validate(WorkerConfig, {"timeout": f"{timeout_ms}ms"}))
-        with pytest.raises(DeadlineExceeded, match="app 'app' did not answer within"):
+        with pytest.raises(DeadlineExceeded, match="app 'app' did not answer within") as late:
             await mesh.eval()
     await slow.cancelled.wait()
+    assert late.value.version == "v1"
 
 
 async def test_callers_shorter_deadline_wins(mesh: Mesh) -> None:

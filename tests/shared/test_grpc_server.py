@@ -20,7 +20,8 @@ from atserving.errors import StartError
 from atserving.grpc_server import Call, Server
 from atserving.held import HeldBytes
 from atserving.transport import LIVE, channel
-from atserving.v1 import serving_pb2
+from atserving.v1 import edge_pb2, serving_pb2
+from tests.frames import DATA, GOAWAY, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, field, frame
 from tests.waiting import until_async
 
 MAX_BYTES = 12 << 20
@@ -28,21 +29,6 @@ HELD_BYTES = 64 << 20
 WAIT_S = 20.0
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """Return an HTTP/2 frame (RFC 9113, section 4.1)."""
-    return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + payload
-
-
-def field(name: bytes, value: bytes) -> bytes:
-    """Return a header field, neither packed nor indexed (RFC 7541, section 6.2.2)."""
-    assert max(len(name), len(value)) < 127
-    return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
-
 
 REQUEST = b"".join(
     field(name, value)
@@ -191,22 +177,14 @@ async def test_many_calls_of_one_connection_are_not_mixed_up() -> None:
         assert await asyncio.gather(*(echo(each, timeout=WAIT_S) for each in sent)) == sent
 
 
-async def test_a_message_packed_by_gzip_is_read() -> None:
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+async def test_a_compressed_message_is_rejected_before_it_is_unpacked(compression: grpc.Compression) -> None:
     async with calling() as (_, client):
-        echo = method(client, "/test/Echo")
-        assert await echo(b"a" * 100_000, timeout=WAIT_S, compression=grpc.Compression.Gzip) == b"a" * 100_000
-
-
-async def test_a_message_that_unpacks_to_too_much_is_rejected() -> None:
-    async with calling() as (_, client):
-        packed = method(client, "/test/Echo")(bytes(MAX_BYTES + 1), compression=grpc.Compression.Gzip)
-        assert (await failure(packed)).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-async def test_another_compression_is_rejected() -> None:
-    async with calling() as (_, client):
-        packed = method(client, "/test/Echo")(b"a" * 1000, compression=grpc.Compression.Deflate)
-        assert (await failure(packed)).code() == grpc.StatusCode.UNIMPLEMENTED
+        error = await failure(method(client, "/test/Echo")(b"a" * 1000, compression=compression))
+        assert error.code() == grpc.StatusCode.UNIMPLEMENTED
+        assert "compressed" in error.details()
+        # A client that may compress, but did not, is not affected.
+        assert await method(client, "/test/Echo")(b"", compression=compression, timeout=WAIT_S) == b""
 
 
 async def test_a_message_over_the_limit_is_rejected() -> None:
@@ -216,6 +194,35 @@ async def test_a_message_over_the_limit_is_rejected() -> None:
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             f"the message is larger than {MAX_BYTES} bytes",
         )
+
+
+@pytest.mark.parametrize(("attempt", "proceeds"), [("1", False), ("2", True), ("5", True)])
+async def test_the_answer_to_a_retried_request_begins_before_the_request_is_handled(
+    attempt: str, proceeds: bool
+) -> None:
+    """Envoy then retries it no more, even if this process dies in the handler."""
+    async with running() as scripted:
+        headers = REQUEST + field(b"x-envoy-attempt-count", attempt.encode())
+        reader, writer = await asyncio.open_connection("127.0.0.1", scripted.port)
+        writer.write(PREFACE + frame(SETTINGS, 0, 0) + frame(HEADERS, 4, 1, headers))
+        writer.write(frame(DATA, 1, 1, b"\0\0\0\0\0"))
+        await scripted.all_waiting(1)
+        scripted.waiting[0].finish(b"")
+        blocks = [block async for block in header_blocks(reader)]
+        assert (blocks[0] == b"\x08\x03100") is proceeds
+        assert len(blocks) == 2 + proceeds
+        writer.close()
+
+
+async def header_blocks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """Yield the header blocks of a response up to its trailers."""
+    flags = 0
+    while not flags & 1:
+        head = await reader.readexactly(9)
+        payload = await reader.readexactly(int.from_bytes(head[:3]))
+        if head[3] == HEADERS:
+            flags = head[4]
+            yield payload
 
 
 async def test_a_failure_has_its_status_message_and_metadata() -> None:
@@ -329,6 +336,32 @@ async def test_reflection_lists_the_services() -> None:
         response = await call.read()
         names = {each.name for each in response.list_services_response.service}
         assert {"atserving.v1.ServingService", "grpc.health.v1.Health"} <= names
+
+
+async def test_reflection_leaves_out_internal_services_and_files_of_others() -> None:
+    services = [serving_pb2.DESCRIPTOR.services_by_name["ServingService"]]
+    server = Server(services, internal=[edge_pb2.DESCRIPTOR.services_by_name["EdgeService"]])
+    port = await server.start("127.0.0.1:0")
+    try:
+        async with channel(f"127.0.0.1:{port}") as client:
+            ask = reflection_pb2.ServerReflectionRequest
+            asked = [
+                ask(list_services=""),
+                ask(file_containing_symbol="atserving.v1.ServingService"),
+                ask(file_containing_symbol="atserving.v1.EdgeService"),
+                ask(file_by_filename="atserving/v1/edge.proto"),
+            ]
+            call = reflection_pb2_grpc.ServerReflectionStub(client).ServerReflectionInfo(iter(asked))
+            listed, found, *hidden = [each async for each in call]
+            names = [each.name for each in listed.list_services_response.service]
+            assert [each for each in names if each.startswith("atserving.")] == ["atserving.v1.ServingService"]
+            assert found.file_descriptor_response.file_descriptor_proto
+            assert all(each.error_response.error_code == grpc.StatusCode.NOT_FOUND.value[0] for each in hidden)
+            # The health of an internal service is known all the same.
+            health = health_pb2_grpc.HealthStub(client)
+            assert (await health.Check(health_pb2.HealthCheckRequest(service="atserving.v1.EdgeService"))).status
+    finally:
+        await server.stop(0)
 
 
 async def test_an_address_in_use_is_a_start_error() -> None:

@@ -295,6 +295,10 @@ async def test_forbidden_addresses_are_refused_in_every_notation(
         ("", "unsupported uri"),
         ("http://", "not an http url"),
         ("http://host:port/", "bad url"),
+        ("http://ho\0st/", "bad url"),
+        ("http://ho%00st/", "bad url"),
+        ("http://ho st/", "bad url"),
+        ("http://ho\x7fst/", "bad url"),
         ("data:text/plain,abc", "a data uri should start with"),
     ],
 )
