@@ -171,7 +171,7 @@ class _Life:
                 assert worker_config.max_concurrent is not None
                 assert worker_config.delay4batch is not None
                 capacity.limit = worker_config.max_concurrent
-                worker.configure(delay_s=worker_config.delay4batch.total_seconds())
+                worker.configure(delay_s=worker_config.delay4batch.total_seconds(), most=worker_config.max_concurrent)
                 registration.renew()
 
             self._follower.on_worker = apply

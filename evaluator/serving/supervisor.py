@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import math
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -91,6 +92,7 @@ class WorkerSupervisor:
         self._init_timeout_s = config.model_params.positive_number("init_timeout_s", _INIT_TIMEOUT_S)
         self._patience = Patience(config.model_params.positive_number("script_timeout_s", math.inf))
         self._delay_s = 0.0
+        self._most = sys.maxsize
         self._progress = Progress()
         self._process: WorkerProcess | None = None
         self._calls: dict[int, SupervisedCall] = {}
@@ -135,11 +137,12 @@ class WorkerSupervisor:
             await self._process.gone()
         self._progress.close()
 
-    def configure(self, *, delay_s: float) -> None:
-        """Set how long an idle engine waits for a full batch."""
-        self._delay_s = delay_s
+    def configure(self, *, delay_s: float, most: int = sys.maxsize) -> None:
+        """Set how long an idle engine waits for a full batch, if there can be one: of ``most`` calls at a time."""
+        self._delay_s, self._most = delay_s, most
         if self._process:
-            self._process.write([link.frame(link.SETTINGS, orjson.dumps({"delay_s": delay_s}))])
+            settings = {"delay_s": delay_s, "most": most}
+            self._process.write([link.frame(link.SETTINGS, orjson.dumps(settings))])
 
     def submit(self, reqid: bytes, request: link.Buffer, deadline_s: float | None, taker: Taker) -> SupervisedCall:
         """Run a serialized ``InferRequest`` whose resources are bodies; ``taker`` takes the outcome later.
@@ -280,7 +283,7 @@ class WorkerSupervisor:
                 if process.ended.done():
                     return
             self._suspects.popleft()
-        self.configure(delay_s=self._delay_s)
+        self.configure(delay_s=self._delay_s, most=self._most)
         self._flush_soon()
         await process.ended
 

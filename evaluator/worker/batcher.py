@@ -6,6 +6,7 @@ This module knows nothing of gRPC, images or nets.
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -103,6 +104,7 @@ class Batcher:
         self._report = report
         self._progress = progress
         self._items: dict[int, Item] = {}
+        self._most = sys.maxsize
         self._lock = threading.Lock()
         # Idle engine threads, and idle preparers. The last one to go idle wakes first: its CPU's cache is still warm.
         self._forwarders: list[_Idler] = []
@@ -128,10 +130,14 @@ class Batcher:
             self._wake()
         self._fail(removed, DeadlineExceeded("the caller has gone"))
 
-    def configure(self, *, delay_s: float) -> None:
-        """Set how long an idle engine waits for a full batch; this also applies to waiting requests."""
+    def configure(self, *, delay_s: float, most: int) -> None:
+        """Set how long an idle engine waits for a full batch; this also applies to waiting requests.
+
+        ``most`` requests may be in the instance at a time: none waits for one that must not come.
+        """
         with self._lock:
             self._schedule.delay_s = delay_s
+            self._most = most
             _wake(self._forwarders, len(self._forwarders))
 
     def run(self, thread: int, *, forwards: bool, prepares: bool) -> None:
@@ -154,7 +160,8 @@ class Batcher:
                 self._read(inlet, inlet.take)
             while True:
                 idle = 1 + len(self._forwarders) + (len(self._preparers) if self._preparers_help else 0)
-                work = self._schedule.next(time.monotonic(), forwards=forwards, prepares=prepares, idle=idle)
+                full = len(self._items) >= self._most
+                work = self._schedule.next(time.monotonic(), forwards=forwards, prepares=prepares, idle=idle, full=full)
                 if not isinstance(work, Wait):
                     self._wake()
                     if inlet and not self._reading:

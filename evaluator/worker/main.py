@@ -127,7 +127,7 @@ class Worker:
             if kind == link.CANCEL:
                 batcher.cancel(link.read_ids(data, start, end))
             elif kind == link.SETTINGS:
-                batcher.configure(delay_s=orjson.loads(data[start:end])["delay_s"])
+                batcher.configure(**orjson.loads(data[start:end]))
         if items:
             batcher.submit(items)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_module
 import math
 import time
 from collections.abc import Sequence
@@ -177,10 +178,30 @@ def _bounded(data: bytes) -> bytes:
 
 def _to_json(result: Any) -> bytes:
     # orjson writes numbers that are not finite as null, so only a null is worth a search.
-    json = orjson.dumps(result, option=orjson.OPT_SERIALIZE_NUMPY)
+    try:
+        json = orjson.dumps(result, option=orjson.OPT_SERIALIZE_NUMPY)
+    except TypeError as error:
+        if "64-bit" not in str(error):
+            raise
+        json = _with_large_integers(result)
     if b"null" in json:
         _refuse_not_finite(result)
     return json
+
+
+def _with_large_integers(result: Any) -> bytes:
+    """Encode a result with integers that orjson does not take: slower, and with the same values."""
+    return json_module.dumps(
+        result, default=_plain, allow_nan=False, ensure_ascii=False, separators=(",", ":")
+    ).encode()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: getattr(value, each.name) for each in fields(value)}
+    raise TypeError(f"Type is not JSON serializable: {type(value).__name__}")
 
 
 def _refuse_not_finite(value: Any) -> None:

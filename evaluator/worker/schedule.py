@@ -64,7 +64,7 @@ class Schedule:
     2. A batch has 1 to ``batch_size`` requests, in the order in which they became ready. At most ``engines`` batches
        run, since no more threads ask for them.
     3. A free engine takes all ready requests at once. Only ``delay_s`` makes it wait for a full batch, at most so long
-       after the oldest arrived.
+       after the oldest arrived, and only while more can come.
     4. The schedule prepares no more than every engine's next batch. A request that no thread has taken costs nothing.
     5. Idle engines share the arrived requests: none takes a large batch while another has nothing.
     6. An expired or removed request is never prepared or run.
@@ -91,14 +91,15 @@ class Schedule:
                 return True
         return False
 
-    def next(self, now_s: float, *, forwards: bool, prepares: bool, idle: int = 1) -> Work:
+    def next(self, now_s: float, *, forwards: bool, prepares: bool, idle: int = 1, full: bool = False) -> Work:
         """Return the next work of a thread that can run batches (``forwards``), prepare (``prepares``), or both.
 
-        ``idle`` counts the preparing threads without work, including the one that asks.
+        ``idle`` counts the preparing threads without work, including the one that asks. ``full``: no other request can
+        arrive before one is done.
         """
         if expired := self._expired(now_s):
             return Expired(expired)
-        due_s = self._due_s() if forwards else math.inf
+        due_s = self._due_s(full) if forwards else math.inf
         if due_s <= now_s:
             return Forward([self._ready.popleft() for _ in range(min(self.batch_size, len(self._ready)))])
         if prepares and self._arrived and (room := self._room()) > 0:
@@ -130,10 +131,10 @@ class Schedule:
     def _room(self) -> int:
         return self.batch_size * self._engines - self._preparing - len(self._ready)
 
-    def _due_s(self) -> float:
+    def _due_s(self, full: bool) -> float:
         if not self._ready:
             return math.inf
-        if len(self._ready) >= self.batch_size:
+        if len(self._ready) >= self.batch_size or (full and not self._arrived and not self._preparing):
             return -math.inf
         return min(item.arrived_s for item in self._ready) + self.delay_s
 

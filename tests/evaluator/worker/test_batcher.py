@@ -246,8 +246,18 @@ def test_expired_or_cancelled_request_never_runs(lanes: int) -> None:
 def test_shorter_delay_applies_to_waiting_requests(inlet: Inlet | None) -> None:
     harness = Harness(batch_size=3, delay_s=3600, lanes=bool(inlet), inlet=inlet)
     items = harness.submit(1)
-    harness.batcher.configure(delay_s=0)
+    harness.batcher.configure(delay_s=0, most=100)
     assert harness.outcomes(items) == [10]
+
+
+@pytest.mark.parametrize("inlet", [None, Inlet()])
+def test_no_request_waits_for_a_batch_that_can_not_be_full(inlet: Inlet | None) -> None:
+    harness = Harness(batch_size=3, delay_s=3600, lanes=bool(inlet), inlet=inlet)
+    harness.batcher.configure(delay_s=3600, most=2)
+    assert harness.outcomes(harness.submit(1, 2)) == [10, 20]
+    items = harness.submit(3)
+    harness.batcher.configure(delay_s=3600, most=1)
+    assert harness.outcomes(items) == [30]
 
 
 def test_result_has_the_durations_and_the_batch_size() -> None:

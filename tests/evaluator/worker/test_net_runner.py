@@ -49,6 +49,12 @@ def test_result_is_json_or_bytes_or_a_file_of_the_workspace(tmp_path: Path) -> N
     assert not (tmp_path / "out.bin").exists()
 
 
+def test_integers_of_any_size_are_kept(tmp_path: Path) -> None:
+    result = {"x": [2**64, -(2**70)], "y": np.arange(2), "z": np.float32(1.5), "m": Measurement(1.0), "t": "ü"}
+    expected = '{"x":[18446744073709551616,-1180591620717411303424],"y":[0,1],"z":1.5,"m":{"number":1.0},"t":"ü"}'
+    assert outcome(tmp_path, {"result": result}) == Result("", expected.encode())
+
+
 @pytest.mark.parametrize(
     ("code", "status"),
     [(400, 400), (415, 415), (571, 571), (599, 599), (-1, 400), (-2, 500), (-3, 400), (7, 500), (700, 500)],
@@ -72,7 +78,8 @@ def test_nets_own_code_is_kept_and_maps_to_a_status(code: int, status: int, tmp_
         {"code": 0, "result": {"x": object()}},
         {"code": 0, "result": {1: 2}},
         {"code": 0, "result": Measurement(float("nan"))},
-        {"code": 0, "result": {"x": 2**70}},
+        {"code": 0, "result": {"x": 2**70, "y": float("nan")}},
+        {"code": 0, "result": {"x": 2**70, "y": object()}},
         {"code": 0, "result_file": "/etc/passwd"},
         {"code": 0, "result_file": "../outside"},
         {"code": 0, "result_file": 5},

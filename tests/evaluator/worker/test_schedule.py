@@ -205,12 +205,19 @@ def test_engine_waits_for_a_full_batch_at_most_for_the_delay() -> None:
     for _ in range(2):
         end_preparation(schedule, schedule.next(1, forwards=False, prepares=True))
     assert schedule.next(2, forwards=True, prepares=False) == Wait(6)
+    # No more can come: there is nothing to wait for, but what is being prepared.
+    assert isinstance(schedule.next(2, forwards=True, prepares=False, full=False), Wait)
     schedule.arrive([Item(7, None, 2)])
+    assert schedule.next(2, forwards=True, prepares=False, full=True) == Wait(6)
     end_preparation(schedule, schedule.next(2, forwards=False, prepares=True))
     assert ids(schedule.next(2, forwards=True, prepares=False)) == [0, 1, 7]
     schedule.arrive(items(1, arrived_s=3))
     end_preparation(schedule, schedule.next(3, forwards=False, prepares=True))
     assert ids(schedule.next(8, forwards=True, prepares=False)) == [0]
+    schedule.arrive(items(2, arrived_s=9))
+    for _ in range(2):
+        end_preparation(schedule, schedule.next(9, forwards=False, prepares=True))
+    assert ids(schedule.next(9, forwards=True, prepares=False, full=True)) == [0, 1]
 
 
 def test_request_removed_during_its_preparation_does_not_run() -> None:
