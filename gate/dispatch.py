@@ -237,5 +237,6 @@ class Dispatcher:
             refusal.version = endpoint.instance.version
             if not refusal.refused:
                 raise refusal
-            self._router.refused(endpoint)
+            is_full = refusal.status == ResourceExhausted.status and not kind.fetches
+            self._router.refused(endpoint, refusal.retry_after_s or 0.0 if is_full else 0.0)
         raise TimeoutError

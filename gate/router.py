@@ -26,6 +26,8 @@ LINGER_S = 30.0
 EJECT_S = 1.0
 """How long the router ejects an instance after its transport failed, unless the version has no other."""
 
+_MOST_FULL_S = 1.0
+
 _NO_METADATA = AppMetadata()
 
 ConnectionT = TypeVar("ConnectionT")
@@ -55,6 +57,8 @@ class Endpoint(Generic[ConnectionT]):
     """Requests in flight whose resources the instance has to fetch. They have room of their own: a slow host must not
     keep others from the net."""
     ejected_until: float = 0.0
+    full_until: float = 0.0
+    """It refused a request, as it is full with those of other gates; 0 once one of this gate's is done."""
     left_at: float | None = field(default=None)
     """When the registry reported its departure; None while it is registered."""
 
@@ -77,6 +81,7 @@ class Endpoint(Generic[ConnectionT]):
         try:
             yield
         finally:
+            self.full_until = 0.0
             if kind.fetches:
                 self.fetching -= 1
             else:
@@ -263,7 +268,8 @@ class Router(Generic[ConnectionT]):
             raise Unavailable(f"app {route.app!r} has no version in production")
         ready = {version: self._ready(route.app, version, tried) for version in route.weights}
         draws = {
-            version: route.weights[version] * sum(each.room(kind) for each in found) for version, found in ready.items()
+            version: route.weights[version] * sum(self._room(each, kind) for each in found)
+            for version, found in ready.items()
         }
         if not any(draws.values()):
             if not any(route.weights.values()):
@@ -271,10 +277,15 @@ class Router(Generic[ConnectionT]):
             outdated = sum(len(self._outdated.get((route.app, version), ())) for version in route.weights)
             raise self._none_free(route, [each for found in ready.values() for each in found], kind, outdated)
         drawn = self._random.choices(list(draws), list(draws.values()))[0] if len(draws) > 1 else next(iter(draws))
-        candidates = [each for each in ready[drawn] if each.room(kind)]
+        candidates = [each for each in ready[drawn] if self._room(each, kind)]
         shares = [(each.used(kind) + 1) / each.instance.capacity for each in candidates]
         least = min(shares)
         return self._random.choice([each for each, share in zip(candidates, shares, strict=True) if share == least])
+
+    def _room(self, endpoint: Endpoint[ConnectionT], kind: Kind) -> int:
+        if endpoint.full_until and endpoint.full_until > self._clock():
+            return 0
+        return endpoint.room(kind)
 
     def _only(self, route: Route, kind: Kind) -> Endpoint[ConnectionT] | None:
         """Return the instance if there is only one to pick, as for most apps, and it has room."""
@@ -285,7 +296,7 @@ class Router(Generic[ConnectionT]):
         if len(pool) != 1 or not weight:
             return None
         (endpoint,) = pool.values()
-        return endpoint if endpoint.room(kind) else None
+        return endpoint if self._room(endpoint, kind) else None
 
     def _ready(self, app: str, version: str, tried: Collection[Endpoint[ConnectionT]]) -> list[Endpoint[ConnectionT]]:
         for pool in (self._endpoints, self._left):
@@ -295,10 +306,9 @@ class Router(Generic[ConnectionT]):
                 return [each for each in found if each.ejected_until <= now] or found
         return []
 
-    @staticmethod
-    def _none_free(route: Route, ready: list[Endpoint[ConnectionT]], kind: Kind, outdated: int) -> ServingError:
+    def _none_free(self, route: Route, ready: list[Endpoint[ConnectionT]], kind: Kind, outdated: int) -> ServingError:
         what = f"version {route.version!r} of app {route.app!r}" if route.version else f"app {route.app!r}"
-        if any(each.room(kind) == 0 for each in ready):
+        if any(self._room(each, kind) == 0 for each in ready):
             return ResourceExhausted(f"every instance of {what} is full", retry_after_s=1.0)
         why = f"; {outdated} have loaded other content than the release has now" if outdated else ""
         return Unavailable(f"no instance of {what} is ready{why}")
@@ -308,8 +318,12 @@ class Router(Generic[ConnectionT]):
         endpoint.ejected_until = self._clock() + EJECT_S
         self.refused(endpoint)
 
-    def refused(self, endpoint: Endpoint[ConnectionT]) -> None:
-        """Drop an endpoint that refused a request, if it had left the registry."""
+    def refused(self, endpoint: Endpoint[ConnectionT], full_s: float = 0.0) -> None:
+        """Drop an endpoint that refused a request, if it had left the registry.
+
+        A full one, which is expected to have room in ``full_s``, gets no request until then.
+        """
+        endpoint.full_until = self._clock() + min(full_s, _MOST_FULL_S) if full_s else 0.0
         left = self._left.get((endpoint.instance.app, endpoint.instance.version), {})
         if left.get(endpoint.instance.id) is endpoint:
             self._dropped.append(left.pop(endpoint.instance.id))

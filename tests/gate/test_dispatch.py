@@ -310,6 +310,37 @@ async def test_uid_that_a_caller_wrote_into_a_uri_is_removed(mesh: Mesh) -> None
     assert evaluator.received[0].data[0].uri == "qiniu://z0/bucket/a/key"
 
 
+async def test_an_instance_that_is_full_is_not_asked_again_at_once(mesh: Mesh) -> None:
+    evaluator = Evaluator("a", error=FULL)
+    await mesh.add(evaluator)
+    for _ in range(5):
+        with pytest.raises(ResourceExhausted):
+            await mesh.eval()
+    assert len(evaluator.received) == 1
+    # Its word counts for a second at most.
+    mesh.later_s = 1.1
+    evaluator.error = None
+    assert await mesh.eval() == '"a:"'
+
+
+async def test_an_instance_is_asked_again_once_a_request_of_the_gate_is_done(mesh: Mesh) -> None:
+    evaluator = Evaluator("a", hold=asyncio.Event())
+    await mesh.add(evaluator)
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(mesh.eval())
+        await evaluator.entered.wait()
+        hold, evaluator.hold, evaluator.error = evaluator.hold, None, FULL
+        with pytest.raises(ResourceExhausted):
+            await mesh.eval()
+        evaluator.error = None
+        with pytest.raises(ResourceExhausted):
+            await mesh.eval()
+        assert hold
+        hold.set()
+        await first
+        assert await mesh.eval() == '"a:"'
+
+
 async def test_requests_that_wait_for_a_slow_host_keep_no_others_from_the_net(mesh: Mesh) -> None:
     slow = asyncio.Event()
     waiting = 0
