@@ -8,9 +8,9 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Call(Protocol):
-    """A call in flight; ``deadline_s`` is of the monotonic clock."""
+    """A call in flight; from ``late_s`` of the monotonic clock on it may count as stuck."""
 
-    deadline_s: float
+    late_s: float
 
 
 CallT = TypeVar("CallT", bound=Call)
@@ -37,7 +37,7 @@ def judge(
     ``at_work``. ``killed``: SIGKILL ended the process, which may also come from a machine without free memory; then a
     single call is guilty only if it was a suspect before.
     """
-    late = [each for each in at_work if stuck and (each.deadline_s <= now_s or len(at_work) == 1)]
+    late = [each for each in at_work if stuck and (each.late_s <= now_s or len(at_work) == 1)]
     alone = len(at_work) == 1 and not late
     guilty = list(at_work) if alone and (at_work[0] in suspects or not killed) else []
     found = [*suspects, *(each for each in at_work if each not in late and each not in suspects)]

@@ -171,7 +171,12 @@ class _Life:
                 assert worker_config.max_concurrent is not None
                 assert worker_config.delay4batch is not None
                 capacity.limit = worker_config.max_concurrent
-                worker.configure(delay_s=worker_config.delay4batch.total_seconds(), most=worker_config.max_concurrent)
+                assert worker_config.timeout is not None
+                worker.configure(
+                    delay_s=worker_config.delay4batch.total_seconds(),
+                    most=worker_config.max_concurrent,
+                    timeout_s=worker_config.timeout.total_seconds(),
+                )
                 registration.renew()
 
             self._follower.on_worker = apply

@@ -8,13 +8,15 @@ from evaluator.worker.progress import Running
 
 LEAST_S, MOST_S = 1.0, 20.0
 _FACTOR = 10.0
+# A longest call is half forgotten after 44 shorter ones.
+_MEMORY = 64
 
 
 class Patience:
     """How long a call may run before it counts as stuck, once its deadline has passed.
 
     A deadline alone does not make a call stuck: a caller with a short deadline must not kill a script that works. So a
-    call has ten times as long as the longest call so far, but at least 1 s and at most 20 s more than that.
+    call has ten times as long as the longest of the recent calls, but at least 1 s and at most 20 s more than that.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -24,8 +26,8 @@ class Patience:
 
     def learn(self, prepare_s: float, infer_s: float) -> None:
         """Take the durations of a finished call into account."""
-        self._longest_prepare_s = max(self._longest_prepare_s, prepare_s)
-        self._longest_infer_s = max(self._longest_infer_s, infer_s)
+        self._longest_prepare_s = _longest(self._longest_prepare_s, prepare_s)
+        self._longest_infer_s = _longest(self._longest_infer_s, infer_s)
 
     def is_over(self, running: Running, deadlines_s: Iterable[float], now_s: float) -> bool:
         """Return whether ``running``, whose calls have these deadlines, is stuck."""
@@ -35,3 +37,7 @@ class Patience:
         longest_s = self._longest_prepare_s if running.preparing else self._longest_infer_s
         patience_s = max(LEAST_S, min(_FACTOR * longest_s, longest_s + MOST_S))
         return took_s > patience_s and any(deadline_s <= now_s for deadline_s in deadlines_s)
+
+
+def _longest(before_s: float, took_s: float) -> float:
+    return max(took_s, before_s - (before_s - took_s) / _MEMORY)

@@ -51,15 +51,20 @@ class Taker(Protocol):
 
 
 class SupervisedCall:
-    """A call without a reply so far. ``deadline_s`` is of the monotonic clock."""
+    """A call without a reply so far. Times are of the monotonic clock."""
 
-    __slots__ = ("deadline_s", "deaths", "ended", "id", "reqid", "request", "sent", "taker")
+    __slots__ = ("deadline_s", "deaths", "ended", "id", "late_s", "reqid", "request", "sent", "taker")
 
-    def __init__(self, id_: int, reqid: bytes, request: link.Buffer, deadline_s: float, taker: Taker) -> None:
+    def __init__(
+        self, id_: int, reqid: bytes, request: link.Buffer, deadline_s: float, late_s: float, taker: Taker
+    ) -> None:
         self.id = id_
         self.reqid = reqid
         self.request = request
         self.deadline_s = deadline_s
+        self.late_s = late_s
+        """When the app's timeout has passed, too. Only then it may count as stuck: a caller with a short deadline, or
+        one who leaves, must not cost others their worker."""
         self.taker: Taker | None = taker
         """None: the caller has left."""
         self.sent = False
@@ -93,6 +98,7 @@ class WorkerSupervisor:
         self._patience = Patience(config.model_params.positive_number("script_timeout_s", math.inf))
         self._delay_s = 0.0
         self._most = sys.maxsize
+        self._timeout_s = 0.0
         self._progress = Progress()
         self._process: WorkerProcess | None = None
         self._calls: dict[int, SupervisedCall] = {}
@@ -137,9 +143,12 @@ class WorkerSupervisor:
             await self._process.gone()
         self._progress.close()
 
-    def configure(self, *, delay_s: float, most: int = sys.maxsize) -> None:
-        """Set how long an idle engine waits for a full batch, if there can be one: of ``most`` calls at a time."""
-        self._delay_s, self._most = delay_s, most
+    def configure(self, *, delay_s: float, most: int = sys.maxsize, timeout_s: float = 0.0) -> None:
+        """Set how long an idle engine waits for a full batch, if there can be one: of ``most`` calls at a time.
+
+        ``timeout_s`` is the app's timeout.
+        """
+        self._delay_s, self._most, self._timeout_s = delay_s, most, timeout_s
         if self._process:
             settings = {"delay_s": delay_s, "most": most}
             self._process.write([link.frame(link.SETTINGS, orjson.dumps(settings))])
@@ -153,7 +162,8 @@ class WorkerSupervisor:
             raise _stopped()
         if deadline_s is None:
             deadline_s = time.monotonic() + _LONGEST_WITHOUT_DEADLINE_S
-        one = SupervisedCall(next(self._ids), reqid, request, deadline_s, taker)
+        late_s = max(deadline_s, time.monotonic() + self._timeout_s)
+        one = SupervisedCall(next(self._ids), reqid, request, deadline_s, late_s, taker)
         self._calls[one.id] = one
         self._waiting.append(one)
         if not self._flushing:
@@ -193,8 +203,7 @@ class WorkerSupervisor:
         if one.ended:
             one.ended.set()
         if one.sent:
-            # It may be running: wait for its end, and count it as late from now on.
-            one.deadline_s = min(one.deadline_s, time.monotonic())
+            # It may be running: wait for its end.
             self._cancelled.append(one.id)
             self._flush_soon()
         else:
@@ -283,7 +292,7 @@ class WorkerSupervisor:
                 if process.ended.done():
                     return
             self._suspects.popleft()
-        self.configure(delay_s=self._delay_s, most=self._most)
+        self.configure(delay_s=self._delay_s, most=self._most, timeout_s=self._timeout_s)
         self._flush_soon()
         await process.ended
 
@@ -350,8 +359,8 @@ class WorkerSupervisor:
         return any(one.sent and one.deadline_s + patience.LEAST_S <= now_s for one in self._calls.values())
 
     def _is_stuck(self, running: Running, now_s: float) -> bool:
-        deadlines_s = [one.deadline_s for id_ in running.ids if (one := self._calls.get(id_))]
-        return self._patience.is_over(running, deadlines_s, now_s)
+        late_s = [one.late_s for id_ in running.ids if (one := self._calls.get(id_))]
+        return self._patience.is_over(running, late_s, now_s)
 
 
 class _Outcome:

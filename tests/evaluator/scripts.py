@@ -219,6 +219,14 @@ class BlockingSupervisor:
 
         self._call(configure()).result()
 
+    def set_app_timeout(self, timeout_s: float) -> None:
+        """Set how long a call may run, whatever its caller's deadline is."""
+
+        async def configure() -> None:
+            self.supervisor.configure(delay_s=0, timeout_s=timeout_s)
+
+        self._call(configure()).result()
+
     def worker_pid(self) -> int:
         """Return the id of the current process, which may not reply; 0 without a process."""
         return self.supervisor.pid or 0

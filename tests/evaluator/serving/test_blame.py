@@ -19,7 +19,7 @@ class Call:
     """A call in flight with a name for messages; each differs from all others."""
 
     name: str
-    deadline_s: float = NOW_S + 1
+    late_s: float = NOW_S + 1
 
     def __repr__(self) -> str:
         return self.name
@@ -72,7 +72,7 @@ def test_judge_blames_a_call_only_if_it_ran_alone(
     ],
 )
 def test_judge_finds_the_late_calls_of_a_stuck_process(deadlines_s: dict[str, float], late: str, suspects: str) -> None:
-    calls = [Call(name, deadline_s) for name, deadline_s in deadlines_s.items()]
+    calls = [Call(name, late_s) for name, late_s in deadlines_s.items()]
     # The supervisor kills a stuck process with SIGKILL.
     judgement = blame.judge(calls, [], stuck=True, killed=True, now_s=NOW_S)
     assert names(judgement) == (late, "", suspects)

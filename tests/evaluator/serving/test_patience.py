@@ -44,12 +44,18 @@ def test_patience_follows_the_longest_call(longest_s: float, limit_s: float) -> 
     assert_patience(patience, limit_s)
 
 
-def test_shorter_calls_do_not_shorten_the_patience() -> None:
+def test_a_long_call_is_forgotten_after_many_shorter_ones() -> None:
     patience = Patience(math.inf)
-    for longest_s in (0.1, 0.4, 0.2):
-        patience.learn(longest_s, longest_s)
+    patience.learn(6.4, 6.4)
     for preparing in (True, False):
-        assert_patience(patience, 4.0, preparing=preparing)
+        assert_patience(patience, 26.4, preparing=preparing)
+    # A few shorter calls change little.
+    patience.learn(0.2, 0.2)
+    assert not patience.is_over(running(26.2), PASSED, NOW_S)
+    for _ in range(400):
+        patience.learn(0.2, 0.2)
+    assert not patience.is_over(running(2.0), PASSED, NOW_S)
+    assert patience.is_over(running(2.3), PASSED, NOW_S)
 
 
 @pytest.mark.parametrize(

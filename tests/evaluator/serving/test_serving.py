@@ -318,6 +318,8 @@ def net_inference(model, args):
 
 async def test_script_replies_and_its_crashes_fail_no_other_request(registry: Registry, tmp_path: Path) -> None:
     registry.publish("script", file=digits_tar(tmp_path / "release.tar", **{"net.py": SCRIPT}))
+    # A call may run for so long, whatever its caller's deadline is.
+    registry.put("worker/app/script/default", {"timeout": "2s"})
     with evaluator(registry, "script") as process:
         async with connected(process) as script:
 

@@ -139,12 +139,14 @@ def test_worker_is_not_unresponsive_while_it_sends_a_late_reply(
 def test_hostile_request_fails_alone_of_its_batch(script: BlockingSupervisor, workspace: Path, action: str) -> None:
     script.hold_batches()
     try:
-        requests: list[dict[str, Any]] = [{}, {"do": action, "began": "began"}, {}, {}]
+        # Long enough for the call to begin, also on a busy machine.
+        late = {"timeout_s": 5} if action == "sleep" else {}
+        requests: list[dict[str, Any]] = [{}, {"do": action, "began": "began", **late}, {}, {}]
         first, hostile, *others = [script.ask_later(**each) for each in requests]
         if action == "sleep":
-            # The caller gives up once the call runs; it is late from then on.
-            wait_for((workspace / "began").exists)
-            hostile.cancel()
+            with suppress(TimeoutError):
+                assert isinstance(hostile.result(), DeadlineExceeded)
+            assert (workspace / "began").exists()
         else:
             assert isinstance(hostile.result(), Internal)
         assert all(isinstance(each.result(), InferResponse) for each in (first, *others))
@@ -397,3 +399,24 @@ def test_stopped_check_removes_its_workspace(tmp_path: Path) -> None:
         check.terminate()
         assert check.wait(60) == 130
     assert not Path(folder).exists()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_callers_that_leave_or_hurry_cost_nobody_the_worker(script: BlockingSupervisor, workspace: Path) -> None:
+    """Such a call counts as stuck only once the app's timeout has passed, too."""
+    script.set_app_timeout(3600)
+    try:
+        before = time_out(script, workspace, do="wait")
+        let_the_supervisor_watch(script)
+        (workspace / "go").touch()
+        assert script.pid() == before
+        for name in ("go", "began", "waiting"):
+            (workspace / name).unlink(missing_ok=True)
+        leaving = script.ask_later(do="wait", began="began")
+        wait_for((workspace / "began").exists)
+        leaving.cancel()
+        let_the_supervisor_watch(script)
+        (workspace / "go").touch()
+        assert script.pid() == before
+    finally:
+        script.set_app_timeout(0)
