@@ -40,6 +40,9 @@ MAX_LOST = 2
 request that crashes instances must not reach all of them."""
 
 
+# How long a request waits for links that broke, and how often it looks: a gate that stood still has lost all at once.
+_RECONNECT_S, _RECONNECT_STEP_S = 1.0, 0.1
+
 MAX_SYNC_S = 2.0
 """How long a request waits for the first config of a gate."""
 
@@ -203,6 +206,7 @@ class Dispatcher:
         """
         tried: list[Endpoint[EvaluatorConnection]] = []
         lost = 0
+        broken_s: float | None = None
         refusal: ServingError | None = None
         while time.monotonic() < deadline:
             if tried:
@@ -212,7 +216,13 @@ class Dispatcher:
                 endpoint = self._router.pick(route, tried, kind)
             except Unavailable as none_left:
                 # If the ready instances refused because they are full, that is the reason to give.
-                raise (refusal if isinstance(refusal, ResourceExhausted) else none_left) from None
+                if isinstance(refusal, ResourceExhausted):
+                    raise refusal from None
+                if broken_s is None or time.monotonic() - broken_s > _RECONNECT_S:
+                    raise none_left from None
+                await asyncio.sleep(_RECONNECT_STEP_S)
+                tried.clear()
+                continue
             tried.append(endpoint)
             try:
                 with endpoint.hold(kind):
@@ -221,7 +231,9 @@ class Dispatcher:
                     )
             except TransportError as error:
                 self._router.failed(endpoint)
-                log.warning("instance lost", reqid=call.reqid, instance=endpoint.instance.id, reason=str(error))
+                if broken_s is None or error.reached:
+                    log.warning("instance lost", reqid=call.reqid, instance=endpoint.instance.id, reason=str(error))
+                broken_s = broken_s or time.monotonic()
                 lost += error.reached
                 if lost == MAX_LOST:
                     raise Unavailable(

@@ -310,6 +310,20 @@ async def test_uid_that_a_caller_wrote_into_a_uri_is_removed(mesh: Mesh) -> None
     assert evaluator.received[0].data[0].uri == "qiniu://z0/bucket/a/key"
 
 
+async def test_a_gate_that_has_lost_every_link_connects_again_before_it_refuses(mesh: Mesh) -> None:
+    """So it is after the gate stood still: every instance has given it up."""
+    evaluators = [Evaluator(name, hold=asyncio.Event()) for name in "ab"]
+    servers = [await mesh.add(each) for each in evaluators]
+    async with asyncio.TaskGroup() as group:
+        asking = [group.create_task(mesh.eval()) for _ in range(6)]
+        await until(lambda: sum(each.in_flight for each in evaluators) == 6)
+        for each in evaluators:
+            each.hold = None
+        for server in servers:
+            server.links.abort()
+    assert {each.result() for each in asking} <= {'"a:"', '"b:"'}
+
+
 async def test_an_instance_that_is_full_is_not_asked_again_at_once(mesh: Mesh) -> None:
     evaluator = Evaluator("a", error=FULL)
     await mesh.add(evaluator)
