@@ -14,8 +14,9 @@ log = structlog.get_logger()
 
 _T = TypeVar("_T")
 
-_AGAIN_S = 0.1
-_REMIND_TURNS = 50
+# A task may take so long to clean up before it is cancelled again.
+_AGAIN_S = 1.0
+_REMIND_TURNS = 5
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:

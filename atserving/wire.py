@@ -53,8 +53,8 @@ def cut_tail(start: Buffer, length: int, path: Sequence[int]) -> tuple[bytes, in
 def field_spans(message: Buffer, number: int, most: int) -> list[tuple[int, int]] | None:
     """Return where the values of a message's length-delimited fields of one number begin and end.
 
-    Return None if the message has more than ``most`` fields in all. A message that is malformed has the fields up to
-    there.
+    Return None if the message has more than ``most`` fields in all, or a group: no message of ours has one, and it
+    would hide what follows. A message that is malformed has the fields up to there.
     """
     spans: list[tuple[int, int]] = []
     at, size = 0, len(message)
@@ -85,7 +85,7 @@ def field_spans(message: Buffer, number: int, most: int) -> list[tuple[int, int]
                 if tag[0] >> 3 == number and at <= size:
                     spans.append((length[1], at))
             case _:
-                break
+                return None
     return spans
 
 

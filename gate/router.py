@@ -26,7 +26,8 @@ LINGER_S = 30.0
 EJECT_S = 1.0
 """How long the router ejects an instance after its transport failed, unless the version has no other."""
 
-_MOST_FULL_S = 1.0
+# The least and the most that a refusal counts.
+_FULL_S = (0.02, 1.0)
 
 _NO_METADATA = AppMetadata()
 
@@ -81,11 +82,11 @@ class Endpoint(Generic[ConnectionT]):
         try:
             yield
         finally:
-            self.full_until = 0.0
             if kind.fetches:
                 self.fetching -= 1
             else:
                 self.in_flight -= 1
+                self.full_until = 0.0
 
     @property
     def is_idle(self) -> bool:
@@ -283,7 +284,7 @@ class Router(Generic[ConnectionT]):
         return self._random.choice([each for each, share in zip(candidates, shares, strict=True) if share == least])
 
     def _room(self, endpoint: Endpoint[ConnectionT], kind: Kind) -> int:
-        if endpoint.full_until and endpoint.full_until > self._clock():
+        if endpoint.full_until and not kind.fetches and endpoint.full_until > self._clock():
             return 0
         return endpoint.room(kind)
 
@@ -321,9 +322,11 @@ class Router(Generic[ConnectionT]):
     def refused(self, endpoint: Endpoint[ConnectionT], full_s: float = 0.0) -> None:
         """Drop an endpoint that refused a request, if it had left the registry.
 
-        A full one, which is expected to have room in ``full_s``, gets no request until then.
+        A full one, which needs ``full_s`` for all that it has, gets no request until about one of those is done.
         """
-        endpoint.full_until = self._clock() + min(full_s, _MOST_FULL_S) if full_s else 0.0
+        if full_s:
+            each_s = min(max(full_s / endpoint.instance.capacity, _FULL_S[0]), _FULL_S[1])
+            endpoint.full_until = self._clock() + each_s
         left = self._left.get((endpoint.instance.app, endpoint.instance.version), {})
         if left.get(endpoint.instance.id) is endpoint:
             self._dropped.append(left.pop(endpoint.instance.id))

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import structlog
 from google.api import httpbody_pb2
+from grpc import StatusCode
 
 from atserving.coroutines import Running
 from atserving.counting import MAX_GROUP, TooMany, check_repeated
@@ -32,6 +33,8 @@ BATCH_CONCURRENCY = 32
 
 _NOBODY = Caller()
 _DATA = serving_pb2.EvalRequest.DATA_FIELD_NUMBER
+_FEW = 16
+_EXTENSIONS = httpbody_pb2.HttpBody.EXTENSIONS_FIELD_NUMBER
 _TASKS = serving_pb2.BatchRequest.TASKS_FIELD_NUMBER
 _ResultT = TypeVar("_ResultT")
 
@@ -231,8 +234,8 @@ class EdgeService:
         reply = partial(_reply, call, context)
         try:
             task = (_large_eval(call) if call.size >= LARGE_BYTES else None) or _edge_eval(call)
-        except GrpcError as error:
-            call.abort(error.status, str(error))
+        except (GrpcError, TooMany) as error:
+            _refuse_message(call, error)
             return
         except ServingError as error:
             log_rejected(context, error)
@@ -245,10 +248,12 @@ class EdgeService:
         context = read_call(call, None)
         reply = partial(_reply, call, context)
         try:
-            request = parsed(httpbody_pb2.HttpBody(), call.message)
+            message = call.message
+            check_repeated(message, 0, _EXTENSIONS)
+            request = parsed(httpbody_pb2.HttpBody(), message)
             tasks = edge.read_batch(request.content_type, request.data, self._max_batch)
-        except GrpcError as error:
-            call.abort(error.status, str(error))
+        except (GrpcError, TooMany) as error:
+            _refuse_message(call, error)
             return
         except ServingError as error:
             log_rejected(context, error)
@@ -258,9 +263,20 @@ class EdgeService:
         _run(call, context, work, lambda results: reply(edge.write_batch(results)), _failing(reply))
 
 
+def _refuse_message(call: Call, error: GrpcError | TooMany) -> None:
+    """Refuse a message that Envoy would not send."""
+    if isinstance(error, GrpcError):
+        call.abort(error.status, str(error))
+    else:
+        call.abort(StatusCode.INVALID_ARGUMENT, "the message has fields that no edge sends")
+
+
 def _edge_eval(call: Call) -> Task:
     """Return the task of an eval. Raises a ServingError and GrpcError."""
-    request = parsed(edge_pb2.EdgeEvalRequest(), call.message)
+    message = call.message
+    # The edge sends a body in a few fields, which are one message.
+    check_repeated(message, _FEW, edge_pb2.EdgeEvalRequest.BODY_FIELD_NUMBER, (0, _EXTENSIONS))
+    request = parsed(edge_pb2.EdgeEvalRequest(), message)
     return edge.read_eval(request.app, request.version, request.body.content_type, request.body.data)
 
 

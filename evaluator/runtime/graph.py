@@ -43,7 +43,12 @@ def made_apart(make: Callable[[], onnx.ModelProto], file: Path) -> Graph:
     """
     sizes = file.with_suffix(".json")
     if not sizes.exists():
-        _in_child(lambda: _write(make(), file, sizes))
+        try:
+            _in_child(lambda: _write(make(), file, sizes))
+        except StartError:
+            # A child that is killed may leave a part.
+            file.unlink(missing_ok=True)
+            raise
     return Graph(file, json.loads(sizes.read_bytes()))
 
 
@@ -70,7 +75,8 @@ def _in_child(work: Callable[[], None]) -> None:
         _work_and_exit(work, ours)
     os.close(ours)
     with os.fdopen(theirs, "rb") as said:
-        reason = said.read().decode()
+        # The text may be cut within a character.
+        reason = said.read().decode(errors="replace")
     _, status = os.waitpid(child, 0)
     if reason:
         raise StartError(reason)

@@ -8,7 +8,7 @@ from evaluator.worker.progress import Running
 
 LEAST_S, MOST_S = 1.0, 20.0
 _FACTOR = 10.0
-# A longest call is half forgotten after 44 shorter ones.
+# The longest is half forgotten after 44 shorter ones.
 _MEMORY = 64
 
 
@@ -24,10 +24,13 @@ class Patience:
         self._timeout_s = timeout_s
         self._longest_prepare_s = self._longest_infer_s = 0.0
 
-    def learn(self, prepare_s: float, infer_s: float) -> None:
-        """Take the durations of a finished call into account."""
-        self._longest_prepare_s = _longest(self._longest_prepare_s, prepare_s)
-        self._longest_infer_s = _longest(self._longest_infer_s, infer_s)
+    def learn_prepare(self, took_s: float) -> None:
+        """Take the duration of a call's preparation into account."""
+        self._longest_prepare_s = _longest(self._longest_prepare_s, took_s)
+
+    def learn_infer(self, took_s: float) -> None:
+        """Take the duration of a batch into account."""
+        self._longest_infer_s = _longest(self._longest_infer_s, took_s)
 
     def is_over(self, running: Running, deadlines_s: Iterable[float], now_s: float) -> bool:
         """Return whether ``running``, whose calls have these deadlines, is stuck."""

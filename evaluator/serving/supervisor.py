@@ -132,9 +132,9 @@ class WorkerSupervisor:
                 # Wait for its end: until then it writes to the progress memory.
                 self._after_death(killed=await process.gone() == -signal.SIGKILL)
         finally:
-            await lifecycle.end([watching])
             self._stopped = True
             self._fail(list(self._calls.values()), _stopped())
+            await lifecycle.end([watching])
 
     async def close(self) -> None:
         """End the process for good."""
@@ -253,7 +253,11 @@ class WorkerSupervisor:
         one = self._calls.pop(reply.id, None)
         if one:
             self._sent -= one.sent
-            self._patience.learn(reply.decode_us / 1e6, (reply.forward_us + reply.postprocess_us) / 1e6)
+            # A call that expired or was taken back has run for no time, which tells nothing; a batch tells once.
+            if reply.decode_us:
+                self._patience.learn_prepare(reply.decode_us / 1e6)
+            if reply.leads and reply.batch_size:
+                self._patience.learn_infer((reply.forward_us + reply.postprocess_us) / 1e6)
             _end(one)
             if taker := _released(one):
                 taker.answered(reply)
@@ -270,7 +274,8 @@ class WorkerSupervisor:
             started = await process.start(start, self._init_timeout_s)
             self.plan = Plan(**started["plan"])
             prepare_s, infer_s = started["longest_s"]
-            self._patience.learn(float(prepare_s), float(infer_s))
+            self._patience.learn_prepare(float(prepare_s))
+            self._patience.learn_infer(float(infer_s))
         except (TypeError, KeyError, ValueError):
             process.kill()
             raise StartError("the worker sent a malformed start reply") from None

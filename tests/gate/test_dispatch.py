@@ -35,6 +35,7 @@ from tests.waiting import until
 
 FULL = evaluator_pb2.Error(code=429, status=429, message="full", retry_after_ms=1500, refused=True)
 HELD = HeldBytes(1 << 30)
+FULL_FOR_LONG = evaluator_pb2.Error(code=429, status=429, message="full", retry_after_ms=60_000, refused=True)
 DRAINING = evaluator_pb2.Error(code=503, status=503, message="draining", refused=True)
 
 
@@ -325,12 +326,17 @@ async def test_a_gate_that_has_lost_every_link_connects_again_before_it_refuses(
 
 
 async def test_an_instance_that_is_full_is_not_asked_again_at_once(mesh: Mesh) -> None:
-    evaluator = Evaluator("a", error=FULL)
+    evaluator = Evaluator("a", error=FULL_FOR_LONG)
     await mesh.add(evaluator)
     for _ in range(5):
         with pytest.raises(ResourceExhausted):
             await mesh.eval()
     assert len(evaluator.received) == 1
+    evaluator.error = None
+    # It has other places for those that fetch.
+    assert await mesh.eval(uri="http://host/a") == '"a:"'
+    with pytest.raises(ResourceExhausted):
+        await mesh.eval()
     # Its word counts for a second at most.
     mesh.later_s = 1.1
     evaluator.error = None
@@ -343,7 +349,7 @@ async def test_an_instance_is_asked_again_once_a_request_of_the_gate_is_done(mes
     async with asyncio.TaskGroup() as group:
         first = group.create_task(mesh.eval())
         await evaluator.entered.wait()
-        hold, evaluator.hold, evaluator.error = evaluator.hold, None, FULL
+        hold, evaluator.hold, evaluator.error = evaluator.hold, None, FULL_FOR_LONG
         with pytest.raises(ResourceExhausted):
             await mesh.eval()
         evaluator.error = None

@@ -40,20 +40,24 @@ def assert_patience(patience: Patience, limit_s: float, *, preparing: bool = Fal
 def test_patience_follows_the_longest_call(longest_s: float, limit_s: float) -> None:
     assert (LEAST_S, MOST_S) == (1.0, 20.0)
     patience = Patience(math.inf)
-    patience.learn(0, longest_s)
+    patience.learn_prepare(0)
+    patience.learn_infer(longest_s)
     assert_patience(patience, limit_s)
 
 
 def test_a_long_call_is_forgotten_after_many_shorter_ones() -> None:
     patience = Patience(math.inf)
-    patience.learn(6.4, 6.4)
+    patience.learn_prepare(6.4)
+    patience.learn_infer(6.4)
     for preparing in (True, False):
         assert_patience(patience, 26.4, preparing=preparing)
     # A few shorter calls change little.
-    patience.learn(0.2, 0.2)
+    patience.learn_prepare(0.2)
+    patience.learn_infer(0.2)
     assert not patience.is_over(running(26.2), PASSED, NOW_S)
     for _ in range(400):
-        patience.learn(0.2, 0.2)
+        patience.learn_prepare(0.2)
+        patience.learn_infer(0.2)
     assert not patience.is_over(running(2.0), PASSED, NOW_S)
     assert patience.is_over(running(2.3), PASSED, NOW_S)
 
@@ -63,7 +67,8 @@ def test_a_long_call_is_forgotten_after_many_shorter_ones() -> None:
 )
 def test_preparation_and_inference_have_their_own_patience(preparing: bool, limit_s: float) -> None:
     patience = Patience(math.inf)
-    patience.learn(prepare_s=0.3, infer_s=0.6)
+    patience.learn_prepare(0.3)
+    patience.learn_infer(0.6)
     assert_patience(patience, limit_s, preparing=preparing)
 
 
@@ -83,7 +88,8 @@ def test_call_is_not_stuck_before_a_deadline_has_passed(deadlines_s: list[float]
 @pytest.mark.parametrize("longest_s", [0.0, 60.0])
 def test_call_past_the_script_timeout_is_stuck_in_any_case(longest_s: float) -> None:
     patience = Patience(0.3)
-    patience.learn(longest_s, longest_s)
+    patience.learn_prepare(longest_s)
+    patience.learn_infer(longest_s)
     assert not patience.is_over(running(0.29), [math.inf], NOW_S)
     assert patience.is_over(running(0.31), [math.inf], NOW_S)
 
@@ -95,7 +101,8 @@ durations_s = st.floats(0, 1000, allow_nan=False)
 def test_working_script_is_never_stuck(longest_s: float, took_s: float, deadline_s: float) -> None:
     """A call that takes no longer than an earlier one must not end the process, even after its deadline."""
     patience = Patience(math.inf)
-    patience.learn(longest_s, longest_s)
+    patience.learn_prepare(longest_s)
+    patience.learn_infer(longest_s)
     is_over = patience.is_over(running(took_s), [deadline_s], NOW_S)
     if took_s <= longest_s or took_s <= LEAST_S - 0.01 or deadline_s > NOW_S:
         assert not is_over
