@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -68,7 +69,11 @@ def _inputs(model: onnx.ModelProto) -> dict[str, list[int]]:
 
 
 def _in_child(work: Callable[[], None]) -> None:
-    """Do some work in a forked child. Raises StartError if it raises one or fails in another way."""
+    """Do some work in a forked child. Raises StartError if it raises one or fails in another way.
+
+    Call it while the process has one thread, as a worker that loads its net: a child has no other threads, and would
+    wait for ever for a lock that one of them held.
+    """
     theirs, ours = os.pipe()
     child = os.fork()
     if not child:
@@ -87,6 +92,8 @@ def _in_child(work: Callable[[], None]) -> None:
 
 
 def _work_and_exit(work: Callable[[], None], says: int) -> None:
+    # Finalizers of the parent's objects, such as sessions with threads, have no business here.
+    gc.disable()
     status = 1
     try:
         work()
