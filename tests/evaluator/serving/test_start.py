@@ -14,6 +14,7 @@ from atserving.errors import StartError
 from atserving.local.examples import ROOT
 from evaluator.serving.instance import InstanceSettings, run
 from tests.evaluator.digits import DIGITS, digits_tar
+from tests.evaluator.scripts import wait_for
 from tests.processes import Process, Registry, start_evaluator
 
 SCRIPT = b"def net_inference(model, args): ...\ndef net_init(cfg):\n"
@@ -115,8 +116,11 @@ def test_sigterm_ends_a_net_init_that_never_returns(registry: Registry, tmp_path
 def test_a_start_removes_the_workspaces_of_killed_processes_alone(registry: Registry, workspace: Path) -> None:
     def started() -> Process:
         flags = ("--wait", "600", "--workspace", str(workspace), "--log-level", "debug")
+        before = {*os.listdir(workspace)} if workspace.exists() else set()
         process = start_evaluator(registry.address, "never-published", "v1", *flags)
         process.logged(event="service starting")
+        # It makes its folder right after that.
+        wait_for(lambda: workspace.exists() and {*os.listdir(workspace)} - before)
         return process
 
     living = started()
