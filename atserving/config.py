@@ -236,7 +236,7 @@ def release_key(app: str, version: str) -> str:
 
 
 CLOSED = AppMetadata(public=False, user_whitelist=())
-"""What malformed access rules count as, whatever the rules were before."""
+"""Malformed access rules count as these, whatever the rules were before."""
 
 
 def is_access_rules(key: str) -> bool:

@@ -25,7 +25,7 @@ def check_repeated(message: Buffer, most: int, number: int, inner: tuple[int, in
     """Raise TooMany if a serialized message has more than ``most`` fields of this number.
 
     ``inner`` bounds the fields of those, which are messages: the most in all of them together, and their number.
-    Malformed messages pass, since whoever parses them refuses them.
+    Malformed messages pass: their parser refuses them.
     """
     if len(message) < _FEW:
         return
@@ -45,7 +45,7 @@ def _spans(message: memoryview, most: int, number: int) -> list[tuple[int, int]]
 
 
 class _Left:
-    """How many more elements the document that is read now may have."""
+    """How many more elements the document that is read now may have. One thread reads documents, the event loop's."""
 
     count = 0
 

@@ -45,7 +45,7 @@ _SHORT_BYTES = 1 << 10
 _MOST_MESSAGE_CHARS = 1024
 # Smaller parts of a body cost more as objects than as bytes.
 _SMALL_BYTES = 4096
-# Beyond what a server without a bound of its own may hold.
+# The bound of a server that is given none.
 _MOST_HELD_BYTES = 256 << 20
 # A streaming call waits while its peer has not taken so many messages.
 _MOST_UNSENT = 64

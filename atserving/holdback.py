@@ -1,7 +1,7 @@
 """Holds back the deletion of most releases: an emptied etcd looks like the wish to stop every app.
 
 A registry holds back deletions in etcd. A gate holds back what a new snapshot lacks, since the registry that sends it
-may have started after etcd was emptied. What is held back stays in use until its keys are written again, an operator
+may have started after etcd was emptied. The held keys stay in use until somebody writes them again, an operator
 accepts the deletions, or the time is over.
 """
 

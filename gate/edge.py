@@ -129,7 +129,7 @@ def _count(
     most: int,
     error: Callable[[], ServingError],
 ) -> None:
-    """Raise the error if a document has more elements than it may. Whoever reads a malformed document refuses it."""
+    """Raise the error if a document has more elements than it may. A malformed one passes: its reader refuses it."""
     try:
         check(document, most)
     except TooMany:

@@ -35,7 +35,7 @@ ConnectionT = TypeVar("ConnectionT")
 
 
 class Kind(NamedTuple):
-    """What a request needs of an instance."""
+    """The kind of a request, by which an instance has room for it."""
 
     batched: bool = False
     """It is a task of a batch: those leave a quarter of an instance to other callers."""

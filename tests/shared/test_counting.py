@@ -1,4 +1,4 @@
-"""What has more elements than it may is refused before an object is made of each."""
+"""The checks refuse a message with more elements than it may have before an object is made of each."""
 
 from __future__ import annotations
 

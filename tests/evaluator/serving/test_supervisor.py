@@ -402,8 +402,11 @@ def test_stopped_check_removes_its_workspace(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_callers_that_leave_or_hurry_cost_nobody_the_worker(script: BlockingSupervisor, workspace: Path) -> None:
+def test_callers_that_leave_or_hurry_cost_nobody_the_worker(
+    script: BlockingSupervisor, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Such a call counts as stuck only once the app's timeout has passed, too."""
+    monkeypatch.setattr(supervisor, "_WATCH_S", 0.001)
     script.set_app_timeout(3600)
     try:
         before = time_out(script, workspace, do="wait")
@@ -420,3 +423,33 @@ def test_callers_that_leave_or_hurry_cost_nobody_the_worker(script: BlockingSupe
         assert script.pid() == before
     finally:
         script.set_app_timeout(0)
+
+
+def test_calls_that_expired_before_they_ran_shorten_no_patience(
+    script: BlockingSupervisor, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under overload many calls expire. They must not make the supervisor kill a worker that only takes its time."""
+    monkeypatch.setattr(patience, "LEAST_S", 0.05)
+    monkeypatch.setattr(supervisor, "_WATCH_S", 0.001)
+    # A single shorter call makes it forget a long one.
+    monkeypatch.setattr(patience, "_MEMORY", 1)
+    slow = script.ask_later(do="wait", began="began")
+    wait_for((workspace / "began").exists)
+    longer_s = time.monotonic() + 1
+    wait_for(lambda: time.monotonic() > longer_s)
+    (workspace / "go").touch()
+    assert isinstance(slow.result(), InferResponse)
+    for name in ("began", "go", "waiting"):
+        (workspace / name).unlink(missing_ok=True)
+    before = script.worker_pid()
+    late = script.ask_later(do="wait", began="began", timeout_s=1)
+    wait_for((workspace / "began").exists)
+    for expired in [script.ask_later(timeout_s=0.05) for _ in range(5)]:
+        with suppress(TimeoutError):
+            assert isinstance(expired.result(), DeadlineExceeded)
+    with suppress(TimeoutError):
+        late.result()
+    let_the_supervisor_watch(script)
+    assert script.worker_pid() == before
+    (workspace / "go").touch()
+    assert script.pid() == before
