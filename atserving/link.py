@@ -1,19 +1,24 @@
-"""The link: frames over a byte stream, between gate and instance, and between an instance and its worker.
+"""The link: frames (:mod:`atserving.frames`) between gate and instance, and between an instance and its worker.
 
-A frame is HEAD, the payload's length and kind, and the payload. On a link between gate and instance each end first
-sends the preface and a HELLO. The worker's socket has neither.
+On a link between gate and instance each end first sends the preface and a HELLO. Long calls and replies travel there in
+pieces, in turns with others, under the call's id. The worker's socket has neither.
 """
 
 from __future__ import annotations
 
 import asyncio
-import mmap
 import struct
-from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import structlog
 
+from atserving.frame_protocol import FrameProtocol
+from atserving.frames import HEAD as HEAD
+from atserving.frames import LONG_BYTES as LONG_BYTES
+from atserving.frames import MAX_BYTES
+from atserving.frames import Malformed as Malformed
+from atserving.frames import frame as frame
+from atserving.frames import part as part
 from atserving.wire import Buffer as Buffer
 
 log = structlog.get_logger()
@@ -22,9 +27,6 @@ PROTOCOL = 1
 MAGIC = b"ATSL"
 PREFACE = MAGIC + bytes([PROTOCOL])
 """The first bytes in both directions. The first four tell a link from HTTP/2 on the same port."""
-
-HEAD = struct.Struct("<IB")
-"""The head of a frame: the length of its payload, and its kind."""
 
 HELLO, CALL, CANCEL, REPLY, ALIVE, START, SETTINGS = range(1, 8)
 """The kinds of frames.
@@ -40,7 +42,7 @@ HELLO, CALL, CANCEL, REPLY, ALIVE, START, SETTINGS = range(1, 8)
 
 CALL_HEAD = struct.Struct("<QQBBB")
 """The call's id, its timeout in microseconds from its arrival (0: none), flags, and the lengths of the request's id and
-of the traceparent. Ids rise on a connection."""
+of the traceparent. A connection uses an id once."""
 
 FETCH = 1
 """The flag of a call with a resource that the instance must fetch."""
@@ -51,9 +53,6 @@ request reached none), and whether the request is the first of its batch."""
 
 RESULT, ERROR = 0, 1
 """The outcomes of a reply."""
-
-MAX_BYTES = 64 << 20
-"""The longest payload of a frame from a peer."""
 
 MAX_TIMEOUT_US = 24 * 3600 * 10**6
 """A longer timeout of a call counts as this one."""
@@ -67,22 +66,11 @@ ALIVE_S = 2.0
 _MOST_SILENT = 3
 """After so many intervals in which nothing arrived, the peer counts as dead."""
 
-# A longer frame that arrives in parts is collected in a buffer of its own size.
-_LARGE = 4096
-# A buffer from here on takes memory only as it fills, since its length is the word of a peer. For usual bodies it would
-# cost more, a page at a time, than memory that is used again.
-_MAPPED = 16 << 20
 # Until a peer has named itself, its frames are short, and come soon.
 _MOST_HELLO_BYTES = 4096
 _HELLO_S = 10.0
-_READ_BYTES = 1 << 18
-_WRITE_BUFFER_BYTES = 1 << 20
 _CALL = struct.Struct(HEAD.format + CALL_HEAD.format[1:])
 _REPLY = struct.Struct(HEAD.format + REPLY_HEAD.format[1:])
-
-
-class Malformed(Exception):  # noqa: N818
-    """A peer does not keep to the protocol; the message says how."""
 
 
 class Call(NamedTuple):
@@ -184,205 +172,6 @@ def read_ids(data: Buffer, start: int, end: int) -> tuple[int, ...]:
 def cancel_frame(ids: list[int]) -> bytes:
     """Return a CANCEL frame."""
     return HEAD.pack(8 * len(ids), CANCEL) + struct.pack(f"<{len(ids)}Q", *ids)
-
-
-def frame(kind: int, payload: bytes = b"") -> bytes:
-    """Return a whole frame."""
-    return HEAD.pack(len(payload), kind) + payload
-
-
-def part(data: Buffer, start: int, end: int) -> Buffer:
-    """Return a part of what has arrived: small parts as copies, which free the rest; large ones without a copy."""
-    return data[start:end] if type(data) is bytes else memoryview(data)[start:end]
-
-
-Take = Callable[[int, Buffer, int, int], None]
-"""Takes a frame of some kind, whose payload is ``data[start:end]``. Raises Malformed."""
-
-
-class FrameReader:
-    """Splits the bytes that arrive into frames, and hands each to ``take``."""
-
-    def __init__(self, take: Take, max_bytes: int = MAX_BYTES) -> None:
-        self.reads = True
-        """While this is False, frames wait."""
-        self.max_bytes = max_bytes
-        """The longest payload to take."""
-        self._take = take
-        self._rest = b""
-        self._large: memoryview | None = None
-        self._large_kind = self._filled = 0
-        self._scratch = memoryview(bytearray(_READ_BYTES))
-
-    @property
-    def partial_bytes(self) -> int:
-        """How much of an incomplete frame has arrived."""
-        return self._filled if self._large is not None else len(self._rest)
-
-    def space(self) -> memoryview:
-        """Return where the next bytes should be read to: the rest of a large frame goes to its place."""
-        return self._scratch if self._large is None else self._large[self._filled :]
-
-    def filled(self, count: int) -> bytes | None:
-        """Take note of ``count`` bytes in the space. Return them if they still have to be fed. Raises Malformed."""
-        if self._large is None:
-            return bytes(self._scratch[:count])
-        self._filled += count
-        if self._filled == len(self._large):
-            large, self._large = self._large, None
-            self._take(self._large_kind, large, 0, len(large))
-        return None
-
-    def close(self) -> None:
-        """Take no more, and drop an incomplete frame."""
-        self.reads = False
-        self._rest, self._large = b"", None
-
-    def feed(self, data: bytes) -> None:
-        """Take what has arrived; nothing, to take the frames that waited. Raises Malformed."""
-        start = 0
-        if self._large is not None:
-            start = self._fill(data, 0)
-            if start < 0:
-                return
-        elif self._rest:
-            data = self._rest + data
-            self._rest = b""
-        size, head = len(data), HEAD.size
-        while self.reads and size - start >= head:
-            length, kind = HEAD.unpack_from(data, start)
-            if length > self.max_bytes:
-                raise Malformed(f"a frame of {length} bytes is longer than {self.max_bytes}")
-            end = start + head + length
-            if end > size:
-                if length < _LARGE:
-                    break
-                self._large, self._large_kind, self._filled = _buffer(length), kind, 0
-                self._fill(data, start + head)
-                return
-            self._take(kind, data, start + head, end)
-            start = end
-        if start < size:
-            self._rest = data[start:] if start else data
-
-    def _fill(self, data: bytes, start: int) -> int:
-        """Add to the large frame. Return the end of its part of ``data``, or -1 if it is still incomplete."""
-        large = self._large
-        assert large is not None
-        count = min(len(data) - start, len(large) - self._filled)
-        large[self._filled : self._filled + count] = data[start : start + count]
-        self._filled += count
-        if self._filled < len(large):
-            return -1
-        self._large = None
-        self._take(self._large_kind, large, 0, len(large))
-        return start + count
-
-
-def _buffer(length: int) -> memoryview:
-    if length < _MAPPED:
-        return memoryview(bytearray(length))
-    return memoryview(mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-
-
-class FrameProtocol(asyncio.BufferedProtocol):
-    """One end of a connection that carries frames.
-
-    A subclass takes frames by :meth:`frame_received`, and raises Malformed there if one is wrong; the connection then
-    ends. :meth:`send` gathers the frames of one turn of the loop, and writes them together.
-    """
-
-    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
-        self.transport: asyncio.Transport | None = None
-        self.writable = True
-        """Whether the peer reads as fast as this end writes."""
-        self.heard = False
-        """Set with each arrival."""
-        self.reader = FrameReader(self.frame_received, max_bytes)
-        self._loop = asyncio.get_running_loop()
-        self._out: list[Buffer] = []
-        self._flushing = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports do not inherit from asyncio's.
-        self.transport = cast(asyncio.Transport, transport)
-        self.transport.set_write_buffer_limits(_WRITE_BUFFER_BYTES)
-
-    def frame_received(self, kind: int, data: Buffer, start: int, end: int) -> None:
-        """Take a frame, whose payload is ``data[start:end]``. Raises Malformed."""
-        raise NotImplementedError
-
-    def malformed(self, reason: str) -> None:
-        """End the connection, since the peer sent something malformed."""
-        log.warning("link broken", reason=reason)
-        self.abort()
-
-    def abort(self) -> None:
-        """End the connection at once."""
-        self.reader.reads = False
-        if self.transport:
-            self.transport.abort()
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self.reader.space()
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.heard = True
-        try:
-            data = self.reader.filled(nbytes)
-        except Malformed as error:
-            self.malformed(str(error))
-        else:
-            if data is not None:
-                self.data_received(data)
-
-    def data_received(self, data: bytes) -> None:
-        """Take what has arrived; nothing, to take the frames that waited."""
-        self.heard = True
-        try:
-            self.reader.feed(data)
-        except Malformed as error:
-            self.malformed(str(error))
-
-    @property
-    def paused(self) -> bool:
-        """Whether this end takes no frames for now."""
-        return not self.reader.reads
-
-    def pause(self) -> None:
-        """Take no more frames for now."""
-        if self.reader.reads and self.transport and not self.transport.is_closing():
-            self.reader.reads = False
-            self.transport.pause_reading()
-
-    def resume(self) -> None:
-        """Take frames again, first those that have already arrived."""
-        if self.reader.reads or not self.transport or self.transport.is_closing():
-            return
-        self.reader.reads = True
-        self.data_received(b"")
-        if self.reader.reads and not self.transport.is_closing():
-            self.transport.resume_reading()
-
-    def pause_writing(self) -> None:
-        self.writable = False
-
-    def resume_writing(self) -> None:
-        self.writable = True
-
-    def send(self, *parts: Buffer) -> None:
-        """Send a frame in parts, without waiting. The callers bound what they send."""
-        self._out += parts
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self.flush)
-
-    def flush(self) -> None:
-        """Write what was sent in this turn of the loop."""
-        self._flushing = False
-        if self._out and self.transport and not self.transport.is_closing():
-            self.transport.writelines(self._out)
-        self._out = []
 
 
 class Link(FrameProtocol):

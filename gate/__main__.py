@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -48,9 +49,9 @@ class GateSettings:
 async def serve(settings: GateSettings) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartError."""
     stop = lifecycle.stop_signal()
-    router = Router(EvaluatorConnection)
-    follower = ConfigFollower(settings.registries, router.apply, hold_s=settings.hold_s, cache=settings.cache)
     held = HeldBytes(settings.max_held_bytes)
+    router = Router(partial(EvaluatorConnection, held=held))
+    follower = ConfigFollower(settings.registries, router.apply, hold_s=settings.hold_s, cache=settings.cache)
     server = Server(
         [serving_pb2.DESCRIPTOR.services_by_name["ServingService"]],
         _MAX_REQUEST_BYTES,

@@ -17,7 +17,8 @@ from google.protobuf.message import DecodeError
 from atserving import lifecycle, link, wire
 from atserving.config import Instance
 from atserving.deadlines import Deadlines
-from atserving.errors import Internal
+from atserving.errors import Internal, Unavailable
+from atserving.held import HeldBytes
 from atserving.v1 import evaluator_pb2, serving_pb2
 from atserving.wire import Buffer
 
@@ -28,6 +29,8 @@ CONNECT_TIMEOUT_S = 2.0
 _PAUSES_S = (0.1, 5.0)
 # The gate ends a call at its deadline. The instance does so a little later, in case the gate can't.
 _LATER_S = 0.01
+# The bound of a connection that is given none.
+_MOST_HELD_BYTES = 256 << 20
 # The calls of one write, so that a cancellation can still overtake large ones.
 _WRITE_BYTES = 1 << 20
 
@@ -43,12 +46,13 @@ class TransportError(Exception):
 class _Answer(asyncio.Future[evaluator_pb2.InferResponse]):
     """The response to a call. Cancelling it abandons the call."""
 
-    __slots__ = ("abandon", "deadline_s", "flags", "id", "length", "parts", "reqid", "sent", "traceparent")
+    __slots__ = ("abandon", "deadline_s", "flags", "held", "id", "length", "parts", "reqid", "sent", "traceparent")
 
     id: int
     abandon: Callable[[int], None]
     deadline_s: float
     flags: int
+    held: int
     reqid: bytes
     traceparent: bytes
     parts: Sequence[Buffer]
@@ -78,8 +82,12 @@ class EvaluatorConnection:
     unreachable, calls fail at once; no call waits for a connection that has failed.
     """
 
-    def __init__(self, instance: Instance, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+    def __init__(
+        self, instance: Instance, connect_timeout_s: float = CONNECT_TIMEOUT_S, held: HeldBytes | None = None
+    ) -> None:
+        """``held`` bounds the bytes of long answers that arrive."""
         self._instance = instance
+        self._held = held or HeldBytes(_MOST_HELD_BYTES)
         self._connect_timeout_s = connect_timeout_s
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
@@ -124,6 +132,7 @@ class EvaluatorConnection:
         answer.reqid = reqid.encode()
         answer.traceparent = traceparent.encode() if traceparent else b""
         answer.sent = False
+        answer.held = 0
         self._pending[id_] = answer
         self._outbox.append(answer)
         self._deadlines.add(deadline_s, id_)
@@ -170,6 +179,7 @@ class EvaluatorConnection:
                 _, wire = await self._loop.create_connection(
                     lambda: _InstanceLink(self._instance, self._replied, self._flush), host.strip("[]"), int(port)
                 )
+                wire.reader.admit = self._admit
                 await wire.greeted
             self._down = ""
             self._pause_s = _PAUSES_S[0]
@@ -187,9 +197,22 @@ class EvaluatorConnection:
             if wire:
                 wire.abort()
 
+    def _admit(self, id_: int, length: int) -> bool:
+        """Count a long answer that arrives. Return False if nobody waits for it, or there is no room for it."""
+        answer = self._pending.get(id_)
+        if answer is None:
+            return False
+        if not self._held.take(length, large=True):
+            self._abandon(id_)
+            answer.set_exception(Unavailable("the gate holds as many bytes as it may", retry_after_s=1.0))
+            return False
+        answer.held = length
+        return True
+
     def _replied(self, reply: link.Reply) -> None:
         answer = self._pending.pop(reply.id, None)
         if answer:
+            self._held.give(answer.held)
             try:
                 response = evaluator_pb2.InferResponse.FromString(cast(bytes, reply.response))
             except DecodeError:
@@ -201,6 +224,9 @@ class EvaluatorConnection:
     def _abandon(self, id_: int) -> None:
         answer = self._pending.pop(id_, None)
         if answer and answer.sent:
+            self._held.give(answer.held)
+            if self._link:
+                self._link.drop(id_)
             self._abandoned.append(id_)
             self._flush_soon()
         elif answer:
@@ -225,10 +251,11 @@ class EvaluatorConnection:
         if wire is None or not wire.is_open:
             return
         while wire.writable and (self._outbox or self._abandoned):
-            wire.write(self._parts())
+            wire.write(self._parts(wire))
+        wire.pump()
 
-    def _parts(self) -> list[Buffer]:
-        """Return waiting cancellations and calls as frames in parts."""
+    def _parts(self, wire: _InstanceLink) -> list[Buffer]:
+        """Return waiting cancellations and calls as frames in parts; long ones go to the link."""
         parts: list[Buffer] = []
         if self._abandoned:
             parts.append(link.cancel_frame(self._abandoned))
@@ -243,15 +270,19 @@ class EvaluatorConnection:
             length = answer.length
             timeout_us = max(1, int((answer.deadline_s + _LATER_S - now_s) * 1e6))
             head = link.call_head(answer.id, timeout_us, answer.flags, answer.reqid, answer.traceparent, length)
-            size += length
-            parts.append(head)
-            parts += answer.parts
+            if length < link.LONG_BYTES:
+                size += length
+                parts.append(head)
+                parts += answer.parts
+            else:
+                wire.send_long(answer.id, head, *answer.parts)
             answer.parts = ()
         return parts
 
     def _fail(self, reason: str) -> None:
         self._down = reason
         for answer in self._pending.values():
+            self._held.give(answer.held)
             if not answer.done():
                 answer.set_exception(TransportError(reason, reached=answer.sent))
         self._pending.clear()
@@ -323,10 +354,12 @@ class _InstanceLink(link.Link):
     def write(self, parts: Sequence[Buffer]) -> None:
         """Write frames now."""
         assert self.transport
-        self.transport.writelines(parts)
+        if parts:
+            self.transport.writelines(parts)
 
     def resume_writing(self) -> None:
-        super().resume_writing()
+        self.writable = True
+        # It pumps too, after the short calls.
         self._writable()
 
     def _end(self, reason: str) -> None:

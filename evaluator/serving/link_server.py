@@ -16,6 +16,8 @@ from atserving.v1 import evaluator_pb2
 
 # Resuming for each single reply would cost more than it brings.
 _FEW_OPEN = link.MOST_OPEN * 3 // 4
+# The instance takes no more calls of a gate that leaves so much unread: short replies, and all together.
+_MOST_SHORT_BYTES, _MOST_UNSENT_BYTES = 4 << 20, 128 << 20
 
 
 class Replier(Protocol):
@@ -95,7 +97,6 @@ class GateLink(link.Link):
         super().__init__()
         self._server = server
         self._answerer: Answerer | None = None
-        self._last_id = 0
         self._requests: dict[int, Request] = {}
         self._deadlines = Deadlines(self._requests, self._expire)
 
@@ -121,6 +122,7 @@ class GateLink(link.Link):
             self._begin(link.read_call(data, start, end), self._answerer)
         elif kind == link.CANCEL:
             for id_ in link.read_ids(data, start, end):
+                self.drop(id_)
                 request = self._requests.pop(id_, None)
                 if request:
                     request.abandon()
@@ -155,9 +157,8 @@ class GateLink(link.Link):
         self.close()
 
     def _begin(self, call: link.Call, answerer: Answerer) -> None:
-        if call.id <= self._last_id:
-            raise link.Malformed("the ids of calls do not rise")
-        self._last_id = call.id
+        if call.id in self._requests:
+            raise link.Malformed("two calls have one id")
         request = answerer.begin(call, self)
         if request.ended:
             return
@@ -170,26 +171,30 @@ class GateLink(link.Link):
     def reply(self, reply: link.Reply) -> None:
         self._requests.pop(reply.id, None)
         response = reply.response
-        self.send(link.reply_head(*reply[:-1], len(response)), response)
-        if self.paused and self.writable and len(self._requests) <= _FEW_OPEN:
+        head = link.reply_head(*reply[:-1], len(response))
+        if len(response) < link.LONG_BYTES:
+            self.send(head, response)
+        else:
+            self.send_long(reply.id, head, response)
+        if not self.writable and self._leaves_unread():
+            self.pause()
+        elif self.paused:
+            self._resume()
+
+    def _leaves_unread(self) -> bool:
+        assert self.transport
+        if self.transport.get_write_buffer_size() > _MOST_SHORT_BYTES:
+            return True
+        return self.unsent_bytes > _MOST_UNSENT_BYTES
+
+    def _resume(self) -> None:
+        if len(self._requests) <= _FEW_OPEN and (self.writable or not self._leaves_unread()):
             self.resume()
 
     def _expire(self, id_: int) -> None:
         self._requests[id_].expire()
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        # A gate that does not read its replies must not send more calls.
-        self.pause()
-
     def resume_writing(self) -> None:
         super().resume_writing()
-        if len(self._requests) <= _FEW_OPEN:
-            self.resume()
-
-    def close(self) -> None:
-        """Close the connection after what waits to be sent."""
-        self.flush()
-        self.reader.reads = False
-        if self.transport:
-            self.transport.close()
+        if self.paused:
+            self._resume()

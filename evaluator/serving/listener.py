@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import cast
 
 from atserving import link
+from atserving.frame_protocol import FrameProtocol
 from atserving.sockets import listening_socket
 
 # A connection that sends nothing says nothing of its protocol.
 _FIRST_BYTES_S = 10.0
 
-Factory = Callable[[], asyncio.Protocol | link.FrameProtocol]
+Factory = Callable[[], asyncio.Protocol | FrameProtocol]
 
 
 class Listener:

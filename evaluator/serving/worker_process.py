@@ -17,6 +17,7 @@ import orjson
 
 from atserving import link
 from atserving.errors import StartError
+from atserving.frame_protocol import FrameProtocol
 from evaluator.worker.progress import Progress
 
 _SOCKET_BYTES = 4 << 20
@@ -26,7 +27,7 @@ _LAST_FRAMES_S = 0.2
 Replied = Callable[[link.Reply], None]
 
 
-class WorkerProcess(link.FrameProtocol):
+class WorkerProcess(FrameProtocol):
     """A worker process. ``ended`` is done once the process has ended; it never restarts."""
 
     def __init__(self, progress: Progress, replied: Replied) -> None:

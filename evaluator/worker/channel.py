@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from atserving import link
+from atserving.frames import FrameReader
 
 # A large payload would cost more to copy than a system call of its own.
 _JOIN_BYTES = 1 << 16
@@ -39,7 +40,7 @@ class Channel:
         self.drained = False
         """Whether the last :meth:`receive` took all that had arrived."""
         # The front is trusted; a request with fetched resources may exceed the limit of a link.
-        self._reader = link.FrameReader(self._take, max_bytes=1 << 32)
+        self._reader = FrameReader(self._take, max_bytes=1 << 32)
 
     def _take(self, kind: int, data: link.Buffer, start: int, end: int) -> None:
         self._frames.append(Frame(kind, data, start, end))

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atserving import link
+from atserving import frames, link
 from atserving.config import Instance
 from atserving.v1.evaluator_pb2 import Hello, InferRequest, InferResponse
 from evaluator.serving.link_server import LinkServer
@@ -117,10 +117,10 @@ def test_each_call_gets_its_own_reply_in_any_order_of_completion(data: st.DataOb
     asyncio.run(run())
 
 
-FRAMES = st.lists(st.tuples(st.integers(0, 255), st.one_of(st.binary(max_size=40), st.binary(min_size=4000))))
+FRAMES = st.lists(st.tuples(st.integers(1, 255), st.one_of(st.binary(max_size=40), st.binary(min_size=4000))))
 
 
-def resume(reader: link.FrameReader) -> None:
+def resume(reader: frames.FrameReader) -> None:
     while not reader.reads:
         reader.reads = True
         reader.feed(b"")
@@ -128,7 +128,7 @@ def resume(reader: link.FrameReader) -> None:
 
 @given(FRAMES, st.booleans(), st.data())
 def test_frames_are_the_same_however_they_arrive(
-    frames: list[tuple[int, bytes]], into_space: bool, data: st.DataObject
+    sent: list[tuple[int, bytes]], into_space: bool, data: st.DataObject
 ) -> None:
     taken: list[tuple[int, bytes]] = []
 
@@ -136,8 +136,8 @@ def test_frames_are_the_same_however_they_arrive(
         taken.append((kind, bytes(part[start:end])))
         reader.reads = data.draw(st.booleans())
 
-    reader = link.FrameReader(take)
-    stream = b"".join(link.frame(kind, payload) for kind, payload in frames)
+    reader = frames.FrameReader(take)
+    stream = b"".join(link.frame(kind, payload) for kind, payload in sent)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)))))
     for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
         arrived = stream[start:end]
@@ -152,7 +152,7 @@ def test_frames_are_the_same_however_they_arrive(
             resume(reader)
         reader.feed(arrived)
         resume(reader)
-    assert taken == frames
+    assert taken == sent
     assert reader.partial_bytes == 0
 
 
@@ -305,7 +305,7 @@ async def disconnected(reader: asyncio.StreamReader) -> None:
         link.PREFACE + ONE,
         link.PREFACE + link.frame(link.HELLO, b"\xff"),
         link.PREFACE + link.HEAD.pack(5000, link.HELLO),
-        GREETING + link.HEAD.pack(link.MAX_BYTES + 1, link.CALL),
+        GREETING + link.HEAD.pack(frames.MAX_BYTES + 1, link.CALL),
         GREETING + link.frame(99),
         GREETING + link.frame(link.CALL, b"short"),
         GREETING + link.frame(link.CALL, link.CALL_HEAD.pack(1, 0, 0, 9, 9)),
@@ -406,10 +406,10 @@ async def test_a_peer_that_does_not_say_who_it_is_is_disconnected(monkeypatch: p
 
 async def test_a_frame_takes_memory_only_as_it_arrives() -> None:
     before_mb = resident_mb()
-    readers = [link.FrameReader(lambda *_: None) for _ in range(20)]
+    readers = [frames.FrameReader(lambda *_: None) for _ in range(20)]
     for reader in readers:
-        reader.feed(link.HEAD.pack(link.MAX_BYTES, link.CALL) + b"x")
-        assert len(reader.space()) == link.MAX_BYTES - 1
+        reader.feed(link.HEAD.pack(frames.MAX_BYTES, link.CALL) + b"x")
+        assert len(reader.space()) == frames.MAX_BYTES - 1
     assert resident_mb() < before_mb + 100
 
 
@@ -429,10 +429,10 @@ async def test_a_call_with_the_longest_timeout_is_answered_beside_others() -> No
             if kind == link.REPLY:
                 replies.append(link.read_reply(data, start, end))
 
-        frames = link.FrameReader(take)
+        frame_reader = frames.FrameReader(take)
         assert await reader.readexactly(len(link.PREFACE)) == link.PREFACE
         while not replies:
-            frames.feed(await asyncio.wait_for(reader.read(1000), WAIT_S))
+            frame_reader.feed(await asyncio.wait_for(reader.read(1000), WAIT_S))
         assert replies[0].id == 1
         writer.close()
     data = link.call_head(1, (1 << 64) - 1, 0, b"", b"", 0)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atserving import link
+from atserving import frames, link
 from atserving.errors import InvalidArgument
 from atserving.v1.evaluator_pb2 import InferResponse
 from evaluator.worker.batcher import ItemResult
@@ -20,7 +20,7 @@ MESSAGES = st.one_of(st.just(""), st.text())
 
 def sent(result: ItemResult) -> link.Reply:
     taken: list[link.Reply] = []
-    reader = link.FrameReader(lambda kind, data, start, end: taken.append(link.read_reply(data, start, end)))
+    reader = frames.FrameReader(lambda kind, data, start, end: taken.append(link.read_reply(data, start, end)))
     reader.feed(b"".join(_reply(result, leads=True)))
     (reply,) = taken
     return reply
