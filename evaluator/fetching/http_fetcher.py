@@ -17,6 +17,7 @@ from atserving import __version__, uris
 from atserving.errors import InvalidArgument, ResourceUnreachable
 from atserving.uris import QiniuUri
 from evaluator.fetching.addresses import AddressPolicy, AddressRefused
+from evaluator.fetching.bounded_response import BoundedConnector
 from evaluator.fetching.statuses import is_refusal
 from evaluator.limits import Budget, too_large
 
@@ -73,7 +74,8 @@ class HttpFetcher:
         # Not in threads: lookups that get no reply would occupy all of them.
         self._resolver = PolicyResolver(policy, resolver or AsyncResolver())
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
+            connector=BoundedConnector(
+                max_bytes,
                 resolver=self._resolver,
                 socket_factory=policy.socket,
                 limit=_CONNECTIONS,
