@@ -161,14 +161,15 @@ class Call:
         self._stream.on_sent = self._give
         return True
 
-    def finish(self, message: bytes, headers: Iterable[tuple[str, str]] = ()) -> None:
-        """Answer with a message, and headers."""
+    def finish(self, *message: Buffer, headers: Iterable[tuple[str, str]] = ()) -> None:
+        """Answer with a message, given in parts, and headers."""
         self._release()
-        if not self._has_room(len(message)):
+        length = sum(map(len, message))
+        if not self._has_room(length):
             self._method.full(self)
             return
         sent = Headers([("content-type", "application/grpc"), *headers])
-        self._stream.respond(200, sent, _HEAD.pack(0, len(message)) + message, _ok())
+        self._stream.respond(200, sent, b"".join((_HEAD.pack(0, length), *message)), _ok())
 
     def abort(self, status: StatusCode, message: str, trailing: Iterable[tuple[str, str]] = ()) -> None:
         """Answer with a status, in one frame (Trailers-Only)."""

@@ -50,6 +50,18 @@ def cut_tail(start: Buffer, length: int, path: Sequence[int]) -> tuple[bytes, in
     return small, at
 
 
+def first_field(message: Buffer) -> tuple[int, int, int] | None:
+    """Return the number of a message's first field, and where its value begins and ends.
+
+    Return None if the field is not length-delimited, or not whole.
+    """
+    found = _read_head(message, 0)
+    if found is None:
+        return None
+    tag, length, start = found
+    return None if start + length > len(message) else (tag >> 3, start, start + length)
+
+
 def field_spans(message: Buffer, number: int, most: int) -> list[tuple[int, int]] | None:
     """Return where the values of a message's length-delimited fields of one number begin and end.
 

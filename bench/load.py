@@ -9,7 +9,9 @@ from atserving.v1 import evaluator_pb2, serving_pb2
 from bench.measurement import Row, quantiles_ms
 from bench.processes import Evaluator
 from bench.workload import Workload
+from gate import responses
 from gate.connection import EvaluatorConnection
+from gate.responses import Response
 
 _TIMEOUT_S = 60.0
 
@@ -42,14 +44,14 @@ async def _load(evaluator: Evaluator, image: bytes, callers: int, seconds: float
         answer = connection.ask(request, time.monotonic() + _TIMEOUT_S, "bench", None)
         answer.add_done_callback(lambda done: answered(done, sent_s))
 
-    def answered(answer: asyncio.Future[evaluator_pb2.InferResponse], sent_s: float) -> None:
+    def answered(answer: asyncio.Future[Response], sent_s: float) -> None:
         nonlocal began_s, errors, open_calls
         open_calls -= 1
         now_s = time.perf_counter()
         # Count from the first answer on: by then every engine has work, and more is queued.
         began_s = began_s or now_s
         took_s.append(now_s - sent_s)
-        errors += answer.exception() is not None or answer.result().HasField("error")
+        errors += answer.exception() is not None or responses.is_error(answer.result())
         if now_s - began_s < seconds:
             ask()
         elif not open_calls:

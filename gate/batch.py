@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from atserving.errors import PayloadTooLarge, ResourceExhausted, ServingError, Unavailable
 from atserving.held import HeldBytes
+from gate import responses
 from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
 
 _PAUSE_S = (0.005, 0.02)
@@ -105,7 +106,7 @@ class _Batch:
 
     def _kept(self, answer: EvalResult) -> EvalResult:
         """Keep an answer until the others are there. Raises PayloadTooLarge and Unavailable."""
-        size = answer.response.ByteSize()
+        size = responses.size(answer.response)
         # As JSON a stream is base64.
         self._is_full = self._is_full or (self._bytes + size) * 4 // 3 > MAX_ANSWER_BYTES
         if self._is_full:

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any
 
 import structlog
 from google.protobuf.message import DecodeError
@@ -17,10 +17,12 @@ from google.protobuf.message import DecodeError
 from atserving import lifecycle, link, wire
 from atserving.config import Instance
 from atserving.deadlines import Deadlines
-from atserving.errors import Internal, Unavailable
+from atserving.errors import Unavailable
 from atserving.held import HeldBytes
 from atserving.v1 import evaluator_pb2, serving_pb2
 from atserving.wire import Buffer
+from gate import responses
+from gate.responses import Response
 
 log = structlog.get_logger()
 
@@ -43,7 +45,7 @@ class TransportError(Exception):
         self.reached = reached
 
 
-class _Answer(asyncio.Future[evaluator_pb2.InferResponse]):
+class _Answer(asyncio.Future[Response]):
     """The response to a call. Cancelling it abandons the call."""
 
     __slots__ = ("abandon", "deadline_s", "flags", "held", "id", "length", "parts", "reqid", "sent", "traceparent")
@@ -109,7 +111,7 @@ class EvaluatorConnection:
         reqid: str,
         traceparent: str | None,
         body: Sequence[Buffer] = (),
-    ) -> asyncio.Future[evaluator_pb2.InferResponse]:
+    ) -> asyncio.Future[Response]:
         """Return the future of the instance's response. Cancelling it also cancels the work on the instance.
 
         ``body`` has the parts of a large body, the only resource; ``request`` is empty then.
@@ -213,13 +215,7 @@ class EvaluatorConnection:
         answer = self._pending.pop(reply.id, None)
         if answer:
             self._held.give(answer.held)
-            try:
-                response = evaluator_pb2.InferResponse.FromString(cast(bytes, reply.response))
-            except DecodeError:
-                response = evaluator_pb2.InferResponse(
-                    error=Internal("the instance's response is malformed").to_proto()
-                )
-            answer.set_result(response)
+            answer.set_result(responses.read(reply.response))
 
     def _abandon(self, id_: int) -> None:
         answer = self._pending.pop(id_, None)

@@ -25,6 +25,7 @@ from atserving.v1 import evaluator_pb2
 from atserving.wire import Buffer
 from gate.admission import Caller, admit
 from gate.connection import EvaluatorConnection, TransportError
+from gate.responses import LargeResponse, Response
 from gate.router import Endpoint, Kind, Route, Router
 
 log = structlog.get_logger()
@@ -77,7 +78,7 @@ class CallContext:
 class EvalResult:
     """An instance's response, and its version."""
 
-    response: evaluator_pb2.InferResponse
+    response: Response
     version: str
 
 
@@ -243,7 +244,7 @@ class Dispatcher:
                 continue
             except TimeoutError:
                 raise TimeoutError(endpoint.instance.version) from None
-            if not response.HasField("error"):
+            if isinstance(response, LargeResponse) or not response.HasField("error"):
                 return EvalResult(response, endpoint.instance.version)
             refusal = ServingError.from_proto(response.error)
             refusal.version = endpoint.instance.version

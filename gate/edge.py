@@ -17,10 +17,11 @@ from atserving.counting import MAX_GROUP, TooMany, check_data, check_objects
 from atserving.errors import InvalidArgument, PayloadTooLarge, ServingError, UnsupportedMediaType
 from atserving.v1 import evaluator_pb2, serving_pb2
 from gate.dispatch import EvalResult, Task
+from gate.responses import LargeResponse
 
 JSON = "application/json"
 BYTES = "application/octet-stream"
-_STREAM_URI = b"data:application/octet-stream;base64,"
+_STREAM = b',"stream":"data:application/octet-stream;base64,'
 _NULL = b"null"
 
 
@@ -179,8 +180,12 @@ def _text(document: msgspec.Raw) -> str:
 def write_answer(answer: EvalResult) -> Reply:
     """Return the response of an eval: JSON, or the net's bytes unchanged."""
     headers = {"x-serving-version": answer.version}
-    if answer.response.WhichOneof("outcome") == "stream":
-        return Reply(answer.response.stream, BYTES, headers=headers)
+    response = answer.response
+    if isinstance(response, LargeResponse):
+        if response.is_stream:
+            return Reply(bytes(response.result), BYTES, headers=headers)
+    elif response.WhichOneof("outcome") == "stream":
+        return Reply(response.stream, BYTES, headers=headers)
     return Reply(_item(answer), headers=headers)
 
 
@@ -206,8 +211,12 @@ def write_batch(results: list[EvalResult | ServingError]) -> Reply:
 def _item(answer: EvalResult) -> bytes:
     response = answer.response
     start = b'{"code":0,"message":' + msgspec.json.encode(response.message)
+    if isinstance(response, LargeResponse):
+        if response.is_stream:
+            return b"".join((start, _STREAM, base64.b64encode(response.result), b'"}'))
+        return b"".join((start, b',"result":', response.result, b"}"))
     if response.WhichOneof("outcome") == "stream":
-        return start + b',"stream":"' + _STREAM_URI + base64.b64encode(response.stream) + b'"}'
+        return start + _STREAM + base64.b64encode(response.stream) + b'"}'
     return start + b',"result":' + (response.result_json.encode() or b"null") + b"}"
 
 

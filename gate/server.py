@@ -12,6 +12,7 @@ import structlog
 from google.api import httpbody_pb2
 from grpc import StatusCode
 
+from atserving import wire
 from atserving.coroutines import Running
 from atserving.counting import MAX_GROUP, TooMany, check_repeated
 from atserving.errors import Internal, InvalidArgument, ServingError, Unavailable
@@ -25,6 +26,7 @@ from gate import edge
 from gate.admission import Caller
 from gate.batch import run_batch
 from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
+from gate.responses import LargeResponse
 
 log = structlog.get_logger()
 
@@ -36,6 +38,7 @@ _DATA = serving_pb2.EvalRequest.DATA_FIELD_NUMBER
 _FEW = 16
 _EXTENSIONS = httpbody_pb2.HttpBody.EXTENSIONS_FIELD_NUMBER
 _TASKS = serving_pb2.BatchRequest.TASKS_FIELD_NUMBER
+_RESULTS = serving_pb2.BatchResponse.RESULTS_FIELD_NUMBER
 _ResultT = TypeVar("_ResultT")
 
 
@@ -127,7 +130,7 @@ class ServingService:
     @staticmethod
     def _answer(call: Call, context: CallContext, result: EvalResult) -> None:
         headers = (("x-reqid", context.reqid), ("x-serving-version", result.version))
-        call.finish(response_of(result).SerializeToString(), headers)
+        call.finish(*write_response(result), headers=headers)
 
     def batch(self, call: Call) -> None:
         try:
@@ -148,8 +151,10 @@ class ServingService:
             return
 
         def answer(results: list[EvalResult | ServingError]) -> None:
-            response = serving_pb2.BatchResponse(results=[response_of(each) for each in results])
-            call.finish(response.SerializeToString(), (("x-reqid", context.reqid),))
+            parts: list[Buffer] = []
+            for each in map(write_response, results):
+                parts += (wire.field_head(_RESULTS, sum(map(len, each))), *each)
+            call.finish(*parts, headers=(("x-reqid", context.reqid),))
 
         tasks = [task_of(each) for each in request.tasks]
         work = _batch(self._dispatcher, tasks, context, self._held)
@@ -179,17 +184,20 @@ def task_of(request: serving_pb2.EvalRequest) -> Task:
     return Task(request.app, request.version, infer)
 
 
-def response_of(result: EvalResult | ServingError) -> serving_pb2.EvalResponse:
-    """Return the typed response of one eval."""
+def write_response(result: EvalResult | ServingError) -> list[Buffer]:
+    """Return the typed response of one eval, serialized, in parts."""
     if isinstance(result, ServingError):
-        return serving_pb2.EvalResponse(code=result.code, message=result.message)
+        return [serving_pb2.EvalResponse(code=result.code, message=result.message).SerializeToString()]
     inferred = result.response
     response = serving_pb2.EvalResponse(message=inferred.message, version=result.version)
+    if isinstance(inferred, LargeResponse):
+        number = response.STREAM_FIELD_NUMBER if inferred.is_stream else response.RESULT_JSON_FIELD_NUMBER
+        return [response.SerializeToString(), wire.field_head(number, len(inferred.result)), inferred.result]
     if inferred.WhichOneof("outcome") == "stream":
         response.stream = inferred.stream
     else:
         response.result_json = inferred.result_json
-    return response
+    return [response.SerializeToString()]
 
 
 def error_metadata(error: ServingError, context: CallContext) -> list[tuple[str, str]]:

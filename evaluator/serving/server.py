@@ -71,4 +71,4 @@ class _Replier:
     def reply(self, reply: link.Reply) -> None:
         if self.timer:
             self.timer.cancel()
-        self._call.finish(bytes(reply.response))
+        self._call.finish(reply.response)

@@ -31,6 +31,7 @@ from tests.waiting import until_async
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 STREAM = bytes(range(256)) * 100_000
+TEXT = orjson.dumps("é" * 5_000_000).decode()
 
 
 class Obedient:
@@ -47,6 +48,8 @@ class Obedient:
         match params:
             case {"stream": True}:
                 return evaluator_pb2.InferResponse(stream=STREAM)
+            case {"text": True}:
+                return evaluator_pb2.InferResponse(result_json=TEXT, message="a word")
             case {"code": int(code), "status": int(status)}:
                 error = evaluator_pb2.Error(code=code, status=status, message='the net said "no" ✗\n')
                 return evaluator_pb2.InferResponse(error=error)
@@ -105,6 +108,20 @@ async def test_a_stream_in_a_batch_is_a_data_uri(net: Obedient, client: Client) 
     assert (first, header) == ({"code": 0, "message": ""}, "data:application/octet-stream;base64")
     assert base64.b64decode(data) == STREAM
     assert second == {"code": -3, "message": 'the net said "no" ✗\n'}
+
+
+async def test_large_documents_arrive_whole(net: Obedient, mesh: Mesh, client: Client) -> None:
+    expected = {"code": 0, "message": "a word", "result": orjson.loads(TEXT)}
+    assert (await client.json("/v1/eval/obedient", ask(text=True))).json == expected
+    task = {"op": "/v1/eval/obedient", **ask(text=True)}
+    assert (await client.json("/v1/batch", [task, task])).json == [expected] * 2
+    resource = serving_pb2.Resource(uri="http://host/a")
+    request = serving_pb2.EvalRequest(app="obedient", data=[resource], params_json='{"text": true}')
+    typed = serving_pb2.EvalResponse(message="a word", result_json=TEXT, version="v1")
+    async with transport.channel(f"127.0.0.1:{mesh.ports.edge}") as channel:
+        stub = serving_pb2_grpc.ServingServiceStub(channel)
+        assert await stub.Eval(request) == typed
+        assert list((await stub.Batch(serving_pb2.BatchRequest(tasks=[request] * 2))).results) == [typed] * 2
 
 
 @pytest.mark.parametrize(("code", "status"), [(-1, 400), (-2, 500), (-3, 400), (422, 422), (575, 575), (599, 599)])

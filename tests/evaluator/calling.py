@@ -12,6 +12,7 @@ from atserving.config import Instance
 from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
 from atserving.v1.serving_pb2 import Resource
 from gate.connection import EvaluatorConnection
+from gate.responses import Response
 from tests.evaluator.digits import DIGITS
 from tests.processes import Process
 from tests.waiting import PATIENCE_S
@@ -52,7 +53,18 @@ def ask(
     traceparent: str | None = None,
 ) -> asyncio.Future[InferResponse]:
     """Send a request over a connection."""
-    return connection.ask(request, time.monotonic() + timeout_s, reqid, traceparent)
+    return asyncio.ensure_future(whole(connection.ask(request, time.monotonic() + timeout_s, reqid, traceparent)))
+
+
+async def whole(answer: asyncio.Future[Response]) -> InferResponse:
+    """Return a response as a message, also a large one."""
+    response = await answer
+    if isinstance(response, InferResponse):
+        return response
+    result = bytes(response.result)
+    if response.is_stream:
+        return InferResponse(stream=result, message=response.message)
+    return InferResponse(result_json=result.decode(), message=response.message)
 
 
 async def infer(

@@ -52,7 +52,7 @@ class Scripted:
         self.held = HeldBytes(HELD_BYTES)
         services = [serving_pb2.DESCRIPTOR.services_by_name["ServingService"]]
         self.server = Server(services, MAX_BYTES, self.held)
-        self.server.unary("/test/Echo", lambda call: call.finish(bytes(call.message), [("x-said", "yes")]))
+        self.server.unary("/test/Echo", lambda call: call.finish(call.message, headers=[("x-said", "yes")]))
         self.server.unary("/test/Grow", lambda call: call.finish(bytes(int(bytes(call.message)))))
         self.server.unary("/test/Fail", self._fail)
         self.server.unary("/test/Wait", self._wait)

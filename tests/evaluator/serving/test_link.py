@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
@@ -22,6 +23,7 @@ from atserving.config import Instance
 from atserving.v1.evaluator_pb2 import Hello, InferRequest, InferResponse
 from evaluator.serving.link_server import LinkServer
 from gate.connection import EvaluatorConnection, TransportError
+from tests.evaluator import calling
 from tests.instance import ScriptedInstance
 
 WAIT_S = 60.0
@@ -73,7 +75,9 @@ async def serving(echo: Echo, port: int = 0) -> AsyncIterator[tuple[ScriptedInst
 
 
 def ask(connection: EvaluatorConnection, name: str, timeout_s: float = WAIT_S) -> asyncio.Future[InferResponse]:
-    return connection.ask(InferRequest(params_json=name), time.monotonic() + timeout_s, "r", None)
+    answer = connection.ask(InferRequest(params_json=name), time.monotonic() + timeout_s, "r", None)
+    # It is no large one.
+    return cast(asyncio.Future[InferResponse], answer)
 
 
 async def ask_until_up(connection: EvaluatorConnection, name: str) -> InferResponse:
@@ -221,7 +225,8 @@ async def test_large_calls_arrive_whole() -> None:
     echo = Echo()
     async with serving(echo) as (_, connection, _):
         big = "x" * (3 << 20)
-        answers = await asyncio.gather(*(ask(connection, big + str(n)) for n in range(30)))
+        requests = [InferRequest(params_json=big + str(n)) for n in range(30)]
+        answers = await asyncio.gather(*(calling.ask(connection, each, WAIT_S) for each in requests))
     assert [answer.result_json[-2:].strip("x") for answer in answers] == [str(n) for n in range(30)]
 
 

@@ -17,6 +17,8 @@ from atserving.held import HeldBytes
 from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
 from evaluator.serving.link_server import Replier
 from gate.connection import EvaluatorConnection
+from gate.responses import Response
+from tests.evaluator.calling import whole
 from tests.instance import ScriptedInstance
 from tests.waiting import until
 
@@ -73,9 +75,14 @@ async def serving(held: HeldBytes | None = None) -> AsyncIterator[tuple[Instance
         await server.stop()
 
 
-def ask(connection: EvaluatorConnection, params: str = "", body: int = 0) -> asyncio.Future[InferResponse]:
+def ask(connection: EvaluatorConnection, params: str = "", body: int = 0) -> asyncio.Future[Response]:
     parts = [b"x" * body] if body else []
     return connection.ask(InferRequest(params_json=params), time.monotonic() + WAIT_S, "r", None, parts)
+
+
+async def result(answer: asyncio.Future[Response]) -> str:
+    """Return the JSON document of an answer."""
+    return (await whole(answer)).result_json
 
 
 async def test_short_reply_overtakes_a_long_one() -> None:
@@ -83,21 +90,21 @@ async def test_short_reply_overtakes_a_long_one() -> None:
         long, short = ask(connection, "long"), ask(connection)
         await short
         assert not long.done()
-        assert len((await long).result_json) == LONG
+        assert len(await result(long)) == LONG
 
 
 async def test_short_call_overtakes_a_long_one() -> None:
     async with serving() as (server, connection):
         answers = [ask(connection, body=LONG), ask(connection)]
-        assert [each.result_json for each in await asyncio.gather(*answers)] == [str(LONG), "0"]
+        assert [await result(each) for each in answers] == [str(LONG), "0"]
         assert server.lengths == [0, LONG]
 
 
 async def test_long_frames_take_turns() -> None:
     async with serving() as (server, connection):
         sizes = [LONG, LONG // 2, LONG // 4]
-        answers = await asyncio.gather(*(ask(connection, body=size) for size in sizes))
-        assert [each.result_json for each in answers] == list(map(str, sizes))
+        answers = [ask(connection, body=size) for size in sizes]
+        assert [await result(each) for each in answers] == list(map(str, sizes))
         assert server.lengths == sorted(sizes)
 
 
@@ -110,8 +117,8 @@ async def test_abandoned_long_reply_is_not_sent_to_its_end() -> None:
         assert held.held == 0
         await until(lambda: not server.unsent_bytes)
         # What was still on its way is skipped.
-        assert (await ask(connection)).result_json == "0"
-        assert len((await ask(connection, "long")).result_json) == LONG
+        assert await result(ask(connection)) == "0"
+        assert len(await result(ask(connection, "long"))) == LONG
         assert held.held == 0
 
 
@@ -123,7 +130,7 @@ async def test_abandoned_long_call_is_not_sent_to_its_end() -> None:
         assert link_
         await until(lambda: link_.unsent_bytes > 0)
         long.cancel()
-        assert (await ask(connection)).result_json == "0"
+        assert await result(ask(connection)) == "0"
         assert server.lengths == [0, 0]
         (gate,) = server.links.links
         await until(lambda: not gate.reader._longs)
@@ -136,7 +143,7 @@ async def test_answer_without_room_is_refused_before_it_arrives() -> None:
             await ask(connection, "long")
         assert caught.value.retry_after_s
         assert held.held == 0
-        assert (await ask(connection)).result_json == "0"
+        assert await result(ask(connection)) == "0"
         await until(lambda: not server.unsent_bytes)
 
 
@@ -145,7 +152,7 @@ async def test_link_closes_after_the_end_of_a_long_reply() -> None:
         long = ask(connection, "long")
         await until(lambda: len(server.lengths) == 1)
         await server.links.stop(WAIT_S)
-        assert len((await long).result_json) == LONG
+        assert len(await result(long)) == LONG
 
 
 @settings(max_examples=50, deadline=None)
