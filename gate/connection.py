@@ -14,14 +14,15 @@ from typing import Any
 import structlog
 from google.protobuf.message import DecodeError
 
-from atserving import lifecycle, link, wire
+from atserving import lifecycle, link
 from atserving.config import Instance
 from atserving.deadlines import Deadlines
 from atserving.errors import Unavailable
 from atserving.held import HeldBytes
-from atserving.v1 import evaluator_pb2, serving_pb2
+from atserving.v1 import evaluator_pb2
 from atserving.wire import Buffer
-from gate import responses
+from gate import bodies, responses
+from gate.bodies import Body
 from gate.responses import Response
 
 log = structlog.get_logger()
@@ -68,14 +69,6 @@ class _Answer(asyncio.Future[Response]):
         return True
 
 
-def _with_body(body: Sequence[Buffer]) -> tuple[list[Buffer], int]:
-    """Return a serialized ``InferRequest`` with one body as its resource, in parts, and its length."""
-    length = sum(map(len, body))
-    inner = wire.field_head(serving_pb2.Resource.BODY_FIELD_NUMBER, length)
-    outer = wire.field_head(evaluator_pb2.InferRequest.DATA_FIELD_NUMBER, len(inner) + length)
-    return [outer + inner, *body], len(outer) + len(inner) + length
-
-
 class EvaluatorConnection:
     """One instance, reached over one long-lived link that is opened at once, and again after it breaks.
 
@@ -110,11 +103,11 @@ class EvaluatorConnection:
         deadline_s: float,
         reqid: str,
         traceparent: str | None,
-        body: Sequence[Buffer] = (),
+        body: Body | None = None,
     ) -> asyncio.Future[Response]:
         """Return the future of the instance's response. Cancelling it also cancels the work on the instance.
 
-        ``body`` has the parts of a large body, the only resource; ``request`` is empty then.
+        ``body`` is a large resource, the only one; ``request`` has none then.
         ``deadline_s`` is of the monotonic clock; after it the future has a TimeoutError. The future has a
         TransportError if the link breaks. Raises TransportError while there is none.
         """
@@ -125,10 +118,11 @@ class EvaluatorConnection:
         answer.id = id_ = next(self._ids)
         answer.abandon = self._abandon
         answer.deadline_s = deadline_s
-        answer.flags = link.FETCH if any(each.HasField("uri") for each in request.data) else 0
         if body:
-            answer.parts, answer.length = _with_body(body)
+            answer.flags = link.FETCH if body.is_uri else 0
+            answer.parts, answer.length = bodies.serialized(request, body)
         else:
+            answer.flags = link.FETCH if any(each.HasField("uri") for each in request.data) else 0
             serialized = request.SerializeToString()
             answer.parts, answer.length = (serialized,), len(serialized)
         answer.reqid = reqid.encode()

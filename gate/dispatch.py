@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -22,8 +21,8 @@ from atserving.errors import (
 )
 from atserving.telemetry import RequestLog
 from atserving.v1 import evaluator_pb2
-from atserving.wire import Buffer
 from gate.admission import Caller, admit
+from gate.bodies import Body
 from gate.connection import EvaluatorConnection, TransportError
 from gate.responses import LargeResponse, Response
 from gate.router import Endpoint, Kind, Route, Router
@@ -56,8 +55,8 @@ class Task:
     version: str
     """Empty: the versions in production."""
     request: evaluator_pb2.InferRequest
-    body: Sequence[Buffer] = ()
-    """A large body, in parts: the only resource of the request, which itself is empty then."""
+    body: Body | None = None
+    """A large resource, which ``request`` does not have: the only one."""
 
 
 @dataclass(frozen=True)
@@ -182,14 +181,13 @@ class Dispatcher:
         Return whether an instance has to fetch a resource.
         """
         if task.body:
+            _check_json(len(task.request.params_json) + len(task.body.attribute_json))
             return False
         if not task.request.data:
             raise InvalidArgument("no data given")
         if len(task.request.data) > MAX_GROUP:
             raise InvalidArgument(f"the request has {len(task.request.data)} resources, more than {MAX_GROUP}")
-        # The evaluator parses these whole while other callers wait.
-        if len(task.request.params_json) + sum(len(each.attribute_json) for each in task.request.data) > MAX_JSON_CHARS:
-            raise InvalidArgument(f"params and attributes are longer than {MAX_JSON_CHARS} characters")
+        _check_json(len(task.request.params_json) + sum(len(each.attribute_json) for each in task.request.data))
         fetches = False
         for resource in task.request.data:
             match resource.WhichOneof("source"):
@@ -253,3 +251,9 @@ class Dispatcher:
             is_full = refusal.status == ResourceExhausted.status and not kind.fetches
             self._router.refused(endpoint, refusal.retry_after_s or 0.0 if is_full else 0.0)
         raise TimeoutError
+
+
+def _check_json(chars: int) -> None:
+    """Raise InvalidArgument for more JSON than a request may have: evaluators parse it while other callers wait."""
+    if chars > MAX_JSON_CHARS:
+        raise InvalidArgument(f"params and attributes are longer than {MAX_JSON_CHARS} characters")

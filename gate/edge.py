@@ -16,6 +16,8 @@ import msgspec
 from atserving.counting import MAX_GROUP, TooMany, check_data, check_objects
 from atserving.errors import InvalidArgument, PayloadTooLarge, ServingError, UnsupportedMediaType
 from atserving.v1 import evaluator_pb2, serving_pb2
+from atserving.wire import LARGE_BYTES
+from gate.bodies import Body
 from gate.dispatch import EvalResult, Task
 from gate.responses import LargeResponse
 
@@ -35,12 +37,23 @@ class _Eval(msgspec.Struct):
     params: msgspec.Raw = msgspec.Raw(_NULL)
 
 
+class _RawResource(msgspec.Struct):
+    uri: msgspec.Raw
+    attribute: msgspec.Raw = msgspec.Raw(_NULL)
+
+
+class _LargeEval(msgspec.Struct):
+    data: _RawResource
+    params: msgspec.Raw = msgspec.Raw(_NULL)
+
+
 class _Task(_Eval, kw_only=True):
     op: str
 
 
 _DecodedT = TypeVar("_DecodedT")
 _EVAL = msgspec.json.Decoder(_Eval)
+_LARGE_EVAL = msgspec.json.Decoder(_LargeEval)
 _TASKS = msgspec.json.Decoder(list[msgspec.Raw])
 _TASK = msgspec.json.Decoder(_Task)
 
@@ -58,6 +71,8 @@ class Reply:
 def read_eval(app: str, version: str, content_type: str, body: bytes) -> Task:
     """Read the task of an eval request. Raises InvalidArgument or UnsupportedMediaType."""
     if is_json(content_type):
+        if len(body) >= LARGE_BYTES and (task := _with_large_uri(app, version, body)):
+            return task
         _count(check_data, body, MAX_GROUP, too_many_resources)
         return _task(app, version, _decode(_EVAL, body))
     if not is_bytes(content_type):
@@ -65,6 +80,21 @@ def read_eval(app: str, version: str, content_type: str, body: bytes) -> Task:
     if not body:
         raise InvalidArgument("the body is empty")
     return Task(app, version, evaluator_pb2.InferRequest(data=[serving_pb2.Resource(body=body)]))
+
+
+def _with_large_uri(app: str, version: str, document: bytes) -> Task | None:
+    """Return the task of an eval of one data URI, without a copy of it; None for others, and for wrong ones."""
+    if b"\\" in document or not document.isascii():
+        return None
+    try:
+        fields = _LARGE_EVAL.decode(document)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    uri = memoryview(fields.data.uri)
+    if len(uri) < LARGE_BYTES or bytes(uri[:6]).lower() != b'"data:':
+        return None
+    request = evaluator_pb2.InferRequest(params_json=_text(fields.params))
+    return Task(app, version, request, Body([uri[1:-1]], is_uri=True, attribute_json=_text(fields.data.attribute)))
 
 
 def read_batch(content_type: str, body: bytes, most: int) -> list[Task | ServingError]:

@@ -25,6 +25,7 @@ from atserving.wire import LARGE_BYTES, Buffer, cut_tail
 from gate import edge
 from gate.admission import Caller
 from gate.batch import run_batch
+from gate.bodies import Body
 from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
 from gate.responses import LargeResponse
 
@@ -289,14 +290,17 @@ def _edge_eval(call: Call) -> Task:
 
 
 def _large_eval(call: Call) -> Task | None:
-    """Return the task of an eval whose body is large and no JSON, without a copy of the body; None for others."""
+    """Return the task of an eval whose body is large, without a copy of the resource; None for others.
+
+    Raises a ServingError.
+    """
     path = edge_pb2.EdgeEvalRequest.BODY_FIELD_NUMBER, httpbody_pb2.HttpBody.DATA_FIELD_NUMBER
     if (cut := _cut(call, path)) is None:
         return None
     request = parsed(edge_pb2.EdgeEvalRequest(), cut[0])
-    if not edge.is_bytes(request.body.content_type):
-        return None
-    return Task(request.app, request.version, evaluator_pb2.InferRequest(), cut[1])
+    if edge.is_bytes(request.body.content_type):
+        return Task(request.app, request.version, evaluator_pb2.InferRequest(), Body(cut[1]))
+    return edge.read_eval(request.app, request.version, request.body.content_type, b"".join(cut[1]))
 
 
 def _large_typed_eval(call: Call) -> Task | None:
@@ -307,7 +311,7 @@ def _large_typed_eval(call: Call) -> Task | None:
     request = parsed(serving_pb2.EvalRequest(), cut[0])
     if len(request.data) > 1 or request.group or request.params_json or request.data[0].attribute_json:
         return None
-    return Task(request.app, request.version, evaluator_pb2.InferRequest(), cut[1])
+    return Task(request.app, request.version, evaluator_pb2.InferRequest(), Body(cut[1]))
 
 
 def _cut(call: Call, path: tuple[int, int]) -> tuple[bytes, list[Buffer]] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from typing import Any
 
 import orjson
@@ -54,6 +55,20 @@ async def test_an_image_as_bytes_is_classified(client: Client, digit: int) -> No
 async def test_an_image_as_a_data_uri_is_classified(client: Client, media_type: str) -> None:
     response = await client.json("/v1/eval/digits", {"data": data_uri("7.png", media_type)})
     assert (response.status, response.best) == (200, "seven")
+
+
+@pytest.mark.parametrize("size", [40_000, 1_000_000])
+@pytest.mark.parametrize("escaped", [False, True])
+async def test_a_large_data_uri_is_classified(client: Client, size: int, escaped: bool) -> None:
+    uri = b"data:image/png;base64," + base64.b64encode(padded(image("7.png"), size))
+    uri = uri.replace(b"/", b"\\/") if escaped else uri
+    document = b'{"params":{"limit":2},"data":{"attribute":{"any":"thing"},"uri":"%s"}}' % uri
+    response = await client.post("/v1/eval/digits", document, JSON)
+    assert (response.status, response.best) == (200, "seven")
+    assert len(response.json["result"]["confidences"]) == 2
+    batch = b'[{"op":"/v1/eval/digits","data":{"uri":"%s"}}]' % uri
+    [item] = (await client.post("/v1/batch", batch, JSON)).json
+    assert item["result"]["confidences"][0]["class"] == "seven"
 
 
 async def test_an_image_with_an_http_url_is_classified(client: Client) -> None:

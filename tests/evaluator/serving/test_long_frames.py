@@ -16,6 +16,7 @@ from atserving.errors import Unavailable
 from atserving.held import HeldBytes
 from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
 from evaluator.serving.link_server import Replier
+from gate.bodies import Body
 from gate.connection import EvaluatorConnection
 from gate.responses import Response
 from tests.evaluator.calling import whole
@@ -76,8 +77,8 @@ async def serving(held: HeldBytes | None = None) -> AsyncIterator[tuple[Instance
 
 
 def ask(connection: EvaluatorConnection, params: str = "", body: int = 0) -> asyncio.Future[Response]:
-    parts = [b"x" * body] if body else []
-    return connection.ask(InferRequest(params_json=params), time.monotonic() + WAIT_S, "r", None, parts)
+    large = Body([b"x" * body]) if body else None
+    return connection.ask(InferRequest(params_json=params), time.monotonic() + WAIT_S, "r", None, large)
 
 
 async def result(answer: asyncio.Future[Response]) -> str:
