@@ -15,6 +15,11 @@ _EVERY_S = 0.5
 _PEAK = re.compile(r"VmHWM:\s+(\d+) kB")
 
 
+def _forget(pid: int) -> None:
+    """Let a process's peak begin anew. Raises OSError."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
 class Peaks:
     """Samples the mesh from its entry to its exit. Worker processes are a kind of their own."""
 
@@ -26,7 +31,7 @@ class Peaks:
     async def __aenter__(self) -> Peaks:
         for pid, _, _ in self._processes():
             with suppress(OSError):
-                Path(f"/proc/{pid}/clear_refs").write_text("5")
+                _forget(pid)
         self._task = asyncio.create_task(self._sample())
         return self
 

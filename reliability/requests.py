@@ -53,7 +53,7 @@ class Requests:
     ) -> None:
         await self._session.close()
         for channel in self._channels:
-            await channel.close()
+            await channel.close(None)
 
     async def send(self, stream: Stream, edge: int) -> str:
         """Send one request to an Envoy; return the cause of its failure, or an empty text."""

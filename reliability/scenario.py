@@ -72,7 +72,7 @@ async def play(scenario: Scenario, mesh: Mesh, truth: Truth, scale: float = 1.0)
             stage.note(f"not whole after {_WHOLE_S:g} s: it waits for {missing}")
     for name, count in peaks.restarts().items():
         if name not in stage.broken and name.removeprefix("worker of ") not in stage.broken:
-            stage.note(f"{name} restarted {count} times")
+            stage.note(f"{name} restarted ({count})")
     for group in scenario.others:
         stage.note(_figures(group, [each for each in outcomes if each.group == group]))
     return _row(scenario, [each for each in outcomes if each.group == CALLERS], peaks, stage.notes)

@@ -7,27 +7,31 @@
 {"do": "crash"}               ends the process
 """
 
+from __future__ import annotations
+
 import os
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
-def net_init(cfg):
+def net_init(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {"error": "", "batch_size": 8}
 
 
-def net_inference(model, args):
+def net_inference(model: Mapping[str, Any], args: Mapping[str, Any]) -> list[dict[str, Any]]:
     wanted = [req.get("params") or {} for req in args["reqs"]]
     time.sleep(_seconds(wanted))
     return [_answer(params) for params in wanted]
 
 
-def _seconds(wanted):
+def _seconds(wanted: Sequence[Mapping[str, Any]]) -> float:
     sleeps = [params["s"] for params in wanted if params.get("do") == "sleep"]
     work = [params["s"] for params in wanted if params.get("do") == "work"]
-    return max(sleeps, default=0) + sum(work)
+    return float(max(sleeps, default=0) + sum(work))
 
 
-def _answer(params):
+def _answer(params: Mapping[str, Any]) -> dict[str, Any]:
     do = params.get("do")
     if do == "hang":
         time.sleep(3600)
