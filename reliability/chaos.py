@@ -10,9 +10,9 @@ from pathlib import Path
 
 from reliability import releases
 from reliability.command import main
-from reliability.config_faults import config_faults
-from reliability.load_faults import load_faults
-from reliability.process_faults import process_faults
+from reliability.faults.config import config_faults
+from reliability.faults.load import load_faults
+from reliability.faults.processes import process_faults
 from reliability.releases import Served
 from reliability.scenario import Scenario
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -166,39 +166,46 @@ class Mesh:
         ):
             return await response.text()
 
+    def gate_at(self, port: int) -> Part:
+        """Return the gate that listens on a port."""
+        return self.parts[f"gate-{self._ports[0].gates.index(port)}"]
+
+    async def healthy(self, timeout_s: float) -> str:
+        """Wait until every Envoy considers every gate healthy; see :meth:`whole`."""
+        return await _until_nothing(self._unhealthy, timeout_s)
+
     async def whole(self, timeout_s: float) -> str:
         """Wait until every process serves, and return an empty text; after ``timeout_s`` return what is missing."""
-        until_s = time.monotonic() + timeout_s
-        while missing := await self._missing():
-            if time.monotonic() > until_s:
-                return missing
-            await asyncio.sleep(_POLL_S)
-        return ""
+        return await _until_nothing(self._missing, timeout_s)
 
     async def _missing(self) -> str:
         if down := [part.name for part in self.parts.values() if not part.runs]:
             return f"{', '.join(down)} to run"
-        try:
-            for registry in self.registries:
-                listed = await self.listed(registry)
-                for each in self.serves:
-                    status = listed.get((each.app, each.version))
-                    count = len(status.instances) if status else 0
-                    if count != each.instances:
-                        return f"{each.instances} instances of {each.app} {each.version}, not {count}"
-            async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(10)) as session:
-                for number, edge in enumerate(self.edges):
-                    clusters = await self.admin(number, "/clusters")
-                    healthy = len(re.findall(r"^gate::.*::health_flags::healthy$", clusters, re.MULTILINE))
-                    if healthy != self._size.gates:
-                        return f"all gates to be healthy for envoy-{number}"
-                    for each in self.serves:
-                        url = f"{edge}/v1/eval/{each.app}/{each.version}"
-                        async with session.post(url, data=PICTURES[1], headers=_OCTETS) as response:
-                            if response.status != 200:
-                                return f"{each.app} {each.version} to answer: {(await response.text())[:100]}"
-        except (grpc.aio.AioRpcError, aiohttp.ClientError, TimeoutError) as error:
-            return f"an answer, got {type(error).__name__}"
+        return await self._unregistered() or await self._unhealthy() or await self._unanswered()
+
+    async def _unregistered(self) -> str:
+        for registry in self.registries:
+            listed = await self.listed(registry)
+            for each in self.serves:
+                status = listed.get((each.app, each.version))
+                count = len(status.instances) if status else 0
+                if count != each.instances:
+                    return f"{each.instances} instances of {each.app} {each.version}, not {count}"
+        return ""
+
+    async def _unhealthy(self) -> str:
+        for number in range(len(self.edges)):
+            clusters = await self.admin(number, "/clusters")
+            if len(re.findall(r"^gate::.*::health_flags::healthy$", clusters, re.MULTILINE)) != self._size.gates:
+                return f"all gates to be healthy for envoy-{number}"
+        return ""
+
+    async def _unanswered(self) -> str:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(10)) as session:
+            for url in (f"{edge}/v1/eval/{each.app}/{each.version}" for edge in self.edges for each in self.serves):
+                async with session.post(url, data=PICTURES[1], headers=_OCTETS) as response:
+                    if response.status != 200:
+                        return f"an answer of {url}: {(await response.text())[:100]}"
         return ""
 
     async def _start(self) -> None:
@@ -253,6 +260,19 @@ class Mesh:
             self._stack.close()
         if not keep_logs:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+async def _until_nothing(missing: Callable[[], Awaitable[str]], timeout_s: float) -> str:
+    """Ask for what is missing until it is nothing, or until the time is over."""
+    until_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            said = await missing()
+        except (grpc.aio.AioRpcError, aiohttp.ClientError, TimeoutError) as error:
+            said = f"an answer, got {type(error).__name__}"
+        if not said or time.monotonic() > until_s:
+            return said
+        await asyncio.sleep(_POLL_S)
 
 
 _OCTETS = {"content-type": "application/octet-stream"}

@@ -17,6 +17,9 @@ from examples.caffe_files import write_tar
 PICTURES = {number: (FOLDER / "digits" / "images" / f"{number}.png").read_bytes() for number in range(10)}
 """A picture of each digit."""
 
+SCENE = (FOLDER / "segment" / "images" / "1.png").read_bytes()
+"""A picture of several digits."""
+
 
 @dataclass(frozen=True)
 class Served:

@@ -17,7 +17,7 @@ import orjson
 
 from atserving.transport import MAX_MESSAGE_BYTES
 from atserving.v1 import serving_pb2, serving_pb2_grpc
-from reliability.releases import PICTURES
+from reliability.releases import PICTURES, SCENE
 from reliability.traffic import Stream
 from reliability.truth import Truth, versions_that_say
 
@@ -74,6 +74,12 @@ class Requests:
         digit = self._digit()
         body, version = await self._post(stream, edge, _path(stream.app, stream.version), PICTURES[digit], _OCTETS)
         self._check(stream.app, stream.version, digit, orjson.loads(body), version)
+
+    async def segment(self, stream: Stream, edge: int) -> None:
+        """Send a picture whose pixels get labels."""
+        body, _ = await self._post(stream, edge, _path(stream.app, stream.version), SCENE, _OCTETS)
+        if orjson.loads(body)["code"]:
+            raise _Failed("wrong answer")
 
     async def data_uri(self, stream: Stream, edge: int) -> None:
         """Send a picture in JSON."""

@@ -73,6 +73,8 @@ async def play(scenario: Scenario, mesh: Mesh, truth: Truth, scale: float = 1.0)
     for name, count in peaks.restarts().items():
         if name not in stage.broken and name.removeprefix("worker of ") not in stage.broken:
             stage.note(f"{name} restarted ({count})")
+    if scenario.broken_edge is not None:
+        stage.note(_figures("the broken Envoy's own", [each for each in outcomes if each.edge == scenario.broken_edge]))
     for group in scenario.others:
         stage.note(_figures(group, [each for each in outcomes if each.group == group]))
     return _row(scenario, [each for each in outcomes if each.group == CALLERS], peaks, stage.notes)
