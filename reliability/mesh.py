@@ -170,6 +170,16 @@ class Mesh:
         """Return the gate that listens on a port."""
         return self.parts[f"gate-{self._ports[0].gates.index(port)}"]
 
+    async def runs(self, part: Part, timeout_s: float) -> str:
+        """Wait until a process that was killed has run for a second again; see :meth:`whole`."""
+
+        async def missing() -> str:
+            return "" if part.runs else f"{part.name} to run"
+
+        # Its end takes a moment.
+        await asyncio.sleep(_POLL_S)
+        return await _until_nothing(missing, timeout_s)
+
     async def healthy(self, timeout_s: float) -> str:
         """Wait until every Envoy considers every gate healthy; see :meth:`whole`."""
         return await _until_nothing(self._unhealthy, timeout_s)

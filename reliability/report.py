@@ -42,7 +42,7 @@ class Row:
             f"{self.sent:,}",
             f"{self.answered:,}",
             "; ".join(failed) or "0",
-            f"{self.worst_s:.1f} s",
+            f"{self.worst_s:.2g} s",
             ", ".join(str(self.peak_mib.get(kind, 0)) for kind in _KINDS),
             "; ".join(self.notes),
         )

@@ -36,7 +36,7 @@ class Stage:
         await asyncio.sleep(seconds * self.scale)
 
     def note(self, text: str) -> None:
-        self.notes.append(text)
+        self.notes.append(" ".join(text.split()))
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ async def _post(stage: Stage, path: str, body: bytes, content_type: str) -> str:
 
 async def _killer(stage: Stage) -> None:
     """Kill each gate that has a certain request, as the kernel does when a request takes too much memory."""
-    request = orjson.dumps({"data": {"uri": "data:a;base64,AA=="}, "params": {"do": "sleep", "s": 20}})
+    request = orjson.dumps({"data": {"uri": "data:a;base64,AA=="}, "params": {"do": "sleep", "s": 8}})
     asked = asyncio.create_task(_post(stage, "/v1/eval/drill", request, "application/json"))
     killed = 0
     try:
@@ -86,7 +86,8 @@ async def _killer(stage: Stage) -> None:
             stage.broken.add(gate.name)
             gate.kill()
             killed += 1
-            # Let Envoy have another gate to send it to.
+            # Let Envoy have another gate to send it to, and others a gate while the next one dies.
+            await stage.mesh.runs(gate, _PATIENCE_S)
             await stage.mesh.healthy(_PATIENCE_S)
         stage.note(f"{killed} gates killed; the request: {await asked}")
     finally:
