@@ -20,7 +20,7 @@ from reliability.truth import learn
 
 
 def main(what: str, scenarios: Sequence[Scenario], serves: Callable[[Path], Sequence[Served]]) -> None:
-    """Play the scenarios that the command line chooses. Exits with 1 if a caller lost a request."""
+    """Play the scenarios that the command line chooses. Exits with 1 if one failed."""
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--only", nargs="+", metavar="PATTERN", default=["*"], help="scenarios, such as '*frozen*'")
     parser.add_argument("--scale", type=float, default=1.0, help="shorten each scenario, such as 0.5 (default: 1)")
@@ -38,9 +38,10 @@ def main(what: str, scenarios: Sequence[Scenario], serves: Callable[[Path], Sequ
         raise SystemExit(str(error)) from None
     if arguments.markdown:
         print(f"\n{markdown(rows, before.MEASURED)}", flush=True)
-    lost = {row.name: row.lost for row in rows if row.lost}
-    if lost or not rows:
-        raise SystemExit(f"requests lost: {', '.join(f'{name} {count:,}' for name, count in lost.items()) or 'all'}")
+    failed = [f"{row.name}: {row.lost:,} requests lost" for row in rows if row.lost]
+    failed += [f"{row.name}: it failed, see its notes" for row in rows if not row.whole]
+    if failed or not rows:
+        raise SystemExit("; ".join(failed) or "nothing was played")
 
 
 async def _run(

@@ -26,6 +26,8 @@ class Row:
     peak_mib: Mapping[str, int]
     """The largest peak of a process of each kind."""
     notes: Sequence[str] = field(default_factory=list)
+    whole: bool = True
+    """Whether the scenario could act, and the mesh was whole again afterwards."""
 
     @property
     def lost(self) -> int:

@@ -8,6 +8,10 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import aiohttp
+import grpc.aio
+
+from atserving.errors import StartError
 from bench.measurement import quantiles_ms
 from reliability.memory import Peaks
 from reliability.mesh import Mesh
@@ -16,7 +20,7 @@ from reliability.traffic import CALLERS, Job, Outcome, Stream, Traffic
 from reliability.truth import Truth
 
 _WHOLE_S = 60.0
-_PROBLEMS = (OSError, TimeoutError)
+_PROBLEMS = (OSError, TimeoutError, StartError, aiohttp.ClientError, grpc.aio.AioRpcError)
 
 
 @dataclass
@@ -57,6 +61,7 @@ class Scenario:
 async def play(scenario: Scenario, mesh: Mesh, truth: Truth, scale: float = 1.0) -> Row:
     """Play a scenario, wait until the mesh is whole again, and return its row of the table."""
     stage = Stage(mesh, truth, scale)
+    whole = True
     job = Job(mesh.edges, mesh.files_url, truth, scenario.streams)
     peaks = Peaks(mesh.parts)
     async with peaks, Traffic(job) as traffic:
@@ -65,11 +70,13 @@ async def play(scenario: Scenario, mesh: Mesh, truth: Truth, scale: float = 1.0)
         try:
             await scenario.act(stage)
         except _PROBLEMS as error:
-            stage.note(f"the scenario itself failed: {error}")
+            stage.note(f"the scenario itself failed: {error!r}")
+            whole = False
         await asyncio.sleep(max(0.0, began_s + scenario.seconds * scale - time.monotonic()))
         outcomes = await traffic.ended()
         if missing := await mesh.whole(_WHOLE_S):
             stage.note(f"not whole after {_WHOLE_S:g} s: it waits for {missing}")
+            whole = False
     for name, count in peaks.restarts().items():
         if name not in stage.broken and name.removeprefix("worker of ") not in stage.broken:
             stage.note(f"{name} restarted ({count})")
@@ -77,21 +84,23 @@ async def play(scenario: Scenario, mesh: Mesh, truth: Truth, scale: float = 1.0)
         stage.note(_figures("the broken Envoy's own", [each for each in outcomes if each.edge == scenario.broken_edge]))
     for group in scenario.others:
         stage.note(_figures(group, [each for each in outcomes if each.group == group]))
-    return _row(scenario, [each for each in outcomes if each.group == CALLERS], peaks, stage.notes)
+    return _row(scenario, [each for each in outcomes if each.group == CALLERS], peaks, stage.notes, whole)
 
 
-def _row(scenario: Scenario, outcomes: Sequence[Outcome], peaks: Peaks, notes: Sequence[str]) -> Row:
+def _row(scenario: Scenario, outcomes: Sequence[Outcome], peaks: Peaks, notes: Sequence[str], whole: bool) -> Row:
     ours = [each for each in outcomes if each.edge != scenario.broken_edge]
+    apart = [each for each in outcomes if each.edge == scenario.broken_edge]
     failed = _failed(ours)
     return Row(
         name=scenario.name,
         sent=sum(len(each.took_s) for each in outcomes),
         answered=sum(len(each.took_s) for each in outcomes if not each.cause),
         failed=dict(failed),
-        apart=_failed(each for each in outcomes if each not in ours).total(),
+        apart=_failed(apart).total(),
         worst_s=max((max(each.took_s) for each in ours), default=0.0),
         peak_mib=dict(peaks.mib()),
         notes=list(notes),
+        whole=whole,
     )
 
 

@@ -48,6 +48,7 @@ async def truth(mesh: Mesh) -> Truth:
 async def test_callers_lose_nothing(name: str, note: str, mesh: Mesh, truth: Truth) -> None:
     row = await play(SCENARIOS[name], mesh, truth, SCALE)
     assert row.sent == row.answered > 0, row
+    assert row.whole, row
     assert re.search(note, "; ".join(row.notes))
     assert min(row.peak_mib[kind] for kind in ("envoy", "gate", "front", "worker", "registry", "etcd")) > 0
 
