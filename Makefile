@@ -91,6 +91,18 @@ bench-evaluator: $(VENV)/installed  ## Measure one evaluator beside a bare loop 
 bench-converter: $(VENV)/installed  ## Measure the converter: time, memory, and its nets beside PyTorch's (JSON=file)
 	$(BIN)/python -m bench.converter $(if $(JSON),--json $(JSON))
 
+# ONLY="'*frozen*'": some scenarios. SCALE=0.5: shorter ones. POD_LIMITS=1: Envoy and gates at their pods' memory limits.
+# MARKDOWN=1: print the table of docs/reliability.md.
+RELIABILITY_FLAGS = $(if $(ONLY),--only $(ONLY)) $(if $(SCALE),--scale $(SCALE)) $(if $(POD_LIMITS),--pod-limits) \
+	$(if $(MARKDOWN),--markdown)
+.PHONY: chaos
+chaos: $(VENV)/installed  ## Break a mesh under load, count what callers lose (ONLY=, SCALE=, POD_LIMITS=1, MARKDOWN=1)
+	@$(BIN)/python -m reliability.chaos $(RELIABILITY_FLAGS)
+
+.PHONY: attack
+attack: $(VENV)/installed  ## Attack a mesh, count what an honest caller loses (the same options)
+	@$(BIN)/python -m reliability.attack $(RELIABILITY_FLAGS)
+
 .PHONY: fuzz
 fuzz: FUZZ_EXAMPLES ?= 4000
 fuzz: $(VENV)/installed  ## Feed the converter FUZZ_EXAMPLES (4000) broken nets a test, from new seeds

@@ -32,6 +32,7 @@ _SLOW = (
     "k8s",
     "local",
     "registry",
+    "reliability/test_scenarios.py",
     "shared/test_commands.py",
     "shared/test_health.py",
 )

@@ -1,19 +1,16 @@
 """Raw HTTP/2 frames, for peers that do what no client library does."""
 
-from __future__ import annotations
+from reliability.frames import DATA, GOAWAY, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, WINDOW_UPDATE, field, frame
 
-import struct
-
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """Return an HTTP/2 frame (RFC 9113, section 4.1)."""
-    return struct.pack(">I", len(payload))[1:] + bytes((kind, flags)) + struct.pack(">I", stream) + payload
-
-
-def field(name: bytes, value: bytes) -> bytes:
-    """Return a header field, neither packed nor indexed (RFC 7541, section 6.2.2)."""
-    assert max(len(name), len(value)) < 127
-    return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
+__all__ = [
+    "DATA",
+    "GOAWAY",
+    "HEADERS",
+    "PING",
+    "PREFACE",
+    "RST_STREAM",
+    "SETTINGS",
+    "WINDOW_UPDATE",
+    "field",
+    "frame",
+]

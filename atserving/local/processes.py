@@ -61,17 +61,18 @@ class ManagedProcess:
             self._spawn()
             self._keeper = asyncio.create_task(self._keep(), name=f"keep {self.name}")
 
-    async def stop(self) -> None:
-        """Stop the process with SIGTERM, or with SIGKILL when that takes too long. It stays down."""
+    async def stop(self, *, kill: bool = False) -> None:
+        """Stop the process with SIGTERM, or with SIGKILL when that takes too long or if ``kill``. It stays down."""
         if self._keeper is None:
             return
         keeper, self._keeper = self._keeper, None
         keeper.cancel()
         await asyncio.wait({keeper})
         try:
-            self._child.send(signal.SIGTERM)
-            async with asyncio.timeout(self._stop_s):
-                await self._child.ended()
+            if not kill:
+                self._child.send(signal.SIGTERM)
+                async with asyncio.timeout(self._stop_s):
+                    await self._child.ended()
         except TimeoutError:
             log.warning("process killed", process=self.name, reason=f"it did not stop within {self._stop_s:g} s")
         finally:

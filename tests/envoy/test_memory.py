@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from atserving.local.examples import ROOT
+from reliability.uploads import Uploads
 from tests.envoy.rig import (
     EVAL,
     TYPED_EVAL,
@@ -22,7 +23,6 @@ from tests.envoy.rig import (
     http2_start,
     most_mib,
 )
-from tests.envoy.uploads import Uploads
 from tests.frames import DATA, HEADERS, frame
 from tests.waiting import until, until_async
 

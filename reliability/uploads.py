@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from typing import Protocol
 
-from tests.envoy.rig import Edge, http2_headers, http2_start
-from tests.frames import DATA, HEADERS, PING, RST_STREAM, SETTINGS, WINDOW_UPDATE, frame
+from reliability.frames import (
+    DATA,
+    HEADERS,
+    PING,
+    RST_STREAM,
+    SETTINGS,
+    WINDOW_UPDATE,
+    frame,
+    http2_headers,
+    http2_start,
+)
 
 _PART = bytes(16 << 10)
 _INITIAL_WINDOW = 65_535
 _INITIAL_WINDOW_SETTING = 4
 _ACKNOWLEDGED = 1
+
+
+class Edge(Protocol):
+    """An Envoy to upload to."""
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]: ...
 
 
 class Uploads:

@@ -1,0 +1,1 @@
+"""Programs that break or attack a mesh under load, and count what its callers lose: ``make chaos``, ``make attack``."""

@@ -1,0 +1,1 @@
+"""What callers do to the mesh on purpose."""

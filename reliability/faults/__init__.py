@@ -1,0 +1,1 @@
+"""What breaks in the mesh: processes, the config, callers and nets."""

@@ -1,0 +1,64 @@
+"""The table of the scenarios."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from bench.measurement import markdown_table
+
+_KINDS = ("envoy", "gate", "front", "worker", "registry", "etcd")
+_HEADER = ("scenario", "sent", "answered", "failed", "slowest", "peak MiB: " + ", ".join(_KINDS), "notes")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of a scenario. The figures are those of the callers who may lose nothing."""
+
+    name: str
+    sent: int
+    answered: int
+    failed: Mapping[str, int]
+    """How many requests failed, by cause."""
+    apart: int
+    """How many failed at the Envoy that the scenario broke."""
+    worst_s: float
+    peak_mib: Mapping[str, int]
+    """The largest peak of a process of each kind."""
+    notes: Sequence[str] = field(default_factory=list)
+    whole: bool = True
+    """Whether the scenario could act, and the mesh was whole again afterwards."""
+
+    @property
+    def lost(self) -> int:
+        """How many requests failed that had a whole way to go."""
+        return sum(self.failed.values())
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the cells of the row."""
+        failed = [f"{count:,} x {cause}" for cause, count in sorted(self.failed.items(), key=lambda each: -each[1])]
+        if self.apart:
+            failed.append(f"apart: {self.apart:,} of the broken Envoy's own")
+        return (
+            self.name,
+            f"{self.sent:,}",
+            f"{self.answered:,}",
+            "; ".join(failed) or "0",
+            f"{self.worst_s:.2g} s",
+            ", ".join(str(self.peak_mib.get(kind, 0)) for kind in _KINDS),
+            "; ".join(self.notes),
+        )
+
+    def __str__(self) -> str:
+        name, sent, answered, failed, worst, peaks, notes = self.cells()
+        text = f"{name}\n    {answered} of {sent} answered, failed: {failed}; slowest {worst}; MiB {peaks}"
+        return f"{text}\n    {notes}" if notes else text
+
+
+def markdown(rows: Iterable[Row], before: Mapping[str, str]) -> str:
+    """Return the rows as a table, with what was measured ``before`` by the scenario's name."""
+    lines = [
+        tuple(cell.replace("|", "\\|") for cell in (*row.cells()[:-1], before.get(row.name, ""), row.cells()[-1]))
+        for row in rows
+    ]
+    return markdown_table((*_HEADER[:-1], "before", _HEADER[-1]), lines)
