@@ -210,7 +210,10 @@ def _refuse_not_finite(value: Any) -> None:
     if isinstance(value, dict):
         for item in value.values():
             _refuse_not_finite(item)
-    elif isinstance(value, list | tuple | np.ndarray):
+    elif isinstance(value, np.ndarray):
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise ValueError("the result holds a number that is not finite")
+    elif isinstance(value, list | tuple):
         for item in value:
             _refuse_not_finite(item)
     elif isinstance(value, float | np.floating) and not math.isfinite(value):
