@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from atserving import link
 from atserving.config import Instance
 from atserving.deadlines import Deadlines
+from atserving.held import HeldBytes
 from atserving.v1 import evaluator_pb2
 
 # Resuming for each single reply would cost more than it brings.
@@ -20,6 +21,9 @@ _FEW_OPEN = link.MOST_OPEN * 3 // 4
 
 class Replier(Protocol):
     """Takes the reply to a call."""
+
+    def hold(self, count: int) -> bool:
+        """Count a large answer of so many bytes until it is sent; return False if there is no room for it."""
 
     def reply(self, reply: link.Reply) -> None:
         """Send the reply; its id is the call's."""
@@ -47,7 +51,8 @@ class Answerer(Protocol):
 class LinkServer:
     """Makes the instance's end of each link. It refuses gates until it serves."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: HeldBytes) -> None:
+        self.held = held
         self.links: set[GateLink] = set()
         self.answerer: Answerer | None = None
         self.instance: Instance | None = None
@@ -98,6 +103,8 @@ class GateLink(link.Link):
         self._last_id = 0
         self._requests: dict[int, Request] = {}
         self._deadlines = Deadlines(self._requests, self._expire)
+        # Of large answers.
+        self._unsent_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -111,6 +118,7 @@ class GateLink(link.Link):
         for request in list(self._requests.values()):
             request.abandon()
         self._requests.clear()
+        self._give_sent()
 
     def frame_received(self, kind: int, data: link.Buffer, start: int, end: int) -> None:
         if self._answerer is None:
@@ -167,6 +175,21 @@ class GateLink(link.Link):
         if len(self._requests) >= link.MOST_OPEN:
             self.pause()
 
+    def hold(self, count: int) -> bool:
+        held = self._server.held.take(count, large=True)
+        self._unsent_bytes += count if held else 0
+        return held
+
+    def _give_sent(self) -> None:
+        """Stop counting answers once the transport has all but 1 MiB of them sent."""
+        self._server.held.give(self._unsent_bytes)
+        self._unsent_bytes = 0
+
+    def flush(self) -> None:
+        super().flush()
+        if self._unsent_bytes and self.writable:
+            self._give_sent()
+
     def reply(self, reply: link.Reply) -> None:
         self._requests.pop(reply.id, None)
         response = reply.response
@@ -184,6 +207,7 @@ class GateLink(link.Link):
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self._give_sent()
         if len(self._requests) <= _FEW_OPEN:
             self.resume()
 

@@ -203,7 +203,8 @@ class WorkerSupervisor:
         if one.ended:
             one.ended.set()
         if one.sent:
-            # It may be running: wait for its end.
+            # It may be running: wait for its end. It will not be sent again.
+            one.request = b""
             self._cancelled.append(one.id)
             self._flush_soon()
         else:
