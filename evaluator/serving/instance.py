@@ -46,6 +46,8 @@ log = structlog.get_logger()
 _LINGER_S = 0.5
 # The part of the grace in which the server sends its last replies before it cuts connections.
 _STOP_S = 1.0
+# What the front takes beside the bytes that it holds, with the libraries of both processes.
+_FRONT_BYTES = 128 << 20
 
 T = TypeVar("T")
 
@@ -136,7 +138,7 @@ class _Life:
         config = await fetch_release(release, folder, self._settings.qiniu)
         # Refuse wrong limits before the worker loads the net, which may take long.
         _check_held(config, self._settings.max_held_bytes)
-        worker = WorkerSupervisor(config)
+        worker = WorkerSupervisor(config, self._settings.max_held_bytes + _FRONT_BYTES)
         stack.push_async_callback(worker.close)
         await worker.start()
         self._status.device, self._status.plan = config.use_device, worker.plan
