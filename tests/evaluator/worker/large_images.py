@@ -23,6 +23,8 @@ IMAGES: dict[str, Callable[[], bytes]] = {
     "JPEG": _saved("JPEG"),
     "progressive JPEG": _saved("JPEG", progressive=True),
     "PNG": _saved("PNG"),
+    "WebP": _saved("WEBP"),
+    "lossless WebP": _saved("WEBP", lossless=True),
     "GIF": _saved("GIF", "P"),
     "BMP": _saved("BMP", "1"),
 }
