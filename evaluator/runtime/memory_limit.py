@@ -25,12 +25,14 @@ _ORT_TEXTS = ("Failed to allocate memory", "bad_alloc")
 def chosen_bytes(config: NetConfig, spare_bytes: int) -> float:
     """Return how much the process may take: ``model_params.memory_mib``, or its pod's limit less ``spare_bytes``.
 
-    Infinite if there is neither, and for a GPU, as CUDA maps far more memory than it takes. Raises StartError.
+    From a small pod it gets half. Infinite if there is neither, and for a GPU, as CUDA maps far more memory than it
+    takes. Raises StartError.
     """
     chosen_mib = config.model_params.optional_positive_int("memory_mib")
     if chosen_mib:
         return chosen_mib << 20
-    return memory.limit_bytes() - spare_bytes if config.use_device == "CPU" else math.inf
+    limit = memory.limit_bytes() if config.use_device == "CPU" else math.inf
+    return max(limit - spare_bytes, limit / 2)
 
 
 def bound(most_bytes: float) -> None:

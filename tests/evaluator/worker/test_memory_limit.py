@@ -112,6 +112,7 @@ def test_shortages_of_all_libraries_are_told_from_other_errors() -> None:
 def test_the_pods_limit_bounds_the_memory_unless_the_release_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "limit_bytes", lambda: 1000.0)
     assert memory_limit.chosen_bytes(NetConfig({}), 300) == 700
+    assert memory_limit.chosen_bytes(NetConfig({}), 900) == 500
     chosen = Options("model_params", {"memory_mib": 5})
     assert memory_limit.chosen_bytes(NetConfig({}, model_params=chosen, use_device="GPU"), 300) == 5 << 20
     # CUDA maps far more than it takes.
