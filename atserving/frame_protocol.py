@@ -167,6 +167,11 @@ class FrameProtocol(asyncio.BufferedProtocol):
                 return
 
     @property
+    def sends_long(self) -> bool:
+        """Whether a long frame waits to be sent."""
+        return bool(self._sending)
+
+    @property
     def unsent_bytes(self) -> int:
         """How much waits to be sent."""
         buffered: int = self.transport.get_write_buffer_size() if self.transport else 0

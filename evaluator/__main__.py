@@ -119,6 +119,14 @@ def _keys(path: Path) -> QiniuConfig:
     type=click.Path(path_type=Path, dir_okay=False),
     help="A file that holds what /status answers, also after this process has ended.",
 )
+@click.option(
+    "--max-held",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    metavar="MIB",
+    help="The most MiB of requests and answers that the process holds; it refuses what is over it.",
+)
 @service.cache_option
 @service.log_level_option
 def main(
@@ -134,6 +142,7 @@ def main(
     qiniu: Path | None,
     http: str,
     status_file: Path | None,
+    max_held: int,
     config_cache: Path | None,
     log_level: str,
 ) -> None:
@@ -154,6 +163,7 @@ def main(
         http=http,
         status_file=status_file,
         config_cache=config_cache,
+        max_held_bytes=max_held << 20,
     )
     lifecycle.run(run(settings))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from atserving.counting import MAX_GROUP
@@ -36,14 +37,17 @@ class Limits:
 class Budget:
     """How many bytes a request's resources may still take together."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, hold: Callable[[int], None] = lambda _: None) -> None:
+        """``hold`` is called with all bytes that are taken; it may raise a ServingError."""
         self._max_bytes = self._left = max_bytes
+        self._hold = hold
 
     def take(self, count: int) -> None:
         """Take ``count`` bytes. Raises InvalidArgument if they exceed the budget."""
         self._left -= count
         if self._left < 0:
             raise InvalidArgument(f"the request's resources are larger than {self._max_bytes} bytes together")
+        self._hold(count)
 
 
 def too_large(label: str, max_bytes: int) -> InvalidArgument:

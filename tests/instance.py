@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from atserving import link
 from atserving.config import Instance, validate
+from atserving.held import HeldBytes
 from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
 from evaluator.serving.link_server import LinkServer, Replier
 
@@ -17,7 +18,7 @@ class ScriptedInstance:
     """Answers each call by a task of ``infer``, which is cancelled if the caller leaves or the deadline passes."""
 
     def __init__(self, infer: Infer, app: str = "a", version: str = "v", name: str = "i") -> None:
-        self.links = LinkServer()
+        self.links = LinkServer(HeldBytes(1 << 30))
         self._infer = infer
         self._fields = {"app": app, "version": version, "id": name, "capacity": 8}
         self._server: asyncio.Server | None = None

@@ -28,6 +28,8 @@ _READ_FLAGS = {
 }
 _DIVISORS = (8, 4, 2)
 _SAMPLE_SIDE = 32
+# The most that a decoder takes for a pixel: the pixel itself, and once more with 16 bits or another channel.
+_MOST_PIXEL_BYTES = 12
 # Errors about bad images go to the caller as a 400; OpenCV would also print them on standard error.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
@@ -50,8 +52,9 @@ def decode(data: bytes, limits: Limits) -> Pixels:
     converted, and an animation gives its first frame.
 
     Raises InvalidArgument if the format is unknown, the data is malformed or cut short, or the image is over the
-    limits. No pixel is decoded before the limits are checked. JPEG, WebP and BMP have no checksum: damage inside their
-    pixel data gives wrong pixels, not an error. The same holds for a JPEG that was cut and got a new end.
+    limits; MemoryError if memory is short. No pixel is decoded before the limits are checked. JPEG, WebP and BMP have
+    no checksum: damage inside their pixel data gives wrong pixels, not an error. The same holds for a JPEG that was cut
+    and got a new end.
     """
     return read(data, limits).pixels
 
@@ -69,8 +72,12 @@ def read(data: bytes, limits: Limits, min_size: tuple[int, int] | None = None) -
     divisor = _divisor(header, min_size)
     try:
         pixels = _decode_stored(header, divisor)
-    except (cv2.error, OSError, ValueError):
+    except (cv2.error, OSError, ValueError) as error:
         pixels = None
+        if isinstance(error, cv2.error) and error.code == cv2.Error.StsNoMem:
+            raise MemoryError from error
+    if pixels is None:
+        _check_memory(header)
     # If the header gives another size than the pixels have, the header is forged.
     if pixels is None or pixels.shape != (-(-header.height // divisor), -(-header.width // divisor), 3):
         raise undecodable()
@@ -90,6 +97,11 @@ def _decode_stored(header: Header, divisor: int) -> Pixels | None:
             return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
     pixels = cv2.imdecode(np.frombuffer(header.data, np.uint8), _READ_FLAGS[divisor] | cv2.IMREAD_IGNORE_ORIENTATION)
     return None if pixels is None else pixels.astype(np.uint8, copy=False)
+
+
+def _check_memory(header: Header) -> None:
+    """Raise MemoryError if a decoder may have lacked memory: most do not tell this from a broken image."""
+    np.empty(_MOST_PIXEL_BYTES * header.width * header.height, np.uint8)
 
 
 def _divisor(header: Header, min_size: tuple[int, int] | None) -> int:

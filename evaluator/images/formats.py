@@ -1,7 +1,7 @@
 """Finds out an image's format and reads its header in one pass, before a decoder gets the image.
 
-A few bytes can make a decoder use a lot of memory and time. The PNG and JPEG modules therefore walk the chunks and
-segments themselves and refuse such images. Pillow reads the headers of BMP, WebP and GIF, which it bounds well enough.
+A few bytes can make a decoder use a lot of memory and time. The PNG, WebP and JPEG modules therefore walk the chunks
+and segments themselves and refuse such images. Pillow reads the headers of BMP and GIF, which it bounds well enough.
 """
 
 from __future__ import annotations

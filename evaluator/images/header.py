@@ -70,7 +70,7 @@ def read_with_pillow(format_: str, data: bytes, limits: Limits, *, needs_pillow:
             # Pillow may decode the image to find its EXIF, so the size is checked first.
             check_size(width, height, limits)
             orientation = _orientation(image)
-    except InvalidArgument:
+    except (InvalidArgument, MemoryError):
         raise
     except Image.DecompressionBombError:
         raise InvalidArgument(_TOO_MANY_PIXELS) from None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from evaluator.images import png_data
 from evaluator.images.header import Header, check_size, orientation_of_stub, undecodable
@@ -22,8 +22,11 @@ _IHDR_BYTES = 13
 _IHDR_START = b"\0\0\0\x0dIHDR"
 # Samples in a pixel, by colour type (11.2.2).
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-# libpng may unpack compressed data up to this size unchecked. Deflate's ratio is at most 1032, so it takes one second.
-_MAX_UNCHECKED_BYTES = 1 << 19
+# libpng may unpack compressed data up to this size unchecked, as a check adds a sixth to the time. Deflate's ratio is
+# at most 1032: the 129 MiB that this may become take as long as the largest ordinary image.
+_MAX_UNCHECKED_BYTES = 1 << 17
+# Data that is larger than the rows that it holds is checked, too: encoders store what they can't compress.
+_MOST_OVERHEAD_BYTES = 1 << 10
 # Text chunks that may contain an orientation begin so: they hold EXIF or XMP.
 _PROFILE_STARTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 _MAX_PROFILES = 3
@@ -52,10 +55,11 @@ def read_header(data: bytes, limits: Limits) -> Header:
             (after if pixels else before).append(chunk)
         elif len(profiles) < _MAX_PROFILES and (kind == b"eXIf" or chunk.startswith(_PROFILE_STARTS, 8)):
             profiles.append(chunk)
-    if sum(map(len, pixels)) > _MAX_UNCHECKED_BYTES:
-        rows_bytes = png_data.rows_bytes(width, height, depth * _SAMPLES.get(colour, 0), bool(interlaced))
+    rows_bytes = png_data.rows_bytes(width, height, depth * _SAMPLES.get(colour, 0), bool(interlaced))
+    stored_bytes = rows_bytes + rows_bytes // 64 + _CHUNK_BYTES * len(pixels) + _MOST_OVERHEAD_BYTES
+    if sum(map(len, pixels)) > min(_MAX_UNCHECKED_BYTES, stored_bytes):
         pixels = _checked(pixels, rows_bytes)
-    return Header("PNG", width, height, _orientation(profiles), b"".join([*before, *pixels, *after]))
+    return Header("PNG", width, height, orientation(profiles), b"".join([*before, *pixels, *after]))
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -89,6 +93,7 @@ def _checked(pixels: list[bytes], rows_bytes: int) -> list[bytes]:
     return pixels if stored is None else [stored]
 
 
-def _orientation(profiles: list[bytes]) -> int:
+def orientation(profiles: Sequence[bytes]) -> int:
+    """Return the orientation in chunks that hold EXIF or XMP; 1 if there is none."""
     small = [profile for profile in profiles if len(profile) <= _MAX_PROFILE_BYTES]
     return orientation_of_stub(b"".join([_STUB_START, *small, _STUB_END])) if small else 1

@@ -24,6 +24,8 @@ NMS_THRESHOLD = 0.4
 CANDIDATES = 1000
 """How many boxes of an image, those with the highest scores, enter the suppression; this bounds the work."""
 
+# Of fewer scores all can be candidates.
+_MANY_SCORES = 1 << 18
 # exp of more makes any anchor larger than any input.
 _MAX_STRETCH = 10.0
 # py-faster-rcnn's generate_anchors centres the first cell's anchors in a window of 16 pixels, whatever the stride.
@@ -81,10 +83,10 @@ class Head:
         Values that are not finite stay in, so that the caller reports the net's failure.
         """
         scores, moves = self.split([outputs[name][index] for name in self.outputs])
-        prior, column = np.nonzero(~(scores < threshold))
+        prior, column = _candidates(scores, threshold)
         score = scores[prior, column]
         if len(score) > CANDIDATES:
-            surest = np.argpartition(score, -CANDIDATES)[-CANDIDATES:]
+            surest = _best(score, threshold)
             prior, column, score = prior[surest], column[surest], score[surest]
         centre, extent = self.decode(moves[prior].astype(np.float64), self.priors[prior])
         corners = np.hstack([centre - extent / 2, centre + extent / 2]) / np.tile(self.size, 2)
@@ -212,6 +214,27 @@ def _per_anchor(
         if shape != expected:
             raise level.wrong(key, f"an output of shape {expected}, not {shape}")
     return numbers
+
+
+def _candidates(scores: Array, threshold: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the rows and columns of scores (anchors, classes) from ``threshold`` on: all, or at least the best.
+
+    The best are those of the anchors whose best class is the best, so a low threshold costs no more than a high one.
+    """
+    if scores.size <= _MANY_SCORES:
+        row, column = np.nonzero(~(scores < threshold))
+        return row, column
+    likely = _best(scores.max(axis=1), threshold)
+    row, column = np.nonzero(~(scores[likely] < threshold))
+    return likely[row], column
+
+
+def _best(scores: Array, threshold: float) -> NDArray[np.int64]:
+    """Return the places of the highest scores from ``threshold`` on, at most CANDIDATES; NaN counts as the highest."""
+    places = np.flatnonzero(~(scores < threshold))
+    if len(places) <= CANDIDATES:
+        return places
+    return places[np.argpartition(scores[places], -CANDIDATES)[-CANDIDATES:]]
 
 
 def _last(numbers: Array) -> Array:

@@ -9,27 +9,34 @@ upright image, ``score`` the mean over the region. At most 1000 regions are list
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
-from atserving.errors import StartError
+from atserving.errors import InvalidArgument, StartError
 from evaluator.images.decoding import Pixels
 from evaluator.net_config import NetConfig
 from evaluator.net_contract import Req, Ret
 from evaluator.nets import image_input
+from evaluator.nets.effort import Effort
+from evaluator.nets.enlarging import Labels, likeliest, row_blocks
 from evaluator.nets.image_input import ImageNet
+from evaluator.nets.label_map import LabelMap, Regions
+from evaluator.nets.outlines import outlines
 from evaluator.nets.palette import palette
 from evaluator.runtime.engine import Array
 
 _MAX_REGIONS = 1000
 _MAX_CLASSES = 1 << 16
 
-Labels = NDArray[np.uint16]
+# Rows resemble the rows above them.
+_SMALL_PNG = (cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP)
+
+_Block = tuple[Labels, Array | None]
+"""Some rows of an image: the classes of the pixels, and their scores if the net gives scores."""
 
 
 @dataclass(frozen=True)
@@ -73,76 +80,72 @@ class Segment(ImageNet):
         if not np.isfinite(given).all():
             return {"code": 500, "message": "the net's output is not finite"}
         if given.ndim == 2 or given.shape[0] == 1:
-            numbers = np.rint(given.reshape(given.shape[-2:]))
-            if numbers.min() < 0 or numbers.max() >= _MAX_CLASSES:
+            given = np.rint(given.reshape(given.shape[-2:]))
+            if given.min() < 0 or given.max() >= _MAX_CLASSES:
                 return {"code": 500, "message": "the net's output is no map of labels"}
-            labels, scores = self._whole_labels(numbers.astype(np.uint16), size), None
-        else:
-            labels, scores = self._from_scores(probabilities(given), size)
-        encoded = cv2.imencode(".png", self._colors[:, ::-1][labels % len(self._colors)])[1]
+        try:
+            return {"code": 0, "message": "", "result": self._result(given, size, Effort())}
+        except InvalidArgument as error:
+            return {"code": error.code, "message": error.message}
+
+    def _result(self, given: Array, size: tuple[int, int], effort: Effort) -> dict[str, Any]:
+        labels = LabelMap(size[0], self._background, effort)
+        for block in self._whole(given, size, effort):
+            labels.add(*block)
+        encoded = cv2.imencode(".png", labels.paint(self._colors[:, ::-1]), _SMALL_PNG)[1]
         mask = "data:image/png;base64," + base64.b64encode(encoded.tobytes()).decode()
-        return {"code": 0, "message": "", "result": {"mask": mask, "detections": self._detections(labels, scores)}}
+        return {"mask": mask, "detections": self._detections(labels.largest(_MAX_REGIONS), effort)}
 
     def _box(self, size: tuple[int, int]) -> tuple[slice, slice]:
         """Return the part of an image that the net sees, as rows and columns."""
         left, top, right, bottom = np.rint(np.array(self.geometry.window) * np.tile(size, 2)).astype(int)
         return slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1))
 
-    def _whole_labels(self, seen: Labels, size: tuple[int, int]) -> Labels:
-        """Enlarge the labels (h, w) of what the net sees to the whole image; the rest is background."""
-        whole = np.full((size[1], size[0]), max(self._background, 0), np.uint16)
-        part = whole[self._box(size)]
-        part[...] = cv2.resize(seen, (part.shape[1], part.shape[0]), interpolation=cv2.INTER_NEAREST)
-        return whole
+    def _whole(self, given: Array, size: tuple[int, int], effort: Effort) -> Iterator[_Block]:
+        """Yield the classes of an image's pixels, and their scores, as blocks of rows.
 
-    def _from_scores(self, scores: Array, size: tuple[int, int]) -> tuple[Labels, Array]:
-        """Return the likeliest class of each pixel of the image, and its score. Interpolates scores, not classes.
-
-        Skips a class that is nowhere the likeliest in the net's output, which bounds time and memory.
+        ``given`` is what the net says about the part that it sees: labels (h, w) or scores (classes, h, w). The rest is
+        background.
         """
-        labels = np.full((size[1], size[0]), max(self._background, 0), np.uint16)
-        best = np.zeros((size[1], size[0]), np.float32)
-        box = self._box(size)
-        part, part_best = labels[box], best[box]
-        for index in np.unique(scores.argmax(axis=0)).tolist():
-            score = cv2.resize(scores[index], (part.shape[1], part.shape[0]), interpolation=cv2.INTER_LINEAR)
-            np.copyto(part, index, where=score > part_best)
-            np.maximum(part_best, score, out=part_best)
-        return labels, best
+        rows, columns = self._box(size)
+        seen = (columns.stop - columns.start, rows.stop - rows.start)
+        if given.ndim == 2:
+            blocks = _enlarged(given.astype(np.uint16), seen)
+        else:
+            blocks = likeliest(probabilities(given), seen, effort)
+        sides = ((0, 0), (columns.start, size[0] - columns.stop))
+        yield from self._margin(rows.start, size[0], given.ndim > 2)
+        for labels, scores in blocks:
+            if any(sides[1]):
+                labels = np.pad(labels, sides, constant_values=max(self._background, 0))
+                scores = None if scores is None else np.pad(scores, sides)
+            yield labels, scores
+        yield from self._margin(size[1] - rows.stop, size[0], given.ndim > 2)
 
-    def _detections(self, labels: Labels, scores: Array | None) -> list[dict[str, Any]]:
-        regions: list[tuple[int, dict[str, Any]]] = []
-        for index in np.unique(labels).tolist():
-            if index != self._background:
-                regions += self._regions(index, (labels == index).view(np.uint8), scores)
-        largest = sorted(regions, key=lambda region: -region[0])[:_MAX_REGIONS]
-        return sorted((detection for _, detection in largest), key=lambda detection: -detection["score"])
+    def _margin(self, height: int, width: int, scored: bool) -> Iterator[_Block]:
+        """Yield rows that the net does not see."""
+        for rows in row_blocks(height, width):
+            labels = np.full((rows.stop - rows.start, width), max(self._background, 0), np.uint16)
+            yield labels, np.zeros(labels.shape, np.float32) if scored else None
 
-    def _regions(
-        self, index: int, of_class: NDArray[np.uint8], scores: Array | None
-    ) -> list[tuple[int, dict[str, Any]]]:
-        """Return the area in pixels and the detection of each region of pixels that touch, also at a corner."""
-        count, numbered = cv2.connectedComponents(of_class, connectivity=8)
-        # Count only the pixels of this class: all classes together then cost one pass over the image.
-        inside = of_class.view(np.bool_)
-        numbers = numbered[inside]
-        areas = np.bincount(numbers, minlength=count)
-        sums = areas if scores is None else np.bincount(numbers, weights=scores[inside], minlength=count)
-        color = self._colors[index % len(self._colors)].tolist()
-        found = [(int(areas[region]), region, pts) for region, pts in _outlines(of_class, numbered)]
+    def _detections(self, regions: Regions, effort: Effort) -> list[dict[str, Any]]:
+        pts = outlines(regions, effort)
+        indices, scores = regions.indices.tolist(), regions.scores.tolist()
         return [
-            (
-                area,
-                {
-                    "index": index,
-                    "class": self.class_name(index),
-                    "color": color,
-                    "pts": pts.tolist(),
-                    "score": float(min(sums[region] / area, 1.0)),
-                },
-            )
-            for area, region, pts in sorted(found, key=lambda each: -each[0])[:_MAX_REGIONS]
+            {
+                "index": indices[each],
+                "class": self.class_name(indices[each]),
+                "color": self._colors[indices[each] % len(self._colors)].tolist(),
+                "pts": pts[each],
+                "score": scores[each],
+            }
+            for each in np.argsort(-regions.scores, kind="stable").tolist()
         ]
+
+
+def _enlarged(labels: Labels, size: tuple[int, int]) -> Iterator[_Block]:
+    whole = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST).astype(np.uint16, copy=False)
+    return ((whole[rows], None) for rows in row_blocks(size[1], size[0]))
 
 
 def probabilities(scores: Array) -> Array:
@@ -152,15 +155,3 @@ def probabilities(scores: Array) -> Array:
     powers = np.exp(scores - scores.max(axis=0))
     result: Array = powers / powers.sum(axis=0)
     return result
-
-
-def _outlines(of_class: NDArray[np.uint8], numbered: NDArray[Any]) -> list[tuple[int, NDArray[Any]]]:
-    """Return the number and the outline [x, y] of each region."""
-    # The first level of CCOMP is the outer border of every region, also of one in the hole of another.
-    borders, levels = cv2.findContours(of_class, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    outlines = []
-    for border, level in zip(borders, levels[0] if borders else (), strict=True):
-        if level[3] < 0:
-            pts = border.reshape(-1, 2)
-            outlines.append((int(numbered[pts[0][1], pts[0][0]]), pts))
-    return outlines

@@ -17,7 +17,14 @@ _FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.us
 def available_bytes(cgroups: Path = cpus.CGROUPS, own: Path = cpus.OWN, meminfo: Path = _MEMINFO) -> float:
     """Return what the machine has, or what the limits of the process's cgroups leave; infinite if nothing tells."""
     left = [_left(folder) for folder in cpus.folders(cgroups, own, "memory")]
-    return min(_free(meminfo), *left, math.inf)
+    return min(_field(meminfo, "MemAvailable"), *left, math.inf)
+
+
+def limit_bytes(cgroups: Path = cpus.CGROUPS, own: Path = cpus.OWN, meminfo: Path = _MEMINFO) -> float:
+    """Return the least limit of the process's cgroups; infinite if none is below what the machine has."""
+    limits = [_limit(folder) for folder in cpus.folders(cgroups, own, "memory")]
+    least = min([*limits, math.inf])
+    return least if least < _field(meminfo, "MemTotal") else math.inf
 
 
 def give_back() -> None:
@@ -26,20 +33,28 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _free(meminfo: Path) -> float:
+def _field(meminfo: Path, name: str) -> float:
     try:
         lines = meminfo.read_text().splitlines()
     except OSError:
         return math.inf
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), math.inf)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), math.inf)
 
 
 def _left(folder: Path) -> float:
-    for limit, used in _FILES:
+    return _limit(folder) - _number(folder, 1, 0)
+
+
+def _limit(folder: Path) -> float:
+    return _number(folder, 0, math.inf)
+
+
+def _number(folder: Path, of: int, default: float) -> float:
+    for names in _FILES:
         for place in (folder, folder / "memory"):
             try:
                 # "max" is no number: there is no limit.
-                return int((place / limit).read_text()) - int((place / used).read_text())
+                return int((place / names[of]).read_text())
             except (OSError, ValueError):
                 pass
-    return math.inf
+    return default

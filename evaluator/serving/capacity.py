@@ -43,13 +43,14 @@ class Capacity:
         if self._draining:
             raise Unavailable("the instance is draining", refused=True)
         if self.in_flight >= self.limit:
-            raise self._full(f"the instance has {self.in_flight} requests in flight, which is its limit")
+            raise self.full(f"the instance has {self.in_flight} requests in flight, which is its limit")
         self.in_flight += 1
         if self.in_flight == 1:
             self._empty.clear()
         return self.in_flight
 
-    def _full(self, message: str) -> ResourceExhausted:
+    def full(self, message: str) -> ResourceExhausted:
+        """Return the refusal of a request, with the time after which there may be room for it."""
         wait_s = max(self.in_flight * self._each_s, _LEAST_RETRY_AFTER_S)
         return ResourceExhausted(message, retry_after_s=wait_s, refused=True)
 
@@ -62,9 +63,9 @@ class Capacity:
         if self._draining:
             raise Unavailable("the instance is draining", refused=True)
         if self.fetching >= self.limit:
-            raise self._full(f"the instance fetches the resources of {self.fetching} requests, which is its limit")
+            raise self.full(f"the instance fetches the resources of {self.fetching} requests, which is its limit")
         if self._by_host[host] >= max(self.limit // 2, 1):
-            raise self._full(f"the instance fetches the resources of {self._by_host[host]} requests from this host")
+            raise self.full(f"the instance fetches the resources of {self._by_host[host]} requests from this host")
         self.fetching += 1
         self._by_host[host] += 1
         self._empty.clear()

@@ -17,6 +17,7 @@ from atserving import lifecycle, malloc
 from atserving.config import Instance, MalformedConfig, WorkerConfig, validate
 from atserving.errors import StartError
 from atserving.grpc_server import Server
+from atserving.held import HeldBytes
 from atserving.v1 import evaluator_pb2
 from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
 from evaluator.fetching.release import fetch_release
@@ -45,6 +46,8 @@ log = structlog.get_logger()
 _LINGER_S = 0.5
 # The part of the grace in which the server sends its last replies before it cuts connections.
 _STOP_S = 1.0
+# What the front takes beside the bytes that it holds, with the libraries of both processes.
+_FRONT_BYTES = 128 << 20
 
 T = TypeVar("T")
 
@@ -66,6 +69,7 @@ class InstanceSettings:
     http: str = "127.0.0.1:0"
     status_file: Path | None = None
     config_cache: Path | None = None
+    max_held_bytes: int = 256 << 20
 
 
 async def run(settings: InstanceSettings) -> None:
@@ -95,7 +99,8 @@ class _Life:
         self._follower = VersionConfigFollower(
             settings.registries, settings.app, settings.version, settings.config_cache
         )
-        self._links = LinkServer()
+        self._held = HeldBytes(settings.max_held_bytes)
+        self._links = LinkServer(self._held)
         self._server = Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
         self._service = EvaluatorService()
         self._service.register(self._server)
@@ -132,8 +137,8 @@ class _Life:
         self._log.info("release loading", http_port=http_port)
         config = await fetch_release(release, folder, self._settings.qiniu)
         # Refuse wrong limits before the worker loads the net, which may take long.
-        _ = config.limits
-        worker = WorkerSupervisor(config)
+        _check_held(config, self._settings.max_held_bytes)
+        worker = WorkerSupervisor(config, self._settings.max_held_bytes + _FRONT_BYTES)
         stack.push_async_callback(worker.close)
         await worker.start()
         self._status.device, self._status.plan = config.use_device, worker.plan
@@ -160,6 +165,7 @@ class _Life:
                 fetcher=fetcher,
                 capacity=capacity,
                 metrics=metrics,
+                held=self._held,
             )
             instance = await asyncio.to_thread(_instance, settings, port, self._digest)
             self._links.serve(instance, pipeline)
@@ -218,6 +224,18 @@ class _Life:
         self._listener.close()
         await asyncio.gather(self._server.stop(stop_s), self._links.stop(stop_s))
         self._log.info("service stopped")
+
+
+def _check_held(config: NetConfig, max_held_bytes: int) -> None:
+    """Raise StartError if the largest request of the release can never be taken."""
+    largest = config.limits.max_request_bytes if config.script else config.limits.max_bytes
+    # Large requests get three quarters.
+    if largest > max_held_bytes // 4 * 3:
+        least = -(-largest * 4 // 3 >> 20)
+        raise StartError(
+            f"--max-held is {max_held_bytes >> 20}, should be at least {least}: "
+            f"the release allows requests with {largest} bytes of resources"
+        )
 
 
 def _instance(settings: InstanceSettings, port: int, digest: str) -> Instance:

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from atserving import link
 from atserving.config import Instance
 from atserving.deadlines import Deadlines
+from atserving.held import HeldBytes
 from atserving.v1 import evaluator_pb2
 
 # Resuming for each single reply would cost more than it brings.
@@ -22,6 +23,9 @@ _MOST_SHORT_BYTES, _MOST_UNSENT_BYTES = 4 << 20, 128 << 20
 
 class Replier(Protocol):
     """Takes the reply to a call."""
+
+    def hold(self, count: int) -> bool:
+        """Count a large answer of so many bytes until it is sent; return False if there is no room for it."""
 
     def reply(self, reply: link.Reply) -> None:
         """Send the reply; its id is the call's."""
@@ -49,7 +53,8 @@ class Answerer(Protocol):
 class LinkServer:
     """Makes the instance's end of each link. It refuses gates until it serves."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: HeldBytes) -> None:
+        self.held = held
         self.links: set[GateLink] = set()
         self.answerer: Answerer | None = None
         self.instance: Instance | None = None
@@ -99,6 +104,8 @@ class GateLink(link.Link):
         self._answerer: Answerer | None = None
         self._requests: dict[int, Request] = {}
         self._deadlines = Deadlines(self._requests, self._expire)
+        # Of large answers.
+        self._unsent_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -112,6 +119,7 @@ class GateLink(link.Link):
         for request in list(self._requests.values()):
             request.abandon()
         self._requests.clear()
+        self._give()
 
     def frame_received(self, kind: int, data: link.Buffer, start: int, end: int) -> None:
         if self._answerer is None:
@@ -126,6 +134,7 @@ class GateLink(link.Link):
                 request = self._requests.pop(id_, None)
                 if request:
                     request.abandon()
+            self._give_sent()
         elif kind != link.ALIVE:
             raise link.Malformed(f"a frame of kind {kind}")
 
@@ -167,6 +176,28 @@ class GateLink(link.Link):
             self._deadlines.add(time.monotonic() + call.timeout_us / 1e6, call.id)
         if len(self._requests) >= link.MOST_OPEN:
             self.pause()
+
+    def hold(self, count: int) -> bool:
+        held = self._server.held.take(count, large=True)
+        self._unsent_bytes += count if held else 0
+        return held
+
+    def _give_sent(self) -> None:
+        """Stop counting answers once all but 1 MiB of them is sent."""
+        if self._unsent_bytes and self.writable and not self.sends_long:
+            self._give()
+
+    def _give(self) -> None:
+        self._server.held.give(self._unsent_bytes)
+        self._unsent_bytes = 0
+
+    def flush(self) -> None:
+        super().flush()
+        self._give_sent()
+
+    def pump(self) -> None:
+        super().pump()
+        self._give_sent()
 
     def reply(self, reply: link.Reply) -> None:
         self._requests.pop(reply.id, None)

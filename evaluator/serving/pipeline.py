@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import structlog
 from google.protobuf.message import DecodeError
 
 from atserving import lifecycle, link
-from atserving.errors import DeadlineExceeded, Internal, InvalidArgument, ServingError
+from atserving.errors import DeadlineExceeded, Internal, InvalidArgument, ServingError, Unavailable
+from atserving.held import LARGE_BYTES, HeldBytes
 from atserving.telemetry import RequestLog, request_id
 from atserving.v1 import evaluator_pb2, serving_pb2
 from evaluator.fetching.resources import ResourceFetcher
@@ -41,8 +42,10 @@ class Pipeline:
         fetcher: ResourceFetcher,
         capacity: Capacity,
         metrics: Metrics,
+        held: HeldBytes,
     ) -> None:
         self.worker = worker
+        self.held = held
         self.capacity = capacity
         self.metrics = metrics
         self.log = log.bind(app=app, version=version)
@@ -68,17 +71,17 @@ class Pipeline:
         check_request(request, self._built_in)
         return request
 
-    def decode(self, request: evaluator_pb2.InferRequest) -> None:
-        """Replace all URIs, which are data URIs, by their bytes. Raises InvalidArgument."""
-        budget = Budget(self._limits.max_request_bytes)
+    def decode(self, request: evaluator_pb2.InferRequest, hold: Callable[[int], None]) -> None:
+        """Replace all URIs, which are data URIs, by their bytes; ``hold`` counts them. Raises a ServingError."""
+        budget = Budget(self._limits.max_request_bytes, hold)
         for each in _elsewhere(request):
             each.body = self._fetcher.decode(each.uri, budget)
 
-    async def fetch(self, request: evaluator_pb2.InferRequest) -> None:
-        """Replace the URI of each resource by its bytes. Raises a ServingError."""
+    async def fetch(self, request: evaluator_pb2.InferRequest, hold: Callable[[int], None]) -> None:
+        """Replace the URI of each resource by its bytes; ``hold`` counts them. Raises a ServingError."""
         # The worker checks the sizes of bodies.
         elsewhere = _elsewhere(request)
-        budget = Budget(self._limits.max_request_bytes)
+        budget = Budget(self._limits.max_request_bytes, hold)
         if len(elsewhere) == 1:
             elsewhere[0].body = await self._fetcher.fetch(elsewhere[0].uri, budget)
         elif elsewhere:
@@ -107,6 +110,7 @@ class Request:
         "_deadline_s",
         "_entered_s",
         "_fetching",
+        "_held_bytes",
         "_id",
         "_ms",
         "_pipeline",
@@ -129,6 +133,7 @@ class Request:
         self._deadline_s = self._began_s + call.timeout_us / 1e6 if call.timeout_us else None
         # Its place among the requests in flight; 0: it has none.
         self._ahead = 0
+        self._held_bytes = 0
         self._ms: dict[str, float] = {}
         self._work: SupervisedCall | None = None
         self._fetching: asyncio.Task[None] | None = None
@@ -136,6 +141,7 @@ class Request:
     def begin(self, call: link.Call) -> None:
         """Begin the work."""
         try:
+            self._hold(len(call.request))
             if not call.flags & link.FETCH:
                 self._ahead = self._pipeline.capacity.enter()
                 self._ms["fetch_ms"] = 0.0
@@ -146,16 +152,26 @@ class Request:
                 self._fetching = asyncio.get_running_loop().create_task(self._fetch(request, host))
             else:
                 self._ahead = self._pipeline.capacity.enter()
-                self._pipeline.decode(request)
+                self._pipeline.decode(request, self._hold)
                 self._fetched(request)
         except Exception as error:
             self._fail(error)
+
+    def _hold(self, count: int) -> None:
+        """Count more bytes of the request until its end. Raises ResourceExhausted if there is no room for them."""
+        if self.ended:
+            # Its fetch is about to be cancelled.
+            return
+        pipeline = self._pipeline
+        if not pipeline.held.take(count, large=self._held_bytes + count >= LARGE_BYTES):
+            raise pipeline.capacity.full("the instance holds as many bytes of requests and answers as it can")
+        self._held_bytes += count
 
     async def _fetch(self, request: evaluator_pb2.InferRequest, host: str) -> None:
         capacity = self._pipeline.capacity
         try:
             async with capacity.fetch(host):
-                await self._pipeline.fetch(request)
+                await self._pipeline.fetch(request, self._hold)
             self._entered_s = time.monotonic()
             if self.ended:
                 capacity.leave(capacity.in_flight, self._entered_s)
@@ -182,6 +198,8 @@ class Request:
             ms["postprocess_ms"] = reply.postprocess_us / 1000
         try:
             error = _error(reply.response) if reply.outcome == link.ERROR else None
+            if len(reply.response) >= LARGE_BYTES and not self._replier.hold(len(reply.response)):
+                raise Unavailable("the instance holds as many bytes of unread answers as it can")
         except Exception as failure:
             self._fail(failure)
             return
@@ -224,6 +242,7 @@ class Request:
         # What worked on it refers back to it, and would keep its body in memory.
         self._work = self._fetching = None
         pipeline, ms = self._pipeline, self._ms
+        pipeline.held.give(self._held_bytes)
         if self._ahead:
             pipeline.capacity.leave(self._ahead, self._entered_s)
         code, status = (error.code, error.status) if error else (0, 200)

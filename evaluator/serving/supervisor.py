@@ -86,8 +86,12 @@ class WorkerSupervisor:
        (:mod:`evaluator.serving.blame`), and all others run in the next process.
     """
 
-    def __init__(self, config: NetConfig) -> None:
-        """Start nothing yet. Raises StartError if ``model_params`` are wrong."""
+    def __init__(self, config: NetConfig, spare_bytes: int = 0) -> None:
+        """Start nothing yet. Raises StartError if ``model_params`` are wrong.
+
+        The process leaves ``spare_bytes`` of the pod's memory to others.
+        """
+        self._spare_bytes = spare_bytes
         self.plan = Plan(1, 0, 1)
         self.on_batch: Callable[[int], None] = lambda _: None
         """The supervisor calls this with the size of each batch that ran."""
@@ -203,7 +207,8 @@ class WorkerSupervisor:
         if one.ended:
             one.ended.set()
         if one.sent:
-            # It may be running: wait for its end.
+            # It may be running: wait for its end. It will not be sent again.
+            one.request = b""
             self._cancelled.append(one.id)
             self._flush_soon()
         else:
@@ -269,7 +274,12 @@ class WorkerSupervisor:
         process = WorkerProcess(self._progress, self._take_reply)
         # A suspect runs alone, so its engine must not wait for a full batch.
         delay_s = 0 if self._suspects else self._delay_s
-        start = {"cfg": self._config.to_cfg(), "plan": self.plan if self._started else None, "delay_s": delay_s}
+        start = {
+            "cfg": self._config.to_cfg(),
+            "plan": self.plan if self._started else None,
+            "delay_s": delay_s,
+            "spare_bytes": self._spare_bytes,
+        }
         try:
             started = await process.start(start, self._init_timeout_s)
             self.plan = Plan(**started["plan"])

@@ -30,7 +30,7 @@ from atserving.telemetry import configure_logging
 from atserving.v1 import evaluator_pb2
 from evaluator import nets, scripting
 from evaluator.net_config import DEFAULT_NET, NetConfig
-from evaluator.runtime import engine, memory
+from evaluator.runtime import engine, memory, memory_limit
 from evaluator.worker import channel, planning, request_codec, script
 from evaluator.worker.batcher import Batcher, ItemResult
 from evaluator.worker.net_runner import NetRunner, Prepared, Result
@@ -65,6 +65,7 @@ class Worker:
             return
         config = NetConfig.from_cfg(start["cfg"])
         try:
+            most_bytes = memory_limit.chosen_bytes(config, start["spare_bytes"])
             runner, plan = load(config, Plan(**start["plan"]) if start["plan"] else None)
         except StartError as error:
             self._send([link.frame(link.START, orjson.dumps({"error": str(error)}))])
@@ -75,9 +76,9 @@ class Worker:
         # The supervisor needs the longest calls to detect a stuck one.
         longest_s = [runner.longest_prepare_s, runner.longest_infer_s]
         self._send([link.frame(link.START, orjson.dumps({"plan": plan, "longest_s": longest_s}))])
-        self._serve(runner, plan, start["delay_s"], config)
+        self._serve(runner, plan, start["delay_s"], config, most_bytes)
 
-    def _serve(self, runner: NetRunner, plan: Plan, delay_s: float, config: NetConfig) -> None:
+    def _serve(self, runner: NetRunner, plan: Plan, delay_s: float, config: NetConfig, most_bytes: float) -> None:
         schedule = Schedule(batch_size=plan.batch_size, engines=plan.engines, delay_s=delay_s)
         work = NetWork(runner, _request_folder(config), config)
         inlet = SocketInlet(self._channel) if plan.reads else None
@@ -88,6 +89,7 @@ class Worker:
             threading.Thread(target=self._read, args=(batcher,), name="reader", daemon=True).start()
         for number in range(1, plan.engines + plan.preparers):
             threading.Thread(target=self._work, args=(batcher, number, plan), daemon=True).start()
+        memory_limit.bound(most_bytes)
         self._work(batcher, 0, plan)
 
     @staticmethod
@@ -196,7 +198,10 @@ class NetWork:
         """Read and prepare a call's request. Raises a ServingError."""
         call: link.Call = item.request
         reqid = call.reqid.decode()
-        req = request_codec.read(call.request, self._max_bytes, self._built_in)
+        try:
+            req = request_codec.read(call.request, self._max_bytes, self._built_in)
+        except MemoryError as error:
+            raise memory_limit.exhausted() from error
         if not self._folder:
             return self._runner.prepare(reqid, req)
         files = request_codec.Files(self._folder)
@@ -255,7 +260,11 @@ def _item(call: link.Call, now_s: float) -> Item:
 def _reply(result: ItemResult, leads: bool) -> tuple[bytes, bytes]:
     """Return a REPLY frame in two parts."""
     item, outcome = result.item, result.outcome
-    response = _response(outcome)
+    try:
+        response = _response(outcome)
+    except MemoryError:
+        outcome = memory_limit.exhausted()
+        response = _response(outcome)
     head = link.reply_head(
         item.id,
         link.ERROR if isinstance(outcome, ServingError) else link.RESULT,

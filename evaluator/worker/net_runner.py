@@ -17,6 +17,7 @@ import structlog
 from atserving.errors import Internal, NetError, ServingError, StartError
 from evaluator.net_config import NetConfig
 from evaluator.net_contract import LoadNet, Req, Shrinkable
+from evaluator.runtime import memory_limit
 from evaluator.worker.request_codec import Files
 
 log = structlog.get_logger()
@@ -86,6 +87,7 @@ class NetRunner:
         except ServingError as error:
             raise _sendable(error) from error
         except Exception as error:
+            _refuse_shortage(error, reqid)
             log.exception("net_preprocess failed", reqid=reqid)
             raise Internal("the net failed to prepare the request") from error
         finally:
@@ -100,6 +102,7 @@ class NetRunner:
         except ServingError as error:
             raise _sendable(error) from error
         except Exception as error:
+            _refuse_shortage(error, reqid)
             log.exception("net_inference failed", reqid=reqid, batch=len(batch))
             raise Internal("the forward pass failed") from error
         finally:
@@ -128,6 +131,9 @@ class NetRunner:
             if ret.get("result_file") is not None:
                 return Result(message, stream=_bounded(self._stream(ret["result_file"])))
             return Result(message, json=_bounded(_to_json(ret.get("result"))))
+        except MemoryError:
+            log.warning("memory exhausted", reqid=reqid)
+            return memory_limit.exhausted()
         except (TypeError, ValueError, OSError, RecursionError) as error:
             log.error("result rejected", reqid=reqid, reason=str(error))
             return Internal("the net's result is malformed")
@@ -148,6 +154,13 @@ class NetRunner:
         if path not in self._kept:
             path.unlink(missing_ok=True)
         return data
+
+
+def _refuse_shortage(error: Exception, reqid: str) -> None:
+    """Raise Unavailable if ``error`` says that memory was short."""
+    if memory_limit.is_shortage(error):
+        log.warning("memory exhausted", reqid=reqid)
+        raise memory_limit.exhausted() from error
 
 
 def _sendable(error: ServingError) -> ServingError:
@@ -210,7 +223,10 @@ def _refuse_not_finite(value: Any) -> None:
     if isinstance(value, dict):
         for item in value.values():
             _refuse_not_finite(item)
-    elif isinstance(value, list | tuple | np.ndarray):
+    elif isinstance(value, np.ndarray):
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise ValueError("the result holds a number that is not finite")
+    elif isinstance(value, list | tuple):
         for item in value:
             _refuse_not_finite(item)
     elif isinstance(value, float | np.floating) and not math.isfinite(value):

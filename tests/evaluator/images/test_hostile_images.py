@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 
 import cv2
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -51,10 +52,24 @@ def test_png_with_far_more_data_than_pixels_is_refused(decoder: MeasuredDecoder)
 
 
 def test_png_that_is_too_small_to_check_is_cheap_however_much_it_unpacks_to(decoder: MeasuredDecoder) -> None:
-    data = chunk(b"IDAT", zlib_zeros(32))
-    assert len(data) < 1 << 19
-    # The most that is unpacked without a check takes less than three times as long as an ordinary, large image.
-    assert decoder.decode(png(data), max_ratio=10) == "(64, 64, 3)"
+    data = chunk(b"IDAT", zlib_zeros(7))
+    assert len(data) < 1 << 17
+    # The most that is unpacked without a check takes as long as an ordinary, large image.
+    assert decoder.decode(png(data, width=224, height=224)) == "(224, 224, 3)"
+
+
+@pytest.mark.parametrize("side", [1, 8, 64, 200])
+def test_png_data_larger_than_its_rows_is_checked(decoder: MeasuredDecoder, side: int) -> None:
+    data = chunk(b"IDAT", zlib_zeros(8))
+    assert decoder.decode(png(data, width=side, height=side)) == TOO_MUCH_DATA
+
+
+@pytest.mark.parametrize("side", [1, 8, 64, 300])
+def test_png_that_can_not_be_compressed_is_decoded(side: int) -> None:
+    rows = np.hstack([np.zeros((side, 1), np.uint8), noise(side, side).reshape(side, -1)])
+    for level in range(10):
+        data = chunk(b"IDAT", zlib.compress(rows.tobytes(), level))
+        assert (decode(png(data, width=side, height=side), LIMITS)[:, :, ::-1] == noise(side, side)).all()
 
 
 def test_largest_png_with_far_more_data_than_pixels_is_refused(decoder: MeasuredDecoder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,43 @@ def test_thousand_highest_scored_boxes_of_an_image_are_read(tmp_path: Path) -> N
     scores = np.sort((1 / (1 + np.exp(-numbers))).prod(axis=0).ravel())[::-1]
     assert len(rows) == heads.CANDIDATES == 1000
     np.testing.assert_allclose(np.sort(rows[:, 1])[::-1], scores[:1000], rtol=1e-5)
+
+
+def many_classes(scores: Array) -> tuple[heads.Head, dict[str, Array]]:
+    """Return a head for scores (anchors, classes), whose boxes do not overlap, and its outputs."""
+    count = len(scores)
+    centre = np.arange(count, dtype=np.float64)
+    priors = np.column_stack([centre, centre, np.full((count, 2), 0.5), np.ones(count)])
+    head = heads.Head(
+        outputs=["scores"],
+        split=lambda outputs: (outputs[0], np.zeros((count, 4), np.float32)),
+        decode=lambda _, priors: (priors[:, :2], priors[:, 2:4]),
+        priors=priors,
+        size=(1000, 1000),
+        nms_threshold=1.0,
+        first_class=0,
+    )
+    return head, {"scores": scores[np.newaxis]}
+
+
+def peak_bytes(head: heads.Head, outputs: dict[str, Array], threshold: float) -> int:
+    tracemalloc.start()
+    head.rows(outputs, 0, threshold)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_the_best_boxes_of_very_many_are_read_whatever_the_threshold() -> None:
+    scores = np.random.default_rng(1).permutation(30_000 * 40).reshape(30_000, 40).astype(np.float32) / 1_200_000
+    head, outputs = many_classes(scores)
+    best = np.sort(scores.ravel())[::-1]
+    for threshold, count in ((0.0, 1000), (float(best[499]), 500), (1.0, 0)):
+        np.testing.assert_array_equal(np.sort(head.rows(outputs, 0, threshold)[:, 1])[::-1], best[:count])
+    # A caller chooses the threshold: it must not choose the memory.
+    assert peak_bytes(head, outputs, 0.0) < 2 * scores.nbytes
+    scores[7, 3] = np.nan
+    assert np.isnan(head.rows(outputs, 0, 0.5)).any()
 
 
 @pytest.mark.parametrize("channel", range(6))

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import base64
+import time
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atserving.errors import InvalidArgument
 from evaluator.net_contract import Ret
-from evaluator.nets import segment
+from evaluator.nets import effort, enlarging, outlines, segment
+from evaluator.nets.effort import Effort
+from evaluator.nets.image_input import ImageNet
+from evaluator.nets.label_map import LabelMap
 from evaluator.nets.palette import palette
 from evaluator.runtime.preprocessing import Geometry
 from tests.caffe.nets import input_layer, layer
-from tests.evaluator.built_in import Array, config, evaluate, files, loaded, start_error, with_outputs
+from tests.evaluator import built_in
+from tests.evaluator.built_in import Array, config, files, loaded, start_error, with_outputs
+from tests.evaluator.nets import plain_segment
 
 # Halves the size and doubles it again. Class 1 is blue, class 2 red, any other colour is background.
 SCORES = (
@@ -57,6 +64,16 @@ def picture() -> Array:
     image[32:56, 64:96] = RED
     image[8:16, 104:120] = BLUE
     return image
+
+
+def evaluate(net: ImageNet, *requests: tuple[Array, Any]) -> list[Ret]:
+    """Return the rets of a batch of images, as callers get them."""
+    return sent(built_in.evaluate(net, *requests))
+
+
+def sent(rets: list[Ret]) -> list[Ret]:
+    result: list[Ret] = orjson.loads(orjson.dumps(rets, option=orjson.OPT_SERIALIZE_NUMPY))
+    return result
 
 
 def mask(ret: dict[str, Any]) -> Array:
@@ -157,9 +174,8 @@ def test_group_is_refused(release: dict[str, Path]) -> None:
 def of_map(output: Array, size: tuple[int, int] | None = None, **attributes: Any) -> Ret:
     """Return the ret for a net's output, for an image of that width and height, or of the output's size."""
     net = with_outputs("segment", {"out": output[np.newaxis]}, **attributes)
-    (ret,) = net.infer(
-        "r", [segment.Input(np.zeros((2, 2, 3), np.uint8), size or (output.shape[-1], output.shape[-2]))]
-    )
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    (ret,) = sent(net.infer("r", [segment.Input(pixels, size or (output.shape[-1], output.shape[-2]))]))
     return ret
 
 
@@ -208,6 +224,94 @@ def test_mask_and_outlines_fit_images_of_any_size(
         assert all(0 <= x < size[0] and 0 <= y < size[1] for x, y in each["pts"])
         assert all(colours[y, x].tolist() == each["color"] for x, y in each["pts"])
         assert 0 <= each["score"] <= 1
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=200)
+def test_regions_are_those_of_each_class_on_its_own(data: st.DataObject) -> None:
+    random = np.random.default_rng(data.draw(st.integers(0, 10_000)))
+    height, width, classes, scale = (int(random.integers(1, most)) for most in (30, 30, 6, 4))
+    small = random.integers(0, classes, (-(-height // scale), -(-width // scale)), np.uint16)
+    labels = np.repeat(np.repeat(small, scale, 0), scale, 1)[:height, :width]
+    scores = random.random(labels.shape, np.float32) if random.random() < 0.5 else None
+    background, most, rows = int(random.integers(-1, 2)), int(random.integers(1, 40)), int(random.integers(1, 30))
+    label_map = LabelMap(width, background, Effort())
+    for start in range(0, height, rows):
+        part = slice(start, start + rows)
+        label_map.add(labels[part], None if scores is None else scores[part])
+    regions = label_map.largest(most)
+    pts = outlines.outlines(regions, Effort())
+    order = np.argsort(-regions.scores, kind="stable").tolist()
+    expected = plain_segment.regions(labels, scores, background, most)
+    found = [(int(regions.indices[each]), int(regions.areas[each]), pts[each].tolist()) for each in order]
+    # Sums of scores may differ in their last digit, and with them the order of equal means.
+    assert sorted(found) == sorted((index, area, outline) for index, area, _, outline in expected)
+    np.testing.assert_allclose(regions.scores[order], [score for _, _, score, _ in expected], rtol=1e-6)
+    assert (label_map.paint(np.arange(256, dtype=np.uint8)[:, np.newaxis])[:, :, 0] == labels).all()
+
+
+@given(
+    size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    shape=st.tuples(st.integers(2, 9), st.integers(1, 20), st.integers(1, 20)),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None)
+def test_each_pixel_has_the_class_whose_interpolated_score_is_the_highest(
+    size: tuple[int, int], shape: tuple[int, int, int], seed: int
+) -> None:
+    scores = segment.probabilities(np.random.default_rng(seed).normal(0, 2, shape).astype(np.float32))
+    blocks = list(enlarging.likeliest(scores, size, Effort()))
+    labels, best = plain_segment.likeliest(scores, size)
+    np.testing.assert_allclose(np.concatenate([block[1] for block in blocks]), best, atol=1e-6)
+    # Rounding may decide between equal scores.
+    assert (np.concatenate([block[0] for block in blocks]) != labels).mean() < 0.01
+
+
+def cpu_s(labels: Array) -> float:
+    began_s = time.process_time()
+    assert of_map(labels, _background=-1)["code"] == 0
+    return time.process_time() - began_s
+
+
+@pytest.mark.parametrize("name", ["chessboard", "holes", "rings", "stripes"])
+def test_cost_follows_the_pixels_whatever_the_regions(name: str) -> None:
+    y, x = np.indices((1000, 1000))
+    labels = {
+        "chessboard": (x + y) % 2,
+        "holes": (x % 2) & (y % 2),
+        "rings": np.maximum(abs(x - 500), abs(y - 500)) % 3,
+        "stripes": x % 250,
+    }[name]
+    # A search for outlines that takes 300 times as long, as OpenCV's with a hierarchy does, is found on any machine.
+    flat_s = min(cpu_s(np.zeros((1000, 1000))) for _ in range(3))
+    assert cpu_s(labels) < 100 * flat_s
+
+
+def test_map_with_too_many_changes_gives_code_400() -> None:
+    ret = of_map(np.indices((2100, 2100)).sum(axis=0) % 2)
+    assert (ret["code"], ret["message"]) == (
+        400,
+        "the classes on the image change more than 4194304 times along its rows",
+    )
+
+
+def test_outlines_with_too_many_corners_give_code_400(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outlines, "MAX_POINTS", 100)
+    assert of_map(np.indices((10, 10)).sum(axis=0) % 2)["code"] == 0
+    ret = of_map(np.indices((40, 40)).sum(axis=0) % 2)
+    assert (ret["code"], ret["message"]) == (400, "the outlines of the image's regions have more than 100 corners")
+
+
+def test_scores_and_time_of_a_request_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = np.random.default_rng(1).random((6, 40, 40))
+    assert of_map(scores, size=(200, 200))["code"] == 0
+    monkeypatch.setattr(effort, "MAX_SCORES", 100_000)
+    ret = of_map(scores, size=(200, 200))
+    assert (ret["code"], "too many pixels for the classes on it" in ret["message"]) == (400, True)
+    monkeypatch.undo()
+    monkeypatch.setattr(effort, "MAX_CPU_S", -1.0)
+    ret = of_map(scores, size=(200, 200))
+    assert (ret["code"], ret["message"]) == (400, "the image takes more than -1 s after the net; send a smaller image")
 
 
 def test_only_the_1000_largest_regions_are_listed() -> None:

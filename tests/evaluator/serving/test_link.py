@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from atserving import frames, link
 from atserving.config import Instance
+from atserving.held import HeldBytes
 from atserving.v1.evaluator_pb2 import Hello, InferRequest, InferResponse
 from evaluator.serving.link_server import LinkServer
 from gate.connection import EvaluatorConnection, TransportError
@@ -280,7 +281,7 @@ async def test_an_instance_with_other_content_is_never_asked(wanted: str, own: s
 
 
 async def test_instance_that_still_loads_refuses_gates() -> None:
-    links = LinkServer()
+    links = LinkServer(HeldBytes(1 << 30))
     server = await asyncio.get_running_loop().create_server(links.connect, "127.0.0.1", 0)
     address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     instance = Instance(app="a", version="v", id="i", address=address, capacity=1)

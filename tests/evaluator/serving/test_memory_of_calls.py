@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from atserving import link
 from atserving.errors import ServingError
+from atserving.held import HeldBytes
 from evaluator.net_config import NetConfig
 from evaluator.options import Options
 from evaluator.serving.capacity import Capacity
@@ -32,6 +33,9 @@ class Replier:
 
     def __init__(self) -> None:
         self.replies: list[link.Reply] = []
+
+    def hold(self, count: int) -> bool:
+        return True
 
     def reply(self, reply: link.Reply) -> None:
         self.replies.append(reply)
@@ -59,6 +63,7 @@ def pipeline(tmp_path: Path, capacity: int = 10_000) -> Pipeline:
         fetcher=cast(Any, None),
         capacity=Capacity(capacity),
         metrics=Metrics(),
+        held=HeldBytes(1 << 30),
     )
 
 

@@ -82,7 +82,7 @@ def test_result_is_json_or_bytes_or_a_file(script: BlockingSupervisor, workspace
         assert not (workspace / "result.bin").exists()
 
 
-@pytest.mark.parametrize("action", ["raise", "sys.exit", "recurse", "memory"])
+@pytest.mark.parametrize("action", ["raise", "sys.exit", "recurse"])
 def test_call_that_raises_gives_code_500_without_details(script: BlockingSupervisor, action: str) -> None:
     before = script.pid()
     error = script.ask(do=action)

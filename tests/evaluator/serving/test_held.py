@@ -1,0 +1,182 @@
+"""An instance bounds the bytes of requests and answers that its front holds, and refuses what is over it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from aiohttp import web
+
+from atserving import link
+from atserving.held import HeldBytes
+from atserving.v1.evaluator_pb2 import Hello, InferRequest, InferResponse
+from atserving.v1.serving_pb2 import Resource
+from evaluator.net_config import NetConfig
+from evaluator.options import Options
+from evaluator.serving.capacity import Capacity
+from evaluator.serving.link_server import LinkServer
+from evaluator.serving.metrics import Metrics
+from evaluator.serving.pipeline import Pipeline
+from evaluator.serving.supervisor import WorkerSupervisor
+from tests.evaluator.calling import DIGIT, ask, connected
+from tests.instance import ScriptedInstance
+from tests.processes import Registry, evaluator, start_evaluator
+from tests.waiting import until_async
+
+MIB = 1 << 20
+
+
+class Replier:
+    """Takes replies."""
+
+    def __init__(self) -> None:
+        self.errors: list[Any] = []
+        self.holds = True
+
+    def hold(self, count: int) -> bool:
+        return self.holds
+
+    def reply(self, reply: link.Reply) -> None:
+        self.errors.append(InferResponse.FromString(bytes(reply.response)).error)
+
+
+def pipeline(tmp_path: Path, held: HeldBytes) -> Pipeline:
+    """Return a pipeline whose worker never starts: its calls wait."""
+    config = NetConfig({}, custom_values=Options("custom_values", {"net": "classify"}), workspace=tmp_path)
+    worker, fetcher = WorkerSupervisor(config), cast(Any, None)
+    return Pipeline(
+        "app", "v1", config, worker=worker, fetcher=fetcher, capacity=Capacity(64), metrics=Metrics(), held=held
+    )
+
+
+async def test_bodies_are_counted_until_the_end_of_their_requests(tmp_path: Path) -> None:
+    held = HeldBytes(4 * MIB)
+    served, replier = pipeline(tmp_path, held), Replier()
+    calls = [link.Call(number, 0, 0, b"r", b"", bytes(MIB)) for number in range(5)]
+    calls[4] = calls[4]._replace(request=b"x")
+    first, second, third, refused, small = (served.begin(call, replier) for call in calls)
+    assert [each.ended for each in (first, second, third, refused, small)] == [False, False, False, True, False]
+    (error,) = replier.errors
+    assert (error.status, error.refused, error.retry_after_ms > 0) == (429, True, True)
+    assert held.held == 3 * MIB + 1
+    assert served.capacity.in_flight == 4
+    first.abandon()
+    second.expire()
+    (id_, *_) = served.worker._calls
+    served.worker._take_reply(link.Reply(id_, link.RESULT, 0, 0, 0, 0, 1, 1, b""))
+    assert third.ended
+    assert held.held == 1
+    assert not served.begin(calls[3], replier).ended
+
+
+async def test_an_answer_without_room_is_an_error(tmp_path: Path) -> None:
+    held = HeldBytes(4 * MIB)
+    served, replier = pipeline(tmp_path, held), Replier()
+    replier.holds = False
+    for size in (1000, 100_000):
+        served.begin(link.Call(1, 0, 0, b"r", b"", b"x"), replier)
+        (id_,) = served.worker._calls
+        response = InferResponse(stream=bytes(size)).SerializeToString()
+        served.worker._take_reply(link.Reply(id_, link.RESULT, 0, 0, 0, 0, 1, 1, response))
+    assert [error.status for error in replier.errors] == [0, 503]
+    assert replier.errors[1].message == "the instance holds as many bytes of unread answers as it can"
+    assert not replier.errors[1].refused
+    assert held.held == 0
+
+
+async def test_answers_are_counted_until_the_gate_has_read_them() -> None:
+    held = HeldBytes(64 * MIB)
+    answered = asyncio.Event()
+
+    class Answerer(ScriptedInstance):
+        def begin(self, call: link.Call, replier: Any) -> Any:
+            assert replier.hold(16 * MIB)
+            replier.reply(link.Reply(call.id, link.RESULT, 0, 0, 0, 0, 0, 0, bytes(16 * MIB)))
+            answered.set()
+            return type("Ended", (), {"ended": True})
+
+    async def never(_: InferRequest) -> InferResponse:
+        raise AssertionError
+
+    server = Answerer(never)
+    server.links = LinkServer(held)
+    instance = await server.start()
+    host, port = instance.address.split(":")
+    loop = asyncio.get_running_loop()
+    with socket.create_connection((host, int(port))) as gate:
+        gate.setblocking(False)
+        hello = Hello(app="a", version="v", instance="i").SerializeToString()
+        await loop.sock_sendall(gate, link.PREFACE + link.frame(link.HELLO, hello))
+        await loop.sock_sendall(gate, link.call_head(1, 0, 0, b"", b"", 0))
+        await answered.wait()
+        assert held.held == 16 * MIB
+        while held.held:
+            assert await loop.sock_recv(gate, MIB)
+        # A second one is given up with its connection.
+        answered.clear()
+        await loop.sock_sendall(gate, link.call_head(2, 0, 0, b"", b"", 0))
+        await answered.wait()
+    await until_async(lambda: done(not held.held), what="the answer is given up")
+    await server.stop()
+
+
+async def done(value: bool) -> bool:
+    return value
+
+
+@pytest.fixture
+async def unfinished_url() -> AsyncIterator[str]:
+    """Return the URL of a host that sends 8 MiB, and then nothing."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(bytes(8 * MIB))
+        await asyncio.Event().wait()
+        return response
+
+    app = web.Application()
+    app.router.add_get("/", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}/"
+    await runner.cleanup()
+
+
+async def test_fetched_bytes_are_counted_as_they_arrive(registry: Registry, unfinished_url: str) -> None:
+    registry.publish("held", custom_values={"net": "classify"})
+    flags = ("--max-held", "14", "--allow-network", "127.0.0.0/8")
+    with evaluator(registry, "held", "v1", *flags) as process:
+        async with connected(process) as instance:
+            fetching = ask(instance, InferRequest(data=[Resource(uri=unfinished_url)]))
+            large = InferRequest(data=[Resource(body=bytes(8 * MIB))])
+
+            async def refused() -> bool:
+                error = (await ask(instance, large)).error
+                assert error.status == 400 or error.refused
+                return error.status == 429
+
+            await until_async(refused, what="there is no room for a second large request")
+            # A small one has room.
+            assert (await ask(instance, InferRequest(data=[DIGIT]))).result_json
+            fetching.cancel()
+
+            async def taken() -> bool:
+                return (await ask(instance, large)).error.status == 400
+
+            await until_async(taken, what="there is room again")
+
+
+def test_bound_below_the_largest_request_fails_to_start(registry: Registry) -> None:
+    registry.publish("tight", custom_values={"net": "classify"})
+    process = start_evaluator(registry.address, "tight", "v1", "--max-held", "13")
+    assert process.wait() == 1
+    assert process.lines[-1] == (
+        "evaluator: --max-held is 13, should be at least 14: "
+        "the release allows requests with 10485760 bytes of resources"
+    )
