@@ -9,7 +9,6 @@ drives the state itself. The library does not document ``H2Streams``, so ``setup
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -33,6 +32,8 @@ from httpunk._httpunk import (
     H2StreamError,
     H2Streams,
 )
+
+from atserving.peer_watch import PeerWatch
 
 if TYPE_CHECKING:
     from httpunk._httpunk import H2Frame
@@ -63,6 +64,8 @@ _HANDSHAKE_S = 10.0
 # The head of a HEADERS frame up to the stream's number (length 5, END_HEADERS), and its field `:status: 100`, whose
 # name has number 8 in the static table (RFC 7541, section 6.2.2 and appendix A).
 _CONTINUE, _STATUS_100 = b"\0\0\5\1\4", b"\x08\x03100"
+# A PING frame. The bytes differ from those of the library's own, which ends a connection with one.
+_PING = b"\0\0\x08\6\0\0\0\0\0atserver"
 # In one second a peer may reset as many requests as it may have open. More is no change of mind but an attack.
 _MAX_RESETS = MAX_STREAMS
 
@@ -220,8 +223,13 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports do not inherit from asyncio's.
         self._transport = cast(asyncio.Transport, transport)
-        _watch_peer(self._transport.get_extra_info("socket"))
         self._connections.add(self)
+        self._watch = PeerWatch(
+            self._transport.get_extra_info("socket"),
+            owes=lambda: bool(self._streams),
+            ping=self._ping,
+            silent=self._peer_silent,
+        )
         self._handshake = self._loop.call_later(_HANDSHAKE_S, self._transport.close)
         self.state.begin()
         self._flush()
@@ -229,6 +237,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._connections.discard(self)
         self._transport = None
+        self._watch.stop()
         self._cancel_handshake()
         self.state.fail(None, "the connection has ended")
         streams, self._streams = self._streams, set()
@@ -237,7 +246,7 @@ class Connection(asyncio.Protocol):
             stream.receiver.gone()
 
     def data_received(self, data: bytes) -> None:
-        self._reading = True
+        self._reading = self._watch.heard = True
         try:
             for frame in self.state.receive(data):
                 try:
@@ -462,6 +471,17 @@ class Connection(asyncio.Protocol):
         for stream in self.state.credit_written():
             cast(Stream, stream).pump()
 
+    def _ping(self) -> None:
+        if self._transport:
+            # The library sends no pings. It takes their acknowledgements, and ignores them.
+            self._write()
+            self._transport.write(_PING)
+
+    def _peer_silent(self) -> None:
+        if self._transport:
+            log.warning("caller lost", reason="it does not answer pings", in_flight=len(self._streams))
+            self._transport.abort()
+
     def pause_writing(self) -> None:
         # A peer that does not read gets no more work done: frames that need an answer would pile up here.
         self._paused = True
@@ -478,13 +498,3 @@ class Connection(asyncio.Protocol):
         if self._handshake:
             self._handshake.cancel()
             self._handshake = None
-
-
-def _watch_peer(connection: socket.socket) -> None:
-    """Let the kernel end the connection within 8 s after the peer's host has gone."""
-    if connection.family in (socket.AF_INET, socket.AF_INET6):
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 8_000)
