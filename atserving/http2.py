@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
 
 import structlog
@@ -110,7 +111,7 @@ class Stream:
         self.paused = False
         """Whether the peer should send no more than its window, until :meth:`resume`."""
         self.on_sent: Callable[[], None] | None = None
-        """Called when the peer has taken all that was sent."""
+        """Called when the peer's window has taken all that was sent."""
         self._connection = connection
         self._outbox: list[tuple[bytes | Headers, bool]] = []
         self._offset = 0
@@ -163,6 +164,18 @@ class Stream:
     def unsent(self) -> int:
         """How many parts the peer's window does not take yet."""
         return len(self._outbox)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the connection has more to send than its peer reads."""
+        return self._connection.is_stuck
+
+    def when_sent(self, callback: Callable[[], None]) -> None:
+        """Call back when all that was sent has left this process, or its connection has ended."""
+        if self._outbox:
+            self.on_sent = partial(self._connection.when_written, callback)
+        else:
+            self._connection.when_written(callback)
 
     def pump(self) -> None:
         """Send what the peer's window takes."""
@@ -217,6 +230,8 @@ class Connection(asyncio.Protocol):
         self._reading = self._flushing = self._paused = self._draining = False
         self._peer_leaves = self._turning = False
         self._turns = 0
+        self._unwritten = 0
+        self._on_written: list[Callable[[], None]] = []
         self._second = self._resets = 0
         self._handshake: asyncio.TimerHandle | None = None
 
@@ -244,6 +259,7 @@ class Connection(asyncio.Protocol):
         for stream in streams:
             stream.drop()
             stream.receiver.gone()
+        self._written()
 
     def data_received(self, data: bytes) -> None:
         self._reading = self._watch.heard = True
@@ -394,6 +410,7 @@ class Connection(asyncio.Protocol):
             stream.drop()
             return -1
         verdict = self.state.send_data(stream.id, data, offset, end)
+        self._unwritten += verdict.sent
         self._sent(stream, verdict.flags, stopped=verdict.stopped is not None, end=end and verdict.done)
         return -1 if verdict.done or verdict.stopped is not None else verdict.sent
 
@@ -410,6 +427,23 @@ class Connection(asyncio.Protocol):
         if flags & H2_FLAG_CAPACITY:
             self._act(flags)
         self._flush_soon()
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether there is more to send than the peer reads."""
+        return self._paused or self._unwritten > _SEND_BUFFER_BYTES
+
+    def when_written(self, callback: Callable[[], None]) -> None:
+        """Call back when what was sent so far has left this process, or the connection has ended."""
+        if self._transport and self.is_stuck:
+            self._on_written.append(callback)
+        else:
+            callback()
+
+    def _written(self) -> None:
+        callbacks, self._on_written = self._on_written, []
+        for callback in callbacks:
+            callback()
 
     def reset(self, stream: Stream, reason: int) -> None:
         if stream in self._streams:
@@ -456,6 +490,8 @@ class Connection(asyncio.Protocol):
         if self._paused or self._transport is None:
             return
         self._write()
+        if self._on_written and not self.is_stuck:
+            self._written()
         if self.state.has_pending():
             self._flush_soon()
         elif self._draining:
@@ -464,6 +500,7 @@ class Connection(asyncio.Protocol):
     def _write(self) -> None:
         """Write all pending frames, and let streams refill the buffer that this has emptied."""
         pending, _ = self.state.take_pending()
+        self._unwritten = 0
         if pending and self._transport:
             # The transport keeps what it can't write at once, but the state needs its buffer back.
             self._transport.write(bytes(pending))
