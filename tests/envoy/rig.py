@@ -19,6 +19,7 @@ from atserving.local import commands, envoy
 from atserving.local.examples import ROOT
 from atserving.local.ports import Ports
 from tests.frames import PREFACE, SETTINGS, field, frame
+from tests.pod_memory import PodMemory
 from tests.processes import Process
 from tests.waiting import PATIENCE_S, until_async
 
@@ -29,8 +30,10 @@ TYPED_EVAL = "/atserving.v1.ServingService/Eval"
 class Edge:
     """An async context manager: entering starts Envoy and the gates, and waits until every gate is healthy."""
 
-    def __init__(self, gates: int = 1, change: Callable[[Any], None] | None = None) -> None:
-        """``change`` may change the bootstrap: a test shortens a time with it."""
+    def __init__(
+        self, gates: int = 1, change: Callable[[Any], None] | None = None, memory: PodMemory | None = None
+    ) -> None:
+        """``change`` may change the bootstrap: a test shortens a time with it. ``memory`` bounds that of Envoy."""
         self.ports = Ports.free(gates=gates)
         self.url = f"http://127.0.0.1:{self.ports.edge}"
         self.gates = [Process([sys.executable, "-m", "tests.envoy.fake_gate", str(port)]) for port in self.ports.gates]
@@ -43,7 +46,8 @@ class Edge:
         if change:
             change(bootstrap)
         path.write_text(yaml.safe_dump(bootstrap))
-        self.envoy = Process(commands.envoy(path))
+        command = commands.envoy(path)
+        self.envoy = Process(memory.command(command) if memory else command)
 
     async def __aenter__(self) -> Edge:
         for process in (*self.gates, self.envoy):
@@ -141,15 +145,3 @@ def http2_headers(path: str, content_type: str, method: str = "POST") -> bytes:
         "te": "trailers",
     }
     return b"".join(field(name.encode(), value.encode()) for name, value in fields.items())
-
-
-def most_mib(process: Process) -> int:
-    """Return the most memory that a process has had since :func:`forget_most`, in MiB."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
-    assert found
-    return int(found[1]) >> 10
-
-
-def forget_most(process: Process) -> None:
-    """Start :func:`most_mib` anew."""
-    Path(f"/proc/{process.pid}/clear_refs").write_text("5")
