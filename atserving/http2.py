@@ -271,7 +271,9 @@ class Connection(asyncio.Protocol):
                     # The frame may have taken it.
                     self._spare = Stream(self)
                     stream_id, reason, initiator = error.args
-                    if initiator != "remote":
+                    # The rest of a request that was answered before its end may still arrive: nothing is left to reset.
+                    late = type(frame) is H2FrameData and not self.state.has_stream(stream_id)
+                    if initiator != "remote" and not late:
                         verdict = self.state.reset_on_error(stream_id, reason)
                         self._stopped(verdict.handle)
                         self._act(verdict.flags)

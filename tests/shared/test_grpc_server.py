@@ -725,3 +725,29 @@ async def test_an_answer_that_is_taken_late_is_held_until_then() -> None:
         assert received == 5 + 5000
         assert scripted.held.held == 0
         writer.close()
+
+
+async def test_refused_uploads_break_off_no_other_call() -> None:
+    """What is on the way when an upload is refused arrives after its stream has ended."""
+    uploads, late_parts = range(3, 203, 2), 25
+    part = bytes(16 << 10)
+    async with running() as scripted:
+        assert scripted.held.take(HELD_BYTES * 3 // 4 - (64 << 10), large=True)
+        reader, writer = await asyncio.open_connection("127.0.0.1", scripted.port)
+        writer.write(PREFACE + frame(SETTINGS, 0, 0) + request(b"/test/Wait", 1) + frame(DATA, 1, 1, bytes(5)))
+        for stream in uploads:
+            writer.write(request(b"/test/Echo", stream) + frame(DATA, 0, stream, part) * 5)
+        await count_frames(reader, HEADERS, len(uploads))
+        for stream in uploads:
+            writer.write(frame(DATA, 0, stream, part) * late_parts)
+            await writer.drain()
+        writer.write(request(b"/test/Echo", 203) + frame(DATA, 1, 203, bytes(5)))
+        await count_frames(reader, HEADERS, 2)
+        scripted.waiting[0].finish(b"done")
+        await count_frames(reader, HEADERS, 2)
+        writer.close()
+
+
+async def count_frames(reader: asyncio.StreamReader, kind: int, count: int) -> None:
+    for _ in range(count):
+        await read_until(reader, kind)
