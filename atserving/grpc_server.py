@@ -100,6 +100,11 @@ class Call:
         """The request's message, serialized."""
         return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
 
+    def take_message(self) -> Buffer:
+        """Return the request's message, and let go of it: only the caller has it now. It still counts as held."""
+        message, self.parts = self.message, []
+        return message
+
     def header(self, name: str) -> str | None:
         """Return a header, or None if it is missing or no ASCII."""
         value = self._stream.headers.get(name)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import cast
 
 import grpc.aio
 import pytest
 import pytest_asyncio
+from google.api import httpbody_pb2
 
 from atserving import transport
-from atserving.v1 import serving_pb2, serving_pb2_grpc
+from atserving.v1 import edge_pb2, serving_pb2, serving_pb2_grpc
 from tests.envoy.rig import TYPED_EVAL
 from tests.envoy.uploads import Uploads
 from tests.evaluator.digits import digits_tar
@@ -26,6 +29,7 @@ UPLOADS = 60
 BODY_BYTES = 19 << 20
 TASKS = 60
 ANSWER_MIB = 8
+LARGE_REQUESTS, ROUNDS = 16, 2
 MOST_MIB = 45
 """What the answers of a batch may be together."""
 
@@ -103,4 +107,23 @@ async def test_the_answers_of_batches_are_bounded(gate: Gate, memory: PodMemory,
                 assert told == {(0, size): MOST_MIB // ANSWER_MIB, (413, 0): TASKS - MOST_MIB // ANSWER_MIB}
                 refused = {result.message for result in results if result.code}
                 assert refused == {f"the answers of the batch are larger than {MOST_MIB} MiB together"}
+    memory.check(gate)
+
+
+async def test_large_requests_that_fail_are_bounded(gate: Gate, memory: PodMemory) -> None:
+    """Nothing keeps them once they have failed."""
+    forget_most(gate)
+    # Larger than a resource may be, which the instance finds out.
+    uri = b"data:;base64," + base64.b64encode(bytes(15_000_000))
+    body = httpbody_pb2.HttpBody(content_type="application/json", data=b'{"data": {"uri": "%s"}}' % uri)
+    message = edge_pb2.EdgeEvalRequest(app="sized", body=body).SerializeToString()
+    async with transport.channel(gate.address) as channel:
+        call = channel.unary_unary("/atserving.v1.EdgeService/Eval", None, None)
+        for _ in range(ROUNDS):
+            errors = await asyncio.gather(*(call(message) for _ in range(LARGE_REQUESTS)), return_exceptions=True)
+            # The client shows the answer to a REST caller as an error: refused by the instance, or by the full gate.
+            told = Counter(str(each.details()).rpartition(" ")[2] for each in cast(list[grpc.aio.AioRpcError], errors))
+            assert told["400"]
+            assert told.keys() <= {"400", "503"}
+            assert await answers(gate)
     memory.check(gate)
