@@ -7,7 +7,9 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
 
@@ -144,3 +146,30 @@ async def test_answers_whose_windows_stay_closed_are_bounded(edge: Edge, memory:
 
         await until_async(reset, what="Envoy has broken off the largest answers")
     writer.transport.abort()
+
+
+def short_of_memory(bootstrap: Any) -> None:
+    """Let Envoy have less memory than it takes from the start."""
+    (heap,) = [
+        monitor["typed_config"]
+        for monitor in bootstrap["overload_manager"]["resource_monitors"]
+        if monitor["name"].endswith("fixed_heap")
+    ]
+    assert heap["max_heap_size_bytes"]
+    heap["max_heap_size_bytes"] = 1 << 20
+
+
+async def test_an_envoy_that_is_short_of_memory_is_not_ready_but_lives() -> None:
+    async with Edge(change=short_of_memory) as edge, aiohttp.ClientSession() as session:
+
+        async def status(url: str) -> int:
+            async with session.get(url) as response:
+                return response.status
+
+        async def refusing() -> bool:
+            return await status(f"{edge.url}/health") == 503
+
+        await until_async(refusing, what="Envoy refuses requests")
+        assert (await edge.ask())[0] == 503
+        for path in ("/live", "/metrics"):
+            assert await status(f"http://127.0.0.1:{edge.ports.ops}{path}") == 200
