@@ -45,6 +45,8 @@ _SHORT_BYTES = 1 << 10
 _MOST_MESSAGE_CHARS = 1024
 # Smaller parts of a body cost more as objects than as bytes.
 _SMALL_BYTES = 4096
+# What an open stream takes beside its message.
+_STREAM_BYTES = 4 << 10
 # The bound of a server that is given none.
 _MOST_HELD_BYTES = 256 << 20
 # A streaming call waits while its peer has not taken so many messages.
@@ -56,10 +58,23 @@ _PARTING_S = 1.0
 class Call:
     """A unary call; the receiver of its stream.
 
-    Its request counts as held by the process from its arrival until the answer, and a large answer until it has left.
+    Its request counts as held by the process from its arrival until the answer, and the answer until it has left, if it
+    is large or its caller does not take it at once.
     """
 
-    __slots__ = ("_answered", "_chunks", "_held", "_method", "_most", "_size", "_stream", "_taken", "on_gone", "parts")
+    __slots__ = (
+        "_answered",
+        "_chunks",
+        "_held",
+        "_method",
+        "_most",
+        "_refused",
+        "_size",
+        "_stream",
+        "_taken",
+        "on_gone",
+        "parts",
+    )
 
     def __init__(self, stream: Stream, method: Unary, most: int, held: HeldBytes) -> None:
         self._stream = stream
@@ -67,7 +82,7 @@ class Call:
         self._most = most
         self._held = held
         self._taken = 0
-        self._answered = False
+        self._answered = self._refused = False
         self._chunks: list[bytes | bytearray] = []
         self._size = 0
         self.parts: list[Buffer] = []
@@ -84,6 +99,11 @@ class Call:
     def message(self) -> Buffer:
         """The request's message, serialized."""
         return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
+
+    def take_message(self) -> Buffer:
+        """Return the request's message, and let go of it: only the caller has it now. It still counts as held."""
+        message, self.parts = self.message, []
+        return message
 
     def header(self, name: str) -> str | None:
         """Return a header, or None if it is missing or no ASCII."""
@@ -153,13 +173,20 @@ class Call:
         self._give()
 
     def _has_room(self, count: int) -> bool:
-        """Count a large answer until it has left; return False if there is no room for it."""
-        if count < LARGE_BYTES:
+        """Count an answer that is large, or that has to wait; return False, once, if there is no room for it."""
+        large = count >= LARGE_BYTES
+        if self._refused or not (large or self._stream.is_stuck) or self._take(count, large=large):
             return True
-        if not self._take(count, large=True):
-            return False
-        self._stream.on_sent = self._give
-        return True
+        self._refused = True
+        return False
+
+    def _hold(self, count: int) -> None:
+        """Count an answer until it has left. Break it off if its caller does not take it, and there is no room."""
+        stream = self._stream
+        if self._taken or not stream.unsent or self._take(count + _STREAM_BYTES, large=False):
+            stream.when_sent(self._give)
+        else:
+            stream.reset(http2.ENHANCE_YOUR_CALM)
 
     def finish(self, *message: Buffer, headers: Iterable[tuple[str, str]] = ()) -> None:
         """Answer with a message, given in parts, and headers."""
@@ -170,6 +197,8 @@ class Call:
             return
         sent = Headers([("content-type", "application/grpc"), *headers])
         self._stream.respond(200, sent, b"".join((_HEAD.pack(0, length), *message)), _ok())
+        if self._taken or self._stream.unsent:
+            self._hold(length)
 
     def abort(self, status: StatusCode, message: str, trailing: Iterable[tuple[str, str]] = ()) -> None:
         """Answer with a status, in one frame (Trailers-Only)."""
@@ -183,6 +212,8 @@ class Call:
             self._method.full(self)
             return
         self._stream.respond(status, Headers([*headers, ("content-length", str(len(body)))]), body)
+        if self._taken or self._stream.unsent:
+            self._hold(len(body))
 
 
 class GrpcError(Exception):

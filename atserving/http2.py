@@ -9,8 +9,8 @@ drives the state itself. The library does not document ``H2Streams``, so ``setup
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
 
 import structlog
@@ -33,6 +33,8 @@ from httpunk._httpunk import (
     H2StreamError,
     H2Streams,
 )
+
+from atserving.peer_watch import PeerWatch
 
 if TYPE_CHECKING:
     from httpunk._httpunk import H2Frame
@@ -63,6 +65,8 @@ _HANDSHAKE_S = 10.0
 # The head of a HEADERS frame up to the stream's number (length 5, END_HEADERS), and its field `:status: 100`, whose
 # name has number 8 in the static table (RFC 7541, section 6.2.2 and appendix A).
 _CONTINUE, _STATUS_100 = b"\0\0\5\1\4", b"\x08\x03100"
+# A PING frame. The bytes differ from those of the library's own, which ends a connection with one.
+_PING = b"\0\0\x08\6\0\0\0\0\0atserver"
 # In one second a peer may reset as many requests as it may have open. More is no change of mind but an attack.
 _MAX_RESETS = MAX_STREAMS
 
@@ -107,7 +111,7 @@ class Stream:
         self.paused = False
         """Whether the peer should send no more than its window, until :meth:`resume`."""
         self.on_sent: Callable[[], None] | None = None
-        """Called when the peer has taken all that was sent."""
+        """Called when the peer's window has taken all that was sent."""
         self._connection = connection
         self._outbox: list[tuple[bytes | Headers, bool]] = []
         self._offset = 0
@@ -160,6 +164,18 @@ class Stream:
     def unsent(self) -> int:
         """How many parts the peer's window does not take yet."""
         return len(self._outbox)
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the connection has more to send than its peer reads."""
+        return self._connection.is_stuck
+
+    def when_sent(self, callback: Callable[[], None]) -> None:
+        """Call back when all that was sent has left this process, or its connection has ended."""
+        if self._outbox:
+            self.on_sent = partial(self._connection.when_written, callback)
+        else:
+            self._connection.when_written(callback)
 
     def pump(self) -> None:
         """Send what the peer's window takes."""
@@ -214,14 +230,21 @@ class Connection(asyncio.Protocol):
         self._reading = self._flushing = self._paused = self._draining = False
         self._peer_leaves = self._turning = False
         self._turns = 0
+        self._unwritten = 0
+        self._on_written: list[Callable[[], None]] = []
         self._second = self._resets = 0
         self._handshake: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports do not inherit from asyncio's.
         self._transport = cast(asyncio.Transport, transport)
-        _watch_peer(self._transport.get_extra_info("socket"))
         self._connections.add(self)
+        self._watch = PeerWatch(
+            self._transport.get_extra_info("socket"),
+            owes=lambda: bool(self._streams),
+            ping=self._ping,
+            silent=self._peer_silent,
+        )
         self._handshake = self._loop.call_later(_HANDSHAKE_S, self._transport.close)
         self.state.begin()
         self._flush()
@@ -229,15 +252,17 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._connections.discard(self)
         self._transport = None
+        self._watch.stop()
         self._cancel_handshake()
         self.state.fail(None, "the connection has ended")
         streams, self._streams = self._streams, set()
         for stream in streams:
             stream.drop()
             stream.receiver.gone()
+        self._written()
 
     def data_received(self, data: bytes) -> None:
-        self._reading = True
+        self._reading = self._watch.heard = True
         try:
             for frame in self.state.receive(data):
                 try:
@@ -246,7 +271,9 @@ class Connection(asyncio.Protocol):
                     # The frame may have taken it.
                     self._spare = Stream(self)
                     stream_id, reason, initiator = error.args
-                    if initiator != "remote":
+                    # The rest of a request that was answered before its end may still arrive: nothing is left to reset.
+                    late = type(frame) is H2FrameData and not self.state.has_stream(stream_id)
+                    if initiator != "remote" and not late:
                         verdict = self.state.reset_on_error(stream_id, reason)
                         self._stopped(verdict.handle)
                         self._act(verdict.flags)
@@ -385,6 +412,7 @@ class Connection(asyncio.Protocol):
             stream.drop()
             return -1
         verdict = self.state.send_data(stream.id, data, offset, end)
+        self._unwritten += verdict.sent
         self._sent(stream, verdict.flags, stopped=verdict.stopped is not None, end=end and verdict.done)
         return -1 if verdict.done or verdict.stopped is not None else verdict.sent
 
@@ -401,6 +429,23 @@ class Connection(asyncio.Protocol):
         if flags & H2_FLAG_CAPACITY:
             self._act(flags)
         self._flush_soon()
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether there is more to send than the peer reads."""
+        return self._paused or self._unwritten > _SEND_BUFFER_BYTES
+
+    def when_written(self, callback: Callable[[], None]) -> None:
+        """Call back when what was sent so far has left this process, or the connection has ended."""
+        if self._transport and self.is_stuck:
+            self._on_written.append(callback)
+        else:
+            callback()
+
+    def _written(self) -> None:
+        callbacks, self._on_written = self._on_written, []
+        for callback in callbacks:
+            callback()
 
     def reset(self, stream: Stream, reason: int) -> None:
         if stream in self._streams:
@@ -447,6 +492,8 @@ class Connection(asyncio.Protocol):
         if self._paused or self._transport is None:
             return
         self._write()
+        if self._on_written and not self.is_stuck:
+            self._written()
         if self.state.has_pending():
             self._flush_soon()
         elif self._draining:
@@ -455,12 +502,24 @@ class Connection(asyncio.Protocol):
     def _write(self) -> None:
         """Write all pending frames, and let streams refill the buffer that this has emptied."""
         pending, _ = self.state.take_pending()
+        self._unwritten = 0
         if pending and self._transport:
             # The transport keeps what it can't write at once, but the state needs its buffer back.
             self._transport.write(bytes(pending))
         pending.release()
         for stream in self.state.credit_written():
             cast(Stream, stream).pump()
+
+    def _ping(self) -> None:
+        if self._transport:
+            # The library sends no pings. It takes their acknowledgements, and ignores them.
+            self._write()
+            self._transport.write(_PING)
+
+    def _peer_silent(self) -> None:
+        if self._transport:
+            log.warning("caller lost", reason="it does not answer pings", in_flight=len(self._streams))
+            self._transport.abort()
 
     def pause_writing(self) -> None:
         # A peer that does not read gets no more work done: frames that need an answer would pile up here.
@@ -478,13 +537,3 @@ class Connection(asyncio.Protocol):
         if self._handshake:
             self._handshake.cancel()
             self._handshake = None
-
-
-def _watch_peer(connection: socket.socket) -> None:
-    """Let the kernel end the connection within 8 s after the peer's host has gone."""
-    if connection.family in (socket.AF_INET, socket.AF_INET6):
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 8_000)

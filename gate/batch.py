@@ -98,21 +98,24 @@ class _Batch:
             return _too_large()
         self._running += 1
         try:
-            return self._kept(await self._dispatcher.eval(task, self._call))
+            answer = await self._dispatcher.eval(task, self._call)
         except ServingError as error:
-            return error
+            # Its frames would keep what they have worked with until the batch is answered.
+            error.__context__ = None
+            return error.with_traceback(None)
         finally:
             self._running -= 1
+        return self._kept(answer)
 
-    def _kept(self, answer: EvalResult) -> EvalResult:
-        """Keep an answer until the others are there. Raises PayloadTooLarge and Unavailable."""
+    def _kept(self, answer: EvalResult) -> EvalResult | ServingError:
+        """Keep an answer until the others are there. Return an error in its place if there is no room for it."""
         size = responses.size(answer.response)
         # As JSON a stream is base64.
         self._is_full = self._is_full or (self._bytes + size) * 4 // 3 > MAX_ANSWER_BYTES
         if self._is_full:
-            raise _too_large()
+            return _too_large()
         if not self._held.take(size, large=True):
-            raise Unavailable("the gate holds as many bytes as it may", retry_after_s=1.0)
+            return Unavailable("the gate holds as many bytes as it may", retry_after_s=1.0)
         self._bytes += size
         return answer
 

@@ -75,7 +75,8 @@ def _run(
             return
         try:
             if isinstance(error, ServingError):
-                fail(error)
+                # The frames of its traceback hold it in turn, and the request, until the next garbage collection.
+                fail(error.with_traceback(None))
             elif error is None:
                 answer(result)  # type: ignore[arg-type] # without an error there is a result
             else:
@@ -107,7 +108,7 @@ class ServingService:
             context = read_call(call, call.deadline())
             task = _large_typed_eval(call) if call.size >= LARGE_BYTES else None
             if task is None:
-                message = call.message
+                message = call.take_message()
                 check_repeated(message, MAX_GROUP, _DATA)
                 task = task_of(parsed(serving_pb2.EvalRequest(), message))
         except GrpcError as error:
@@ -136,7 +137,7 @@ class ServingService:
     def batch(self, call: Call) -> None:
         try:
             context = read_call(call, call.deadline())
-            message = call.message
+            message = call.take_message()
             check_repeated(message, self._max_batch, _TASKS, (self._max_batch * MAX_GROUP, _DATA))
             request = parsed(serving_pb2.BatchRequest(), message)
             edge.check_batch(len(request.tasks), self._max_batch)
@@ -257,7 +258,7 @@ class EdgeService:
         context = read_call(call, None)
         reply = partial(_reply, call, context)
         try:
-            message = call.message
+            message = call.take_message()
             check_repeated(message, 0, _EXTENSIONS)
             request = parsed(httpbody_pb2.HttpBody(), message)
             tasks = edge.read_batch(request.content_type, request.data, self._max_batch)
@@ -282,7 +283,7 @@ def _refuse_message(call: Call, error: GrpcError | TooMany) -> None:
 
 def _edge_eval(call: Call) -> Task:
     """Return the task of an eval. Raises a ServingError and GrpcError."""
-    message = call.message
+    message = call.take_message()
     # The edge sends a body in a few fields, which are one message.
     check_repeated(message, _FEW, edge_pb2.EdgeEvalRequest.BODY_FIELD_NUMBER, (0, _EXTENSIONS))
     request = parsed(edge_pb2.EdgeEvalRequest(), message)

@@ -29,6 +29,7 @@ _SLOW = (
     "evaluator/serving/test_supervisor.py",
     "evaluator/test_check.py",
     "evaluator/worker/test_script.py",
+    "gate/test_memory.py",
     "k8s",
     "local",
     "registry",

@@ -137,14 +137,17 @@ class Mesh:
         drain = [] if len(ports.gates) > 1 else ["--drain", "0"]
         for number, port in enumerate(ports.gates):
             name = f"gate-{number}" if number else "gate"
-            result[name] = commands.gate(self.registry, f"127.0.0.1:{port}", *drain)
+            result[name] = commands.gate(self.registry, f"127.0.0.1:{port}", *drain, *self._cache(name))
         workspace = ["--workspace", str(directory / "workspaces")]
         for each in self.serves:
-            flags = ["--wait", "60", "--allow-network", f"127.0.0.1:{ports.files}", *workspace]
-            result[f"evaluator-{each.app}-{each.version}"] = commands.evaluator(
-                self.registry, each.app, each.version, *flags
-            )
+            name = f"evaluator-{each.app}-{each.version}"
+            flags = ["--wait", "60", "--allow-network", f"127.0.0.1:{ports.files}", *workspace, *self._cache(name)]
+            result[name] = commands.evaluator(self.registry, each.app, each.version, *flags)
         return {name: [*command, *self._extra.get(name, [])] for name, command in result.items()}
+
+    def _cache(self, name: str) -> list[str]:
+        """Let a process that starts again do so without a registry."""
+        return ["--config-cache", str(self.directory / f"{name}.json")]
 
     async def _wait_ready(self) -> None:
         try:

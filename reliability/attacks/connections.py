@@ -72,7 +72,9 @@ async def _uploads(stage: Stage) -> None:
 
 def _http2_uploads(path: str, content_type: str) -> Callable[[Stage], Awaitable[None]]:
     async def act(stage: Stage) -> None:
-        uploads = await Uploads.start(Door(stage.mesh.edges[0]), path, content_type, _COUNT, _BODY_BYTES)
+        uploads = await Uploads.start(
+            await Door(stage.mesh.edges[0]).connect(), path, content_type, _COUNT, _BODY_BYTES
+        )
         try:
             await stage.sleep(_HOLD_S)
             with suppress(ConnectionError, asyncio.IncompleteReadError):

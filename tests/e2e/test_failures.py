@@ -134,6 +134,24 @@ async def test_callers_do_not_notice_a_crash_of_the_registry(client: Client) -> 
         await check_config_flows(client, "after-registry")
 
 
+async def test_a_gate_that_crashes_while_no_registry_answers_serves_again(client: Client) -> None:
+    mesh = client.mesh
+
+    async def saved() -> bool:
+        return INSTANCES.encode() in (mesh.directory / "gate.json").read_bytes()
+
+    async def started() -> bool:
+        return "config cache used" in mesh.log("gate")
+
+    await until_async(saved, OSError, what="the gate has saved its config")
+    await mesh.stop_process("registry")
+    mesh.kill_process("gate")
+    await until_async(started, what="the gate has started with the saved config")
+    await until_async(lambda: answers(client, "/v1/eval/digits"), what="the gate serves")
+    mesh.start_process("registry")
+    await check_config_flows(client, "after-cache")
+
+
 async def test_callers_do_not_notice_that_leases_expired_while_the_registry_was_down(client: Client) -> None:
     async with load(client) as running:
         await client.mesh.stop_process("registry")

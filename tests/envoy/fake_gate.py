@@ -6,6 +6,8 @@ import asyncio
 import os
 import sys
 
+import uvloop
+
 from atserving.grpc_server import Call, Server
 from atserving.held import HeldBytes
 from atserving.v1 import edge_pb2, serving_pb2
@@ -58,4 +60,4 @@ async def _serve(port: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve(int(sys.argv[1])))
+    uvloop.run(_serve(int(sys.argv[1])))

@@ -20,6 +20,7 @@ from atserving.local.examples import ROOT
 from atserving.local.ports import Ports
 from reliability.frames import http2_headers as http2_headers
 from reliability.frames import http2_start as http2_start
+from tests.pod_memory import PodMemory
 from tests.processes import Process
 from tests.waiting import PATIENCE_S, until_async
 
@@ -30,8 +31,10 @@ TYPED_EVAL = "/atserving.v1.ServingService/Eval"
 class Edge:
     """An async context manager: entering starts Envoy and the gates, and waits until every gate is healthy."""
 
-    def __init__(self, gates: int = 1, change: Callable[[Any], None] | None = None) -> None:
-        """``change`` may change the bootstrap: a test shortens a time with it."""
+    def __init__(
+        self, gates: int = 1, change: Callable[[Any], None] | None = None, memory: PodMemory | None = None
+    ) -> None:
+        """``change`` may change the bootstrap: a test shortens a time with it. ``memory`` bounds that of Envoy."""
         self.ports = Ports.free(gates=gates)
         self.url = f"http://127.0.0.1:{self.ports.edge}"
         self.gates = [Process([sys.executable, "-m", "tests.envoy.fake_gate", str(port)]) for port in self.ports.gates]
@@ -44,7 +47,8 @@ class Edge:
         if change:
             change(bootstrap)
         path.write_text(yaml.safe_dump(bootstrap))
-        self.envoy = Process(commands.envoy(path))
+        command = commands.envoy(path)
+        self.envoy = Process(memory.command(command) if memory else command)
 
     async def __aenter__(self) -> Edge:
         for process in (*self.gates, self.envoy):
@@ -124,15 +128,3 @@ def eval_request(body: bytes = b"x", *lines: str, version: str = "1.1", missing:
         *lines,
     ]
     return "\r\n".join([*head, "", ""]).encode("latin-1") + body
-
-
-def most_mib(process: Process) -> int:
-    """Return the most memory that a process has had since :func:`forget_most`, in MiB."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
-    assert found
-    return int(found[1]) >> 10
-
-
-def forget_most(process: Process) -> None:
-    """Start :func:`most_mib` anew."""
-    Path(f"/proc/{process.pid}/clear_refs").write_text("5")

@@ -5,49 +5,41 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
+import aiohttp
 import pytest
-import yaml
+import pytest_asyncio
 
-from atserving.local.examples import ROOT
 from reliability.uploads import Uploads
-from tests.envoy.rig import (
-    EVAL,
-    TYPED_EVAL,
-    Edge,
-    eval_request,
-    forget_most,
-    http2_headers,
-    http2_start,
-    most_mib,
-)
+from tests.envoy.rig import EVAL, TYPED_EVAL, Edge, eval_request, http2_headers, http2_start
 from tests.frames import DATA, HEADERS, frame
+from tests.pod_memory import PodMemory, forget_most, most_mib
 from tests.waiting import until, until_async
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 UPLOADS = 60
 BODY_BYTES = 19 << 20
-# Less than the limit of the pod by the memory of the kernel's buffers.
-SPARE_MIB = 128
 REST_PERCENT = 20
 
 
-def pod_mib() -> int:
-    """Return the memory limit of Envoy's pod."""
-    for document in yaml.safe_load_all((ROOT / "k8s" / "base" / "envoy.yaml").read_text()):
-        if document["kind"] == "Deployment":
-            [container] = document["spec"]["template"]["spec"]["containers"]
-            limit = container["resources"]["limits"]["memory"]
-            assert limit.endswith("Gi")
-            return int(limit.removesuffix("Gi")) << 10
-    raise AssertionError("no deployment")
+@pytest.fixture(scope="module")
+def memory() -> Iterator[PodMemory]:
+    with PodMemory("envoy") as memory:
+        yield memory
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def edge(memory: PodMemory) -> AsyncIterator[Edge]:
+    async with Edge(gates=3, memory=memory) as edge:
+        yield edge
 
 
 @asynccontextmanager
-async def bounded(edge: Edge) -> AsyncIterator[None]:
+async def bounded(edge: Edge, memory: PodMemory) -> AsyncIterator[None]:
     """Check that what the block leaves open fits the pod, and that others are answered meanwhile."""
 
     async def at_rest() -> bool:
@@ -64,10 +56,10 @@ async def bounded(edge: Edge) -> AsyncIterator[None]:
         return status == 200
 
     await until_async(answered, what="other callers are answered")
-    assert most_mib(edge.envoy) < pod_mib() - SPARE_MIB
+    memory.check(edge.envoy)
 
 
-async def test_uploads_over_many_connections_are_bounded(edge: Edge) -> None:
+async def test_uploads_over_many_connections_are_bounded(edge: Edge, memory: PodMemory) -> None:
     answers: Counter[bytes] = Counter()
     settled = 0
     done = asyncio.Event()
@@ -93,7 +85,7 @@ async def test_uploads_over_many_connections_are_bounded(edge: Edge) -> None:
         finally:
             writer.close()
 
-    async with bounded(edge):
+    async with bounded(edge, memory):
         uploads = [asyncio.create_task(upload()) for _ in range(UPLOADS)]
         await until(lambda: settled == UPLOADS, what="every upload has been sent or broken off")
     done.set()
@@ -104,12 +96,14 @@ async def test_uploads_over_many_connections_are_bounded(edge: Edge) -> None:
 @pytest.mark.parametrize(
     ("path", "content_type"), [(EVAL, "application/octet-stream"), (TYPED_EVAL, "application/grpc")]
 )
-async def test_uploads_over_one_connection_are_bounded(edge: Edge, path: str, content_type: str) -> None:
+async def test_uploads_over_one_connection_are_bounded(
+    edge: Edge, memory: PodMemory, path: str, content_type: str
+) -> None:
     for gate in edge.gates:
         forget_most(gate)
     before = [most_mib(gate) for gate in edge.gates]
-    async with bounded(edge):
-        uploads = await Uploads.start(edge, path, content_type, UPLOADS, BODY_BYTES)
+    async with bounded(edge, memory):
+        uploads = await Uploads.start(await edge.connect(), path, content_type, UPLOADS, BODY_BYTES)
         await until(uploads.settled, what="every upload has been sent or reset")
         assert uploads.resets
     # A gate never sees a request that is not whole.
@@ -117,11 +111,11 @@ async def test_uploads_over_one_connection_are_bounded(edge: Edge, path: str, co
     await uploads.close()
 
 
-async def test_answers_that_nobody_reads_are_bounded(edge: Edge) -> None:
+async def test_answers_that_nobody_reads_are_bounded(edge: Edge, memory: PodMemory) -> None:
     connections = []
     resets = "envoy.overload_actions.reset_high_memory_stream.count"
     before = await edge.stat(resets)
-    async with bounded(edge):
+    async with bounded(edge, memory):
         for _ in range(40):
             connection = socket.socket()
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -137,10 +131,10 @@ async def test_answers_that_nobody_reads_are_bounded(edge: Edge) -> None:
         connection.close()
 
 
-async def test_answers_whose_windows_stay_closed_are_bounded(edge: Edge) -> None:
+async def test_answers_whose_windows_stay_closed_are_bounded(edge: Edge, memory: PodMemory) -> None:
     resets = "envoy.overload_actions.reset_high_memory_stream.count"
     before = await edge.stat(resets)
-    async with bounded(edge):
+    async with bounded(edge, memory):
         _, writer = await edge.connect()
         writer.write(http2_start())
         for stream in range(1, 80, 2):
@@ -152,3 +146,30 @@ async def test_answers_whose_windows_stay_closed_are_bounded(edge: Edge) -> None
 
         await until_async(reset, what="Envoy has broken off the largest answers")
     writer.transport.abort()
+
+
+def short_of_memory(bootstrap: Any) -> None:
+    """Let Envoy have less memory than it takes from the start."""
+    (heap,) = [
+        monitor["typed_config"]
+        for monitor in bootstrap["overload_manager"]["resource_monitors"]
+        if monitor["name"].endswith("fixed_heap")
+    ]
+    assert heap["max_heap_size_bytes"]
+    heap["max_heap_size_bytes"] = 1 << 20
+
+
+async def test_an_envoy_that_is_short_of_memory_is_not_ready_but_lives() -> None:
+    async with Edge(change=short_of_memory) as edge, aiohttp.ClientSession() as session:
+
+        async def status(url: str) -> int:
+            async with session.get(url) as response:
+                return response.status
+
+        async def refusing() -> bool:
+            return await status(f"{edge.url}/health") == 503
+
+        await until_async(refusing, what="Envoy refuses requests")
+        assert (await edge.ask())[0] == 503
+        for path in ("/live", "/metrics"):
+            assert await status(f"http://127.0.0.1:{edge.ports.ops}{path}") == 200

@@ -8,7 +8,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -21,7 +21,7 @@ from atserving.grpc_server import Call, Server
 from atserving.held import HeldBytes
 from atserving.transport import LIVE, channel
 from atserving.v1 import edge_pb2, serving_pb2
-from tests.frames import DATA, GOAWAY, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, field, frame
+from tests.frames import DATA, GOAWAY, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, WINDOW_UPDATE, field, frame
 from tests.waiting import until_async
 
 MAX_BYTES = 12 << 20
@@ -668,3 +668,86 @@ async def test_random_frames_harm_no_other_connection(seed: int) -> None:
                 call.finish(b"late")
             scripted.waiting.clear()
     assert not errors
+
+
+@pytest.mark.parametrize("window", [0, 0x7FFFFFFF], ids=["windows closed", "socket unread"])
+async def test_small_answers_that_nobody_takes_are_bounded(window: int) -> None:
+    size, count, most = 50_000, 1000, 2
+    async with running() as scripted:
+        writers = []
+        for _ in range(most):
+            _, writer = await asyncio.open_connection("127.0.0.1", scripted.port, limit=1024)
+            writers.append(writer)
+            if window:
+                cast(asyncio.Transport, writer.transport).pause_reading()
+            opened = frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 0x7FFFFFFF - 65_535)) if window else b""
+            writer.write(PREFACE + frame(SETTINGS, 0, 0, struct.pack(">HI", 4, window)) + opened)
+            for number in range(count):
+                body = frame(DATA, 1, 1 + 2 * number, b"\0\0\0\0\x05%d" % size)
+                writer.write(request(b"/test/Grow", 1 + 2 * number) + body)
+
+        async def full() -> bool:
+            return scripted.held.held > HELD_BYTES - 2 * size
+
+        # Together they would be larger.
+        assert most * count * size > HELD_BYTES
+        await until_async(full, what="as many answers wait as there is room for")
+        assert scripted.held.held <= HELD_BYTES
+        for writer in writers:
+            writer.transport.abort()
+
+        async def nothing_held() -> bool:
+            return scripted.held.held == 0
+
+        await until_async(nothing_held)
+        async with channel(f"127.0.0.1:{scripted.port}") as client:
+            assert len(await method(client, "/test/Grow")(b"%d" % (8 << 20), timeout=WAIT_S)) == 8 << 20
+
+
+async def test_an_answer_that_is_taken_late_is_held_until_then() -> None:
+    async with running() as scripted:
+        reader, writer = await asyncio.open_connection("127.0.0.1", scripted.port)
+        writer.write(PREFACE + frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 0)))
+        writer.write(request(b"/test/Grow", 1) + frame(DATA, 1, 1, b"\0\0\0\0\x045000"))
+
+        async def held() -> bool:
+            return scripted.held.held >= 5000
+
+        await until_async(held, what="the answer waits")
+        writer.write(frame(WINDOW_UPDATE, 0, 1, struct.pack(">I", 1 << 20)))
+        flags, received = 0, 0
+        while not flags & 1:
+            head = await reader.readexactly(9)
+            payload = await reader.readexactly(int.from_bytes(head[:3]))
+            if head[3] in (HEADERS, DATA):
+                flags = head[4]
+                received += len(payload) if head[3] == DATA else 0
+        assert received == 5 + 5000
+        assert scripted.held.held == 0
+        writer.close()
+
+
+async def test_refused_uploads_break_off_no_other_call() -> None:
+    """What is on the way when an upload is refused arrives after its stream has ended."""
+    uploads, late_parts = range(3, 203, 2), 25
+    part = bytes(16 << 10)
+    async with running() as scripted:
+        assert scripted.held.take(HELD_BYTES * 3 // 4 - (64 << 10), large=True)
+        reader, writer = await asyncio.open_connection("127.0.0.1", scripted.port)
+        writer.write(PREFACE + frame(SETTINGS, 0, 0) + request(b"/test/Wait", 1) + frame(DATA, 1, 1, bytes(5)))
+        for stream in uploads:
+            writer.write(request(b"/test/Echo", stream) + frame(DATA, 0, stream, part) * 5)
+        await count_frames(reader, HEADERS, len(uploads))
+        for stream in uploads:
+            writer.write(frame(DATA, 0, stream, part) * late_parts)
+            await writer.drain()
+        writer.write(request(b"/test/Echo", 203) + frame(DATA, 1, 203, bytes(5)))
+        await count_frames(reader, HEADERS, 2)
+        scripted.waiting[0].finish(b"done")
+        await count_frames(reader, HEADERS, 2)
+        writer.close()
+
+
+async def count_frames(reader: asyncio.StreamReader, kind: int, count: int) -> None:
+    for _ in range(count):
+        await read_until(reader, kind)

@@ -123,6 +123,17 @@ def etcd_keeps_its_data(manifests: Manifests) -> Iterator[str]:
             yield f"{container} keeps its data in {folder}, on volume {mount['name']!r}, which does not keep it"
 
 
+def the_last_config_is_kept(manifests: Manifests) -> Iterator[str]:
+    """A gate or an evaluator starts with it while no registry answers. An emptyDir outlives its container."""
+    for workload, container in manifests.containers:
+        if workload.component in ("gate", "evaluator"):
+            path = container.flag("config-cache")
+            mount = mount_of(container, path or "")
+            scratch = {each["name"] for each in workload.volumes if "emptyDir" in each}
+            if mount is None or mount.get("readOnly") or mount["name"] not in scratch:
+                yield f"{container} keeps its last config in {path}, in no emptyDir that it can write"
+
+
 def mount_of(container: Container, path: str) -> Document | None:
     """Return the innermost mount that a path is at or below."""
     mounts = [each for each in container.mounts if f"{path}/".startswith(f"{each['mountPath'].rstrip('/')}/")]
@@ -203,4 +214,5 @@ RULES = (
     files_can_be_read,
     claimed_volumes_can_be_written,
     etcd_keeps_its_data,
+    the_last_config_is_kept,
 )
