@@ -1,4 +1,4 @@
-"""Bounds what one request may cost a built-in net after its forward pass."""
+"""Bounds the cost of one request after the forward pass of a built-in net."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_CPU_S = 10.0
 
 
 class Effort:
-    """What the request of this thread may still cost."""
+    """The scores and the CPU time that a request may still take. It stays in one thread."""
 
     def __init__(self) -> None:
         self._scores = MAX_SCORES
