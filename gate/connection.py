@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import time
 from collections import deque
@@ -20,6 +21,7 @@ from atserving.deadlines import Deadlines
 from atserving.errors import Internal
 from atserving.v1 import evaluator_pb2, serving_pb2
 from atserving.wire import Buffer
+from gate.pace import Pace
 
 log = structlog.get_logger()
 
@@ -30,6 +32,8 @@ _PAUSES_S = (0.1, 5.0)
 _LATER_S = 0.01
 # The calls of one write, so that a cancellation can still overtake large ones.
 _WRITE_BYTES = 1 << 20
+# How often a connection with pending calls looks for late ones, and when a late one that none could take is so again.
+_LOOK_S, _HEDGE_AGAIN_S = 0.1, 1.0
 
 
 class TransportError(Exception):
@@ -40,13 +44,36 @@ class TransportError(Exception):
         self.reached = reached
 
 
-class _Answer(asyncio.Future[evaluator_pb2.InferResponse]):
+class Slow(Exception):  # noqa: N818
+    """The instance takes far longer than usual. The call goes on; ``answer`` is the future of its response."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__("the instance takes longer than usual")
+        self.answer = answer
+
+
+class Answer(asyncio.Future[evaluator_pb2.InferResponse]):
     """The response to a call. Cancelling it abandons the call."""
 
-    __slots__ = ("abandon", "deadline_s", "flags", "id", "length", "parts", "reqid", "sent", "traceparent")
+    __slots__ = (
+        "abandon",
+        "asked_s",
+        "deadline_s",
+        "flags",
+        "hedge_s",
+        "id",
+        "length",
+        "parts",
+        "reqid",
+        "sent",
+        "traceparent",
+    )
 
     id: int
     abandon: Callable[[int], None]
+    asked_s: float
+    hedge_s: float
+    """Until then, on the monotonic clock, it is not :class:`Slow`."""
     deadline_s: float
     flags: int
     reqid: bytes
@@ -56,10 +83,21 @@ class _Answer(asyncio.Future[evaluator_pb2.InferResponse]):
     sent: bool
 
     def cancel(self, msg: Any | None = None) -> bool:
-        if not super().cancel(msg):
-            return False
-        self.abandon(self.id)
-        return True
+        if super().cancel(msg):
+            self.abandon(self.id)
+            return True
+        if not self.cancelled() and isinstance(slow := self.exception(), Slow):
+            # Whoever waited will not take the call over.
+            slow.answer.cancel()
+        return False
+
+    def again(self) -> Answer:
+        """Return another future of the same response, which is not slow again."""
+        answer = Answer(loop=self.get_loop())
+        for name in Answer.__slots__:
+            setattr(answer, name, getattr(self, name))
+        answer.hedge_s = math.inf
+        return answer
 
 
 def _with_body(body: Sequence[Buffer]) -> tuple[list[Buffer], int]:
@@ -83,8 +121,8 @@ class EvaluatorConnection:
         self._connect_timeout_s = connect_timeout_s
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
-        self._pending: dict[int, _Answer] = {}
-        self._outbox: deque[_Answer] = deque()
+        self._pending: dict[int, Answer] = {}
+        self._outbox: deque[Answer] = deque()
         self._abandoned: list[int] = []
         self._deadlines = Deadlines(self._pending, self._expire)
         self._link: _InstanceLink | None = None
@@ -93,6 +131,11 @@ class EvaluatorConnection:
         self._pause_s = _PAUSES_S[0]
         self._wanted = asyncio.Event()
         self._running = asyncio.create_task(self._run())
+        self.is_away = False
+        """Whether the instance has said that others should be asked first."""
+        self._pace = Pace()
+        self._hedges = False
+        self._looking: asyncio.TimerHandle | None = None
 
     def ask(
         self,
@@ -101,21 +144,32 @@ class EvaluatorConnection:
         reqid: str,
         traceparent: str | None,
         body: Sequence[Buffer] = (),
-    ) -> asyncio.Future[evaluator_pb2.InferResponse]:
+        *,
+        stays: bool = False,
+        hedges: bool = False,
+    ) -> Answer:
         """Return the future of the instance's response. Cancelling it also cancels the work on the instance.
 
         ``body`` has the parts of a large body, the only resource; ``request`` is empty then.
         ``deadline_s`` is of the monotonic clock; after it the future has a TimeoutError. The future has a
-        TransportError if the link breaks. Raises TransportError while there is none.
+        TransportError if the link breaks. Raises TransportError while there is no link.
+        ``stays``: no other instance can take the call. ``hedges``: the future is :class:`Slow`, once, if the net is
+        built in and answers far later than usual.
         """
         if self._down:
             self._wanted.set()
             raise TransportError(self._down, reached=False)
-        answer = _Answer(loop=self._loop)
+        answer = Answer(loop=self._loop)
         answer.id = id_ = next(self._ids)
         answer.abandon = self._abandon
         answer.deadline_s = deadline_s
-        answer.flags = link.FETCH if any(each.HasField("uri") for each in request.data) else 0
+        answer.asked_s = time.monotonic()
+        answer.hedge_s = 0.0 if hedges else math.inf
+        answer.flags = link.STAY if stays else 0
+        if any(each.HasField("uri") for each in request.data):
+            answer.flags |= link.FETCH
+            # The time of a fetch says nothing about the instance.
+            answer.hedge_s = math.inf
         if body:
             answer.parts, answer.length = _with_body(body)
         else:
@@ -128,12 +182,21 @@ class EvaluatorConnection:
         self._outbox.append(answer)
         self._deadlines.add(deadline_s, id_)
         self._flush_soon()
+        if self._looking is None and self._hedges:
+            self._looking = self._loop.call_later(_LOOK_S, self._look)
         return answer
+
+    def hedge_later(self, answer: Answer) -> None:
+        """Let a slow call, for which no other instance was free, be slow again after a moment."""
+        answer.hedge_s = time.monotonic() + _HEDGE_AGAIN_S
+        self._pace.give_back()
 
     async def close(self) -> None:
         """Close at once; calls in flight fail."""
         await lifecycle.end([self._running])
         self._deadlines.close()
+        if self._looking:
+            self._looking.cancel()
 
     async def _run(self) -> None:
         try:
@@ -168,9 +231,11 @@ class EvaluatorConnection:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 _, wire = await self._loop.create_connection(
-                    lambda: _InstanceLink(self._instance, self._replied, self._flush), host.strip("[]"), int(port)
+                    lambda: _InstanceLink(self._instance, self._replied, self._flush, self._set_away),
+                    host.strip("[]"),
+                    int(port),
                 )
-                await wire.greeted
+                self._hedges = await wire.greeted
             self._down = ""
             self._pause_s = _PAUSES_S[0]
             self._link = wire
@@ -184,12 +249,15 @@ class EvaluatorConnection:
             return str(error)
         finally:
             self._link = None
+            self.is_away = False
             if wire:
                 wire.abort()
 
     def _replied(self, reply: link.Reply) -> None:
         answer = self._pending.pop(reply.id, None)
         if answer:
+            if reply.outcome == link.RESULT and not answer.flags & link.FETCH:
+                self._pace.learn(time.monotonic() - answer.asked_s)
             try:
                 response = evaluator_pb2.InferResponse.FromString(cast(bytes, reply.response))
             except DecodeError:
@@ -206,6 +274,32 @@ class EvaluatorConnection:
         elif answer:
             # An unsent call is never sent, and leaves the outbox with the next flush.
             answer.parts = ()
+
+    def _set_away(self, is_away: bool) -> None:
+        self.is_away = is_away
+
+    def _look(self) -> None:
+        """Find the calls that are late, as long as calls are pending."""
+        self._looking = None
+        if not self._pending:
+            return
+        self._looking = self._loop.call_later(_LOOK_S, self._look)
+        now_s = time.monotonic()
+        before_s = now_s - self._pace.late_s
+        # The oldest come first.
+        late = list(itertools.takewhile(lambda each: each.asked_s <= before_s, self._pending.values()))
+        for answer in late:
+            if answer.hedge_s <= now_s:
+                if not self._pace.take():
+                    return
+                self._be_slow(answer)
+
+    def _be_slow(self, answer: Answer) -> None:
+        again = answer.again()
+        self._pending[answer.id] = again
+        if not answer.sent:
+            self._outbox[self._outbox.index(answer)] = again
+        answer.set_exception(Slow(again))
 
     def _expire(self, id_: int) -> None:
         answer = self._pending[id_]
@@ -262,10 +356,16 @@ class EvaluatorConnection:
 class _InstanceLink(link.Link):
     """The gate's end of a link."""
 
-    def __init__(self, instance: Instance, replied: Callable[[link.Reply], None], writable: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        instance: Instance,
+        replied: Callable[[link.Reply], None],
+        writable: Callable[[], None],
+        away: Callable[[bool], None],
+    ) -> None:
         super().__init__()
-        self.greeted: asyncio.Future[None] = self._loop.create_future()
-        """Done once the instance has named itself; a TransportError if it is another one."""
+        self.greeted: asyncio.Future[bool] = self._loop.create_future()
+        """Done once the instance has named itself: whether its net is built in; a TransportError if it is another."""
         self.ended: asyncio.Future[str] = self._loop.create_future()
         """Why the link has ended."""
         self._hello = evaluator_pb2.Hello(
@@ -273,6 +373,7 @@ class _InstanceLink(link.Link):
         )
         self._replied = replied
         self._writable = writable
+        self._away = away
         self._reason = "the instance ended the connection"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -288,6 +389,8 @@ class _InstanceLink(link.Link):
             self._replied(link.read_reply(data, start, end))
         elif kind == link.HELLO and not self.greeted.done():
             self._greet(data, start, end)
+        elif kind == link.AWAY and self.greeted.done():
+            self._away(link.read_away(data, start, end))
         elif kind != link.ALIVE:
             raise link.Malformed(f"a frame of kind {kind}")
 
@@ -296,6 +399,7 @@ class _InstanceLink(link.Link):
             hello = evaluator_pb2.Hello.FromString(bytes(data[start:end]))
         except DecodeError:
             raise link.Malformed("the HELLO is malformed") from None
+        built_in, hello.built_in = hello.built_in, False
         if hello.refusal:
             self._end(hello.refusal)
             self.abort()
@@ -305,7 +409,7 @@ class _InstanceLink(link.Link):
             self.abort()
         else:
             self.greet()
-            self.greeted.set_result(None)
+            self.greeted.set_result(built_in)
 
     def malformed(self, reason: str) -> None:
         self._end(f"the instance sent something malformed: {reason}")

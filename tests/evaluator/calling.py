@@ -51,8 +51,8 @@ def ask(
     reqid: str = "",
     traceparent: str | None = None,
 ) -> asyncio.Future[InferResponse]:
-    """Send a request over a connection."""
-    return connection.ask(request, time.monotonic() + timeout_s, reqid, traceparent)
+    """Send a request over a connection, as a gate without another instance does."""
+    return connection.ask(request, time.monotonic() + timeout_s, reqid, traceparent, stays=True)
 
 
 async def infer(
