@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import structlog
@@ -176,16 +177,20 @@ class Attempts:
         self._tried.append(other)
         log.info("request hedged", reqid=self._call.reqid, instance=endpoint.instance.id, other=other.instance.id)
         running = {first: endpoint}
-        with other.hold(self._kind):
+        try:
             try:
-                try:
-                    running[self._ask(other, hedges=False)] = other
-                except TransportError as error:
-                    self._failed(other, error)
-                return await self._first_of(running)
-            finally:
-                for each in running:
-                    each.cancel()
+                second = self._ask(other, hedges=False)
+            except TransportError as error:
+                self._failed(other, error)
+            else:
+                running[second] = other
+                held = ExitStack()
+                held.enter_context(other.hold(self._kind))
+                second.add_done_callback(lambda _: held.close())
+            return await self._first_of(running)
+        finally:
+            for each in running:
+                each.cancel()
 
     async def _first_of(
         self, running: dict[Answer, Endpoint[EvaluatorConnection]]

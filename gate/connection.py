@@ -240,6 +240,8 @@ class EvaluatorConnection:
             self._pause_s = _PAUSES_S[0]
             self._link = wire
             self._flush_soon()
+            if self._looking is None and self._hedges:
+                self._look()
             return await wire.ended
         except TimeoutError:
             return f"no connection within {self._connect_timeout_s:g} s"
