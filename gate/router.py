@@ -324,7 +324,7 @@ class Router(Generic[ConnectionT]):
         return endpoint.room(kind)
 
     def _only(self, route: Route, kind: Kind) -> Endpoint[ConnectionT] | None:
-        """Return the instance if there is only one to pick, as for most apps, and it has room."""
+        """Return the instance if there is only one to pick, as for most apps, and it has room and is not away."""
         if len(route.weights) != 1:
             return None
         ((version, weight),) = route.weights.items()
@@ -332,7 +332,7 @@ class Router(Generic[ConnectionT]):
         if len(pool) != 1 or not weight:
             return None
         (endpoint,) = pool.values()
-        return endpoint if self._room(endpoint, kind) else None
+        return endpoint if self._room(endpoint, kind) and not endpoint.connection.is_away else None
 
     def _ready(
         self, app: str, version: str, tried: Collection[Endpoint[ConnectionT]], away: bool

@@ -50,9 +50,10 @@ def ask(
     timeout_s: float = 30,
     reqid: str = "",
     traceparent: str | None = None,
+    stays: bool = True,
 ) -> asyncio.Future[InferResponse]:
-    """Send a request over a connection, as a gate without another instance does."""
-    return connection.ask(request, time.monotonic() + timeout_s, reqid, traceparent, stays=True)
+    """Send a request over a connection; if it ``stays``, as a gate without another instance does."""
+    return connection.ask(request, time.monotonic() + timeout_s, reqid, traceparent, stays=stays)
 
 
 async def infer(

@@ -359,3 +359,32 @@ def test_only_ready_instances_of_matching_versions_are_picked(
             assert not (left and any(each[0] == endpoint.instance.version for each in registered))
             endpoint.in_flight += 1
             picked.append(endpoint)
+
+
+def test_an_instance_that_is_away_is_a_last_resort(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"), instance("v1", "b", capacity=1))
+    route = table.router.route("app", "")
+    a = table.pick("app", "")
+    endpoints = {"a": a, "b": table.router.pick(route, [a])}
+    endpoints["a"].connection.is_away = True
+    assert {table.pick("app", "").instance.id for _ in range(50)} == {"b"}
+    with endpoints["b"].hold():
+        assert table.pick("app", "").instance.id == "a"
+    table.router.failed(endpoints["b"])
+    assert {table.pick("app", "").instance.id for _ in range(50)} == {"b"}, "an ejected one may be back"
+    endpoints["b"].connection.is_away = True
+    assert {table.pick("app", "").instance.id for _ in range(50)} == {"a"}, "the other is ejected, too"
+
+
+def test_a_version_whose_instances_are_away_gets_no_unversioned_traffic(table: Table) -> None:
+    table.put(release("v1"), release("v2"), instance("v1", "a"), instance("v2", "b"))
+    table.pick("app", "v1").connection.is_away = True
+    assert {table.pick("app", "").instance.id for _ in range(50)} == {"b"}
+    assert table.pick("app", "v1").instance.id == "a"
+
+
+def test_an_instance_that_left_and_serves_is_better_than_one_that_is_away(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"), instance("v1", "b"))
+    table.delete(instance("v1", "b"))
+    table.pick("app", "").connection.is_away = True
+    assert table.pick("app", "").instance.id == "b"
