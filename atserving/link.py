@@ -28,7 +28,7 @@ MAGIC = b"ATSL"
 PREFACE = MAGIC + bytes([PROTOCOL])
 """The first bytes in both directions. The first four tell a link from HTTP/2 on the same port."""
 
-HELLO, CALL, CANCEL, REPLY, ALIVE, START, SETTINGS = range(1, 8)
+HELLO, CALL, CANCEL, REPLY, ALIVE, START, SETTINGS, AWAY = range(1, 9)
 """The kinds of frames.
 
 - HELLO: a ``Hello`` message. The gate names the instance that it wants; the instance answers with itself, or with a
@@ -38,14 +38,17 @@ HELLO, CALL, CANCEL, REPLY, ALIVE, START, SETTINGS = range(1, 8)
 - REPLY: :data:`REPLY_HEAD` and a serialized ``InferResponse``. Each call gets one reply.
 - ALIVE: empty; both ends send it regularly.
 - START, SETTINGS: JSON, only between an instance and its worker (:mod:`evaluator.worker.channel`).
+- AWAY: one byte. 1: the instance's worker is dead or stands still, so the gate should ask others first, and the
+  instance refuses calls without :data:`STAY`. 0: it serves again. A gate hears of it before any such refusal.
 """
 
 CALL_HEAD = struct.Struct("<QQBBB")
 """The call's id, its timeout in microseconds from its arrival (0: none), flags, and the lengths of the request's id and
 of the traceparent. A connection uses an id once."""
 
-FETCH = 1
-"""The flag of a call with a resource that the instance must fetch."""
+FETCH, STAY = 1, 2
+"""The flags of a call. FETCH: the instance must fetch a resource. STAY: the gate has no other instance to ask, so the
+call waits while the instance is away."""
 
 REPLY_HEAD = struct.Struct("<QBIIIIHB")
 """The call's id, the outcome, the microseconds of decode, queue, forward and postprocess, the size of the batch (0: the
@@ -172,6 +175,18 @@ def read_ids(data: Buffer, start: int, end: int) -> tuple[int, ...]:
 def cancel_frame(ids: list[int]) -> bytes:
     """Return a CANCEL frame."""
     return HEAD.pack(8 * len(ids), CANCEL) + struct.pack(f"<{len(ids)}Q", *ids)
+
+
+def away_frame(is_away: bool) -> bytes:
+    """Return an AWAY frame."""
+    return HEAD.pack(1, AWAY) + bytes([is_away])
+
+
+def read_away(data: Buffer, start: int, end: int) -> bool:
+    """Read the payload of an AWAY frame. Raises Malformed."""
+    if start == end:
+        raise Malformed("an AWAY is empty")
+    return bool(data[start])
 
 
 class Link(FrameProtocol):

@@ -51,7 +51,7 @@ async def _load(evaluator: Evaluator, image: bytes, callers: int, seconds: float
         # Count from the first answer on: by then every engine has work, and more is queued.
         began_s = began_s or now_s
         took_s.append(now_s - sent_s)
-        errors += answer.exception() is not None or responses.is_error(answer.result())
+        errors += answer.exception() is not None or responses.error_of(answer.result()) is not None
         if now_s - began_s < seconds:
             ask()
         elif not open_calls:

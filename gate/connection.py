@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from atserving.v1 import evaluator_pb2
 from atserving.wire import Buffer
 from gate import bodies, responses
 from gate.bodies import Body
+from gate.pace import Pace
 from gate.responses import Response
 
 log = structlog.get_logger()
@@ -36,6 +38,8 @@ _LATER_S = 0.01
 _MOST_HELD_BYTES = 256 << 20
 # The calls of one write, so that a cancellation can still overtake large ones.
 _WRITE_BYTES = 1 << 20
+# How often a connection with pending calls looks for late ones, and when a late one that none could take is so again.
+_LOOK_S, _HEDGE_AGAIN_S = 0.1, 1.0
 
 
 class TransportError(Exception):
@@ -46,13 +50,37 @@ class TransportError(Exception):
         self.reached = reached
 
 
-class _Answer(asyncio.Future[Response]):
+class Slow(Exception):  # noqa: N818
+    """The instance takes far longer than usual. The call goes on; ``answer`` is the future of its response."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__("the instance takes longer than usual")
+        self.answer = answer
+
+
+class Answer(asyncio.Future[Response]):
     """The response to a call. Cancelling it abandons the call."""
 
-    __slots__ = ("abandon", "deadline_s", "flags", "held", "id", "length", "parts", "reqid", "sent", "traceparent")
+    __slots__ = (
+        "abandon",
+        "asked_s",
+        "deadline_s",
+        "flags",
+        "hedge_s",
+        "held",
+        "id",
+        "length",
+        "parts",
+        "reqid",
+        "sent",
+        "traceparent",
+    )
 
     id: int
     abandon: Callable[[int], None]
+    asked_s: float
+    hedge_s: float
+    """Until then, on the monotonic clock, it is not :class:`Slow`."""
     deadline_s: float
     flags: int
     held: int
@@ -63,10 +91,21 @@ class _Answer(asyncio.Future[Response]):
     sent: bool
 
     def cancel(self, msg: Any | None = None) -> bool:
-        if not super().cancel(msg):
-            return False
-        self.abandon(self.id)
-        return True
+        if super().cancel(msg):
+            self.abandon(self.id)
+            return True
+        if not self.cancelled() and isinstance(slow := self.exception(), Slow):
+            # Whoever waited will not take the call over.
+            slow.answer.cancel()
+        return False
+
+    def again(self) -> Answer:
+        """Return another future of the same response, which is not slow again."""
+        answer = Answer(loop=self.get_loop())
+        for name in Answer.__slots__:
+            setattr(answer, name, getattr(self, name))
+        answer.hedge_s = math.inf
+        return answer
 
 
 class EvaluatorConnection:
@@ -86,8 +125,8 @@ class EvaluatorConnection:
         self._connect_timeout_s = connect_timeout_s
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
-        self._pending: dict[int, _Answer] = {}
-        self._outbox: deque[_Answer] = deque()
+        self._pending: dict[int, Answer] = {}
+        self._outbox: deque[Answer] = deque()
         self._abandoned: list[int] = []
         self._deadlines = Deadlines(self._pending, self._expire)
         self._link: _InstanceLink | None = None
@@ -96,6 +135,11 @@ class EvaluatorConnection:
         self._pause_s = _PAUSES_S[0]
         self._wanted = asyncio.Event()
         self._running = asyncio.create_task(self._run())
+        self.is_away = False
+        """Whether the instance has said that others should be asked first."""
+        self._pace = Pace()
+        self._hedges = False
+        self._looking: asyncio.TimerHandle | None = None
 
     def ask(
         self,
@@ -104,25 +148,35 @@ class EvaluatorConnection:
         reqid: str,
         traceparent: str | None,
         body: Body | None = None,
-    ) -> asyncio.Future[Response]:
+        *,
+        stays: bool = False,
+        hedges: bool = False,
+    ) -> Answer:
         """Return the future of the instance's response. Cancelling it also cancels the work on the instance.
 
         ``body`` is a large resource, the only one; ``request`` has none then.
         ``deadline_s`` is of the monotonic clock; after it the future has a TimeoutError. The future has a
-        TransportError if the link breaks. Raises TransportError while there is none.
+        TransportError if the link breaks. Raises TransportError while there is no link.
+        ``stays``: no other instance can take the call. ``hedges``: the future is :class:`Slow`, once, if the net is
+        built in and answers far later than usual.
         """
         if self._down:
             self._wanted.set()
             raise TransportError(self._down, reached=False)
-        answer = _Answer(loop=self._loop)
+        answer = Answer(loop=self._loop)
         answer.id = id_ = next(self._ids)
         answer.abandon = self._abandon
         answer.deadline_s = deadline_s
+        answer.asked_s = time.monotonic()
+        answer.hedge_s = 0.0 if hedges else math.inf
+        answer.flags = link.STAY if stays else 0
+        if body.is_uri if body else any(each.HasField("uri") for each in request.data):
+            answer.flags |= link.FETCH
+            # The time of a fetch says nothing about the instance.
+            answer.hedge_s = math.inf
         if body:
-            answer.flags = link.FETCH if body.is_uri else 0
             answer.parts, answer.length = bodies.serialized(request, body)
         else:
-            answer.flags = link.FETCH if any(each.HasField("uri") for each in request.data) else 0
             serialized = request.SerializeToString()
             answer.parts, answer.length = (serialized,), len(serialized)
         answer.reqid = reqid.encode()
@@ -133,12 +187,21 @@ class EvaluatorConnection:
         self._outbox.append(answer)
         self._deadlines.add(deadline_s, id_)
         self._flush_soon()
+        if self._looking is None and self._hedges:
+            self._looking = self._loop.call_later(_LOOK_S, self._look)
         return answer
+
+    def hedge_later(self, answer: Answer) -> None:
+        """Let a slow call, for which no other instance was free, be slow again after a moment."""
+        answer.hedge_s = time.monotonic() + _HEDGE_AGAIN_S
+        self._pace.give_back()
 
     async def close(self) -> None:
         """Close at once; calls in flight fail."""
         await lifecycle.end([self._running])
         self._deadlines.close()
+        if self._looking:
+            self._looking.cancel()
 
     async def _run(self) -> None:
         try:
@@ -173,14 +236,18 @@ class EvaluatorConnection:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 _, wire = await self._loop.create_connection(
-                    lambda: _InstanceLink(self._instance, self._replied, self._flush), host.strip("[]"), int(port)
+                    lambda: _InstanceLink(self._instance, self._replied, self._flush, self._set_away),
+                    host.strip("[]"),
+                    int(port),
                 )
                 wire.reader.admit = self._admit
-                await wire.greeted
+                self._hedges = await wire.greeted
             self._down = ""
             self._pause_s = _PAUSES_S[0]
             self._link = wire
             self._flush_soon()
+            if self._looking is None and self._hedges:
+                self._look()
             return await wire.ended
         except TimeoutError:
             return f"no connection within {self._connect_timeout_s:g} s"
@@ -190,6 +257,7 @@ class EvaluatorConnection:
             return str(error)
         finally:
             self._link = None
+            self.is_away = False
             if wire:
                 wire.abort()
 
@@ -209,6 +277,8 @@ class EvaluatorConnection:
         answer = self._pending.pop(reply.id, None)
         if answer:
             self._held.give(answer.held)
+            if reply.outcome == link.RESULT and not answer.flags & link.FETCH:
+                self._pace.learn(time.monotonic() - answer.asked_s)
             answer.set_result(responses.read(reply.response))
 
     def _abandon(self, id_: int) -> None:
@@ -222,6 +292,32 @@ class EvaluatorConnection:
         elif answer:
             # An unsent call is never sent, and leaves the outbox with the next flush.
             answer.parts = ()
+
+    def _set_away(self, is_away: bool) -> None:
+        self.is_away = is_away
+
+    def _look(self) -> None:
+        """Find the calls that are late, as long as calls are pending."""
+        self._looking = None
+        if not self._pending:
+            return
+        self._looking = self._loop.call_later(_LOOK_S, self._look)
+        now_s = time.monotonic()
+        before_s = now_s - self._pace.late_s
+        # The oldest come first.
+        late = list(itertools.takewhile(lambda each: each.asked_s <= before_s, self._pending.values()))
+        for answer in late:
+            if answer.hedge_s <= now_s:
+                if not self._pace.take():
+                    return
+                self._be_slow(answer)
+
+    def _be_slow(self, answer: Answer) -> None:
+        again = answer.again()
+        self._pending[answer.id] = again
+        if not answer.sent:
+            self._outbox[self._outbox.index(answer)] = again
+        answer.set_exception(Slow(again))
 
     def _expire(self, id_: int) -> None:
         answer = self._pending[id_]
@@ -283,10 +379,16 @@ class EvaluatorConnection:
 class _InstanceLink(link.Link):
     """The gate's end of a link."""
 
-    def __init__(self, instance: Instance, replied: Callable[[link.Reply], None], writable: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        instance: Instance,
+        replied: Callable[[link.Reply], None],
+        writable: Callable[[], None],
+        away: Callable[[bool], None],
+    ) -> None:
         super().__init__()
-        self.greeted: asyncio.Future[None] = self._loop.create_future()
-        """Done once the instance has named itself; a TransportError if it is another one."""
+        self.greeted: asyncio.Future[bool] = self._loop.create_future()
+        """Done once the instance has named itself: whether its net is built in; a TransportError if it is another."""
         self.ended: asyncio.Future[str] = self._loop.create_future()
         """Why the link has ended."""
         self._hello = evaluator_pb2.Hello(
@@ -294,6 +396,7 @@ class _InstanceLink(link.Link):
         )
         self._replied = replied
         self._writable = writable
+        self._away = away
         self._reason = "the instance ended the connection"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -309,6 +412,8 @@ class _InstanceLink(link.Link):
             self._replied(link.read_reply(data, start, end))
         elif kind == link.HELLO and not self.greeted.done():
             self._greet(data, start, end)
+        elif kind == link.AWAY and self.greeted.done():
+            self._away(link.read_away(data, start, end))
         elif kind != link.ALIVE:
             raise link.Malformed(f"a frame of kind {kind}")
 
@@ -317,6 +422,7 @@ class _InstanceLink(link.Link):
             hello = evaluator_pb2.Hello.FromString(bytes(data[start:end]))
         except DecodeError:
             raise link.Malformed("the HELLO is malformed") from None
+        built_in, hello.built_in = hello.built_in, False
         if hello.refusal:
             self._end(hello.refusal)
             self.abort()
@@ -326,7 +432,7 @@ class _InstanceLink(link.Link):
             self.abort()
         else:
             self.greet()
-            self.greeted.set_result(None)
+            self.greeted.set_result(built_in)
 
     def malformed(self, reason: str) -> None:
         self._end(f"the instance sent something malformed: {reason}")

@@ -1,4 +1,4 @@
-"""Runs one eval: admits the caller, sets the deadline, and asks instances until one takes the request."""
+"""Runs one eval: admits the caller, sets the deadline, and leaves the rest to its attempts."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from atserving.errors import (
 from atserving.telemetry import RequestLog
 from atserving.v1 import evaluator_pb2
 from gate.admission import Caller, admit
+from gate.attempts import Attempts
 from gate.bodies import Body
-from gate.connection import EvaluatorConnection, TransportError
-from gate.responses import LargeResponse, Response
-from gate.router import Endpoint, Kind, Route, Router
+from gate.connection import EvaluatorConnection
+from gate.responses import Response
+from gate.router import Kind, Route, Router
 
 log = structlog.get_logger()
 
@@ -34,14 +35,6 @@ MAX_JSON_CHARS = 1 << 20
 
 # What a caller chooses is as long in a log line at most.
 _MOST_NAME_CHARS, _MOST_REASON_CHARS = 80, 1000
-
-MAX_LOST = 2
-"""How many instances may be lost under one request. An eval has no side effects, so the gate may retry it; but a
-request that crashes instances must not reach all of them."""
-
-
-# How long a request waits for links that broke, and how often it looks: a gate that stood still has lost all at once.
-_RECONNECT_S, _RECONNECT_STEP_S = 1.0, 0.1
 
 MAX_SYNC_S = 2.0
 """How long a request waits for the first config of a gate."""
@@ -135,7 +128,7 @@ class Dispatcher:
         if call.deadline is not None:
             deadline = min(deadline, call.deadline)
         try:
-            return await self._infer(task, call, route, kind, deadline)
+            return EvalResult(*await Attempts(self._router, task, call, route, kind, deadline).run())
         except TimeoutError as late:
             after_s = round(time.monotonic() - call.started, 3)
             raise DeadlineExceeded(
@@ -197,60 +190,6 @@ class Dispatcher:
                     resource.uri = uris.with_caller(resource.uri, call.caller.uid)
                     fetches = True
         return fetches
-
-    async def _infer(self, task: Task, call: CallContext, route: Route, kind: Kind, deadline: float) -> EvalResult:
-        """Ask one instance after another until one takes the task.
-
-        Raises TimeoutError at the deadline, with the version of the instance that was asked last.
-        """
-        tried: list[Endpoint[EvaluatorConnection]] = []
-        lost = 0
-        broken_s: float | None = None
-        refusal: ServingError | None = None
-        while time.monotonic() < deadline:
-            if tried:
-                # The config may have changed since: a retry follows a promotion.
-                route = self._router.route(task.app, task.version)
-            try:
-                endpoint = self._router.pick(route, tried, kind)
-            except Unavailable as none_left:
-                # If the ready instances refused because they are full, that is the reason to give.
-                if isinstance(refusal, ResourceExhausted):
-                    raise refusal from None
-                if broken_s is None or time.monotonic() - broken_s > _RECONNECT_S:
-                    raise none_left from None
-                await asyncio.sleep(_RECONNECT_STEP_S)
-                tried.clear()
-                continue
-            tried.append(endpoint)
-            try:
-                with endpoint.hold(kind):
-                    response = await endpoint.connection.ask(
-                        task.request, deadline, call.reqid, call.traceparent, task.body
-                    )
-            except TransportError as error:
-                self._router.failed(endpoint)
-                if broken_s is None or error.reached:
-                    log.warning("instance lost", reqid=call.reqid, instance=endpoint.instance.id, reason=str(error))
-                broken_s = broken_s or time.monotonic()
-                lost += error.reached
-                if lost == MAX_LOST:
-                    raise Unavailable(
-                        f"{lost} instances of app {task.app!r} were lost under this request",
-                        version=endpoint.instance.version,
-                    ) from None
-                continue
-            except TimeoutError:
-                raise TimeoutError(endpoint.instance.version) from None
-            if isinstance(response, LargeResponse) or not response.HasField("error"):
-                return EvalResult(response, endpoint.instance.version)
-            refusal = ServingError.from_proto(response.error)
-            refusal.version = endpoint.instance.version
-            if not refusal.refused:
-                raise refusal
-            is_full = refusal.status == ResourceExhausted.status and not kind.fetches
-            self._router.refused(endpoint, refusal.retry_after_s or 0.0 if is_full else 0.0)
-        raise TimeoutError
 
 
 def _check_json(chars: int) -> None:

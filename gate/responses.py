@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError
 
 from atserving import wire
 from atserving.errors import Internal
-from atserving.v1.evaluator_pb2 import InferResponse
+from atserving.v1.evaluator_pb2 import Error, InferResponse
 from atserving.wire import Buffer
 
 
@@ -50,9 +50,11 @@ def _large(serialized: Buffer) -> LargeResponse | None:
     return LargeResponse(memoryview(serialized)[start:end], number == InferResponse.STREAM_FIELD_NUMBER, rest.message)
 
 
-def is_error(response: Response) -> bool:
-    """Return whether a response has an error in place of a result."""
-    return not isinstance(response, LargeResponse) and response.HasField("error")
+def error_of(response: Response) -> Error | None:
+    """Return the error that a response has in place of a result."""
+    if isinstance(response, LargeResponse) or not response.HasField("error"):
+        return None
+    return response.error
 
 
 def size(response: Response) -> int:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import structlog
 
@@ -31,7 +31,16 @@ _FULL_S = (0.02, 1.0)
 
 _NO_METADATA = AppMetadata()
 
-ConnectionT = TypeVar("ConnectionT")
+
+class Connection(Protocol):
+    """A connection to an instance."""
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the instance has said that others should be asked first."""
+
+
+ConnectionT = TypeVar("ConnectionT", bound=Connection)
 
 
 class Kind(NamedTuple):
@@ -122,7 +131,8 @@ class Router(Generic[ConnectionT]):
     while etcd or every registry was away. The instance remains a last resort while its version has no other, until it
     refuses a request itself or LINGER_S have passed.
 
-    An instance that has loaded other content than its release has now takes no request.
+    An instance that has loaded other content than its release has now takes no request. One that is away takes requests
+    only if no other has room.
     """
 
     def __init__(
@@ -259,7 +269,7 @@ class Router(Generic[ConnectionT]):
         """Return the instance that takes a request, but none of those that were ``tried``.
 
         Draws a version in proportion to weight x free capacity, then takes the instance of that version with the
-        smallest share of its capacity in flight.
+        smallest share of its capacity in flight. An instance that is away is a last resort.
 
         Raises Unavailable (no instance is ready, or all were tried) or ResourceExhausted (all ready ones are full).
         """
@@ -267,11 +277,9 @@ class Router(Generic[ConnectionT]):
             return only
         if not route.weights:
             raise Unavailable(f"app {route.app!r} has no version in production")
-        ready = {version: self._ready(route.app, version, tried) for version in route.weights}
-        draws = {
-            version: route.weights[version] * sum(self._room(each, kind) for each in found)
-            for version, found in ready.items()
-        }
+        draws, ready = self._draws(route, tried, kind, away=False)
+        if not any(draws.values()) and self._has_away(route):
+            draws, ready = self._draws(route, tried, kind, away=True)
         if not any(draws.values()):
             if not any(route.weights.values()):
                 raise Unavailable(f"app {route.app!r} has no version in production with a weight above 0")
@@ -283,13 +291,40 @@ class Router(Generic[ConnectionT]):
         least = min(shares)
         return self._random.choice([each for each, share in zip(candidates, shares, strict=True) if share == least])
 
+    def spare(self, route: Route, tried: Collection[Endpoint[ConnectionT]], kind: Kind) -> Endpoint[ConnectionT] | None:
+        """Return an instance, none of those ``tried``, that serves and is at most half full; None if there is none."""
+        try:
+            endpoint = self.pick(route, tried, kind)
+        except ServingError:
+            return None
+        if endpoint.connection.is_away or endpoint.ejected_until > self._clock():
+            return None
+        return endpoint if 2 * endpoint.used(kind) <= endpoint.instance.capacity else None
+
+    def _has_away(self, route: Route) -> bool:
+        pools = [
+            pool.get((route.app, version), {}) for pool in (self._endpoints, self._left) for version in route.weights
+        ]
+        return any(each.connection.is_away for pool in pools for each in pool.values())
+
+    def _draws(
+        self, route: Route, tried: Collection[Endpoint[ConnectionT]], kind: Kind, *, away: bool
+    ) -> tuple[dict[str, float], dict[str, list[Endpoint[ConnectionT]]]]:
+        """Return weight x free capacity of each version, and its instances that are ready, also those ``away``."""
+        ready = {version: self._ready(route.app, version, tried, away) for version in route.weights}
+        draws = {
+            version: route.weights[version] * sum(self._room(each, kind) for each in found)
+            for version, found in ready.items()
+        }
+        return draws, ready
+
     def _room(self, endpoint: Endpoint[ConnectionT], kind: Kind) -> int:
         if endpoint.full_until and not kind.fetches and endpoint.full_until > self._clock():
             return 0
         return endpoint.room(kind)
 
     def _only(self, route: Route, kind: Kind) -> Endpoint[ConnectionT] | None:
-        """Return the instance if there is only one to pick, as for most apps, and it has room."""
+        """Return the instance if there is only one to pick, as for most apps, and it has room and is not away."""
         if len(route.weights) != 1:
             return None
         ((version, weight),) = route.weights.items()
@@ -297,11 +332,15 @@ class Router(Generic[ConnectionT]):
         if len(pool) != 1 or not weight:
             return None
         (endpoint,) = pool.values()
-        return endpoint if self._room(endpoint, kind) else None
+        return endpoint if self._room(endpoint, kind) and not endpoint.connection.is_away else None
 
-    def _ready(self, app: str, version: str, tried: Collection[Endpoint[ConnectionT]]) -> list[Endpoint[ConnectionT]]:
+    def _ready(
+        self, app: str, version: str, tried: Collection[Endpoint[ConnectionT]], away: bool
+    ) -> list[Endpoint[ConnectionT]]:
         for pool in (self._endpoints, self._left):
             found = [each for each in pool.get((app, version), {}).values() if each not in tried]
+            if not away:
+                found = [each for each in found if not each.connection.is_away]
             if found:
                 now = self._clock()
                 return [each for each in found if each.ejected_until <= now] or found

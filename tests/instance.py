@@ -17,8 +17,13 @@ Infer = Callable[[InferRequest], Awaitable[InferResponse]]
 class ScriptedInstance:
     """Answers each call by a task of ``infer``, which is cancelled if the caller leaves or the deadline passes."""
 
-    def __init__(self, infer: Infer, app: str = "a", version: str = "v", name: str = "i") -> None:
+    def __init__(
+        self, infer: Infer, app: str = "a", version: str = "v", name: str = "i", *, built_in: bool = False
+    ) -> None:
         self.links = LinkServer(HeldBytes(1 << 30))
+        self.flags: list[int] = []
+        """The flags of all calls."""
+        self._built_in = built_in
         self._infer = infer
         self._fields = {"app": app, "version": version, "id": name, "capacity": 8}
         self._server: asyncio.Server | None = None
@@ -29,7 +34,7 @@ class ScriptedInstance:
         self._server = await loop.create_server(self.links.connect, "127.0.0.1", port)
         address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         instance = validate(Instance, {**self._fields, "address": address})
-        self.links.serve(instance, self)
+        self.links.serve(instance, self, built_in=self._built_in)
         return instance
 
     async def stop(self) -> None:
@@ -39,6 +44,7 @@ class ScriptedInstance:
         self.links.abort()
 
     def begin(self, call: link.Call, replier: Replier) -> ScriptedRequest:
+        self.flags.append(call.flags)
         return ScriptedRequest(call, self._infer, replier)
 
 

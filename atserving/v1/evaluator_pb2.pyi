@@ -33,6 +33,7 @@ class Hello(_message.Message):
     INSTANCE_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    BUILT_IN_FIELD_NUMBER: _builtins.int
     app: _builtins.str
     """The instance: the one that the gate wants, or the one that answers."""
     version: _builtins.str
@@ -43,6 +44,10 @@ class Hello(_message.Message):
     """The digest of the release's content that the instance has loaded. The gate sends it if it knows it, and only then
     does the instance.
     """
+    built_in: _builtins.bool
+    """Whether the instance's net is built in. Such a net has no side effects and a steady cost, so a gate may ask another
+    instance, too, if this one is slow. Only the instance sends it.
+    """
     def __init__(
         self,
         *,
@@ -51,10 +56,11 @@ class Hello(_message.Message):
         instance: _builtins.str = ...,
         refusal: _builtins.str = ...,
         digest: _builtins.str = ...,
+        built_in: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "digest", b"digest", "instance", b"instance", "refusal", b"refusal", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "built_in", b"built_in", "digest", b"digest", "instance", b"instance", "refusal", b"refusal", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -146,7 +152,9 @@ class Error(_message.Message):
     message: _builtins.str
     """The message for the caller."""
     retry_after_ms: _builtins.int
-    """The time after which the caller should retry, for status 429; 0: unknown."""
+    """The time after which the caller should retry; 0: unknown. With `refused` and status 503, the instance is away for a
+    moment: if the gate finds no other, it may ask again, with the flag STAY of the link.
+    """
     refused: _builtins.bool
     """The instance is full or draining and rejected the request before any work: the gate may retry it elsewhere."""
     def __init__(

@@ -151,6 +151,7 @@ class _Life:
         settings, capacity, metrics = self._settings, self._capacity, self._metrics
         malloc.keep_freed()
         metrics.of_worker(worker)
+        worker.on_away = self._links.set_away
         metrics.of_capacity(lambda: capacity.in_flight, lambda: capacity.limit)
         policy = AddressPolicy(settings.allow_networks)
         async with (
@@ -168,7 +169,7 @@ class _Life:
                 held=self._held,
             )
             instance = await asyncio.to_thread(_instance, settings, port, self._digest)
-            self._links.serve(instance, pipeline)
+            self._links.serve(instance, pipeline, built_in=not config.script)
             registration = Registration(
                 settings.registries, lambda: msgspec.structs.replace(instance, capacity=capacity.limit)
             )

@@ -58,12 +58,26 @@ class LinkServer:
         self.links: set[GateLink] = set()
         self.answerer: Answerer | None = None
         self.instance: Instance | None = None
+        self._built_in = False
+        self._is_away = False
         self._all_closed = asyncio.Event()
         self._all_closed.set()
 
-    def serve(self, instance: Instance, answerer: Answerer) -> None:
-        """Take the calls of gates that look for this instance."""
-        self.instance, self.answerer = instance, answerer
+    def serve(self, instance: Instance, answerer: Answerer, *, built_in: bool = False) -> None:
+        """Take the calls of gates that look for this instance. ``built_in``: so is its net."""
+        self.instance, self.answerer, self._built_in = instance, answerer, built_in
+
+    def set_away(self, is_away: bool) -> None:
+        """Tell all gates whether the instance is away, also those that connect later."""
+        self._is_away = is_away
+        for each in self.links:
+            each.tell_away(is_away)
+
+    def greeting(self, hello: evaluator_pb2.Hello) -> list[bytes]:
+        """Return the frames for a gate that has found its instance."""
+        hello.built_in = self._built_in
+        frames = [link.frame(link.HELLO, hello.SerializeToString())]
+        return [*frames, link.away_frame(True)] if self._is_away else frames
 
     def connect(self) -> GateLink:
         """Return the end of a new connection."""
@@ -159,7 +173,12 @@ class GateLink(link.Link):
             return
         self._answerer = self._server.answerer
         self.greet()
-        self.send(link.frame(link.HELLO, hello.SerializeToString()))
+        self.send(*self._server.greeting(hello))
+
+    def tell_away(self, is_away: bool) -> None:
+        """Tell the gate whether the instance is away."""
+        if self._answerer:
+            self.send(link.away_frame(is_away))
 
     def _refuse(self, hello: evaluator_pb2.Hello) -> None:
         self.send(link.frame(link.HELLO, hello.SerializeToString()))

@@ -116,6 +116,7 @@ class Request:
         "_pipeline",
         "_replier",
         "_reqid",
+        "_stays",
         "_traceparent",
         "_work",
         "ended",
@@ -129,6 +130,7 @@ class Request:
         self._id = call.id
         self._reqid = request_id(call.reqid.decode(errors="replace"))
         self._traceparent = call.traceparent
+        self._stays = bool(call.flags & link.STAY)
         self._began_s = self._entered_s = time.monotonic()
         self._deadline_s = self._began_s + call.timeout_us / 1e6 if call.timeout_us else None
         # Its place among the requests in flight; 0: it has none.
@@ -186,7 +188,9 @@ class Request:
         self._submit(request.SerializeToString())
 
     def _submit(self, serialized: link.Buffer) -> None:
-        self._work = self._pipeline.worker.submit(self._reqid.encode(), serialized, self._deadline_s, self)
+        self._work = self._pipeline.worker.submit(
+            self._reqid.encode(), serialized, self._deadline_s, self, stays=self._stays
+        )
 
     def answered(self, reply: link.Reply) -> None:
         """Take the worker's reply."""

@@ -39,7 +39,8 @@ class EvaluatorService:
             link.Call(
                 id=0,
                 timeout_us=0 if left_s is None else max(1, int(left_s * 1e6)),
-                flags=link.FETCH if any(each.HasField("uri") for each in request.data) else 0,
+                # The caller has chosen this instance.
+                flags=link.STAY | (link.FETCH if any(each.HasField("uri") for each in request.data) else 0),
                 reqid=(call.header("x-reqid") or request.reqid).encode(),
                 traceparent=(call.header("traceparent") or "").encode(),
                 request=call.message,

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Protocol
 
 import orjson
@@ -20,7 +20,7 @@ from atserving.errors import DeadlineExceeded, Internal, ServingError, StartErro
 from atserving.v1 import evaluator_pb2
 from evaluator.net_config import NetConfig
 from evaluator.serving import blame, patience
-from evaluator.serving.patience import Patience
+from evaluator.serving.patience import Patience, Standstill
 from evaluator.serving.worker_process import WorkerProcess
 from evaluator.worker.plan import Plan
 from evaluator.worker.progress import Progress, Running
@@ -35,6 +35,9 @@ _WATCH_S = 0.1
 _MAX_DEATHS = 3
 
 _DIED = "the net's process died"
+
+# A gate takes it as "for a moment only".
+_AWAY_RETRY_S = 1.0
 
 # A few cancelled calls in the queue cost less than to remove them.
 _FEW = 64
@@ -53,10 +56,17 @@ class Taker(Protocol):
 class SupervisedCall:
     """A call without a reply so far. Times are of the monotonic clock."""
 
-    __slots__ = ("deadline_s", "deaths", "ended", "id", "late_s", "reqid", "request", "sent", "taker")
+    __slots__ = ("deadline_s", "deaths", "ended", "id", "late_s", "reqid", "request", "sent", "stays", "taker")
 
     def __init__(
-        self, id_: int, reqid: bytes, request: link.Buffer, deadline_s: float, late_s: float, taker: Taker
+        self,
+        id_: int,
+        reqid: bytes,
+        request: link.Buffer,
+        deadline_s: float,
+        late_s: float,
+        taker: Taker,
+        stays: bool,
     ) -> None:
         self.id = id_
         self.reqid = reqid
@@ -67,6 +77,8 @@ class SupervisedCall:
         one who leaves, must not cost others their worker."""
         self.taker: Taker | None = taker
         """None: the caller has left."""
+        self.stays = stays
+        """Whether it waits here while the instance is away, since its gate has no other."""
         self.sent = False
         self.deaths = 0
         """How many worker processes died while they worked on it, or may have."""
@@ -84,6 +96,9 @@ class WorkerSupervisor:
     3. It kills the process if a call is stuck (:mod:`evaluator.serving.patience`), and fails that call.
     4. When the process dies, the progress memory tells its calls. One guilty call fails, suspects run again alone
        (:mod:`evaluator.serving.blame`), and all others run in the next process.
+    5. From then on until the next process serves, the instance is away; so it is while the process answers nothing for
+       far longer than usual (:meth:`Patience.still_s`). It hands back the calls that no process has worked on, and
+       refuses new ones, so that gates ask other instances. Calls whose gate has no other stay.
     """
 
     def __init__(self, config: NetConfig, spare_bytes: int = 0) -> None:
@@ -97,6 +112,8 @@ class WorkerSupervisor:
         """The supervisor calls this with the size of each batch that ran."""
         self.on_restart: Callable[[], None] = lambda: None
         """The supervisor calls this before it restarts the process."""
+        self.on_away: Callable[[bool], None] = lambda _: None
+        """The supervisor calls this with True before it hands calls back, and with False once the process serves."""
         self._config = config
         self._init_timeout_s = config.model_params.positive_number("init_timeout_s", _INIT_TIMEOUT_S)
         self._patience = Patience(config.model_params.positive_number("script_timeout_s", math.inf))
@@ -112,7 +129,8 @@ class WorkerSupervisor:
         self._sent = 0
         self._flushing = False
         self._suspects: deque[SupervisedCall] = deque()
-        self._started = self._stopped = False
+        self._started = self._stopped = self._away = False
+        self._replies = 0
         self._stuck: Running | None = None
 
     async def start(self) -> None:
@@ -157,17 +175,22 @@ class WorkerSupervisor:
             settings = {"delay_s": delay_s, "most": most}
             self._process.write([link.frame(link.SETTINGS, orjson.dumps(settings))])
 
-    def submit(self, reqid: bytes, request: link.Buffer, deadline_s: float | None, taker: Taker) -> SupervisedCall:
+    def submit(
+        self, reqid: bytes, request: link.Buffer, deadline_s: float | None, taker: Taker, *, stays: bool
+    ) -> SupervisedCall:
         """Run a serialized ``InferRequest`` whose resources are bodies; ``taker`` takes the outcome later.
 
-        ``deadline_s`` is of the monotonic clock. Raises Unavailable once the supervisor has stopped.
+        ``deadline_s`` is of the monotonic clock. Raises Unavailable once the supervisor has stopped, and while it is
+        away unless the call ``stays``.
         """
         if self._stopped:
             raise _stopped()
+        if self._away and not stays:
+            raise _is_away()
         if deadline_s is None:
             deadline_s = time.monotonic() + _LONGEST_WITHOUT_DEADLINE_S
         late_s = max(deadline_s, time.monotonic() + self._timeout_s)
-        one = SupervisedCall(next(self._ids), reqid, request, deadline_s, late_s, taker)
+        one = SupervisedCall(next(self._ids), reqid, request, deadline_s, late_s, taker, stays)
         self._calls[one.id] = one
         self._waiting.append(one)
         if not self._flushing:
@@ -181,7 +204,7 @@ class WorkerSupervisor:
         """
         deadline_s = time.monotonic() + timeout_s if timeout_s else None
         outcome = _Outcome()
-        one = self.submit(request.reqid.encode(), request.SerializeToString(), deadline_s, outcome)
+        one = self.submit(request.reqid.encode(), request.SerializeToString(), deadline_s, outcome, stays=True)
         try:
             return await outcome.reply
         except asyncio.CancelledError:
@@ -253,6 +276,7 @@ class WorkerSupervisor:
         process.write(parts)
 
     def _take_reply(self, reply: link.Reply) -> None:
+        self._replies += 1
         if reply.leads and reply.batch_size:
             self.on_batch(reply.batch_size)
         one = self._calls.pop(reply.id, None)
@@ -307,6 +331,7 @@ class WorkerSupervisor:
                 if process.ended.done():
                     return
             self._suspects.popleft()
+        self._come_back()
         self.configure(delay_s=self._delay_s, most=self._most, timeout_s=self._timeout_s)
         self._flush_soon()
         await process.ended
@@ -335,8 +360,31 @@ class WorkerSupervisor:
             del self._calls[one.id]
         self._sent = 0
         self._cancelled.clear()
+        self._go_away(_DIED, keep=())
         suspects = set(self._suspects)
         self._waiting = deque(one for one in self._calls.values() if one not in suspects)
+
+    def _go_away(self, reason: str, keep: Container[SupervisedCall]) -> None:
+        """Tell gates to ask others, and hand back the calls that no process has worked on, except those to ``keep``."""
+        if not self._away:
+            self._away = True
+            self.on_away(True)
+        # A call that was in a process that died may have killed it: it must not reach other instances.
+        others = [one for one in self._calls.values() if not (one.stays or one.deaths or one in keep)]
+        error = _is_away()
+        handed_back = 0
+        for one in others:
+            if taker := one.taker:
+                handed_back += 1
+                self.cancel(one)
+                taker.failed(error)
+        log.warning("instance away", reason=reason, handed_back=handed_back)
+
+    def _come_back(self) -> None:
+        if self._away:
+            self._away = False
+            self.on_away(False)
+            log.info("instance back")
 
     def _fail(self, calls: Iterable[SupervisedCall], error: ServingError) -> None:
         for one in calls:
@@ -349,12 +397,16 @@ class WorkerSupervisor:
         """Kill the process if a call is stuck, or if the process no longer works at all."""
         busy_s = time.monotonic()
         partial_bytes = 0
+        standstill = Standstill(2 * _WATCH_S)
         while True:
             await asyncio.sleep(_WATCH_S)
             now_s = time.monotonic()
             if not self._process or self._process.ended.done() or not self._sent:
                 busy_s = now_s
+                self._check_standstill(standstill.look(None, now_s))
                 continue
+            moved = self._process, self._replies, self._process.partial_bytes
+            self._check_standstill(standstill.look(moved, now_s))
             running = self._progress.running()
             before, partial_bytes = partial_bytes, self._process.partial_bytes
             if running or partial_bytes > before:
@@ -368,6 +420,22 @@ class WorkerSupervisor:
             elif not running and now_s - busy_s >= patience.LEAST_S and self._is_overdue(now_s):
                 log.error("worker killed", reason="it is unresponsive")
                 self._process.kill()
+
+    def _check_standstill(self, still_s: float) -> None:
+        """Go away if the process has answered nothing for ``still_s`` while calls wait, and come back once it answers.
+
+        A call that runs alone keeps nobody waiting.
+        """
+        if not self._process or self._process.ended.done() or self._suspects:
+            # Away until the next process serves.
+            return
+        if not still_s:
+            self._come_back()
+        elif not self._away and still_s > self._patience.still_s(self.plan.batch_size) + self._delay_s:
+            at_work = {id_ for each in self._progress.running() for id_ in each.ids}
+            keep = {one for id_ in at_work if (one := self._calls.get(id_))}
+            if any(one.taker and one not in keep for one in self._calls.values()):
+                self._go_away(f"the net's process has answered nothing for {still_s:.1f} s", keep)
 
     def _is_overdue(self, now_s: float) -> bool:
         """Return whether the process has a call long past its deadline: it is stopped, or has lost its reader."""
@@ -412,6 +480,10 @@ async def _either(event: asyncio.Event, ended: asyncio.Future[None]) -> None:
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
     finally:
         waiting.cancel()
+
+
+def _is_away() -> Unavailable:
+    return Unavailable("the net's process restarts, or stands still", refused=True, retry_after_s=_AWAY_RETRY_S)
 
 
 def _stopped() -> Unavailable:

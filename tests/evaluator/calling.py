@@ -51,9 +51,11 @@ def ask(
     timeout_s: float = 30,
     reqid: str = "",
     traceparent: str | None = None,
+    stays: bool = True,
 ) -> asyncio.Future[InferResponse]:
-    """Send a request over a connection."""
-    return asyncio.ensure_future(whole(connection.ask(request, time.monotonic() + timeout_s, reqid, traceparent)))
+    """Send a request over a connection; if it ``stays``, as a gate without another instance does."""
+    answer = connection.ask(request, time.monotonic() + timeout_s, reqid, traceparent, stays=stays)
+    return asyncio.ensure_future(whole(answer))
 
 
 async def whole(answer: asyncio.Future[Response]) -> InferResponse:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -106,9 +106,9 @@ class Mesh:
     def delete(self, key: str) -> None:
         self.router.apply({}, {key})
 
-    async def add(self, evaluator: Evaluator, version: str = "v1") -> ScriptedInstance:
+    async def add(self, evaluator: Evaluator, version: str = "v1", *, built_in: bool = False) -> ScriptedInstance:
         """Start an evaluator and register its instance."""
-        server = ScriptedInstance(evaluator.infer, "app", version, evaluator.name)
+        server = ScriptedInstance(evaluator.infer, "app", version, evaluator.name, built_in=built_in)
         instance = await server.start()
         self._stack.push_async_callback(server.stop)
         self.put(instance.key, instance)
@@ -126,8 +126,9 @@ def task(app: str = "app", version: str = "", uri: str = "", params: str = "") -
     return Task(app, version, evaluator_pb2.InferRequest(data=[resource], params_json=params))
 
 
-@pytest.fixture
-async def mesh() -> AsyncIterator[Mesh]:
+@asynccontextmanager
+async def running_mesh() -> AsyncIterator[Mesh]:
+    """Yield a mesh, and close its connections at the end."""
     async with AsyncExitStack() as stack:
         mesh = Mesh(stack)
         yield mesh
@@ -136,6 +137,12 @@ async def mesh() -> AsyncIterator[Mesh]:
         mesh.later_s = LINGER_S + 1
         for endpoint in mesh.router.expired():
             await endpoint.connection.close()
+
+
+@pytest.fixture
+async def mesh() -> AsyncIterator[Mesh]:
+    async with running_mesh() as mesh:
+        yield mesh
 
 
 async def test_request_reaches_an_instance_and_its_result_returns(mesh: Mesh) -> None:

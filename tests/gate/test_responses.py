@@ -46,7 +46,7 @@ def test_response_is_the_same_however_it_is_read(text: str, outcome: str, messag
     serialized = expected.SerializeToString()
     read = responses.read(memoryview(bytearray(serialized)) if in_buffer else serialized)
     assert messages(read) == expected
-    assert responses.is_error(read) == (outcome == "error")
+    assert (responses.error_of(read) is not None) == (outcome == "error")
     is_large = text == LARGE and outcome in ("result_json", "stream") and message != LARGE
     assert isinstance(read, LargeResponse) == is_large
 
@@ -54,7 +54,7 @@ def test_response_is_the_same_however_it_is_read(text: str, outcome: str, messag
 def test_last_outcome_of_several_counts() -> None:
     first = InferResponse(result_json=LARGE).SerializeToString()
     second = InferResponse(error=Error(code=400, message="no")).SerializeToString()
-    assert responses.is_error(responses.read(first + second))
+    assert responses.error_of(responses.read(first + second))
 
 
 @pytest.mark.parametrize("cut", [1, LARGE_BYTES, LARGE_BYTES * 2])

@@ -26,14 +26,24 @@ class Clock:
         return self.now
 
 
+@dataclass(eq=False)
+class Connected:
+    """Stands in for the connection to an instance."""
+
+    address: str
+    is_away: bool = False
+
+
 @dataclass
 class Table:
-    """A router of named instances; an instance's address stands in for its connection."""
+    """A router of named instances."""
 
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
-        self.router: Router[str] = Router(lambda instance: instance.address, self.clock, random.Random(7))
+        self.router: Router[Connected] = Router(
+            lambda instance: Connected(instance.address), self.clock, random.Random(7)
+        )
 
     def put(self, *values: ConfigValue) -> None:
         self.router.apply({_key(value): value for value in values}, set())
@@ -41,7 +51,7 @@ class Table:
     def delete(self, *values: ConfigValue) -> None:
         self.router.apply({}, {_key(value) for value in values})
 
-    def pick(self, app: str, version: str) -> Endpoint[str]:
+    def pick(self, app: str, version: str) -> Endpoint[Connected]:
         return self.router.pick(self.router.route(app, version))
 
 
@@ -190,7 +200,7 @@ def test_instance_that_left_is_the_last_resort_until_it_refuses_a_request(table:
         table.router.refused(endpoint)
     with pytest.raises(Unavailable):
         table.pick("app", "")
-    assert {each.connection for each in table.router.expired()} == {f"a:{PORT}", f"b:{PORT}"}
+    assert {each.connection.address for each in table.router.expired()} == {f"a:{PORT}", f"b:{PORT}"}
     assert table.router.expired() == []
 
 
@@ -221,7 +231,7 @@ def test_instance_with_a_new_address_gets_a_new_connection(table: Table) -> None
     table.put(release("v1"), instance("v1", "a"))
     before = table.pick("app", "")
     table.put(instance("v1", "a", port=PORT + 1))
-    assert table.pick("app", "").connection == f"a:{PORT + 1}"
+    assert table.pick("app", "").connection.address == f"a:{PORT + 1}"
     assert table.router.expired() == [before]
 
 
@@ -306,8 +316,8 @@ def test_only_ready_instances_of_matching_versions_are_picked(
     table = Table()
     phases: dict[str, str] = {}
     registered: set[tuple[str, str]] = set()
-    picked: list[Endpoint[str]] = []
-    closed: list[Endpoint[str]] = []
+    picked: list[Endpoint[Connected]] = []
+    closed: list[Endpoint[Connected]] = []
     for step, version, detail in steps:
         if step == "release" and detail:
             table.put(release(version, detail))
@@ -349,3 +359,32 @@ def test_only_ready_instances_of_matching_versions_are_picked(
             assert not (left and any(each[0] == endpoint.instance.version for each in registered))
             endpoint.in_flight += 1
             picked.append(endpoint)
+
+
+def test_an_instance_that_is_away_is_a_last_resort(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"), instance("v1", "b", capacity=1))
+    route = table.router.route("app", "")
+    a = table.pick("app", "")
+    endpoints = {"a": a, "b": table.router.pick(route, [a])}
+    endpoints["a"].connection.is_away = True
+    assert {table.pick("app", "").instance.id for _ in range(50)} == {"b"}
+    with endpoints["b"].hold():
+        assert table.pick("app", "").instance.id == "a"
+    table.router.failed(endpoints["b"])
+    assert {table.pick("app", "").instance.id for _ in range(50)} == {"b"}, "an ejected one may be back"
+    endpoints["b"].connection.is_away = True
+    assert {table.pick("app", "").instance.id for _ in range(50)} == {"a"}, "the other is ejected, too"
+
+
+def test_a_version_whose_instances_are_away_gets_no_unversioned_traffic(table: Table) -> None:
+    table.put(release("v1"), release("v2"), instance("v1", "a"), instance("v2", "b"))
+    table.pick("app", "v1").connection.is_away = True
+    assert {table.pick("app", "").instance.id for _ in range(50)} == {"b"}
+    assert table.pick("app", "v1").instance.id == "a"
+
+
+def test_an_instance_that_left_and_serves_is_better_than_one_that_is_away(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"), instance("v1", "b"))
+    table.delete(instance("v1", "b"))
+    table.pick("app", "").connection.is_away = True
+    assert table.pick("app", "").instance.id == "b"

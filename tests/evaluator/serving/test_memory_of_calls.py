@@ -93,9 +93,9 @@ async def test_an_ended_request_lets_go_of_its_body(tmp_path: Path) -> None:
 async def test_cancelled_calls_leave_the_queue_of_a_busy_worker(tmp_path: Path) -> None:
     config = NetConfig({}, workspace=tmp_path)
     worker = WorkerSupervisor(config)
-    kept = worker.submit(b"kept", b"x", time.monotonic() + 60, Taker())
+    kept = worker.submit(b"kept", b"x", time.monotonic() + 60, Taker(), stays=True)
     for _ in range(1000):
-        worker.cancel(worker.submit(b"r", bytes(1000), time.monotonic() + 60, Taker()))
+        worker.cancel(worker.submit(b"r", bytes(1000), time.monotonic() + 60, Taker(), stays=True))
     assert list(worker._calls) == [kept.id]
     assert len(worker._waiting) < 100
     assert sum(len(each.request) for each in worker._waiting) == 1

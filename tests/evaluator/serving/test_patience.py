@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluator.serving.patience import LEAST_S, MOST_S, Patience
+from evaluator.serving.patience import LEAST_S, MOST_S, Patience, Standstill
 from evaluator.worker.progress import Running
 
 NOW_S = 1000.0
@@ -108,3 +108,37 @@ def test_working_script_is_never_stuck(longest_s: float, took_s: float, deadline
         assert not is_over
     elif took_s > longest_s + MOST_S + 0.01:
         assert is_over
+
+
+@pytest.mark.parametrize(
+    ("prepare_s", "infer_s", "limit_s"),
+    [
+        pytest.param(0.001, 0.01, 1.0, id="short batches: the least"),
+        pytest.param(0.0, 0.5, 2.0, id="four times the longest batch"),
+        pytest.param(0.1, 0.2, 4.0, id="a batch of eight is prepared first"),
+    ],
+)
+def test_a_worker_stands_still_after_four_times_the_longest_batch(
+    prepare_s: float, infer_s: float, limit_s: float
+) -> None:
+    patience = Patience(math.inf)
+    patience.learn_prepare(prepare_s)
+    patience.learn_infer(infer_s)
+    assert patience.still_s(8) == pytest.approx(limit_s)
+
+
+def test_a_standstill_counts_only_while_nothing_moves() -> None:
+    standstill = Standstill(0.2)
+    assert standstill.look("a", 10.0) == 0
+    assert standstill.look("a", 10.1) == pytest.approx(0.1)
+    assert standstill.look("a", 10.3) == pytest.approx(0.3)
+    assert standstill.look("b", 10.4) == 0
+    assert standstill.look("b", 10.5) == pytest.approx(0.1)
+    for now_s in (10.6, 10.7):
+        assert standstill.look(None, now_s) == 0
+
+
+def test_a_front_that_stood_still_itself_blames_no_worker() -> None:
+    standstill = Standstill(0.2)
+    standstill.look("a", 10.0)
+    assert standstill.look("a", 50.0) == pytest.approx(0.2)

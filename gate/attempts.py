@@ -1,0 +1,215 @@
+"""Asks instances for one request until one takes it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import structlog
+
+from atserving.errors import ResourceExhausted, ServingError, Unavailable
+from atserving.v1 import evaluator_pb2
+from gate.connection import Answer, EvaluatorConnection, Slow, TransportError
+from gate.responses import Response, error_of
+from gate.router import Endpoint, Kind, Route, Router
+
+if TYPE_CHECKING:
+    from gate.dispatch import CallContext, Task
+
+log = structlog.get_logger()
+
+MAX_LOST = 2
+"""How many instances may be lost under one request. An eval has no side effects, so the gate may retry it; but a
+request that crashes instances must not reach all of them."""
+
+# How long a request waits for links that broke, and how often it looks: a gate that stood still has lost all at once.
+_RECONNECT_S, _RECONNECT_STEP_S = 1.0, 0.1
+
+
+class Attempts:
+    """The attempts for one request.
+
+    1. One instance after another is asked, until one takes the request.
+    2. An instance that is away hands the request back. If no other takes it, the request stays there until the
+       instance is back.
+    3. If an instance is far slower than usual, one other that has room is asked, too: a hedge. The first answer counts,
+       and the other call is cancelled.
+    """
+
+    __slots__ = (
+        "_broken_s",
+        "_call",
+        "_deadline_s",
+        "_handed_back",
+        "_kind",
+        "_lost",
+        "_refusal",
+        "_route",
+        "_router",
+        "_stays",
+        "_task",
+        "_tried",
+    )
+
+    def __init__(
+        self,
+        router: Router[EvaluatorConnection],
+        task: Task,
+        call: CallContext,
+        route: Route,
+        kind: Kind,
+        deadline_s: float,
+    ) -> None:
+        self._router = router
+        self._task = task
+        self._call = call
+        self._route = route
+        self._kind = kind
+        self._deadline_s = deadline_s
+        self._tried: list[Endpoint[EvaluatorConnection]] = []
+        self._handed_back: list[Endpoint[EvaluatorConnection]] = []
+        self._stays = False
+        self._lost = 0
+        self._broken_s: float | None = None
+        self._refusal: ServingError | None = None
+
+    async def run(self) -> tuple[Response, str]:
+        """Return a response and the version that gave it. Raises a ServingError.
+
+        Raises TimeoutError at the deadline, with the version of the instance that was asked last.
+        """
+        while time.monotonic() < self._deadline_s:
+            if self._tried:
+                # The config may have changed since: a retry follows a promotion.
+                self._route = self._router.route(self._task.app, self._task.version)
+            try:
+                endpoint = self._router.pick(self._route, self._tried, self._kind)
+            except (ResourceExhausted, Unavailable) as none_free:
+                await self._try_again(none_free)
+                continue
+            self._tried.append(endpoint)
+            try:
+                with endpoint.hold(self._kind):
+                    try:
+                        response = await self._ask(endpoint, hedges=True)
+                    except Slow as slow:
+                        endpoint, answer = await self._hedge(endpoint, slow.answer)
+                        response = answer.result()
+            except TransportError as broken:
+                self._failed(endpoint, broken)
+                continue
+            except TimeoutError:
+                raise TimeoutError(endpoint.instance.version) from None
+            if (error := error_of(response)) is None:
+                return response, endpoint.instance.version
+            self._refused(endpoint, error)
+        raise TimeoutError
+
+    def _ask(self, endpoint: Endpoint[EvaluatorConnection], *, hedges: bool) -> Answer:
+        call, connection = self._call, endpoint.connection
+        return connection.ask(
+            self._task.request,
+            self._deadline_s,
+            call.reqid,
+            call.traceparent,
+            self._task.body,
+            stays=self._stays or connection.is_away,
+            hedges=hedges,
+        )
+
+    async def _try_again(self, none_free: ServingError) -> None:
+        """Return if it is worth to try again although no instance is left. Raises the reason otherwise."""
+        if self._handed_back:
+            # They are away for a moment only, and take what stays there.
+            self._tried = [each for each in self._tried if each not in self._handed_back]
+            self._handed_back.clear()
+            self._stays = True
+            return
+        # If the ready instances refused because they are full, that is the reason to give.
+        if isinstance(self._refusal, ResourceExhausted):
+            raise self._refusal from None
+        if isinstance(none_free, ResourceExhausted):
+            raise none_free from None
+        if self._broken_s is None or time.monotonic() - self._broken_s > _RECONNECT_S:
+            raise none_free from None
+        await asyncio.sleep(_RECONNECT_STEP_S)
+        self._tried.clear()
+
+    def _failed(self, endpoint: Endpoint[EvaluatorConnection], error: TransportError) -> None:
+        """Take note of an instance that could not be reached, or was lost. Raises Unavailable after too many."""
+        self._router.failed(endpoint)
+        if self._broken_s is None or error.reached:
+            log.warning("instance lost", reqid=self._call.reqid, instance=endpoint.instance.id, reason=str(error))
+        self._broken_s = self._broken_s or time.monotonic()
+        self._lost += error.reached
+        if self._lost == MAX_LOST:
+            raise Unavailable(
+                f"{self._lost} instances of app {self._task.app!r} were lost under this request",
+                version=endpoint.instance.version,
+            ) from None
+
+    def _refused(self, endpoint: Endpoint[EvaluatorConnection], error: evaluator_pb2.Error) -> None:
+        """Take note of an instance that refused the request. Raises any other error of its."""
+        refusal = ServingError.from_proto(error)
+        refusal.version = endpoint.instance.version
+        if not refusal.refused:
+            raise refusal
+        if refusal.retry_after_s and refusal.status == Unavailable.status and not self._stays:
+            self._handed_back.append(endpoint)
+            return
+        self._refusal = refusal
+        is_full = refusal.status == ResourceExhausted.status and not self._kind.fetches
+        self._router.refused(endpoint, refusal.retry_after_s or 0.0 if is_full else 0.0)
+
+    async def _hedge(
+        self, endpoint: Endpoint[EvaluatorConnection], first: Answer
+    ) -> tuple[Endpoint[EvaluatorConnection], Answer]:
+        """Ask one other instance, too, once one has room. Return the answer that counts, and who gave it."""
+        while (other := self._router.spare(self._route, self._tried, self._kind)) is None:
+            endpoint.connection.hedge_later(first)
+            try:
+                await first
+            except Slow as slow:
+                first = slow.answer
+                continue
+            return endpoint, first
+        self._tried.append(other)
+        log.info("request hedged", reqid=self._call.reqid, instance=endpoint.instance.id, other=other.instance.id)
+        running = {first: endpoint}
+        try:
+            try:
+                second = self._ask(other, hedges=False)
+            except TransportError as error:
+                self._failed(other, error)
+            else:
+                running[second] = other
+                held = ExitStack()
+                held.enter_context(other.hold(self._kind))
+                second.add_done_callback(lambda _: held.close())
+            return await self._first_of(running)
+        finally:
+            for each in running:
+                each.cancel()
+
+    async def _first_of(
+        self, running: dict[Answer, Endpoint[EvaluatorConnection]]
+    ) -> tuple[Endpoint[EvaluatorConnection], Answer]:
+        """Return the first answer that is no refusal and no failure of the transport, or else the last."""
+        while True:
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for answer in done:
+                endpoint = running.pop(answer)
+                if not running or self._counts(endpoint, answer):
+                    return endpoint, answer
+
+    def _counts(self, endpoint: Endpoint[EvaluatorConnection], answer: Answer) -> bool:
+        failure = answer.exception()
+        if isinstance(failure, TransportError):
+            self._failed(endpoint, failure)
+            return False
+        if failure is None and (error := error_of(answer.result())) and error.refused:
+            self._refused(endpoint, error)
+            return False
+        return True
