@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import Protocol
 
 from reliability.frames import (
     DATA,
@@ -24,17 +23,14 @@ _INITIAL_WINDOW_SETTING = 4
 _ACKNOWLEDGED = 1
 
 
-class Edge(Protocol):
-    """An Envoy to upload to."""
-
-    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]: ...
-
-
 class Uploads:
-    """Sends all parts of each upload, but never its end."""
+    """Sends all parts of each upload, but never its end.
+
+    ``resets`` counts those that the peer has reset, ``answered`` those that it has answered nevertheless.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, count: int, size: int) -> None:
-        self.resets = 0
+        self.resets = self.answered = 0
         self._reader = reader
         self._writer = writer
         self._left = {1 + 2 * number: size for number in range(count)}
@@ -43,8 +39,15 @@ class Uploads:
         self._task = asyncio.create_task(self._run())
 
     @classmethod
-    async def start(cls, edge: Edge, path: str, content_type: str, count: int, size: int) -> Uploads:
-        reader, writer = await edge.connect()
+    async def start(
+        cls,
+        connection: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        path: str,
+        content_type: str,
+        count: int,
+        size: int,
+    ) -> Uploads:
+        reader, writer = connection
         writer.write(http2_start())
         headers = http2_headers(path, content_type)
         for number in range(count):
@@ -90,6 +93,8 @@ class Uploads:
         elif kind == RST_STREAM:
             self.resets += 1
             self._left.pop(stream, None)
+        elif kind == HEADERS:
+            self.answered += 1
         elif kind == SETTINGS and not flags & _ACKNOWLEDGED:
             self._settle(payload)
         elif kind == PING and not flags & _ACKNOWLEDGED:

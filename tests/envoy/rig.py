@@ -18,8 +18,7 @@ import yaml
 from atserving.local import commands, envoy
 from atserving.local.examples import ROOT
 from atserving.local.ports import Ports
-from reliability.frames import http2_headers as http2_headers
-from reliability.frames import http2_start as http2_start
+from tests.frames import PREFACE, SETTINGS, field, frame
 from tests.processes import Process
 from tests.waiting import PATIENCE_S, until_async
 
@@ -124,6 +123,24 @@ def eval_request(body: bytes = b"x", *lines: str, version: str = "1.1", missing:
         *lines,
     ]
     return "\r\n".join([*head, "", ""]).encode("latin-1") + body
+
+
+def http2_start() -> bytes:
+    """Return what a client sends first."""
+    return PREFACE + frame(SETTINGS, 0, 0)
+
+
+def http2_headers(path: str, content_type: str, method: str = "POST") -> bytes:
+    """Return a header block."""
+    fields = {
+        ":method": method,
+        ":scheme": "http",
+        ":path": path,
+        ":authority": "localhost",
+        "content-type": content_type,
+        "te": "trailers",
+    }
+    return b"".join(field(name.encode(), value.encode()) for name, value in fields.items())
 
 
 def most_mib(process: Process) -> int:

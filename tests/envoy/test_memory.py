@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from atserving.local.examples import ROOT
-from reliability.uploads import Uploads
 from tests.envoy.rig import (
     EVAL,
     TYPED_EVAL,
@@ -23,6 +22,7 @@ from tests.envoy.rig import (
     http2_start,
     most_mib,
 )
+from tests.envoy.uploads import Uploads
 from tests.frames import DATA, HEADERS, frame
 from tests.waiting import until, until_async
 
