@@ -209,4 +209,5 @@ def _message(body: bytes) -> str:
 def _cause(status: str, message: str) -> str:
     """Return a cause that is the same for all requests that failed for it."""
     text = f"{status} {message.partition(';')[0]}".strip()
-    return re.sub(r"[0-9a-f]{8,}", "…", text)[:_LONGEST_CAUSE]
+    # Ids differ, and the fractions of seconds.
+    return re.sub(r"[0-9a-f]{8,}|(?<=\d)\.\d+", "", text)[:_LONGEST_CAUSE]
