@@ -208,4 +208,6 @@ def _message(body: bytes) -> str:
 
 def _cause(status: str, message: str) -> str:
     """Return a cause that is the same for all requests that failed for it."""
-    return re.sub(r"\d+(\.\d+)+(:\d+)?|[0-9a-f]{8,}", "…", f"{status} {message}".strip())[:_LONGEST_CAUSE]
+    text = f"{status} {message.partition(';')[0]}".strip()
+    # Ids differ, and the fractions of seconds.
+    return re.sub(r"[0-9a-f]{8,}|(?<=\d)\.\d+", "", text)[:_LONGEST_CAUSE]

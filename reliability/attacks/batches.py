@@ -15,8 +15,11 @@ import orjson
 from reliability.callers import VICTIM
 from reliability.releases import PICTURES
 from reliability.scenario import Scenario, Stage
+from reliability.traffic import Stream
 
 _PATIENCE_S = 60.0
+# It has one instance, so that four batches ask for more than all of it.
+_OF_V2 = (Stream("octets", 20, version="v2"),)
 _JSON = {"content-type": "application/json"}
 
 
@@ -55,7 +58,7 @@ async def _drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 async def _slow_host(stage: Stage) -> None:
     tasks = [
-        {"op": "/v1/eval/digits/v1", "data": {"uri": f"http://127.0.0.1:{stage.mesh.slow_port}/{number}"}}
+        {"op": "/v1/eval/digits/v2", "data": {"uri": f"http://127.0.0.1:{stage.mesh.slow_port}/{number}"}}
         for number in range(200)
     ]
     server = await asyncio.start_server(_drip, "127.0.0.1", stage.mesh.slow_port)
@@ -99,6 +102,6 @@ def batch_attacks() -> list[Scenario]:
     """Return the scenarios."""
     return [
         Scenario("a batch of 60 answers of 8 MiB", _large_answers, VICTIM, 15),
-        Scenario("four batches with URIs of a slow host", _slow_host, VICTIM, 22),
+        Scenario("four batches with URIs of a slow host", _slow_host, _OF_V2, 22),
         Scenario("eight callers with batches of 100", _many_tasks, VICTIM, 15),
     ]

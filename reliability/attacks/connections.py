@@ -72,14 +72,13 @@ async def _uploads(stage: Stage) -> None:
 
 def _http2_uploads(path: str, content_type: str) -> Callable[[Stage], Awaitable[None]]:
     async def act(stage: Stage) -> None:
-        uploads = await Uploads.start(
-            await Door(stage.mesh.edges[0]).connect(), path, content_type, _COUNT, _BODY_BYTES
-        )
+        connection = await Door(stage.mesh.edges[0]).connect()
+        uploads = await Uploads.start(connection, path, content_type, _COUNT, _BODY_BYTES)
         try:
             await stage.sleep(_HOLD_S)
             with suppress(ConnectionError, asyncio.IncompleteReadError):
                 uploads.settled()
-            stage.note(f"{uploads.resets} of {_COUNT} reset")
+            stage.note(f"{uploads.answered} of {_COUNT} answered, {uploads.resets} reset")
         finally:
             with suppress(ConnectionError, asyncio.IncompleteReadError):
                 await uploads.close()

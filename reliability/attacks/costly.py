@@ -23,7 +23,7 @@ _JSON_RESOURCES = 1_300_000
 _PATIENCE_S = 60.0
 _SAMPLES = 8
 _MOST_KILLS = 4
-_KILL_WITHIN_S = 4.0
+_KILL_WITHIN_S = 10.0
 
 
 def _unchanged(data: bytes) -> bytes:

@@ -63,7 +63,7 @@ async def _note_a_publication(stage: Stage) -> None:
             await registry_pb2_grpc.ReleaseServiceStub(channel).PublishRelease(request, timeout=20)
             stage.note("a publication meanwhile was taken")
         except grpc.aio.AioRpcError as error:
-            stage.note(f"a publication meanwhile: {error.code().name} {(error.details() or '')[:60]}")
+            stage.note(f"a publication meanwhile: {error.code().name} {(error.details() or '').partition(':')[0]}")
 
 
 async def _emptied(stage: Stage) -> None:

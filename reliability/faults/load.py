@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reliability.callers import EVERY_KIND
 from reliability.scenario import Scenario, Stage
-from reliability.traffic import Stream
+from reliability.traffic import CALLERS, Stream
 
 
 async def _until_the_end(_: Stage) -> None:
@@ -15,8 +15,10 @@ def _drill(per_s: float, group: str, timeout_s: float = 40.0, kind: str = "drill
     return Stream(kind, per_s, params=params, group=group, timeout_s=timeout_s)
 
 
-# Two instances work 20 ms on each request: they answer 100 a second.
-_OVERLOAD = (_drill(400, "overload", do="work", s=0.02), Stream("octets", 25, app="quick"))
+# Two instances take 20 ms for each request: they answer 100 a second, fewer if they share two CPUs with all others.
+_OVERLOAD = _drill(400, "overload", do="work", s=0.02)
+_CPU_OVERLOAD = _drill(320, "overload", do="burn", s=0.02)
+_FAST = Stream("octets", 25, app="quick")
 _HANG = _drill(0.3, "hangs", 3, "typed_drill", do="hang")
 _CRASH = _drill(0.5, "crashes", do="crash")
 _HANG_UP = _drill(20, "hang-ups", 0.1, do="sleep", s=0.5)
@@ -28,7 +30,15 @@ _INNOCENT = Stream("drill", 14)
 def load_faults() -> list[Scenario]:
     """Return the scenarios."""
     return [
-        Scenario("overload beside a fast app", _until_the_end, _OVERLOAD, 20, others=("overload",)),
+        Scenario("a fast app alone", _until_the_end, (_FAST,), 6, others=(CALLERS,)),
+        Scenario("overload beside a fast app", _until_the_end, (_OVERLOAD, _FAST), 15, others=(CALLERS, "overload")),
+        Scenario(
+            "overload of the CPUs beside a fast app",
+            _until_the_end,
+            (_CPU_OVERLOAD, _FAST),
+            15,
+            others=(CALLERS, "overload"),
+        ),
         Scenario("script hangs", _until_the_end, (*EVERY_KIND, _INNOCENT, _HANG), 15, others=("hangs",)),
         Scenario("script crashes", _until_the_end, (*EVERY_KIND, _INNOCENT, _CRASH), 12, others=("crashes",)),
         Scenario(
