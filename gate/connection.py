@@ -22,7 +22,7 @@ from atserving.errors import Unavailable
 from atserving.held import HeldBytes
 from atserving.v1 import evaluator_pb2
 from atserving.wire import Buffer
-from gate import bodies, responses
+from gate import bodies, pace, responses
 from gate.bodies import Body
 from gate.pace import Pace
 from gate.responses import Response
@@ -158,7 +158,7 @@ class EvaluatorConnection:
         ``deadline_s`` is of the monotonic clock; after it the future has a TimeoutError. The future has a
         TransportError if the link breaks. Raises TransportError while there is no link.
         ``stays``: no other instance can take the call. ``hedges``: the future is :class:`Slow`, once, if the net is
-        built in and answers far later than usual.
+        built in and answers far later than usual, or if the call stays at an instance that is away for long.
         """
         if self._down:
             self._wanted.set()
@@ -187,7 +187,7 @@ class EvaluatorConnection:
         self._outbox.append(answer)
         self._deadlines.add(deadline_s, id_)
         self._flush_soon()
-        if self._looking is None and self._hedges:
+        if self._looking is None and (self._hedges or self.is_away):
             self._looking = self._loop.call_later(_LOOK_S, self._look)
         return answer
 
@@ -246,7 +246,7 @@ class EvaluatorConnection:
             self._pause_s = _PAUSES_S[0]
             self._link = wire
             self._flush_soon()
-            if self._looking is None and self._hedges:
+            if self._hedges and self._looking is None:
                 self._look()
             return await wire.ended
         except TimeoutError:
@@ -295,19 +295,24 @@ class EvaluatorConnection:
 
     def _set_away(self, is_away: bool) -> None:
         self.is_away = is_away
+        if is_away and self._looking is None:
+            self._look()
 
     def _look(self) -> None:
-        """Find the calls that are late, as long as calls are pending."""
+        """Find the calls that are late, as long as calls are pending.
+
+        A call that stays at an instance that is away waits there without any work on it, whatever the net is.
+        """
         self._looking = None
-        if not self._pending:
+        if not self._pending or not (self._hedges or self.is_away):
             return
         self._looking = self._loop.call_later(_LOOK_S, self._look)
         now_s = time.monotonic()
-        before_s = now_s - self._pace.late_s
+        before_s = now_s - (pace.LEAST_LATE_S if self.is_away else self._pace.late_s)
         # The oldest come first.
         late = list(itertools.takewhile(lambda each: each.asked_s <= before_s, self._pending.values()))
         for answer in late:
-            if answer.hedge_s <= now_s:
+            if answer.hedge_s <= now_s and (self._hedges or answer.flags & link.STAY):
                 if not self._pace.take():
                     return
                 self._be_slow(answer)

@@ -238,6 +238,17 @@ class Evaluator(Process):
         """Block until it is registered and serves."""
         self.logged("address", app=self.app)
 
+    def worker(self) -> int:
+        """Return the id of its worker process."""
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parent = stat.read_text().rpartition(")")[2].split()[1]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(parent) == self.pid:
+                return int(stat.parent.name)
+        raise AssertionError("the evaluator has no worker")
+
 
 def start_evaluator(registry: str, app: str, version: str = "v1", *flags: str) -> Evaluator:
     """Start an evaluator; ``registry`` is an address."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -53,13 +55,15 @@ class Load:
 
     def __init__(self) -> None:
         self.answers: Counter[str] = Counter()
+        self._rounds: Counter[int] = Counter()
         self._changed = asyncio.Event()
 
-    async def ask(self, client: Client, path: str) -> None:
+    async def ask(self, client: Client, path: str, caller: int) -> None:
         while True:
             response = await client.bytes(path, image("7.png"))
             good = response.status == 200 and response.best == "seven"
             self.answers["ok" if good else response.body.decode()] += 1
+            self._rounds[caller] += 1
             self._changed.set()
             await asyncio.sleep(_PAUSE_S)
 
@@ -71,12 +75,20 @@ class Load:
                 self._changed.clear()
                 await self._changed.wait()
 
+    async def more_for_each(self, count: int = 20) -> None:
+        """Wait until every caller has so many more answers."""
+        enough = {caller: rounds + count for caller, rounds in self._rounds.items()}
+        await until_async(lambda: self._have(enough), what="every caller is answered")
+
+    async def _have(self, enough: dict[int, int]) -> bool:
+        return all(self._rounds[caller] >= rounds for caller, rounds in enough.items())
+
 
 @asynccontextmanager
 async def load(client: Client, path: str = "/v1/eval/digits", callers: int = 4) -> AsyncIterator[Load]:
     """Send requests while the block runs, and check afterwards that none failed."""
     running = Load()
-    tasks = [asyncio.create_task(running.ask(client, path)) for _ in range(callers)]
+    tasks = [asyncio.create_task(running.ask(client, path, number)) for number in range(callers)]
     try:
         await running.more()
         yield running
@@ -245,6 +257,20 @@ async def test_an_instance_that_crashes_under_load_loses_no_request(client: Clie
             return len(await asyncio.to_thread(listed, client.mesh)) == 1
 
         await until_async(deregistered, what="its lease has expired")
+
+
+async def test_a_worker_that_is_killed_or_stopped_under_load_keeps_no_request(client: Client) -> None:
+    async with second_instance(client.mesh) as second, load(client, callers=8) as running:
+        os.kill(second.worker(), signal.SIGKILL)
+        await running.more(200)
+        await asyncio.to_thread(second.logged, event="instance back")
+        worker = second.worker()
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            await running.more_for_each()
+        finally:
+            # It has not been killed meanwhile.
+            os.kill(worker, signal.SIGCONT)
 
 
 async def test_a_version_without_an_instance_is_a_503_until_it_has_one(client: Client) -> None:

@@ -229,6 +229,19 @@ async def test_deadline_of_a_hedged_request(mesh: Mesh) -> None:
     await other.cancelled.wait()
 
 
+@pytest.mark.usefixtures("impatient")
+async def test_a_request_that_stays_is_taken_by_another_instance_once_one_has_room(mesh: Mesh) -> None:
+    """Also one for a script: nothing works on it while its instance is away."""
+    away, other = Evaluator("away", hold=asyncio.Event()), Evaluator("other")
+    server = await mesh.add(away)
+    await set_away(mesh, server, "away")
+    request = asyncio.create_task(mesh.eval())
+    await away.entered.wait()
+    await mesh.add(other)
+    assert await request == '"other:"'
+    await away.cancelled.wait()
+
+
 async def answered_after(mesh: Mesh, slow: Evaluator, request: asyncio.Task[str]) -> None:
     """Check that only the slow instance answers, after the gate has looked at its calls for a while."""
     await asyncio.sleep(0.3)

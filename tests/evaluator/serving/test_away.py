@@ -45,18 +45,6 @@ def net_inference(model, args):
 """
 
 
-def worker_of(process: Evaluator) -> int:
-    """Return the id of an evaluator's worker."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = stat.read_text().rpartition(")")[2].split()[1]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(parent) == process.pid:
-            return int(stat.parent.name)
-    raise AssertionError("the evaluator has no worker")
-
-
 class Hold:
     """A file that holds the script up while it exists."""
 
@@ -155,7 +143,7 @@ async def test_what_waits_for_a_worker_that_died_is_handed_back_while_it_loads(i
             await until((instances.folder / "entered").exists)
             waiting = hand_over(link, 20)
             with Hold(instances.folder, "load"):
-                os.kill(worker_of(instances.a), signal.SIGKILL)
+                os.kill(instances.a.worker(), signal.SIGKILL)
                 await handed_back(waiting)
                 assert link.is_away
                 await handed_back(hand_over(link, 3))
@@ -179,7 +167,7 @@ async def test_requests_wait_for_the_worker_of_an_only_instance(instances: Insta
                 await until((instances.folder / "entered").exists)
                 # These wait when the worker dies, and the others come while it loads.
                 asking = [asyncio.create_task(instances.eval()) for _ in range(5)]
-                os.kill(worker_of(instances.a), signal.SIGKILL)
+                os.kill(instances.a.worker(), signal.SIGKILL)
                 await instances.logged("instance away")
         asking += [asyncio.create_task(instances.eval()) for _ in range(5)]
         done, _ = await asyncio.wait(asking, timeout=1)
@@ -203,7 +191,7 @@ async def test_what_waits_behind_a_call_that_hangs_is_handed_back(instances: Ins
 
 
 async def test_what_waits_for_a_worker_that_is_stopped_is_handed_back(instances: Instances) -> None:
-    worker = worker_of(instances.a)
+    worker = instances.a.worker()
     os.kill(worker, signal.SIGSTOP)
     try:
         async with link_to(instances.a) as link:
@@ -236,7 +224,7 @@ async def test_requests_to_a_stopped_built_in_net_are_answered_by_another_instan
         gate.start()
         try:
             await gate.eval("hedged")
-            worker = worker_of(a)
+            worker = a.worker()
             os.kill(worker, signal.SIGSTOP)
             try:
                 while not any("request hedged" in line for line in gate.lines):
@@ -248,4 +236,3 @@ async def test_requests_to_a_stopped_built_in_net_are_answered_by_another_instan
                 os.kill(worker, signal.SIGCONT)
         finally:
             gate.kill()
-    registry.delete("eval/hedged/v1")

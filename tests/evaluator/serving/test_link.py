@@ -313,6 +313,7 @@ async def disconnected(reader: asyncio.StreamReader) -> None:
         link.PREFACE + link.HEAD.pack(5000, link.HELLO),
         GREETING + link.HEAD.pack(frames.MAX_BYTES + 1, link.CALL),
         GREETING + link.frame(99),
+        GREETING + link.away_frame(True),
         GREETING + link.frame(link.CALL, b"short"),
         GREETING + link.frame(link.CALL, link.CALL_HEAD.pack(1, 0, 0, 9, 9)),
         GREETING + link.frame(link.CANCEL, b"123"),
@@ -329,16 +330,19 @@ async def test_peer_that_sends_rubbish_is_disconnected(sent: bytes) -> None:
         await echo.until(lambda: echo.cancelled == echo.ran)
 
 
-async def test_peer_that_sends_rubbish_to_a_gate_fails_its_calls() -> None:
+@pytest.mark.parametrize(
+    ("rubbish", "reason"), [(link.frame(99), "a frame of kind 99"), (link.frame(link.AWAY), "an AWAY is empty")]
+)
+async def test_peer_that_sends_rubbish_to_a_gate_fails_its_calls(rubbish: bytes, reason: str) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(GREETING)
         await reader.readuntil(b"question")
-        writer.write(link.frame(99))
+        writer.write(rubbish)
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     connection = EvaluatorConnection(Instance(app="a", version="v", id="i", address=address, capacity=1), WAIT_S)
-    with pytest.raises(TransportError, match="malformed: a frame of kind 99") as caught:
+    with pytest.raises(TransportError, match=f"malformed: {reason}") as caught:
         await ask(connection, "question")
     assert caught.value.reached
     await connection.close()
