@@ -9,6 +9,7 @@ drives the state itself. The library does not document ``H2Streams``, so ``setup
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
@@ -67,6 +68,8 @@ _HANDSHAKE_S = 10.0
 _CONTINUE, _STATUS_100 = b"\0\0\5\1\4", b"\x08\x03100"
 # A PING frame. The bytes differ from those of the library's own, which ends a connection with one.
 _PING = b"\0\0\x08\6\0\0\0\0\0atserver"
+# After a step that takes longer, a connection lets others have their turn.
+_LONG_S = 0.01
 # In one second a peer may reset as many requests as it may have open. More is no change of mind but an attack.
 _MAX_RESETS = MAX_STREAMS
 
@@ -263,6 +266,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._reading = self._watch.heard = True
+        began_s = time.monotonic()
         try:
             for frame in self.state.receive(data):
                 try:
@@ -290,6 +294,14 @@ class Connection(asyncio.Protocol):
         finally:
             self._reading = False
         self._flush()
+        if time.monotonic() - began_s > _LONG_S and self._transport and not self._paused:
+            # libuv would go on reading while there is more. Others come first, such as pings.
+            self._transport.pause_reading()
+            self._loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if self._transport and not self._paused:
+            self._transport.resume_reading()
 
     def _take(self, frame: H2Frame) -> None:
         state = self.state

@@ -14,6 +14,12 @@ from atserving.held import HeldBytes
 from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
 
 _PAUSE_S = (0.005, 0.02)
+# From so many batches on, they try less often.
+_FEW_BATCHES = 64
+# What all batches may have running together, roughly: each step of a gate runs all that can go on.
+_MOST_RUNNING = 512
+# What a task takes in memory, beside the bytes of its request.
+_TASK_BYTES = 2 << 10
 # A batch that gets no place for so long is told that the instances are full.
 _PATIENCE_S = 2.0
 
@@ -31,8 +37,9 @@ async def run_batch(
 ) -> list[EvalResult | ServingError]:
     """Return the outcomes in the order of the tasks. A task that is already an error keeps it.
 
-    At most ``concurrency`` tasks run at once. All deadlines count from the start of the batch, so the longest timeout
-    of its tasks bounds the batch. ``held`` counts the answers until the last is there.
+    At most ``concurrency`` tasks run at once, and fewer if there are many batches. All deadlines count from the start
+    of the batch, so the longest timeout of its tasks bounds the batch. ``held`` counts the tasks, and the answers until
+    the last is there. Raises Unavailable if there is no room for the tasks.
     """
     return await _Batch(dispatcher, tasks, call, held).run(concurrency)
 
@@ -43,6 +50,9 @@ class _Batch:
     A task that finds every instance full is no reason to tell the caller to come later, as long as the batch gets on:
     it waits until another task is done, or for a moment, and tries again.
     """
+
+    alive = 0
+    """How many batches this process runs."""
 
     def __init__(
         self, dispatcher: Dispatcher, tasks: Sequence[Task | ServingError], call: CallContext, held: HeldBytes
@@ -61,12 +71,17 @@ class _Batch:
         self._got_on_s = time.monotonic()
 
     async def run(self, concurrency: int) -> list[EvalResult | ServingError]:
+        size = len(self._tasks) * _TASK_BYTES
+        if not self._held.take(size, large=True):
+            raise _holds_too_much()
+        _Batch.alive += 1
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(concurrency, len(self._tasks))):
+                for _ in range(min(concurrency, len(self._tasks), max(1, _MOST_RUNNING // _Batch.alive))):
                     group.create_task(self._work())
         finally:
-            self._held.give(self._bytes)
+            _Batch.alive -= 1
+            self._held.give(size + self._bytes)
         return [outcome for outcome in self._outcomes if outcome is not None]
 
     async def _work(self) -> None:
@@ -86,6 +101,9 @@ class _Batch:
                 self._got_on_s = time.monotonic()
             self._outcomes[index] = outcome
             self._wake()
+            if isinstance(outcome, ServingError):
+                # A task that fails at once waits for nothing, and there may be a thousand in each of many batches.
+                await asyncio.sleep(0)
         # The last to end leaves nobody waiting.
         while self._waiting:
             self._wake()
@@ -114,7 +132,7 @@ class _Batch:
         if self._is_full:
             return _too_large()
         if not self._held.take(size, large=True):
-            return Unavailable("the gate holds as many bytes as it may", retry_after_s=1.0)
+            return _holds_too_much()
         self._bytes += size
         return answer
 
@@ -127,13 +145,18 @@ class _Batch:
             return
         self._tries = True
         try:
-            await asyncio.sleep(random.uniform(*_PAUSE_S))  # noqa: S311 - batches take turns
+            pause_s = random.uniform(*_PAUSE_S)  # noqa: S311 - batches take turns
+            await asyncio.sleep(pause_s * max(1.0, _Batch.alive / _FEW_BATCHES))
         finally:
             self._tries = False
 
     def _wake(self) -> None:
         if self._waiting:
             self._waiting.popleft().set_result(None)
+
+
+def _holds_too_much() -> Unavailable:
+    return Unavailable("the gate holds as many bytes as it may", retry_after_s=1.0)
 
 
 def _too_large() -> PayloadTooLarge:

@@ -420,6 +420,61 @@ async def test_batch_runs_as_many_tasks_at_once_as_its_concurrency(mesh: Mesh) -
     assert evaluator.most_in_flight == 4
 
 
+async def test_a_batch_counts_its_tasks_as_held(mesh: Mesh) -> None:
+    evaluator = Evaluator("a", hold=asyncio.Event())
+    await mesh.add(evaluator)
+    call, held = CallContext("reqid", Caller()), HeldBytes(1 << 20)
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(run_batch(mesh.dispatcher, [task() for _ in range(300)], call, 4, held))
+        await evaluator.four_in_flight.wait()
+        with pytest.raises(Unavailable, match="the gate holds as many bytes as it may"):
+            await run_batch(mesh.dispatcher, [task() for _ in range(300)], call, 4, held)
+        assert evaluator.hold
+        evaluator.hold.set()
+    assert len(running.result()) == 300
+    assert held.held == 0
+
+
+async def test_tasks_that_fail_at_once_let_others_go_on(mesh: Mesh) -> None:
+    await mesh.add(Evaluator("a"))
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    going_on = asyncio.create_task(other())
+    tasks = [task(app="nothing") for _ in range(100)]
+    results = await run_batch(mesh.dispatcher, tasks, CallContext("reqid", Caller()), 1, HELD)
+    assert {each.code for each in results if isinstance(each, ServingError)} == {404}
+    assert turns >= len(tasks)
+    going_on.cancel()
+
+
+async def test_many_batches_run_fewer_tasks_each(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "_MOST_RUNNING", 8)
+    started: Counter[str] = Counter()
+
+    async def evaluate(_: Task, call: CallContext) -> EvalResult:
+        started[call.reqid] += 1
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(mesh.dispatcher, "eval", evaluate)
+    names = [str(number) for number in range(10)]
+    tasks = [task() for _ in range(30)]
+    batches = [
+        asyncio.create_task(run_batch(mesh.dispatcher, tasks, CallContext(name, Caller()), 4, HELD)) for name in names
+    ]
+    await until(lambda: len(started) == len(names))
+    assert [started[name] for name in names] == [4, 4, 2, 2, 1, 1, 1, 1, 1, 1]
+    for each in batches:
+        each.cancel()
+    await asyncio.gather(*batches, return_exceptions=True)
+
+
 async def test_batches_share_a_full_instance_and_leave_room_to_others(mesh: Mesh) -> None:
     evaluator = Evaluator("a", hold=asyncio.Event())
     await mesh.add(evaluator)
