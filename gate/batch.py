@@ -102,6 +102,9 @@ class _Batch:
                 self._got_on_s = time.monotonic()
             self._outcomes[index] = outcome
             self._wake()
+            if isinstance(outcome, ServingError):
+                # A task that fails at once waits for nothing, and there may be a thousand in each of many batches.
+                await asyncio.sleep(0)
         # The last to end leaves nobody waiting.
         while self._waiting:
             self._wake()

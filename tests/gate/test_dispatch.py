@@ -448,6 +448,24 @@ async def test_a_batch_counts_its_tasks_as_held(mesh: Mesh) -> None:
     assert held.held == 0
 
 
+async def test_tasks_that_fail_at_once_let_others_go_on(mesh: Mesh) -> None:
+    await mesh.add(Evaluator("a"))
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    going_on = asyncio.create_task(other())
+    tasks = [task(app="nothing") for _ in range(100)]
+    results = await run_batch(mesh.dispatcher, tasks, CallContext("reqid", Caller()), 1, HELD)
+    assert {each.code for each in results if isinstance(each, ServingError)} == {404}
+    assert turns >= len(tasks)
+    going_on.cancel()
+
+
 async def test_many_batches_run_fewer_tasks_each(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "_MOST_RUNNING", 8)
     started: Counter[str] = Counter()
