@@ -46,9 +46,10 @@ CALL_HEAD = struct.Struct("<QQBBB")
 """The call's id, its timeout in microseconds from its arrival (0: none), flags, and the lengths of the request's id and
 of the traceparent. A connection uses an id once."""
 
-FETCH, STAY = 1, 2
+FETCH, STAY, BATCHED = 1, 2, 4
 """The flags of a call. FETCH: the instance must fetch a resource. STAY: the gate has no other instance to ask, so the
-call waits while the instance is away."""
+call waits while the instance is away. BATCHED: it is a task of a batch; those leave a quarter of an instance to others,
+and only the instance knows the calls of all gates."""
 
 REPLY_HEAD = struct.Struct("<QBIIIIHB")
 """The call's id, the outcome, the microseconds of decode, queue, forward and postprocess, the size of the batch (0: the

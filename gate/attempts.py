@@ -117,6 +117,7 @@ class Attempts:
             self._task.body,
             stays=self._stays or connection.is_away,
             hedges=hedges,
+            batched=self._kind.batched,
         )
 
     async def _try_again(self, none_free: ServingError) -> None:
@@ -160,8 +161,8 @@ class Attempts:
             self._handed_back.append(endpoint)
             return
         self._refusal = refusal
-        is_full = refusal.status == ResourceExhausted.status and not self._kind.fetches
-        self._router.refused(endpoint, refusal.retry_after_s or 0.0 if is_full else 0.0)
+        is_full = refusal.status == ResourceExhausted.status
+        self._router.refused(endpoint, self._kind, refusal.retry_after_s or 0.0 if is_full else 0.0)
 
     async def _hedge(
         self, endpoint: Endpoint[EvaluatorConnection], first: Answer

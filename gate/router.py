@@ -69,6 +69,8 @@ class Endpoint(Generic[ConnectionT]):
     ejected_until: float = 0.0
     full_until: float = 0.0
     """It refused a request, as it is full with those of other gates; 0 once one of this gate's is done."""
+    batches_full_until: float = 0.0
+    """The same for a task of a batch: others may still have room."""
     left_at: float | None = field(default=None)
     """When the registry reported its departure; None while it is registered."""
 
@@ -95,7 +97,7 @@ class Endpoint(Generic[ConnectionT]):
                 self.fetching -= 1
             else:
                 self.in_flight -= 1
-                self.full_until = 0.0
+                self.full_until = self.batches_full_until = 0.0
 
     @property
     def is_idle(self) -> bool:
@@ -319,7 +321,8 @@ class Router(Generic[ConnectionT]):
         return draws, ready
 
     def _room(self, endpoint: Endpoint[ConnectionT], kind: Kind) -> int:
-        if endpoint.full_until and not kind.fetches and endpoint.full_until > self._clock():
+        full_until = max(endpoint.full_until, endpoint.batches_full_until if kind.batched else 0.0)
+        if full_until and not kind.fetches and full_until > self._clock():
             return 0
         return endpoint.room(kind)
 
@@ -358,14 +361,17 @@ class Router(Generic[ConnectionT]):
         endpoint.ejected_until = self._clock() + EJECT_S
         self.refused(endpoint)
 
-    def refused(self, endpoint: Endpoint[ConnectionT], full_s: float = 0.0) -> None:
+    def refused(self, endpoint: Endpoint[ConnectionT], kind: Kind = ALONE, full_s: float = 0.0) -> None:
         """Drop an endpoint that refused a request, if it had left the registry.
 
         A full one, which needs ``full_s`` for all that it has, gets no request until about one of those is done.
         """
-        if full_s:
+        if full_s and not kind.fetches:
             each_s = min(max(full_s / endpoint.instance.capacity, _FULL_S[0]), _FULL_S[1])
-            endpoint.full_until = self._clock() + each_s
+            if kind.batched:
+                endpoint.batches_full_until = self._clock() + each_s
+            else:
+                endpoint.full_until = self._clock() + each_s
         left = self._left.get((endpoint.instance.app, endpoint.instance.version), {})
         if left.get(endpoint.instance.id) is endpoint:
             self._dropped.append(left.pop(endpoint.instance.id))

@@ -26,24 +26,29 @@ class Capacity:
         self.limit = limit
         self.in_flight = 0
         self.fetching = 0
-        # Of those, the number by host; and those that have fetched, and wait for a place among the requests in flight.
+        # Of those, the number by host; and those that have fetched, and wait for a place among the requests in flight:
+        # tasks of batches behind all others.
         self._by_host: Counter[str] = Counter()
-        self._fetched: deque[asyncio.Future[None]] = deque()
+        self._fetched: dict[bool, deque[asyncio.Future[None]]] = {False: deque(), True: deque()}
         self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
         # The seconds per request in flight, averaged over the last few: it predicts when capacity is free again.
         self._each_s = 0.0
 
-    def enter(self) -> int:
-        """Count one request; return how many are in flight now.
+    def _most(self, batched: bool) -> int:
+        return self.limit - self.limit // 4 if batched else self.limit
+
+    def enter(self, *, batched: bool = False) -> int:
+        """Count one request; return how many are in flight now. Tasks of batches leave a quarter to others.
 
         Raises ResourceExhausted at the limit, Unavailable while draining; both ``refused``.
         """
         if self._draining:
             raise Unavailable("the instance is draining", refused=True)
-        if self.in_flight >= self.limit:
-            raise self.full(f"the instance has {self.in_flight} requests in flight, which is its limit")
+        if self.in_flight >= self._most(batched):
+            which = "its limit for tasks of batches" if batched else "its limit"
+            raise self.full(f"the instance has {self.in_flight} requests in flight, which is {which}")
         self.in_flight += 1
         if self.in_flight == 1:
             self._empty.clear()
@@ -55,14 +60,14 @@ class Capacity:
         return ResourceExhausted(message, retry_after_s=wait_s, refused=True)
 
     @asynccontextmanager
-    async def fetch(self, host: str) -> AsyncIterator[None]:
+    async def fetch(self, host: str, *, batched: bool = False) -> AsyncIterator[None]:
         """Count a request that fetches from ``host`` during the block; then wait until it is one in flight.
 
         One host has at most half of the places. Raises as :meth:`enter` does.
         """
         if self._draining:
             raise Unavailable("the instance is draining", refused=True)
-        if self.fetching >= self.limit:
+        if self.fetching >= self._most(batched):
             raise self.full(f"the instance fetches the resources of {self.fetching} requests, which is its limit")
         if self._by_host[host] >= max(self.limit // 2, 1):
             raise self.full(f"the instance fetches the resources of {self._by_host[host]} requests from this host")
@@ -71,7 +76,7 @@ class Capacity:
         self._empty.clear()
         try:
             yield
-            await self._enter_later()
+            await self._enter_later(batched)
         finally:
             self.fetching -= 1
             self._by_host[host] -= 1
@@ -79,12 +84,12 @@ class Capacity:
                 del self._by_host[host]
             self._check_empty()
 
-    async def _enter_later(self) -> None:
-        if self.in_flight < self.limit and not self._fetched:
+    async def _enter_later(self, batched: bool) -> None:
+        if self.in_flight < self._most(batched) and not self._fetched[batched]:
             self.in_flight += 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._fetched.append(turn)
+        self._fetched[batched].append(turn)
         try:
             await turn
         except asyncio.CancelledError:
@@ -95,10 +100,11 @@ class Capacity:
 
     def _left(self) -> None:
         self.in_flight -= 1
-        while self._fetched and self.in_flight < self.limit:
-            if not (turn := self._fetched.popleft()).done():
-                self.in_flight += 1
-                turn.set_result(None)
+        for batched, turns in self._fetched.items():
+            while turns and self.in_flight < self._most(batched):
+                if not (turn := turns.popleft()).done():
+                    self.in_flight += 1
+                    turn.set_result(None)
         self._check_empty()
 
     def _check_empty(self) -> None:

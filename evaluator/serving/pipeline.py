@@ -106,6 +106,7 @@ class Request:
 
     __slots__ = (
         "_ahead",
+        "_batched",
         "_began_s",
         "_deadline_s",
         "_entered_s",
@@ -131,6 +132,7 @@ class Request:
         self._reqid = request_id(call.reqid.decode(errors="replace"))
         self._traceparent = call.traceparent
         self._stays = bool(call.flags & link.STAY)
+        self._batched = bool(call.flags & link.BATCHED)
         self._began_s = self._entered_s = time.monotonic()
         self._deadline_s = self._began_s + call.timeout_us / 1e6 if call.timeout_us else None
         # Its place among the requests in flight; 0: it has none.
@@ -145,7 +147,7 @@ class Request:
         try:
             self._hold(len(call.request))
             if not call.flags & link.FETCH:
-                self._ahead = self._pipeline.capacity.enter()
+                self._ahead = self._pipeline.capacity.enter(batched=self._batched)
                 self._ms["fetch_ms"] = 0.0
                 self._submit(call.request)
                 return
@@ -153,7 +155,7 @@ class Request:
             if host := remote_host(request):
                 self._fetching = asyncio.get_running_loop().create_task(self._fetch(request, host))
             else:
-                self._ahead = self._pipeline.capacity.enter()
+                self._ahead = self._pipeline.capacity.enter(batched=self._batched)
                 self._pipeline.decode(request, self._hold)
                 self._fetched(request)
         except Exception as error:
@@ -172,7 +174,7 @@ class Request:
     async def _fetch(self, request: evaluator_pb2.InferRequest, host: str) -> None:
         capacity = self._pipeline.capacity
         try:
-            async with capacity.fetch(host):
+            async with capacity.fetch(host, batched=self._batched):
                 await self._pipeline.fetch(request, self._hold)
             self._entered_s = time.monotonic()
             if self.ended:

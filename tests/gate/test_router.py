@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from atserving.config import AppMetadata, ConfigValue, Instance, Release, WorkerConfig, parse, validate
 from atserving.errors import NotFound, ResourceExhausted, ServingError, Unavailable
-from gate.router import EJECT_S, LINGER_S, Endpoint, Router
+from gate.router import EJECT_S, LINGER_S, Endpoint, Kind, Router
 
 PORT = 1000
 
@@ -179,6 +179,23 @@ def test_version_of_weight_0_receives_no_unversioned_traffic(table: Table) -> No
     table.put(release("v1", weight=0))
     with pytest.raises(Unavailable, match="weight above 0"):
         table.pick("app", "")
+
+
+def test_instance_full_of_batches_still_takes_others(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"))
+    route, batched = table.router.route("app", "v1"), Kind(batched=True)
+    endpoint = table.router.pick(route, kind=batched)
+    table.router.refused(endpoint, batched, full_s=60.0)
+    with pytest.raises(ResourceExhausted):
+        table.router.pick(route, kind=batched)
+    assert table.router.pick(route) is endpoint
+    table.router.refused(endpoint, full_s=60.0)
+    with pytest.raises(ResourceExhausted):
+        table.router.pick(route)
+    # One of the gate's own is done.
+    with endpoint.hold():
+        pass
+    assert table.router.pick(route, kind=batched) is table.router.pick(route) is endpoint
 
 
 def test_full_app_is_exhausted_and_gives_a_retry_delay(table: Table) -> None:

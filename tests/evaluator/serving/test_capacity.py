@@ -121,3 +121,46 @@ async def test_a_fetched_request_that_leaves_gives_its_place_back() -> None:
     for _ in range(2):
         capacity.leave(1, time.monotonic())
     await capacity.drained()
+
+
+def test_tasks_of_batches_leave_a_quarter_to_others() -> None:
+    capacity = Capacity(8)
+    for _ in range(6):
+        capacity.enter(batched=True)
+    with pytest.raises(ResourceExhausted, match="6 requests in flight, which is its limit for tasks of batches"):
+        capacity.enter(batched=True)
+    capacity.enter()
+    assert capacity.enter() == 8
+    with pytest.raises(ResourceExhausted, match="which is its limit"):
+        capacity.enter()
+
+
+def test_an_instance_for_one_request_takes_tasks_of_batches() -> None:
+    capacity = Capacity(1)
+    assert capacity.enter(batched=True) == 1
+
+
+async def test_fetched_tasks_of_batches_wait_behind_others() -> None:
+    capacity = Capacity(4)
+    entered: list[str] = []
+
+    async def fetch(name: str, batched: bool) -> None:
+        async with capacity.fetch(name, batched=batched):
+            pass
+        entered.append(name)
+
+    for _ in range(4):
+        capacity.enter()
+    async with asyncio.TaskGroup() as group:
+        for name, batched in (("first", True), ("second", True), ("third", False)):
+            group.create_task(fetch(name, batched))
+        await until(lambda: capacity.fetching == 3)
+        capacity.leave(1, time.monotonic())
+        await until(lambda: entered == ["third"])
+        capacity.leave(1, time.monotonic())
+        # A task of a batch may be the third, but not the fourth.
+        await until(lambda: capacity.in_flight == 3)
+        assert entered == ["third"]
+        capacity.leave(1, time.monotonic())
+        await until(lambda: entered == ["third", "first"])
+        capacity.leave(1, time.monotonic())

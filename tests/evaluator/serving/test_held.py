@@ -73,6 +73,15 @@ async def test_bodies_are_counted_until_the_end_of_their_requests(tmp_path: Path
     assert not served.begin(calls[3], replier).ended
 
 
+async def test_tasks_of_batches_leave_places_to_others(tmp_path: Path) -> None:
+    served, replier = pipeline(tmp_path, HeldBytes(MIB)), Replier()
+    served.capacity.limit = 4
+    flags = [link.BATCHED] * 4 + [0] * 2
+    calls = [served.begin(link.Call(at, 0, each, b"r", b"", b"x"), replier) for at, each in enumerate(flags)]
+    assert [each.ended for each in calls] == [False, False, False, True, False, True]
+    assert [(error.status, error.refused) for error in replier.errors] == [(429, True)] * 2
+
+
 async def test_an_answer_without_room_is_an_error(tmp_path: Path) -> None:
     held = HeldBytes(4 * MIB)
     served, replier = pipeline(tmp_path, held), Replier()
