@@ -248,7 +248,9 @@ class Mesh:
             (folder / "envoy.yaml").write_text(envoy.local_bootstrap(ROOT / "envoy", ports))
             self._add(f"envoy-{number}", "envoy", commands.envoy(folder / "envoy.yaml"), folder)
         if missing := await self.whole(_START_S):
-            raise StartError(f"the mesh is not whole after {_START_S:g} s: it waits for {missing}")
+            raise StartError(
+                f"it is not whole after {_START_S:g} s, waits for {missing} (logs: {self.directory}/*.log)"
+            )
 
     def _envoy_folder(self, number: int) -> Path:
         return self.directory / f"envoy-{number}"
