@@ -32,7 +32,7 @@ from reliability.pods import Pods
 from reliability.releases import PICTURES, Served
 
 _POLL_S = 0.2
-_START_S = 180.0
+_START_S = 100.0
 _ETCDCTL_S = 30.0
 
 
@@ -67,11 +67,15 @@ class Mesh:
         self._tell = tell
         self.pods = Pods() if pod_limits else None
         self._stack = ExitStack()
-        gates, registries, etcds = (free_ports(n) for n in (self._size.gates, self._size.registries, self._size.etcds))
-        files, self.slow_port = free_ports(2)
+        counts = (self._size.gates, self._size.registries, self._size.etcds, self._size.etcds, 2 * self._size.envoys, 2)
+        # All at once, so that no two processes get the same.
+        ports = iter(free_ports(sum(counts)))
+        gates, registries, etcds, self._peers, edges, (files, self.slow_port) = (
+            [next(ports) for _ in range(count)] for count in counts
+        )
         self.files_url = f"http://127.0.0.1:{files}"
         first = replace(Ports.free(gates=self._size.gates), gates=tuple(gates), files=files)
-        self._ports = [replace(first, edge=edge, ops=ops) for edge, ops in _pairs(free_ports(2 * self._size.envoys))]
+        self._ports = [replace(first, edge=edge, ops=ops) for edge, ops in _pairs(edges)]
         self.edges = [f"http://127.0.0.1:{each.edge}" for each in self._ports]
         self.registries = [f"127.0.0.1:{port}" for port in registries]
         self.etcds = [f"127.0.0.1:{port}" for port in etcds]
@@ -220,8 +224,7 @@ class Mesh:
 
     async def _start(self) -> None:
         self._tell("starting the mesh ...")
-        peers = free_ports(self._size.etcds)
-        urls = {f"etcd-{number}": f"http://127.0.0.1:{port}" for number, port in enumerate(peers)}
+        urls = {f"etcd-{number}": f"http://127.0.0.1:{port}" for number, port in enumerate(self._peers)}
         for number, client in enumerate(self.etcds):
             name = f"etcd-{number}"
             flags = ["--log-level", "error"]
@@ -248,7 +251,7 @@ class Mesh:
             (folder / "envoy.yaml").write_text(envoy.local_bootstrap(ROOT / "envoy", ports))
             self._add(f"envoy-{number}", "envoy", commands.envoy(folder / "envoy.yaml"), folder)
         if missing := await self.whole(_START_S):
-            raise StartError(f"the mesh is not whole after {_START_S:g} s: it waits for {missing}")
+            raise StartError(f"not whole after {_START_S:g} s, waits for {missing} (logs: {self.directory}/*.log)")
 
     def _envoy_folder(self, number: int) -> Path:
         return self.directory / f"envoy-{number}"
