@@ -52,6 +52,7 @@ def variant(old: str, new: str) -> bytes:
         variant("HTTP/1.1", "HTTP/11.1"),
         variant("HTTP/1.1\r\nhost: localhost", "HTTP/1.0"),
         b"GET /health\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: x\r\nhost: y\r\nconnection: close\r\n\r\n",
     ],
 )
 async def test_a_malformed_request_is_a_400(edge: Edge, request_: bytes) -> None:
