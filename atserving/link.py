@@ -64,10 +64,11 @@ MAX_TIMEOUT_US = 24 * 3600 * 10**6
 MOST_OPEN = 4096
 """How many calls of one connection may be open; an instance reads no more until some have their reply."""
 
-ALIVE_S = 2.0
-"""How often both ends send ALIVE."""
+ALIVE_S = 0.5
+"""How often an instance sends ALIVE while it has calls of a gate. Otherwise both ends send it every fourth time."""
 
-_MOST_SILENT = 3
+_IDLE_TURNS = 4
+_MOST_SILENT = 12
 """After so many intervals in which nothing arrived, the peer counts as dead."""
 
 # Until a peer has named itself, its frames are short, and come soon.
@@ -201,7 +202,7 @@ class Link(FrameProtocol):
         self.reader.max_bytes = _MOST_HELLO_BYTES
         self._greeted = False
         self._preface = b""
-        self._silent = 0
+        self._silent = self._turn = 0
         self._unsent = 0
         self._beating: asyncio.TimerHandle | None = None
 
@@ -254,9 +255,19 @@ class Link(FrameProtocol):
         if self._silent >= _MOST_SILENT:
             self.dead()
             return
-        if self.writable:
+        self._turn = (self._turn + 1) % _IDLE_TURNS
+        if self.writable and (self.is_busy or not self._turn):
             self.send(frame(ALIVE))
+        self.quiet(self._silent)
         self._beating = self._loop.call_later(ALIVE_S, self._beat)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the peer waits for this end."""
+        return False
+
+    def quiet(self, intervals: int) -> None:
+        """Take note of the number of intervals in which nothing has arrived, after each one."""
 
     def dead(self) -> None:
         """End the connection to a peer that no longer answers."""

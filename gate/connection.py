@@ -40,6 +40,8 @@ _MOST_HELD_BYTES = 256 << 20
 _WRITE_BYTES = 1 << 20
 # How often a connection with pending calls looks for late ones, and when a late one that none could take is so again.
 _LOOK_S, _HEDGE_AGAIN_S = 0.1, 1.0
+# A busy instance sends something in each interval. After so many without anything it has frozen, or is about to.
+_MOST_QUIET = 2
 
 
 class TransportError(Exception):
@@ -136,7 +138,8 @@ class EvaluatorConnection:
         self._wanted = asyncio.Event()
         self._running = asyncio.create_task(self._run())
         self.is_away = False
-        """Whether the instance has said that others should be asked first."""
+        """Whether others should be asked first: the instance has said it, or says nothing although it should."""
+        self._said_away = self._is_silent = False
         self._pace = Pace()
         self._hedges = False
         self._looking: asyncio.TimerHandle | None = None
@@ -173,8 +176,6 @@ class EvaluatorConnection:
         answer.flags = (link.STAY if stays else 0) | (link.BATCHED if batched else 0)
         if body.is_uri if body else any(each.HasField("uri") for each in request.data):
             answer.flags |= link.FETCH
-            # The time of a fetch says nothing about the instance.
-            answer.hedge_s = math.inf
         if body:
             answer.parts, answer.length = bodies.serialized(request, body)
         else:
@@ -195,7 +196,8 @@ class EvaluatorConnection:
     def hedge_later(self, answer: Answer) -> None:
         """Let a slow call, for which no other instance was free, be slow again after a moment."""
         answer.hedge_s = time.monotonic() + _HEDGE_AGAIN_S
-        self._pace.give_back()
+        if not self._is_silent:
+            self._pace.give_back()
 
     async def close(self) -> None:
         """Close at once; calls in flight fail."""
@@ -237,7 +239,7 @@ class EvaluatorConnection:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 _, wire = await self._loop.create_connection(
-                    lambda: _InstanceLink(self._instance, self._replied, self._flush, self._set_away),
+                    lambda: _InstanceLink(self._instance, self._replied, self._flush, self._set_away, self._quiet),
                     host.strip("[]"),
                     int(port),
                 )
@@ -258,7 +260,7 @@ class EvaluatorConnection:
             return str(error)
         finally:
             self._link = None
-            self.is_away = False
+            self.is_away = self._said_away = self._is_silent = False
             if wire:
                 wire.abort()
 
@@ -295,14 +297,27 @@ class EvaluatorConnection:
             answer.parts = ()
 
     def _set_away(self, is_away: bool) -> None:
-        self.is_away = is_away
-        if is_away and self._looking is None:
+        self._said_away = is_away
+        self._update_away()
+
+    def _quiet(self, intervals: int) -> None:
+        """Judge an instance by the intervals in which it has sent nothing, of which it has one at most while busy."""
+        # With only new calls it may not have known that it is busy.
+        known_s = time.monotonic() - _MOST_QUIET * link.ALIVE_S
+        oldest = next(iter(self._pending.values()), None)
+        self._is_silent = intervals >= _MOST_QUIET and oldest is not None and oldest.asked_s < known_s
+        self._update_away()
+
+    def _update_away(self) -> None:
+        self.is_away = self._said_away or self._is_silent
+        if self.is_away and self._looking is None:
             self._look()
 
     def _look(self) -> None:
         """Find the calls that are late, as long as calls are pending.
 
-        A call that stays at an instance that is away waits there without any work on it, whatever the net is.
+        A call that stays at an instance that is away waits there without any work on it, whatever the net is. So does
+        every call at a silent one.
         """
         self._looking = None
         if not self._pending or not (self._hedges or self.is_away):
@@ -313,10 +328,15 @@ class EvaluatorConnection:
         # The oldest come first.
         late = list(itertools.takewhile(lambda each: each.asked_s <= before_s, self._pending.values()))
         for answer in late:
-            if answer.hedge_s <= now_s and (self._hedges or answer.flags & link.STAY):
-                if not self._pace.take():
-                    return
+            if answer.hedge_s <= now_s and self._may_hedge(answer):
                 self._be_slow(answer)
+
+    def _may_hedge(self, answer: Answer) -> bool:
+        if self._is_silent:
+            return True
+        # The time of a fetch says nothing about the instance.
+        hedges = answer.flags & link.STAY or (self._hedges and not answer.flags & link.FETCH)
+        return bool(hedges) and self._pace.take()
 
     def _be_slow(self, answer: Answer) -> None:
         again = answer.again()
@@ -391,6 +411,7 @@ class _InstanceLink(link.Link):
         replied: Callable[[link.Reply], None],
         writable: Callable[[], None],
         away: Callable[[bool], None],
+        quiet: Callable[[int], None],
     ) -> None:
         super().__init__()
         self.greeted: asyncio.Future[bool] = self._loop.create_future()
@@ -403,6 +424,7 @@ class _InstanceLink(link.Link):
         self._replied = replied
         self._writable = writable
         self._away = away
+        self._quiet = quiet
         self._reason = "the instance ended the connection"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -422,6 +444,10 @@ class _InstanceLink(link.Link):
             self._away(link.read_away(data, start, end))
         elif kind != link.ALIVE:
             raise link.Malformed(f"a frame of kind {kind}")
+
+    def quiet(self, intervals: int) -> None:
+        if self.greeted.done():
+            self._quiet(intervals)
 
     def _greet(self, data: link.Buffer, start: int, end: int) -> None:
         try:

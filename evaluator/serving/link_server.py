@@ -244,6 +244,10 @@ class GateLink(link.Link):
     def _expire(self, id_: int) -> None:
         self._requests[id_].expire()
 
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._requests)
+
     def resume_writing(self) -> None:
         super().resume_writing()
         if self.paused:

@@ -242,6 +242,45 @@ async def test_a_request_that_stays_is_taken_by_another_instance_once_one_has_ro
     await away.cancelled.wait()
 
 
+def freeze(server: ScriptedInstance) -> None:
+    """Let an instance take what it gets, and send nothing more."""
+    (gate,) = server.links.links
+    gate.send = lambda *_: None  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("built_in", "uri"), [(False, ""), (True, "http://host/a"), (False, "http://host/a")])
+async def test_requests_of_a_frozen_instance_are_asked_of_another(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, built_in: bool, uri: str
+) -> None:
+    """Long before its link counts as dead; of every kind, and more than may be hedged."""
+    monkeypatch.setattr(link, "ALIVE_S", 0.05)
+    monkeypatch.setattr(link, "_MOST_SILENT", 1 << 30)
+    frozen, free = Evaluator("frozen", hold=asyncio.Event()), Evaluator("free")
+    server = await mesh.add(frozen, built_in=built_in)
+    requests = [asyncio.create_task(mesh.eval(uri=uri)) for _ in range(8)]
+    await until(lambda: frozen.in_flight == 8)
+    freeze(server)
+    await mesh.add(free, built_in=built_in)
+    assert await asyncio.gather(*requests) == ['"free:"'] * 8
+    # New ones do not go there.
+    assert endpoint(mesh, "frozen").connection.is_away or endpoint(mesh, "frozen").is_idle
+    assert await mesh.eval(uri=uri) == '"free:"'
+    await until(lambda: frozen.in_flight == 0, what="the calls are cancelled")
+
+
+async def test_a_busy_instance_that_works_on_long_calls_is_not_silent(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "ALIVE_S", 0.05)
+    slow, free = Evaluator("slow", hold=asyncio.Event()), Evaluator("free")
+    await mesh.add(slow)
+    request = asyncio.create_task(mesh.eval())
+    await slow.entered.wait()
+    await mesh.add(free)
+    await answered_after(mesh, slow, request)
+    assert not free.received
+
+
 async def answered_after(mesh: Mesh, slow: Evaluator, request: asyncio.Task[str]) -> None:
     """Check that only the slow instance answers, after the gate has looked at its calls for a while."""
     await asyncio.sleep(0.3)
