@@ -11,7 +11,8 @@ import structlog
 
 from atserving.errors import ResourceExhausted, ServingError, Unavailable
 from atserving.v1 import evaluator_pb2
-from gate.connection import Answer, EvaluatorConnection, Slow, TransportError
+from gate.answers import Answer, Slow, TransportError
+from gate.connection import EvaluatorConnection
 from gate.responses import Response, error_of
 from gate.router import Endpoint, Kind, Route, Router
 

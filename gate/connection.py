@@ -8,12 +8,9 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 import structlog
-from google.protobuf.message import DecodeError
 
 from atserving import lifecycle, link
 from atserving.config import Instance
@@ -23,9 +20,10 @@ from atserving.held import HeldBytes
 from atserving.v1 import evaluator_pb2
 from atserving.wire import Buffer
 from gate import bodies, pace, responses
+from gate.answers import Answer, Slow, TransportError
 from gate.bodies import Body
+from gate.instance_link import InstanceLink
 from gate.pace import Pace
-from gate.responses import Response
 
 log = structlog.get_logger()
 
@@ -42,72 +40,6 @@ _WRITE_BYTES = 1 << 20
 _LOOK_S, _HEDGE_AGAIN_S = 0.1, 1.0
 # A busy instance sends something in each interval. After so many without anything it has frozen, or is about to.
 _MOST_QUIET = 2
-
-
-class TransportError(Exception):
-    """The instance could not be reached, or the connection broke with the request in flight (``reached``)."""
-
-    def __init__(self, message: str, reached: bool) -> None:
-        super().__init__(message)
-        self.reached = reached
-
-
-class Slow(Exception):  # noqa: N818
-    """The instance takes far longer than usual. The call goes on; ``answer`` is the future of its response."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__("the instance takes longer than usual")
-        self.answer = answer
-
-
-class Answer(asyncio.Future[Response]):
-    """The response to a call. Cancelling it abandons the call."""
-
-    __slots__ = (
-        "abandon",
-        "asked_s",
-        "deadline_s",
-        "flags",
-        "hedge_s",
-        "held",
-        "id",
-        "length",
-        "parts",
-        "reqid",
-        "sent",
-        "traceparent",
-    )
-
-    id: int
-    abandon: Callable[[int], None]
-    asked_s: float
-    hedge_s: float
-    """Until then, on the monotonic clock, it is not :class:`Slow`."""
-    deadline_s: float
-    flags: int
-    held: int
-    reqid: bytes
-    traceparent: bytes
-    parts: Sequence[Buffer]
-    length: int
-    sent: bool
-
-    def cancel(self, msg: Any | None = None) -> bool:
-        if super().cancel(msg):
-            self.abandon(self.id)
-            return True
-        if not self.cancelled() and isinstance(slow := self.exception(), Slow):
-            # Whoever waited will not take the call over.
-            slow.answer.cancel()
-        return False
-
-    def again(self) -> Answer:
-        """Return another future of the same response, which is not slow again."""
-        answer = Answer(loop=self.get_loop())
-        for name in Answer.__slots__:
-            setattr(answer, name, getattr(self, name))
-        answer.hedge_s = math.inf
-        return answer
 
 
 class EvaluatorConnection:
@@ -131,7 +63,7 @@ class EvaluatorConnection:
         self._outbox: deque[Answer] = deque()
         self._abandoned: list[int] = []
         self._deadlines = Deadlines(self._pending, self._expire)
-        self._link: _InstanceLink | None = None
+        self._link: InstanceLink | None = None
         self._flushing = False
         self._down = ""
         self._pause_s = _PAUSES_S[0]
@@ -235,11 +167,11 @@ class EvaluatorConnection:
     async def _connected(self) -> str:
         """Connect and exchange frames. Return the reason of the end."""
         host, _, port = self._instance.address.rpartition(":")
-        wire: _InstanceLink | None = None
+        wire: InstanceLink | None = None
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 _, wire = await self._loop.create_connection(
-                    lambda: _InstanceLink(self._instance, self._replied, self._flush, self._set_away, self._quiet),
+                    lambda: InstanceLink(self._instance, self._replied, self._flush, self._set_away, self._quiet),
                     host.strip("[]"),
                     int(port),
                 )
@@ -366,7 +298,7 @@ class EvaluatorConnection:
             wire.write(self._parts(wire))
         wire.pump()
 
-    def _parts(self, wire: _InstanceLink) -> list[Buffer]:
+    def _parts(self, wire: InstanceLink) -> list[Buffer]:
         """Return waiting cancellations and calls as frames in parts; long ones go to the link."""
         parts: list[Buffer] = []
         if self._abandoned:
@@ -400,100 +332,3 @@ class EvaluatorConnection:
         self._pending.clear()
         self._outbox.clear()
         self._abandoned.clear()
-
-
-class _InstanceLink(link.Link):
-    """The gate's end of a link."""
-
-    def __init__(
-        self,
-        instance: Instance,
-        replied: Callable[[link.Reply], None],
-        writable: Callable[[], None],
-        away: Callable[[bool], None],
-        quiet: Callable[[int], None],
-    ) -> None:
-        super().__init__()
-        self.greeted: asyncio.Future[bool] = self._loop.create_future()
-        """Done once the instance has named itself: whether its net is built in; a TransportError if it is another."""
-        self.ended: asyncio.Future[str] = self._loop.create_future()
-        """Why the link has ended."""
-        self._hello = evaluator_pb2.Hello(
-            app=instance.app, version=instance.version, instance=instance.id, digest=instance.digest
-        )
-        self._replied = replied
-        self._writable = writable
-        self._away = away
-        self._quiet = quiet
-        self._reason = "the instance ended the connection"
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self.write([link.PREFACE, link.frame(link.HELLO, self._hello.SerializeToString())])
-
-    def connection_lost(self, error: Exception | None) -> None:
-        super().connection_lost(error)
-        self._end(self._reason if error is None else (getattr(error, "strerror", None) or str(error)))
-
-    def frame_received(self, kind: int, data: link.Buffer, start: int, end: int) -> None:
-        if kind == link.REPLY and self.greeted.done():
-            self._replied(link.read_reply(data, start, end))
-        elif kind == link.HELLO and not self.greeted.done():
-            self._greet(data, start, end)
-        elif kind == link.AWAY and self.greeted.done():
-            self._away(link.read_away(data, start, end))
-        elif kind != link.ALIVE:
-            raise link.Malformed(f"a frame of kind {kind}")
-
-    def quiet(self, intervals: int) -> None:
-        if self.greeted.done():
-            self._quiet(intervals)
-
-    def _greet(self, data: link.Buffer, start: int, end: int) -> None:
-        try:
-            hello = evaluator_pb2.Hello.FromString(bytes(data[start:end]))
-        except DecodeError:
-            raise link.Malformed("the HELLO is malformed") from None
-        built_in, hello.built_in = hello.built_in, False
-        if hello.refusal:
-            self._end(hello.refusal)
-            self.abort()
-        elif hello != self._hello:
-            # Another instance may have got the address of one that has ended.
-            self._end(f"instance {hello.instance!r} of app {hello.app!r} answers at its address")
-            self.abort()
-        else:
-            self.greet()
-            self.greeted.set_result(built_in)
-
-    def malformed(self, reason: str) -> None:
-        self._end(f"the instance sent something malformed: {reason}")
-        super().malformed(reason)
-
-    def dead(self) -> None:
-        self._end("the instance does not answer")
-        super().dead()
-
-    @property
-    def is_open(self) -> bool:
-        """Whether frames can leave."""
-        return self.transport is not None and not self.transport.is_closing()
-
-    def write(self, parts: Sequence[Buffer]) -> None:
-        """Write frames now."""
-        assert self.transport
-        if parts:
-            self.transport.writelines(parts)
-
-    def resume_writing(self) -> None:
-        self.writable = True
-        # It pumps too, after the short calls.
-        self._writable()
-
-    def _end(self, reason: str) -> None:
-        if not self.greeted.done():
-            self.greeted.set_exception(TransportError(reason, reached=False))
-            # Its connection may have timed out.
-            self.greeted.exception()
-        if not self.ended.done():
-            self.ended.set_result(reason)

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-import yaml
-
-from atserving.local.examples import ROOT
+from reliability import pods
 from tests.processes import Process
 
 _CONTROLLER = Path("/sys/fs/cgroup/memory")
@@ -21,22 +19,11 @@ _JOIN = 'echo $$ > "$0" && exec "$@"'
 _SPARE_MIB = 128
 
 
-def pod_mib(component: str) -> int:
-    """Return the memory limit in the manifest of a pod."""
-    for document in yaml.safe_load_all((ROOT / "k8s" / "base" / f"{component}.yaml").read_text()):
-        if document["kind"] == "Deployment":
-            [container] = document["spec"]["template"]["spec"]["containers"]
-            limit = container["resources"]["limits"]["memory"]
-            assert limit.endswith("Gi")
-            return int(limit.removesuffix("Gi")) << 10
-    raise AssertionError(f"no deployment of {component}")
-
-
 class PodMemory:
     """A context manager. A process of :meth:`command` has no more memory than its pod, where ``is_enforced``."""
 
     def __init__(self, component: str) -> None:
-        self.limit_mib = pod_mib(component)
+        self.limit_mib = pods.limits()[component] >> 20
         self._folder: Path | None = None
 
     def __enter__(self) -> PodMemory:

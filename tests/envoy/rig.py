@@ -18,8 +18,6 @@ import yaml
 from atserving.local import commands, envoy
 from atserving.local.examples import ROOT
 from atserving.local.ports import Ports
-from reliability.frames import http2_headers as http2_headers
-from reliability.frames import http2_start as http2_start
 from tests.pod_memory import PodMemory
 from tests.processes import Process
 from tests.waiting import PATIENCE_S, until_async

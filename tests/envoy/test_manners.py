@@ -12,9 +12,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from atserving import transport
+from reliability.frames import DATA, HEADERS, frame, http2_headers, http2_start
 from tests.envoy.fake_gate import NEVER
-from tests.envoy.rig import EVAL, TYPED_EVAL, Edge, eval_request, http2_headers, http2_start
-from tests.frames import DATA, HEADERS, frame
+from tests.envoy.rig import EVAL, TYPED_EVAL, Edge, eval_request
 from tests.waiting import PATIENCE_S, until_async
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -13,9 +13,9 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
+from reliability.frames import DATA, HEADERS, frame, http2_headers, http2_start
 from reliability.uploads import Uploads
-from tests.envoy.rig import EVAL, TYPED_EVAL, Edge, eval_request, http2_headers, http2_start
-from tests.frames import DATA, HEADERS, frame
+from tests.envoy.rig import EVAL, TYPED_EVAL, Edge, eval_request
 from tests.pod_memory import PodMemory, forget_most, most_mib
 from tests.waiting import until, until_async
 

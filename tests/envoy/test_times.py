@@ -14,9 +14,9 @@ import pytest
 import pytest_asyncio
 
 from atserving import transport
+from reliability.frames import DATA, HEADERS, RST_STREAM, frame, http2_headers, http2_start
 from tests.envoy.fake_gate import NEVER, SIZES, SLOW
-from tests.envoy.rig import EVAL, TYPED_EVAL, Edge, eval_request, http2_headers, http2_start
-from tests.frames import DATA, HEADERS, RST_STREAM, frame
+from tests.envoy.rig import EVAL, TYPED_EVAL, Edge, eval_request
 from tests.waiting import PATIENCE_S, until_async
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

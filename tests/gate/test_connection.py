@@ -17,7 +17,8 @@ from atserving.config import PREFIX, Instance
 from atserving.local import commands
 from atserving.local.ports import free_ports
 from atserving.v1.evaluator_pb2 import InferRequest
-from gate.connection import EvaluatorConnection, TransportError
+from gate.answers import TransportError
+from gate.connection import EvaluatorConnection
 from registry.etcd.client import EtcdClient
 from registry.etcd.connection import Connection
 from tests.processes import Process, running_registry

@@ -21,7 +21,7 @@ from atserving.grpc_server import Call, Server
 from atserving.held import HeldBytes
 from atserving.transport import LIVE, channel
 from atserving.v1 import edge_pb2, serving_pb2
-from tests.frames import DATA, GOAWAY, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, WINDOW_UPDATE, field, frame
+from reliability.frames import DATA, GOAWAY, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, WINDOW_UPDATE, field, frame
 from tests.waiting import until_async
 
 MAX_BYTES = 12 << 20

@@ -23,7 +23,8 @@ from atserving.config import Instance
 from atserving.held import HeldBytes
 from atserving.v1.evaluator_pb2 import Hello, InferRequest, InferResponse
 from evaluator.serving.link_server import LinkServer
-from gate.connection import EvaluatorConnection, TransportError
+from gate.answers import TransportError
+from gate.connection import EvaluatorConnection
 from tests.evaluator import calling
 from tests.instance import ScriptedInstance
 

@@ -20,7 +20,7 @@ from atserving import transport
 from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
 from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
 from atserving.v1.serving_pb2 import Resource
-from gate.connection import TransportError
+from gate.answers import TransportError
 from tests.evaluator.calling import DIGIT, address, ask, connected, infer
 from tests.evaluator.digits import DIGITS, digits_tar
 from tests.processes import Process, Registry, evaluator
