@@ -47,9 +47,9 @@ CALL_HEAD = struct.Struct("<QQBBB")
 of the traceparent. A connection uses an id once."""
 
 FETCH, STAY, BATCHED = 1, 2, 4
-"""The flags of a call. FETCH: the instance must fetch a resource. STAY: the gate has no other instance to ask, so the
-call waits while the instance is away. BATCHED: it is a task of a batch; those leave a quarter of an instance to others,
-and only the instance knows the calls of all gates."""
+"""The flags of a call. FETCH: the instance must fetch a resource; data URIs are for its worker. STAY: the gate has no
+other instance to ask, so the call waits while the instance is away. BATCHED: it is a task of a batch; those leave a
+quarter of an instance to others, and only the instance knows the calls of all gates."""
 
 REPLY_HEAD = struct.Struct("<QBIIIIHB")
 """The call's id, the outcome, the microseconds of decode, queue, forward and postprocess, the size of the batch (0: the

@@ -7,11 +7,12 @@ import re
 from dataclasses import dataclass
 
 from atserving.errors import InvalidArgument
+from atserving.wire import Buffer
 
 MAX_URI_CHARS = 8192
 """The maximum length of http, https and qiniu URIs. The size of the request bounds data URIs."""
 
-_DATA = re.compile(r"data:(?P<media>[^,;]*)(?:;[^,;]*)*?;base64,", re.IGNORECASE)
+_DATA = re.compile(rb"data:(?P<media>[^,;]*)(?:;[^,;]*)*?;base64,", re.IGNORECASE)
 _QINIU = re.compile(r"qiniu://(?:(?P<uid>[^@/]*)@)?(?P<zone>[^/@]+)/(?P<bucket>[^/]+)/(?P<key>.+)", re.DOTALL)
 
 
@@ -50,15 +51,20 @@ def scheme(uri: str) -> str:
     return name
 
 
-def decode_data(uri: str) -> bytes:
-    """Return the bytes of a ``data:<any media type>;base64,...`` URI. Raises InvalidArgument."""
-    header = _DATA.match(uri[:512])
+def decode_data(uri: str | Buffer) -> bytes:
+    """Return the bytes of a ``data:<any media type>;base64,...`` URI, a text or its UTF-8. Raises InvalidArgument."""
+    encoded = memoryview(uri.encode(errors="replace") if isinstance(uri, str) else uri)
+    header = _DATA.match(encoded[:512])
     if not header:
-        raise InvalidArgument(f"bad uri {redacted(uri)}: a data uri should start with data:<media type>;base64,")
+        raise InvalidArgument(f"bad uri {_shown(encoded)}: a data uri should start with data:<media type>;base64,")
     try:
-        return binascii.a2b_base64(uri[header.end() :], strict_mode=True)
-    except (binascii.Error, ValueError):
-        raise InvalidArgument(f"bad uri {redacted(uri)}: its data is not base64") from None
+        return binascii.a2b_base64(encoded[header.end() :], strict_mode=True)
+    except binascii.Error:
+        raise InvalidArgument(f"bad uri {_shown(encoded)}: its data is not base64") from None
+
+
+def _shown(encoded: memoryview) -> str:
+    return redacted(bytes(encoded[:512]).decode(errors="replace"))
 
 
 def with_caller(uri: str, uid: int | None) -> str:

@@ -50,6 +50,27 @@ def cut_tail(start: Buffer, length: int, path: Sequence[int]) -> tuple[bytes, in
     return small, at
 
 
+def cut_head(message: Buffer, path: Sequence[int]) -> tuple[bytes, int, int] | None:
+    """Cut the first field out of a serialized message, or of the message in its first field, and so on by ``path``.
+
+    Return the message with that field empty, and where the field's bytes begin and end. Return None if the message
+    begins otherwise, or is not whole.
+    """
+    ends: list[int] = []
+    at, end = 0, len(message)
+    for number in path:
+        found = _read_head(message, at)
+        if found is None or found[0] != number << 3 | _LENGTH_DELIMITED or found[2] + found[1] > end:
+            return None
+        ends.append(end)
+        at, end = found[2], found[2] + found[1]
+    small, after = b"", end
+    for number, outer in zip(reversed(path), reversed(ends), strict=True):
+        small = field_head(number, len(small)) + small + bytes(message[after:outer])
+        after = outer
+    return small, at, end
+
+
 def first_field(message: Buffer) -> tuple[int, int, int] | None:
     """Return the number of a message's first field, and where its value begins and ends.
 

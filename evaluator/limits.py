@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from atserving import uris
 from atserving.counting import MAX_GROUP
 from atserving.errors import InvalidArgument
 from atserving.v1 import evaluator_pb2
+from atserving.wire import Buffer
 from evaluator.options import Options
 
 
@@ -53,6 +55,15 @@ class Budget:
 def too_large(label: str, max_bytes: int) -> InvalidArgument:
     """Return the error for a resource of more than ``max_bytes``."""
     return InvalidArgument(f"{label} is larger than {max_bytes} bytes")
+
+
+def decode(uri: str | Buffer, max_bytes: int, budget: Budget) -> bytes:
+    """Return the bytes of a data URI, and take them from ``budget``. Raises InvalidArgument."""
+    data = uris.decode_data(uri)
+    if len(data) > max_bytes:
+        raise too_large("the resource", max_bytes)
+    budget.take(len(data))
+    return data
 
 
 def check_request(request: evaluator_pb2.InferRequest, built_in: str | None) -> None:

@@ -119,6 +119,7 @@ class Attempts:
             stays=self._stays or connection.is_away,
             hedges=hedges,
             batched=self._kind.batched,
+            fetches=self._kind.fetches,
         )
 
     async def _try_again(self, none_free: ServingError) -> None:

@@ -87,6 +87,7 @@ class EvaluatorConnection:
         stays: bool = False,
         hedges: bool = False,
         batched: bool = False,
+        fetches: bool = False,
     ) -> Answer:
         """Return the future of the instance's response. Cancelling it also cancels the work on the instance.
 
@@ -105,9 +106,7 @@ class EvaluatorConnection:
         answer.deadline_s = deadline_s
         answer.asked_s = time.monotonic()
         answer.hedge_s = 0.0 if hedges else math.inf
-        answer.flags = (link.STAY if stays else 0) | (link.BATCHED if batched else 0)
-        if body.is_uri if body else any(each.HasField("uri") for each in request.data):
-            answer.flags |= link.FETCH
+        answer.flags = (link.STAY if stays else 0) | (link.BATCHED if batched else 0) | (link.FETCH if fetches else 0)
         if body:
             answer.parts, answer.length = bodies.serialized(request, body)
         else:

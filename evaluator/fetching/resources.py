@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from atserving import uris
 from atserving.errors import ResourceUnreachable
 from evaluator.fetching.addresses import AddressPolicy
-from evaluator.limits import Budget, too_large
+from evaluator.limits import Budget, decode
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractResolver
@@ -54,7 +54,7 @@ class ResourceFetcher:
         """
         budget = budget or Budget(self._max_bytes)
         if uris.scheme(uri) == "data":
-            return self.decode(uri, budget)
+            return decode(uri, self._max_bytes, budget)
         if not self._http:
             self._opening = opening = self._opening or asyncio.create_task(self._open())
             try:
@@ -64,14 +64,6 @@ class ResourceFetcher:
                 self._opening = None
                 raise ResourceUnreachable(f"the HTTP client could not be loaded: {error}") from None
         return await self._http.fetch(uri, budget)
-
-    def decode(self, uri: str, budget: Budget) -> bytes:
-        """Return the bytes of a data URI, and take them from ``budget``. Raises InvalidArgument."""
-        data = uris.decode_data(uri)
-        if len(data) > self._max_bytes:
-            raise too_large("the resource", self._max_bytes)
-        budget.take(len(data))
-        return data
 
     async def _open(self) -> HttpFetcher:
         # In a thread, so that other requests go on.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import structlog
@@ -70,12 +70,6 @@ class Pipeline:
         # The worker would refuse it too, but only after the download.
         check_request(request, self._built_in)
         return request
-
-    def decode(self, request: evaluator_pb2.InferRequest, hold: Callable[[int], None]) -> None:
-        """Replace all URIs, which are data URIs, by their bytes; ``hold`` counts them. Raises a ServingError."""
-        budget = Budget(self._limits.max_request_bytes, hold)
-        for each in _elsewhere(request):
-            each.body = self._fetcher.decode(each.uri, budget)
 
     async def fetch(self, request: evaluator_pb2.InferRequest, hold: Callable[[int], None]) -> None:
         """Replace the URI of each resource by its bytes; ``hold`` counts them. Raises a ServingError."""
@@ -152,12 +146,8 @@ class Request:
                 self._submit(call.request)
                 return
             request = self._pipeline.read(call.request)
-            if host := remote_host(request):
-                self._fetching = asyncio.get_running_loop().create_task(self._fetch(request, host))
-            else:
-                self._ahead = self._pipeline.capacity.enter(batched=self._batched)
-                self._pipeline.decode(request, self._hold)
-                self._fetched(request)
+            fetching = self._fetch(request, _host(request))
+            self._fetching = asyncio.get_running_loop().create_task(fetching)
         except Exception as error:
             self._fail(error)
 
@@ -181,13 +171,10 @@ class Request:
                 capacity.leave(capacity.in_flight, self._entered_s)
                 return
             self._ahead = capacity.in_flight
-            self._fetched(request)
+            self._ms["fetch_ms"] = round((self._entered_s - self._began_s) * 1000, 3)
+            self._submit(request.SerializeToString())
         except Exception as error:
             self._fail(error)
-
-    def _fetched(self, request: evaluator_pb2.InferRequest) -> None:
-        self._ms["fetch_ms"] = round((time.monotonic() - self._began_s) * 1000, 3)
-        self._submit(request.SerializeToString())
 
     def _submit(self, serialized: link.Buffer) -> None:
         self._work = self._pipeline.worker.submit(
@@ -267,10 +254,18 @@ class Request:
         pipeline.lines.write("info", "request finished", line)
 
 
-def remote_host(request: evaluator_pb2.InferRequest) -> str:
-    """Return what comes before the path of the first URI that is no data URI; empty if all are."""
-    remote = (each.uri for each in request.data if each.HasField("uri") and each.uri[:5].lower() != "data:")
-    return next(("/".join(uri.split("/", 3)[:3]) or "?" for uri in remote), "")
+def fetches(request: evaluator_pb2.InferRequest) -> bool:
+    """Return whether a request has a URI that is no data URI."""
+    return any(True for _ in _remote(request))
+
+
+def _host(request: evaluator_pb2.InferRequest) -> str:
+    """Return what comes before the path of the first URI to fetch."""
+    return next(("/".join(uri.split("/", 3)[:3]) for uri in _remote(request)), "")
+
+
+def _remote(request: evaluator_pb2.InferRequest) -> Iterator[str]:
+    return (each.uri for each in request.data if each.HasField("uri") and each.uri[:5].lower() != "data:")
 
 
 def _elsewhere(request: evaluator_pb2.InferRequest) -> list[serving_pb2.Resource]:

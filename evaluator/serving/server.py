@@ -10,7 +10,7 @@ from grpc import StatusCode
 from atserving import link
 from atserving.grpc_server import Call, GrpcError, Server, parsed
 from atserving.v1 import evaluator_pb2
-from evaluator.serving.pipeline import Pipeline, Request
+from evaluator.serving.pipeline import Pipeline, Request, fetches
 
 
 class EvaluatorService:
@@ -40,7 +40,7 @@ class EvaluatorService:
                 id=0,
                 timeout_us=0 if left_s is None else max(1, int(left_s * 1e6)),
                 # The caller has chosen this instance.
-                flags=link.STAY | (link.FETCH if any(each.HasField("uri") for each in request.data) else 0),
+                flags=link.STAY | (link.FETCH if fetches(request) else 0),
                 reqid=(call.header("x-reqid") or request.reqid).encode(),
                 traceparent=(call.header("traceparent") or "").encode(),
                 request=call.message,

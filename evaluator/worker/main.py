@@ -188,7 +188,7 @@ class NetWork:
         """``folder`` holds the resources of requests as files; None if the net needs no files."""
         self._runner = runner
         self._folder = folder
-        self._max_bytes = config.limits.max_bytes
+        self._limits = config.limits
         # Built-in nets take one image; a script may take groups.
         self._built_in = None if config.script else config.net
         self._lock = threading.Lock()
@@ -199,7 +199,7 @@ class NetWork:
         call: link.Call = item.request
         reqid = call.reqid.decode()
         try:
-            req = request_codec.read(call.request, self._max_bytes, self._built_in)
+            req = request_codec.read(call.request, self._limits, self._built_in)
         except MemoryError as error:
             raise memory_limit.exhausted() from error
         if not self._folder:

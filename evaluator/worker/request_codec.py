@@ -15,50 +15,57 @@ from google.protobuf.message import DecodeError
 from atserving import link, wire
 from atserving.errors import Internal, InvalidArgument
 from atserving.v1 import evaluator_pb2, serving_pb2
-from evaluator.limits import check_request, too_large
+from evaluator.limits import Budget, Limits, check_request, decode, too_large
 from evaluator.net_contract import Req
 
 log = structlog.get_logger()
 
-# Where an InferRequest has the body of a resource.
-_BODY = (evaluator_pb2.InferRequest.DATA_FIELD_NUMBER, serving_pb2.Resource.BODY_FIELD_NUMBER)
+# Where an InferRequest has the body or the URI of its first resource.
+_DATA = evaluator_pb2.InferRequest.DATA_FIELD_NUMBER
+_SOURCES = [
+    (_DATA, number) for number in (serving_pb2.Resource.BODY_FIELD_NUMBER, serving_pb2.Resource.URI_FIELD_NUMBER)
+]
 
 
-def read(serialized: link.Buffer, max_bytes: int, built_in: str | None) -> Req:
-    """Return the request of a serialized ``InferRequest``. Its resources are bodies of at most ``max_bytes`` each.
+def read(serialized: link.Buffer, limits: Limits, built_in: str | None) -> Req:
+    """Return the request of a serialized ``InferRequest``. Its resources are bodies and data URIs.
 
     ``built_in`` names the built-in net; None for a script. Raises InvalidArgument.
     """
-    # A large body that is all of a request is cut out: a message would copy it twice.
-    cut = wire.cut_tail(serialized, len(serialized), _BODY) if len(serialized) >= wire.LARGE_BYTES else None
+    # A large resource is cut out: a message would copy it twice.
+    cuts = (wire.cut_head(serialized, path) for path in _SOURCES if len(serialized) >= wire.LARGE_BYTES)
+    cut = next((each for each in cuts if each), None)
     try:
         request = evaluator_pb2.InferRequest.FromString(cast(bytes, serialized) if cut is None else cut[0])
     except DecodeError:
         raise InvalidArgument("the request is malformed") from None
     check_request(request, built_in)
-    data = [_data(resource, max_bytes) for resource in request.data]
-    if cut is not None:
-        data[-1]["body"] = _bounded(bytes(serialized[cut[1] :]), max_bytes)
+    budget = Budget(limits.max_request_bytes)
+    data: list[dict[str, Any]] = []
+    for resource in request.data:
+        source: str | link.Buffer = resource.uri if resource.HasField("uri") else resource.body
+        if cut and not data:
+            source = memoryview(serialized)[cut[1] : cut[2]]
+        data.append(_data(resource, source, limits, budget))
     req: Req = {"data": data if request.group or len(data) != 1 else data[0]}
     if request.params_json:
         req["params"] = _json(request.params_json, "params")
     return req
 
 
-def _data(resource: serving_pb2.Resource, max_bytes: int) -> dict[str, Any]:
+def _data(resource: serving_pb2.Resource, source: str | link.Buffer, limits: Limits, budget: Budget) -> dict[str, Any]:
+    """Return a resource whose body or URI is ``source``. Raises InvalidArgument."""
+    data: dict[str, Any] = {"uri": ""}
     if resource.HasField("uri"):
-        # The front fetches what a uri names, so nothing was to be fetched.
-        raise InvalidArgument("the request's data has a uri that was not fetched")
-    data: dict[str, Any] = {"uri": "", "body": _bounded(resource.body, max_bytes)}
+        # The front has fetched others.
+        data["body"] = decode(source, limits.max_bytes, budget)
+    elif len(source) > limits.max_bytes:
+        raise too_large("the resource", limits.max_bytes)
+    else:
+        data["body"] = bytes(cast(link.Buffer, source))
     if resource.attribute_json:
         data["attribute"] = _json(resource.attribute_json, "attribute")
     return data
-
-
-def _bounded(body: bytes, max_bytes: int) -> bytes:
-    if len(body) > max_bytes:
-        raise too_large("the resource", max_bytes)
-    return body
 
 
 def _json(text: str, what: str) -> Any:

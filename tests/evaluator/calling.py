@@ -11,6 +11,7 @@ from typing import Any
 from atserving.config import Instance
 from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
 from atserving.v1.serving_pb2 import Resource
+from evaluator.serving.pipeline import fetches
 from gate.connection import EvaluatorConnection
 from gate.responses import Response
 from tests.evaluator.digits import DIGITS
@@ -54,7 +55,8 @@ def ask(
     stays: bool = True,
 ) -> asyncio.Future[InferResponse]:
     """Send a request over a connection; if it ``stays``, as a gate without another instance does."""
-    answer = connection.ask(request, time.monotonic() + timeout_s, reqid, traceparent, stays=stays)
+    deadline_s = time.monotonic() + timeout_s
+    answer = connection.ask(request, deadline_s, reqid, traceparent, stays=stays, fetches=fetches(request))
     return asyncio.ensure_future(whole(answer))
 
 

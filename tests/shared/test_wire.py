@@ -62,3 +62,36 @@ def test_a_message_that_ends_otherwise_is_left_alone(message: serving_pb2.EvalRe
 def test_rubbish_is_left_alone_or_cut_within_its_bounds(data: bytes, more: int) -> None:
     cut = wire.cut_tail(data, len(data) + more, EDGE)
     assert cut is None or 0 <= cut[1] <= len(data)
+
+
+@given(SIZES, st.text(max_size=20), st.text(max_size=20), st.booleans(), st.booleans())
+def test_the_source_of_the_first_resource_is_cut_out(
+    size: int, attribute: str, params: str, is_uri: bool, more: bool
+) -> None:
+    resource = serving_pb2.Resource(attribute_json=attribute)
+    if is_uri:
+        resource.uri = "x" * size
+    else:
+        resource.body = b"x" * size
+    others = [serving_pb2.Resource(uri="another")] if more else []
+    request = evaluator_pb2.InferRequest(data=[resource, *others], params_json=params)
+    message = request.SerializeToString()
+    for number in (serving_pb2.Resource.URI_FIELD_NUMBER, serving_pb2.Resource.BODY_FIELD_NUMBER):
+        cut = wire.cut_head(message, (evaluator_pb2.InferRequest.DATA_FIELD_NUMBER, number))
+        if (number == serving_pb2.Resource.URI_FIELD_NUMBER) != is_uri:
+            assert cut is None
+            continue
+        assert cut is not None
+        small, start, end = cut
+        assert message[start:end] == b"x" * size
+        if is_uri:
+            request.data[0].uri = ""
+        else:
+            request.data[0].body = b""
+        assert evaluator_pb2.InferRequest.FromString(small) == request
+
+
+@given(st.binary(max_size=60))
+def test_rubbish_has_no_head_or_one_within_its_bounds(data: bytes) -> None:
+    cut = wire.cut_head(data, (1, 1))
+    assert cut is None or 0 <= cut[1] <= cut[2] <= len(data)
