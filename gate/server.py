@@ -16,7 +16,8 @@ from atserving import wire
 from atserving.coroutines import Running
 from atserving.counting import MAX_GROUP, TooMany, check_repeated
 from atserving.errors import Internal, InvalidArgument, ServingError, Unavailable
-from atserving.grpc_server import Call, GrpcError, Server, parsed
+from atserving.grpc_call import Call, GrpcError, parsed
+from atserving.grpc_server import Server
 from atserving.grpc_status import grpc_status
 from atserving.held import HeldBytes
 from atserving.telemetry import request_id, trace_context

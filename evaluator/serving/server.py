@@ -8,7 +8,8 @@ import time
 from grpc import StatusCode
 
 from atserving import link
-from atserving.grpc_server import Call, GrpcError, Server, parsed
+from atserving.grpc_call import Call, GrpcError, parsed
+from atserving.grpc_server import Server
 from atserving.v1 import evaluator_pb2
 from evaluator.serving.pipeline import Pipeline, Request, fetches
 

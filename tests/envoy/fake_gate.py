@@ -8,7 +8,8 @@ import sys
 
 import uvloop
 
-from atserving.grpc_server import Call, Server
+from atserving.grpc_call import Call
+from atserving.grpc_server import Server
 from atserving.held import HeldBytes
 from atserving.v1 import edge_pb2, serving_pb2
 

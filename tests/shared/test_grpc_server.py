@@ -17,7 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from atserving.errors import StartError
-from atserving.grpc_server import Call, Server
+from atserving.grpc_call import Call
+from atserving.grpc_server import Server
 from atserving.held import HeldBytes
 from atserving.transport import LIVE, channel
 from atserving.v1 import edge_pb2, serving_pb2
