@@ -14,8 +14,8 @@ from atserving.wire import Buffer
 
 log = structlog.get_logger()
 
-_PIECE_BYTES = 256 << 10
-_WRITE_BUFFER_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
+_WRITE_BUFFER_BYTES = 4 << 20
 
 
 class _Sending:

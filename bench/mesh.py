@@ -135,7 +135,11 @@ async def run(seconds: float, full: bool, until_s: float, rows: list[Row]) -> No
         workloads = [make(folder) for make in WORKLOADS.values()]
         (port,) = free_ports(1)
         with running(commands.file_server(folder, port), folder / "files.log") as files:
-            async with Mesh(serves=[workload.example for workload in workloads]) as mesh:
+            examples = [workload.example for workload in workloads]
+            allowed = {
+                f"evaluator-{each.app}-{each.version}": ["--allow-network", f"127.0.0.1:{port}"] for each in examples
+            }
+            async with Mesh(serves=examples, extra=allowed) as mesh:
                 targets = [
                     await asyncio.to_thread(_prepare, workload, folder, mesh.url, f"http://127.0.0.1:{port}")
                     for workload in workloads

@@ -18,7 +18,7 @@ from atserving.v1 import evaluator_pb2
 # Resuming for each single reply would cost more than it brings.
 _FEW_OPEN = link.MOST_OPEN * 3 // 4
 # The instance takes no more calls of a gate that leaves so much unread: short replies, and all together.
-_MOST_SHORT_BYTES, _MOST_UNSENT_BYTES = 4 << 20, 128 << 20
+_MOST_SHORT_BYTES, _MOST_UNSENT_BYTES = 16 << 20, 128 << 20
 
 
 class Replier(Protocol):

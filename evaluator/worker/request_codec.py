@@ -32,37 +32,44 @@ def read(serialized: link.Buffer, limits: Limits, built_in: str | None) -> Req:
 
     ``built_in`` names the built-in net; None for a script. Raises InvalidArgument.
     """
-    # A large resource is cut out: a message would copy it twice.
-    cuts = (wire.cut_head(serialized, path) for path in _SOURCES if len(serialized) >= wire.LARGE_BYTES)
-    cut = next((each for each in cuts if each), None)
+    rest, large = serialized, None
+    if len(serialized) >= wire.LARGE_BYTES:
+        rest, large = _cut(serialized)
     try:
-        request = evaluator_pb2.InferRequest.FromString(cast(bytes, serialized) if cut is None else cut[0])
+        request = evaluator_pb2.InferRequest.FromString(cast(bytes, rest))
     except DecodeError:
         raise InvalidArgument("the request is malformed") from None
     check_request(request, built_in)
+    resources = request.data
     budget = Budget(limits.max_request_bytes)
-    data: list[dict[str, Any]] = []
-    for resource in request.data:
-        source: str | link.Buffer = resource.uri if resource.HasField("uri") else resource.body
-        if cut and not data:
-            source = memoryview(serialized)[cut[1] : cut[2]]
-        data.append(_data(resource, source, limits, budget))
-    req: Req = {"data": data if request.group or len(data) != 1 else data[0]}
+    first = _data(resources[0], large, limits, budget)
+    req: Req = {"data": first}
+    if request.group or len(resources) != 1:
+        req["data"] = [first, *(_data(each, None, limits, budget) for each in resources[1:])]
     if request.params_json:
         req["params"] = _json(request.params_json, "params")
     return req
 
 
-def _data(resource: serving_pb2.Resource, source: str | link.Buffer, limits: Limits, budget: Budget) -> dict[str, Any]:
-    """Return a resource whose body or URI is ``source``. Raises InvalidArgument."""
-    data: dict[str, Any] = {"uri": ""}
+def _cut(serialized: link.Buffer) -> tuple[link.Buffer, link.Buffer | None]:
+    """Cut a large first resource out, which a message would copy twice: return the rest, and its body or URI."""
+    for path in _SOURCES:
+        if cut := wire.cut_head(serialized, path):
+            rest, start, end = cut
+            return rest, memoryview(serialized)[start:end]
+    return serialized, None
+
+
+def _data(resource: serving_pb2.Resource, large: link.Buffer | None, limits: Limits, budget: Budget) -> dict[str, Any]:
+    """Return a resource; ``large`` is its body or URI if it was cut out. Raises InvalidArgument."""
     if resource.HasField("uri"):
         # The front has fetched others.
-        data["body"] = decode(source, limits.max_bytes, budget)
-    elif len(source) > limits.max_bytes:
-        raise too_large("the resource", limits.max_bytes)
+        body = decode(resource.uri if large is None else large, limits.max_bytes, budget)
     else:
-        data["body"] = bytes(cast(link.Buffer, source))
+        body = resource.body if large is None else bytes(large)
+        if len(body) > limits.max_bytes:
+            raise too_large("the resource", limits.max_bytes)
+    data: dict[str, Any] = {"uri": "", "body": body}
     if resource.attribute_json:
         data["attribute"] = _json(resource.attribute_json, "attribute")
     return data
