@@ -1,4 +1,4 @@
-"""What was measured once, at commit 56c4d45 of 2026-11-25, by the name of the scenario.
+"""Earlier measurements, at commit 56c4d45 of 2026-11-25, by the name of the scenario.
 
 The machine was disturbed: times are upper values, losses and memory are not affected.
 """

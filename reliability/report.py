@@ -13,7 +13,7 @@ _HEADER = ("scenario", "sent", "answered", "failed", "slowest", "peak MiB: " + "
 
 @dataclass(frozen=True)
 class Row:
-    """What came of a scenario. The figures are those of the callers who may lose nothing."""
+    """The outcome of a scenario. The figures are those of the callers who may lose nothing."""
 
     name: str
     sent: int

@@ -32,7 +32,7 @@ class Stage:
     scale: float
     """Shortens every time of a scenario; 1 is its full length."""
     notes: list[str] = field(default_factory=list)
-    """What the table says of it beside the callers' figures."""
+    """The notes of the table, beside the callers' figures."""
     broken: set[str] = field(default_factory=set)
     """The processes that the scenario itself ends."""
 

@@ -51,7 +51,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Job:
-    """What to send, and where."""
+    """The requests to send, and where."""
 
     edges: Sequence[str]
     files_url: str

@@ -1,1 +1,1 @@
-"""What callers do to the mesh on purpose."""
+"""The attacks of callers on the mesh."""

@@ -31,7 +31,7 @@ _EMPTY_MESSAGE = b"\0\0\0\0\0"
 
 
 async def _held(stage: Stage, work: Iterable[Awaitable[str]]) -> Counter[str]:
-    """Do all the work until the time is over; return how often each thing was said. What has no end says ``held``."""
+    """Do all the work until the time is over; return how often each thing was said. Work without end says ``held``."""
     tasks = [asyncio.ensure_future(each) for each in work]
     try:
         await asyncio.wait(tasks, timeout=_HOLD_S * stage.scale)

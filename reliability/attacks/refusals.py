@@ -15,7 +15,7 @@ from reliability.scenario import Scenario, Stage
 
 _CLOSED_WITHIN_S = 5.0
 _POLL_S = 0.1
-_RULES = (
+MALFORMED_RULES = (
     '{"public": false',
     '{"public": false, "batch_size": 0}',
     '{"owner": 5}',
@@ -33,7 +33,7 @@ async def _malformed_rules(stage: Stage) -> None:
     """Write each malformed rule, and see whether the app is closed before the next one."""
     open_with = []
     try:
-        for rule in _RULES:
+        for rule in MALFORMED_RULES:
             await stage.mesh.put(_KEY, rule)
             if not await _answers(stage, 401):
                 open_with.append(rule)
@@ -42,7 +42,7 @@ async def _malformed_rules(stage: Stage) -> None:
                 stage.note(f"still closed after {rule}")
     finally:
         await stage.mesh.delete(_KEY)
-    stage.note(f"{len(_RULES) - len(open_with)} of {len(_RULES)} closed the app")
+    stage.note(f"{len(MALFORMED_RULES) - len(open_with)} of {len(MALFORMED_RULES)} closed the app")
     if open_with:
         stage.note(f"open with {', '.join(open_with)}")
 

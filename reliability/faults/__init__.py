@@ -1,1 +1,1 @@
-"""What breaks in the mesh: processes, the config, callers and nets."""
+"""The faults of the mesh: processes, the config, callers and nets."""

@@ -10,6 +10,7 @@ import pytest
 
 from atserving.config import PREFIX
 from atserving.local import commands
+from reliability.attacks.refusals import MALFORMED_RULES
 from tests.processes import Etcd, Gate, Registry
 from tests.waiting import until_async
 
@@ -18,19 +19,7 @@ pytestmark = pytest.mark.slow
 CLOSED, OPEN = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE
 """An open app has no instance here."""
 
-MALFORMED = [
-    '{"public": false',
-    '{"public": false, "batch_size": 0}',
-    '{"owner": 5}',
-    '{"user_whitelist": ["a"]}',
-    '{"owner": {}}',
-    "[]",
-    "false",
-    '{"pubic": false}',
-    '{"Public": false}',
-    '{"private": true, "batch_size": 4}',
-    "",
-]
+MALFORMED = [*MALFORMED_RULES, '{"private": true, "batch_size": 4}', ""]
 
 
 @pytest.fixture(scope="module")

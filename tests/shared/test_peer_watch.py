@@ -13,7 +13,7 @@ from atserving import peer_watch
 from atserving.transport import channel
 from reliability.frames import DATA, PREFACE, SETTINGS, frame
 from tests.processes import Process
-from tests.shared.test_grpc_server import WAIT_S, Scripted, method, request, running
+from tests.shared.scripted_server import WAIT_S, Scripted, method, request, running
 from tests.waiting import until
 
 
