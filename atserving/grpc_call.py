@@ -17,9 +17,8 @@ import structlog
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
-from atserving import http2
 from atserving.held import LARGE_BYTES, HeldBytes
-from atserving.http2 import Headers, Stream
+from atserving.http2_stream import ENHANCE_YOUR_CALM, Headers, Stream
 from atserving.wire import Buffer
 
 log = structlog.get_logger()
@@ -171,7 +170,7 @@ class Call:
         if self._taken or not stream.unsent or self._take(count + _STREAM_BYTES, large=False):
             stream.when_sent(self._give)
         else:
-            stream.reset(http2.ENHANCE_YOUR_CALM)
+            stream.reset(ENHANCE_YOUR_CALM)
 
     def finish(self, *message: Buffer, headers: Iterable[tuple[str, str]] = ()) -> None:
         """Answer with a message, given in parts, and headers."""

@@ -21,7 +21,7 @@ from atserving import http2
 from atserving.grpc_call import Call, GrpcError, Unary, failure, parsed, refuse
 from atserving.grpc_stream import Streaming, StreamingCall
 from atserving.held import HeldBytes
-from atserving.http2 import Headers, Stream
+from atserving.http2_stream import Headers, Receiver, Stream
 from atserving.sockets import listening_socket
 from atserving.transport import LIVE, MAX_MESSAGE_BYTES
 
@@ -127,7 +127,7 @@ class Server:
             if not connection.receivers():
                 connection.close()
 
-    def _open(self, stream: Stream) -> http2.Receiver:
+    def _open(self, stream: Stream) -> Receiver:
         refusal: Headers | None = None
         if stream.method != "POST":
             stream.start(405, Headers([("allow", "POST")]), end=True)

@@ -9,7 +9,7 @@ import structlog
 from grpc import StatusCode
 
 from atserving.grpc_call import HEAD, GrpcError, failure, ok
-from atserving.http2 import Headers, Stream
+from atserving.http2_stream import Headers, Stream
 
 log = structlog.get_logger()
 

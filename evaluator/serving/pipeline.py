@@ -18,10 +18,11 @@ from atserving.v1 import evaluator_pb2, serving_pb2
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.limits import Budget, Limits, check_request
 from evaluator.net_config import NetConfig
+from evaluator.serving.calls import SupervisedCall
 from evaluator.serving.capacity import Capacity
 from evaluator.serving.link_server import Replier
 from evaluator.serving.metrics import Metrics
-from evaluator.serving.supervisor import SupervisedCall, WorkerSupervisor
+from evaluator.serving.supervisor import WorkerSupervisor
 
 log = structlog.get_logger()
 

@@ -10,7 +10,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Sequence
-from typing import Any, Protocol
 
 import orjson
 import structlog
@@ -20,6 +19,7 @@ from atserving.errors import DeadlineExceeded, Internal, ServingError, StartErro
 from atserving.v1 import evaluator_pb2
 from evaluator.net_config import NetConfig
 from evaluator.serving import blame, patience
+from evaluator.serving.calls import Outcome, SupervisedCall, Taker, either
 from evaluator.serving.patience import Patience, Standstill
 from evaluator.serving.worker_process import WorkerProcess
 from evaluator.worker.plan import Plan
@@ -41,49 +41,6 @@ _AWAY_RETRY_S = 1.0
 
 # A few cancelled calls in the queue cost less than to remove them.
 _FEW = 64
-
-
-class Taker(Protocol):
-    """Takes the end of a call; one of these is called once, unless the call was cancelled."""
-
-    def answered(self, reply: link.Reply) -> None:
-        """Take the worker's reply, which may hold an error."""
-
-    def failed(self, error: ServingError) -> None:
-        """Take the error of a call that gets no reply."""
-
-
-class SupervisedCall:
-    """A call without a reply so far. Times are of the monotonic clock."""
-
-    __slots__ = ("deadline_s", "deaths", "ended", "id", "late_s", "reqid", "request", "sent", "stays", "taker")
-
-    def __init__(
-        self,
-        id_: int,
-        reqid: bytes,
-        request: link.Buffer,
-        deadline_s: float,
-        late_s: float,
-        taker: Taker,
-        stays: bool,
-    ) -> None:
-        self.id = id_
-        self.reqid = reqid
-        self.request = request
-        self.deadline_s = deadline_s
-        self.late_s = late_s
-        """When the app's timeout has passed, too. Only then it may count as stuck: a caller with a short deadline, or
-        one who leaves, must not cost others their worker."""
-        self.taker: Taker | None = taker
-        """None: the caller has left."""
-        self.stays = stays
-        """Whether it waits here while the instance is away, since its gate has no other."""
-        self.sent = False
-        self.deaths = 0
-        """How many worker processes died while they worked on it, or may have."""
-        self.ended: asyncio.Event | None = None
-        """Of a suspect: set when it has its outcome, or its caller has left."""
 
 
 class WorkerSupervisor:
@@ -203,7 +160,7 @@ class WorkerSupervisor:
         Cancelling this takes the request back if it has not started. Raises a ServingError if there is no reply.
         """
         deadline_s = time.monotonic() + timeout_s if timeout_s else None
-        outcome = _Outcome()
+        outcome = Outcome()
         one = self.submit(request.reqid.encode(), request.SerializeToString(), deadline_s, outcome, stays=True)
         try:
             return await outcome.reply
@@ -287,8 +244,8 @@ class WorkerSupervisor:
                 self._patience.learn_prepare(reply.decode_us / 1e6)
             if reply.leads and reply.batch_size:
                 self._patience.learn_infer((reply.forward_us + reply.postprocess_us) / 1e6)
-            _end(one)
-            if taker := _released(one):
+            one.end()
+            if taker := one.release():
                 taker.answered(reply)
         if self._waiting and not self._flushing:
             self._flush_soon()
@@ -327,7 +284,7 @@ class WorkerSupervisor:
                 log.warning("suspect retried", reqid=one.reqid.decode())
                 one.ended = asyncio.Event()
                 self._send(process, [one])
-                await _either(one.ended, process.ended)
+                await either(one.ended, process.ended)
                 if process.ended.done():
                     return
             self._suspects.popleft()
@@ -389,8 +346,8 @@ class WorkerSupervisor:
     def _fail(self, calls: Iterable[SupervisedCall], error: ServingError) -> None:
         for one in calls:
             self._calls.pop(one.id, None)
-            _end(one)
-            if taker := _released(one):
+            one.end()
+            if taker := one.release():
                 taker.failed(error)
 
     async def _watch(self) -> None:
@@ -444,42 +401,6 @@ class WorkerSupervisor:
     def _is_stuck(self, running: Running, now_s: float) -> bool:
         late_s = [one.late_s for id_ in running.ids if (one := self._calls.get(id_))]
         return self._patience.is_over(running, late_s, now_s)
-
-
-class _Outcome:
-    """Takes the outcome of a call into a future."""
-
-    def __init__(self) -> None:
-        self.reply: asyncio.Future[link.Reply] = asyncio.get_running_loop().create_future()
-
-    def answered(self, reply: link.Reply) -> None:
-        if not self.reply.done():
-            self.reply.set_result(reply)
-
-    def failed(self, error: ServingError) -> None:
-        if not self.reply.done():
-            self.reply.set_exception(error)
-
-
-def _released(one: SupervisedCall) -> Taker | None:
-    """Return the taker of a call that has ended, whose request nobody needs any more."""
-    taker, one.taker, one.request = one.taker, None, b""
-    return taker
-
-
-def _end(one: SupervisedCall) -> None:
-    if one.ended:
-        one.ended.set()
-
-
-async def _either(event: asyncio.Event, ended: asyncio.Future[None]) -> None:
-    """Return once the event is set or the process has ended."""
-    waiting = asyncio.create_task(event.wait())
-    try:
-        ends: list[asyncio.Future[Any]] = [waiting, ended]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        waiting.cancel()
 
 
 def _is_away() -> Unavailable:
