@@ -38,7 +38,7 @@ class ConfigCache:
             saved = msgspec.json.decode(self._path.read_bytes(), type=_Saved)
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             log.warning("config cache unusable", path=str(self._path), reason=str(error))
             return None
         if saved.app != self._app:

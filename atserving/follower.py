@@ -53,8 +53,9 @@ class ConfigFollower:
     follower moves to the next one. It also moves on if a registry has lost etcd and there is another. It forgets
     nothing in the meantime. A DNS name may stand for several registries.
 
-    For ``hold_s`` seconds it keeps what a new snapshot lacks, if that is most releases (:mod:`atserving.holdback`). If
-    no registry answers at the start, it begins with the config that it last saved to the file ``cache``.
+    For ``hold_s`` seconds it keeps what a new snapshot lacks, if that is most releases (:mod:`atserving.holdback`). It
+    compares a first snapshot with the config that it last saved to the file ``cache``. If no registry answers at the
+    start, it begins with that config.
     """
 
     def __init__(
@@ -76,7 +77,8 @@ class ConfigFollower:
         self._steps = 0
         self._cache = ConfigCache(cache, app) if cache else None
         self._to_save = asyncio.Event()
-        self._holdback = Holdback(hold_s, lambda keys: self._change({}, keys))
+        self._hold_s = hold_s
+        self._holdback = Holdback(hold_s, self._take_held)
 
     async def run(self) -> None:
         """Follow until cancelled, one registry after the other, with a pause after each round."""
@@ -89,6 +91,10 @@ class ConfigFollower:
                 await asyncio.gather(saving, return_exceptions=True)
 
     async def _rounds(self) -> None:
+        saved = self._cache.load() if self._cache and self._hold_s else None
+        if saved:
+            # So that a first snapshot that lacks most releases is held back, too.
+            self._apply(saved)
         unread = self._cache
         while True:
             addresses = await self._registries.resolve()
@@ -104,9 +110,11 @@ class ConfigFollower:
                 self.last_error = f"registry {address}: {reason}"
                 if self._steps > began:
                     log.warning("registry lost", reason=self.last_error)
-            if unread and not self.synced.is_set() and (saved := unread.load()):
-                self._apply(saved)
-                self.synced.set()
+            if unread and not self.synced.is_set():
+                if saved is None and (saved := unread.load()):
+                    self._apply(saved)
+                if saved:
+                    self.synced.set()
             unread = None
             await asyncio.sleep(random.uniform(*_PAUSE_S))  # noqa: S311 - spreads reconnects
 
@@ -156,6 +164,10 @@ class ConfigFollower:
         # The registry has checked its own steps.
         deletes = self._holdback.taken(self.entries.keys(), written, deletes, vetted=not response.reset)
         self._change(upserts, deletes)
+
+    def _take_held(self, keys: Set[str]) -> None:
+        self._change({}, keys)
+        self._to_save.set()
 
     def _change(self, upserts: Mapping[str, ConfigValue], deletes: Set[str]) -> None:
         upserts = {key: value for key, value in upserts.items() if self.entries.get(key) != value}

@@ -58,8 +58,9 @@ class Holdback:
             self.held -= deletes
             taken = deletes
         elif self._holds(known, writes, deletes):
-            self.held |= deletes
-            taken = set()
+            # The operator's word ends with its lease; held, it would count with the next step.
+            taken = deletes & {ACCEPT_KEY}
+            self.held |= deletes - taken
         else:
             # Rules of access may be written after the releases, but an instance that has not come back is gone.
             taken = deletes | {key for key in self.held if key.startswith(_INSTANCES)}
@@ -80,8 +81,8 @@ class Holdback:
         now_s = time.monotonic()
         while self._recent and self._recent[0][0] < now_s - WINDOW_S:
             self._recent.popleft()
-        left = (known | writes) - vanished
-        gone = vanished | {key for _, key in self._recent if key not in left}
+        left = (known | writes) - vanished - self.held
+        gone = vanished | self.held | {key for _, key in self._recent if key not in left}
         if _most(gone, left, _RELEASES) or _most(gone, left, _RULES):
             return True
         self._recent += [(now_s, key) for key in vanished]

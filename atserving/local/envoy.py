@@ -23,6 +23,8 @@ def local_bootstrap(folder: Path, ports: Ports) -> str:
     bootstrap["admin"]["address"] = {"pipe": {**admin["pipe"], "mode": 0o600}}
     resources = bootstrap["static_resources"]
     for listener in resources["listeners"]:
+        # Two meshes must not share a port.
+        listener["enable_reuse_port"] = False
         listener["address"] = _loopback({"edge": ports.edge, "ops": ports.ops}[listener["name"]])
         for chain in listener["filter_chains"]:
             for each in chain["filters"]:

@@ -146,3 +146,29 @@ async def test_a_gate_and_an_evaluator_start_while_no_registry_answers(registry:
             late.kill()
     finally:
         gate.kill()
+
+
+async def test_a_gate_that_restarts_while_etcd_is_empty_keeps_its_config(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    keys = [f"/ava/serving/eval/a/{number}" for number in range(3)]
+    releases = {key: parse(key, '{"file": "file:///x"}') for key in keys}
+    ConfigCache(path, "").save(releases)
+    with running_registry(tmp_path / "empty") as registry:
+        one = ConfigFollower([registry.address], cache=path, hold_s=600)
+        running = asyncio.create_task(one.run())
+        try:
+            async with asyncio.timeout(60):
+                await one.synced.wait()
+            assert one.entries == releases
+            # The registry has answered.
+            await until(lambda: one._steps > 0)
+            assert one.entries == releases
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_deeply_nested_cache_is_unusable(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(b'{"x":' + b"[" * 200_000)
+    assert ConfigCache(path, "").load() is None

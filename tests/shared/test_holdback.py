@@ -64,8 +64,8 @@ async def test_who_deletes_key_by_key_opens_no_more_than_the_first_closed_apps()
     config = Config({*rules, *RELEASES, INSTANCE})
     for key in sorted(config.keys):
         config.delete(key)
-    # Half of either kind is gone before the rest waits.
-    assert config.keys == {*rules[2:], *RELEASES[2:], INSTANCE}
+    # From the third rule on all waits.
+    assert config.keys == {*rules[2:], *RELEASES, INSTANCE}
 
 
 async def test_a_release_that_is_written_again_does_not_count() -> None:
@@ -131,3 +131,19 @@ async def test_nothing_waits_without_a_time_or_if_the_sender_has_checked_it() ->
     config = Config()
     config.delete(*RELEASES, vetted=True)
     assert config.keys == {INSTANCE, RULES}
+
+
+async def test_a_rule_that_is_deleted_after_others_were_held_waits_too() -> None:
+    rules = [f"{PREFIX}app/metadata/{app}" for app in "abc"]
+    config = Config(set(rules))
+    config.delete(*rules[:2])
+    config.delete(rules[2])
+    assert config.keys == set(rules) == config.holdback.held
+
+
+async def test_an_operators_word_that_is_deleted_with_all_else_does_not_count_later() -> None:
+    config = Config({*ALL, ACCEPT_KEY})
+    config.delete(*ALL, ACCEPT_KEY)
+    assert config.keys == ALL == config.holdback.held
+    config.write("more")
+    assert config.keys == {*ALL, "more"}
