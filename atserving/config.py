@@ -93,6 +93,8 @@ FileUri = Annotated[str, Meta(pattern=_FILE_URI)]
 Address = Annotated[str, Meta(pattern=r"^(\[[0-9A-Fa-f:.%\w]+\]|[^\[\]\s/:]+):\d{1,5}\Z")]
 Phase = Literal["staging", "production"]
 
+DEFAULT_KEY_HEADER = "x-serving-key"
+
 
 def _check_files(files: object) -> object:
     """Check the URIs of files by name, since msgspec's error would not name the file."""
@@ -100,6 +102,16 @@ def _check_files(files: object) -> object:
         if not isinstance(uri, str) or not re.search(_FILE_URI, uri):
             raise _WrongField(f".{name}", "should be a file, http, https or qiniu URI")
     return files
+
+
+def _check_aliases(aliases: object) -> object:
+    """Check aliases by name, as :func:`_check_files` does."""
+    for name, version in aliases.items() if isinstance(aliases, dict) else ():
+        if not is_name(name):
+            raise _WrongField(f".{name[:80]}", "is no name that an alias can have")
+        if not isinstance(version, str) or not is_name(version):
+            raise _WrongField(f".{name}", "should be a version")
+    return aliases
 
 
 class _WrongField(ValueError):  # noqa: N818 - as MalformedConfig
@@ -183,6 +195,25 @@ class AppMetadata(_Value, frozen=True, kw_only=True):
         return any(getattr(self, rule) is not None for rule in _RULES)
 
 
+class Shadow(_Value, frozen=True, kw_only=True):
+    """Copies ``percent`` of an app's unversioned requests to a version in staging."""
+
+    version: Name
+    percent: Annotated[float, Meta(ge=0, le=100)]
+
+
+class AppRouting(_Value, frozen=True, kw_only=True):
+    """How the requests for an app find a version: ``/ava/serving/app/routing/<app>``."""
+
+    readers = {"aliases": _check_aliases}
+
+    aliases: dict[Name, Name] = {}
+    """Versions by further names, for use in paths. A version of the same name comes first."""
+    key_header: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")] = ""
+    """The request header by whose value callers keep their version; empty: DEFAULT_KEY_HEADER."""
+    shadow: Shadow | None = None
+
+
 class WorkerConfig(_Value, frozen=True, kw_only=True):
     """The settings of a version's workers: ``/ava/serving/worker/...``. The most specific key wins, field by field."""
 
@@ -227,7 +258,7 @@ class Acceptance(_Value, frozen=True, kw_only=True):
     """The value of ACCEPT_KEY, which says nothing more than that the key exists."""
 
 
-ConfigValue = Release | AppMetadata | WorkerConfig | Instance | Acceptance
+ConfigValue = Release | AppMetadata | AppRouting | WorkerConfig | Instance | Acceptance
 _T = TypeVar("_T", bound=_Value)
 
 
@@ -253,6 +284,10 @@ def app_metadata_key(app: str) -> str:
     return f"{PREFIX}app/metadata/{app}"
 
 
+def app_routing_key(app: str) -> str:
+    return f"{PREFIX}app/routing/{app}"
+
+
 def worker_keys(app: str, version: str) -> tuple[str, str, str]:
     """Return the keys of one version's worker config, the most specific first."""
     return (f"{PREFIX}worker/app/{app}/release/{version}", f"{PREFIX}worker/app/{app}/default", DEFAULT_WORKER_KEY)
@@ -265,7 +300,7 @@ def app_of(key: str) -> str | None:
             return None
         case (
             ["eval", app, _]
-            | ["app", "metadata", app]
+            | ["app", "metadata" | "routing", app]
             | ["worker", "app", app, "default"]
             | ["worker", "app", app, "release", _]
             | ["instance", app, _, _]
@@ -302,6 +337,8 @@ def read(key: str, value: str | bytes) -> tuple[ConfigValue, str]:
             return _validate(Instance, fields, {"app": app, "version": version, "id": id_}), ""
         case ["deletions", _]:
             return Acceptance(), ""
+        case ["app", "routing", _]:
+            return _validate(AppRouting, fields, {}), _warning(AppRouting, fields)
         case ["worker", *_]:
             return _validate(WorkerConfig, fields, {}), _warning(WorkerConfig, fields)
         case _:

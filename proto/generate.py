@@ -20,6 +20,12 @@ from grpc_tools import protoc
 PROTO = Path(__file__).resolve().parent
 ROOT = PROTO.parent
 DESCRIPTOR_SET = "envoy/atserving.binpb"
+# What Envoy transcodes, or passes on.
+_TRANSCODED = [
+    "atserving/admin/v1/admin.proto",
+    "atserving/v1/edge.proto",
+    "atserving/v1/serving.proto",
+]
 
 
 def generate(out: Path) -> None:
@@ -31,7 +37,7 @@ def generate(out: Path) -> None:
         f"-I{Path(next(iter(google.api.__path__))).parents[1]}",
         f"-I{Path(next(iter(grpc_tools.__path__))) / '_proto'}",
     ]
-    definitions = sorted(PROTO.glob("atserving/v1/*.proto")) + sorted(PROTO.glob("evaluator/**/*.proto"))
+    definitions = sorted(PROTO.glob("atserving/**/*.proto")) + sorted(PROTO.glob("evaluator/**/*.proto"))
     services = [str(path.relative_to(PROTO)) for path in definitions if "\nservice " in path.read_text()]
     messages = [str(path.relative_to(PROTO)) for path in definitions if "\nservice " not in path.read_text()]
     python = [f"--python_out={out}", f"--mypy_out=quiet:{out}"]
@@ -41,7 +47,7 @@ def generate(out: Path) -> None:
     for arguments in (
         [*python, *grpc, *services],
         [*python, *messages] if messages else [],
-        [*descriptor_set, "atserving/v1/edge.proto", "atserving/v1/serving.proto"],
+        [*descriptor_set, *_TRANSCODED],
     ):
         if arguments and protoc.main(["protoc", *includes, *arguments]) != 0:
             raise SystemExit(f"protoc failed: {' '.join(arguments)}")
