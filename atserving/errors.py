@@ -5,6 +5,7 @@ A message tells the caller what is wrong and where. It never holds a stack trace
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from atserving.v1 import evaluator_pb2
@@ -27,6 +28,7 @@ class ServingError(Exception):
         retry_after_s: float | None = None,
         refused: bool = False,
         version: str = "",
+        fields: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -37,6 +39,8 @@ class ServingError(Exception):
         """Refused before any work was done: another instance may take the request."""
         self.version = version
         """The version of the instance that was asked last; empty if none was."""
+        self.fields = fields or {}
+        """The fields of the request that are wrong, and why."""
 
     def to_proto(self) -> evaluator_pb2.Error:
         """The error as it travels from evaluator to gate."""
@@ -90,6 +94,18 @@ class AlreadyExists(ServingError):  # noqa: N818
     """409: it exists with another content."""
 
     status = 409
+
+
+class Aborted(ServingError):  # noqa: N818
+    """409: it has changed since the caller has read it."""
+
+    status = 409
+
+
+class FailedPrecondition(ServingError):  # noqa: N818
+    """400: the state of the mesh does not allow it now."""
+
+    status = 400
 
 
 class PayloadTooLarge(ServingError):  # noqa: N818

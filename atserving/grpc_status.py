@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from atserving.errors import ServingError
+from atserving.errors import Aborted, FailedPrecondition, ServingError
 
 _STATUS_BY_HTTP = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -18,12 +18,19 @@ _STATUS_BY_HTTP = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 
+_STATUS_BY_CLASS = {
+    Aborted: grpc.StatusCode.ABORTED,
+    FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
+}
+
 
 def grpc_status(error: ServingError) -> grpc.StatusCode:
-    """Return the gRPC status of an error's HTTP status.
+    """Return the gRPC status of an error, mostly by its HTTP status.
 
     Any other 4xx is INVALID_ARGUMENT. 570 to 579 are UNAVAILABLE: the caller may retry them. Any other 5xx is INTERNAL.
     """
+    if status := _STATUS_BY_CLASS.get(type(error)):
+        return status
     if error.status in _STATUS_BY_HTTP:
         return _STATUS_BY_HTTP[error.status]
     if error.status < 500:

@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import structlog
 
 from atserving import config
-from atserving.config import Acceptance, AppMetadata, ConfigValue, Instance, Release, WorkerConfig
+from atserving.config import Acceptance, AppMetadata, AppRouting, ConfigValue, Instance, Release, WorkerConfig
 from atserving.errors import NotFound, ResourceExhausted, ServingError, Unavailable
 
 log = structlog.get_logger()
@@ -151,7 +151,7 @@ class Router(Generic[ConnectionT]):
         self._left: dict[tuple[str, str], dict[str, Endpoint[ConnectionT]]] = {}
         # Registered, but with other content than their release has now; they may fit again.
         self._outdated: dict[tuple[str, str], dict[str, Endpoint[ConnectionT]]] = {}
-        self._settings: dict[str, AppMetadata | WorkerConfig] = {}
+        self._settings: dict[str, AppMetadata | AppRouting | WorkerConfig] = {}
         # Resolved from the releases and settings; valid until the config changes.
         self._routes: dict[tuple[str, str], Route] = {}
         self._dropped: list[Endpoint[ConnectionT]] = []
