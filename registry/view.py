@@ -29,11 +29,12 @@ QUEUE_DELTAS = 256
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """A key was written; ``created`` is the revision that created it."""
+    """A key was written at ``revision``; ``created`` is the revision that created it."""
 
     key: str
     value: bytes
     created: int
+    revision: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,12 @@ Change = Put | Delete
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The last good value of a key, as stored and as parsed."""
+    """The last good value of a key, as stored and as parsed, and the revision that wrote it."""
 
     value_json: str
     value: ConfigValue
     created: int
+    revision: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ class View:
 
     def __init__(self, queue_deltas: int = QUEUE_DELTAS, hold_s: float = 0) -> None:
         self.entries: dict[str, Entry] = {}
+        self.by_app: dict[str, set[str]] = {}
+        """The keys of the entries by their app; those of the defaults by an empty name."""
         self.malformed: dict[str, str] = {}
         """Keys with a malformed value, and the reason."""
         self.warnings: dict[str, str] = {}
@@ -118,7 +122,7 @@ class View:
             if isinstance(change, Put):
                 self._put(change)
             else:
-                self.entries.pop(change.key, None)
+                self._remove(change.key)
                 self.malformed.pop(change.key, None)
                 self.warnings.pop(change.key, None)
         self.revision = revision
@@ -167,12 +171,23 @@ class View:
             self._put_malformed(put, str(error))
             return
         self.malformed.pop(put.key, None)
-        self.entries[put.key] = Entry(put.value.decode(), value, put.created)
+        self._enter(put.key, Entry(put.value.decode(), value, put.created, put.revision))
         if not warning:
             self.warnings.pop(put.key, None)
         elif self.warnings.get(put.key) != warning:
             log.warning("config fields unknown", key=put.key, reason=warning)
             self.warnings[put.key] = warning
+
+    def _enter(self, key: str, entry: Entry) -> None:
+        self.entries[key] = entry
+        self.by_app.setdefault(app_of(key) or "", set()).add(key)
+
+    def _remove(self, key: str) -> None:
+        if self.entries.pop(key, None):
+            keys = self.by_app[app := app_of(key) or ""]
+            keys.discard(key)
+            if not keys:
+                del self.by_app[app]
 
     def _put_malformed(self, put: Put, reason: str) -> None:
         self.warnings.pop(put.key, None)
@@ -180,10 +195,10 @@ class View:
         closes = is_access_rules(put.key)
         if known and known.created != put.created:
             # The key was deleted and created again, so the last good value belongs to its earlier life.
-            del self.entries[put.key]
+            self._remove(put.key)
         if closes:
             # The last good rules may be what their writer wanted to close; without any, an app is open to all.
-            self.entries[put.key] = Entry(CLOSED.to_json(), CLOSED, put.created)
+            self._enter(put.key, Entry(CLOSED.to_json(), CLOSED, put.created, put.revision))
             which = "the app is" if app_of(put.key) else "apps without rules of their own are"
             reason = f"{reason}; {which} closed until you correct the value"
         if self.malformed.get(put.key) != reason:

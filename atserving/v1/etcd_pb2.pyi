@@ -108,20 +108,26 @@ class Event(_message.Message):
 
     TYPE_FIELD_NUMBER: _builtins.int
     KV_FIELD_NUMBER: _builtins.int
+    PREV_KV_FIELD_NUMBER: _builtins.int
     type: Global___Event.EventType.ValueType
     @_builtins.property
     def kv(self) -> Global___KeyValue:
         """A deletion has only the key and the mod_revision."""
+
+    @_builtins.property
+    def prev_kv(self) -> Global___KeyValue:
+        """What was there before, if the watch asks for it and etcd has not compacted it."""
 
     def __init__(
         self,
         *,
         type: Global___Event.EventType.ValueType = ...,
         kv: Global___KeyValue | None = ...,
+        prev_kv: Global___KeyValue | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "prev_kv", b"prev_kv"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv", b"kv", "prev_kv", b"prev_kv", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -131,21 +137,62 @@ Global___Event: _TypeAlias = Event  # noqa: Y015
 class RangeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _SortOrder:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _SortOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[RangeRequest._SortOrder.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        NONE: RangeRequest._SortOrder.ValueType  # 0
+        ASCEND: RangeRequest._SortOrder.ValueType  # 1
+        DESCEND: RangeRequest._SortOrder.ValueType  # 2
+
+    class SortOrder(_SortOrder, metaclass=_SortOrderEnumTypeWrapper): ...
+    NONE: RangeRequest.SortOrder.ValueType  # 0
+    ASCEND: RangeRequest.SortOrder.ValueType  # 1
+    DESCEND: RangeRequest.SortOrder.ValueType  # 2
+
+    class _SortTarget:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _SortTargetEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[RangeRequest._SortTarget.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KEY: RangeRequest._SortTarget.ValueType  # 0
+        VERSION: RangeRequest._SortTarget.ValueType  # 1
+        CREATE: RangeRequest._SortTarget.ValueType  # 2
+        MOD: RangeRequest._SortTarget.ValueType  # 3
+        VALUE: RangeRequest._SortTarget.ValueType  # 4
+
+    class SortTarget(_SortTarget, metaclass=_SortTargetEnumTypeWrapper): ...
+    KEY: RangeRequest.SortTarget.ValueType  # 0
+    VERSION: RangeRequest.SortTarget.ValueType  # 1
+    CREATE: RangeRequest.SortTarget.ValueType  # 2
+    MOD: RangeRequest.SortTarget.ValueType  # 3
+    VALUE: RangeRequest.SortTarget.ValueType  # 4
+
     KEY_FIELD_NUMBER: _builtins.int
     RANGE_END_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    SORT_ORDER_FIELD_NUMBER: _builtins.int
+    SORT_TARGET_FIELD_NUMBER: _builtins.int
     SERIALIZABLE_FIELD_NUMBER: _builtins.int
     KEYS_ONLY_FIELD_NUMBER: _builtins.int
+    MAX_CREATE_REVISION_FIELD_NUMBER: _builtins.int
     key: _builtins.bytes
     range_end: _builtins.bytes
     """Exclusive; empty: only `key`."""
     limit: _builtins.int
     revision: _builtins.int
     """0: the latest."""
+    sort_order: Global___RangeRequest.SortOrder.ValueType
+    sort_target: Global___RangeRequest.SortTarget.ValueType
     serializable: _builtins.bool
     """The member answers from its own state, without the quorum."""
     keys_only: _builtins.bool
+    max_create_revision: _builtins.int
+    """Inclusive; 0: no bound."""
     def __init__(
         self,
         *,
@@ -153,12 +200,15 @@ class RangeRequest(_message.Message):
         range_end: _builtins.bytes = ...,
         limit: _builtins.int = ...,
         revision: _builtins.int = ...,
+        sort_order: Global___RangeRequest.SortOrder.ValueType = ...,
+        sort_target: Global___RangeRequest.SortTarget.ValueType = ...,
         serializable: _builtins.bool = ...,
         keys_only: _builtins.bool = ...,
+        max_create_revision: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "keys_only", b"keys_only", "limit", b"limit", "range_end", b"range_end", "revision", b"revision", "serializable", b"serializable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "keys_only", b"keys_only", "limit", b"limit", "max_create_revision", b"max_create_revision", "range_end", b"range_end", "revision", b"revision", "serializable", b"serializable", "sort_order", b"sort_order", "sort_target", b"sort_target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -174,6 +224,7 @@ class RangeResponse(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     more: _builtins.bool
     count: _builtins.int
+    """How many keys the range has, whatever the limit is."""
     @_builtins.property
     def header(self) -> Global___ResponseHeader: ...
     @_builtins.property
@@ -392,6 +443,7 @@ class Compare(_message.Message):
     MOD_REVISION_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
+    RANGE_END_FIELD_NUMBER: _builtins.int
     result: Global___Compare.CompareResult.ValueType
     target: Global___Compare.CompareTarget.ValueType
     key: _builtins.bytes
@@ -401,6 +453,8 @@ class Compare(_message.Message):
     """0: the key does not exist."""
     value: _builtins.bytes
     lease: _builtins.int
+    range_end: _builtins.bytes
+    """Compare all keys of a range; those that do not exist are not compared."""
     def __init__(
         self,
         *,
@@ -412,10 +466,11 @@ class Compare(_message.Message):
         mod_revision: _builtins.int = ...,
         value: _builtins.bytes = ...,
         lease: _builtins.int = ...,
+        range_end: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_revision", b"create_revision", "lease", b"lease", "mod_revision", b"mod_revision", "target_union", b"target_union", "value", b"value", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_revision", b"create_revision", "key", b"key", "lease", b"lease", "mod_revision", b"mod_revision", "result", b"result", "target", b"target", "target_union", b"target_union", "value", b"value", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_revision", b"create_revision", "key", b"key", "lease", b"lease", "mod_revision", b"mod_revision", "range_end", b"range_end", "result", b"result", "target", b"target", "target_union", b"target_union", "value", b"value", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_target_union: _TypeAlias = _typing.Literal["version", "create_revision", "mod_revision", "value", "lease"]  # noqa: Y015
     _WhichOneofArgType_target_union: _TypeAlias = _typing.Literal["target_union", b"target_union"]  # noqa: Y015
@@ -507,20 +562,23 @@ class WatchCreateRequest(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     RANGE_END_FIELD_NUMBER: _builtins.int
     START_REVISION_FIELD_NUMBER: _builtins.int
+    PREV_KV_FIELD_NUMBER: _builtins.int
     key: _builtins.bytes
     range_end: _builtins.bytes
     start_revision: _builtins.int
     """The first revision to send; 0: from now on."""
+    prev_kv: _builtins.bool
     def __init__(
         self,
         *,
         key: _builtins.bytes = ...,
         range_end: _builtins.bytes = ...,
         start_revision: _builtins.int = ...,
+        prev_kv: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "range_end", b"range_end", "start_revision", b"start_revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "prev_kv", b"prev_kv", "range_end", b"range_end", "start_revision", b"start_revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,7 +3,7 @@
 The client rotates through the members of one cluster when one fails. It never retries a write.
 """
 
-from registry.etcd.client import EtcdClient, Lease, Snapshot, delete, put, written_at
+from registry.etcd.client import EtcdClient, Lease, Snapshot, delete, delete_below, put, unwritten_since, written_at
 from registry.etcd.connection import Connection, Tls, User
 from registry.etcd.errors import Compacted, EtcdError, EtcdRefused, EtcdUnavailable, LeaseNotFound
 
@@ -20,6 +20,8 @@ __all__ = [
     "Tls",
     "User",
     "delete",
+    "delete_below",
     "put",
+    "unwritten_since",
     "written_at",
 ]

@@ -50,6 +50,17 @@ def written_at(key: str, mod_revision: int) -> etcd_pb2.Compare:
     )
 
 
+def unwritten_since(prefix: str, revision: int) -> etcd_pb2.Compare:
+    """Compare: no key below ``prefix`` was written after ``revision``. It does not tell of deletions."""
+    return etcd_pb2.Compare(
+        result=etcd_pb2.Compare.LESS,
+        target=etcd_pb2.Compare.MOD,
+        key=prefix.encode(),
+        range_end=_end(prefix),
+        mod_revision=revision + 1,
+    )
+
+
 def put(key: str, value: str, lease: int = 0) -> etcd_pb2.RequestOp:
     """A write operation for a transaction."""
     return etcd_pb2.RequestOp(
@@ -60,6 +71,13 @@ def put(key: str, value: str, lease: int = 0) -> etcd_pb2.RequestOp:
 def delete(key: str) -> etcd_pb2.RequestOp:
     """A delete operation for a transaction."""
     return etcd_pb2.RequestOp(request_delete_range=etcd_pb2.DeleteRangeRequest(key=key.encode()))
+
+
+def delete_below(prefix: str) -> etcd_pb2.RequestOp:
+    """An operation for a transaction that deletes all keys below a prefix."""
+    return etcd_pb2.RequestOp(
+        request_delete_range=etcd_pb2.DeleteRangeRequest(key=prefix.encode(), range_end=_end(prefix))
+    )
 
 
 class EtcdClient:
@@ -90,6 +108,33 @@ class EtcdClient:
         response = await self._connection.read(_TXN, etcd_pb2.TxnRequest(success=ranges))
         found = [one.response_range.kvs for one in response.responses]
         return [kvs[0] if kvs else None for kvs in found]
+
+    async def get_below(self, prefixes: Sequence[str], keys: Sequence[str]) -> tuple[list[etcd_pb2.KeyValue], int]:
+        """Return all keys below some prefixes, and some keys, at one revision; and the revision."""
+        ranges = [etcd_pb2.RangeRequest(key=each.encode(), range_end=_end(each)) for each in prefixes]
+        ranges += [etcd_pb2.RangeRequest(key=each.encode()) for each in keys]
+        request = etcd_pb2.TxnRequest(success=[etcd_pb2.RequestOp(request_range=each) for each in ranges])
+        response = await self._connection.read(_TXN, request)
+        kvs = [kv for one in response.responses for kv in one.response_range.kvs]
+        return kvs, response.header.revision
+
+    async def newest(self, prefix: str, limit: int, before: int = 0) -> list[etcd_pb2.KeyValue]:
+        """Return at most ``limit`` keys below a prefix, the last created first: created before a revision (0: any)."""
+        request = etcd_pb2.RangeRequest(
+            key=prefix.encode(),
+            range_end=_end(prefix),
+            limit=limit,
+            sort_order=etcd_pb2.RangeRequest.DESCEND,
+            sort_target=etcd_pb2.RangeRequest.CREATE,
+            max_create_revision=max(before - 1, 0),
+        )
+        return list((await self._connection.read(_RANGE, request)).kvs)
+
+    async def oldest(self, prefix: str, limit: int) -> tuple[list[etcd_pb2.KeyValue], int]:
+        """Return the first ``limit`` keys below a prefix, and the number of all of them."""
+        request = etcd_pb2.RangeRequest(key=prefix.encode(), range_end=_end(prefix), limit=limit)
+        response = await self._connection.read(_RANGE, request)
+        return list(response.kvs), response.count
 
     async def snapshot(self, prefix: str, page_keys: int = PAGE_KEYS) -> Snapshot:
         """Read all keys below ``prefix``, in pages at the revision of the first page. Raises Compacted."""
@@ -154,12 +199,18 @@ class EtcdClient:
         except LeaseNotFound:
             return
 
-    async def watch(self, prefix: str, start_revision: int) -> AsyncGenerator[etcd_pb2.WatchResponse, None]:
+    async def watch(
+        self, prefix: str, start_revision: int, *, end: str = "", before: bool = False
+    ) -> AsyncGenerator[etcd_pb2.WatchResponse, None]:
         """Yield the changes below ``prefix`` from ``start_revision`` on, in order, without end. Raises Compacted.
 
-        The first response carries no events; its header holds the current revision of the store.
+        With ``end``, the changes from the key ``prefix`` to the last one below the prefix ``end``. With ``before``, the
+        events have the earlier values. The first response carries no events; its header holds the current revision of
+        the store.
         """
-        create = etcd_pb2.WatchCreateRequest(key=prefix.encode(), range_end=_end(prefix), start_revision=start_revision)
+        create = etcd_pb2.WatchCreateRequest(
+            key=prefix.encode(), range_end=_end(end or prefix), start_revision=start_revision, prev_kv=before
+        )
         # The user may read this key. A serializable read needs no quorum, so it tests this member alone.
         probe = etcd_pb2.RangeRequest(key=prefix.encode(), keys_only=True, serializable=True)
         request = etcd_pb2.WatchRequest(create_request=create)

@@ -1,0 +1,1 @@
+"""The API of operators (proto/atserving/admin/v1/admin.proto)."""

@@ -1,0 +1,237 @@
+"""What each call changes in the config of an app: from its state to the JSON to write by key. No I/O."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from atserving.config import MUTABLE, Release, app_routing_key, release_key
+from atserving.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from registry.admin.history import Change
+from registry.admin.state import AppState, access_key, worker_key
+
+Edits = dict[str, str | None]
+
+
+def put_release(state: AppState, release: Release, given: Collection[str]) -> Edits:
+    """Publish a release. If the version exists, change its phase, desc and weight, where they are ``given``.
+
+    Raises AlreadyExists if it exists with other content, InvalidArgument, FailedPrecondition.
+    """
+    known = state.releases.get(release.version)
+    if known is None:
+        _check_new(state, release)
+        return {release.key: msgspec.structs.replace(release, lastmodified=_now()).to_json()}
+    if known.digest != release.digest:
+        fields = ", ".join(_different(known, release))
+        raise AlreadyExists(f"{known.name}/{known.version} exists with a different {fields}: publish a new version")
+    return amend_release(state, known.version, {name: getattr(release, name) for name in MUTABLE if name in given})
+
+
+def amend_release(state: AppState, version: str, changes: Mapping[str, Any]) -> Edits:
+    """Change some of the phase, desc and weight of a release (None: remove the field). Raises NotFound."""
+    current = release_of(state, version)
+    if all(getattr(current, name) == value for name, value in changes.items()):
+        return {}
+    return {current.key: _merged(state, current.key, {**changes, "lastmodified": _now()})}
+
+
+def promote(state: AppState, name: str, *, exclusive: bool) -> Edits:
+    """Move a version to production, and the others to staging if it is exclusive. Raises NotFound."""
+    target = release_of(state, name)
+    edits = amend_release(state, target.version, {"phase": "production"})
+    for each in state.releases.values() if exclusive else ():
+        if each.version != target.version:
+            edits |= amend_release(state, each.version, {"phase": "staging"})
+    return edits
+
+
+def demote(state: AppState, name: str) -> Edits:
+    """Move a version to staging. Raises NotFound."""
+    return amend_release(state, release_of(state, name).version, {"phase": "staging"})
+
+
+def split(state: AppState, weights: Mapping[str, float], *, exclusive: bool) -> Edits:
+    """Set the weights of versions, and move them to production. Raises NotFound, InvalidArgument."""
+    if not weights or not any(weights.values()):
+        raise InvalidArgument("weights: none is above 0", fields={"weights": "none is above 0"})
+    edits: Edits = {}
+    named: set[str] = set()
+    for name, weight in weights.items():
+        version = release_of(state, name).version
+        if version in named:
+            raise InvalidArgument(f"weights: {version} is named twice", fields={"weights": f"{version} is named twice"})
+        named.add(version)
+        edits |= amend_release(state, version, {"phase": "production", "weight": weight})
+    for version in state.releases.keys() - named if exclusive else ():
+        edits |= amend_release(state, version, {"phase": "staging"})
+    return edits
+
+
+def delete_release(state: AppState, version: str, *, force: bool) -> Edits:
+    """Delete a release with its worker settings; forced, also the aliases to it. Raises NotFound."""
+    key = release_key(state.app, version)
+    if key not in state.revisions:
+        raise NotFound(f"app {state.app!r} has no version {version!r}")
+    edits: Edits = {key: None}
+    if worker_key(state.app, version) in state.revisions:
+        edits[worker_key(state.app, version)] = None
+    aliases = {name: target for name, target in state.routing.aliases.items() if target != version}
+    shadow = state.routing.shadow
+    if force and (len(aliases) < len(state.routing.aliases) or (shadow and shadow.version == version)):
+        changes: dict[str, Any] = {"aliases": aliases or None}
+        if shadow and shadow.version == version:
+            changes["shadow"] = None
+        edits[app_routing_key(state.app)] = _merged(state, app_routing_key(state.app), changes)
+    return edits
+
+
+def delete_app(state: AppState) -> Edits:
+    """Delete all config of an app. Raises NotFound."""
+    edits: Edits = {key: None for key in state.revisions if "/instance/" not in key}
+    if not edits:
+        raise NotFound(f"unknown app {state.app!r}")
+    return edits
+
+
+def route(state: AppState, fields: Mapping[str, Any], paths: Iterable[str], *, force: bool) -> Edits:
+    """Change the aliases, the key header and the shadow of an app. Raises InvalidArgument."""
+    key = app_routing_key(state.app)
+    current = _stored(state, key)
+    changes: dict[str, Any] = {}
+    for path in list(paths) or list(fields):
+        name, _, alias = path.partition(".")
+        if name == "aliases" and alias:
+            aliases = changes.setdefault("aliases", dict(current.get("aliases") or {}))
+            target = (fields.get("aliases") or {}).get(alias)
+            if target is None:
+                aliases.pop(alias, None)
+            else:
+                aliases[alias] = target
+        elif path in ("aliases", "key_header", "shadow"):
+            changes[path] = fields.get(path) or None
+        else:
+            reason = f"{path[:80]!r} should be one of aliases, aliases.<name>, key_header, shadow"
+            raise InvalidArgument(f"update_mask: {reason}", fields={"update_mask": reason})
+    if not force:
+        _check_routing(state, changes, current)
+    text = _merged(state, key, {name: value or None for name, value in changes.items()})
+    return {key: None if text == "{}" else text}
+
+
+def _check_routing(state: AppState, changes: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    for alias, version in (changes.get("aliases") or {}).items():
+        if (current.get("aliases") or {}).get(alias) == version:
+            continue
+        if alias in state.releases:
+            reason = f"{alias!r} is a version of the app"
+            raise InvalidArgument(f"aliases.{alias}: {reason}", fields={f"aliases.{alias}": reason})
+        if version not in state.releases:
+            reason = f"app {state.app!r} has no version {version!r}"
+            raise InvalidArgument(f"aliases.{alias}: {reason}", fields={f"aliases.{alias}": reason})
+    if shadow := changes.get("shadow"):
+        release = state.releases.get(shadow["version"])
+        if release is None or release.phase != "staging":
+            reason = f"app {state.app!r} has no version {shadow['version']!r} in staging"
+            raise InvalidArgument(f"shadow.version: {reason}", fields={"shadow.version": reason})
+
+
+def put_access(state: AppState, fields: Mapping[str, Any]) -> Edits:
+    """Write the access rules; without any field, delete them."""
+    return _replaced(state, access_key(state.app), fields)
+
+
+def put_worker(state: AppState, version: str, fields: Mapping[str, Any]) -> Edits:
+    """Write the worker settings of a level; without any field, delete them. Raises NotFound."""
+    if version:
+        release_of(state, version)
+    return _replaced(state, worker_key(state.app, version), fields)
+
+
+def delete_key(state: AppState, key: str, what: str) -> Edits:
+    """Delete a key. Raises NotFound."""
+    if key not in state.revisions:
+        raise NotFound(f"{state.app or 'the default'} has no {what}")
+    return {key: None}
+
+
+def roll_back(state: AppState, changes: Iterable[Change]) -> Edits:
+    """Undo changes, which are sorted, the newest first. Raises FailedPrecondition if the history lacks values."""
+    edits: Edits = {}
+    for change in changes:
+        for key in change.keys:
+            if key.omitted:
+                raise FailedPrecondition(
+                    f"change {change.revision} can't be undone: its values were too large to keep, or compacted"
+                )
+            edits[key.key] = key.before
+    return edits
+
+
+def release_of(state: AppState, name: str) -> Release:
+    """Return the release that a version or an alias names. Raises NotFound."""
+    if version := state.version_of(name):
+        return state.releases[version]
+    key = release_key(state.app, name)
+    if key in state.malformed:
+        raise FailedPrecondition(
+            f"the value of {key} in etcd is malformed ({state.malformed[key]}): correct or delete it"
+        )
+    raise NotFound(f"app {state.app!r} has no version {name!r}" if state.releases else f"unknown app {state.app!r}")
+
+
+def current_access(state: AppState) -> dict[str, Any]:
+    """Return the stored fields of the access rules."""
+    return _stored(state, access_key(state.app))
+
+
+def current_worker(state: AppState, version: str) -> dict[str, Any]:
+    """Return the stored fields of the worker settings of a level."""
+    return _stored(state, worker_key(state.app, version))
+
+
+def _check_new(state: AppState, release: Release) -> None:
+    _check_well_formed(state, release.key)
+    if release.version in state.routing.aliases:
+        reason = f"{release.version!r} is an alias of the app"
+        raise InvalidArgument(f"version: {reason}", fields={"version": reason})
+
+
+def _check_well_formed(state: AppState, key: str) -> None:
+    if reason := state.malformed.get(key):
+        raise FailedPrecondition(f"the value of {key} in etcd is malformed ({reason}): correct or delete it")
+
+
+def _different(one: Release, other: Release) -> list[str]:
+    fixed = set(Release.__struct_fields__) - {*MUTABLE, "lastmodified"}
+    return sorted(name for name in fixed if getattr(one, name) != getattr(other, name)) or ["type of a value"]
+
+
+def _stored(state: AppState, key: str) -> dict[str, Any]:
+    entry = state.entries.get(key)
+    fields: dict[str, Any] = json.loads(entry.value_json) if entry else {}
+    return fields
+
+
+def _merged(state: AppState, key: str, changes: Mapping[str, Any]) -> str:
+    """Return the stored JSON with changes, None to remove a field: an operator may have added fields of their own."""
+    fields = {**_stored(state, key), **changes}
+    return _json({name: value for name, value in fields.items() if value is not None})
+
+
+def _replaced(state: AppState, key: str, fields: Mapping[str, Any]) -> Edits:
+    if not fields:
+        return {key: None} if key in state.revisions else {}
+    return {key: _json(fields)}
+
+
+def _json(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

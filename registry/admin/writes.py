@@ -1,0 +1,193 @@
+"""Changes of the config: read from etcd, checked, and written in one transaction if nothing has changed in between."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import orjson
+import structlog
+
+from atserving.config import ACCEPT_KEY, Acceptance, MalformedConfig, app_of, read
+from atserving.errors import Aborted, FailedPrecondition, InvalidArgument, Unavailable
+from atserving.v1 import etcd_pb2
+from registry.admin import guards
+from registry.admin.history import NOTE_KEY, Recorder
+from registry.admin.state import AppState, ranges_of
+from registry.etcd import EtcdClient, delete, delete_below, put, unwritten_since, written_at
+from registry.mirror import Mirror
+from registry.view import Entry
+
+log = structlog.get_logger()
+
+MAX_VALUE_BYTES = 1 << 20
+"""The size limit of a value; etcd refuses requests above 1.5 MiB."""
+
+ACCEPT_S = 60
+"""How long an operator's word counts that accepts deletions."""
+
+_ATTEMPTS = 4
+# etcd refuses transactions of more than 128 operations or comparisons.
+_MOST_KEYS = 100
+_READ_YOUR_WRITES_S = 1.0
+
+Edits = Mapping[str, str | None]
+"""The JSON to write by key; None: delete the key."""
+
+
+@dataclass(frozen=True)
+class Intent:
+    """How to make a change, and who makes it, why and by which method."""
+
+    method: str
+    etag: str = ""
+    validate_only: bool = False
+    force: bool = False
+    message: str = ""
+    actor: str = ""
+
+    def note(self) -> str:
+        """Return what the recorder takes into the history."""
+        fields = {"actor": self.actor, "method": self.method, "message": self.message, "time": time.time()}
+        return orjson.dumps(fields).decode()
+
+
+class Writer:
+    """Makes changes of one app at a time."""
+
+    def __init__(self, client: EtcdClient, mirror: Mirror, recorder: Recorder) -> None:
+        self._client = client
+        self._mirror = mirror
+        self._recorder = recorder
+
+    async def write(
+        self,
+        app: str,
+        intent: Intent,
+        edit: Callable[[AppState], Edits],
+        etag_of: Callable[[AppState], str] = lambda state: state.etag,
+    ) -> AppState:
+        """Make the changes that ``edit`` wants in the state that etcd has, and return the new state.
+
+        Raises Aborted for a stale etag, FailedPrecondition, InvalidArgument, Unavailable, EtcdError, and what ``edit``
+        raises.
+        """
+        for attempt in range(_ATTEMPTS):
+            before, revision = await self._read(app)
+            is_stale = bool(intent.etag) and intent.etag != etag_of(before)
+            if is_stale and not attempt:
+                raise Aborted(f"it has changed: its etag is {etag_of(before) or 'gone'}, not {intent.etag}")
+            edits = {key: value for key, value in edit(before).items() if value != _current(before, key)}
+            after = _edited(before, edits)
+            if not edits:
+                return after
+            if is_stale:
+                # It changed between two attempts, and not by the first one, which may have taken effect.
+                raise Aborted(f"it has changed: its etag is {etag_of(before) or 'gone'}, not {intent.etag}")
+            self._check_held(edits, before)
+            if not intent.force:
+                guards.check(before, after)
+            if intent.validate_only:
+                return after
+            written = await self._commit(before, revision, edits, after, intent)
+            if written is not None:
+                log.info("config written", app=app, method=intent.method, revision=written, keys=len(edits))
+                await self._settled(written)
+                return _at_revision(after, edits, written)
+        raise Unavailable(f"the config of {app or 'all apps'} keeps changing in etcd: try again")
+
+    async def accept_deletions(self, actor: str, message: str) -> None:
+        """Let every registry and gate take the deletions that it holds back. Raises EtcdError."""
+        lease = await self._client.grant(ACCEPT_S)
+        revision = await self._client.put(ACCEPT_KEY, Acceptance().to_json(), lease.id)
+        log.warning("deletions accepted", revision=revision, actor=actor, reason=message)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_READ_YOUR_WRITES_S):
+                await self._mirror.view.reached(revision)
+
+    async def _read(self, app: str) -> tuple[AppState, int]:
+        kvs, revision = await self._client.get_below(*ranges_of(app))
+        return AppState.read(app, kvs), revision
+
+    def _check_held(self, edits: Edits, before: AppState) -> None:
+        """Refuse a change of keys whose deletion is held back: what is served is not what etcd has."""
+        held = {key for key in self._mirror.view.holdback.held if "/instance/" not in key}
+        for key in held:
+            with suppress(MalformedConfig):
+                if app_of(key) == (before.app or None) and not (key in edits and edits[key] is not None):
+                    raise FailedPrecondition(
+                        f"{key} is gone from etcd with most others, and still in use: restore etcd, or accept the "
+                        "deletions first"
+                    )
+
+    async def _commit(
+        self, before: AppState, revision: int, edits: Edits, after: AppState, intent: Intent
+    ) -> int | None:
+        prefixes, keys = ranges_of(before.app)
+        # Its instances come and go.
+        config = [each for each in prefixes if "/instance/" not in each]
+        unchanged = [unwritten_since(each, revision) for each in config]
+        unchanged += [written_at(key, before.revisions.get(key, 0)) for key in keys]
+        operations: list[etcd_pb2.RequestOp]
+        if not after.exists and config:
+            operations = [*map(delete_below, config), *map(delete, keys)]
+        else:
+            relied_on = {each.key for each in after.serving()[:10]} | edits.keys()
+            if len(edits) > _MOST_KEYS:
+                raise FailedPrecondition(f"the change has {len(edits)} keys, and {_MOST_KEYS} is the most at once")
+            unchanged += [written_at(key, before.revisions.get(key, 0)) for key in relied_on - set(keys)]
+            operations = [delete(key) if value is None else put(key, value) for key, value in edits.items()]
+        return await self._client.commit(unchanged, [*operations, put(NOTE_KEY, intent.note())])
+
+    async def _settled(self, revision: int) -> None:
+        """Wait until this registry shows the change. It is done even if that is late."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_READ_YOUR_WRITES_S):
+                await self._mirror.view.reached(revision)
+                await self._recorder.reached(revision)
+
+
+def _current(state: AppState, key: str) -> str | None:
+    entry = state.entries.get(key)
+    if entry:
+        return entry.value_json
+    # A malformed value is there, too.
+    return "" if key in state.malformed else None
+
+
+def _edited(before: AppState, edits: Edits) -> AppState:
+    """Return the state with the edits. Raises InvalidArgument if a value is malformed or too large."""
+    entries = dict(before.entries)
+    malformed = dict(before.malformed)
+    warnings: dict[str, str] = {}
+    for key, text in edits.items():
+        entries.pop(key, None)
+        malformed.pop(key, None)
+        if text is None:
+            continue
+        if len(text.encode()) > MAX_VALUE_BYTES:
+            raise InvalidArgument(f"{len(text.encode())} bytes of JSON exceed the limit of {MAX_VALUE_BYTES}")
+        try:
+            value, warning = read(key, text)
+        except MalformedConfig as error:
+            field, _, reason = str(error).partition(": ")
+            raise InvalidArgument(str(error), fields={field: reason} if reason else None) from None
+        entries[key] = Entry(text, value, 0, before.revisions.get(key, 0))
+        if warning:
+            warnings[key] = warning
+    after = AppState(before.app, entries, malformed)
+    after.warnings = warnings
+    return after
+
+
+def _at_revision(state: AppState, edits: Iterable[str], revision: int) -> AppState:
+    entries = {
+        key: Entry(each.value_json, each.value, each.created, revision) if key in edits else each
+        for key, each in state.entries.items()
+    }
+    written = AppState(state.app, entries, state.malformed)
+    written.warnings = state.warnings
+    return written
