@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from registry.admin.watching import changed_objects
 from registry.admin.writes import ACCEPT_S, Intent, Writer
 from registry.mirror import Mirror
 
+_WRONG_DIGEST = re.compile(r"#sha256=(?![0-9A-Fa-f]{64}$)")
 _RELEASE_MASK = ("phase", "desc", "weight")
 _ACCESS_MASK = ("public", "owner", "user_whitelist")
 _WORKER_MASK = ("timeout", "max_concurrent", "delay4batch")
@@ -386,6 +388,13 @@ def _release(message: admin_pb2.Release) -> tuple[Release, Collection[str]]:
     messages.name_from(message.app, "app")
     messages.name_from(message.version, "version")
     fields = messages.release_fields(message)
+    for field, uri in {
+        "file": message.file,
+        **{f"custom_files.{n}": u for n, u in message.custom_files.items()},
+    }.items():
+        if _WRONG_DIGEST.search(uri):
+            reason = "#sha256= should be followed by 64 hexadecimal digits"
+            raise InvalidArgument(f"{field}: {reason}", fields={field: reason})
     try:
         return validate(Release, fields), fields.keys()
     except MalformedConfig as error:
