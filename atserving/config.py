@@ -29,6 +29,9 @@ DEFAULT_WORKER_KEY = f"{PREFIX}worker/default"
 ACCEPT_KEY = f"{PREFIX}deletions/accepted"
 """While this key exists, no deletion is held back (:mod:`atserving.holdback`)."""
 
+HISTORY = f"{PREFIX}history/"
+"""The prefix of the history of the config, which only registries read. It is no config."""
+
 MUTABLE = ("phase", "desc", "weight")
 """The fields of a published version that may change. The others are its content."""
 

@@ -1,4 +1,4 @@
-"""Keeps a view equal to the keys of etcd below ``/ava/serving/``.
+"""Keeps a view equal to the keys of etcd below ``/ava/serving/``, the history left out.
 
 The mirror reads a snapshot at one revision and then watches all changes from the next revision on. After an
 interruption it begins again and applies the difference as one step, so it need not ask whether etcd has compacted the
@@ -17,7 +17,7 @@ from contextlib import aclosing
 
 import structlog
 
-from atserving.config import PREFIX, MalformedConfig, is_access_rules, parse
+from atserving.config import HISTORY, PREFIX, MalformedConfig, is_access_rules, parse
 from atserving.v1 import etcd_pb2
 from registry.etcd import Compacted, EtcdClient, EtcdError
 from registry.view import Change, Delete, Put, View
@@ -27,6 +27,7 @@ log = structlog.get_logger()
 _PAUSE_S = (0.1, 2.0)
 _REMIND_S = 60.0
 _HISTORY_STEPS = 16
+_HISTORY = HISTORY.encode()
 
 
 class _StoreReplaced(Exception):  # noqa: N818 - control flow of this module
@@ -60,7 +61,7 @@ class Mirror:
             pause_s = min(pause_s * 2, _PAUSE_S[1])
 
     async def _watch(self) -> None:
-        snapshot = await self._client.snapshot(PREFIX)
+        snapshot = await self._client.snapshot(PREFIX, without=HISTORY)
         puts: list[Put] = []
         for kv in snapshot.kvs:
             puts += await self._last_good(kv)
@@ -79,7 +80,9 @@ class Mirror:
 
     def _apply(self, events: Sequence[etcd_pb2.Event]) -> None:
         changes: list[Change] = [
-            Delete(_text(event.kv.key)) if event.type == etcd_pb2.Event.DELETE else _put(event.kv) for event in events
+            Delete(_text(event.kv.key)) if event.type == etcd_pb2.Event.DELETE else _put(event.kv)
+            for event in events
+            if not event.kv.key.startswith(_HISTORY)
         ]
         self.view.apply(changes, events[-1].kv.mod_revision)
 

@@ -22,17 +22,14 @@ import msgspec
 import orjson
 import structlog
 
-from atserving.config import PREFIX, MalformedConfig, app_of
+from atserving.config import HISTORY, PREFIX, MalformedConfig, app_of
 from atserving.v1 import etcd_pb2
 from registry.etcd import Compacted, EtcdClient, EtcdError, delete, put, written_at
 
 log = structlog.get_logger()
 
-HISTORY = "/ava/serving-history/"
-"""The prefix of the entries: ``<app>/<revision>``, and ``-`` for the defaults."""
-
-NOTE_KEY = "/ava/serving.note"
-"""Written with each change through the API: who and why. It is beside the config, so that one watch sees both."""
+NOTE_KEY = f"{HISTORY}.note"
+"""Written with each change through the API: who and why."""
 
 SEEN_KEY = f"{HISTORY}.seen"
 
@@ -41,7 +38,7 @@ NO_APP = "-"
 _MOST_BYTES = 512 << 10
 _PAUSE_S = (0.1, 2.0)
 _SEEN_S = 10.0
-_IGNORED = (f"{PREFIX}instance/", f"{PREFIX}deletions/")
+_IGNORED = (f"{PREFIX}instance/", f"{PREFIX}deletions/", HISTORY)
 
 
 class KeyChange(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -88,7 +85,7 @@ class History:
     async def newest(self, app: str, limit: int, before: int = 0) -> list[Change]:
         """Return the newest changes of an app (``-``: of all apps), recorded before a revision. Raises EtcdError."""
         prefix = HISTORY if app == NO_APP else _prefix(app)
-        kvs = await self._client.newest(prefix, limit + 1, before)
+        kvs = await self._client.newest(prefix, limit + 2, before)
         found = [msgspec.structs.replace(_read(kv), created=kv.create_revision) for kv in kvs if _is_entry(kv)]
         return found[:limit]
 
@@ -142,7 +139,7 @@ class Recorder:
             seen = now
             await self._client.put(SEEN_KEY, str(seen))
         self._reach(seen)
-        changes = self._client.watch(NOTE_KEY, seen + 1, end=PREFIX, before=True)
+        changes = self._client.watch(PREFIX, seen + 1, before=True)
         async with aclosing(changes) as responses:
             async for response in responses:
                 for revision, events in _by_revision(response.events):
@@ -171,8 +168,9 @@ class Recorder:
                 if before != after:
                     changed.setdefault(_app(key), []).append(KeyChange(key, _text(before), _text(after)))
         for app, keys in changed.items():
-            change = Change(revision, app, note.time or time.time(), tuple(keys), note.actor, note.method, note.message)
-            await self._keep(change)
+            by_key = tuple(sorted(keys, key=lambda each: each.key))
+            moment_s = note.time or time.time()
+            await self._keep(Change(revision, app, moment_s, by_key, note.actor, note.method, note.message))
         self._reach(revision)
 
     async def _keep(self, change: Change) -> None:
@@ -210,7 +208,7 @@ class Recorder:
     async def _catch_up(self) -> None:
         """Record what is left of the changes that were compacted: the keys that were written since."""
         seen, _ = await self._seen()
-        snapshot = await self._client.snapshot(PREFIX)
+        snapshot = await self._client.snapshot(PREFIX, without=HISTORY)
         log.warning("history incomplete", reason="etcd has compacted changes that no registry has seen")
         written: dict[tuple[str, int], list[KeyChange]] = {}
         for kv in snapshot.kvs:
@@ -251,7 +249,7 @@ def _key(app: str, revision: int) -> str:
 
 
 def _is_entry(kv: etcd_pb2.KeyValue) -> bool:
-    return kv.key != SEEN_KEY.encode()
+    return kv.key not in (SEEN_KEY.encode(), NOTE_KEY.encode())
 
 
 def _read(kv: etcd_pb2.KeyValue) -> Change:

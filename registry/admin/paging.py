@@ -38,6 +38,6 @@ def write(text: str) -> str:
 def read(token: str) -> str:
     """Return what a token names; empty for an empty one. Raises InvalidArgument."""
     try:
-        return base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode()
+        return base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True).decode()
     except (binascii.Error, ValueError):
         raise InvalidArgument("page_token is no token", fields={"page_token": "is no token"}) from None

@@ -136,22 +136,30 @@ class EtcdClient:
         response = await self._connection.read(_RANGE, request)
         return list(response.kvs), response.count
 
-    async def snapshot(self, prefix: str, page_keys: int = PAGE_KEYS) -> Snapshot:
-        """Read all keys below ``prefix``, in pages at the revision of the first page. Raises Compacted."""
-        request = etcd_pb2.RangeRequest(key=prefix.encode(), range_end=_end(prefix), limit=page_keys)
+    async def snapshot(self, prefix: str, page_keys: int = PAGE_KEYS, *, without: str = "") -> Snapshot:
+        """Read all keys below ``prefix``, in pages at the revision of the first page. Raises Compacted.
+
+        Those below the prefix ``without`` are left out.
+        """
+        end = _end(prefix)
+        ranges = [(_raw(prefix), _raw(without)), (_end(without), end)] if without else [(_raw(prefix), end)]
         kvs: list[etcd_pb2.KeyValue] = []
-        cluster_id = 0
-        while True:
-            page = await self._connection.read(_RANGE, request)
-            # The endpoints belong to different clusters, or the store was replaced between two pages.
-            if cluster_id not in (0, page.header.cluster_id):
-                raise EtcdUnavailable("etcd's endpoints belong to different clusters")
-            cluster_id = page.header.cluster_id
-            request.revision = request.revision or page.header.revision
-            kvs.extend(page.kvs)
-            if not page.more:
-                return Snapshot(cluster_id, request.revision, kvs)
-            request.key = page.kvs[-1].key + b"\0"
+        cluster_id = revision = 0
+        for start, stop in ranges:
+            more = True
+            while more:
+                request = etcd_pb2.RangeRequest(key=start, range_end=stop, limit=page_keys, revision=revision)
+                page = await self._connection.read(_RANGE, request)
+                # The endpoints belong to different clusters, or the store was replaced between two pages.
+                if cluster_id not in (0, page.header.cluster_id):
+                    raise EtcdUnavailable("etcd's endpoints belong to different clusters")
+                cluster_id = page.header.cluster_id
+                revision = revision or page.header.revision
+                kvs.extend(page.kvs)
+                more = page.more
+                if more:
+                    start = page.kvs[-1].key + b"\0"
+        return Snapshot(cluster_id, revision, kvs)
 
     async def txn(
         self, compare: Sequence[etcd_pb2.Compare], success: Sequence[etcd_pb2.RequestOp]
@@ -200,16 +208,15 @@ class EtcdClient:
             return
 
     async def watch(
-        self, prefix: str, start_revision: int, *, end: str = "", before: bool = False
+        self, prefix: str, start_revision: int, *, before: bool = False
     ) -> AsyncGenerator[etcd_pb2.WatchResponse, None]:
         """Yield the changes below ``prefix`` from ``start_revision`` on, in order, without end. Raises Compacted.
 
-        With ``end``, the changes from the key ``prefix`` to the last one below the prefix ``end``. With ``before``, the
-        events have the earlier values. The first response carries no events; its header holds the current revision of
-        the store.
+        With ``before``, the events have the earlier values. The first response carries no events; its header holds the
+        current revision of the store.
         """
         create = etcd_pb2.WatchCreateRequest(
-            key=prefix.encode(), range_end=_end(end or prefix), start_revision=start_revision, prev_kv=before
+            key=prefix.encode(), range_end=_end(prefix), start_revision=start_revision, prev_kv=before
         )
         # The user may read this key. A serializable read needs no quorum, so it tests this member alone.
         probe = etcd_pb2.RangeRequest(key=prefix.encode(), keys_only=True, serializable=True)

@@ -29,8 +29,8 @@ def release(number: int) -> str:
 class Client(EtcdClient):
     """A client that reads snapshots in small pages."""
 
-    async def snapshot(self, prefix: str, page_keys: int = 3) -> Snapshot:
-        return await super().snapshot(prefix, page_keys)
+    async def snapshot(self, prefix: str, page_keys: int = 3, *, without: str = "") -> Snapshot:
+        return await super().snapshot(prefix, page_keys, without=without)
 
 
 class RecordingView(View):

@@ -1,10 +1,10 @@
-"""The operators' API of one etcd, in this process; and registries of it."""
+"""The operators' API of one etcd, in this process."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from registry.admin.writes import Writer
 from registry.etcd import Connection, EtcdClient
 from registry.mirror import Mirror
 from registry.view import View
-from tests.processes import Etcd
+from tests.processes import Etcd, cluster
 
 _numbers = itertools.count()
 
@@ -108,6 +108,16 @@ async def operating(etcd: Etcd, app: str, most: int = 100) -> AsyncIterator[Oper
             yield Operator(service, client, mirror, recorder, app)
         finally:
             await lifecycle.end(tasks)
+
+
+@pytest.fixture(scope="package")
+def shared_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
+    """An etcd for these tests, each with an app of its own. Their deletions must not alarm other registries."""
+    (member,) = cluster(tmp_path_factory.mktemp("etcd"), ["admin"])
+    member.start()
+    asyncio.run(member.ready())
+    yield member
+    member.kill()
 
 
 @pytest.fixture

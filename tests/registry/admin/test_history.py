@@ -1,0 +1,197 @@
+"""The history of the config, and the way back, against a real etcd."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from atserving.admin.v1 import admin_pb2
+from atserving.config import app_metadata_key, release_key
+from atserving.errors import FailedPrecondition, InvalidArgument, NotFound
+from registry.etcd import Connection, EtcdClient
+from tests.processes import Etcd
+from tests.registry.admin.conftest import CONTEXT, Operator, operating
+from tests.registry.admin.test_releases import PRODUCTION, app_of, delete, promote, split, two_versions
+
+KINDS = admin_pb2.Change
+
+
+async def roll_back(operator: Operator, **fields: Any) -> admin_pb2.App:
+    return await operator.service.rollback_app(admin_pb2.RollbackAppRequest(app=operator.app, **fields), CONTEXT)
+
+
+async def test_a_change_says_who_when_what_and_why(operator: Operator) -> None:
+    began_s = time.time()
+    await operator.publish("v1", phase=PRODUCTION)
+    await operator.register("v1")
+    await operator.publish("v2")
+    await operator.register("v2")
+    await promote(operator, "v2", exclusive=True, actor="ada@host", message="better on faces")
+    change = (await operator.history())[0]
+    assert (change.actor, change.actor_kind) == ("ada@host", KINDS.ACTOR_KIND_CLIENT)
+    assert (change.method, change.message, change.app) == ("PromoteRelease", "better on faces", operator.app)
+    assert began_s - 1 < change.time.ToMilliseconds() / 1000 < time.time() + 1
+    assert [each.key for each in change.keys] == [release_key(operator.app, "v1"), release_key(operator.app, "v2")]
+    assert '"phase":"production"' in change.keys[0].before
+    assert '"phase":"staging"' in change.keys[0].after
+
+
+async def test_changes_by_other_tools_are_in_it(operator: Operator) -> None:
+    key = app_metadata_key(operator.app)
+    await operator.etcdctl(key, '{"public": true}')
+    await operator.etcdctl(key, None)
+    gone, put = await operator.history()
+    assert gone.actor_kind == put.actor_kind == KINDS.ACTOR_KIND_ETCD
+    assert (gone.keys[0].before, gone.keys[0].HasField("after")) == ('{"public": true}', False)
+    assert (put.keys[0].HasField("before"), put.keys[0].after) == (False, '{"public": true}')
+
+
+async def test_instances_are_not_in_it(operator: Operator) -> None:
+    await operator.publish("v1")
+    await operator.register("v1")
+    await operator.deregister("v1")
+    assert [each.method for each in await operator.history()] == ["CreateRelease"]
+
+
+async def test_what_is_missed_by_all_registries_is_recorded_later(etcd: Etcd) -> None:
+    key = app_metadata_key("app")
+    async with operating(etcd, "app") as operator:
+        await operator.etcdctl(key, '{"public": true}')
+        assert len(await operator.history()) == 1
+    async with EtcdClient(Connection([etcd.address])) as client:
+        await client.put(key, '{"public": false}')
+        await client.delete(key)
+    async with operating(etcd, "app") as operator:
+        revision = await operator.client.put("/ava/serving/app/metadata/end", "{}")
+        await operator.recorder.reached(revision)
+        history = await operator.history()
+        assert [(each.keys[0].before, each.keys[0].after) for each in history] == [
+            ('{"public": false}', ""),
+            ('{"public": true}', '{"public": false}'),
+            ("", '{"public": true}'),
+        ]
+
+
+async def test_two_recorders_write_one_entry(operator: Operator, shared_etcd: Etcd) -> None:
+    async with operating(shared_etcd, operator.app) as other:
+        for number in range(20):
+            await operator.publish(f"v{number}")
+        revision = await other.client.put(app_metadata_key(operator.app), "{}")
+        await asyncio.gather(operator.recorder.reached(revision), other.recorder.reached(revision))
+        history = await operator.history()
+        assert await other.history() == history
+        assert len(history) == 21
+        assert len({each.revision for each in history}) == 21
+
+
+async def test_the_history_is_bounded(etcd: Etcd) -> None:
+    async with operating(etcd, "app", most=5) as operator:
+        for number in range(12):
+            await operator.publish(f"v{number}")
+        history = await operator.history()
+        assert [each.keys[0].key[-3:].strip("/") for each in history] == ["v11", "v10", "v9", "v8", "v7"]
+
+
+async def test_pages_go_back_in_time(operator: Operator) -> None:
+    for number in range(7):
+        await operator.publish(f"v{number}")
+    seen: list[str] = []
+    token = ""
+    while True:
+        request = admin_pb2.ListHistoryRequest(app=operator.app, page_size=3, page_token=token)
+        page = await operator.service.list_history(request, CONTEXT)
+        seen += [each.keys[0].key[-2:] for each in page.changes]
+        if not (token := page.next_page_token):
+            break
+    assert seen == [f"v{number}" for number in reversed(range(7))]
+    with pytest.raises(InvalidArgument, match="page_token"):
+        await operator.service.list_history(admin_pb2.ListHistoryRequest(app=operator.app, page_token="?"), CONTEXT)
+
+
+async def test_the_history_of_all_apps(operator: Operator) -> None:
+    await operator.publish("v1")
+    await operator.etcdctl("/ava/serving/worker/default", '{"max_concurrent": 65}')
+    await operator.etcdctl("/ava/serving/worker/default", None)
+    found = await operator.service.list_history(admin_pb2.ListHistoryRequest(app="-", page_size=3), CONTEXT)
+    assert [each.app for each in found.changes] == ["", "", operator.app]
+
+
+async def test_the_last_change_is_undone(operator: Operator) -> None:
+    await two_versions(operator)
+    await promote(operator, "v2", exclusive=True)
+    await roll_back(operator)
+    assert await operator.phases() == {"v1": "production", "v2": "staging"}
+    # To undo that is to promote again.
+    await roll_back(operator)
+    assert await operator.phases() == {"v1": "staging", "v2": "production"}
+    assert (await operator.history())[0].method == "RollbackApp"
+
+
+async def test_an_app_goes_back_to_before_a_named_change(operator: Operator) -> None:
+    await two_versions(operator)
+    app = await app_of(operator)
+    await split(operator, {"v1": 9, "v2": 1})
+    change = (await operator.history())[0]
+    await split(operator, {"v1": 5, "v2": 5})
+    await operator.etcdctl(app_metadata_key(operator.app), '{"public": true}')
+    await promote(operator, "v2", exclusive=True)
+    await roll_back(operator, revision=change.revision)
+    back = await app_of(operator)
+    assert list(back.shares) == list(app.shares)
+    assert await operator.client.get(app_metadata_key(operator.app)) is None
+    with pytest.raises(NotFound, match="no change 1 "):
+        await roll_back(operator, revision="1")
+    with pytest.raises(InvalidArgument, match="no revision"):
+        await roll_back(operator, revision="last")
+
+
+async def test_a_deleted_release_comes_back(operator: Operator) -> None:
+    await operator.publish("v1", weight=0.25)
+    before = await operator.client.get(release_key(operator.app, "v1"))
+    await delete(operator, "v1")
+    await roll_back(operator)
+    after = await operator.client.get(release_key(operator.app, "v1"))
+    assert before
+    assert after
+    assert after.value == before.value
+
+
+async def test_the_way_back_is_guarded(operator: Operator) -> None:
+    await two_versions(operator)
+    await promote(operator, "v2", exclusive=True)
+    await operator.deregister("v1")
+    with pytest.raises(FailedPrecondition, match="ready instance"):
+        await roll_back(operator)
+    await roll_back(operator, force=True)
+    assert await operator.phases() == {"v1": "production", "v2": "staging"}
+
+
+async def test_without_history_there_is_no_way_back(operator: Operator) -> None:
+    with pytest.raises(NotFound, match="no history"):
+        await roll_back(operator)
+
+
+async def test_large_values_are_left_out(operator: Operator) -> None:
+    await operator.etcdctl(release_key(operator.app, "v1"), '{"file": "file:///m.tar", "desc": "%s"}' % ("x" * 600_000))
+    change = (await operator.history())[0]
+    assert change.keys[0].omitted
+    assert not change.keys[0].HasField("after")
+    with pytest.raises(FailedPrecondition, match="too large"):
+        await roll_back(operator)
+
+
+async def test_compacted_changes_leave_a_mark(etcd: Etcd) -> None:
+    async with operating(etcd, "app") as operator:
+        await operator.publish("v1")
+    async with EtcdClient(Connection([etcd.address])) as client:
+        await client.put(release_key("app", "v2"), '{"file": "file:///m.tar"}')
+        etcd.ctl("compact", str(await client.put("/ava/serving/worker/default", "{}")))
+    async with operating(etcd, "app") as operator:
+        revision = await operator.client.put("/ava/serving/app/metadata/end", "{}")
+        async with asyncio.timeout(10):
+            await operator.recorder.reached(revision)
+        change = (await operator.history())[0]
+        assert (change.keys[0].key, change.keys[0].omitted) == (release_key("app", "v2"), True)
