@@ -235,6 +235,15 @@ class WorkerConfig(_Value, frozen=True, kw_only=True):
 DEFAULT_WORKER = WorkerConfig(timeout=timedelta(seconds=30), max_concurrent=64, delay4batch=timedelta(0))
 
 
+class InstancePlan(_Value, frozen=True, kw_only=True):
+    """How an instance runs its net; see :mod:`evaluator.worker.plan`."""
+
+    device: str
+    batch_size: int
+    engines: int
+    preparers: int = 0
+
+
 class Instance(_Value, frozen=True, kw_only=True):
     """One registered evaluator: ``/ava/serving/instance/<app>/<version>/<id>``, under a lease."""
 
@@ -247,6 +256,9 @@ class Instance(_Value, frozen=True, kw_only=True):
     capacity: Annotated[int, Meta(ge=1, le=1_000_000)]
     digest: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
     """The digest of the release that it has loaded. Empty: it comes from a time without digests."""
+    since: str = ""
+    """When it began to serve, in RFC 3339."""
+    plan: InstancePlan | None = None
 
     @property
     def key(self) -> str:

@@ -78,7 +78,11 @@ def phase_from(phase: int, field: str) -> Phase:
 
 def instance_from(message: registry_pb2.Instance) -> Instance:
     """Return the instance of a message. Raises InvalidArgument."""
-    fields = {name: getattr(message, name) for name in ("app", "version", "id", "address", "capacity", "digest")}
+    names = ("app", "version", "id", "address", "capacity", "digest", "since")
+    fields: dict[str, Any] = {name: getattr(message, name) for name in names}
+    if message.HasField("plan"):
+        plan = message.plan
+        fields["plan"] = {name: getattr(plan, name) for name in ("device", "batch_size", "engines", "preparers")}
     try:
         return validate(Instance, fields)
     except MalformedConfig as error:
@@ -87,7 +91,9 @@ def instance_from(message: registry_pb2.Instance) -> Instance:
 
 def instance_to(instance: Instance) -> registry_pb2.Instance:
     """Return the instance as a message of the API."""
-    return registry_pb2.Instance(**msgspec.structs.asdict(instance))
+    fields = {name: value for name, value in msgspec.structs.asdict(instance).items() if name != "plan"}
+    plan = registry_pb2.InstancePlan(**msgspec.structs.asdict(instance.plan)) if instance.plan else None
+    return registry_pb2.Instance(**fields, plan=plan)
 
 
 def release_status(release: Release, instances: Sequence[Instance]) -> registry_pb2.ReleaseStatus:

@@ -40,6 +40,11 @@ class EvaluatorServiceStub:
                 request_serializer=atserving_dot_v1_dot_evaluator__pb2.InferRequest.SerializeToString,
                 response_deserializer=atserving_dot_v1_dot_evaluator__pb2.InferResponse.FromString,
                 _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/atserving.v1.EvaluatorService/GetLoad',
+                request_serializer=atserving_dot_v1_dot_evaluator__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=atserving_dot_v1_dot_evaluator__pb2.Load.FromString,
+                _registered_method=True)
 
 
 class EvaluatorServiceServicer:
@@ -54,6 +59,13 @@ class EvaluatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLoad(self, request, context):
+        """Returns what the instance does now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EvaluatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -61,6 +73,11 @@ def add_EvaluatorServiceServicer_to_server(servicer, server):
                     servicer.Infer,
                     request_deserializer=atserving_dot_v1_dot_evaluator__pb2.InferRequest.FromString,
                     response_serializer=atserving_dot_v1_dot_evaluator__pb2.InferResponse.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=atserving_dot_v1_dot_evaluator__pb2.GetLoadRequest.FromString,
+                    response_serializer=atserving_dot_v1_dot_evaluator__pb2.Load.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +108,33 @@ class EvaluatorService:
             '/atserving.v1.EvaluatorService/Infer',
             atserving_dot_v1_dot_evaluator__pb2.InferRequest.SerializeToString,
             atserving_dot_v1_dot_evaluator__pb2.InferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atserving.v1.EvaluatorService/GetLoad',
+            atserving_dot_v1_dot_evaluator__pb2.GetLoadRequest.SerializeToString,
+            atserving_dot_v1_dot_evaluator__pb2.Load.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,8 @@ class EvaluatorServiceStub:
     """Evaluates a request. The response carries its failure, too; the status of the call reports only transport failures.
     The metadata may have x-reqid and traceparent.
     """
+    GetLoad: _grpc.UnaryUnaryMultiCallable[_evaluator_pb2.GetLoadRequest, _evaluator_pb2.Load]
+    """Returns what the instance does now."""
 
 @_typing.type_check_only
 class EvaluatorServiceAsyncStub(EvaluatorServiceStub):
@@ -50,6 +52,8 @@ class EvaluatorServiceAsyncStub(EvaluatorServiceStub):
     """Evaluates a request. The response carries its failure, too; the status of the call reports only transport failures.
     The metadata may have x-reqid and traceparent.
     """
+    GetLoad: _aio.UnaryUnaryMultiCallable[_evaluator_pb2.GetLoadRequest, _evaluator_pb2.Load]  # type: ignore[assignment]
+    """Returns what the instance does now."""
 
 class EvaluatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """One instance: one release of one app, loaded and warm."""
@@ -63,5 +67,13 @@ class EvaluatorServiceServicer(metaclass=_abc_1.ABCMeta):
         """Evaluates a request. The response carries its failure, too; the status of the call reports only transport failures.
         The metadata may have x-reqid and traceparent.
         """
+
+    @_abc_1.abstractmethod
+    def GetLoad(
+        self,
+        request: _evaluator_pb2.GetLoadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_evaluator_pb2.Load, _abc.Awaitable[_evaluator_pb2.Load]]:
+        """Returns what the instance does now."""
 
 def add_EvaluatorServiceServicer_to_server(servicer: EvaluatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -219,6 +219,8 @@ class Instance(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     CAPACITY_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
     app: _builtins.str
     """The app it serves."""
     version: _builtins.str
@@ -231,6 +233,12 @@ class Instance(_message.Message):
     """The limit of requests in flight, running and queued."""
     digest: _builtins.str
     """The digest of the release's content that it has loaded (Release.digest in atserving/config.py); empty: unknown."""
+    since: _builtins.str
+    """When it began to serve, in RFC 3339."""
+    @_builtins.property
+    def plan(self) -> Global___InstancePlan:
+        """How it runs its net."""
+
     def __init__(
         self,
         *,
@@ -240,14 +248,48 @@ class Instance(_message.Message):
         address: _builtins.str = ...,
         capacity: _builtins.int = ...,
         digest: _builtins.str = ...,
+        since: _builtins.str = ...,
+        plan: Global___InstancePlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "app", b"app", "capacity", b"capacity", "digest", b"digest", "id", b"id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "app", b"app", "capacity", b"capacity", "digest", b"digest", "id", b"id", "plan", b"plan", "since", b"since", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Instance: _TypeAlias = Instance  # noqa: Y015
+
+@_typing.final
+class InstancePlan(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    ENGINES_FIELD_NUMBER: _builtins.int
+    PREPARERS_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """`CPU`, `GPU` or `GPU:<index>`."""
+    batch_size: _builtins.int
+    """The largest batch."""
+    engines: _builtins.int
+    """How many batches run at a time."""
+    preparers: _builtins.int
+    """Threads that only prepare requests."""
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        batch_size: _builtins.int = ...,
+        engines: _builtins.int = ...,
+        preparers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "device", b"device", "engines", b"engines", "preparers", b"preparers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InstancePlan: _TypeAlias = InstancePlan  # noqa: Y015
 
 @_typing.final
 class Release(_message.Message):

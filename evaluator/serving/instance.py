@@ -7,6 +7,7 @@ import secrets
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -158,7 +159,7 @@ class _Life:
             ResourceFetcher(config.limits.max_bytes, policy, settings.qiniu) as fetcher,
             _background(worker.run()) as working,
         ):
-            pipeline = self._service.pipeline = Pipeline(
+            pipeline = Pipeline(
                 settings.app,
                 settings.version,
                 config,
@@ -168,7 +169,8 @@ class _Life:
                 metrics=metrics,
                 held=self._held,
             )
-            instance = await asyncio.to_thread(_instance, settings, port, self._digest)
+            instance = await asyncio.to_thread(_instance, settings, port, self._digest, _plan(config, worker))
+            self._service.serve(instance.id, pipeline, lambda: worker.is_away)
             self._links.serve(instance, pipeline, built_in=not config.script)
             registration = Registration(
                 settings.registries, lambda: msgspec.structs.replace(instance, capacity=capacity.limit)
@@ -239,11 +241,23 @@ def _check_held(config: NetConfig, max_held_bytes: int) -> None:
         )
 
 
-def _instance(settings: InstanceSettings, port: int, digest: str) -> Instance:
+def _plan(config: NetConfig, worker: WorkerSupervisor) -> dict[str, Any]:
+    plan = worker.plan
+    return {
+        "device": config.use_device,
+        "batch_size": plan.batch_size,
+        "engines": plan.engines,
+        "preparers": plan.preparers,
+    }
+
+
+def _instance(settings: InstanceSettings, port: int, digest: str, plan: dict[str, Any]) -> Instance:
     address = advertised_address(settings.advertise, settings.listen, port, settings.registries[0])
     names = {"app": settings.app, "version": settings.version, "id": secrets.token_hex(8)}
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    known = {"capacity": 1, "digest": digest, "since": since, "plan": plan}
     try:
-        return validate(Instance, {**names, "address": address, "capacity": 1, "digest": digest})
+        return validate(Instance, {**names, "address": address, **known})
     except MalformedConfig as error:
         raise StartError(f"gates can't use this address, see --advertise: {error}") from None
 

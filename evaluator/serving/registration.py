@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import grpc.aio
+import msgspec
 import structlog
 
 from atserving import transport
@@ -115,4 +116,6 @@ def _proto(instance: Instance) -> registry_pb2.Instance:
         address=instance.address,
         capacity=instance.capacity,
         digest=instance.digest,
+        since=instance.since,
+        plan=registry_pb2.InstancePlan(**msgspec.structs.asdict(instance.plan)) if instance.plan else None,
     )

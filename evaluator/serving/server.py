@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from grpc import StatusCode
 
@@ -19,10 +20,30 @@ class EvaluatorService:
 
     def __init__(self) -> None:
         self.pipeline: Pipeline | None = None
+        self._id = ""
+        self._is_away: Callable[[], bool] = lambda: False
+
+    def serve(self, id_: str, pipeline: Pipeline, is_away: Callable[[], bool]) -> None:
+        """Answer calls by a pipeline. ``is_away`` tells whether the worker serves."""
+        self.pipeline, self._id, self._is_away = pipeline, id_, is_away
 
     def register(self, server: Server) -> None:
         """Answer the service's calls on a server."""
         server.unary("/atserving.v1.EvaluatorService/Infer", self._infer)
+        server.unary("/atserving.v1.EvaluatorService/GetLoad", self._load)
+
+    def _load(self, call: Call) -> None:
+        try:
+            wanted = parsed(evaluator_pb2.GetLoadRequest(), call.message).id
+        except GrpcError as error:
+            call.abort(error.status, str(error))
+            return
+        if self.pipeline is None or wanted not in ("", self._id):
+            call.abort(StatusCode.NOT_FOUND, f"this is not instance {wanted[:80]!r}")
+            return
+        capacity = self.pipeline.capacity
+        load = evaluator_pb2.Load(in_flight=capacity.in_flight, fetching=capacity.fetching, away=self._is_away())
+        call.finish(load.SerializeToString())
 
     def _infer(self, call: Call) -> None:
         if self.pipeline is None:

@@ -179,6 +179,11 @@ class WorkerSupervisor:
         """The process's id; None while there is no process."""
         return self._process.pid if self._process else None
 
+    @property
+    def is_away(self) -> bool:
+        """Whether the process is dead or stands still."""
+        return self._away
+
     def cancel(self, one: SupervisedCall) -> None:
         """Take a call back if it has not started; its taker hears no more of it."""
         if one.taker is None or one.id not in self._calls:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import msgspec
 import orjson
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
@@ -192,6 +193,7 @@ def merged_worker(defaults: AppState, state: AppState, version: str) -> admin_pb
 def instance_to(state: AppState, instance: Instance) -> admin_pb2.InstanceStatus:
     """Return an instance as a message."""
     release = state.releases.get(instance.version)
+    plan = admin_pb2.InstanceStatus.Plan(**msgspec.structs.asdict(instance.plan)) if instance.plan else None
     return admin_pb2.InstanceStatus(
         app=instance.app,
         version=instance.version,
@@ -200,6 +202,8 @@ def instance_to(state: AppState, instance: Instance) -> admin_pb2.InstanceStatus
         capacity=instance.capacity,
         digest=instance.digest,
         outdated=release is None or not instance.serves(release),
+        since=_timestamp(instance.since),
+        plan=plan,
     )
 
 

@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from atserving.admin.v1 import admin_pb2
 from atserving.config import Instance, MalformedConfig, Release, app_of, validate
 from atserving.errors import InvalidArgument, NotFound, Unavailable
-from registry.admin import edits, messages, paging
+from registry.admin import edits, load, messages, paging
 from registry.admin.history import NO_APP, History
 from registry.admin.state import AppState, access_key, worker_key
 from registry.admin.watching import changed_objects
@@ -299,9 +299,10 @@ class AdminService:
                 for each in instances
             ]
         found, token = paging.page(wanted, lambda each: each[1].key, request.page_size, request.page_token)
-        return admin_pb2.ListInstancesResponse(
-            instances=[messages.instance_to(state, instance) for state, instance in found], next_page_token=token
-        )
+        statuses = [messages.instance_to(state, instance) for state, instance in found]
+        if request.load:
+            await load.ask(statuses)
+        return admin_pb2.ListInstancesResponse(instances=statuses, next_page_token=token)
 
     async def list_history(self, request: admin_pb2.ListHistoryRequest, _: Context) -> admin_pb2.ListHistoryResponse:
         app = request.app if request.app == NO_APP else messages.name_from(request.app, "app")

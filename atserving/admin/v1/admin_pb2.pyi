@@ -553,43 +553,58 @@ class InstanceStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
-    class Report(_message.Message):
+    class Plan(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
-        IN_FLIGHT_FIELD_NUMBER: _builtins.int
-        FETCHING_FIELD_NUMBER: _builtins.int
-        STARTED_AT_FIELD_NUMBER: _builtins.int
         DEVICE_FIELD_NUMBER: _builtins.int
         BATCH_SIZE_FIELD_NUMBER: _builtins.int
         ENGINES_FIELD_NUMBER: _builtins.int
         PREPARERS_FIELD_NUMBER: _builtins.int
+        device: _builtins.str
+        """`CPU`, `GPU` or `GPU:<index>`."""
+        batch_size: _builtins.int
+        """The largest batch."""
+        engines: _builtins.int
+        """How many batches run at a time."""
+        preparers: _builtins.int
+        """Threads that only prepare requests."""
+        def __init__(
+            self,
+            *,
+            device: _builtins.str = ...,
+            batch_size: _builtins.int = ...,
+            engines: _builtins.int = ...,
+            preparers: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "device", b"device", "engines", b"engines", "preparers", b"preparers"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Load(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        IN_FLIGHT_FIELD_NUMBER: _builtins.int
+        FETCHING_FIELD_NUMBER: _builtins.int
         AWAY_FIELD_NUMBER: _builtins.int
         in_flight: _builtins.int
-        """Requests in flight, and those whose resources are being fetched."""
+        """Requests in flight, running and queued."""
         fetching: _builtins.int
-        device: _builtins.str
-        batch_size: _builtins.int
-        engines: _builtins.int
-        preparers: _builtins.int
+        """Requests whose resources are being fetched."""
         away: _builtins.bool
-        """Its worker process is dead or stands still, so gates ask others."""
-        @_builtins.property
-        def started_at(self) -> _timestamp_pb2.Timestamp: ...
+        """The worker process is dead or stands still, so gates ask others."""
         def __init__(
             self,
             *,
             in_flight: _builtins.int = ...,
             fetching: _builtins.int = ...,
-            started_at: _timestamp_pb2.Timestamp | None = ...,
-            device: _builtins.str = ...,
-            batch_size: _builtins.int = ...,
-            engines: _builtins.int = ...,
-            preparers: _builtins.int = ...,
             away: _builtins.bool = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["started_at", b"started_at"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["away", b"away", "batch_size", b"batch_size", "device", b"device", "engines", b"engines", "fetching", b"fetching", "in_flight", b"in_flight", "preparers", b"preparers", "started_at", b"started_at"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["away", b"away", "fetching", b"fetching", "in_flight", b"in_flight"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -600,8 +615,9 @@ class InstanceStatus(_message.Message):
     CAPACITY_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     OUTDATED_FIELD_NUMBER: _builtins.int
-    REGISTERED_AT_FIELD_NUMBER: _builtins.int
-    REPORT_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     UNREACHABLE_FIELD_NUMBER: _builtins.int
     app: _builtins.str
     version: _builtins.str
@@ -615,14 +631,18 @@ class InstanceStatus(_message.Message):
     outdated: _builtins.bool
     """It has other content than its release has now, so gates do not use it."""
     unreachable: _builtins.str
-    """Why there is no report."""
+    """Why there is no load."""
     @_builtins.property
-    def registered_at(self) -> _timestamp_pb2.Timestamp:
-        """Since when it is registered."""
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """Since when it serves."""
 
     @_builtins.property
-    def report(self) -> Global___InstanceStatus.Report:
-        """What the instance says of itself; absent unless the request asks for it, and if it does not answer."""
+    def plan(self) -> Global___InstanceStatus.Plan:
+        """How it runs its net; absent if it does not tell."""
+
+    @_builtins.property
+    def load(self) -> Global___InstanceStatus.Load:
+        """What it does now; absent unless the request asks for it, and if the instance does not answer."""
 
     def __init__(
         self,
@@ -634,13 +654,14 @@ class InstanceStatus(_message.Message):
         capacity: _builtins.int = ...,
         digest: _builtins.str = ...,
         outdated: _builtins.bool = ...,
-        registered_at: _timestamp_pb2.Timestamp | None = ...,
-        report: Global___InstanceStatus.Report | None = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        plan: Global___InstanceStatus.Plan | None = ...,
+        load: Global___InstanceStatus.Load | None = ...,
         unreachable: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["registered_at", b"registered_at", "report", b"report"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "plan", b"plan", "since", b"since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "app", b"app", "capacity", b"capacity", "digest", b"digest", "id", b"id", "outdated", b"outdated", "registered_at", b"registered_at", "report", b"report", "unreachable", b"unreachable", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "app", b"app", "capacity", b"capacity", "digest", b"digest", "id", b"id", "load", b"load", "outdated", b"outdated", "plan", b"plan", "since", b"since", "unreachable", b"unreachable", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1545,14 +1566,14 @@ class ListInstancesRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
-    REPORTS_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     app: _builtins.str
     page_size: _builtins.int
     page_token: _builtins.str
     version: _builtins.str
     """Only this version or alias."""
-    reports: _builtins.bool
-    """Ask each instance for a report."""
+    load: _builtins.bool
+    """Ask each instance of the page for its load."""
     def __init__(
         self,
         *,
@@ -1560,11 +1581,11 @@ class ListInstancesRequest(_message.Message):
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         version: _builtins.str = ...,
-        reports: _builtins.bool = ...,
+        load: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "page_size", b"page_size", "page_token", b"page_token", "reports", b"reports", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "load", b"load", "page_size", b"page_size", "page_token", b"page_token", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

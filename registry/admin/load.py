@@ -1,0 +1,31 @@
+"""Asks instances for their load."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import grpc.aio
+
+from atserving import transport
+from atserving.admin.v1 import admin_pb2
+from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
+
+# A page is answered within a second, however many instances are gone.
+_ASK_S = 1.0
+
+
+async def ask(statuses: Iterable[admin_pb2.InstanceStatus]) -> None:
+    """Fill in the load of instances, or why there is none."""
+    await asyncio.gather(*map(_ask, statuses))
+
+
+async def _ask(status: admin_pb2.InstanceStatus) -> None:
+    async with transport.channel(status.address) as channel:
+        stub = evaluator_pb2_grpc.EvaluatorServiceStub(channel)
+        try:
+            load = await stub.GetLoad(evaluator_pb2.GetLoadRequest(id=status.id), timeout=_ASK_S)
+        except grpc.aio.AioRpcError as error:
+            status.unreachable = error.details() or error.code().name
+            return
+    status.load.in_flight, status.load.fetching, status.load.away = load.in_flight, load.fetching, load.away
