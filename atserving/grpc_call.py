@@ -89,6 +89,11 @@ class Call:
         message, self.parts = self.message, []
         return message
 
+    @property
+    def headers(self) -> Headers:
+        """The headers of the request."""
+        return self._stream.headers
+
     def header(self, name: str) -> str | None:
         """Return a header, or None if it is missing or no ASCII."""
         value = self._stream.headers.get(name)
@@ -201,11 +206,12 @@ class Call:
 
 
 class GrpcError(Exception):
-    """A call fails before its handler sees it."""
+    """A call fails, with a status and trailing metadata."""
 
-    def __init__(self, status: StatusCode, message: str) -> None:
+    def __init__(self, status: StatusCode, message: str, trailing: Iterable[tuple[str, str]] = ()) -> None:
         super().__init__(message)
         self.status = status
+        self.trailing = trailing
 
 
 def refuse(call: Call) -> None:

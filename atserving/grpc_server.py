@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from atserving import http2
 from atserving.grpc_call import Call, GrpcError, Unary, failure, parsed, refuse
-from atserving.grpc_stream import Streaming, StreamingCall
+from atserving.grpc_stream import MOST_UNSENT, Handler, Streaming, StreamingCall
 from atserving.held import HeldBytes
 from atserving.http2_stream import Headers, Receiver, Stream
 from atserving.sockets import listening_socket
@@ -71,11 +71,11 @@ class Server:
         self._changed = asyncio.Event()
         health = health_pb2.DESCRIPTOR.services_by_name["Health"]
         self.unary(f"/{health.full_name}/Check", self._check)
-        self._streaming[f"/{health.full_name}/Watch"] = self._watch
+        self.stream(f"/{health.full_name}/Watch", self._watch)
         shown = [*services, health, reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]]
         names = [service.full_name for service in shown]
         self._reflection = ReflectionServicer(names, pool=_pool([service.file for service in shown]))
-        self._streaming[f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"] = self._reflect
+        self.stream(f"/{reflection.SERVICE_NAME}/ServerReflectionInfo", self._reflect)
 
     def unary(self, path: str, handler: Callable[[Call], None], full: Callable[[Call], None] = refuse) -> None:
         """Let ``handler`` answer the calls of a path, ``/<service>/<method>``, at once or later.
@@ -83,6 +83,10 @@ class Server:
         ``full`` refuses a call whose request or answer does not fit into what the server may hold.
         """
         self._unary[path] = Unary(handler, full)
+
+    def stream(self, path: str, handler: Handler, most_unsent: int = MOST_UNSENT) -> None:
+        """Let ``handler`` answer the streaming calls of a path, each in a task of its own."""
+        self._streaming[path] = Streaming(handler, most_unsent)
 
     async def start(self, listen: str) -> int:
         """Listen on ``host:port`` (port 0: any free port) and return the port. Raises StartError."""
@@ -158,7 +162,7 @@ class Server:
         except GrpcError as error:
             call.abort(error.status, str(error))
 
-    async def _watch(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _watch(self, messages: AsyncIterator[bytes], _: Headers) -> AsyncIterator[bytes]:
         async for message in messages:
             service = parsed(health_pb2.HealthCheckRequest(), message).service
             last: bytes | None = None
@@ -175,7 +179,7 @@ class Server:
                     return
                 await changed.wait()
 
-    async def _reflect(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _reflect(self, messages: AsyncIterator[bytes], _: Headers) -> AsyncIterator[bytes]:
         async def requests() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
             async for message in messages:
                 yield parsed(reflection_pb2.ServerReflectionRequest(), message)

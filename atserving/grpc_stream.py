@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 import structlog
 from grpc import StatusCode
@@ -13,19 +14,37 @@ from atserving.http2_stream import Headers, Stream
 
 log = structlog.get_logger()
 
-# A call waits while its peer has not taken so many messages.
-_MOST_UNSENT = 64
+MOST_UNSENT = 64
+"""A call waits while its peer has not taken so many messages."""
 
-Streaming = Callable[[AsyncIterator[bytes]], AsyncIterator[bytes]]
-"""Answers the messages of a call by messages. Raises GrpcError."""
+Handler = Callable[[AsyncIterator[bytes], Headers], AsyncIterator[bytes]]
+"""Answers the messages of a call, which has headers, by messages. Raises GrpcError."""
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """A streaming method: what answers its calls, and how many messages of a call wait for its peer."""
+
+    handler: Handler
+    most_unsent: int = MOST_UNSENT
+
+
+class HttpError(GrpcError):
+    """A call that came as HTTP fails before its first message."""
+
+    def __init__(self, status: StatusCode, message: str, http_status: int, headers: Headers, body: bytes) -> None:
+        super().__init__(status, message)
+        self.http_status = http_status
+        self.headers = headers
+        self.body = body
 
 
 class StreamingCall:
     """A streaming call, which runs in a task."""
 
-    def __init__(self, stream: Stream, handler: Streaming, most: int) -> None:
+    def __init__(self, stream: Stream, method: Streaming, most: int) -> None:
         self._stream = stream
-        self._handler = handler
+        self._method = method
         self._most = most
         self._data = bytearray()
         self._started = False
@@ -69,10 +88,10 @@ class StreamingCall:
 
     async def _run(self) -> None:
         try:
-            async for message in self._handler(self._requests()):
+            async for message in self._method.handler(self._requests(), self._stream.headers):
                 self._start()
                 self._stream.send(HEAD.pack(0, len(message)) + message)
-                while self._stream.unsent > _MOST_UNSENT:
+                while self._stream.unsent > self._method.most_unsent:
                     self._sent.clear()
                     await self._sent.wait()
         except GrpcError as error:
@@ -90,7 +109,10 @@ class StreamingCall:
             self._stream.start(200, Headers([("content-type", "application/grpc")]))
 
     def _end(self, error: GrpcError) -> None:
-        trailers = failure(error.status, str(error), with_type=not self._started)
+        if isinstance(error, HttpError) and not self._started:
+            self._stream.respond(error.http_status, error.headers, error.body)
+            return
+        trailers = failure(error.status, str(error), error.trailing, with_type=not self._started)
         if self._started:
             self._stream.end(trailers)
         else:

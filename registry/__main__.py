@@ -11,21 +11,27 @@ from pathlib import Path
 import click
 import structlog
 
-from atserving import lifecycle, telemetry, transport
+from atserving import lifecycle, rpc, telemetry
+from atserving.admin.v1 import admin_pb2
 from atserving.cli import service
 from atserving.config import parse_duration
 from atserving.errors import StartError
-from atserving.v1 import registry_pb2, registry_pb2_grpc
+from atserving.grpc_server import Server
+from atserving.v1 import registry_pb2
+from registry.admin.history import History, Recorder
+from registry.admin.service import AdminService
+from registry.admin.writes import Writer
 from registry.etcd import Connection, EtcdClient, Tls, User
 from registry.instances import Instances
 from registry.mirror import Mirror
 from registry.releases import Releases
-from registry.server import RegistryServicer, ReleaseServicer
+from registry.server import RegistryServicer, ReleaseServicer, translate
 from registry.view import View
 
 log = structlog.get_logger()
 
 _GRACE_S = 5.0
+_MOST_REQUEST_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,13 @@ class RegistrySettings:
 
     etcd: list[str]
     listen: str
-    listen_releases: str | None
+    listen_operators: str | None
     tls: Tls | None
     user: User | None = field(repr=False)
     lease_ttl_s: int
     hold_s: float
+    history_entries: int
+    history_s: float
 
 
 class _LeaseTtl(click.ParamType[int]):
@@ -62,35 +70,42 @@ async def serve(settings: RegistrySettings) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartError."""
     stop = lifecycle.stop_signal()
     services = registry_pb2.DESCRIPTOR.services_by_name
-    two_ports = bool(settings.listen_releases)
-    server = transport.Server([services["RegistryService"]] if two_ports else services.values())
-    release_server = transport.Server([services["ReleaseService"]]) if two_ports else server
-    servers = [server, release_server] if two_ports else [server]
+    following = [services["RegistryService"]]
+    operating = [admin_pb2.DESCRIPTOR.services_by_name["AdminService"], services["ReleaseService"]]
+    two_ports = bool(settings.listen_operators)
+    server = Server(following if two_ports else [*following, *operating], _MOST_REQUEST_BYTES)
+    operators = Server(operating, _MOST_REQUEST_BYTES) if two_ports else server
+    servers = [server, operators] if two_ports else [server]
     connection = Connection(settings.etcd, tls=settings.tls, user=settings.user)
     async with EtcdClient(connection) as client:
         view = View(hold_s=settings.hold_s)
         mirror = Mirror(client, view)
+        recorder = Recorder(client, settings.history_entries, settings.history_s)
+        admin = AdminService(mirror, Writer(client, mirror, recorder), History(client))
         registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s))
-        releases = ReleaseServicer(mirror, Releases(client))
-        registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server.grpc)
-        registry_pb2_grpc.add_ReleaseServiceServicer_to_server(releases, release_server.grpc)
+        rpc.serve(server, services["RegistryService"], registry, translate)
+        rpc.serve(operators, operating[0], admin, translate)
+        rpc.serve(operators, operating[1], ReleaseServicer(mirror, Releases(client)), translate)
         ports = await _start(servers, settings)
-        log.info("service starting", listen=settings.listen, port=ports[0], releases_port=ports[-1], etcd=settings.etcd)
+        log.info(
+            "service starting", listen=settings.listen, port=ports[0], operators_port=ports[-1], etcd=settings.etcd
+        )
         mirroring = asyncio.create_task(mirror.run())
+        recording = asyncio.create_task(recorder.run())
         try:
-            if await lifecycle.unless_stopped(view.synced.wait(), stop, mirroring):
+            if await lifecycle.unless_stopped(view.synced.wait(), stop, mirroring, recording):
                 await _set_serving(servers, True)
-                log.info("service ready", port=ports[0], releases_port=ports[-1])
-                await lifecycle.until_stopped(stop, mirroring)
+                log.info("service ready", port=ports[0], operators_port=ports[-1])
+                await lifecycle.until_stopped(stop, mirroring, recording)
         finally:
             await _drain(servers, view)
-            await lifecycle.end([mirroring])
+            await lifecycle.end([mirroring, recording])
     log.info("service stopped")
 
 
-async def _start(servers: list[transport.Server], settings: RegistrySettings) -> list[int]:
+async def _start(servers: list[Server], settings: RegistrySettings) -> list[int]:
     """Start the servers and return their ports. Raises StartError."""
-    listens = [settings.listen, settings.listen_releases or ""]
+    listens = [settings.listen, settings.listen_operators or ""]
     try:
         return [await each.start(listen) for each, listen in zip(servers, listens, strict=False)]
     except StartError:
@@ -98,12 +113,12 @@ async def _start(servers: list[transport.Server], settings: RegistrySettings) ->
         raise
 
 
-async def _set_serving(servers: list[transport.Server], serving: bool) -> None:
+async def _set_serving(servers: list[Server], serving: bool) -> None:
     for each in servers:
         await each.set_serving(serving)
 
 
-async def _drain(servers: list[transport.Server], view: View) -> None:
+async def _drain(servers: list[Server], view: View) -> None:
     """Send the followers to another registry, and let the calls in flight finish."""
     log.info("service draining", in_flight=len(view.subscriptions))
     await _set_serving(servers, False)
@@ -139,9 +154,9 @@ _file = click.Path(path_type=Path)
 @service.addresses_option("--etcd", required=True, help="The members of one etcd cluster.")
 @service.listen_option("0.0.0.0:50053")
 @click.option(
-    "--listen-releases",
+    "--listen-operators",
     metavar="HOST:PORT",
-    help="Address of the ReleaseService, the API for publishing; default: the address of --listen.",
+    help="Address of the API for operators and their tools; default: the address of --listen.",
 )
 @click.option("--etcd-ca", type=_file, metavar="FILE", help="CA certificates to trust for etcd (PEM); enables TLS.")
 @click.option("--etcd-cert", type=_file, metavar="FILE", help="Client certificate for etcd (PEM); enables TLS.")
@@ -156,22 +171,38 @@ _file = click.Path(path_type=Path)
     metavar="DURATION",
     help="Time after which an instance without heartbeats is deregistered: seconds, or a duration such as 1m.",
 )
+@click.option(
+    "--history-entries",
+    type=click.IntRange(1, 10_000),
+    default=200,
+    show_default=True,
+    help="How many changes of an app the history keeps.",
+)
+@click.option(
+    "--history-days",
+    type=click.IntRange(1, 3650),
+    default=365,
+    show_default=True,
+    help="How many days it keeps a change.",
+)
 @service.hold_option
 @service.log_level_option
 def main(
     etcd: list[str],
     listen: str,
-    listen_releases: str | None,
+    listen_operators: str | None,
     etcd_ca: Path | None,
     etcd_cert: Path | None,
     etcd_key: Path | None,
     etcd_user: str | None,
     etcd_password: str | None,
     lease_ttl: int,
+    history_entries: int,
+    history_days: int,
     hold_deletions: float,
     log_level: str,
 ) -> None:
-    """Mirror the release config and the instances from etcd, serve them, and publish releases.
+    """Mirror the release config and the instances from etcd, serve them, and change the config for operators.
 
     You can run any number of registries side by side. A registry starts without etcd and becomes ready after its first
     snapshot. During an outage of etcd it serves the last known config.
@@ -179,11 +210,13 @@ def main(
     settings = RegistrySettings(
         etcd=etcd,
         listen=listen,
-        listen_releases=listen_releases,
+        listen_operators=listen_operators,
         tls=_tls(etcd_ca, etcd_cert, etcd_key),
         user=_user(etcd_user, etcd_password),
         lease_ttl_s=lease_ttl,
         hold_s=hold_deletions,
+        history_entries=history_entries,
+        history_s=history_days * 86400,
     )
     telemetry.configure_logging("registry", log_level)
     lifecycle.run(serve(settings))

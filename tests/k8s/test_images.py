@@ -82,7 +82,7 @@ def test_an_image_listens_on_the_ports_that_it_exposes_and_the_manifests_declare
     for flag, port in PORTS[component].items():
         address = value_of(alone, component, flag)
         # A registry publishes releases on the port of its other calls unless a flag separates them.
-        assert address == f"0.0.0.0:{declared.number(port)}" or (flag, address) == ("listen-releases", None)
+        assert address == f"0.0.0.0:{declared.number(port)}" or (flag, address) == ("listen-operators", None)
 
 
 @each_image

@@ -133,7 +133,7 @@ def test_a_wrong_flag_is_reported_in_one_line(run: Callable[..., Ended], flags: 
     assert refused.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags", [["--listen"], ["--listen", "127.0.0.1:0", "--listen-releases"]])
+@pytest.mark.parametrize("flags", [["--listen"], ["--listen", "127.0.0.1:0", "--listen-operators"]])
 def test_a_port_in_use_is_reported_in_one_line(flags: list[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -339,7 +339,7 @@ async def test_the_release_service_can_have_a_port_of_its_own(
     tmp_path: Path, shared_etcd: Etcd, processes: Start, app: str
 ) -> None:
     (port,) = free_ports(1)
-    registry = Registry(tmp_path, [shared_etcd.address], "--listen-releases", f"127.0.0.1:{port}")
+    registry = Registry(tmp_path, [shared_etcd.address], "--listen-operators", f"127.0.0.1:{port}")
     processes(registry)
     await until_async(lambda: serving(registry.address))
     request = registry_pb2.ListReleasesRequest(app=app)

@@ -10,7 +10,7 @@ from .model import Container, Manifests, at, list_at, title
 
 PORTS = {
     "gate": {"listen": "grpc"},
-    "registry": {"listen": "grpc", "listen-releases": "releases"},
+    "registry": {"listen": "grpc", "listen-operators": "operators"},
     "evaluator": {"listen": "grpc", "http": "http"},
     "etcd": {"listen-client-urls": "client", "listen-peer-urls": "peer", "listen-metrics-urls": "metrics"},
 }

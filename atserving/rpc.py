@@ -1,0 +1,195 @@
+"""Serves the typed methods of a service: their requests, errors and deadlines, over gRPC, and over REST by Envoy.
+
+Envoy transcodes a REST call to gRPC, and passes on a response that is none: so the errors of such a call are JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import orjson
+import structlog
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+from google.rpc import error_details_pb2, status_pb2
+
+from atserving.errors import DeadlineExceeded, Internal, InvalidArgument, ServingError
+from atserving.grpc_call import Call, GrpcError
+from atserving.grpc_server import Server
+from atserving.grpc_status import grpc_status
+from atserving.grpc_stream import HttpError
+from atserving.http2_stream import Headers
+
+log = structlog.get_logger()
+
+REST_HEADER = "x-atserving-rest"
+"""Envoy sets it on the calls that it transcodes, and removes it from all others."""
+
+_JSON = ("content-type", "application/json")
+# Clients take few kilobytes of headers.
+_MOST_FIELDS, _MOST_CHARS = 20, 200
+# Of a stream, this many messages wait for their reader.
+_MOST_UNSENT = 1
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known of a call beside its request."""
+
+    headers: Headers
+    deadline: float | None = None
+    """The caller's deadline in seconds of time.monotonic()."""
+
+    def header(self, name: str) -> str | None:
+        """Return a header, or None if it is missing or no ASCII."""
+        value = self.headers.get(name)
+        return value.decode() if value is not None and value.isascii() else None
+
+    @property
+    def is_rest(self) -> bool:
+        """Whether the caller has used REST."""
+        return REST_HEADER in self.headers
+
+
+Translate = Callable[[Exception], ServingError | None]
+"""Returns what an exception means to a caller; None: it is unexpected."""
+
+
+def serve(server: Server, service: ServiceDescriptor, servicer: object, translate: Translate = lambda _: None) -> None:
+    """Answer the calls of a service by a servicer, which has a method in snake case for each of the service's.
+
+    A method takes the request and a :class:`Context`. It returns the response, or yields several for a stream, and
+    raises ServingErrors.
+    """
+    for method in service.methods:
+        answer = getattr(servicer, re.sub(r"(?<!^)(?=[A-Z])", "_", method.name).lower())
+        path = f"/{service.full_name}/{method.name}"
+        one = _Method(path, method, answer, translate)
+        if method.server_streaming:
+            server.stream(path, one.stream, _MOST_UNSENT)
+        else:
+            server.unary(path, one.call)
+
+
+class _Method:
+    """One method of a service."""
+
+    def __init__(self, path: str, method: MethodDescriptor, answer: Callable[..., Any], translate: Translate) -> None:
+        self._path = path
+        self._request = GetMessageClass(method.input_type)
+        self._answer = answer
+        self._translate = translate
+
+    def call(self, call: Call) -> None:
+        """Answer a unary call, in a task."""
+        try:
+            context = Context(call.headers, call.deadline())
+            request = self._read(call.message)
+        except GrpcError as error:
+            call.abort(error.status, str(error))
+            return
+        except ServingError as error:
+            _abort(call, call.headers, error)
+            return
+        task = asyncio.get_running_loop().create_task(self._within(self._answer(request, context), context))
+        # Its caller has left.
+        call.on_gone = partial(_cancel, task)
+        task.add_done_callback(partial(self._finish, call))
+
+    @staticmethod
+    async def _within(work: Awaitable[Message], context: Context) -> Message:
+        if context.deadline is None:
+            return await work
+        try:
+            async with asyncio.timeout(context.deadline - time.monotonic()):
+                return await work
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed") from None
+
+    def _finish(self, call: Call, task: asyncio.Task[Message]) -> None:
+        headers = call.headers
+        if task.cancelled():
+            return
+        if error := task.exception():
+            _abort(call, headers, self._error(error))
+        else:
+            call.finish(task.result().SerializeToString())
+
+    async def stream(self, messages: AsyncIterator[bytes], headers: Headers) -> AsyncIterator[bytes]:
+        """Yield the messages that answer the one message of a call."""
+        context = Context(headers)
+        try:
+            async for message in messages:
+                async for response in self._answer(self._read(message), context):
+                    yield response.SerializeToString()
+                return
+        except Exception as error:
+            raise _stream_error(self._error(error), context) from None
+
+    def _read(self, message: Any) -> Message:
+        try:
+            return self._request.FromString(message)
+        except DecodeError:
+            raise InvalidArgument("the message is malformed") from None
+
+    def _error(self, error: BaseException) -> ServingError:
+        if isinstance(error, ServingError):
+            return error
+        if isinstance(error, Exception) and (known := self._translate(error)):
+            return known
+        log.error("call failed", path=self._path, exc_info=error)
+        return Internal("the server failed on this call")
+
+
+def _cancel(task: asyncio.Task[Message]) -> None:
+    task.cancel()
+
+
+def _abort(call: Call, headers: Headers, error: ServingError) -> None:
+    if REST_HEADER in headers:
+        call.respond(error.status, _http_headers(error), _body(error))
+    else:
+        call.abort(grpc_status(error), error.message, _details(error))
+
+
+def _stream_error(error: ServingError, context: Context) -> GrpcError:
+    if context.is_rest:
+        body = _body(error)
+        headers = Headers([*_http_headers(error), ("content-length", str(len(body)))])
+        return HttpError(grpc_status(error), error.message, error.status, headers, body)
+    return GrpcError(grpc_status(error), error.message, _details(error))
+
+
+def _http_headers(error: ServingError) -> list[tuple[str, str]]:
+    if error.retry_after_s is None:
+        return [_JSON]
+    return [_JSON, ("retry-after", str(max(1, -int(-error.retry_after_s // 1))))]
+
+
+def _body(error: ServingError) -> bytes:
+    body: dict[str, object] = {"code": error.code, "message": error.message}
+    if error.fields:
+        body["fields"] = [{"field": field, "reason": reason} for field, reason in error.fields.items()]
+    return orjson.dumps(body)
+
+
+def _details(error: ServingError) -> list[tuple[str, str]]:
+    """Return the trailing metadata that names the fields of the request that are wrong."""
+    if not error.fields:
+        return []
+    number: int = grpc_status(error).value[0]
+    status = status_pb2.Status(code=number, message=error.message[:_MOST_CHARS])
+    violations = [
+        error_details_pb2.BadRequest.FieldViolation(field=field[:_MOST_CHARS], description=reason[:_MOST_CHARS])
+        for field, reason in list(error.fields.items())[:_MOST_FIELDS]
+    ]
+    status.details.add().Pack(error_details_pb2.BadRequest(field_violations=violations))
+    return [("grpc-status-details-bin", base64.b64encode(status.SerializeToString()).decode().rstrip("="))]
