@@ -32,6 +32,15 @@ ACCEPT_KEY = f"{PREFIX}deletions/accepted"
 MUTABLE = ("phase", "desc", "weight")
 """The fields of a published version that may change. The others are its content."""
 
+MAX_VALUE_BYTES = 1 << 20
+"""The size limit of a value; etcd refuses requests above 1.5 MiB."""
+
+# So that a value costs each of its readers a few milliseconds at most.
+_MAX_PARTS = 20_000
+_MAX_UNKNOWN = 100
+_MAX_FILES = 1000
+_MAX_DURATION_CHARS = 64
+_MAX_REASON_CHARS = 1024
 
 _GO_UNITS_NS = {"ns": 1, "us": 1e3, "µs": 1e3, "ms": 1e6, "s": 1e9, "m": 60e9, "h": 3600e9}
 _GO_PART = r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)"
@@ -39,7 +48,11 @@ _MAX_DURATION = timedelta(hours=1)
 
 
 class MalformedConfig(Exception):  # noqa: N818
-    """A key or a value below ``/ava/serving/`` is malformed; the message says why."""
+    """A key or a value below ``/ava/serving/`` is malformed; the message says why, in at most 1024 characters."""
+
+    def __init__(self, reason: str) -> None:
+        # It may quote the value, and every reader keeps or logs it.
+        super().__init__(reason[:_MAX_REASON_CHARS])
 
 
 def is_name(text: str) -> bool:
@@ -58,7 +71,7 @@ def parse_duration(value: object) -> timedelta:
         raise ValueError('should be nanoseconds or a duration such as "100ms"')
     if isinstance(value, int):
         nanoseconds = float(value)
-    elif re.fullmatch(f"(?:{_GO_PART})+", value):
+    elif len(value) <= _MAX_DURATION_CHARS and re.fullmatch(f"(?:{_GO_PART})+", value):
         nanoseconds = sum(float(number) * _GO_UNITS_NS[unit] for number, unit in re.findall(_GO_PART, value))
     else:
         raise ValueError('should be nanoseconds or a duration such as "100ms"')
@@ -80,7 +93,11 @@ def _nanoseconds(value: timedelta) -> int:
 
 
 def _check_port(address: object) -> object:
-    if isinstance(address, str) and (found := re.search(r":(\d{1,5})\Z", address)) and not 0 < int(found[1]) <= 65535:
+    if (
+        isinstance(address, str)
+        and (found := re.search(r":(\d{1,5})\Z", address[-6:]))
+        and not 0 < int(found[1]) <= 65535
+    ):
         raise ValueError("the port should be between 1 and 65535")
     return address
 
@@ -90,12 +107,14 @@ _FILE_URI = r"^(file|https?|qiniu)://.+\Z"
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 Device = Annotated[str, Meta(pattern=r"^(CPU|GPU(:\d{1,3})?)\Z")]
 FileUri = Annotated[str, Meta(pattern=_FILE_URI)]
-Address = Annotated[str, Meta(pattern=r"^(\[[0-9A-Fa-f:.%\w]+\]|[^\[\]\s/:]+):\d{1,5}\Z")]
+Address = Annotated[str, Meta(pattern=r"^(\[[0-9A-Fa-f:.%\w]+\]|[^\[\]\s/:]+):\d{1,5}\Z", max_length=300)]
 Phase = Literal["staging", "production"]
 
 
 def _check_files(files: object) -> object:
     """Check the URIs of files by name, since msgspec's error would not name the file."""
+    if isinstance(files, dict) and len(files) > _MAX_FILES:
+        raise ValueError(f"{len(files)} files exceed the limit of {_MAX_FILES}")
     for name, uri in files.items() if isinstance(files, dict) else ():
         if not isinstance(uri, str) or not re.search(_FILE_URI, uri):
             raise _WrongField(f".{name}", "should be a file, http, https or qiniu URI")
@@ -260,7 +279,7 @@ def worker_keys(app: str, version: str) -> tuple[str, str, str]:
 
 def app_of(key: str) -> str | None:
     """Return the app that a key belongs to, or None for a default. Raises MalformedConfig for an unknown key."""
-    match key.removeprefix(PREFIX).split("/"):
+    match key.removeprefix(PREFIX).split("/", 6):
         case ["app", "default", "metadata"] | ["worker", "default"] | ["deletions", "accepted"]:
             return None
         case (
@@ -282,7 +301,38 @@ def parse(key: str, value: str | bytes) -> ConfigValue:
 def read(key: str, value: str | bytes) -> tuple[ConfigValue, str]:
     """Parse the value of a key; return a warning of its unknown fields, too, or an empty text. Raises as ``parse``."""
     app_of(key)
-    parts = key.removeprefix(PREFIX).split("/")
+    fields = _fields(value)
+    kind: type[Release | AppMetadata | WorkerConfig | Instance]
+    expected: dict[str, str] = {}
+    match key.removeprefix(PREFIX).split("/"):
+        case ["deletions", _]:
+            return Acceptance(), ""
+        case ["eval", app, version]:
+            kind, expected = Release, {"name": app, "version": version}
+        case ["instance", app, version, id_]:
+            kind, expected = Instance, {"app": app, "version": version, "id": id_}
+        case ["worker", *_]:
+            kind = WorkerConfig
+        case _:
+            kind = AppMetadata
+    unknown = [name for name in fields if name not in kind.__struct_fields__]
+    if len(unknown) > _MAX_UNKNOWN:
+        raise MalformedConfig(f"{len(unknown)} unknown fields exceed the limit of {_MAX_UNKNOWN}")
+    parsed = _validate(kind, fields, expected)
+    if isinstance(parsed, AppMetadata):
+        _check_rules(parsed, unknown)
+    # No person writes an instance.
+    warning = "" if isinstance(parsed, Instance) else known_fields.warning(unknown, kind.__struct_fields__)
+    return parsed, warning
+
+
+def _fields(value: str | bytes) -> dict[str, Any]:
+    """Return the fields of a value, but only if reading them costs little. Raises MalformedConfig."""
+    if len(value) > MAX_VALUE_BYTES:
+        raise MalformedConfig(f"{len(value)} bytes of JSON exceed the limit of {MAX_VALUE_BYTES}")
+    parts = sum(map(value.count, ",[{")) if isinstance(value, str) else sum(map(value.count, b",[{"))
+    if parts > _MAX_PARTS:
+        raise MalformedConfig(f"{parts} commas and opening brackets exceed the limit of {_MAX_PARTS}")
     try:
         fields = orjson.loads(value)
     except orjson.JSONDecodeError as error:
@@ -294,32 +344,14 @@ def read(key: str, value: str | bytes) -> tuple[ConfigValue, str]:
         orjson.dumps(fields)
     except orjson.JSONEncodeError:
         raise MalformedConfig("nested too deeply") from None
-    match parts:
-        case ["eval", app, version]:
-            return _validate(Release, fields, {"name": app, "version": version}), _warning(Release, fields)
-        case ["instance", app, version, id_]:
-            # No person writes these.
-            return _validate(Instance, fields, {"app": app, "version": version, "id": id_}), ""
-        case ["deletions", _]:
-            return Acceptance(), ""
-        case ["worker", *_]:
-            return _validate(WorkerConfig, fields, {}), _warning(WorkerConfig, fields)
-        case _:
-            return _access_rules(fields), _warning(AppMetadata, fields)
+    return fields
 
 
-def _warning(kind: type[_Value], fields: Mapping[str, Any]) -> str:
-    return known_fields.warning(fields, kind.__struct_fields__)
-
-
-def _access_rules(fields: dict[str, Any]) -> AppMetadata:
-    """Return the rules. Raises MalformedConfig, too, if an unknown field may be a misspelt rule."""
-    rules = _validate(AppMetadata, fields, {})
-    unknown = [name for name in fields if name not in AppMetadata.__struct_fields__]
+def _check_rules(rules: AppMetadata, unknown: list[str]) -> None:
+    """Raise MalformedConfig if an unknown field may be a misspelt rule."""
     misspelt = [name for name in unknown if known_fields.meant(name, AppMetadata.__struct_fields__) in _RULES]
     if misspelt or (unknown and not rules.says_who):
         raise MalformedConfig(known_fields.warning(misspelt or unknown, AppMetadata.__struct_fields__))
-    return rules
 
 
 def _validate(kind: type[_T], fields: dict[str, Any], expected: dict[str, str]) -> _T:

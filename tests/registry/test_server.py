@@ -184,6 +184,7 @@ async def test_a_version_is_immutable_but_for_phase_desc_and_weight(api: Api, ap
         ({"use_device": "TPU"}, "release.use_device: "),
         ({"phase": 9}, "release.phase: should be PHASE_STAGING or PHASE_PRODUCTION"),
         ({"custom_values_json": json.dumps({"a": "x" * (1 << 20)})}, "bytes of JSON exceed the limit of 1048576"),
+        ({"custom_values_json": json.dumps({"a": [1] * 20_001})}, "release: 20"),
     ],
 )
 async def test_a_wrong_field_is_named(api: Api, app: str, fields: dict[str, object], words: str) -> None:

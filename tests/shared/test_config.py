@@ -162,6 +162,56 @@ def test_a_key_belongs_to_an_app_or_to_all(key: str, app: str | None) -> None:
     assert config.app_of(key) == app
 
 
+RULES_KEY, INSTANCE_KEY = "/ava/serving/app/metadata/a", "/ava/serving/instance/a/v/i"
+EVERY_KEY = (RELEASE_KEY, RULES_KEY, config.DEFAULT_APP_METADATA_KEY, config.DEFAULT_WORKER_KEY, INSTANCE_KEY)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        *(
+            (key, orjson.dumps({f"publik{n}": n for n in range(101)}), "101 unknown fields exceed the limit of 100")
+            for key in (
+                RELEASE_KEY,
+                RULES_KEY,
+                config.DEFAULT_APP_METADATA_KEY,
+                config.DEFAULT_WORKER_KEY,
+                INSTANCE_KEY,
+            )
+        ),
+        (
+            RELEASE_KEY,
+            b'{"file": "file:///x", "desc": "%s"}' % (b"x" * (1 << 20)),
+            "JSON exceed the limit of 1048576",
+        ),
+        (RULES_KEY, b'{"public": false, "x": [%s[[]]]}' % (b"[[]]," * 9999), "brackets exceed the limit of 20000"),
+        (
+            config.ACCEPT_KEY,
+            b'{"x": [%s1]}' % (b"1," * 20_000),
+            "brackets exceed the limit of 20000",
+        ),
+        (
+            RELEASE_KEY,
+            orjson.dumps({"file": "file:///x", "custom_files": {str(n): "file:///x" for n in range(1001)}}),
+            "custom_files: 1001 files exceed the limit of 1000",
+        ),
+        (config.DEFAULT_WORKER_KEY, '{"timeout": "%s1s"}' % ("0s" * 40), "timeout: should be nanoseconds"),
+        (INSTANCE_KEY, orjson.dumps({"capacity": 1, "address": "a" * 400 + ":1"}), "address: "),
+    ],
+)
+def test_a_value_that_would_cost_its_readers_much_is_malformed(key: str, value: str | bytes, reason: str) -> None:
+    for each in (value, value.decode() if isinstance(value, bytes) else value.encode()):
+        with pytest.raises(MalformedConfig, match=reason):
+            config.parse(key, each)
+
+
+@pytest.mark.parametrize("field", ["name", "phase"])
+def test_the_reason_of_a_malformed_value_is_short(field: str) -> None:
+    with pytest.raises(MalformedConfig) as caught:
+        config.parse(RELEASE_KEY, orjson.dumps({"file": "file:///x", field: "x" * 100_000}))
+    assert len(str(caught.value)) <= 1024
+
+
 @given(st.text(), st.binary() | st.text())
 def test_invalid_keys_and_values_raise_only_malformed_config(key: str, value: bytes | str) -> None:
     for each in (key, config.PREFIX + key, RELEASE_KEY, config.DEFAULT_WORKER_KEY):
