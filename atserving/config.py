@@ -320,7 +320,7 @@ def read(key: str, value: str | bytes) -> tuple[ConfigValue, str]:
         raise MalformedConfig(f"{len(unknown)} unknown fields exceed the limit of {_MAX_UNKNOWN}")
     parsed = _validate(kind, fields, expected)
     if isinstance(parsed, AppMetadata):
-        _check_rules(parsed, unknown)
+        _check_rules(parsed, fields, unknown)
     # No person writes an instance.
     warning = "" if isinstance(parsed, Instance) else known_fields.warning(unknown, kind.__struct_fields__)
     return parsed, warning
@@ -347,11 +347,14 @@ def _fields(value: str | bytes) -> dict[str, Any]:
     return fields
 
 
-def _check_rules(rules: AppMetadata, unknown: list[str]) -> None:
-    """Raise MalformedConfig if an unknown field may be a misspelt rule."""
+def _check_rules(rules: AppMetadata, fields: Mapping[str, Any], unknown: list[str]) -> None:
+    """Raise MalformedConfig if the writer may have meant a rule that is not there."""
     misspelt = [name for name in unknown if known_fields.meant(name, AppMetadata.__struct_fields__) in _RULES]
     if misspelt or (unknown and not rules.says_who):
         raise MalformedConfig(known_fields.warning(misspelt or unknown, AppMetadata.__struct_fields__))
+    empty = [rule for rule in _RULES if rule in fields]
+    if empty and not rules.says_who:
+        raise MalformedConfig(f"{empty[0]}: null is no rule of access")
 
 
 def _validate(kind: type[_T], fields: dict[str, Any], expected: dict[str, str]) -> _T:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 
 import orjson
@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from atserving import config
 from atserving.config import AppMetadata, Instance, MalformedConfig, Release, WorkerConfig
+from atserving.errors import Unauthenticated
+from gate.admission import Caller, admit
 
 RELEASE_KEY = "/ava/serving/eval/app/v1"
 
@@ -236,6 +238,10 @@ def test_a_name_has_no_newline_slash_or_leading_dot(name: str) -> None:
         ('{"ownr": {"uid": 1}, "batch_size": 4}', "unknown field 'ownr', did you mean 'owner'?"),
         ('{"private": true}', "unknown field 'private'"),
         ('{"private": true, "batch_size": 4}', "unknown field 'private'"),
+        ('{"users": [1]}', "unknown field 'users'"),
+        ('{"public": null, "users": [1]}', "unknown field 'users'"),
+        ('{"public": null}', "public: null is no rule of access"),
+        ('{"owner": null, "user_whitelist": null, "batch_size": 4}', "owner: null is no rule of access"),
     ],
 )
 @pytest.mark.parametrize("key", ["/ava/serving/app/metadata/a", config.DEFAULT_APP_METADATA_KEY])
@@ -260,6 +266,24 @@ def test_unknown_fields_are_warned_of_with_the_nearest_known_name(key: str, valu
     said = config.read(key, value)[1]
     assert warning in said
     assert bool(warning) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("value", "closed"),
+    [
+        ('{"batch_size": 4}', False),
+        ('{"batch_size": null}', False),
+        ('{"public": true, "users": [1]}', False),
+        ('{"public": true, "owner": null}', False),
+        ('{"public": false, "users": [1]}', True),
+        ('{"owner": {"uid": 1}, "users": [1], "user_whitelist": null}', True),
+    ],
+)
+def test_fields_that_are_no_rules_leave_an_app_as_its_rules_say(value: str, closed: bool) -> None:
+    rules = config.parse(RULES_KEY, value)
+    assert isinstance(rules, AppMetadata)
+    with pytest.raises(Unauthenticated) if closed else nullcontext():
+        admit(Caller(), "a", rules, AppMetadata())
 
 
 @pytest.mark.parametrize("field", ["public", "owner", "user_whitelist", "batch_size"])
