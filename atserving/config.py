@@ -146,8 +146,11 @@ class _Value(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
-class Release(_Value, frozen=True, kw_only=True, dict=True):
-    """One version of one app: ``/ava/serving/eval/<app>/<version>``."""
+class Release(_Value, frozen=True, kw_only=True, dict=True, eq=False):
+    """One version of one app: ``/ava/serving/eval/<app>/<version>``.
+
+    Releases with different digests are never equal: true is not 1, and 1 not 1.0.
+    """
 
     readers = {"custom_files": _check_files}
 
@@ -171,12 +174,28 @@ class Release(_Value, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def digest(self) -> str:
-        """The SHA-256 of its content, in hex. Two releases with one digest give the same answers.
+        """The SHA-256 of its content's JSON, in hex. Two releases with one digest give the same answers.
 
         Fields that are not set do not count, so that a reader that knows more fields finds the same digest.
         """
-        content = {name: value for name, value in self._written().items() if name not in (*MUTABLE, "lastmodified")}
-        return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+        return hashlib.sha256(_sorted_json(self._content())).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        names = (*MUTABLE, "lastmodified", "digest")
+        return isinstance(other, Release) and all(getattr(self, name) == getattr(other, name) for name in names)
+
+    def differing(self, other: Release) -> list[str]:
+        """Return the sorted names of the fields in which the contents differ: none if the digests are the same."""
+        own, others = self._content(), other._content()
+        names = sorted(own.keys() | others.keys())
+        return [name for name in names if _sorted_json(own.get(name)) != _sorted_json(others.get(name))]
+
+    def _content(self) -> dict[str, Any]:
+        return {name: value for name, value in self._written().items() if name not in (*MUTABLE, "lastmodified")}
+
+
+def _sorted_json(value: object) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
 
 
 class Owner(_Value, frozen=True, kw_only=True):

@@ -101,9 +101,7 @@ class Releases:
 def _amendment(kv: etcd_pb2.KeyValue, release: Release, given: Collection[str]) -> dict[str, Any]:
     """Return the changes from the stored release to ``release``. Raises AlreadyExists if an immutable field differs."""
     current = _read(kv)
-    fixed = set(Release.__struct_fields__) - {*MUTABLE, "lastmodified"}
-    different = sorted(field for field in fixed if getattr(current, field) != getattr(release, field))
-    if different:
+    if different := current.differing(release):
         which = f"{release.name}/{release.version}"
         raise AlreadyExists(f"release {which} exists with a different {', '.join(different)}: publish a new version")
     return {field: getattr(release, field) for field in MUTABLE if field in given}

@@ -163,6 +163,10 @@ async def test_a_version_is_immutable_but_for_phase_desc_and_weight(api: Api, ap
     assert (changed.phase, changed.desc, changed.weight) == (PRODUCTION, "better", 2)
     with refused(grpc.StatusCode.ALREADY_EXISTS, f"release {app}/1 exists with a different custom_values, file"):
         await api.publish(app, file="file:///other.tar", custom_values_json='{"a": 2}')
+    # The digest tells these contents apart, and instances of one do not serve the other.
+    for value in ("true", "1.0"):
+        with refused(grpc.StatusCode.ALREADY_EXISTS, f"release {app}/1 exists with a different custom_values:"):
+            await api.publish(app, custom_values_json=f'{{"a": {value}}}')
 
 
 @pytest.mark.parametrize(

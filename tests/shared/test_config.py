@@ -75,6 +75,7 @@ def test_the_digest_of_a_release_is_that_of_its_content() -> None:
         custom_values={"b": {"d": 3, "c": 2}, "a": 1}, phase="production", desc="d", weight=2, lastmodified="now"
     )
     assert same.digest == digest
+    assert same.differing(same) == []
     assert config.parse(RELEASE_KEY, '{"file": "file:///x"}') == config.parse(RELEASE_KEY, '{"file": "file:///x"}')
     others = [
         release(),
@@ -86,9 +87,22 @@ def test_the_digest_of_a_release_is_that_of_its_content() -> None:
         release(use_device="GPU"),
         release(custom_files={"a": "file:///a"}),
         release(model_params={"engines": 1}),
-        release(custom_values={"a": 1}),
+        *(release(custom_values={"a": value}) for value in (1, True, 1.0, [1], [1.0], [True], {"b": 0}, {"b": -0.0})),
+        release(custom_values={"a": None}),
     ]
     assert len({each.digest for each in others} | {digest}) == len(others) + 1
+    for one in others:
+        assert [one == other for other in others] == [one is other for other in others]
+        assert [not one.differing(other) for other in others] == [one is other for other in others]
+
+
+@pytest.mark.parametrize("field", ["phase", "desc", "weight", "lastmodified"])
+def test_releases_of_one_content_are_equal_if_nothing_else_differs(field: str) -> None:
+    other = release(**{field: 2 if field == "weight" else "production"})
+    assert release() == release()
+    assert release().digest == other.digest
+    assert release() != other
+    assert not release().differing(other)
 
 
 @pytest.mark.parametrize(
