@@ -32,10 +32,8 @@ ACCEPT_KEY = f"{PREFIX}deletions/accepted"
 MUTABLE = ("phase", "desc", "weight")
 """The fields of a published version that may change. The others are its content."""
 
-MAX_VALUE_BYTES = 1 << 20
-"""The size limit of a value; etcd refuses requests above 1.5 MiB."""
-
-# So that a value costs each of its readers a few milliseconds at most.
+# So that a value costs each of its readers a few milliseconds. etcd refuses requests above 1.5 MiB.
+_MAX_VALUE_BYTES = 1 << 20
 _MAX_PARTS = 20_000
 _MAX_UNKNOWN = 100
 _MAX_FILES = 1000
@@ -345,13 +343,18 @@ def read(key: str, value: str | bytes) -> tuple[ConfigValue, str]:
     return parsed, warning
 
 
-def _fields(value: str | bytes) -> dict[str, Any]:
-    """Return the fields of a value, but only if reading them costs little. Raises MalformedConfig."""
-    if len(value) > MAX_VALUE_BYTES:
-        raise MalformedConfig(f"{len(value)} bytes of JSON exceed the limit of {MAX_VALUE_BYTES}")
+def check_cost(value: str | bytes) -> None:
+    """Raise MalformedConfig if a JSON text would cost much to parse."""
+    if len(value) > _MAX_VALUE_BYTES:
+        raise MalformedConfig(f"{len(value)} bytes of JSON exceed the limit of {_MAX_VALUE_BYTES}")
     parts = sum(map(value.count, ",[{")) if isinstance(value, str) else sum(map(value.count, b",[{"))
     if parts > _MAX_PARTS:
         raise MalformedConfig(f"{parts} commas and opening brackets exceed the limit of {_MAX_PARTS}")
+
+
+def _fields(value: str | bytes) -> dict[str, Any]:
+    """Return the fields of a value. Raises MalformedConfig."""
+    check_cost(value)
     try:
         fields = orjson.loads(value)
     except orjson.JSONDecodeError as error:

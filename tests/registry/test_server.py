@@ -188,7 +188,13 @@ async def test_a_version_is_immutable_but_for_phase_desc_and_weight(api: Api, ap
         ({"use_device": "TPU"}, "release.use_device: "),
         ({"phase": 9}, "release.phase: should be PHASE_STAGING or PHASE_PRODUCTION"),
         ({"custom_values_json": json.dumps({"a": "x" * (1 << 20)})}, "bytes of JSON exceed the limit of 1048576"),
-        ({"custom_values_json": json.dumps({"a": [1] * 20_001})}, "release: 20"),
+        ({"custom_values_json": "[" * 20_001}, "release.custom_values_json: 20001 commas and opening brackets exceed"),
+        ({"model_params_json": "1" * (1 << 21)}, "release.model_params_json: 2097152 bytes of JSON exceed"),
+        (
+            dict.fromkeys(("custom_values_json", "model_params_json"), json.dumps({"a": [1] * 15_000})),
+            "release: 30",
+        ),
+        ({"custom_files": {str(n): "file:///x" for n in range(1001)}}, "release.custom_files: 1001 files exceed"),
     ],
 )
 async def test_a_wrong_field_is_named(api: Api, app: str, fields: dict[str, object], words: str) -> None:
