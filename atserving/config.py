@@ -12,17 +12,29 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 import orjson
 from msgspec import Meta
 
 from atserving import known_fields
+from atserving.field_types import (
+    Address,
+    Device,
+    FileUri,
+    Name,
+    check_aliases,
+    check_files,
+    check_port,
+    nanoseconds_of,
+    parse_duration,
+    parse_timeout,
+)
+from atserving.field_types import Phase as Phase
+from atserving.field_types import is_name as is_name
 
 PREFIX = "/ava/serving/"
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"
-"""The pattern of the name of an app or a version."""
 
 DEFAULT_APP_METADATA_KEY = f"{PREFIX}app/default/metadata"
 DEFAULT_WORKER_KEY = f"{PREFIX}worker/default"
@@ -32,97 +44,24 @@ ACCEPT_KEY = f"{PREFIX}deletions/accepted"
 HISTORY = f"{PREFIX}history/"
 """The prefix of the history of the config, which only registries read. It is no config."""
 
+DEFAULT_KEY_HEADER = "x-serving-key"
+
 MUTABLE = ("phase", "desc", "weight")
 """The fields of a published version that may change. The others are its content."""
 
-
-_GO_UNITS_NS = {"ns": 1, "us": 1e3, "µs": 1e3, "ms": 1e6, "s": 1e9, "m": 60e9, "h": 3600e9}
-_GO_PART = r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)"
-_MAX_DURATION = timedelta(hours=1)
+# So that a value costs each of its readers a few milliseconds. etcd refuses requests above 1.5 MiB.
+_MAX_VALUE_BYTES = 1 << 20
+_MAX_PARTS = 20_000
+_MAX_UNKNOWN = 100
+_MAX_REASON_CHARS = 1024
 
 
 class MalformedConfig(Exception):  # noqa: N818
-    """A key or a value below ``/ava/serving/`` is malformed; the message says why."""
+    """A key or a value below ``/ava/serving/`` is malformed; the message says why, in at most 1024 characters."""
 
-
-def is_name(text: str) -> bool:
-    """Return whether ``text`` is a valid name of an app or a version."""
-    return re.fullmatch(NAME_PATTERN, text) is not None
-
-
-def parse_duration(value: object) -> timedelta:
-    """Parse nanoseconds, or Go's notation such as ``"100ms"`` or ``"1m30s"``; the result is exact to a microsecond.
-
-    Raises ValueError.
-    """
-    if isinstance(value, timedelta):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError('should be nanoseconds or a duration such as "100ms"')
-    if isinstance(value, int):
-        nanoseconds = float(value)
-    elif re.fullmatch(f"(?:{_GO_PART})+", value):
-        nanoseconds = sum(float(number) * _GO_UNITS_NS[unit] for number, unit in re.findall(_GO_PART, value))
-    else:
-        raise ValueError('should be nanoseconds or a duration such as "100ms"')
-    if not 0 <= nanoseconds <= _MAX_DURATION / timedelta(microseconds=1) * 1e3:
-        raise ValueError("should be between 0 and 1h")
-    return timedelta(microseconds=nanoseconds / 1e3)
-
-
-def _parse_timeout(value: object) -> timedelta:
-    timeout = parse_duration(value)
-    if not timeout:
-        # Every eval would end as soon as it begins.
-        raise ValueError("should be above 0")
-    return timeout
-
-
-def _nanoseconds(value: timedelta) -> int:
-    return value // timedelta(microseconds=1) * 1000
-
-
-def _check_port(address: object) -> object:
-    if isinstance(address, str) and (found := re.search(r":(\d{1,5})\Z", address)) and not 0 < int(found[1]) <= 65535:
-        raise ValueError("the port should be between 1 and 65535")
-    return address
-
-
-_FILE_URI = r"^(file|https?|qiniu)://.+\Z"
-
-Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
-Device = Annotated[str, Meta(pattern=r"^(CPU|GPU(:\d{1,3})?)\Z")]
-FileUri = Annotated[str, Meta(pattern=_FILE_URI)]
-Address = Annotated[str, Meta(pattern=r"^(\[[0-9A-Fa-f:.%\w]+\]|[^\[\]\s/:]+):\d{1,5}\Z")]
-Phase = Literal["staging", "production"]
-
-DEFAULT_KEY_HEADER = "x-serving-key"
-
-
-def _check_files(files: object) -> object:
-    """Check the URIs of files by name, since msgspec's error would not name the file."""
-    for name, uri in files.items() if isinstance(files, dict) else ():
-        if not isinstance(uri, str) or not re.search(_FILE_URI, uri):
-            raise _WrongField(f".{name}", "should be a file, http, https or qiniu URI")
-    return files
-
-
-def _check_aliases(aliases: object) -> object:
-    """Check aliases by name, as :func:`_check_files` does."""
-    for name, version in aliases.items() if isinstance(aliases, dict) else ():
-        if not is_name(name):
-            raise _WrongField(f".{name[:80]}", "is no name that an alias can have")
-        if not isinstance(version, str) or not is_name(version):
-            raise _WrongField(f".{name}", "should be a version")
-    return aliases
-
-
-class _WrongField(ValueError):  # noqa: N818 - as MalformedConfig
-    """A value inside a field is wrong; ``where`` continues the field's name."""
-
-    def __init__(self, where: str, message: str) -> None:
-        super().__init__(message)
-        self.where = where
+    def __init__(self, reason: str) -> None:
+        # It may quote the value, and every reader keeps or logs it.
+        super().__init__(reason[:_MAX_REASON_CHARS])
 
 
 class _Value(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,16 +75,19 @@ class _Value(msgspec.Struct, frozen=True, kw_only=True):
     def _written(self) -> dict[str, Any]:
         fields = msgspec.to_builtins(self, builtin_types=(timedelta,))
         return {
-            name: _nanoseconds(value) if isinstance(value, timedelta) else value
+            name: nanoseconds_of(value) if isinstance(value, timedelta) else value
             for name, value in fields.items()
             if value not in (None, {}, "")
         }
 
 
-class Release(_Value, frozen=True, kw_only=True, dict=True):
-    """One version of one app: ``/ava/serving/eval/<app>/<version>``."""
+class Release(_Value, frozen=True, kw_only=True, dict=True, eq=False):
+    """One version of one app: ``/ava/serving/eval/<app>/<version>``.
 
-    readers = {"custom_files": _check_files}
+    Releases with different digests are never equal: true is not 1, and 1 not 1.0.
+    """
+
+    readers = {"custom_files": check_files}
 
     name: Name
     version: Name
@@ -167,12 +109,28 @@ class Release(_Value, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def digest(self) -> str:
-        """The SHA-256 of its content, in hex. Two releases with one digest give the same answers.
+        """The SHA-256 of its content's JSON, in hex. Two releases with one digest give the same answers.
 
         Fields that are not set do not count, so that a reader that knows more fields finds the same digest.
         """
-        content = {name: value for name, value in self._written().items() if name not in (*MUTABLE, "lastmodified")}
-        return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+        return hashlib.sha256(_sorted_json(self._content())).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        names = (*MUTABLE, "lastmodified", "digest")
+        return isinstance(other, Release) and all(getattr(self, name) == getattr(other, name) for name in names)
+
+    def differing(self, other: Release) -> list[str]:
+        """Return the sorted names of the fields in which the contents differ: none if the digests are the same."""
+        own, others = self._content(), other._content()
+        names = sorted(own.keys() | others.keys())
+        return [name for name in names if _sorted_json(own.get(name)) != _sorted_json(others.get(name))]
+
+    def _content(self) -> dict[str, Any]:
+        return {name: value for name, value in self._written().items() if name not in (*MUTABLE, "lastmodified")}
+
+
+def _sorted_json(value: object) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
 
 
 class Owner(_Value, frozen=True, kw_only=True):
@@ -208,7 +166,7 @@ class Shadow(_Value, frozen=True, kw_only=True):
 class AppRouting(_Value, frozen=True, kw_only=True):
     """How the requests for an app find a version: ``/ava/serving/app/routing/<app>``."""
 
-    readers = {"aliases": _check_aliases}
+    readers = {"aliases": check_aliases}
 
     aliases: dict[Name, Name] = {}
     """Versions by further names, for use in paths. A version of the same name comes first."""
@@ -220,7 +178,7 @@ class AppRouting(_Value, frozen=True, kw_only=True):
 class WorkerConfig(_Value, frozen=True, kw_only=True):
     """The settings of a version's workers: ``/ava/serving/worker/...``. The most specific key wins, field by field."""
 
-    readers = {"timeout": _parse_timeout, "delay4batch": parse_duration}
+    readers = {"timeout": parse_timeout, "delay4batch": parse_duration}
 
     timeout: timedelta | None = None
     max_concurrent: Annotated[int, Meta(ge=1, le=100_000)] | None = None
@@ -247,7 +205,7 @@ class InstancePlan(_Value, frozen=True, kw_only=True):
 class Instance(_Value, frozen=True, kw_only=True):
     """One registered evaluator: ``/ava/serving/instance/<app>/<version>/<id>``, under a lease."""
 
-    readers = {"address": _check_port}
+    readers = {"address": check_port}
 
     app: Name
     version: Name
@@ -310,7 +268,7 @@ def worker_keys(app: str, version: str) -> tuple[str, str, str]:
 
 def app_of(key: str) -> str | None:
     """Return the app that a key belongs to, or None for a default. Raises MalformedConfig for an unknown key."""
-    match key.removeprefix(PREFIX).split("/"):
+    match key.removeprefix(PREFIX).split("/", 6):
         case ["app", "default", "metadata"] | ["worker", "default"] | ["deletions", "accepted"]:
             return None
         case (
@@ -332,7 +290,45 @@ def parse(key: str, value: str | bytes) -> ConfigValue:
 def read(key: str, value: str | bytes) -> tuple[ConfigValue, str]:
     """Parse the value of a key; return a warning of its unknown fields, too, or an empty text. Raises as ``parse``."""
     app_of(key)
-    parts = key.removeprefix(PREFIX).split("/")
+    fields = _fields(value)
+    kind: type[Release | AppMetadata | AppRouting | WorkerConfig | Instance]
+    expected: dict[str, str] = {}
+    match key.removeprefix(PREFIX).split("/"):
+        case ["deletions", _]:
+            return Acceptance(), ""
+        case ["eval", app, version]:
+            kind, expected = Release, {"name": app, "version": version}
+        case ["instance", app, version, id_]:
+            kind, expected = Instance, {"app": app, "version": version, "id": id_}
+        case ["app", "routing", _]:
+            kind = AppRouting
+        case ["worker", *_]:
+            kind = WorkerConfig
+        case _:
+            kind = AppMetadata
+    unknown = [name for name in fields if name not in kind.__struct_fields__]
+    if len(unknown) > _MAX_UNKNOWN:
+        raise MalformedConfig(f"{len(unknown)} unknown fields exceed the limit of {_MAX_UNKNOWN}")
+    parsed = _validate(kind, fields, expected)
+    if isinstance(parsed, AppMetadata):
+        _check_rules(parsed, fields, unknown)
+    # No person writes an instance.
+    warning = "" if isinstance(parsed, Instance) else known_fields.warning(unknown, kind.__struct_fields__)
+    return parsed, warning
+
+
+def check_cost(value: str | bytes) -> None:
+    """Raise MalformedConfig if a JSON text would cost much to parse."""
+    if len(value) > _MAX_VALUE_BYTES:
+        raise MalformedConfig(f"{len(value)} bytes of JSON exceed the limit of {_MAX_VALUE_BYTES}")
+    parts = sum(map(value.count, ",[{")) if isinstance(value, str) else sum(map(value.count, b",[{"))
+    if parts > _MAX_PARTS:
+        raise MalformedConfig(f"{parts} commas and opening brackets exceed the limit of {_MAX_PARTS}")
+
+
+def _fields(value: str | bytes) -> dict[str, Any]:
+    """Return the fields of a value. Raises MalformedConfig."""
+    check_cost(value)
     try:
         fields = orjson.loads(value)
     except orjson.JSONDecodeError as error:
@@ -344,34 +340,17 @@ def read(key: str, value: str | bytes) -> tuple[ConfigValue, str]:
         orjson.dumps(fields)
     except orjson.JSONEncodeError:
         raise MalformedConfig("nested too deeply") from None
-    match parts:
-        case ["eval", app, version]:
-            return _validate(Release, fields, {"name": app, "version": version}), _warning(Release, fields)
-        case ["instance", app, version, id_]:
-            # No person writes these.
-            return _validate(Instance, fields, {"app": app, "version": version, "id": id_}), ""
-        case ["deletions", _]:
-            return Acceptance(), ""
-        case ["app", "routing", _]:
-            return _validate(AppRouting, fields, {}), _warning(AppRouting, fields)
-        case ["worker", *_]:
-            return _validate(WorkerConfig, fields, {}), _warning(WorkerConfig, fields)
-        case _:
-            return _access_rules(fields), _warning(AppMetadata, fields)
+    return fields
 
 
-def _warning(kind: type[_Value], fields: Mapping[str, Any]) -> str:
-    return known_fields.warning(fields, kind.__struct_fields__)
-
-
-def _access_rules(fields: dict[str, Any]) -> AppMetadata:
-    """Return the rules. Raises MalformedConfig, too, if an unknown field may be a misspelt rule."""
-    rules = _validate(AppMetadata, fields, {})
-    unknown = [name for name in fields if name not in AppMetadata.__struct_fields__]
+def _check_rules(rules: AppMetadata, fields: Mapping[str, Any], unknown: list[str]) -> None:
+    """Raise MalformedConfig if the writer may have meant a rule that is not there."""
     misspelt = [name for name in unknown if known_fields.meant(name, AppMetadata.__struct_fields__) in _RULES]
     if misspelt or (unknown and not rules.says_who):
         raise MalformedConfig(known_fields.warning(misspelt or unknown, AppMetadata.__struct_fields__))
-    return rules
+    empty = [rule for rule in _RULES if rule in fields]
+    if empty and not rules.says_who:
+        raise MalformedConfig(f"{empty[0]}: null is no rule of access")
 
 
 def _validate(kind: type[_T], fields: dict[str, Any], expected: dict[str, str]) -> _T:

@@ -53,9 +53,9 @@ class ConfigFollower:
     follower moves to the next one. It also moves on if a registry has lost etcd and there is another. It forgets
     nothing in the meantime. A DNS name may stand for several registries.
 
-    For ``hold_s`` seconds it keeps what a new snapshot lacks, if that is most releases (:mod:`atserving.holdback`). It
-    compares a first snapshot with the config that it last saved to the file ``cache``. If no registry answers at the
-    start, it begins with that config.
+    For ``hold_s`` seconds it keeps what a new snapshot lacks, if that is half of the releases or more
+    (:mod:`atserving.holdback`). It compares a first snapshot with the config that it last saved to the file ``cache``.
+    If no registry answers at the start, it begins with that config.
     """
 
     def __init__(
@@ -162,7 +162,8 @@ class ConfigFollower:
         if response.reset:
             deletes = self.entries.keys() - written
         # The registry has checked its own steps.
-        deletes = self._holdback.taken(self.entries.keys(), written, deletes, vetted=not response.reset)
+        reset = response.reset
+        deletes = self._holdback.taken(self.entries.keys(), written, deletes, snapshot=reset, vetted=not reset)
         self._change(upserts, deletes)
 
     def _take_held(self, keys: Set[str]) -> None:

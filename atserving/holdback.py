@@ -19,7 +19,7 @@ from atserving.config import ACCEPT_KEY, PREFIX
 log = structlog.get_logger()
 
 LEAST = 2
-"""The deletion of fewer releases, or of fewer apps' rules of access, is never held back."""
+"""The deletion of fewer releases, or of fewer apps' rules of access, is not held back if it was seen to happen."""
 
 WINDOW_S = 10.0
 """Keys that are deleted within so many seconds count together."""
@@ -32,8 +32,12 @@ class Holdback:
     """Decides which deletions are taken now.
 
     It holds them back from the one on with which more than half of the releases, and at least LEAST, are deleted within
-    WINDOW_S. Rules of access count in the same way, since without them closed apps are open: who empties etcd key by
+    WINDOW_S. Of what a snapshot lacks, half is enough, and one: nobody saw the deletions, and half of etcd may be
+    restored. Rules of access count in the same way, since without them closed apps are open: who empties etcd key by
     key begins with them. It calls ``take`` with the keys once ``hold_s`` seconds have passed. 0: it holds back nothing.
+
+    Instances come and go with their leases. The deletion of one waits only while that of its release does: without its
+    release in etcd it cannot renew its lease.
     """
 
     def __init__(self, hold_s: float, take: Callable[[Set[str]], None]) -> None:
@@ -45,10 +49,13 @@ class Holdback:
         self._due_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    def taken(self, known: Set[str], writes: Set[str], deletes: Set[str], *, vetted: bool = False) -> Set[str]:
+    def taken(
+        self, known: Set[str], writes: Set[str], deletes: Set[str], *, snapshot: bool = False, vetted: bool = False
+    ) -> Set[str]:
         """Return the deletions to take with a step, earlier ones included, and hold back the others.
 
-        ``known`` are the keys before the step. Nothing of a ``vetted`` step is held back.
+        ``known`` are the keys before the step. The deletes of a ``snapshot`` are the keys that it lacks. Of a
+        ``vetted`` step only instances are held back, as its sender may not know their releases.
         """
         was_held = bool(self.held)
         self.held -= writes
@@ -56,15 +63,13 @@ class Holdback:
             return deletes | self._end("an operator has accepted them")
         if vetted:
             self.held -= deletes
-            taken = deletes
-        elif self._holds(known, writes, deletes):
+            self.held |= {key for key in deletes if _release_of(key) in self.held}
+        elif self._holds(known, writes, deletes, snapshot):
             # The operator's word ends with its lease; held, it would count with the next step.
-            taken = deletes & {ACCEPT_KEY}
-            self.held |= deletes - taken
-        else:
-            # Rules of access may be written after the releases, but an instance that has not come back is gone.
-            taken = deletes | {key for key in self.held if key.startswith(_INSTANCES)}
-            self.held -= taken
+            self.held |= deletes - {ACCEPT_KEY}
+        gone = {key for key in self.held if key.startswith(_INSTANCES) and _release_of(key) not in self.held}
+        self.held -= gone
+        taken = (deletes - self.held) | gone
         if self.held and not was_held:
             self._due_s = time.monotonic() + self._hold_s
             self._alarm()
@@ -72,10 +77,10 @@ class Holdback:
             self._end("their keys are back")
         return taken
 
-    def _holds(self, known: Set[str], writes: Set[str], deletes: Set[str]) -> bool:
+    def _holds(self, known: Set[str], writes: Set[str], deletes: Set[str], snapshot: bool) -> bool:
         if any(key.startswith(_RELEASES) for key in self.held):
             return True
-        vanished = {key for key in deletes if key.startswith((_RELEASES, _RULES))}
+        vanished = {key for key in deletes & known if key.startswith((_RELEASES, _RULES))}
         if not vanished or not self._hold_s:
             return False
         now_s = time.monotonic()
@@ -83,8 +88,9 @@ class Holdback:
             self._recent.popleft()
         left = (known | writes) - vanished - self.held
         gone = vanished | self.held | {key for _, key in self._recent if key not in left}
-        if _most(gone, left, _RELEASES) or _most(gone, left, _RULES):
-            return True
+        for kind in (_RELEASES, _RULES):
+            if _number(vanished | self.held, kind) and _are_many(_number(gone, kind), _number(left, kind), snapshot):
+                return True
         self._recent += [(now_s, key) for key in vanished]
         return False
 
@@ -94,8 +100,7 @@ class Holdback:
         if left_s <= 0:
             self._take(self._end(f"they were held back for {self._hold_s:g} s"))
             return
-        releases = sum(key.startswith(_RELEASES) for key in self.held)
-        log.error("deletions held", releases=releases, keys=len(self.held), left_s=round(left_s))
+        log.error("deletions held", releases=_number(self.held, _RELEASES), keys=len(self.held), left_s=round(left_s))
         self._timer = asyncio.get_running_loop().call_later(min(left_s, _REMIND_S), self._alarm)
 
     def _end(self, reason: str) -> Set[str]:
@@ -109,7 +114,16 @@ class Holdback:
         return held
 
 
-def _most(gone: Set[str], left: Set[str], kind: str) -> bool:
-    """Return whether most keys of a kind are gone."""
-    number = sum(key.startswith(kind) for key in gone)
-    return number >= LEAST and number > sum(key.startswith(kind) for key in left)
+def _are_many(gone: int, left: int, snapshot: bool) -> bool:
+    """Return whether so many deletions are held back, beside so many keys that are left."""
+    # To delete the old version of every app that has two is ordinary, and so is to delete the only release.
+    return gone >= left if snapshot else gone > left and gone >= LEAST
+
+
+def _number(keys: Set[str], kind: str) -> int:
+    return sum(key.startswith(kind) for key in keys)
+
+
+def _release_of(key: str) -> str:
+    """Return the key of an instance's release; empty for another key."""
+    return _RELEASES + key.removeprefix(_INSTANCES).rpartition("/")[0] if key.startswith(_INSTANCES) else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import socket
 
@@ -20,8 +21,21 @@ async def listening_socket(listen: str) -> socket.socket:
     """
     try:
         return await asyncio.get_running_loop().run_in_executor(None, _socket, listen)
-    except (OSError, OverflowError):
-        raise StartError(f"cannot listen on {listen}: the address is in use or not this machine's") from None
+    except (OSError, OverflowError) as error:
+        raise StartError(f"cannot listen on {listen}: {refusal(error)}") from None
+
+
+def refusal(error: OSError | OverflowError) -> str:
+    """Return why a server cannot listen."""
+    match error:
+        case OSError(errno=errno.EADDRINUSE):
+            return "the address is in use"
+        case OSError(errno=errno.EADDRNOTAVAIL):
+            return "the address is not this machine's"
+        case OSError(errno=errno.EACCES):
+            return "permission denied"
+        case _:
+            return str(error)
 
 
 def _socket(listen: str) -> socket.socket:

@@ -11,6 +11,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from atserving.errors import StartError
+from atserving.sockets import listening_socket
 
 MAX_MESSAGE_BYTES = 64 << 20
 """The size limit of one message. The edge accepts bodies up to 20 MiB; a net may return more."""
@@ -85,7 +86,9 @@ class Server:
         except RuntimeError:
             port = 0
         if not port:
-            raise StartError(f"cannot listen on {listen}: the address is in use or not this machine's")
+            # gRPC does not tell the reason, but this does.
+            (await listening_socket(listen)).close()
+            raise StartError(f"cannot listen on {listen}")
         await self.grpc.start()
         return int(port)
 

@@ -14,8 +14,8 @@ import structlog
 from atserving import lifecycle, rpc, telemetry
 from atserving.admin.v1 import admin_pb2
 from atserving.cli import service
-from atserving.config import parse_duration
 from atserving.errors import StartError
+from atserving.field_types import parse_duration
 from atserving.grpc_server import Server
 from atserving.v1 import registry_pb2
 from registry.admin.history import History, Recorder

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from atserving.config import Instance, MalformedConfig, Phase, Release, is_name, validate
+from atserving.config import Instance, MalformedConfig, Phase, Release, check_cost, is_name, validate
 from atserving.errors import InvalidArgument
 from atserving.v1 import registry_pb2
 from registry.view import Delta
@@ -133,9 +133,12 @@ def _object(text: str, field: str) -> dict[str, Any]:
     if not text:
         return {}
     try:
+        check_cost(text)
         value = orjson.loads(text)
         # A release holds this value one level deeper, and orjson reads deeper nesting than it writes.
         orjson.dumps([value])
+    except MalformedConfig as error:
+        raise InvalidArgument(f"{field}: {error}") from None
     except orjson.JSONDecodeError as error:
         raise InvalidArgument(f"{field}: not JSON: {error}") from None
     except orjson.JSONEncodeError:

@@ -19,9 +19,6 @@ from registry.etcd import EtcdClient, put, written_at
 
 log = structlog.get_logger()
 
-MAX_VALUE_BYTES = 1 << 20
-"""The size limit of a release's JSON; etcd refuses requests above 1.5 MiB."""
-
 ACCEPT_S = 60
 """How long an operator's word counts that accepts deletions."""
 
@@ -89,14 +86,14 @@ class Releases:
         return await self._write(kv.key.decode(), kv.mod_revision, value)
 
     async def _write(self, key: str, mod_revision: int, value: str) -> Stored | None:
-        size = len(value.encode())
-        if size > MAX_VALUE_BYTES:
-            raise InvalidArgument(f"release: {size} bytes of JSON exceed the limit of {MAX_VALUE_BYTES}")
+        try:
+            release = parse(key, value.encode())
+        except MalformedConfig as error:
+            raise InvalidArgument(f"release: {error}") from None
+        assert isinstance(release, Release)
         revision = await self._client.commit([written_at(key, mod_revision)], [put(key, value)])
         if revision is None:
             return None
-        release = parse(key, value)
-        assert isinstance(release, Release)
         log.info("release written", app=release.name, version=release.version, phase=release.phase, revision=revision)
         return Stored(release, revision)
 
@@ -104,9 +101,7 @@ class Releases:
 def _amendment(kv: etcd_pb2.KeyValue, release: Release, given: Collection[str]) -> dict[str, Any]:
     """Return the changes from the stored release to ``release``. Raises AlreadyExists if an immutable field differs."""
     current = _read(kv)
-    fixed = set(Release.__struct_fields__) - {*MUTABLE, "lastmodified"}
-    different = sorted(field for field in fixed if getattr(current, field) != getattr(release, field))
-    if different:
+    if different := current.differing(release):
         which = f"{release.name}/{release.version}"
         raise AlreadyExists(f"release {which} exists with a different {', '.join(different)}: publish a new version")
     return {field: getattr(release, field) for field in MUTABLE if field in given}

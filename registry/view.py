@@ -99,13 +99,13 @@ class View:
 
     def apply(self, changes: Iterable[Change], revision: int) -> None:
         """Apply changes in order, and send them to every subscriber as one delta."""
-        self._apply(self._taken(list(changes)), revision)
+        self._apply(self._taken(list(changes), snapshot=False), revision)
 
-    def _taken(self, changes: list[Change]) -> list[Change]:
+    def _taken(self, changes: list[Change], snapshot: bool) -> list[Change]:
         """Return the changes without the deletions that are held back, and with those that are so no longer."""
         last = {change.key: change for change in changes}
         deletes = {key for key, change in last.items() if isinstance(change, Delete)}
-        taken = self.holdback.taken(self.entries.keys(), last.keys() - deletes, deletes)
+        taken = self.holdback.taken(self.entries.keys(), last.keys() - deletes, deletes, snapshot=snapshot)
         held = deletes - taken
         return [
             *(each for each in changes if each.key not in held or isinstance(each, Put)),
@@ -135,7 +135,7 @@ class View:
         """
         puts = list(puts)
         deleted = (self.entries.keys() | self.malformed.keys()) - {put.key for put in puts}
-        self.apply([*(Delete(key) for key in deleted), *puts], revision)
+        self._apply(self._taken([*(Delete(key) for key in deleted), *puts], snapshot=True), revision)
         self.synced.set()
 
     def subscribe(self, app: str = "") -> Subscription:

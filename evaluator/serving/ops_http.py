@@ -11,6 +11,7 @@ from httpunk.h1.server import ServerRequest
 
 from atserving.errors import StartError
 from atserving.loopback import is_loopback
+from atserving.sockets import refusal
 from evaluator.serving.metrics import Metrics
 from evaluator.serving.status import Status
 
@@ -43,10 +44,8 @@ class OpsServer:
             self._server = await loop.create_server(
                 self._connections.track(Connection), host.strip("[]") or None, int(wanted)
             )
-        except OSError:
-            raise StartError(
-                f"cannot listen on {self._listen} for --http: the address is in use or not this machine's"
-            ) from None
+        except OSError as error:
+            raise StartError(f"cannot listen on {self._listen} for --http: {refusal(error)}") from None
         address, port, *_ = self._server.sockets[0].getsockname()
         self.port, self._only_loopback = int(port), ipaddress.ip_address(address).is_loopback
         return self

@@ -201,5 +201,5 @@ async def test_an_unavailable_listen_address_is_one_line_on_stderr(mesh: Mesh, p
     )
     _, errors = await run.communicate()
     assert run.returncode == 1
-    expected = f"{program}: cannot listen on 192.0.2.1:1: the address is in use or not this machine's"
+    expected = f"{program}: cannot listen on 192.0.2.1:1: the address is not this machine's"
     assert errors.decode().splitlines()[-1] == expected

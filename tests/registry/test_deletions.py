@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -48,6 +49,10 @@ class Mesh:
 
     def empty(self) -> None:
         self.registry.etcdctl("del", "--prefix", PREFIX)
+
+
+async def knows(gate: Gate, app: str, *, knows_it: bool = True) -> bool:
+    return (await gate.status(app) is not UNKNOWN) == knows_it
 
 
 @pytest.fixture
@@ -103,6 +108,43 @@ async def test_a_wiped_etcd_takes_no_app_down(start: Callable[..., Mesh]) -> Non
     await mesh.etcd.ready()
     mesh.registry.logged("left_s", event="deletions held", releases=3)
     await mesh.until(OPEN)
+
+
+async def test_a_registry_that_restarts_on_a_half_restored_etcd_drops_no_other_half(start: Callable[..., Mesh]) -> None:
+    mesh = start()
+    mesh.registry.publish("four")
+    await until_async(partial(knows, mesh.gate, "four"), what="the gate knows all apps")
+    mesh.empty()
+    mesh.registry.logged("left_s", event="deletions held", releases=4)
+    for app in APPS[:2]:
+        mesh.registry.publish(app, phase="production")
+    mesh.registry.kill()
+    mesh.registry.start()
+    mesh.registry.wait_serving()
+    mesh.gate.logged("left_s", event="deletions held", releases=2)
+    await mesh.until(OPEN)
+
+
+async def test_a_wiped_etcd_does_not_take_an_only_app_down(start: Callable[..., Mesh]) -> None:
+    mesh = start()
+    await mesh.until(OPEN)
+    mesh.registry.etcdctl("put", ACCEPT_KEY, "{}")
+    for app in APPS[1:]:
+        mesh.registry.delete(f"eval/{app}/v1")
+        await until_async(partial(knows, mesh.gate, app, knows_it=False), what=f"{app} is gone")
+    mesh.registry.etcdctl("del", ACCEPT_KEY)
+    mesh.etcd.kill()
+    mesh.etcd.wipe()
+    mesh.etcd.start()
+    await mesh.etcd.ready()
+    mesh.registry.logged("left_s", event="deletions held", releases=1)
+    assert await knows(mesh.gate, APPS[0])
+    # A registry that starts now knows of nothing.
+    mesh.registry.kill()
+    mesh.registry.start()
+    mesh.registry.wait_serving()
+    mesh.gate.logged("left_s", event="deletions held", releases=1)
+    assert await knows(mesh.gate, APPS[0])
 
 
 async def test_an_operator_accepts_the_deletions(start: Callable[..., Mesh]) -> None:

@@ -163,6 +163,10 @@ async def test_a_version_is_immutable_but_for_phase_desc_and_weight(api: Api, ap
     assert (changed.phase, changed.desc, changed.weight) == (PRODUCTION, "better", 2)
     with refused(grpc.StatusCode.ALREADY_EXISTS, f"release {app}/1 exists with a different custom_values, file"):
         await api.publish(app, file="file:///other.tar", custom_values_json='{"a": 2}')
+    # The digest tells these contents apart, and instances of one do not serve the other.
+    for value in ("true", "1.0"):
+        with refused(grpc.StatusCode.ALREADY_EXISTS, f"release {app}/1 exists with a different custom_values:"):
+            await api.publish(app, custom_values_json=f'{{"a": {value}}}')
 
 
 @pytest.mark.parametrize(
@@ -184,6 +188,13 @@ async def test_a_version_is_immutable_but_for_phase_desc_and_weight(api: Api, ap
         ({"use_device": "TPU"}, "release.use_device: "),
         ({"phase": 9}, "release.phase: should be PHASE_STAGING or PHASE_PRODUCTION"),
         ({"custom_values_json": json.dumps({"a": "x" * (1 << 20)})}, "bytes of JSON exceed the limit of 1048576"),
+        ({"custom_values_json": "[" * 20_001}, "release.custom_values_json: 20001 commas and opening brackets exceed"),
+        ({"model_params_json": "1" * (1 << 21)}, "release.model_params_json: 2097152 bytes of JSON exceed"),
+        (
+            dict.fromkeys(("custom_values_json", "model_params_json"), json.dumps({"a": [1] * 15_000})),
+            "release: 30",
+        ),
+        ({"custom_files": {str(n): "file:///x" for n in range(1001)}}, "release.custom_files: 1001 files exceed"),
     ],
 )
 async def test_a_wrong_field_is_named(api: Api, app: str, fields: dict[str, object], words: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 
 import orjson
@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from atserving import config
 from atserving.config import AppMetadata, Instance, MalformedConfig, Release, WorkerConfig
+from atserving.errors import Unauthenticated
+from gate.admission import Caller, admit
 
 RELEASE_KEY = "/ava/serving/eval/app/v1"
 
@@ -73,6 +75,7 @@ def test_the_digest_of_a_release_is_that_of_its_content() -> None:
         custom_values={"b": {"d": 3, "c": 2}, "a": 1}, phase="production", desc="d", weight=2, lastmodified="now"
     )
     assert same.digest == digest
+    assert same.differing(same) == []
     assert config.parse(RELEASE_KEY, '{"file": "file:///x"}') == config.parse(RELEASE_KEY, '{"file": "file:///x"}')
     others = [
         release(),
@@ -84,9 +87,22 @@ def test_the_digest_of_a_release_is_that_of_its_content() -> None:
         release(use_device="GPU"),
         release(custom_files={"a": "file:///a"}),
         release(model_params={"engines": 1}),
-        release(custom_values={"a": 1}),
+        *(release(custom_values={"a": value}) for value in (1, True, 1.0, [1], [1.0], [True], {"b": 0}, {"b": -0.0})),
+        release(custom_values={"a": None}),
     ]
     assert len({each.digest for each in others} | {digest}) == len(others) + 1
+    for one in others:
+        assert [one == other for other in others] == [one is other for other in others]
+        assert [not one.differing(other) for other in others] == [one is other for other in others]
+
+
+@pytest.mark.parametrize("field", ["phase", "desc", "weight", "lastmodified"])
+def test_releases_of_one_content_are_equal_if_nothing_else_differs(field: str) -> None:
+    other = release(**{field: 2 if field == "weight" else "production"})
+    assert release() == release()
+    assert release().digest == other.digest
+    assert release() != other
+    assert not release().differing(other)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +178,56 @@ def test_a_key_belongs_to_an_app_or_to_all(key: str, app: str | None) -> None:
     assert config.app_of(key) == app
 
 
+RULES_KEY, INSTANCE_KEY = "/ava/serving/app/metadata/a", "/ava/serving/instance/a/v/i"
+EVERY_KEY = (RELEASE_KEY, RULES_KEY, config.DEFAULT_APP_METADATA_KEY, config.DEFAULT_WORKER_KEY, INSTANCE_KEY)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        *(
+            (key, orjson.dumps({f"publik{n}": n for n in range(101)}), "101 unknown fields exceed the limit of 100")
+            for key in (
+                RELEASE_KEY,
+                RULES_KEY,
+                config.DEFAULT_APP_METADATA_KEY,
+                config.DEFAULT_WORKER_KEY,
+                INSTANCE_KEY,
+            )
+        ),
+        (
+            RELEASE_KEY,
+            b'{"file": "file:///x", "desc": "%s"}' % (b"x" * (1 << 20)),
+            "JSON exceed the limit of 1048576",
+        ),
+        (RULES_KEY, b'{"public": false, "x": [%s[[]]]}' % (b"[[]]," * 9999), "brackets exceed the limit of 20000"),
+        (
+            config.ACCEPT_KEY,
+            b'{"x": [%s1]}' % (b"1," * 20_000),
+            "brackets exceed the limit of 20000",
+        ),
+        (
+            RELEASE_KEY,
+            orjson.dumps({"file": "file:///x", "custom_files": {str(n): "file:///x" for n in range(1001)}}),
+            "custom_files: 1001 files exceed the limit of 1000",
+        ),
+        (config.DEFAULT_WORKER_KEY, '{"timeout": "%s1s"}' % ("0s" * 40), "timeout: should be nanoseconds"),
+        (INSTANCE_KEY, orjson.dumps({"capacity": 1, "address": "a" * 400 + ":1"}), "address: "),
+    ],
+)
+def test_a_value_that_would_cost_its_readers_much_is_malformed(key: str, value: str | bytes, reason: str) -> None:
+    for each in (value, value.decode() if isinstance(value, bytes) else value.encode()):
+        with pytest.raises(MalformedConfig, match=reason):
+            config.parse(key, each)
+
+
+@pytest.mark.parametrize("field", ["name", "phase"])
+def test_the_reason_of_a_malformed_value_is_short(field: str) -> None:
+    with pytest.raises(MalformedConfig) as caught:
+        config.parse(RELEASE_KEY, orjson.dumps({"file": "file:///x", field: "x" * 100_000}))
+    assert len(str(caught.value)) <= 1024
+
+
 @given(st.text(), st.binary() | st.text())
 def test_invalid_keys_and_values_raise_only_malformed_config(key: str, value: bytes | str) -> None:
     for each in (key, config.PREFIX + key, RELEASE_KEY, config.DEFAULT_WORKER_KEY):
@@ -186,6 +252,10 @@ def test_a_name_has_no_newline_slash_or_leading_dot(name: str) -> None:
         ('{"ownr": {"uid": 1}, "batch_size": 4}', "unknown field 'ownr', did you mean 'owner'?"),
         ('{"private": true}', "unknown field 'private'"),
         ('{"private": true, "batch_size": 4}', "unknown field 'private'"),
+        ('{"users": [1]}', "unknown field 'users'"),
+        ('{"public": null, "users": [1]}', "unknown field 'users'"),
+        ('{"public": null}', "public: null is no rule of access"),
+        ('{"owner": null, "user_whitelist": null, "batch_size": 4}', "owner: null is no rule of access"),
     ],
 )
 @pytest.mark.parametrize("key", ["/ava/serving/app/metadata/a", config.DEFAULT_APP_METADATA_KEY])
@@ -210,6 +280,24 @@ def test_unknown_fields_are_warned_of_with_the_nearest_known_name(key: str, valu
     said = config.read(key, value)[1]
     assert warning in said
     assert bool(warning) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("value", "closed"),
+    [
+        ('{"batch_size": 4}', False),
+        ('{"batch_size": null}', False),
+        ('{"public": true, "users": [1]}', False),
+        ('{"public": true, "owner": null}', False),
+        ('{"public": false, "users": [1]}', True),
+        ('{"owner": {"uid": 1}, "users": [1], "user_whitelist": null}', True),
+    ],
+)
+def test_fields_that_are_no_rules_leave_an_app_as_its_rules_say(value: str, closed: bool) -> None:
+    rules = config.parse(RULES_KEY, value)
+    assert isinstance(rules, AppMetadata)
+    with pytest.raises(Unauthenticated) if closed else nullcontext():
+        admit(Caller(), "a", rules, AppMetadata())
 
 
 @pytest.mark.parametrize("field", ["public", "owner", "user_whitelist", "batch_size"])

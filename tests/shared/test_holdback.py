@@ -31,6 +31,10 @@ class Config:
     def delete(self, *keys: str, vetted: bool = False) -> None:
         self.keys -= self.holdback.taken(self.keys, NONE, set(keys), vetted=vetted)
 
+    def snapshot(self, *keys: str) -> None:
+        taken = self.holdback.taken(self.keys, set(keys), self.keys - set(keys), snapshot=True)
+        self.keys = (self.keys | set(keys)) - taken
+
     def write(self, *keys: str) -> None:
         taken = self.holdback.taken(self.keys, set(keys), NONE)
         self.keys = (self.keys | set(keys)) - taken
@@ -45,6 +49,71 @@ async def test_more_than_half_of_the_releases_and_at_least_two_wait(known: int, 
     config.delete(*RELEASES[:deleted])
     assert config.keys == set(RELEASES[:known] if held else RELEASES[deleted:known])
     assert config.holdback.held == set(RELEASES[:deleted] if held else [])
+
+
+@pytest.mark.parametrize("kind", ["eval/app", "app/metadata"])
+@pytest.mark.parametrize(
+    ("known", "lacks", "held"),
+    [(1, 1, True), (2, 1, True), (3, 1, False), (3, 2, True), (4, 1, False), (4, 2, True), (5, 2, False), (5, 3, True)],
+)
+async def test_half_of_the_releases_that_a_snapshot_lacks_wait(kind: str, known: int, lacks: int, held: bool) -> None:
+    keys = [f"{PREFIX}{kind}/{number}" for number in range(known)]
+    config = Config({*keys})
+    config.snapshot(*keys[lacks:])
+    assert config.keys == set(keys if held else keys[lacks:])
+    assert config.holdback.held == set(keys[:lacks] if held else [])
+    # The next snapshot of the same kind changes nothing.
+    config.snapshot(*keys[lacks:])
+    assert config.keys == set(keys if held else keys[lacks:])
+
+
+async def test_a_deletion_that_was_seen_does_not_count_with_a_snapshot_of_other_keys() -> None:
+    config = Config({*RELEASES[:2], *(f"{PREFIX}app/metadata/{app}" for app in "abc")})
+    config.delete(RELEASES[0])
+    config.snapshot(RELEASES[1], f"{PREFIX}app/metadata/a", f"{PREFIX}app/metadata/b")
+    assert config.keys == {RELEASES[1], f"{PREFIX}app/metadata/a", f"{PREFIX}app/metadata/b"}
+
+
+async def test_malformed_releases_that_were_never_in_use_do_not_count() -> None:
+    config = Config({*RELEASES})
+    config.delete(*(f"{PREFIX}eval/app/bad{number}" for number in range(9)))
+    assert not config.holdback.held
+
+
+async def test_instances_come_and_go_while_the_releases_of_others_wait() -> None:
+    others = [f"{PREFIX}instance/app/v4/{name}" for name in "abc"]
+    config = Config({*RELEASES, INSTANCE, *others})
+    config.delete(*RELEASES[:3], others[0])
+    assert config.keys == {*RELEASES, INSTANCE, *others[1:]}
+    config.delete(others[1], INSTANCE)
+    # Without its release in etcd an instance cannot renew its lease.
+    assert config.keys == {*RELEASES, INSTANCE, others[2]}
+    assert config.holdback.held == {*RELEASES[:3], INSTANCE}
+    config.snapshot(*RELEASES[3:])
+    assert config.keys == {*RELEASES, INSTANCE}
+    # Its own release is back, and it is not.
+    config.write(RELEASES[0])
+    assert config.keys == {*RELEASES}
+
+
+async def test_an_instance_waits_with_its_release_even_if_a_registry_without_memory_deletes_it() -> None:
+    config = Config()
+    config.snapshot(INSTANCE)
+    assert config.holdback.held == {*RELEASES, RULES}
+    config.delete(INSTANCE, vetted=True)
+    assert config.keys == ALL
+    config.delete(RELEASES[0], vetted=True)
+    assert config.keys == ALL - {INSTANCE, RELEASES[0]}
+
+
+async def test_rules_that_wait_still_do_so_after_the_next_snapshot() -> None:
+    rules = [f"{PREFIX}app/metadata/{app}" for app in "abcdefg"]
+    config = Config({*rules[:3]})
+    config.delete(*rules[:2])
+    config.write(*rules[3:])
+    config.snapshot(*rules[2:])
+    assert config.keys == {*rules}
+    assert config.holdback.held == {*rules[:2]}
 
 
 async def test_releases_deleted_one_after_the_other_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
