@@ -25,12 +25,14 @@ def local_bootstrap(folder: Path, ports: Ports) -> str:
     for listener in resources["listeners"]:
         # Two meshes must not share a port.
         listener["enable_reuse_port"] = False
-        listener["address"] = _loopback({"edge": ports.edge, "ops": ports.ops}[listener["name"]])
+        port = {"edge": ports.edge, "ops": ports.ops, "operators": ports.operators}[listener["name"]]
+        listener["address"] = _loopback(port)
         for chain in listener["filter_chains"]:
             for each in chain["filters"]:
                 _answer_only_loopback(each["typed_config"]["route_config"])
     for cluster in resources["clusters"]:
-        upstreams = {"gate": [_loopback(port) for port in ports.gates], "admin": [admin]}[cluster["name"]]
+        gates = [_loopback(port) for port in ports.gates]
+        upstreams = {"gate": gates, "admin": [admin], "registry": [_loopback(ports.registry)]}[cluster["name"]]
         endpoints = cluster["load_assignment"]["endpoints"][0]
         endpoints["lb_endpoints"] = [{"endpoint": {"address": address}} for address in upstreams]
     return yaml.safe_dump(bootstrap)

@@ -21,6 +21,7 @@ class Ports:
 
     edge: int
     ops: int
+    operators: int
     gates: tuple[int, ...]
     registry: int
     etcd: int
@@ -30,8 +31,8 @@ class Ports:
     def free(edge: int = 0, gates: int = 1) -> Ports:
         """Choose unused ports. A nonzero ``edge`` stays the edge's port."""
         _chosen.add(edge)
-        first, ops, registry, etcd, files, *rest = free_ports(5 + gates)
-        return Ports(edge or first, ops, tuple(rest), registry, etcd, files)
+        first, ops, operators, registry, etcd, files, *rest = free_ports(6 + gates)
+        return Ports(edge or first, ops, operators, tuple(rest), registry, etcd, files)
 
 
 def free_ports(count: int) -> list[int]:
