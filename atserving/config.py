@@ -25,6 +25,7 @@ from atserving.field_types import (
     FileUri,
     Name,
     check_aliases,
+    check_file,
     check_files,
     check_port,
     nanoseconds_of,
@@ -87,7 +88,7 @@ class Release(_Value, frozen=True, kw_only=True, dict=True, eq=False):
     Releases with different digests are never equal: true is not 1, and 1 not 1.0.
     """
 
-    readers = {"custom_files": check_files}
+    readers = {"file": check_file, "custom_files": check_files}
 
     name: Name
     version: Name

@@ -88,6 +88,13 @@ Address = Annotated[str, Meta(pattern=r"^(\[[0-9A-Fa-f:.%\w]+\]|[^\[\]\s/:]+):\d
 Phase = Literal["staging", "production"]
 
 
+def check_file(uri: object) -> object:
+    """Check the URI of a file."""
+    if isinstance(uri, str) and not re.search(_FILE_URI, uri):
+        raise ValueError("should be a file, http, https or qiniu URI")
+    return uri
+
+
 def check_files(files: object) -> object:
     """Check the URIs of files by name, since msgspec's error would not name the file."""
     if isinstance(files, dict) and len(files) > _MAX_FILES:

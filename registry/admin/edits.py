@@ -117,6 +117,9 @@ def route(state: AppState, fields: Mapping[str, Any], paths: Iterable[str], *, f
         else:
             reason = f"{path[:80]!r} should be one of aliases, aliases.<name>, key_header, shadow"
             raise InvalidArgument(f"update_mask: {reason}", fields={"update_mask": reason})
+    if not changes:
+        reason = "name at least one of aliases, key_header, shadow"
+        raise InvalidArgument(f"nothing to change: {reason}", fields={"update_mask": reason})
     if not force:
         _check_routing(state, changes, current)
     text = _merged(state, key, {name: value or None for name, value in changes.items()})

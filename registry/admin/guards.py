@@ -50,7 +50,7 @@ def _check_deletions(before: AppState, after: AppState) -> None:
     for version in before.releases.keys() - after.releases.keys():
         if instances := len(before.instances.get(version, [])):
             raise FailedPrecondition(
-                f"{after.app}/{version} still has {instances} instances, which would answer nobody: stop them first; "
+                f"{after.app}/{version} still has instances ({instances}), which would answer nobody: stop them first; "
                 f"{_FORCE}"
             )
 

@@ -265,8 +265,16 @@ def masked(
             reason = f"{path[:80]!r} should be one of {', '.join(known)}"
             raise InvalidArgument(f"update_mask: {reason}", fields={"update_mask": reason})
     wanted = paths or list(fields)
+    if not wanted:
+        raise nothing_to_change(known)
     kept = {name: value for name, value in current.items() if name not in wanted}
     return kept | {name: fields[name] for name in wanted if name in fields}
+
+
+def nothing_to_change(known: Iterable[str]) -> InvalidArgument:
+    """Return the error of an update without a field: over REST, it may be misspelt."""
+    reason = f"name at least one of {', '.join(known)}"
+    return InvalidArgument(f"nothing to change: {reason}", fields={"update_mask": reason})
 
 
 def _warnings(state: AppState, key: str) -> list[str]:

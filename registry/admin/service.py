@@ -152,6 +152,8 @@ class AdminService:
             )
         given = {name: value for name, value in given.items() if name in _RELEASE_MASK}
         changes = {name: given.get(name) for name in paths or given}
+        if not changes:
+            raise messages.nothing_to_change(_RELEASE_MASK)
         return await self._change_release(
             "UpdateRelease",
             message.app,
