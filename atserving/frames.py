@@ -25,10 +25,16 @@ PIECE_START = struct.Struct(HEAD.format + PIECE_HEAD.format[1:])
 """The two heads of a piece."""
 
 MAX_BYTES = 64 << 20
-"""The longest payload of a frame from a peer."""
+"""The longest payload of a frame from a peer, whole or in pieces."""
 
 LONG_BYTES = 512 << 10
 """Payloads from here on travel in pieces between gate and instance."""
+
+PIECE_BYTES = 1 << 20
+"""The longest part of a long frame in one piece."""
+
+MAX_SHORT_BYTES = PIECE_BYTES + 1024
+"""The longest payload of a frame as it travels between gate and instance: a piece, or a short frame."""
 
 # A longer frame that arrives in parts is collected in a buffer of its own size.
 _LARGE = 4096
@@ -72,13 +78,17 @@ class _Long:
 class FrameReader:
     """Splits the bytes that arrive into frames, and hands each to ``take``."""
 
-    def __init__(self, take: Take, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, take: Take, max_bytes: int = MAX_BYTES, max_long_bytes: int = 0) -> None:
         self.reads = True
         """While this is False, frames wait."""
         self.max_bytes = max_bytes
-        """The longest payload to take."""
+        """The longest payload to take that does not travel in pieces."""
+        self.max_long_bytes = max_long_bytes
+        """The longest payload to take that does; 0: no pieces."""
         self.admit: Callable[[int, int], bool] = lambda _id, _length: True
-        """Whether to take the long frame of an id; asked before its first piece."""
+        """Whether to take the long frame of an id; asked before its first piece. May raise Malformed."""
+        self.take_long: Callable[[int, int, Buffer], None] = lambda _id, kind, data: take(kind, data, 0, len(data))
+        """Takes a long frame: its id, kind and payload. Raises Malformed."""
         self._take = take
         self._rest = b""
         # What is being filled: a large frame, or a piece of a long one.
@@ -111,7 +121,11 @@ class FrameReader:
 
     def drop(self, id_: int) -> None:
         """Drop the long frame of an id, if one is arriving, and skip what is still to come of it."""
-        self._longs.pop(id_, None)
+        long = self._longs.pop(id_, None)
+        if long and long is self._long:
+            # The rest of a piece must not keep the whole frame in memory.
+            assert self._large is not None
+            self._large = memoryview(bytearray(len(self._large)))
 
     def close(self) -> None:
         """Take no more, and drop incomplete frames."""
@@ -159,7 +173,7 @@ class FrameReader:
         id_, kind, total, offset = PIECE_HEAD.unpack_from(data, start + HEAD.size)
         length -= PIECE_HEAD.size
         end = offset + length
-        if kind == PIECE or length <= 0 or end > total or total > self.max_bytes:
+        if kind == PIECE or length <= 0 or end > total or total > self.max_long_bytes:
             raise Malformed(f"a piece of {length} bytes at {offset} of {total}")
         if not offset:
             if id_ in self._longs:
@@ -197,7 +211,7 @@ class FrameReader:
         long.filled += len(large)
         if long.filled == len(long.buffer):
             del self._longs[self._long_id]
-            self._take(long.kind, long.buffer, 0, long.filled)
+            self.take_long(self._long_id, long.kind, long.buffer)
 
 
 def _buffer(length: int) -> memoryview:

@@ -74,7 +74,7 @@ class _Replier:
         """Let each answer pass: these callers are few."""
         return True
 
-    def reply(self, reply: link.Reply) -> None:
+    def reply(self, reply: link.Reply, held: int = 0) -> None:
         if self.timer:
             self.timer.cancel()
         self._call.finish(reply.response)

@@ -6,7 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -15,14 +15,9 @@ from atserving import link
 from atserving.held import HeldBytes
 from atserving.v1.evaluator_pb2 import Hello, InferRequest, InferResponse
 from atserving.v1.serving_pb2 import Resource
-from evaluator.net_config import NetConfig
-from evaluator.options import Options
-from evaluator.serving.capacity import Capacity
 from evaluator.serving.link_server import LinkServer
-from evaluator.serving.metrics import Metrics
-from evaluator.serving.pipeline import Pipeline
-from evaluator.serving.supervisor import WorkerSupervisor
 from tests.evaluator.calling import DIGIT, ask, connected
+from tests.evaluator.serving.fronts import pipeline
 from tests.instance import ScriptedInstance
 from tests.processes import Registry, evaluator, start_evaluator
 from tests.waiting import until_async
@@ -40,17 +35,8 @@ class Replier:
     def hold(self, count: int) -> bool:
         return self.holds
 
-    def reply(self, reply: link.Reply) -> None:
+    def reply(self, reply: link.Reply, held: int = 0) -> None:
         self.errors.append(InferResponse.FromString(bytes(reply.response)).error)
-
-
-def pipeline(tmp_path: Path, held: HeldBytes) -> Pipeline:
-    """Return a pipeline whose worker never starts: its calls wait."""
-    config = NetConfig({}, custom_values=Options("custom_values", {"net": "classify"}), workspace=tmp_path)
-    worker, fetcher = WorkerSupervisor(config), cast(Any, None)
-    return Pipeline(
-        "app", "v1", config, worker=worker, fetcher=fetcher, capacity=Capacity(64), metrics=Metrics(), held=held
-    )
 
 
 async def test_bodies_are_counted_until_the_end_of_their_requests(tmp_path: Path) -> None:
@@ -102,9 +88,9 @@ async def test_answers_are_counted_until_the_gate_has_read_them() -> None:
     answered = asyncio.Event()
 
     class Answerer(ScriptedInstance):
-        def begin(self, call: link.Call, replier: Any) -> Any:
+        def begin(self, call: link.Call, replier: Any, held: int | None = None) -> Any:
             assert replier.hold(16 * MIB)
-            replier.reply(link.Reply(call.id, link.RESULT, 0, 0, 0, 0, 0, 0, bytes(16 * MIB)))
+            replier.reply(link.Reply(call.id, link.RESULT, 0, 0, 0, 0, 0, 0, bytes(16 * MIB)), 16 * MIB)
             answered.set()
             return type("Ended", (), {"ended": True})
 
@@ -123,8 +109,9 @@ async def test_answers_are_counted_until_the_gate_has_read_them() -> None:
         await loop.sock_sendall(gate, link.call_head(1, 0, 0, b"", b"", 0))
         await answered.wait()
         assert held.held == 16 * MIB
-        while held.held:
+        while not held.take(48 * MIB, large=True):
             assert await loop.sock_recv(gate, MIB)
+        held.give(48 * MIB)
         # A second one is given up with its connection.
         answered.clear()
         await loop.sock_sendall(gate, link.call_head(2, 0, 0, b"", b"", 0))

@@ -9,17 +9,15 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from atserving import link
 from atserving.errors import ServingError
 from atserving.held import HeldBytes
 from evaluator.net_config import NetConfig
-from evaluator.options import Options
-from evaluator.serving.capacity import Capacity
-from evaluator.serving.metrics import Metrics
 from evaluator.serving.pipeline import Pipeline, Request
 from evaluator.serving.supervisor import WorkerSupervisor
+from tests.evaluator.serving.fronts import pipeline
 
 BODY_BYTES = 1 << 20
 
@@ -37,7 +35,7 @@ class Replier:
     def hold(self, count: int) -> bool:
         return True
 
-    def reply(self, reply: link.Reply) -> None:
+    def reply(self, reply: link.Reply, held: int = 0) -> None:
         self.replies.append(reply)
 
 
@@ -52,21 +50,6 @@ def without_collector() -> Iterator[None]:
         gc.enable()
 
 
-def pipeline(tmp_path: Path, capacity: int = 10_000) -> Pipeline:
-    """Return a pipeline whose worker never starts: its calls wait."""
-    config = NetConfig({}, custom_values=Options("custom_values", {"net": "classify"}), workspace=tmp_path)
-    return Pipeline(
-        "app",
-        "v1",
-        config,
-        worker=WorkerSupervisor(config),
-        fetcher=cast(Any, None),
-        capacity=Capacity(capacity),
-        metrics=Metrics(),
-        held=HeldBytes(1 << 30),
-    )
-
-
 def begin(served: Pipeline, number: int, replier: Replier) -> tuple[Request, weakref.ref[Body]]:
     body = Body(BODY_BYTES)
     call = link.Call(number, 0, 0, b"r", b"", cast(link.Buffer, body))
@@ -74,7 +57,7 @@ def begin(served: Pipeline, number: int, replier: Replier) -> tuple[Request, wea
 
 
 async def test_an_ended_request_lets_go_of_its_body(tmp_path: Path) -> None:
-    served, replier = pipeline(tmp_path), Replier()
+    served, replier = pipeline(tmp_path, HeldBytes(1 << 30)), Replier()
     worker = served.worker
     with without_collector():
         answered, first = begin(served, 1, replier)
