@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import socket
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,16 @@ from atserving.held import HeldBytes
 from atserving.v1.evaluator_pb2 import Hello, InferRequest, InferResponse
 from atserving.v1.serving_pb2 import Resource
 from evaluator.serving.link_server import LinkServer
-from tests.evaluator.calling import DIGIT, ask, connected
+from tests.evaluator.calling import DIGIT, ask, connected, infer
+from tests.evaluator.digits import digits_tar
 from tests.evaluator.serving.fronts import pipeline
 from tests.instance import ScriptedInstance
 from tests.processes import Registry, evaluator, start_evaluator
 from tests.waiting import until_async
 
 MIB = 1 << 20
+# Two of these exceed three quarters of 24 MiB.
+LARGE = 19 * MIB // 2
 
 
 class Replier:
@@ -124,14 +129,30 @@ async def done(value: bool) -> bool:
     return value
 
 
+@asynccontextmanager
+async def one_byte_host() -> AsyncIterator[str]:
+    """Return the URL of a host that sends one byte."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=b"x")
+
+    app = web.Application()
+    app.router.add_get("/", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}/"
+    await runner.cleanup()
+
+
 @pytest.fixture
 async def unfinished_url() -> AsyncIterator[str]:
-    """Return the URL of a host that sends 8 MiB, and then nothing."""
+    """Return the URL of a host that sends ``LARGE`` bytes, and then nothing."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
-        await response.write(bytes(8 * MIB))
+        await response.write(bytes(LARGE))
         await asyncio.Event().wait()
         return response
 
@@ -146,11 +167,11 @@ async def unfinished_url() -> AsyncIterator[str]:
 
 async def test_fetched_bytes_are_counted_as_they_arrive(registry: Registry, unfinished_url: str) -> None:
     registry.publish("held", custom_values={"net": "classify"})
-    flags = ("--max-held", "14", "--allow-network", "127.0.0.0/8")
+    flags = ("--max-held", "24", "--allow-network", "127.0.0.0/8")
     with evaluator(registry, "held", "v1", *flags) as process:
         async with connected(process) as instance:
             fetch = InferRequest(data=[Resource(uri=unfinished_url)])
-            large = InferRequest(data=[Resource(body=bytes(8 * MIB))])
+            large = InferRequest(data=[Resource(body=bytes(LARGE))])
             fetching = ask(instance, fetch)
 
             async def refused() -> bool:
@@ -175,9 +196,43 @@ async def test_fetched_bytes_are_counted_as_they_arrive(registry: Registry, unfi
 
 def test_bound_below_the_largest_request_fails_to_start(registry: Registry) -> None:
     registry.publish("tight", custom_values={"net": "classify"})
-    process = start_evaluator(registry.address, "tight", "v1", "--max-held", "13")
+    process = start_evaluator(registry.address, "tight", "v1", "--max-held", "23")
     assert process.wait() == 1
     assert process.lines[-1] == (
-        "evaluator: --max-held is 13, should be at least 14: "
-        "the release allows requests with 10485760 bytes of resources"
+        "evaluator: --max-held is 23, should be at least 24: a request of the release can take 18209173 bytes"
     )
+
+
+LENGTHS = b"""
+def net_init(cfg): return {}
+def net_inference(model, args):
+    lengths = [[len(each["body"]) for each in req["data"]] for req in args["reqs"]]
+    return [{"code": 0, "message": "", "result": each} for each in lengths]
+"""
+JSON = '"' + "\U0001f600" * ((MIB - 4) // 2) + '"'
+
+
+def data_uri(length: int) -> Resource:
+    return Resource(
+        uri="data:" + "x" * 400 + ";base64," + base64.b64encode(bytes(length)).decode(), attribute_json=JSON
+    )
+
+
+async def test_the_least_bound_takes_the_largest_request_of_a_built_in_net(registry: Registry) -> None:
+    registry.publish("least", custom_values={"net": "classify"})
+    with evaluator(registry, "least", "v1", "--max-held", "24") as process:
+        answer = await infer(process, data_uri(10 * MIB), params_json=JSON)
+    # It is no image.
+    assert answer.error.status == 400
+
+
+async def test_the_least_bound_takes_the_largest_request_of_a_script(registry: Registry, tmp_path: Path) -> None:
+    limits = {"max_bytes": MIB, "max_request_bytes": 2 * MIB}
+    registry.publish("group", custom_values=limits, file=digits_tar(tmp_path / "group.tar", **{"net.py": LENGTHS}))
+    refused = start_evaluator(registry.address, "group", "v1", "--max-held", "14")
+    assert refused.wait() == 1
+    async with one_byte_host() as url:
+        with evaluator(registry, "group", "v1", "--max-held", "15", "--allow-network", "127.0.0.0/8") as process:
+            data = [data_uri(MIB), data_uri(MIB - 1), Resource(uri=url)]
+            answer = await infer(process, *data, group=True)
+    assert answer.result_json == f"[{MIB},{MIB - 1},1]"
