@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
 import time
 import weakref
 from collections.abc import Iterator
@@ -14,10 +16,17 @@ from typing import cast
 from atserving import link
 from atserving.errors import ServingError
 from atserving.held import HeldBytes
+from atserving.v1.evaluator_pb2 import InferRequest
+from atserving.v1.serving_pb2 import Resource
 from evaluator.net_config import NetConfig
 from evaluator.serving.pipeline import Pipeline, Request
 from evaluator.serving.supervisor import WorkerSupervisor
+from tests.evaluator.calling import DIGIT, ask, connected
 from tests.evaluator.serving.fronts import pipeline
+from tests.evaluator.serving.test_ops_http import samples, worker_pid
+from tests.pod_memory import forget_most, most_mib
+from tests.processes import Process, Registry, evaluator
+from tests.waiting import until_async
 
 BODY_BYTES = 1 << 20
 
@@ -83,6 +92,29 @@ async def test_cancelled_calls_leave_the_queue_of_a_busy_worker(tmp_path: Path) 
     assert len(worker._waiting) < 100
     assert sum(len(each.request) for each in worker._waiting) == 1
     await asyncio.sleep(0)
+
+
+async def test_cancelled_calls_keep_no_bodies_while_the_worker_reads_nothing(registry: Registry) -> None:
+    registry.publish("standing", custom_values={"net": "classify"}, batch_size=16)
+    max_held = 64
+    with evaluator(registry, "standing", "v1", "--max-held", str(max_held)) as process:
+        async with connected(process) as instance:
+            assert (await ask(instance, InferRequest(data=[DIGIT]))).result_json
+            os.kill(worker_pid(process), signal.SIGSTOP)
+            forget_most(process)
+            before_mib = most_mib(process)
+            large = InferRequest(data=[Resource(body=bytes(10 << 20))])
+            for _ in range(6):
+                answers = [ask(instance, large) for _ in range(4)]
+                await until_async(lambda: has_in_flight(process, 4), what="the calls have arrived")
+                for answer in answers:
+                    answer.cancel()
+                await until_async(lambda: has_in_flight(process, 0), what="the calls are cancelled")
+            assert most_mib(process) < before_mib + max_held + 32
+
+
+async def has_in_flight(process: Process, count: int) -> bool:
+    return (await samples(process))["requests_held",] == count
 
 
 class Taker:
