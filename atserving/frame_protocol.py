@@ -9,7 +9,17 @@ from typing import cast
 
 import structlog
 
-from atserving.frames import HEAD, MAX_BYTES, PIECE, PIECE_BYTES, PIECE_HEAD, PIECE_START, FrameReader, Malformed
+from atserving.frames import (
+    HEAD,
+    MAX_BYTES,
+    PIECE,
+    PIECE_BYTES,
+    PIECE_HEAD,
+    PIECE_START,
+    FrameReader,
+    Malformed,
+    shared,
+)
 from atserving.wire import Buffer
 
 log = structlog.get_logger()
@@ -60,7 +70,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
         """Whether the peer reads as fast as this end writes."""
         self.heard = False
         """Set with each arrival."""
-        self.reader = FrameReader(self.frame_received, max_bytes)
+        self.reader = FrameReader(self.frame_received, max_bytes, scratch=shared.scratch)
         self._loop = asyncio.get_running_loop()
         self._out: list[Buffer] = []
         self._flushing = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+import threading
 from collections.abc import Callable
 
 from atserving.wire import Buffer as Buffer
@@ -78,7 +79,10 @@ class _Long:
 class FrameReader:
     """Splits the bytes that arrive into frames, and hands each to ``take``."""
 
-    def __init__(self, take: Take, max_bytes: int = MAX_BYTES, max_long_bytes: int = 0) -> None:
+    def __init__(
+        self, take: Take, max_bytes: int = MAX_BYTES, max_long_bytes: int = 0, scratch: memoryview | None = None
+    ) -> None:
+        """``scratch`` is where most bytes are read to; None: the reader has its own."""
         self.reads = True
         """While this is False, frames wait."""
         self.max_bytes = max_bytes
@@ -97,7 +101,7 @@ class FrameReader:
         self._long_id = 0
         self._long: _Long | None = None
         self._longs: dict[int, _Long] = {}
-        self._scratch = memoryview(bytearray(_READ_BYTES))
+        self._scratch = scratch or memoryview(bytearray(_READ_BYTES))
 
     @property
     def partial_bytes(self) -> int:
@@ -212,6 +216,17 @@ class FrameReader:
         if long.filled == len(long.buffer):
             del self._longs[self._long_id]
             self.take_long(self._long_id, long.kind, long.buffer)
+
+
+class _Shared(threading.local):
+    """The scratch of a thread."""
+
+    def __init__(self) -> None:
+        self.scratch = memoryview(bytearray(_READ_BYTES))
+
+
+shared = _Shared()
+"""Has the scratch of all connections of a loop: what is read there is fed before anything else is read."""
 
 
 def _buffer(length: int) -> memoryview:

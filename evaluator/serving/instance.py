@@ -101,7 +101,7 @@ class _Life:
         )
         self._held = HeldBytes(settings.max_held_bytes)
         self._links = LinkServer(self._held)
-        self._server = Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
+        self._server = Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]], held=self._held)
         self._service = EvaluatorService()
         self._service.register(self._server)
         self._stop = lifecycle.stop_signal()

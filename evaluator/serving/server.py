@@ -47,6 +47,8 @@ class EvaluatorService:
                 request=call.message,
             ),
             replier,
+            # The call counts its bytes itself.
+            held=0,
         )
         if not begun.ended:
             replier.request = begun

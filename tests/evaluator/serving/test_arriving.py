@@ -7,17 +7,21 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import grpc.aio
 import pytest
 
-from atserving import frames, link
+from atserving import frames, link, transport
 from atserving.held import HeldBytes
+from atserving.v1 import evaluator_pb2_grpc
 from atserving.v1.evaluator_pb2 import Hello, InferRequest, InferResponse
+from atserving.v1.serving_pb2 import Resource
 from evaluator.serving.pipeline import Pipeline
 from gate.bodies import Body
 from gate.connection import EvaluatorConnection
-from tests.evaluator.calling import DIGIT, infer
+from tests.evaluator.calling import DIGIT, address, infer
 from tests.evaluator.serving.fronts import front
 from tests.evaluator.serving.raw_gate import RawGate, piece
+from tests.evaluator.serving.test_link import resident_mb
 from tests.pod_memory import forget_most, most_mib
 from tests.processes import Registry, evaluator
 from tests.waiting import until
@@ -140,6 +144,15 @@ async def test_a_gate_sends_no_more_of_a_refused_call(tmp_path: Path) -> None:
         await connection.close()
 
 
+async def test_a_link_without_calls_costs_little(tmp_path: Path) -> None:
+    async with front(tmp_path, HeldBytes(MIB)) as (_, instance), AsyncExitStack() as stack:
+        before_mb = resident_mb()
+        for _ in range(200):
+            await stack.enter_async_context(RawGate(instance.address))
+        # The gates are in this process, too, with 256 KiB each.
+        assert resident_mb() < before_mb + 75
+
+
 async def test_a_front_stays_below_its_memory_whatever_arrives(registry: Registry) -> None:
     registry.publish("arriving", custom_values={"net": "classify"})
     max_held = 64
@@ -157,3 +170,16 @@ async def test_a_front_stays_below_its_memory_whatever_arrives(registry: Registr
             assert most_mib(process) < before_mib + max_held + 16
             # Small requests have room.
             assert (await infer(process, DIGIT)).result_json
+
+
+async def test_direct_calls_count_once_beside_those_of_gates(registry: Registry) -> None:
+    registry.publish("direct", custom_values={"net": "classify"})
+    with evaluator(registry, "direct", "v1", "--max-held", "24") as process:
+        async with transport.channel(address(process)) as channel:
+            stub = evaluator_pb2_grpc.EvaluatorServiceStub(channel)
+            # Three quarters of 24 MiB hold one of these, but not twice; it is no image.
+            response = await stub.Infer(InferRequest(data=[Resource(body=bytes(10 * MIB))]))
+            assert response.error.status == 400
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Infer(InferRequest(data=[Resource(body=bytes(19 * MIB))]))
+            assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
