@@ -109,8 +109,9 @@ class Pipeline:
             for resource, body in zip(resources, await asyncio.gather(*tasks), strict=True):
                 resource.body = body
         finally:
-            # If one failed, the others are of no use.
+            # If one failed, the others are of no use. Its error refers to this frame, and would keep what they have.
             await lifecycle.end(tasks)
+            tasks.clear()
 
 
 class Request:

@@ -11,13 +11,14 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from atserving import link
-from atserving.errors import ServingError
+from atserving.errors import InvalidArgument, ServingError
 from atserving.held import HeldBytes
 from atserving.v1.evaluator_pb2 import InferRequest
 from atserving.v1.serving_pb2 import Resource
+from evaluator.limits import Budget
 from evaluator.net_config import NetConfig
 from evaluator.serving.pipeline import Pipeline, Request
 from evaluator.serving.supervisor import WorkerSupervisor
@@ -26,7 +27,7 @@ from tests.evaluator.serving.fronts import pipeline
 from tests.evaluator.serving.test_ops_http import samples, worker_pid
 from tests.pod_memory import forget_most, most_mib
 from tests.processes import Process, Registry, evaluator
-from tests.waiting import until_async
+from tests.waiting import until, until_async
 
 BODY_BYTES = 1 << 20
 
@@ -80,6 +81,32 @@ async def test_an_ended_request_lets_go_of_its_body(tmp_path: Path) -> None:
         assert answered.ended
         assert [reply.id for reply in replier.replies] == [1, 3]
         assert [body() for body in (first, second, third)] == [None, None, None]
+
+
+class Fetcher:
+    """Fetches all URIs but one, which fails afterwards."""
+
+    def __init__(self) -> None:
+        self.bodies: list[weakref.ref[Body]] = []
+
+    async def fetch(self, uri: str, budget: Budget) -> Body:
+        if uri.endswith("/missing"):
+            await asyncio.sleep(0)
+            raise InvalidArgument("its host answered 404")
+        body = Body(BODY_BYTES)
+        self.bodies.append(weakref.ref(body))
+        return body
+
+
+async def test_a_failed_fetch_keeps_no_other_resource_of_its_request(tmp_path: Path) -> None:
+    served, replier, fetcher = pipeline(tmp_path, HeldBytes(1 << 30)), Replier(), Fetcher()
+    served._built_in, served._fetcher = None, cast(Any, fetcher)
+    data = [Resource(uri=f"http://host/{name}") for name in ("1", "2", "missing")]
+    request = InferRequest(data=data, group=True).SerializeToString()
+    with without_collector():
+        served.begin(link.Call(1, 0, link.FETCH, b"r", b"", request), replier)
+        await until(lambda: replier.replies)
+        assert [body() for body in fetcher.bodies] == [None, None]
 
 
 async def test_cancelled_calls_leave_the_queue_of_a_busy_worker(tmp_path: Path) -> None:
