@@ -7,14 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import click
+from tabulate import tabulate
 
 from atserving.cli import results
 from atserving.cli.edge_client import Answer
-
-_UNLIMITED = 1 << 20  # columns
 
 
 class Output(Protocol):
@@ -31,28 +28,27 @@ class TableOutput:
     """Prints a table of all answers at the end."""
 
     def __init__(self) -> None:
-        self._table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for column in ("FILE", "VERSION", "TIME", "RESULT"):
-            self._table.add_column(column, overflow="fold")
+        self._rows: list[list[str]] = []
 
     def add(self, answer: Answer, saved: Path | None) -> None:
         if answer.code == 0:
-            shown = [f"saved to {saved}"] if saved else results.lines(answer.result)
-            result = Text("\n".join(shown))
+            result = "\n".join([f"saved to {saved}"] if saved else results.lines(answer.result))
         else:
-            result = Text("no answer" if answer.code is None else f"code {answer.code}", "red")
+            result = _styled("no answer" if answer.code is None else f"code {answer.code}", fg="red")
         cells = [answer.request.name, answer.version or "-", f"{answer.time_ms:.1f} ms"]
-        self._table.add_row(*(Text(results.printable(cell)) for cell in cells), result)
+        self._rows.append([*map(results.printable, cells), result])
 
     def close(self) -> None:
-        if not self._table.row_count:
+        if not self._rows:
             return
-        terminal = sys.stdout.isatty()
-        styled = terminal and not os.environ.get("NO_COLOR")
-        console = Console(color_system="auto" if styled else None, width=None if terminal else _UNLIMITED)
-        with console.capture() as capture:
-            console.print(self._table)
-        print("\n".join(line.rstrip() for line in capture.get().splitlines()), flush=True)
+        headers = [_styled(name, bold=True) for name in ("FILE", "VERSION", "TIME", "RESULT")]
+        table = tabulate(self._rows, headers, tablefmt="plain", disable_numparse=True)
+        print("\n".join(line.rstrip() for line in table.splitlines()), flush=True)
+
+
+def _styled(text: str, **style: Any) -> str:
+    """Return a text in a style, if it is for a terminal that wants it."""
+    return click.style(text, **style) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
 
 
 class JsonOutput:
