@@ -11,6 +11,12 @@ from atserving.wire import Buffer, field_spans
 MAX_GROUP = 64
 """The most resources of one request."""
 
+MAX_JSON_CHARS = 1 << 20
+"""The longest that ``params`` and all attributes of one request may be together, as JSON."""
+
+MAX_REQUEST_BYTES = (20 << 20) + (64 << 10)
+"""The longest request. The edge takes bodies of up to 20 MiB; the message has a few more fields."""
+
 # So few elements cost nothing, whatever they are.
 _FEW = 4096
 # What a message of ours has beside its repeated field, and unknown fields.

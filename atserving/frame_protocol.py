@@ -9,12 +9,21 @@ from typing import cast
 
 import structlog
 
-from atserving.frames import HEAD, MAX_BYTES, PIECE, PIECE_HEAD, PIECE_START, FrameReader, Malformed
+from atserving.frames import (
+    HEAD,
+    MAX_BYTES,
+    PIECE,
+    PIECE_BYTES,
+    PIECE_HEAD,
+    PIECE_START,
+    FrameReader,
+    Malformed,
+    shared,
+)
 from atserving.wire import Buffer
 
 log = structlog.get_logger()
 
-_PIECE_BYTES = 1 << 20
 _WRITE_BUFFER_BYTES = 4 << 20
 
 
@@ -33,7 +42,7 @@ class _Sending:
 
     def piece(self) -> list[Buffer]:
         """Return the next piece as a frame in parts."""
-        room = min(self.left, _PIECE_BYTES)
+        room = min(self.left, PIECE_BYTES)
         head = PIECE_START.pack(PIECE_HEAD.size + room, PIECE, self.id, self.kind, self.length, self._offset)
         self.left -= room
         self._offset += room
@@ -61,7 +70,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
         """Whether the peer reads as fast as this end writes."""
         self.heard = False
         """Set with each arrival."""
-        self.reader = FrameReader(self.frame_received, max_bytes)
+        self.reader = FrameReader(self.frame_received, max_bytes, scratch=shared.scratch)
         self._loop = asyncio.get_running_loop()
         self._out: list[Buffer] = []
         self._flushing = False
@@ -188,8 +197,12 @@ class FrameProtocol(asyncio.BufferedProtocol):
             if each.left:
                 self._sending.append(each)
             self.transport.writelines(piece)
+            self.piece_written(each.id, sum(map(len, piece)), each.left)
         if self._closes and not self._sending:
             self.transport.close()
+
+    def piece_written(self, id_: int, count: int, left: int) -> None:
+        """Take note of a piece of ``count`` bytes that was written. ``left`` is the rest of its frame, in bytes."""
 
     def flush(self) -> None:
         """Write what was sent in this turn of the loop."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+import threading
 from collections.abc import Callable
 
 from atserving.wire import Buffer as Buffer
@@ -25,10 +26,16 @@ PIECE_START = struct.Struct(HEAD.format + PIECE_HEAD.format[1:])
 """The two heads of a piece."""
 
 MAX_BYTES = 64 << 20
-"""The longest payload of a frame from a peer."""
+"""The longest payload of a frame from a peer, whole or in pieces."""
 
 LONG_BYTES = 512 << 10
 """Payloads from here on travel in pieces between gate and instance."""
+
+PIECE_BYTES = 1 << 20
+"""The longest part of a long frame in one piece."""
+
+MAX_SHORT_BYTES = PIECE_BYTES + 1024
+"""The longest payload of a frame as it travels between gate and instance: a piece, or a short frame."""
 
 # A longer frame that arrives in parts is collected in a buffer of its own size.
 _LARGE = 4096
@@ -72,13 +79,20 @@ class _Long:
 class FrameReader:
     """Splits the bytes that arrive into frames, and hands each to ``take``."""
 
-    def __init__(self, take: Take, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self, take: Take, max_bytes: int = MAX_BYTES, max_long_bytes: int = 0, scratch: memoryview | None = None
+    ) -> None:
+        """``scratch`` is where most bytes are read to; None: the reader has its own."""
         self.reads = True
         """While this is False, frames wait."""
         self.max_bytes = max_bytes
-        """The longest payload to take."""
+        """The longest payload to take that does not travel in pieces."""
+        self.max_long_bytes = max_long_bytes
+        """The longest payload to take that does; 0: no pieces."""
         self.admit: Callable[[int, int], bool] = lambda _id, _length: True
-        """Whether to take the long frame of an id; asked before its first piece."""
+        """Whether to take the long frame of an id; asked before its first piece. May raise Malformed."""
+        self.take_long: Callable[[int, int, Buffer], None] = lambda _id, kind, data: take(kind, data, 0, len(data))
+        """Takes a long frame: its id, kind and payload. Raises Malformed."""
         self._take = take
         self._rest = b""
         # What is being filled: a large frame, or a piece of a long one.
@@ -87,7 +101,7 @@ class FrameReader:
         self._long_id = 0
         self._long: _Long | None = None
         self._longs: dict[int, _Long] = {}
-        self._scratch = memoryview(bytearray(_READ_BYTES))
+        self._scratch = scratch or memoryview(bytearray(_READ_BYTES))
 
     @property
     def partial_bytes(self) -> int:
@@ -111,7 +125,11 @@ class FrameReader:
 
     def drop(self, id_: int) -> None:
         """Drop the long frame of an id, if one is arriving, and skip what is still to come of it."""
-        self._longs.pop(id_, None)
+        long = self._longs.pop(id_, None)
+        if long and long is self._long:
+            # The rest of a piece must not keep the whole frame in memory.
+            assert self._large is not None
+            self._large = memoryview(bytearray(len(self._large)))
 
     def close(self) -> None:
         """Take no more, and drop incomplete frames."""
@@ -159,7 +177,7 @@ class FrameReader:
         id_, kind, total, offset = PIECE_HEAD.unpack_from(data, start + HEAD.size)
         length -= PIECE_HEAD.size
         end = offset + length
-        if kind == PIECE or length <= 0 or end > total or total > self.max_bytes:
+        if kind == PIECE or length <= 0 or end > total or total > self.max_long_bytes:
             raise Malformed(f"a piece of {length} bytes at {offset} of {total}")
         if not offset:
             if id_ in self._longs:
@@ -197,7 +215,18 @@ class FrameReader:
         long.filled += len(large)
         if long.filled == len(long.buffer):
             del self._longs[self._long_id]
-            self._take(long.kind, long.buffer, 0, long.filled)
+            self.take_long(self._long_id, long.kind, long.buffer)
+
+
+class _Shared(threading.local):
+    """The scratch of a thread."""
+
+    def __init__(self) -> None:
+        self.scratch = memoryview(bytearray(_READ_BYTES))
+
+
+shared = _Shared()
+"""Has the scratch of all connections of a loop: what is read there is fed before anything else is read."""
 
 
 def _buffer(length: int) -> memoryview:

@@ -15,7 +15,7 @@ import structlog
 from atserving.frame_protocol import FrameProtocol
 from atserving.frames import HEAD as HEAD
 from atserving.frames import LONG_BYTES as LONG_BYTES
-from atserving.frames import MAX_BYTES
+from atserving.frames import MAX_BYTES, MAX_SHORT_BYTES
 from atserving.frames import Malformed as Malformed
 from atserving.frames import frame as frame
 from atserving.frames import part as part
@@ -220,7 +220,8 @@ class Link(FrameProtocol):
     def greet(self) -> None:
         """Take long frames from now on: the peer has named itself."""
         self._greeted = True
-        self.reader.max_bytes = MAX_BYTES
+        self.reader.max_bytes = MAX_SHORT_BYTES
+        self.reader.max_long_bytes = MAX_BYTES
 
     def _impatient(self) -> None:
         if not self._greeted:

@@ -15,9 +15,9 @@ from typing import Any, cast
 
 import cv2
 import numpy as np
-import orjson
 
 from atserving import lifecycle, link
+from atserving.cli import results
 from atserving.config import MalformedConfig, Release, validate
 from atserving.errors import DeadlineExceeded, ServingError, StartError
 from atserving.v1 import evaluator_pb2, serving_pb2
@@ -44,10 +44,10 @@ class CheckOptions:
 
 @dataclass(frozen=True)
 class RequestReport:
-    """One request, and the shape of its result."""
+    """One request and its result: a JSON value, or bytes for a stream."""
 
     request: str
-    result: str
+    result: Any
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Report:
     peak_memory_mib: int
 
     def to_json(self) -> str:
-        return orjson.dumps(asdict(self), option=orjson.OPT_NON_STR_KEYS | orjson.OPT_INDENT_2).decode()
+        answers = [{"request": each.request, "result": results.as_json(each.result)} for each in self.answers]
+        return results.dumps({**asdict(self), "answers": answers}, indent=2)
 
     def to_text(self) -> str:
         plan = self.plan
@@ -72,7 +73,8 @@ class Report:
             f"{self.net} on {self.use_device}, loaded in {self.load_s:.2f} s",
             f"batch size {plan.batch_size}, engines: {plan.engines}, threads each: {plan.threads or 'its own choice'}",
         ]
-        lines += [f"{answer.request}: {answer.result}" for answer in self.answers]
+        for answer in self.answers:
+            lines += [f"{answer.request}:", *(f"  {line}" for line in results.lines(answer.result))]
         lines.append(f"prepare: {self.prepare_ms:.2f} ms a request")
         lines += [f"batch of {size}: {ms:.2f} ms a request" for size, ms in self.by_batch_ms.items()]
         return "\n".join([*lines, f"peak memory: {self.peak_memory_mib} MiB"])
@@ -130,7 +132,7 @@ class _Trial:
         options = self._options
         requests = _given(options) if options.images else await self._made_up(options.group, script)
         for name, images in requests.items():
-            self.answers.append(RequestReport(name, await self._shape(name, images)))
+            self.answers.append(RequestReport(name, await self._result(name, images)))
         return next(iter(requests.values()))
 
     async def _made_up(self, group: bool, script: bool) -> dict[str, list[bytes]]:
@@ -150,14 +152,14 @@ class _Trial:
             return False
         return True
 
-    async def _shape(self, name: str, images: list[bytes]) -> str:
+    async def _result(self, name: str, images: list[bytes]) -> Any:
         try:
             response = (await self._ask(images))[1]
         except ServingError as error:
             raise StartError(f"{name}: code {error.code}: {error.message}") from None
         if response.WhichOneof("outcome") == "stream":
-            return f"a stream of {len(response.stream)} bytes"
-        return shape(json.loads(response.result_json))
+            return response.stream
+        return json.loads(response.result_json)
 
     async def timed(self, images: list[bytes]) -> tuple[float, dict[int, float]]:
         """Measure the milliseconds per request: preparation, and inference by batch size. Raises StartError."""
@@ -221,22 +223,3 @@ def _picture() -> bytes:
 
 def _median_ms(microseconds: Sequence[float]) -> float:
     return round(statistics.median(microseconds) / 1000, 3)
-
-
-def shape(value: Any) -> str:
-    """Describe the types in a JSON value, an array by its first item: ``{"a": [3 x number]}``."""
-    match value:
-        case dict():
-            return "{" + ", ".join(f"{json.dumps(name)}: {shape(each)}" for name, each in value.items()) + "}"
-        case []:
-            return "[]"
-        case list():
-            return f"[{len(value)} x {shape(value[0])}]"
-        case None:
-            return "null"
-        case str():
-            return "text"
-        case bool():
-            return "boolean"
-        case _:
-            return "integer" if isinstance(value, int) else "number"

@@ -6,11 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from atserving import uris
-from atserving.counting import MAX_GROUP
+from atserving.counting import MAX_GROUP, MAX_JSON_CHARS, MAX_REQUEST_BYTES
 from atserving.errors import InvalidArgument
+from atserving.uris import MAX_URI_CHARS
 from atserving.v1 import evaluator_pb2
 from atserving.wire import Buffer
 from evaluator.options import Options
+
+# A character of JSON or of a URI, in UTF-8.
+_CHAR_BYTES = 4
+# What a resource has on the wire beside its bytes, a URI or the start of one; and a call beside resources and JSON.
+_URI_BYTES, _HEAD_BYTES = _CHAR_BYTES * MAX_URI_CHARS + 64, 1024
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,19 @@ class Limits:
             custom_values.positive_int("max_height", Limits.max_height),
             custom_values.positive_int("max_request_bytes", Limits.max_request_bytes),
         )
+
+    def most_held_bytes(self, *, one: bool) -> int:
+        """Return what the largest legal request counts in an instance; ``one``: it has one resource.
+
+        An instance counts the request as it arrives, where data URIs are a third longer than what they hold. If it
+        fetches another resource of the request, it counts what they hold, too.
+        """
+        resources = min(self.max_bytes, self.max_request_bytes)
+        if not one:
+            resources = min(MAX_GROUP * self.max_bytes, self.max_request_bytes)
+        rest = (1 if one else MAX_GROUP) * _URI_BYTES + _CHAR_BYTES * MAX_JSON_CHARS
+        inline = min(resources * 4 // 3 + rest, MAX_REQUEST_BYTES)
+        return _HEAD_BYTES + (max(inline, resources + rest) if one else inline + resources)
 
 
 class Budget:

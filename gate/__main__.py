@@ -12,6 +12,7 @@ import structlog
 
 from atserving import lifecycle, malloc
 from atserving.cli import service
+from atserving.counting import MAX_REQUEST_BYTES
 from atserving.errors import StartError
 from atserving.follower import ConfigFollower, reminding
 from atserving.grpc_server import Server
@@ -26,9 +27,6 @@ from gate.server import EdgeService, ServingService
 log = structlog.get_logger()
 
 _TEND_S = 1.0
-
-# The edge takes bodies of up to 20 MiB; the message has a few more fields.
-_MAX_REQUEST_BYTES = (20 << 20) + (64 << 10)
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ async def serve(settings: GateSettings) -> None:
     follower = ConfigFollower(settings.registries, router.apply, hold_s=settings.hold_s, cache=settings.cache)
     server = Server(
         [serving_pb2.DESCRIPTOR.services_by_name["ServingService"]],
-        _MAX_REQUEST_BYTES,
+        MAX_REQUEST_BYTES,
         held,
         internal=[edge_pb2.DESCRIPTOR.services_by_name["EdgeService"]],
     )

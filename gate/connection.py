@@ -36,6 +36,8 @@ _LATER_S = 0.01
 _MOST_HELD_BYTES = 256 << 20
 # The calls of one write, so that a cancellation can still overtake large ones.
 _WRITE_BYTES = 1 << 20
+# The calls that one frame cancels.
+_MOST_CANCELLED = 4096
 # How often a connection with pending calls looks for late ones, and when a late one that none could take is so again.
 _LOOK_S, _HEDGE_AGAIN_S = 0.1, 1.0
 # A busy instance sends something in each interval. After so many without anything it has frozen, or is about to.
@@ -198,7 +200,7 @@ class EvaluatorConnection:
     def _admit(self, id_: int, length: int) -> bool:
         """Count a long answer that arrives. Return False if nobody waits for it, or there is no room for it."""
         answer = self._pending.get(id_)
-        if answer is None:
+        if answer is None or answer.held:
             return False
         if not self._held.take(length, large=True):
             self._abandon(id_)
@@ -301,8 +303,8 @@ class EvaluatorConnection:
         """Return waiting cancellations and calls as frames in parts; long ones go to the link."""
         parts: list[Buffer] = []
         if self._abandoned:
-            parts.append(link.cancel_frame(self._abandoned))
-            self._abandoned.clear()
+            parts.append(link.cancel_frame(self._abandoned[:_MOST_CANCELLED]))
+            del self._abandoned[:_MOST_CANCELLED]
         now_s = time.monotonic()
         size = 0
         while self._outbox and size < _WRITE_BYTES:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from atserving import config, uris
-from atserving.counting import MAX_GROUP
+from atserving.counting import MAX_GROUP, MAX_JSON_CHARS
 from atserving.errors import (
     DeadlineExceeded,
     Internal,
@@ -30,8 +30,6 @@ from gate.router import Kind, Route, Router
 
 log = structlog.get_logger()
 
-MAX_JSON_CHARS = 1 << 20
-"""The longest that ``params`` and all attributes of one request may be together, as JSON."""
 
 # What a caller chooses is as long in a log line at most.
 _MOST_NAME_CHARS, _MOST_REASON_CHARS = 80, 1000

@@ -49,7 +49,11 @@ class InstanceLink(link.Link):
 
     def frame_received(self, kind: int, data: link.Buffer, start: int, end: int) -> None:
         if kind == link.REPLY and self.greeted.done():
-            self._replied(link.read_reply(data, start, end))
+            reply = link.read_reply(data, start, end)
+            if self.sends_long:
+                # An instance may refuse a call before it has arrived.
+                self.drop(reply.id)
+            self._replied(reply)
         elif kind == link.HELLO and not self.greeted.done():
             self._greet(data, start, end)
         elif kind == link.AWAY and self.greeted.done():

@@ -43,7 +43,11 @@ class ScriptedInstance:
         self._server.close()
         self.links.abort()
 
-    def begin(self, call: link.Call, replier: Replier) -> ScriptedRequest:
+    def admit(self, id_: int, length: int, replier: Replier) -> bool:
+        return self.links.held.take(length, large=True)
+
+    def begin(self, call: link.Call, replier: Replier, held: int | None = None) -> ScriptedRequest:
+        self.links.held.give(held or 0)
         self.flags.append(call.flags)
         return ScriptedRequest(call, self._infer, replier)
 

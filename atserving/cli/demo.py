@@ -14,6 +14,7 @@ from typing import Any
 import click
 import orjson
 
+from atserving.cli import drawing, results
 from atserving.cli.scenes import Drawing, Scene, scenes
 from atserving.cli.up import starting, tell
 from atserving.errors import StartError
@@ -21,11 +22,6 @@ from atserving.local import examples
 from atserving.local.examples import ROOT
 from atserving.local.foreground import run_until_stopped
 from atserving.local.mesh import Mesh
-
-_LONGEST_TEXT = 100
-_LONGEST_LIST = 8
-_SHOWN = 3
-"""How many items of a longer list are printed."""
 
 
 @click.command(help="Start the mesh, play the HTTP API and the examples with curl, and stop the mesh.")
@@ -73,11 +69,11 @@ async def play(scene: Scene, out: Path) -> Path | None:
     return path
 
 
-def _draw(title: str, drawing: Drawing, result: dict[str, Any], out: Path) -> Path:
+def _draw(title: str, target: Drawing, result: dict[str, Any], out: Path) -> Path:
     if not result.get("detections"):
         raise StartError(f"{title!r} has no detections to draw")
-    path = out / drawing.file
-    path.write_bytes(drawing.draw((ROOT / drawing.image).read_bytes(), result))
+    path = out / target.file
+    path.write_bytes(drawing.draw((ROOT / target.image).read_bytes(), result))
     return path
 
 
@@ -102,17 +98,5 @@ def shortened(body: str) -> str:
         value = orjson.loads(body)
     except orjson.JSONDecodeError:
         return body
-    short = _cut(value)
+    short = results.cut(value)
     return body if short == value else orjson.dumps(short).decode()
-
-
-def _cut(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _cut(each) for name, each in value.items()}
-    if isinstance(value, list):
-        if len(value) > _LONGEST_LIST:
-            return [*map(_cut, value[:_SHOWN]), f"... {len(value) - _SHOWN} more"]
-        return [_cut(each) for each in value]
-    if isinstance(value, str) and len(value) > _LONGEST_TEXT:
-        return f"{value[: _LONGEST_TEXT // 2]}... {len(value)} characters"
-    return value

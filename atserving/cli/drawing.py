@@ -1,14 +1,20 @@
-"""Draw a net's result on the picture of its request. Pictures are the bytes of image files."""
+"""Draw a net's result on the picture of its request. Pictures are the bytes of image files.
+
+The functions raise StartError for a picture or a mask that OpenCV can't decode.
+"""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from atserving import uris
+from atserving.cli import results
+from atserving.errors import InvalidArgument, StartError
 
 Pixels = NDArray[np.uint8]  # (height, width, 3), BGR
 Color = tuple[int, int, int]  # blue, green, red
@@ -20,6 +26,15 @@ _FONT_SCALE = 0.6
 _PADDING = 4
 _MASK_SHARE = 0.6
 _WHITE: Color = (255, 255, 255)
+
+
+def draw(image: bytes, result: Any) -> bytes:
+    """Return a PNG of the image with the boxes or the mask of a result. Raises StartError if it has neither."""
+    if results.read_as(results.Segmented, result):
+        return mask(image, result)
+    if results.read_as(results.Detected, result):
+        return boxes(image, result)
+    raise StartError("the result has no boxes and no mask to draw")
 
 
 def boxes(image: bytes, result: dict[str, Any]) -> bytes:
@@ -41,8 +56,12 @@ def mask(image: bytes, result: dict[str, Any]) -> bytes:
     Black pixels of the mask, the default for the background, leave the image unchanged.
     """
     canvas, scale = _canvas(image)
-    small = _decode(base64.b64decode(result["mask"].partition(",")[2]))
-    colors = cv2.resize(small, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
+    try:
+        small = _decode(uris.decode_data(result["mask"]), "mask")
+    except InvalidArgument as error:
+        raise StartError(f"the mask can't be drawn: {error}") from None
+    # A script's mask may have another size than the image.
+    colors = cv2.resize(small, (canvas.shape[1], canvas.shape[0]), interpolation=cv2.INTER_NEAREST)
     blended = cv2.addWeighted(colors, _MASK_SHARE, canvas, 1 - _MASK_SHARE, 0)
     canvas = np.where(colors.any(axis=2, keepdims=True), blended, canvas).astype(np.uint8)
     for detection in result["detections"]:
@@ -76,15 +95,17 @@ def _label(canvas: Pixels, detection: dict[str, Any], corner: Sequence[int], col
 
 def _canvas(image: bytes) -> tuple[Pixels, int]:
     """Decode the image, enlarge it if it is small, and return it with the factor."""
-    pixels = _decode(image)
+    pixels = _decode(image, "picture")
     scale = max(1, round(_LONG_SIDE / max(pixels.shape[:2])))
     large = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     return large.astype(np.uint8), scale
 
 
-def _decode(image: bytes) -> Pixels:
-    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
-    assert pixels is not None, "the net has already decoded this picture"
+def _decode(image: bytes, name: str) -> Pixels:
+    # An empty buffer is an error of another kind.
+    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR) if image else None
+    if pixels is None:
+        raise StartError(f"OpenCV can't decode the {name}")
     return pixels.astype(np.uint8)
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-from atserving.cli import drawing
 
 JSON = "-H 'content-type: application/json'"
 BYTES = "-H 'content-type: application/octet-stream'"
@@ -18,7 +15,6 @@ class Drawing:
 
     image: str
     """The image to draw on, as a path in the checkout."""
-    draw: Callable[[bytes, dict[str, Any]], bytes]
     file: str
     """The name of the picture's file."""
 
@@ -84,13 +80,13 @@ def _other_nets(url: str) -> Iterator[Scene]:
     yield Scene(
         "Find objects on an image: the built-in net detect",
         f"curl {url}/v1/eval/digits-detect {BYTES} --data-binary @{image}",
-        drawing=Drawing(image, drawing.boxes, "detect.png"),
+        drawing=Drawing(image, "detect.png"),
     )
     image = "examples/segment/images/2.png"
     yield Scene(
         "Label each pixel: the built-in net segment (long values are cut here)",
         f"curl {url}/v1/eval/digits-segment {BYTES} --data-binary @{image}",
-        drawing=Drawing(image, drawing.mask, "segment.png"),
+        drawing=Drawing(image, "segment.png"),
     )
 
 

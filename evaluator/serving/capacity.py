@@ -44,15 +44,19 @@ class Capacity:
 
         Raises ResourceExhausted at the limit, Unavailable while draining; both ``refused``.
         """
+        self.check(batched=batched)
+        self.in_flight += 1
+        if self.in_flight == 1:
+            self._empty.clear()
+        return self.in_flight
+
+    def check(self, *, batched: bool = False) -> None:
+        """Raise what :meth:`enter` would raise now."""
         if self._draining:
             raise Unavailable("the instance is draining", refused=True)
         if self.in_flight >= self._most(batched):
             which = "its limit for tasks of batches" if batched else "its limit"
             raise self.full(f"the instance has {self.in_flight} requests in flight, which is {which}")
-        self.in_flight += 1
-        if self.in_flight == 1:
-            self._empty.clear()
-        return self.in_flight
 
     def full(self, message: str) -> ResourceExhausted:
         """Return the refusal of a request, with the time after which there may be room for it."""

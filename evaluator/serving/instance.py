@@ -102,7 +102,7 @@ class _Life:
         )
         self._held = HeldBytes(settings.max_held_bytes)
         self._links = LinkServer(self._held)
-        self._server = Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]])
+        self._server = Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]], held=self._held)
         self._service = EvaluatorService()
         self._service.register(self._server)
         self._stop = lifecycle.stop_signal()
@@ -231,13 +231,13 @@ class _Life:
 
 def _check_held(config: NetConfig, max_held_bytes: int) -> None:
     """Raise StartError if the largest request of the release can never be taken."""
-    largest = config.limits.max_request_bytes if config.script else config.limits.max_bytes
+    largest = config.limits.most_held_bytes(one=not config.script)
     # Large requests get three quarters.
-    if largest > max_held_bytes // 4 * 3:
-        least = -(-largest * 4 // 3 >> 20)
+    least = -(-largest // (3 << 18))
+    if max_held_bytes < least << 20:
         raise StartError(
             f"--max-held is {max_held_bytes >> 20}, should be at least {least}: "
-            f"the release allows requests with {largest} bytes of resources"
+            f"a request of the release can take {largest} bytes"
         )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from contextlib import suppress
 from typing import Protocol
 
+import structlog
 from google.protobuf.message import DecodeError
 
 from atserving import link
@@ -15,20 +17,24 @@ from atserving.deadlines import Deadlines
 from atserving.held import HeldBytes
 from atserving.v1 import evaluator_pb2
 
+log = structlog.get_logger()
+
 # Resuming for each single reply would cost more than it brings.
 _FEW_OPEN = link.MOST_OPEN * 3 // 4
 # The instance takes no more calls of a gate that leaves so much unread: short replies, and all together.
 _MOST_SHORT_BYTES, _MOST_UNSENT_BYTES = 16 << 20, 128 << 20
+# The transport writes so much in one go, and keeps all of it until the last byte has left.
+_TOGETHER_BYTES = 5 << 20
 
 
 class Replier(Protocol):
     """Takes the reply to a call."""
 
     def hold(self, count: int) -> bool:
-        """Count a large answer of so many bytes until it is sent; return False if there is no room for it."""
+        """Count a large answer of so many bytes, which :meth:`reply` gets; return False if there is no room for it."""
 
-    def reply(self, reply: link.Reply) -> None:
-        """Send the reply; its id is the call's."""
+    def reply(self, reply: link.Reply, held: int = 0) -> None:
+        """Send the reply; its id is the call's. ``held`` bytes are counted for it, until it has left."""
 
 
 class Request(Protocol):
@@ -46,8 +52,14 @@ class Request(Protocol):
 class Answerer(Protocol):
     """Answers calls."""
 
-    def begin(self, call: link.Call, replier: Replier) -> Request:
-        """Begin a call. It may already have its reply on return."""
+    def admit(self, id_: int, length: int, replier: Replier) -> bool:
+        """Count a long call that begins to arrive, and return True; otherwise send its refusal."""
+
+    def begin(self, call: link.Call, replier: Replier, held: int | None = None) -> Request:
+        """Begin a call. It may already have its reply on return.
+
+        ``held`` bytes are counted for it, and given back at its end; None: it counts them itself.
+        """
 
 
 class LinkServer:
@@ -55,6 +67,7 @@ class LinkServer:
 
     def __init__(self, held: HeldBytes) -> None:
         self.held = held
+        held.reclaim = self._give_left
         self.links: set[GateLink] = set()
         self.answerer: Answerer | None = None
         self.instance: Instance | None = None
@@ -97,6 +110,10 @@ class LinkServer:
         for each in list(self.links):
             each.abort()
 
+    def _give_left(self) -> None:
+        for each in self.links:
+            each.give_left()
+
     def entered(self, each: GateLink) -> None:
         """Count an open link."""
         self.links.add(each)
@@ -118,8 +135,14 @@ class GateLink(link.Link):
         self._answerer: Answerer | None = None
         self._requests: dict[int, Request] = {}
         self._deadlines = Deadlines(self._requests, self._expire)
-        # Of large answers.
-        self._unsent_bytes = 0
+        self.reader.admit, self.reader.take_long = self._admit, self._take_long
+        # The bytes that are counted for the long calls that arrive, and for the long answers that leave.
+        self._arriving: dict[int, int] = {}
+        self._leaving_long: dict[int, int] = {}
+        # Of answers that were written: the byte after which each has left, and the bytes that are counted for it. The
+        # bytes that were written are counted while there are any.
+        self._leaving: deque[tuple[int, int]] = deque()
+        self._written = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -133,7 +156,11 @@ class GateLink(link.Link):
         for request in list(self._requests.values()):
             request.abandon()
         self._requests.clear()
-        self._give()
+        leaving = (held for _, held in self._leaving)
+        self._server.held.give(sum(self._arriving.values()) + sum(self._leaving_long.values()) + sum(leaving))
+        self._arriving.clear()
+        self._leaving_long.clear()
+        self._leaving.clear()
 
     def frame_received(self, kind: int, data: link.Buffer, start: int, end: int) -> None:
         if self._answerer is None:
@@ -145,10 +172,11 @@ class GateLink(link.Link):
         elif kind == link.CANCEL:
             for id_ in link.read_ids(data, start, end):
                 self.drop(id_)
+                self._server.held.give(self._arriving.pop(id_, 0))
+                self._leave(self._leaving_long.pop(id_, 0))
                 request = self._requests.pop(id_, None)
                 if request:
                     request.abandon()
-            self._give_sent()
         elif kind != link.ALIVE:
             raise link.Malformed(f"a frame of kind {kind}")
 
@@ -184,10 +212,31 @@ class GateLink(link.Link):
         self.send(link.frame(link.HELLO, hello.SerializeToString()))
         self.close()
 
-    def _begin(self, call: link.Call, answerer: Answerer) -> None:
-        if call.id in self._requests:
+    def _admit(self, id_: int, length: int) -> bool:
+        """Count a long call before it arrives, or refuse it: its gate then sends no more of it."""
+        assert self._answerer
+        if id_ in self._requests:
             raise link.Malformed("two calls have one id")
-        request = answerer.begin(call, self)
+        if length < link.LONG_BYTES:
+            raise link.Malformed(f"a long frame of {length} bytes")
+        if not self._answerer.admit(id_, length, self):
+            return False
+        self._arriving[id_] = length
+        return True
+
+    def _take_long(self, id_: int, kind: int, data: link.Buffer) -> None:
+        if kind != link.CALL:
+            raise link.Malformed(f"a long frame of kind {kind}")
+        call = link.read_call(data, 0, len(data))
+        if call.id != id_:
+            raise link.Malformed("a long call has the id of another")
+        assert self._answerer
+        self._begin(call, self._answerer, self._arriving.pop(id_))
+
+    def _begin(self, call: link.Call, answerer: Answerer, held: int | None = None) -> None:
+        if call.id in self._requests or call.id in self._arriving:
+            raise link.Malformed("two calls have one id")
+        request = answerer.begin(call, self, held)
         if request.ended:
             return
         self._requests[call.id] = request
@@ -197,39 +246,66 @@ class GateLink(link.Link):
             self.pause()
 
     def hold(self, count: int) -> bool:
-        held = self._server.held.take(count, large=True)
-        self._unsent_bytes += count if held else 0
-        return held
+        return self._server.held.take(count, large=True)
 
-    def _give_sent(self) -> None:
-        """Stop counting answers once all but 1 MiB of them is sent."""
-        if self._unsent_bytes and self.writable and not self.sends_long:
-            self._give()
-
-    def _give(self) -> None:
-        self._server.held.give(self._unsent_bytes)
-        self._unsent_bytes = 0
-
-    def flush(self) -> None:
-        super().flush()
-        self._give_sent()
-
-    def pump(self) -> None:
-        super().pump()
-        self._give_sent()
-
-    def reply(self, reply: link.Reply) -> None:
+    def reply(self, reply: link.Reply, held: int = 0) -> None:
         self._requests.pop(reply.id, None)
         response = reply.response
         head = link.reply_head(*reply[:-1], len(response))
-        if len(response) < link.LONG_BYTES:
-            self.send(head, response)
-        else:
+        if len(response) >= link.LONG_BYTES:
+            self._leaving_long[reply.id] = held
             self.send_long(reply.id, head, response)
+        else:
+            self.send(head, response)
+            if held or not self.writable:
+                self._count(held, len(response))
         if not self.writable and self._leaves_unread():
             self.pause()
         elif self.paused:
             self._resume()
+
+    def _count(self, held: int, length: int) -> None:
+        """Count a short answer until it has left: a large one, or one to a gate that reads too little."""
+        if not held:
+            if not self._server.held.take(length, large=False):
+                log.warning("link broken", reason="the gate leaves too much unread")
+                self.abort()
+                return
+            held = length
+        self.flush()
+        self._leave(held)
+
+    def _leave(self, held: int) -> None:
+        """Stop counting an answer once it has left. Its last part was written, and nothing after it."""
+        if not held:
+            return
+        assert self.transport
+        if not self._leaving:
+            self._written = self.transport.get_write_buffer_size()
+        self._leaving.append((self._written + _TOGETHER_BYTES, held))
+        self.give_left()
+
+    def give_left(self) -> None:
+        """Stop counting the answers that have left."""
+        if not self._leaving:
+            return
+        assert self.transport
+        unsent = self.transport.get_write_buffer_size()
+        while self._leaving and (not unsent or self._leaving[0][0] <= self._written - unsent):
+            self._server.held.give(self._leaving.popleft()[1])
+
+    def piece_written(self, id_: int, count: int, left: int) -> None:
+        if self._leaving:
+            self._written += count
+            self.give_left()
+        if not left:
+            self._leave(self._leaving_long.pop(id_, 0))
+
+    def flush(self) -> None:
+        if self._leaving:
+            self.give_left()
+            self._written += sum(map(len, self._out))
+        super().flush()
 
     def _leaves_unread(self) -> bool:
         assert self.transport
@@ -249,6 +325,7 @@ class GateLink(link.Link):
         return bool(self._requests)
 
     def resume_writing(self) -> None:
+        self.give_left()
         super().resume_writing()
         if self.paused:
             self._resume()

@@ -56,10 +56,31 @@ class Pipeline:
         # Built-in nets take one image; a script may take groups.
         self._built_in = None if config.script else config.net
 
-    def begin(self, call: link.Call, replier: Replier) -> Request:
-        """Begin a call. It replies once, perhaps at once, unless it is abandoned; it is counted and logged once."""
+    def admit(self, id_: int, length: int, replier: Replier) -> bool:
+        """Count the bytes of a long call that begins to arrive, and return True.
+
+        Without room for them, or a place for the call, refuse it at once. It is logged under a new request id then.
+        """
+        try:
+            self.capacity.check()
+            self.take(length, large=True)
+        except ServingError as error:
+            Request(self, link.Call(id_, 0, 0, b"", b"", b""), replier).failed(error)
+            return False
+        return True
+
+    def take(self, count: int, *, large: bool) -> None:
+        """Count more bytes of a request. Raises ResourceExhausted if there is no room for them."""
+        if not self.held.take(count, large=large):
+            raise self.capacity.full("the instance holds as many bytes of requests and answers as it can")
+
+    def begin(self, call: link.Call, replier: Replier, held: int | None = None) -> Request:
+        """Begin a call. It replies once, perhaps at once, unless it is abandoned; it is counted and logged once.
+
+        ``held`` bytes are counted for it, and given back at its end; None: it counts them itself.
+        """
         request = Request(self, call, replier)
-        request.begin(call)
+        request.begin(call, held)
         return request
 
     def read(self, serialized: link.Buffer) -> evaluator_pb2.InferRequest:
@@ -88,8 +109,9 @@ class Pipeline:
             for resource, body in zip(resources, await asyncio.gather(*tasks), strict=True):
                 resource.body = body
         finally:
-            # If one failed, the others are of no use.
+            # If one failed, the others are of no use. Its error refers to this frame, and would keep what they have.
             await lifecycle.end(tasks)
+            tasks.clear()
 
 
 class Request:
@@ -137,10 +159,13 @@ class Request:
         self._work: SupervisedCall | None = None
         self._fetching: asyncio.Task[None] | None = None
 
-    def begin(self, call: link.Call) -> None:
-        """Begin the work."""
+    def begin(self, call: link.Call, held: int | None) -> None:
+        """Begin the work. ``held`` bytes are counted for it already; None: it counts those of the call."""
         try:
-            self._hold(len(call.request))
+            if held is None:
+                self._hold(len(call.request))
+            else:
+                self._held_bytes = held
             if not call.flags & link.FETCH:
                 self._ahead = self._pipeline.capacity.enter(batched=self._batched)
                 self._ms["fetch_ms"] = 0.0
@@ -157,9 +182,7 @@ class Request:
         if self.ended:
             # Its fetch is about to be cancelled.
             return
-        pipeline = self._pipeline
-        if not pipeline.held.take(count, large=self._held_bytes + count >= LARGE_BYTES):
-            raise pipeline.capacity.full("the instance holds as many bytes of requests and answers as it can")
+        self._pipeline.take(count, large=self._held_bytes + count >= LARGE_BYTES)
         self._held_bytes += count
 
     async def _fetch(self, request: evaluator_pb2.InferRequest, host: str) -> None:
@@ -192,12 +215,13 @@ class Request:
             ms["postprocess_ms"] = reply.postprocess_us / 1000
         try:
             error = _error(reply.response) if reply.outcome == link.ERROR else None
-            if len(reply.response) >= LARGE_BYTES and not self._replier.hold(len(reply.response)):
+            held = len(reply.response) if len(reply.response) >= LARGE_BYTES else 0
+            if held and not self._replier.hold(held):
                 raise Unavailable("the instance holds as many bytes of unread answers as it can")
         except Exception as failure:
             self._fail(failure)
             return
-        self._end(reply, error)
+        self._end(reply, error, held)
 
     def failed(self, error: ServingError) -> None:
         """Take an error in place of the worker's reply."""
@@ -228,8 +252,8 @@ class Request:
         response = evaluator_pb2.InferResponse(error=error.to_proto()).SerializeToString()
         self._end(link.Reply(self._id, link.ERROR, 0, 0, 0, 0, 0, 0, response), error)
 
-    def _end(self, reply: link.Reply | None, error: ServingError | None) -> None:
-        """Reply, count and log, once. Without a reply the caller has left."""
+    def _end(self, reply: link.Reply | None, error: ServingError | None, held: int = 0) -> None:
+        """Reply, count and log, once. Without a reply the caller has left. ``held`` bytes are counted for the reply."""
         if self.ended:
             return
         self.ended = True
@@ -243,7 +267,7 @@ class Request:
         if reply is None:
             code = status = _CALLER_GONE
         else:
-            self._replier.reply(reply._replace(id=self._id))
+            self._replier.reply(reply._replace(id=self._id), held)
         ms["total_ms"] = round((time.monotonic() - self._began_s) * 1000, 3)
         pipeline.metrics.observe(status, ms)
         line: dict[str, object] = {"reqid": self._reqid, "code": code}

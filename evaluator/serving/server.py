@@ -68,6 +68,8 @@ class EvaluatorService:
                 request=call.message,
             ),
             replier,
+            # The call counts its bytes itself.
+            held=0,
         )
         if not begun.ended:
             replier.request = begun
@@ -95,7 +97,7 @@ class _Replier:
         """Let each answer pass: these callers are few."""
         return True
 
-    def reply(self, reply: link.Reply) -> None:
+    def reply(self, reply: link.Reply, held: int = 0) -> None:
         if self.timer:
             self.timer.cancel()
         self._call.finish(reply.response)

@@ -39,6 +39,9 @@ _DIED = "the net's process died"
 # A gate takes it as "for a moment only".
 _AWAY_RETRY_S = 1.0
 
+# The calls of one write.
+_WRITE_BYTES = 1 << 20
+
 # A few cancelled calls in the queue cost less than to remove them.
 _FEW = 64
 
@@ -215,14 +218,21 @@ class WorkerSupervisor:
         if self._cancelled:
             self._process.write([link.cancel_frame(self._cancelled)])
             self._cancelled.clear()
+        # What was written stays in memory until the worker reads it, even if the call has ended.
+        while self._waiting and self._process.writable and (calls := self._next()):
+            self._send(self._process, calls)
+
+    def _next(self) -> list[SupervisedCall]:
+        """Return the next calls to write together."""
         room = self._window() - self._sent
+        size = 0
         calls: list[SupervisedCall] = []
-        while self._waiting and len(calls) < room:
+        while self._waiting and len(calls) < room and size < _WRITE_BYTES:
             one = self._waiting.popleft()
             if one.id in self._calls:
                 calls.append(one)
-        if calls:
-            self._send(self._process, calls)
+                size += len(one.request)
+        return calls
 
     def _window(self) -> int:
         return 2 * self.plan.batch_size * self.plan.engines + self.plan.preparers
@@ -257,7 +267,7 @@ class WorkerSupervisor:
 
     async def _begin(self) -> WorkerProcess:
         self._progress.clear()
-        process = WorkerProcess(self._progress, self._take_reply)
+        process = WorkerProcess(self._progress, self._take_reply, self._flush_soon)
         # A suspect runs alone, so its engine must not wait for a full batch.
         delay_s = 0 if self._suspects else self._delay_s
         start = {

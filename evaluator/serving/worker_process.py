@@ -30,12 +30,13 @@ Replied = Callable[[link.Reply], None]
 class WorkerProcess(FrameProtocol):
     """A worker process. ``ended`` is done once the process has ended; it never restarts."""
 
-    def __init__(self, progress: Progress, replied: Replied) -> None:
-        """Start nothing yet. The process calls ``replied`` with each reply."""
+    def __init__(self, progress: Progress, replied: Replied, writable: Callable[[], None]) -> None:
+        """Start nothing yet. ``replied`` is called with each reply, ``writable`` when the process reads again."""
         super().__init__()
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._progress = progress
         self._replied = replied
+        self._writable = writable
         self._started: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._popen: subprocess.Popen[bytes] | None = None
         self._tether: int | None = None
@@ -111,6 +112,10 @@ class WorkerProcess(FrameProtocol):
                 raise link.Malformed("the start reply is no object") from None
         else:
             raise link.Malformed(f"a frame of kind {kind}")
+
+    def resume_writing(self) -> None:
+        self.writable = True
+        self._writable()
 
     def malformed(self, reason: str) -> None:
         # A script wrote to the socket itself.

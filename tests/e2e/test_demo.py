@@ -102,7 +102,7 @@ async def test_a_result_with_nothing_to_draw_stops_the_demo(mesh: Mesh, tmp_path
     seven = "examples/digits/images/7.png"
     line = f"curl {mesh.url}/v1/eval/digits -H 'content-type: application/octet-stream' --data-binary @{seven}"
     with pytest.raises(StartError, match="'No boxes' has no detections"):
-        await play(Scene("No boxes", line, drawing=Drawing(seven, drawing.boxes, "x.png")), tmp_path)
+        await play(Scene("No boxes", line, drawing=Drawing(seven, "x.png")), tmp_path)
     assert not (tmp_path / "x.png").exists()
 
 

@@ -18,7 +18,7 @@ PROGRAMS = [
     [ATSERVING, "up"],
     [ATSERVING, "release", "publish"],
 ]
-COMMANDS = ["convert", "demo", "k8s", "release", "up"]
+COMMANDS = ["convert", "demo", "eval", "k8s", "release", "up"]
 # Runs `atserving` as if only the packages of docker/core.txt were installed.
 WITHOUT_EXTRAS = """
 import re, sys

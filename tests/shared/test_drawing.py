@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from atserving.cli import drawing
+from atserving.errors import StartError
 
 Pixels = NDArray[np.uint8]
 
@@ -120,3 +121,30 @@ def test_outline_follows_the_centres_of_a_regions_outermost_pixels_in_white() ->
 
 def test_mask_of_background_alone_only_enlarges_the_picture() -> None:
     assert (masked() == ground(WIDTH * SCALE, HEIGHT * SCALE)).all()
+
+
+@pytest.mark.parametrize("result", [{"confidences": []}, {"detections": [{"pts": []}]}, [1], None, b"stream"], ids=str)
+def test_a_result_without_boxes_and_mask_is_not_drawn(result: Any) -> None:
+    with pytest.raises(StartError, match="no boxes and no mask"):
+        drawing.draw(png(ground()), result)
+
+
+def test_boxes_with_more_fields_are_drawn() -> None:
+    each = box(50, 40, 120, 80)
+    drawn = drawing.draw(png(ground()), {"detections": [{**each, "landmarks": [[1, 2]]}], "took_ms": 5})
+    assert (pixels(drawn) == boxes_on(ground(), each)).all()
+
+
+def test_mask_of_another_size_covers_the_whole_picture() -> None:
+    uri = "data:image/png;base64," + base64.b64encode(png(np.full((5, 7, 3), 200, np.uint8))).decode()
+    drawn = pixels(drawing.draw(png(ground()), {"mask": uri, "detections": []}))
+    assert (drawn == drawn[0, 0]).all()
+    assert (drawn != GROUND).all()
+
+
+@pytest.mark.parametrize("uri", ["none", "data:image/png;base64,!", "data:image/png;base64,", "data:x;base64,eHl6"])
+def test_broken_picture_or_mask_is_an_error(uri: str) -> None:
+    with pytest.raises(StartError, match="the mask"):
+        drawing.draw(png(ground()), {"mask": uri, "detections": []})
+    with pytest.raises(StartError, match="the picture"):
+        drawing.draw(uri.encode(), {"detections": []})

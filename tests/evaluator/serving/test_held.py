@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import socket
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -15,19 +17,17 @@ from atserving import link
 from atserving.held import HeldBytes
 from atserving.v1.evaluator_pb2 import Hello, InferRequest, InferResponse
 from atserving.v1.serving_pb2 import Resource
-from evaluator.net_config import NetConfig
-from evaluator.options import Options
-from evaluator.serving.capacity import Capacity
 from evaluator.serving.link_server import LinkServer
-from evaluator.serving.metrics import Metrics
-from evaluator.serving.pipeline import Pipeline
-from evaluator.serving.supervisor import WorkerSupervisor
-from tests.evaluator.calling import DIGIT, ask, connected
+from tests.evaluator.calling import DIGIT, ask, connected, infer
+from tests.evaluator.digits import digits_tar
+from tests.evaluator.serving.fronts import pipeline
 from tests.instance import ScriptedInstance
 from tests.processes import Registry, evaluator, start_evaluator
 from tests.waiting import until_async
 
 MIB = 1 << 20
+# Two of these exceed three quarters of 24 MiB.
+LARGE = 19 * MIB // 2
 
 
 class Replier:
@@ -40,17 +40,8 @@ class Replier:
     def hold(self, count: int) -> bool:
         return self.holds
 
-    def reply(self, reply: link.Reply) -> None:
+    def reply(self, reply: link.Reply, held: int = 0) -> None:
         self.errors.append(InferResponse.FromString(bytes(reply.response)).error)
-
-
-def pipeline(tmp_path: Path, held: HeldBytes) -> Pipeline:
-    """Return a pipeline whose worker never starts: its calls wait."""
-    config = NetConfig({}, custom_values=Options("custom_values", {"net": "classify"}), workspace=tmp_path)
-    worker, fetcher = WorkerSupervisor(config), cast(Any, None)
-    return Pipeline(
-        "app", "v1", config, worker=worker, fetcher=fetcher, capacity=Capacity(64), metrics=Metrics(), held=held
-    )
 
 
 async def test_bodies_are_counted_until_the_end_of_their_requests(tmp_path: Path) -> None:
@@ -102,9 +93,9 @@ async def test_answers_are_counted_until_the_gate_has_read_them() -> None:
     answered = asyncio.Event()
 
     class Answerer(ScriptedInstance):
-        def begin(self, call: link.Call, replier: Any) -> Any:
+        def begin(self, call: link.Call, replier: Any, held: int | None = None) -> Any:
             assert replier.hold(16 * MIB)
-            replier.reply(link.Reply(call.id, link.RESULT, 0, 0, 0, 0, 0, 0, bytes(16 * MIB)))
+            replier.reply(link.Reply(call.id, link.RESULT, 0, 0, 0, 0, 0, 0, bytes(16 * MIB)), 16 * MIB)
             answered.set()
             return type("Ended", (), {"ended": True})
 
@@ -123,8 +114,9 @@ async def test_answers_are_counted_until_the_gate_has_read_them() -> None:
         await loop.sock_sendall(gate, link.call_head(1, 0, 0, b"", b"", 0))
         await answered.wait()
         assert held.held == 16 * MIB
-        while held.held:
+        while not held.take(48 * MIB, large=True):
             assert await loop.sock_recv(gate, MIB)
+        held.give(48 * MIB)
         # A second one is given up with its connection.
         answered.clear()
         await loop.sock_sendall(gate, link.call_head(2, 0, 0, b"", b"", 0))
@@ -137,14 +129,30 @@ async def done(value: bool) -> bool:
     return value
 
 
+@asynccontextmanager
+async def one_byte_host() -> AsyncIterator[str]:
+    """Return the URL of a host that sends one byte."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=b"x")
+
+    app = web.Application()
+    app.router.add_get("/", answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}/"
+    await runner.cleanup()
+
+
 @pytest.fixture
 async def unfinished_url() -> AsyncIterator[str]:
-    """Return the URL of a host that sends 8 MiB, and then nothing."""
+    """Return the URL of a host that sends ``LARGE`` bytes, and then nothing."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
-        await response.write(bytes(8 * MIB))
+        await response.write(bytes(LARGE))
         await asyncio.Event().wait()
         return response
 
@@ -159,11 +167,11 @@ async def unfinished_url() -> AsyncIterator[str]:
 
 async def test_fetched_bytes_are_counted_as_they_arrive(registry: Registry, unfinished_url: str) -> None:
     registry.publish("held", custom_values={"net": "classify"})
-    flags = ("--max-held", "14", "--allow-network", "127.0.0.0/8")
+    flags = ("--max-held", "24", "--allow-network", "127.0.0.0/8")
     with evaluator(registry, "held", "v1", *flags) as process:
         async with connected(process) as instance:
             fetch = InferRequest(data=[Resource(uri=unfinished_url)])
-            large = InferRequest(data=[Resource(body=bytes(8 * MIB))])
+            large = InferRequest(data=[Resource(body=bytes(LARGE))])
             fetching = ask(instance, fetch)
 
             async def refused() -> bool:
@@ -188,9 +196,43 @@ async def test_fetched_bytes_are_counted_as_they_arrive(registry: Registry, unfi
 
 def test_bound_below_the_largest_request_fails_to_start(registry: Registry) -> None:
     registry.publish("tight", custom_values={"net": "classify"})
-    process = start_evaluator(registry.address, "tight", "v1", "--max-held", "13")
+    process = start_evaluator(registry.address, "tight", "v1", "--max-held", "23")
     assert process.wait() == 1
     assert process.lines[-1] == (
-        "evaluator: --max-held is 13, should be at least 14: "
-        "the release allows requests with 10485760 bytes of resources"
+        "evaluator: --max-held is 23, should be at least 24: a request of the release can take 18209173 bytes"
     )
+
+
+LENGTHS = b"""
+def net_init(cfg): return {}
+def net_inference(model, args):
+    lengths = [[len(each["body"]) for each in req["data"]] for req in args["reqs"]]
+    return [{"code": 0, "message": "", "result": each} for each in lengths]
+"""
+JSON = '"' + "\U0001f600" * ((MIB - 4) // 2) + '"'
+
+
+def data_uri(length: int) -> Resource:
+    return Resource(
+        uri="data:" + "x" * 400 + ";base64," + base64.b64encode(bytes(length)).decode(), attribute_json=JSON
+    )
+
+
+async def test_the_least_bound_takes_the_largest_request_of_a_built_in_net(registry: Registry) -> None:
+    registry.publish("least", custom_values={"net": "classify"})
+    with evaluator(registry, "least", "v1", "--max-held", "24") as process:
+        answer = await infer(process, data_uri(10 * MIB), params_json=JSON)
+    # It is no image.
+    assert answer.error.status == 400
+
+
+async def test_the_least_bound_takes_the_largest_request_of_a_script(registry: Registry, tmp_path: Path) -> None:
+    limits = {"max_bytes": MIB, "max_request_bytes": 2 * MIB}
+    registry.publish("group", custom_values=limits, file=digits_tar(tmp_path / "group.tar", **{"net.py": LENGTHS}))
+    refused = start_evaluator(registry.address, "group", "v1", "--max-held", "14")
+    assert refused.wait() == 1
+    async with one_byte_host() as url:
+        with evaluator(registry, "group", "v1", "--max-held", "15", "--allow-network", "127.0.0.0/8") as process:
+            data = [data_uri(MIB), data_uri(MIB - 1), Resource(uri=url)]
+            answer = await infer(process, *data, group=True)
+    assert answer.result_json == f"[{MIB},{MIB - 1},1]"

@@ -51,7 +51,8 @@ class Instance(ScriptedInstance):
         self.lengths: list[int] = []
         """The bodies of the calls, in the order of their arrival."""
 
-    def begin(self, call: link.Call, replier: Replier) -> Answered:  # type: ignore[override]
+    def begin(self, call: link.Call, replier: Replier, held: int | None = None) -> Answered:  # type: ignore[override]
+        self.links.held.give(held or 0)
         request = InferRequest.FromString(bytes(call.request))
         self.lengths.append(len(request.data[0].body) if request.data else 0)
         is_long = request.params_json == "long"
@@ -172,7 +173,8 @@ def test_pieces_are_put_together_however_they_arrive(lengths: list[int], into_sp
         stream += link.frame(3, b"short" * data.draw(st.integers(0, 2)))
     taken: list[bytes] = []
     reader = frames.FrameReader(
-        lambda kind, part, start, end: taken.append(bytes(part[start:end])) if kind == KIND else None
+        lambda kind, part, start, end: taken.append(bytes(part[start:end])) if kind == KIND else None,
+        max_long_bytes=MOST,
     )
     at = 0
     while at < len(stream):
@@ -209,14 +211,16 @@ def piece(id_: int, payload: bytes, offset: int, total: int, kind: int = KIND) -
     ],
 )
 def test_pieces_that_do_not_fit_are_malformed(sent: bytes) -> None:
-    reader = frames.FrameReader(lambda *_: None, MOST)
+    reader = frames.FrameReader(lambda *_: None, MOST, MOST)
     with pytest.raises(link.Malformed):
         reader.feed(sent)
 
 
 def test_rest_of_a_dropped_frame_is_skipped() -> None:
     taken: list[bytes] = []
-    reader = frames.FrameReader(lambda kind, part, start, end: taken.append(bytes(part[start:end])))
+    reader = frames.FrameReader(
+        lambda kind, part, start, end: taken.append(bytes(part[start:end])), max_long_bytes=MOST
+    )
     reader.feed(piece(1, b"x" * 10, 0, 30))
     reader.drop(1)
     reader.feed(piece(1, b"x" * 10, 10, 30) + piece(2, b"y" * 5, 0, 5) + piece(1, b"x" * 10, 20, 30))

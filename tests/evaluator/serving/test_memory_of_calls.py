@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
 import time
 import weakref
 from collections.abc import Iterator
@@ -12,14 +14,20 @@ from pathlib import Path
 from typing import Any, cast
 
 from atserving import link
-from atserving.errors import ServingError
+from atserving.errors import InvalidArgument, ServingError
 from atserving.held import HeldBytes
+from atserving.v1.evaluator_pb2 import InferRequest
+from atserving.v1.serving_pb2 import Resource
+from evaluator.limits import Budget
 from evaluator.net_config import NetConfig
-from evaluator.options import Options
-from evaluator.serving.capacity import Capacity
-from evaluator.serving.metrics import Metrics
 from evaluator.serving.pipeline import Pipeline, Request
 from evaluator.serving.supervisor import WorkerSupervisor
+from tests.evaluator.calling import DIGIT, ask, connected
+from tests.evaluator.serving.fronts import pipeline
+from tests.evaluator.serving.test_ops_http import samples, worker_pid
+from tests.pod_memory import forget_most, most_mib
+from tests.processes import Process, Registry, evaluator
+from tests.waiting import until, until_async
 
 BODY_BYTES = 1 << 20
 
@@ -37,7 +45,7 @@ class Replier:
     def hold(self, count: int) -> bool:
         return True
 
-    def reply(self, reply: link.Reply) -> None:
+    def reply(self, reply: link.Reply, held: int = 0) -> None:
         self.replies.append(reply)
 
 
@@ -52,21 +60,6 @@ def without_collector() -> Iterator[None]:
         gc.enable()
 
 
-def pipeline(tmp_path: Path, capacity: int = 10_000) -> Pipeline:
-    """Return a pipeline whose worker never starts: its calls wait."""
-    config = NetConfig({}, custom_values=Options("custom_values", {"net": "classify"}), workspace=tmp_path)
-    return Pipeline(
-        "app",
-        "v1",
-        config,
-        worker=WorkerSupervisor(config),
-        fetcher=cast(Any, None),
-        capacity=Capacity(capacity),
-        metrics=Metrics(),
-        held=HeldBytes(1 << 30),
-    )
-
-
 def begin(served: Pipeline, number: int, replier: Replier) -> tuple[Request, weakref.ref[Body]]:
     body = Body(BODY_BYTES)
     call = link.Call(number, 0, 0, b"r", b"", cast(link.Buffer, body))
@@ -74,7 +67,7 @@ def begin(served: Pipeline, number: int, replier: Replier) -> tuple[Request, wea
 
 
 async def test_an_ended_request_lets_go_of_its_body(tmp_path: Path) -> None:
-    served, replier = pipeline(tmp_path), Replier()
+    served, replier = pipeline(tmp_path, HeldBytes(1 << 30)), Replier()
     worker = served.worker
     with without_collector():
         answered, first = begin(served, 1, replier)
@@ -90,6 +83,32 @@ async def test_an_ended_request_lets_go_of_its_body(tmp_path: Path) -> None:
         assert [body() for body in (first, second, third)] == [None, None, None]
 
 
+class Fetcher:
+    """Fetches all URIs but one, which fails afterwards."""
+
+    def __init__(self) -> None:
+        self.bodies: list[weakref.ref[Body]] = []
+
+    async def fetch(self, uri: str, budget: Budget) -> Body:
+        if uri.endswith("/missing"):
+            await asyncio.sleep(0)
+            raise InvalidArgument("its host answered 404")
+        body = Body(BODY_BYTES)
+        self.bodies.append(weakref.ref(body))
+        return body
+
+
+async def test_a_failed_fetch_keeps_no_other_resource_of_its_request(tmp_path: Path) -> None:
+    served, replier, fetcher = pipeline(tmp_path, HeldBytes(1 << 30)), Replier(), Fetcher()
+    served._built_in, served._fetcher = None, cast(Any, fetcher)
+    data = [Resource(uri=f"http://host/{name}") for name in ("1", "2", "missing")]
+    request = InferRequest(data=data, group=True).SerializeToString()
+    with without_collector():
+        served.begin(link.Call(1, 0, link.FETCH, b"r", b"", request), replier)
+        await until(lambda: replier.replies)
+        assert [body() for body in fetcher.bodies] == [None, None]
+
+
 async def test_cancelled_calls_leave_the_queue_of_a_busy_worker(tmp_path: Path) -> None:
     config = NetConfig({}, workspace=tmp_path)
     worker = WorkerSupervisor(config)
@@ -100,6 +119,29 @@ async def test_cancelled_calls_leave_the_queue_of_a_busy_worker(tmp_path: Path) 
     assert len(worker._waiting) < 100
     assert sum(len(each.request) for each in worker._waiting) == 1
     await asyncio.sleep(0)
+
+
+async def test_cancelled_calls_keep_no_bodies_while_the_worker_reads_nothing(registry: Registry) -> None:
+    registry.publish("standing", custom_values={"net": "classify"}, batch_size=16)
+    max_held = 64
+    with evaluator(registry, "standing", "v1", "--max-held", str(max_held)) as process:
+        async with connected(process) as instance:
+            assert (await ask(instance, InferRequest(data=[DIGIT]))).result_json
+            os.kill(worker_pid(process), signal.SIGSTOP)
+            forget_most(process)
+            before_mib = most_mib(process)
+            large = InferRequest(data=[Resource(body=bytes(10 << 20))])
+            for _ in range(6):
+                answers = [ask(instance, large) for _ in range(4)]
+                await until_async(lambda: has_in_flight(process, 4), what="the calls have arrived")
+                for answer in answers:
+                    answer.cancel()
+                await until_async(lambda: has_in_flight(process, 0), what="the calls are cancelled")
+            assert most_mib(process) < before_mib + max_held + 32
+
+
+async def has_in_flight(process: Process, count: int) -> bool:
+    return (await samples(process))["requests_held",] == count
 
 
 class Taker:

@@ -1,0 +1,50 @@
+"""The front of an instance inside the test's process, without a worker: calls that it takes wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from atserving.config import Instance
+from atserving.held import HeldBytes
+from evaluator.net_config import NetConfig
+from evaluator.options import Options
+from evaluator.serving.capacity import Capacity
+from evaluator.serving.link_server import LinkServer
+from evaluator.serving.metrics import Metrics
+from evaluator.serving.pipeline import Pipeline
+from evaluator.serving.supervisor import WorkerSupervisor
+
+
+def pipeline(folder: Path, held: HeldBytes, capacity: int = 64) -> Pipeline:
+    """Return a pipeline whose worker never starts."""
+    config = NetConfig({}, custom_values=Options("custom_values", {"net": "classify"}), workspace=folder)
+    return Pipeline(
+        "app",
+        "v1",
+        config,
+        worker=WorkerSupervisor(config),
+        fetcher=cast(Any, None),
+        capacity=Capacity(capacity),
+        metrics=Metrics(),
+        held=held,
+    )
+
+
+@asynccontextmanager
+async def front(folder: Path, held: HeldBytes) -> AsyncIterator[tuple[Pipeline, Instance]]:
+    """Serve such a pipeline on a port."""
+    links = LinkServer(held)
+    server = await asyncio.get_running_loop().create_server(links.connect, "127.0.0.1", 0)
+    address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    instance = Instance(app="a", version="v", id="i", address=address, capacity=1)
+    served = pipeline(folder, held)
+    links.serve(instance, served)
+    try:
+        yield served, instance
+    finally:
+        server.close()
+        links.abort()
