@@ -56,6 +56,9 @@ _MAX_PARTS = 20_000
 _MAX_UNKNOWN = 100
 _MAX_REASON_CHARS = 1024
 
+_INSTANCES = f"{PREFIX}instance/"
+_MAX_INSTANCE_BYTES = 4096
+
 
 class MalformedConfig(Exception):  # noqa: N818
     """A key or a value below ``/ava/serving/`` is malformed; the message says why, in at most 1024 characters."""
@@ -228,6 +231,9 @@ class Instance(_Value, frozen=True, kw_only=True):
         return self.digest in ("", release.digest)
 
 
+_DECODE_INSTANCE = msgspec.json.Decoder(Instance).decode
+
+
 class Acceptance(_Value, frozen=True, kw_only=True):
     """The value of ACCEPT_KEY, which says nothing more than that the key exists."""
 
@@ -291,6 +297,8 @@ def parse(key: str, value: str | bytes) -> ConfigValue:
 def read(key: str, value: str | bytes) -> tuple[ConfigValue, str]:
     """Parse the value of a key; return a warning of its unknown fields, too, or an empty text. Raises as ``parse``."""
     app_of(key)
+    if key.startswith(_INSTANCES) and (instance := _instance(key, value)):
+        return instance, ""
     fields = _fields(value)
     kind: type[Release | AppMetadata | AppRouting | WorkerConfig | Instance]
     expected: dict[str, str] = {}
@@ -316,6 +324,18 @@ def read(key: str, value: str | bytes) -> tuple[ConfigValue, str]:
     # No person writes an instance.
     warning = "" if isinstance(parsed, Instance) else known_fields.warning(unknown, kind.__struct_fields__)
     return parsed, warning
+
+
+def _instance(key: str, value: str | bytes) -> Instance | None:
+    """Read a well-formed instance in a fraction of the time; a large mesh has 100,000. None: read it as others are."""
+    if len(value) > _MAX_INSTANCE_BYTES:
+        return None
+    try:
+        instance = _DECODE_INSTANCE(value)
+        check_port(instance.address)
+    except (msgspec.DecodeError, ValueError):
+        return None
+    return instance if instance.key == key else None
 
 
 def check_cost(value: str | bytes) -> None:
