@@ -98,32 +98,26 @@ def delete_app(state: AppState) -> Edits:
     return edits
 
 
-def route(state: AppState, fields: Mapping[str, Any], paths: Iterable[str], *, force: bool) -> Edits:
-    """Change the aliases, the key header and the shadow of an app. Raises InvalidArgument."""
+def route(state: AppState, changes: Mapping[str, Any], *, force: bool) -> Edits:
+    """Change the aliases, the key header or the shadow of an app, None to remove it. Raises InvalidArgument."""
     key = app_routing_key(state.app)
-    current = _stored(state, key)
-    changes: dict[str, Any] = {}
-    for path in list(paths) or list(fields):
-        name, _, alias = path.partition(".")
-        if name == "aliases" and alias:
-            aliases = changes.setdefault("aliases", dict(current.get("aliases") or {}))
-            target = (fields.get("aliases") or {}).get(alias)
-            if target is None:
-                aliases.pop(alias, None)
-            else:
-                aliases[alias] = target
-        elif path in ("aliases", "key_header", "shadow"):
-            changes[path] = fields.get(path) or None
-        else:
-            reason = f"{path[:80]!r} should be one of aliases, aliases.<name>, key_header, shadow"
-            raise InvalidArgument(f"update_mask: {reason}", fields={"update_mask": reason})
-    if not changes:
-        reason = "name at least one of aliases, key_header, shadow"
-        raise InvalidArgument(f"nothing to change: {reason}", fields={"update_mask": reason})
     if not force:
-        _check_routing(state, changes, current)
+        _check_routing(state, changes, _stored(state, key))
     text = _merged(state, key, {name: value or None for name, value in changes.items()})
     return {key: None if text == "{}" else text}
+
+
+def set_alias(state: AppState, alias: str, version: str, *, force: bool) -> Edits:
+    """Let an alias point to a version. Raises InvalidArgument."""
+    return route(state, {"aliases": {**state.routing.aliases, alias: version}}, force=force)
+
+
+def delete_alias(state: AppState, alias: str) -> Edits:
+    """Remove an alias. Raises NotFound."""
+    if alias not in state.routing.aliases:
+        raise NotFound(f"app {state.app!r} has no alias {alias!r}")
+    left = {name: version for name, version in state.routing.aliases.items() if name != alias}
+    return route(state, {"aliases": left}, force=True)
 
 
 def _check_routing(state: AppState, changes: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -259,22 +259,25 @@ def masked(
 
     Without a mask, all of ``fields`` are. Raises InvalidArgument for a path that is not ``known``.
     """
+    changed = wanted(fields, paths, known)
+    kept = {name: value for name, value in current.items() if name not in changed}
+    return kept | {name: fields[name] for name in changed if name in fields}
+
+
+def wanted(fields: Mapping[str, Any], paths: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return the fields to change: those of a mask, or all that are given. Raises InvalidArgument."""
     paths, known = list(paths), list(known)
     for path in paths:
         if path not in known:
-            reason = f"{path[:80]!r} should be one of {', '.join(known)}"
-            raise InvalidArgument(f"update_mask: {reason}", fields={"update_mask": reason})
-    wanted = paths or list(fields)
-    if not wanted:
-        raise nothing_to_change(known)
-    kept = {name: value for name, value in current.items() if name not in wanted}
-    return kept | {name: fields[name] for name in wanted if name in fields}
+            raise _wrong_mask(f"{path[:80]!r} should be one of {', '.join(known)}")
+    if not paths and not fields:
+        # A misspelt field of REST does not arrive here.
+        raise _wrong_mask(f"there is nothing to change: name at least one of {', '.join(known)}")
+    return paths or list(fields)
 
 
-def nothing_to_change(known: Iterable[str]) -> InvalidArgument:
-    """Return the error of an update without a field: over REST, it may be misspelt."""
-    reason = f"name at least one of {', '.join(known)}"
-    return InvalidArgument(f"nothing to change: {reason}", fields={"update_mask": reason})
+def _wrong_mask(reason: str) -> InvalidArgument:
+    return InvalidArgument(f"update_mask: {reason}", fields={"update_mask": reason})
 
 
 def _warnings(state: AppState, key: str) -> list[str]:

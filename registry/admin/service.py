@@ -19,6 +19,7 @@ from registry.admin.writes import ACCEPT_S, Intent, Writer
 from registry.mirror import Mirror
 
 _WRONG_DIGEST = re.compile(r"#sha256=(?![0-9A-Fa-f]{64}$)")
+_APP_MASK = ("aliases", "key_header", "shadow")
 _RELEASE_MASK = ("phase", "desc", "weight")
 _ACCESS_MASK = ("public", "owner", "user_whitelist")
 _WORKER_MASK = ("timeout", "max_concurrent", "delay4batch")
@@ -71,10 +72,29 @@ class AdminService:
             fields["key_header"] = app.key_header
         if app.HasField("shadow"):
             fields["shadow"] = {"version": app.shadow.version, "percent": app.shadow.percent}
+        wanted = messages.wanted(fields, request.update_mask.paths, _APP_MASK)
+        changes = {path: fields.get(path) for path in wanted}
         intent = _intent("UpdateApp", request, app.etag)
-        paths = list(request.update_mask.paths)
+        state = await self._writer.write(name, intent, lambda state: edits.route(state, changes, force=request.force))
+        return messages.app_to(state)
+
+    async def set_alias(self, request: admin_pb2.SetAliasRequest, _: Context) -> admin_pb2.App:
+        app = messages.name_from(request.app, "app")
+        alias = messages.name_from(request.alias, "alias")
+        version = messages.name_from(request.version, "version")
         state = await self._writer.write(
-            name, intent, lambda state: edits.route(state, fields, paths, force=request.force)
+            app,
+            _intent("SetAlias", request, request.etag),
+            lambda state: edits.set_alias(state, alias, version, force=request.force),
+        )
+        return messages.app_to(state)
+
+    async def delete_alias(self, request: admin_pb2.DeleteAliasRequest, _: Context) -> admin_pb2.App:
+        app = messages.name_from(request.app, "app")
+        state = await self._writer.write(
+            app,
+            _intent("DeleteAlias", request, request.etag),
+            lambda state: edits.delete_alias(state, request.alias),
         )
         return messages.app_to(state)
 
@@ -151,9 +171,7 @@ class AdminService:
                 fields=dict.fromkeys(wrong, "never changes"),
             )
         given = {name: value for name, value in given.items() if name in _RELEASE_MASK}
-        changes = {name: given.get(name) for name in paths or given}
-        if not changes:
-            raise messages.nothing_to_change(_RELEASE_MASK)
+        changes = {name: given.get(name) for name in messages.wanted(given, paths, _RELEASE_MASK)}
         return await self._change_release(
             "UpdateRelease",
             message.app,

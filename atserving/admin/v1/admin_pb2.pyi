@@ -864,9 +864,7 @@ class UpdateAppRequest(_message.Message):
     def app(self) -> Global___App: ...
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """`aliases` replaces all of them, `aliases.<name>` sets one, or removes it if `app` has none of that name. Empty: the
-        fields that `app` sets.
-        """
+        """`aliases`, which replaces all of them, `key_header`, `shadow`. Empty: those that `app` sets."""
 
     def __init__(
         self,
@@ -885,6 +883,85 @@ class UpdateAppRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpdateAppRequest: _TypeAlias = UpdateAppRequest  # noqa: Y015
+
+@_typing.final
+class SetAliasRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APP_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    app: _builtins.str
+    alias: _builtins.str
+    version: _builtins.str
+    etag: _builtins.str
+    """The app's."""
+    validate_only: _builtins.bool
+    force: _builtins.bool
+    message: _builtins.str
+    actor: _builtins.str
+    def __init__(
+        self,
+        *,
+        app: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        version: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+        force: _builtins.bool = ...,
+        message: _builtins.str = ...,
+        actor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "alias", b"alias", "app", b"app", "etag", b"etag", "force", b"force", "message", b"message", "validate_only", b"validate_only", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAliasRequest: _TypeAlias = SetAliasRequest  # noqa: Y015
+
+@_typing.final
+class DeleteAliasRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APP_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    app: _builtins.str
+    alias: _builtins.str
+    etag: _builtins.str
+    """The app's."""
+    validate_only: _builtins.bool
+    force: _builtins.bool
+    message: _builtins.str
+    actor: _builtins.str
+    def __init__(
+        self,
+        *,
+        app: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+        force: _builtins.bool = ...,
+        message: _builtins.str = ...,
+        actor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "alias", b"alias", "app", b"app", "etag", b"etag", "force", b"force", "message", b"message", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAliasRequest: _TypeAlias = DeleteAliasRequest  # noqa: Y015
 
 @_typing.final
 class DeleteAppRequest(_message.Message):

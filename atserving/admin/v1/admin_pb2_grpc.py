@@ -54,6 +54,16 @@ class AdminServiceStub:
                 request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.DeleteAppRequest.SerializeToString,
                 response_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.DeleteAppResponse.FromString,
                 _registered_method=True)
+        self.SetAlias = channel.unary_unary(
+                '/atserving.admin.v1.AdminService/SetAlias',
+                request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.SetAliasRequest.SerializeToString,
+                response_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.App.FromString,
+                _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/atserving.admin.v1.AdminService/DeleteAlias',
+                request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.App.FromString,
+                _registered_method=True)
         self.SplitApp = channel.unary_unary(
                 '/atserving.admin.v1.AdminService/SplitApp',
                 request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.SplitAppRequest.SerializeToString,
@@ -186,6 +196,19 @@ class AdminServiceServicer:
     def DeleteApp(self, request, context):
         """Deletes all config of an app: releases, rules, settings. Refused while it has instances.
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAlias(self, request, context):
+        """Lets an alias point to a version. Callers use aliases in paths as they use versions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -354,6 +377,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.DeleteApp,
                     request_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.DeleteAppRequest.FromString,
                     response_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.DeleteAppResponse.SerializeToString,
+            ),
+            'SetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAlias,
+                    request_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.SetAliasRequest.FromString,
+                    response_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.App.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.App.SerializeToString,
             ),
             'SplitApp': grpc.unary_unary_rpc_method_handler(
                     servicer.SplitApp,
@@ -569,6 +602,60 @@ class AdminService:
             '/atserving.admin.v1.AdminService/DeleteApp',
             atserving_dot_admin_dot_v1_dot_admin__pb2.DeleteAppRequest.SerializeToString,
             atserving_dot_admin_dot_v1_dot_admin__pb2.DeleteAppResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atserving.admin.v1.AdminService/SetAlias',
+            atserving_dot_admin_dot_v1_dot_admin__pb2.SetAliasRequest.SerializeToString,
+            atserving_dot_admin_dot_v1_dot_admin__pb2.App.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atserving.admin.v1.AdminService/DeleteAlias',
+            atserving_dot_admin_dot_v1_dot_admin__pb2.DeleteAliasRequest.SerializeToString,
+            atserving_dot_admin_dot_v1_dot_admin__pb2.App.FromString,
             options,
             channel_credentials,
             insecure,

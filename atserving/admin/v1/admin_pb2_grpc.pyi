@@ -48,6 +48,9 @@ class AdminServiceStub:
     """Changes the aliases, the key header or the shadow of an app, whether it has releases or not."""
     DeleteApp: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DeleteAppRequest, _admin_pb2.DeleteAppResponse]
     """Deletes all config of an app: releases, rules, settings. Refused while it has instances."""
+    SetAlias: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetAliasRequest, _admin_pb2.App]
+    """Lets an alias point to a version. Callers use aliases in paths as they use versions."""
+    DeleteAlias: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DeleteAliasRequest, _admin_pb2.App]
     SplitApp: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SplitAppRequest, _admin_pb2.App]
     """Sets the weights of several versions at once. They take production; other versions in production stay there, with
     the weights they have.
@@ -97,6 +100,9 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Changes the aliases, the key header or the shadow of an app, whether it has releases or not."""
     DeleteApp: _aio.UnaryUnaryMultiCallable[_admin_pb2.DeleteAppRequest, _admin_pb2.DeleteAppResponse]  # type: ignore[assignment]
     """Deletes all config of an app: releases, rules, settings. Refused while it has instances."""
+    SetAlias: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetAliasRequest, _admin_pb2.App]  # type: ignore[assignment]
+    """Lets an alias point to a version. Callers use aliases in paths as they use versions."""
+    DeleteAlias: _aio.UnaryUnaryMultiCallable[_admin_pb2.DeleteAliasRequest, _admin_pb2.App]  # type: ignore[assignment]
     SplitApp: _aio.UnaryUnaryMultiCallable[_admin_pb2.SplitAppRequest, _admin_pb2.App]  # type: ignore[assignment]
     """Sets the weights of several versions at once. They take production; other versions in production stay there, with
     the weights they have.
@@ -167,6 +173,21 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.DeleteAppResponse, _abc.Awaitable[_admin_pb2.DeleteAppResponse]]:
         """Deletes all config of an app: releases, rules, settings. Refused while it has instances."""
+
+    @_abc_1.abstractmethod
+    def SetAlias(
+        self,
+        request: _admin_pb2.SetAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.App, _abc.Awaitable[_admin_pb2.App]]:
+        """Lets an alias point to a version. Callers use aliases in paths as they use versions."""
+
+    @_abc_1.abstractmethod
+    def DeleteAlias(
+        self,
+        request: _admin_pb2.DeleteAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.App, _abc.Awaitable[_admin_pb2.App]]: ...
 
     @_abc_1.abstractmethod
     def SplitApp(

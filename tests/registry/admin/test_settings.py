@@ -52,10 +52,14 @@ async def test_aliases_move_one_by_one(operator: Operator) -> None:
     await two_versions(operator)
     app = await update_app(operator, aliases={"stable": "v1", "next": "v2"})
     assert dict(app.aliases) == {"stable": "v1", "next": "v2"}
-    app = await update_app(operator, ["aliases.stable"], aliases={"stable": "v2"})
+    move = admin_pb2.SetAliasRequest(app=operator.app, alias="stable", version="v2")
+    app = await operator.service.set_alias(move, CONTEXT)
     assert dict(app.aliases) == {"stable": "v2", "next": "v2"}
-    app = await update_app(operator, ["aliases.next"])
+    remove = admin_pb2.DeleteAliasRequest(app=operator.app, alias="next")
+    app = await operator.service.delete_alias(remove, CONTEXT)
     assert dict(app.aliases) == {"stable": "v2"}
+    with pytest.raises(NotFound, match="no alias 'next'"):
+        await operator.service.delete_alias(remove, CONTEXT)
     release = await operator.service.get_release(
         admin_pb2.GetReleaseRequest(app=operator.app, version="stable"), CONTEXT
     )
