@@ -82,7 +82,7 @@ async def serve(settings: RegistrySettings) -> None:
         mirror = Mirror(client, view)
         recorder = Recorder(client, settings.history_entries, settings.history_s)
         admin = AdminService(mirror, Writer(client, mirror, recorder), History(client))
-        registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s))
+        registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s, view))
         rpc.serve(server, services["RegistryService"], registry, translate)
         rpc.serve(operators, operating[0], admin, translate)
         rpc.serve(operators, operating[1], ReleaseServicer(mirror, Releases(client)), translate)

@@ -11,6 +11,7 @@ from atserving.config import Instance, MalformedConfig, Release, instance_key, p
 from atserving.errors import NotFound, Unavailable
 from atserving.v1 import etcd_pb2
 from registry.etcd import EtcdClient, Lease, LeaseNotFound, delete, put, written_at
+from registry.view import View
 
 log = structlog.get_logger()
 
@@ -18,17 +19,23 @@ _ATTEMPTS = 4
 
 
 class Instances:
-    """Registers instances under leases of ``ttl_s`` seconds."""
+    """Registers instances under leases of ``ttl_s`` seconds.
 
-    def __init__(self, client: EtcdClient, ttl_s: int) -> None:
+    Most heartbeats find in the view what etcd has, and only renew the lease.
+    """
+
+    def __init__(self, client: EtcdClient, ttl_s: int, view: View) -> None:
         self._client = client
         self._ttl_s = ttl_s
+        self._view = view
 
     async def register(self, instance: Instance) -> int:
         """Register an instance or renew its lease; return the lease's time to live in seconds.
 
         Raises NotFound if the release is not published, Unavailable if other writers win every attempt, EtcdError.
         """
+        if ttl_s := await self._renewed_as_known(instance):
+            return ttl_s
         for _ in range(_ATTEMPTS):
             release, stored = await self._client.get_all(release_key(instance.app, instance.version), instance.key)
             if release is None:
@@ -51,6 +58,19 @@ class Instances:
         raise Unavailable(
             f"instance {instance.id} of {instance.app}/{instance.version} keeps changing in etcd: try again"
         )
+
+    async def _renewed_as_known(self, instance: Instance) -> int:
+        """Renew the lease of an instance that the view knows as it is; return its time to live, 0 if it does not."""
+        view = self._view
+        entry = view.entries.get(instance.key)
+        if view.stale or entry is None or not entry.lease or entry.value != instance or view.holdback.held:
+            return 0
+        if release_key(instance.app, instance.version) not in view.entries:
+            return 0
+        try:
+            return await self._client.keep_alive(entry.lease)
+        except LeaseNotFound:
+            return 0
 
     async def _renewed(self, stored: etcd_pb2.KeyValue) -> Lease | None:
         try:

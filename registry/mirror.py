@@ -128,7 +128,7 @@ def _text(key: bytes) -> str:
 
 
 def _put(kv: etcd_pb2.KeyValue) -> Put:
-    return Put(_text(kv.key), kv.value, kv.create_revision, kv.mod_revision)
+    return Put(_text(kv.key), kv.value, kv.create_revision, kv.mod_revision, kv.lease)
 
 
 def _is_well_formed(kv: etcd_pb2.KeyValue) -> bool:

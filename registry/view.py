@@ -29,12 +29,13 @@ QUEUE_DELTAS = 256
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """A key was written at ``revision``; ``created`` is the revision that created it."""
+    """A key was written at ``revision``, under a lease (0: none); ``created`` is the revision that created it."""
 
     key: str
     value: bytes
     created: int
     revision: int = 0
+    lease: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,13 @@ Change = Put | Delete
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The last good value of a key, as stored and as parsed, and the revision that wrote it."""
+    """The last good value of a key, as stored and as parsed, the revision that wrote it, and its lease (0: none)."""
 
     value_json: str
     value: ConfigValue
     created: int
     revision: int = 0
+    lease: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,7 @@ class View:
             self._put_malformed(put, str(error))
             return
         self.malformed.pop(put.key, None)
-        self._enter(put.key, Entry(put.value.decode(), value, put.created, put.revision))
+        self._enter(put.key, Entry(put.value.decode(), value, put.created, put.revision, put.lease))
         if not warning:
             self.warnings.pop(put.key, None)
         elif self.warnings.get(put.key) != warning:

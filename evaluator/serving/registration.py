@@ -34,6 +34,8 @@ class Registration:
         self._renew = asyncio.Event()
         self._reported = ""
         self._deregistered = False
+        # The channel to the registry that answered last: a connection costs more than a heartbeat.
+        self._channels: dict[str, grpc.aio.Channel] = {}
         # A heartbeat after the deregistration would keep the instance registered until its lease expires.
         self._calling = asyncio.Lock()
 
@@ -64,9 +66,8 @@ class Registration:
         reason = "none is known"
         for address in await self._addresses():
             try:
-                async with transport.channel(address) as channel:
-                    stub = registry_pb2_grpc.RegistryServiceStub(channel)
-                    response = await stub.RegisterInstance(request, timeout=_CALL_S)
+                stub = registry_pb2_grpc.RegistryServiceStub(await self._channel(address))
+                response = await stub.RegisterInstance(request, timeout=_CALL_S)
                 self.registered.set()
                 self._failed.discard(address)
                 self._report(
@@ -76,8 +77,20 @@ class Registration:
             except grpc.aio.AioRpcError as error:
                 reason = f"registry {address}: {error.details() or error.code().name}"
                 self._failed.add(address)
+                await self._close()
         self._report(log.warning, "registration failed", reason=reason)
         return None
+
+    async def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            await self._close()
+            self._channels[address] = transport.channel(address)
+        return self._channels[address]
+
+    async def _close(self) -> None:
+        while self._channels:
+            _, channel = self._channels.popitem()
+            await channel.close()
 
     async def _addresses(self) -> list[str]:
         """Return the registries' addresses, recently failed ones last."""
@@ -99,13 +112,13 @@ class Registration:
         async with self._calling:
             for address in await self._addresses():
                 try:
-                    async with transport.channel(address) as channel:
-                        stub = registry_pb2_grpc.RegistryServiceStub(channel)
-                        await stub.DeregisterInstance(request, timeout=_CALL_S)
+                    stub = registry_pb2_grpc.RegistryServiceStub(await self._channel(address))
+                    await stub.DeregisterInstance(request, timeout=_CALL_S)
                     log.info("instance deregistered", instance=self._instance().id)
                     return
                 except grpc.aio.AioRpcError as error:
                     log.warning("deregistration failed", registry=address, reason=error.details() or error.code().name)
+                    await self._close()
 
 
 def _proto(instance: Instance) -> registry_pb2.Instance:

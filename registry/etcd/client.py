@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from atserving.v1 import etcd_pb2
 from registry.etcd.connection import Connection, Method
 from registry.etcd.errors import Compacted, EtcdUnavailable, LeaseNotFound, refusal
+from registry.etcd.renewals import KEEP_ALIVE, Renewals
 
 PAGE_KEYS = 500
 """The number of keys in one page of a snapshot."""
@@ -20,7 +21,6 @@ _TXN = Method("/etcdserverpb.KV/Txn", etcd_pb2.TxnResponse)
 _WATCH = Method("/etcdserverpb.Watch/Watch", etcd_pb2.WatchResponse, stream=True)
 _GRANT = Method("/etcdserverpb.Lease/LeaseGrant", etcd_pb2.LeaseGrantResponse)
 _REVOKE = Method("/etcdserverpb.Lease/LeaseRevoke", etcd_pb2.LeaseRevokeResponse)
-_KEEP_ALIVE = Method("/etcdserverpb.Lease/LeaseKeepAlive", etcd_pb2.LeaseKeepAliveResponse, stream=True)
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,13 @@ class EtcdClient:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._renewals = Renewals(connection)
 
     async def __aenter__(self) -> EtcdClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self._renewals.close()
         await self._connection.close()
 
     async def get(self, key: str | bytes, revision: int = 0) -> etcd_pb2.KeyValue | None:
@@ -195,7 +197,12 @@ class EtcdClient:
 
     async def keep_alive(self, lease: int) -> int:
         """Renew a lease and return its time to live in seconds. Raises LeaseNotFound."""
-        response = await self._connection.read(_KEEP_ALIVE, etcd_pb2.LeaseKeepAliveRequest(ID=lease))
+        try:
+            return await self._renewals.renew(lease)
+        except EtcdUnavailable:
+            # The stream is at one member. Try all.
+            pass
+        response = await self._connection.read(KEEP_ALIVE, etcd_pb2.LeaseKeepAliveRequest(ID=lease))
         if response.TTL <= 0:
             raise LeaseNotFound("the lease has expired")
         return response.TTL

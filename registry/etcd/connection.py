@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -196,6 +197,22 @@ class Connection:
                 await call.write(request)
                 while True:
                     yield await self._next(member, method, call, probe)
+            except grpc.aio.AioRpcError as error:
+                raise self._failure(member, error) from None
+            finally:
+                call.cancel()
+        except EtcdUnavailable:
+            self._rotate_from(member)
+            raise
+
+    @asynccontextmanager
+    async def stream(self, method: Method[_Response]) -> AsyncIterator[grpc.aio.StreamStreamCall[Any, _Response]]:
+        """Open a stream at the member that last answered. Raises EtcdUnavailable, EtcdRefused, also from the block."""
+        member = self._members[self._turn]
+        try:
+            call = member.open(method, await self._metadata(member), None)
+            try:
+                yield call
             except grpc.aio.AioRpcError as error:
                 raise self._failure(member, error) from None
             finally:
