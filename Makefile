@@ -91,6 +91,10 @@ bench-evaluator: $(VENV)/installed  ## Measure one evaluator beside a bare loop 
 bench-converter: $(VENV)/installed  ## Measure the converter: time, memory, and its nets beside PyTorch's (JSON=file)
 	$(BIN)/python -m bench.converter $(if $(JSON),--json $(JSON))
 
+.PHONY: bench-registry
+bench-registry: $(VENV)/installed  ## Measure a registry and a gate of a large mesh (JSON=file)
+	$(BIN)/python -m bench.registry $(if $(JSON),--json $(JSON))
+
 # ONLY="'*frozen*'": some scenarios. SCALE=0.5: shorter ones. POD_LIMITS=1: Envoy and gates at their pods' memory limits.
 # MARKDOWN=1: print the table of docs/reliability.md.
 RELIABILITY_FLAGS = $(if $(ONLY),--only $(ONLY)) $(if $(SCALE),--scale $(SCALE)) $(if $(POD_LIMITS),--pod-limits) \
