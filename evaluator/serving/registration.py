@@ -90,7 +90,7 @@ class Registration:
     async def _close(self) -> None:
         while self._channels:
             _, channel = self._channels.popitem()
-            await channel.close()
+            await channel.close(None)
 
     async def _addresses(self) -> list[str]:
         """Return the registries' addresses, recently failed ones last."""
