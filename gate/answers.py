@@ -43,6 +43,7 @@ class Answer(asyncio.Future[Response]):
         "reqid",
         "sent",
         "traceparent",
+        "waits",
     )
 
     id: int
@@ -58,6 +59,8 @@ class Answer(asyncio.Future[Response]):
     parts: Sequence[Buffer]
     length: int
     sent: bool
+    waits: bool
+    """Whether it waits at an instance that is away: nothing works on it there."""
 
     def cancel(self, msg: Any | None = None) -> bool:
         if super().cancel(msg):

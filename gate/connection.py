@@ -115,6 +115,7 @@ class EvaluatorConnection:
         answer.reqid = reqid.encode()
         answer.traceparent = traceparent.encode() if traceparent else b""
         answer.sent = False
+        answer.waits = stays and self._said_away
         answer.held = 0
         self._pending[id_] = answer
         self._outbox.append(answer)
@@ -229,6 +230,10 @@ class EvaluatorConnection:
 
     def _set_away(self, is_away: bool) -> None:
         self._said_away = is_away
+        if not is_away:
+            # It works on them from now on, also if it goes away again.
+            for answer in self._pending.values():
+                answer.waits = False
         self._update_away()
 
     def _quiet(self, intervals: int) -> None:
@@ -247,8 +252,8 @@ class EvaluatorConnection:
     def _look(self) -> None:
         """Find the calls that are late, as long as calls are pending.
 
-        A call that stays at an instance that is away waits there without any work on it, whatever the net is. So does
-        every call at a silent one.
+        A call that was sent to stay at an instance that is away waits there without any work on it, whatever the net
+        is, until the instance is back. So does every call at a silent one.
         """
         self._looking = None
         if not self._pending or not (self._hedges or self.is_away):
@@ -266,8 +271,8 @@ class EvaluatorConnection:
         if self._is_silent:
             return True
         # The time of a fetch says nothing about the instance.
-        hedges = answer.flags & link.STAY or (self._hedges and not answer.flags & link.FETCH)
-        return bool(hedges) and self._pace.take()
+        hedges = answer.waits or (self._hedges and not answer.flags & link.FETCH)
+        return hedges and self._pace.take()
 
     def _be_slow(self, answer: Answer) -> None:
         again = answer.again()

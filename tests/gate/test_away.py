@@ -242,6 +242,44 @@ async def test_a_request_that_stays_is_taken_by_another_instance_once_one_has_ro
     await away.cancelled.wait()
 
 
+@pytest.mark.usefixtures("impatient")
+async def test_a_request_for_a_script_that_stayed_and_now_runs_is_not_asked_elsewhere(mesh: Mesh) -> None:
+    """Also if its instance goes away again: the script would run twice."""
+    away, other = Evaluator("away", hold=asyncio.Event()), Evaluator("other")
+    server = await mesh.add(away)
+    await set_away(mesh, server, "away")
+    stayed = asyncio.create_task(mesh.eval())
+    await away.entered.wait()
+    await set_away(mesh, server, "away", False)
+    await set_away(mesh, server, "away")
+    await mesh.add(other)
+    await answered_after(mesh, away, stayed)
+    assert not other.received
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_handed_back_request_for_a_script_that_an_instance_runs_is_not_asked_elsewhere(mesh: Mesh) -> None:
+    """The instance was back when the request came to stay."""
+    back, other = Evaluator("back", AWAY, hold=asyncio.Event()), Evaluator("other")
+    server = await mesh.add(back)
+
+    def keep() -> None:
+        assert back.hold
+        if link.STAY not in server.flags:
+            back.hold.set()
+        else:
+            back.hold.clear()
+            back.error = None
+
+    back.on_request = keep
+    request = asyncio.create_task(mesh.eval())
+    await until(lambda: back.error is None)
+    await set_away(mesh, server, "back")
+    await mesh.add(other)
+    await answered_after(mesh, back, request)
+    assert not other.received
+
+
 def freeze(server: ScriptedInstance) -> None:
     """Let an instance take what it gets, and send nothing more."""
     (gate,) = server.links.links
