@@ -7,6 +7,7 @@ pieces, in turns with others, under the call's id. The worker's socket has neith
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 from typing import NamedTuple
 
@@ -70,6 +71,12 @@ ALIVE_S = 0.5
 _IDLE_TURNS = 4
 _MOST_SILENT = 12
 """After so many intervals in which nothing arrived, the peer counts as dead."""
+
+# So much a link has to send before its long frames wait, in the transport and beside it in the kernel: on a slow link,
+# short frames wait for no more than that and one piece.
+_WRITE_BUFFER_BYTES = 64 << 10
+_UNSENT_BYTES = 128 << 10
+_TCP_NOTSENT_LOWAT = 25
 
 # Until a peer has named itself, its frames are short, and come soon.
 _MOST_HELLO_BYTES = 4096
@@ -208,6 +215,10 @@ class Link(FrameProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        assert self.transport
+        # It resumes once all has left.
+        self.transport.set_write_buffer_limits(_WRITE_BUFFER_BYTES, 0)
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         self._beating = self._loop.call_later(ALIVE_S, self._beat)
         self._patience = self._loop.call_later(_HELLO_S, self._impatient)
 

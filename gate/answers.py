@@ -42,6 +42,7 @@ class Answer(asyncio.Future[Response]):
         "parts",
         "reqid",
         "sent",
+        "sent_s",
         "traceparent",
         "waits",
     )
@@ -49,6 +50,9 @@ class Answer(asyncio.Future[Response]):
     id: int
     abandon: Callable[[int], None]
     asked_s: float
+    sent_s: float
+    """When it was sent, on the monotonic clock. For a short call that is when it was asked; for a long one, when its last
+    piece left, and the deadline before."""
     hedge_s: float
     """Until then, on the monotonic clock, it is not :class:`Slow`."""
     deadline_s: float

@@ -112,6 +112,7 @@ class EvaluatorConnection:
         else:
             serialized = request.SerializeToString()
             answer.parts, answer.length = (serialized,), len(serialized)
+        answer.sent_s = answer.asked_s if answer.length < link.LONG_BYTES else deadline_s
         answer.reqid = reqid.encode()
         answer.traceparent = traceparent.encode() if traceparent else b""
         answer.sent = False
@@ -176,6 +177,7 @@ class EvaluatorConnection:
                     int(port),
                 )
                 wire.reader.admit = self._admit
+                wire.long_left = self._long_left
                 self._hedges = await wire.greeted
             self._down = ""
             self._pause_s = _PAUSES_S[0]
@@ -206,14 +208,22 @@ class EvaluatorConnection:
             answer.set_exception(Unavailable("the gate holds as many bytes as it may", retry_after_s=1.0))
             return False
         answer.held = length
+        # The time that it needs to arrive tells of the link.
+        if not answer.flags & link.FETCH:
+            self._pace.learn(time.monotonic() - answer.sent_s)
         return True
+
+    def _long_left(self, id_: int) -> None:
+        answer = self._pending.get(id_)
+        if answer:
+            answer.sent_s = time.monotonic()
 
     def _replied(self, reply: link.Reply) -> None:
         answer = self._pending.pop(reply.id, None)
         if answer:
             self._held.give(answer.held)
-            if reply.outcome == link.RESULT and not answer.flags & link.FETCH:
-                self._pace.learn(time.monotonic() - answer.asked_s)
+            if reply.outcome == link.RESULT and not (answer.held or answer.flags & link.FETCH):
+                self._pace.learn(time.monotonic() - answer.sent_s)
             answer.set_result(responses.read(reply.response))
 
     def _abandon(self, id_: int) -> None:
@@ -264,7 +274,9 @@ class EvaluatorConnection:
         # The oldest come first.
         late = list(itertools.takewhile(lambda each: each.asked_s <= before_s, self._pending.values()))
         for answer in late:
-            if answer.hedge_s <= now_s and self._may_hedge(answer):
+            # One that is still being sent, or whose answer arrives, tells of the link only.
+            counts = self._is_silent or (answer.sent_s <= before_s and not answer.held)
+            if counts and answer.hedge_s <= now_s and self._may_hedge(answer):
                 self._be_slow(answer)
 
     def _may_hedge(self, answer: Answer) -> bool:

@@ -97,8 +97,7 @@ class InstanceLink(link.Link):
         if parts:
             self.transport.writelines(parts)
 
-    def resume_writing(self) -> None:
-        self.writable = True
+    def pump_again(self) -> None:
         # It pumps too, after the short calls.
         self._writable()
 

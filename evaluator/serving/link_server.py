@@ -202,7 +202,7 @@ class GateLink(link.Link):
         return held
 
     def _give_sent(self) -> None:
-        """Stop counting answers once all but 1 MiB of them is sent."""
+        """Stop counting answers once they are sent."""
         if self._unsent_bytes and self.writable and not self.sends_long:
             self._give()
 
@@ -246,7 +246,8 @@ class GateLink(link.Link):
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._requests)
+        # The gate takes a call that it has begun to send for one that this end knows of.
+        return bool(self._requests) or self.reader.is_amid
 
     def resume_writing(self) -> None:
         super().resume_writing()
