@@ -2,6 +2,10 @@
 
 On a link between gate and instance each end first sends the preface and a HELLO. Long calls and replies travel there in
 pieces, in turns with others, under the call's id. The worker's socket has neither.
+
+Gates and instances of different builds talk if they speak the same :data:`PROTOCOL`. A new optional field of ``Hello``
+or of the messages of calls keeps it: older ends ignore the field, and newer ends do without it. All else raises it: a
+new kind of frame or flag, another head, another meaning. The form of the preface never changes.
 """
 
 from __future__ import annotations
@@ -20,11 +24,12 @@ from atserving.frames import MAX_BYTES
 from atserving.frames import Malformed as Malformed
 from atserving.frames import frame as frame
 from atserving.frames import part as part
+from atserving.v1 import evaluator_pb2
 from atserving.wire import Buffer as Buffer
 
 log = structlog.get_logger()
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAGIC = b"ATSL"
 PREFACE = MAGIC + bytes([PROTOCOL])
 """The first bytes in both directions. The first four tell a link from HTTP/2 on the same port."""
@@ -110,6 +115,11 @@ class Reply(NamedTuple):
     leads: int
     response: Buffer
     """A serialized ``InferResponse``."""
+
+
+def named(hello: evaluator_pb2.Hello) -> tuple[str, str, str, str]:
+    """Return which instance a HELLO names. Only this may be compared: each end may send fields the other ignores."""
+    return hello.app, hello.version, hello.instance, hello.digest
 
 
 def call_head(id_: int, timeout_us: int, flags: int, reqid: bytes, traceparent: bytes, length: int) -> bytes:
@@ -251,7 +261,15 @@ class Link(FrameProtocol):
 
     def other_protocol(self, preface: bytes) -> None:
         """End a connection to a peer that speaks another protocol, or another version of it."""
-        self.malformed("the peer speaks another version" if preface.startswith(MAGIC) else "the peer speaks no link")
+        if preface.startswith(MAGIC):
+            self.other_version(f"the peer speaks version {preface[-1]} of the link, this end version {PROTOCOL}")
+        else:
+            self.malformed("the peer speaks no link")
+
+    def other_version(self, reason: str) -> None:
+        """Close a connection to a peer that speaks another version; it may still read which one this end speaks."""
+        log.warning("link broken", reason=reason)
+        self.close()
 
     def _beat(self) -> None:
         """Send a sign of life, and end the connection if the peer has sent none for long."""

@@ -51,8 +51,8 @@ class Answer(asyncio.Future[Response]):
     abandon: Callable[[int], None]
     asked_s: float
     sent_s: float
-    """When it was sent, on the monotonic clock. For a short call that is when it was asked; for a long one, when its last
-    piece left, and the deadline before."""
+    """When it was sent, on the monotonic clock. A short call: when it was asked. A long one: when its last piece left,
+    and the deadline before."""
     hedge_s: float
     """Until then, on the monotonic clock, it is not :class:`Slow`."""
     deadline_s: float

@@ -164,7 +164,7 @@ class GateLink(link.Link):
         hello = evaluator_pb2.Hello(app=own.app, version=own.version, instance=own.id)
         if wanted.digest:
             hello.digest = own.digest
-        if hello != wanted:
+        if link.named(hello) != link.named(wanted):
             other = wanted.instance != own.id
             hello.refusal = f"this is instance {own.id!r} of app {own.app!r}" + (
                 f", not {wanted.instance!r}" if other else f" {own.version!r}, with other content than wanted"

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+from structlog.testing import capture_logs
 
 from atserving import link
+from atserving.config import Instance
 from atserving.errors import DeadlineExceeded, ResourceExhausted, ServingError, Unavailable
 from atserving.v1 import evaluator_pb2
 from gate import connection, pace
@@ -278,6 +280,35 @@ async def test_a_handed_back_request_for_a_script_that_an_instance_runs_is_not_a
     await mesh.add(other)
     await answered_after(mesh, back, request)
     assert not other.received
+
+
+async def test_a_gate_uses_the_instances_that_speak_its_version_of_the_link(mesh: Mesh) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(link.MAGIC + bytes([link.PROTOCOL - 1]))
+        await reader.read()
+        writer.close()
+
+    old = await asyncio.start_server(answer, "127.0.0.1", 0)
+    address = f"127.0.0.1:{old.sockets[0].getsockname()[1]}"
+    instance = Instance(app="app", version="v1", id="old", address=address, capacity=64)
+    with capture_logs() as logs:
+        mesh.put(instance.key, instance)
+        mesh.instance_keys.add(instance.key)
+        with pytest.raises(Unavailable):
+            await mesh.eval()
+        new = Evaluator("new")
+        await mesh.add(new)
+        for _ in range(20):
+            # Also once it may be asked again after a failure.
+            mesh.later_s += 1
+            assert await mesh.eval() == '"new:"'
+    reason = f"the peer speaks version {link.PROTOCOL - 1} of the link, this end version {link.PROTOCOL}"
+    assert {"event": "link broken", "log_level": "warning", "reason": reason} in logs
+    assert {(each["instance"], each["reason"]) for each in logs if each["event"] == "instance lost"} == {
+        ("old", reason)
+    }
+    assert len(new.received) == 20
+    old.close()
 
 
 def freeze(server: ScriptedInstance) -> None:
