@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import pytest
@@ -56,7 +57,8 @@ async def test_a_slow_upload_keeps_its_instance_in_use(built_in: bool) -> None:
             assert not connection.is_away
             # The gate would prefer the other instance, which is idle.
             answer = connection.ask(evaluator_pb2.InferRequest(), time.monotonic() + 60, "small", None)
-            await asyncio.wait({answer, uploading}, return_when=asyncio.FIRST_COMPLETED)
+            both: set[asyncio.Future[Any]] = {answer, uploading}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             asked += answer.done()
         assert await uploading == '"here:"'
         assert time.monotonic() - began_s > 3
