@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import structlog
@@ -71,10 +71,14 @@ class FrameProtocol(asyncio.BufferedProtocol):
         self.heard = False
         """Set with each arrival."""
         self.reader = FrameReader(self.frame_received, max_bytes, scratch=shared.scratch)
+        self.long_left: Callable[[int], None] = lambda _id: None
+        """Called with the id of each long frame once it has left, all but what the transport holds of it."""
         self._loop = asyncio.get_running_loop()
         self._out: list[Buffer] = []
         self._flushing = False
         self._sending: deque[_Sending] = deque()
+        # The long frame of which the last piece is written, but has not left.
+        self._leaving_id: int | None = None
         self._closes = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -152,6 +156,13 @@ class FrameProtocol(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self.writable = True
+        leaving, self._leaving_id = self._leaving_id, None
+        if leaving is not None:
+            self.long_left(leaving)
+        self.pump_again()
+
+    def pump_again(self) -> None:
+        """Write what has waited until the peer reads."""
         self.pump()
 
     def send(self, *parts: Buffer) -> None:
@@ -198,6 +209,11 @@ class FrameProtocol(asyncio.BufferedProtocol):
                 self._sending.append(each)
             self.transport.writelines(piece)
             self.piece_written(each.id, sum(map(len, piece)), each.left)
+            if not each.left:
+                if self.writable:
+                    self.long_left(each.id)
+                else:
+                    self._leaving_id = each.id
         if self._closes and not self._sending:
             self.transport.close()
 

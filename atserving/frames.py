@@ -108,6 +108,11 @@ class FrameReader:
         """How much of an incomplete frame has arrived."""
         return self._filled if self._large is not None else len(self._rest)
 
+    @property
+    def is_amid(self) -> bool:
+        """Whether a frame has arrived in part."""
+        return bool(self._longs or self._large is not None or self._rest)
+
     def space(self) -> memoryview:
         """Return where the next bytes should be read to: the rest of a large frame goes to its place."""
         if self._large is not None:

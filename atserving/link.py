@@ -2,11 +2,16 @@
 
 On a link between gate and instance each end first sends the preface and a HELLO. Long calls and replies travel there in
 pieces, in turns with others, under the call's id. The worker's socket has neither.
+
+Gates and instances of different builds talk if they speak the same :data:`PROTOCOL`. A new optional field of ``Hello``
+or of the messages of calls keeps it: older ends ignore the field, and newer ends do without it. All else raises it: a
+new kind of frame or flag, another head, another meaning. The form of the preface never changes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 from typing import NamedTuple
 
@@ -19,11 +24,12 @@ from atserving.frames import MAX_BYTES, MAX_SHORT_BYTES
 from atserving.frames import Malformed as Malformed
 from atserving.frames import frame as frame
 from atserving.frames import part as part
+from atserving.v1 import evaluator_pb2
 from atserving.wire import Buffer as Buffer
 
 log = structlog.get_logger()
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAGIC = b"ATSL"
 PREFACE = MAGIC + bytes([PROTOCOL])
 """The first bytes in both directions. The first four tell a link from HTTP/2 on the same port."""
@@ -71,6 +77,12 @@ _IDLE_TURNS = 4
 _MOST_SILENT = 12
 """After so many intervals in which nothing arrived, the peer counts as dead."""
 
+# So much a link has to send before its long frames wait, in the transport and beside it in the kernel: on a slow link,
+# short frames wait for no more than that and one piece.
+_WRITE_BUFFER_BYTES = 64 << 10
+_UNSENT_BYTES = 128 << 10
+_TCP_NOTSENT_LOWAT = 25
+
 # Until a peer has named itself, its frames are short, and come soon.
 _MOST_HELLO_BYTES = 4096
 _HELLO_S = 10.0
@@ -103,6 +115,11 @@ class Reply(NamedTuple):
     leads: int
     response: Buffer
     """A serialized ``InferResponse``."""
+
+
+def named(hello: evaluator_pb2.Hello) -> tuple[str, str, str, str]:
+    """Return which instance a HELLO names. Only this may be compared: each end may send fields the other ignores."""
+    return hello.app, hello.version, hello.instance, hello.digest
 
 
 def call_head(id_: int, timeout_us: int, flags: int, reqid: bytes, traceparent: bytes, length: int) -> bytes:
@@ -208,6 +225,10 @@ class Link(FrameProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        assert self.transport
+        # It resumes once all has left.
+        self.transport.set_write_buffer_limits(_WRITE_BUFFER_BYTES, 0)
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         self._beating = self._loop.call_later(ALIVE_S, self._beat)
         self._patience = self._loop.call_later(_HELLO_S, self._impatient)
 
@@ -241,7 +262,15 @@ class Link(FrameProtocol):
 
     def other_protocol(self, preface: bytes) -> None:
         """End a connection to a peer that speaks another protocol, or another version of it."""
-        self.malformed("the peer speaks another version" if preface.startswith(MAGIC) else "the peer speaks no link")
+        if preface.startswith(MAGIC):
+            self.other_version(f"the peer speaks version {preface[-1]} of the link, this end version {PROTOCOL}")
+        else:
+            self.malformed("the peer speaks no link")
+
+    def other_version(self, reason: str) -> None:
+        """Close a connection to a peer that speaks another version; it may still read which one this end speaks."""
+        log.warning("link broken", reason=reason)
+        self.close()
 
     def _beat(self) -> None:
         """Send a sign of life, and end the connection if the peer has sent none for long."""

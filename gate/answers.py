@@ -42,12 +42,17 @@ class Answer(asyncio.Future[Response]):
         "parts",
         "reqid",
         "sent",
+        "sent_s",
         "traceparent",
+        "waits",
     )
 
     id: int
     abandon: Callable[[int], None]
     asked_s: float
+    sent_s: float
+    """When it was sent, on the monotonic clock. A short call: when it was asked. A long one: when its last piece left,
+    and the deadline before."""
     hedge_s: float
     """Until then, on the monotonic clock, it is not :class:`Slow`."""
     deadline_s: float
@@ -58,6 +63,8 @@ class Answer(asyncio.Future[Response]):
     parts: Sequence[Buffer]
     length: int
     sent: bool
+    waits: bool
+    """Whether it waits at an instance that is away: nothing works on it there."""
 
     def cancel(self, msg: Any | None = None) -> bool:
         if super().cancel(msg):

@@ -114,9 +114,11 @@ class EvaluatorConnection:
         else:
             serialized = request.SerializeToString()
             answer.parts, answer.length = (serialized,), len(serialized)
+        answer.sent_s = answer.asked_s if answer.length < link.LONG_BYTES else deadline_s
         answer.reqid = reqid.encode()
         answer.traceparent = traceparent.encode() if traceparent else b""
         answer.sent = False
+        answer.waits = stays and self._said_away
         answer.held = 0
         self._pending[id_] = answer
         self._outbox.append(answer)
@@ -177,6 +179,7 @@ class EvaluatorConnection:
                     int(port),
                 )
                 wire.reader.admit = self._admit
+                wire.long_left = self._long_left
                 self._hedges = await wire.greeted
             self._down = ""
             self._pause_s = _PAUSES_S[0]
@@ -207,14 +210,22 @@ class EvaluatorConnection:
             answer.set_exception(Unavailable("the gate holds as many bytes as it may", retry_after_s=1.0))
             return False
         answer.held = length
+        # The time that it needs to arrive tells of the link.
+        if not answer.flags & link.FETCH:
+            self._pace.learn(time.monotonic() - answer.sent_s)
         return True
+
+    def _long_left(self, id_: int) -> None:
+        answer = self._pending.get(id_)
+        if answer:
+            answer.sent_s = time.monotonic()
 
     def _replied(self, reply: link.Reply) -> None:
         answer = self._pending.pop(reply.id, None)
         if answer:
             self._held.give(answer.held)
-            if reply.outcome == link.RESULT and not answer.flags & link.FETCH:
-                self._pace.learn(time.monotonic() - answer.asked_s)
+            if reply.outcome == link.RESULT and not (answer.held or answer.flags & link.FETCH):
+                self._pace.learn(time.monotonic() - answer.sent_s)
             answer.set_result(responses.read(reply.response))
 
     def _abandon(self, id_: int) -> None:
@@ -231,6 +242,10 @@ class EvaluatorConnection:
 
     def _set_away(self, is_away: bool) -> None:
         self._said_away = is_away
+        if not is_away:
+            # It works on them from now on, also if it goes away again.
+            for answer in self._pending.values():
+                answer.waits = False
         self._update_away()
 
     def _quiet(self, intervals: int) -> None:
@@ -249,8 +264,8 @@ class EvaluatorConnection:
     def _look(self) -> None:
         """Find the calls that are late, as long as calls are pending.
 
-        A call that stays at an instance that is away waits there without any work on it, whatever the net is. So does
-        every call at a silent one.
+        A call that was sent to stay at an instance that is away waits there without any work on it, whatever the net
+        is, until the instance is back. So does every call at a silent one.
         """
         self._looking = None
         if not self._pending or not (self._hedges or self.is_away):
@@ -261,15 +276,17 @@ class EvaluatorConnection:
         # The oldest come first.
         late = list(itertools.takewhile(lambda each: each.asked_s <= before_s, self._pending.values()))
         for answer in late:
-            if answer.hedge_s <= now_s and self._may_hedge(answer):
+            # One that is still being sent, or whose answer arrives, tells of the link only.
+            counts = self._is_silent or (answer.sent_s <= before_s and not answer.held)
+            if counts and answer.hedge_s <= now_s and self._may_hedge(answer):
                 self._be_slow(answer)
 
     def _may_hedge(self, answer: Answer) -> bool:
         if self._is_silent:
             return True
         # The time of a fetch says nothing about the instance.
-        hedges = answer.flags & link.STAY or (self._hedges and not answer.flags & link.FETCH)
-        return bool(hedges) and self._pace.take()
+        hedges = answer.waits or (self._hedges and not answer.flags & link.FETCH)
+        return hedges and self._pace.take()
 
     def _be_slow(self, answer: Answer) -> None:
         again = answer.again()

@@ -70,21 +70,24 @@ class InstanceLink(link.Link):
             hello = evaluator_pb2.Hello.FromString(bytes(data[start:end]))
         except DecodeError:
             raise link.Malformed("the HELLO is malformed") from None
-        built_in, hello.built_in = hello.built_in, False
         if hello.refusal:
             self._end(hello.refusal)
             self.abort()
-        elif hello != self._hello:
+        elif link.named(hello) != link.named(self._hello):
             # Another instance may have got the address of one that has ended.
             self._end(f"instance {hello.instance!r} of app {hello.app!r} answers at its address")
             self.abort()
         else:
             self.greet()
-            self.greeted.set_result(built_in)
+            self.greeted.set_result(hello.built_in)
 
     def malformed(self, reason: str) -> None:
         self._end(f"the instance sent something malformed: {reason}")
         super().malformed(reason)
+
+    def other_version(self, reason: str) -> None:
+        self._end(reason)
+        super().other_version(reason)
 
     def dead(self) -> None:
         self._end("the instance does not answer")
@@ -101,8 +104,7 @@ class InstanceLink(link.Link):
         if parts:
             self.transport.writelines(parts)
 
-    def resume_writing(self) -> None:
-        self.writable = True
+    def pump_again(self) -> None:
         # It pumps too, after the short calls.
         self._writable()
 

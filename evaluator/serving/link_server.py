@@ -192,7 +192,7 @@ class GateLink(link.Link):
         hello = evaluator_pb2.Hello(app=own.app, version=own.version, instance=own.id)
         if wanted.digest:
             hello.digest = own.digest
-        if hello != wanted:
+        if link.named(hello) != link.named(wanted):
             other = wanted.instance != own.id
             hello.refusal = f"this is instance {own.id!r} of app {own.app!r}" + (
                 f", not {wanted.instance!r}" if other else f" {own.version!r}, with other content than wanted"
@@ -322,7 +322,8 @@ class GateLink(link.Link):
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._requests)
+        # The gate takes a call that it has begun to send for one that this end knows of.
+        return bool(self._requests) or self.reader.is_amid
 
     def resume_writing(self) -> None:
         self.give_left()

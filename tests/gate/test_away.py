@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+from structlog.testing import capture_logs
 
 from atserving import link
+from atserving.config import Instance
 from atserving.errors import DeadlineExceeded, ResourceExhausted, ServingError, Unavailable
 from atserving.v1 import evaluator_pb2
 from gate import connection, pace
@@ -240,6 +242,73 @@ async def test_a_request_that_stays_is_taken_by_another_instance_once_one_has_ro
     await mesh.add(other)
     assert await request == '"other:"'
     await away.cancelled.wait()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_request_for_a_script_that_stayed_and_now_runs_is_not_asked_elsewhere(mesh: Mesh) -> None:
+    """Also if its instance goes away again: the script would run twice."""
+    away, other = Evaluator("away", hold=asyncio.Event()), Evaluator("other")
+    server = await mesh.add(away)
+    await set_away(mesh, server, "away")
+    stayed = asyncio.create_task(mesh.eval())
+    await away.entered.wait()
+    await set_away(mesh, server, "away", False)
+    await set_away(mesh, server, "away")
+    await mesh.add(other)
+    await answered_after(mesh, away, stayed)
+    assert not other.received
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_handed_back_request_for_a_script_that_an_instance_runs_is_not_asked_elsewhere(mesh: Mesh) -> None:
+    """The instance was back when the request came to stay."""
+    back, other = Evaluator("back", AWAY, hold=asyncio.Event()), Evaluator("other")
+    server = await mesh.add(back)
+
+    def keep() -> None:
+        assert back.hold
+        if link.STAY not in server.flags:
+            back.hold.set()
+        else:
+            back.hold.clear()
+            back.error = None
+
+    back.on_request = keep
+    request = asyncio.create_task(mesh.eval())
+    await until(lambda: back.error is None)
+    await set_away(mesh, server, "back")
+    await mesh.add(other)
+    await answered_after(mesh, back, request)
+    assert not other.received
+
+
+async def test_a_gate_uses_the_instances_that_speak_its_version_of_the_link(mesh: Mesh) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(link.MAGIC + bytes([link.PROTOCOL - 1]))
+        await reader.read()
+        writer.close()
+
+    old = await asyncio.start_server(answer, "127.0.0.1", 0)
+    address = f"127.0.0.1:{old.sockets[0].getsockname()[1]}"
+    instance = Instance(app="app", version="v1", id="old", address=address, capacity=64)
+    with capture_logs() as logs:
+        mesh.put(instance.key, instance)
+        mesh.instance_keys.add(instance.key)
+        with pytest.raises(Unavailable):
+            await mesh.eval()
+        new = Evaluator("new")
+        await mesh.add(new)
+        for _ in range(20):
+            # Also once it may be asked again after a failure.
+            mesh.later_s += 1
+            assert await mesh.eval() == '"new:"'
+    reason = f"the peer speaks version {link.PROTOCOL - 1} of the link, this end version {link.PROTOCOL}"
+    assert {"event": "link broken", "log_level": "warning", "reason": reason} in logs
+    assert {(each["instance"], each["reason"]) for each in logs if each["event"] == "instance lost"} == {
+        ("old", reason)
+    }
+    assert len(new.received) == 20
+    old.close()
 
 
 def freeze(server: ScriptedInstance) -> None:

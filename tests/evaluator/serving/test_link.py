@@ -17,6 +17,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from atserving import frames, link
 from atserving.config import Instance
@@ -329,6 +330,51 @@ async def test_peer_that_sends_rubbish_is_disconnected(sent: bytes) -> None:
         await disconnected(reader)
         writer.close()
         await echo.until(lambda: echo.cancelled == echo.ran)
+
+
+# Field 99 of a Hello, which no build knows yet.
+NEWER = link.PREFACE + link.frame(
+    link.HELLO, Hello(app="a", version="v", instance="i").SerializeToString() + b"\x98\x06\x01"
+)
+OTHER = link.MAGIC + bytes([link.PROTOCOL - 1])
+
+
+async def test_instance_serves_a_gate_whose_hello_has_a_field_more() -> None:
+    async with serving(Echo()) as (_, _, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(NEWER + ONE)
+        assert await reader.readexactly(len(GREETING)) == GREETING
+        assert (await asyncio.wait_for(reader.readexactly(link.HEAD.size), WAIT_S))[-1] == link.REPLY
+        writer.close()
+
+
+async def test_gate_asks_an_instance_whose_hello_has_a_field_more() -> None:
+    response = InferResponse(result_json="1").SerializeToString()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(NEWER)
+        await reader.readuntil(b"question")
+        writer.write(link.reply_head(1, link.RESULT, 0, 0, 0, 0, 1, 1, len(response)) + response)
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    connection = EvaluatorConnection(Instance(app="a", version="v", id="i", address=address, capacity=1), WAIT_S)
+    assert (await ask(connection, "question")).result_json == "1"
+    await connection.close()
+    server.close()
+
+
+async def test_instance_leaves_a_gate_of_another_version_and_both_can_say_why() -> None:
+    async with serving(Echo()) as (_, _, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with capture_logs() as logs:
+            writer.write(OTHER + link.frame(link.HELLO, b"x" * 1000))
+            # No reset, which could take the preface away from the gate.
+            assert await asyncio.wait_for(reader.read(), WAIT_S) == link.PREFACE
+        writer.close()
+    (logged,) = logs
+    assert logged["event"] == "link broken"
+    assert logged["reason"] == "the peer speaks version 1 of the link, this end version 2"
 
 
 @pytest.mark.parametrize(

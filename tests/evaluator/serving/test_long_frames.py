@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from atserving import frames, link
 from atserving.errors import Unavailable
 from atserving.held import HeldBytes
-from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
+from atserving.v1.evaluator_pb2 import Hello, InferRequest, InferResponse
 from evaluator.serving.link_server import Replier
 from gate.bodies import Body
 from gate.connection import EvaluatorConnection
@@ -225,3 +225,32 @@ def test_rest_of_a_dropped_frame_is_skipped() -> None:
     reader.drop(1)
     reader.feed(piece(1, b"x" * 10, 10, 30) + piece(2, b"y" * 5, 0, 5) + piece(1, b"x" * 10, 20, 30))
     assert taken == [b"y" * 5]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        link.HEAD.pack(100, link.CALL)[:3],
+        link.HEAD.pack(100_000, link.CALL) + b"x",
+        piece(1, b"x", 0, MOST, kind=link.CALL),
+        piece(1, b"x" * 9, 0, MOST, kind=link.CALL)[:-1],
+    ],
+    ids=["a head", "a frame", "between pieces", "a piece"],
+)
+async def test_an_instance_is_busy_while_a_call_has_arrived_in_part(
+    part: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "ALIVE_S", 0.02)
+    # It sends no ALIVE while it is idle.
+    monkeypatch.setattr(link, "_IDLE_TURNS", 1 << 30)
+    async with serving() as (server, _):
+        assert server.links.instance
+        host, _, port = server.links.instance.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        hello = link.frame(link.HELLO, Hello(app="a", version="v", instance="i").SerializeToString())
+        writer.write(link.PREFACE + hello + part)
+        greeting = link.PREFACE + hello
+        assert await reader.readexactly(len(greeting)) == greeting
+        async with asyncio.timeout(WAIT_S):
+            assert await reader.readexactly(link.HEAD.size) == link.frame(link.ALIVE)
+        writer.close()
