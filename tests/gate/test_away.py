@@ -11,7 +11,7 @@ from atserving import link
 from atserving.errors import DeadlineExceeded, ResourceExhausted, ServingError, Unavailable
 from atserving.v1 import evaluator_pb2
 from gate import connection, pace
-from gate.router import Endpoint
+from gate.endpoint import Endpoint
 from tests.gate.test_dispatch import DRAINING, FULL, Evaluator, Mesh, running_mesh
 from tests.instance import ScriptedInstance
 from tests.waiting import until
