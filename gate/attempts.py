@@ -13,8 +13,9 @@ from atserving.errors import ResourceExhausted, ServingError, Unavailable
 from atserving.v1 import evaluator_pb2
 from gate.answers import Answer, Slow, TransportError
 from gate.connection import EvaluatorConnection
+from gate.endpoint import Endpoint, Kind
 from gate.responses import Response, error_of
-from gate.router import Endpoint, Kind, Route, Router
+from gate.router import Route, Router
 
 if TYPE_CHECKING:
     from gate.dispatch import CallContext, Task
@@ -44,6 +45,7 @@ class Attempts:
         "_call",
         "_deadline_s",
         "_handed_back",
+        "_key",
         "_kind",
         "_lost",
         "_refusal",
@@ -52,6 +54,7 @@ class Attempts:
         "_stays",
         "_task",
         "_tried",
+        "_turn",
     )
 
     def __init__(
@@ -61,6 +64,7 @@ class Attempts:
         call: CallContext,
         route: Route,
         kind: Kind,
+        key: bytes,
         deadline_s: float,
     ) -> None:
         self._router = router
@@ -68,8 +72,10 @@ class Attempts:
         self._call = call
         self._route = route
         self._kind = kind
+        self._key = key
         self._deadline_s = deadline_s
         self._tried: list[Endpoint[EvaluatorConnection]] = []
+        self._turn = ""
         self._handed_back: list[Endpoint[EvaluatorConnection]] = []
         self._stays = False
         self._lost = 0
@@ -86,11 +92,12 @@ class Attempts:
                 # The config may have changed since: a retry follows a promotion.
                 self._route = self._router.route(self._task.app, self._task.version)
             try:
-                endpoint = self._router.pick(self._route, self._tried, self._kind)
+                endpoint = self._router.pick(self._route, self._tried, self._kind, self._key, self._turn)
             except (ResourceExhausted, Unavailable) as none_free:
                 await self._try_again(none_free)
                 continue
             self._tried.append(endpoint)
+            self._turn = self._turn or endpoint.instance.version
             try:
                 with endpoint.hold(self._kind):
                     try:
@@ -104,6 +111,8 @@ class Attempts:
             except TimeoutError:
                 raise TimeoutError(endpoint.instance.version) from None
             if (error := error_of(response)) is None:
+                if self._refusal:
+                    self._served_by(endpoint.instance.version)
                 return response, endpoint.instance.version
             self._refused(endpoint, error)
         raise TimeoutError
@@ -166,11 +175,17 @@ class Attempts:
         is_full = refusal.status == ResourceExhausted.status
         self._router.refused(endpoint, self._kind, refusal.retry_after_s or 0.0 if is_full else 0.0)
 
+    def _served_by(self, version: str) -> None:
+        """Give the turn back to the version that had it, if another one serves because its instances are full."""
+        full = isinstance(self._refusal, ResourceExhausted)
+        if full and version != self._turn and not self._key and self._route.split:
+            self._route.split.move(self._turn, version)
+
     async def _hedge(
         self, endpoint: Endpoint[EvaluatorConnection], first: Answer
     ) -> tuple[Endpoint[EvaluatorConnection], Answer]:
         """Ask one other instance, too, once one has room. Return the answer that counts, and who gave it."""
-        while (other := self._router.spare(self._route, self._tried, self._kind)) is None:
+        while (other := self._router.spare(self._route, self._tried, self._kind, self._key)) is None:
             endpoint.connection.hedge_later(first)
             try:
                 await first

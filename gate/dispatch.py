@@ -19,17 +19,22 @@ from atserving.errors import (
     ServingError,
     Unavailable,
 )
+from atserving.http2_stream import Headers
 from atserving.telemetry import RequestLog
 from atserving.v1 import evaluator_pb2
 from gate.admission import Caller, admit
 from gate.attempts import Attempts
 from gate.bodies import Body
 from gate.connection import EvaluatorConnection
+from gate.endpoint import Kind
 from gate.responses import Response
-from gate.router import Kind, Route, Router
+from gate.router import Route, Router
 
 log = structlog.get_logger()
 
+
+MAX_KEY_BYTES = 256
+"""The longest key by which a request keeps its version."""
 
 # What a caller chooses is as long in a log line at most.
 _MOST_NAME_CHARS, _MOST_REASON_CHARS = 80, 1000
@@ -62,6 +67,8 @@ class CallContext:
     started: float = field(default_factory=time.monotonic)
     batched: bool = False
     """Whether it is a task of a batch, which leaves room to other callers."""
+    headers: Headers | None = None
+    """The headers of the request, one of which may be a key; a batch's are those of each of its tasks."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +129,12 @@ class Dispatcher:
             await self._wait_synced(call)
         route = self._admit(task, call)
         kind = Kind(call.batched, self._check(task, call))
+        key = b"" if route.version else _key(route, call)
         deadline = call.started + route.timeout_s
         if call.deadline is not None:
             deadline = min(deadline, call.deadline)
         try:
-            return EvalResult(*await Attempts(self._router, task, call, route, kind, deadline).run())
+            return EvalResult(*await Attempts(self._router, task, call, route, kind, key, deadline).run())
         except TimeoutError as late:
             after_s = round(time.monotonic() - call.started, 3)
             raise DeadlineExceeded(
@@ -188,6 +196,16 @@ class Dispatcher:
                     resource.uri = uris.with_caller(resource.uri, call.caller.uid)
                     fetches = True
         return fetches
+
+
+def _key(route: Route, call: CallContext) -> bytes:
+    """Return the key by which a request keeps its version; empty without one. Raises InvalidArgument."""
+    key = call.headers.get(route.key_header) if call.headers is not None else None
+    if key is None:
+        return b""
+    if len(key) > MAX_KEY_BYTES:
+        raise InvalidArgument(f"the header {route.key_header!r} is longer than {MAX_KEY_BYTES} characters")
+    return key
 
 
 def _check_json(chars: int) -> None:

@@ -1,4 +1,4 @@
-"""Picks the instance for a request, by versions and phases, weights, free capacity and ejections.
+"""Picks the instance for a request, by versions and phases, splits, free capacity and ejections.
 
 A plain, synchronous class: config steps go in, routes and endpoints come out. Spec, section 2, ruling 1.
 """
@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Set
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Generic
 
 import structlog
 
 from atserving import config
 from atserving.config import Acceptance, AppMetadata, AppRouting, ConfigValue, Instance, Release, WorkerConfig
 from atserving.errors import NotFound, ResourceExhausted, ServingError, Unavailable
+from gate.endpoint import ALONE, ConnectionT, Endpoint, Kind
+from gate.split import Split
 
 log = structlog.get_logger()
 
@@ -30,79 +31,7 @@ EJECT_S = 1.0
 _FULL_S = (0.02, 1.0)
 
 _NO_METADATA = AppMetadata()
-
-
-class Connection(Protocol):
-    """A connection to an instance."""
-
-    @property
-    def is_away(self) -> bool:
-        """Whether the instance has said that others should be asked first."""
-
-
-ConnectionT = TypeVar("ConnectionT", bound=Connection)
-
-
-class Kind(NamedTuple):
-    """The kind of a request, by which an instance has room for it."""
-
-    batched: bool = False
-    """It is a task of a batch: those leave a quarter of an instance to other callers."""
-    fetches: bool = False
-    """The instance has to fetch a resource."""
-
-
-ALONE = Kind()
-"""A request with all that the net needs."""
-
-
-@dataclass(eq=False)
-class Endpoint(Generic[ConnectionT]):
-    """An instance as this gate sees it."""
-
-    instance: Instance
-    connection: ConnectionT
-    in_flight: int = 0
-    fetching: int = 0
-    """Requests in flight whose resources the instance has to fetch. They have room of their own: a slow host must not
-    keep others from the net."""
-    ejected_until: float = 0.0
-    full_until: float = 0.0
-    """It refused a request, as it is full with those of other gates; 0 once one of this gate's is done."""
-    batches_full_until: float = 0.0
-    """The same for a task of a batch: others may still have room."""
-    left_at: float | None = field(default=None)
-    """When the registry reported its departure; None while it is registered."""
-
-    def room(self, kind: Kind = ALONE) -> int:
-        """Return how many more requests of a kind this gate can send it."""
-        capacity = self.instance.capacity
-        return max((capacity - capacity // 4 if kind.batched else capacity) - self.used(kind), 0)
-
-    def used(self, kind: Kind) -> int:
-        """Return how many requests in flight share the room of a kind."""
-        return self.fetching if kind.fetches else self.in_flight
-
-    @contextmanager
-    def hold(self, kind: Kind = ALONE) -> Iterator[None]:
-        """Count one request in flight."""
-        if kind.fetches:
-            self.fetching += 1
-        else:
-            self.in_flight += 1
-        try:
-            yield
-        finally:
-            if kind.fetches:
-                self.fetching -= 1
-            else:
-                self.in_flight -= 1
-                self.full_until = self.batches_full_until = 0.0
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether it has no request in flight."""
-        return not self.in_flight and not self.fetching
+_NO_ROUTING = AppRouting()
 
 
 @dataclass(frozen=True)
@@ -114,11 +43,15 @@ class Route:
 
     app: str
     version: str
-    """Empty: the versions in production."""
-    weights: Mapping[str, float]
-    """The candidate versions and their shares of the traffic."""
+    """Empty: the versions in production. Never an alias."""
+    versions: tuple[str, ...]
+    """The candidate versions: none if no version in production has a weight above 0."""
+    split: Split | None
+    """The turns of the candidates; None if the request names its version."""
+    key_header: str
+    """The header of the key by which an unversioned request keeps its version."""
     timeout_s: float
-    """The bound of one eval; for an unversioned request, the longest of its candidates."""
+    """The bound of one eval; for an unversioned request, the longest of the versions in production."""
     metadata: AppMetadata
     """The app's own access rules; empty if it has none."""
     default_metadata: AppMetadata
@@ -152,6 +85,8 @@ class Router(Generic[ConnectionT]):
         # Registered, but with other content than their release has now; they may fit again.
         self._outdated: dict[tuple[str, str], dict[str, Endpoint[ConnectionT]]] = {}
         self._settings: dict[str, AppMetadata | AppRouting | WorkerConfig] = {}
+        # The turns of each app's versions in production; valid until their weights change.
+        self._splits: dict[str, Split] = {}
         # Resolved from the releases and settings; valid until the config changes.
         self._routes: dict[tuple[str, str], Route] = {}
         self._dropped: list[Endpoint[ConnectionT]] = []
@@ -179,6 +114,7 @@ class Router(Generic[ConnectionT]):
                 versions.pop(version, None)
                 if not versions:
                     self._releases.pop(app, None)
+                    self._splits.pop(app, None)
             case ["instance", app, version, id_]:
                 if outdated := self._outdated.get((app, version), {}).pop(id_, None):
                     self._dropped.append(outdated)
@@ -224,9 +160,9 @@ class Router(Generic[ConnectionT]):
         log.warning("instance outdated", instance=instance.id, app=instance.app, version=instance.version)
 
     def route(self, app: str, version: str) -> Route:
-        """Return the route of a request. Raises NotFound for an unknown app or version.
+        """Return the route of a request, whose version may be an alias. Raises NotFound for an unknown app or version.
 
-        The router caches routes of existing apps and versions only: made-up names cannot grow the cache.
+        The router caches routes of existing apps, versions and aliases only: made-up names cannot grow the cache.
         """
         route = self._routes.get((app, version))
         if route is None:
@@ -237,16 +173,30 @@ class Router(Generic[ConnectionT]):
         releases = self._releases.get(app)
         if not releases:
             raise NotFound(f"unknown app {app!r}")
+        routing = self._settings.get(config.app_routing_key(app))
+        routing = routing if isinstance(routing, AppRouting) else _NO_ROUTING
         if version and version not in releases:
-            raise NotFound(f"app {app!r} has no version {version!r}")
-        if version:
-            weights = {version: 1.0}
-        else:
-            production = [each for each in releases.values() if each.phase == "production"]
-            weights = {each.version: 1.0 if each.weight is None else each.weight for each in production}
+            version = _aliased(app, version, routing, releases)
+        split = None if version else self._split(app, releases)
+        named = (version,) if version else tuple(split.weights if split else ())
         own, default = self.rules(app)
-        timeout_s = max(self._timeout_s(app, each) for each in weights or [""])
-        return Route(app, version, weights, timeout_s, own, default)
+        return Route(
+            app,
+            version,
+            split.versions if split else named,
+            split,
+            routing.key_header or config.DEFAULT_KEY_HEADER,
+            max(self._timeout_s(app, each) for each in named or [""]),
+            own,
+            default,
+        )
+
+    def _split(self, app: str, releases: Mapping[str, Release]) -> Split:
+        weights = {each.version: each.weight for each in releases.values() if each.phase == "production"}
+        split = self._splits.get(app)
+        if split is None or split.weights != weights:
+            split = self._splits[app] = Split(app, weights)
+        return split
 
     def rules(self, app: str) -> tuple[AppMetadata, AppMetadata]:
         """Return the access rules of an app, which need not exist, and the default ones."""
@@ -266,59 +216,79 @@ class Router(Generic[ConnectionT]):
         return merged.timeout.total_seconds()
 
     def pick(
-        self, route: Route, tried: Collection[Endpoint[ConnectionT]] = (), kind: Kind = ALONE
+        self,
+        route: Route,
+        tried: Collection[Endpoint[ConnectionT]] = (),
+        kind: Kind = ALONE,
+        key: bytes = b"",
+        turn: str = "",
     ) -> Endpoint[ConnectionT]:
         """Return the instance that takes a request, but none of those that were ``tried``.
 
-        Draws a version in proportion to weight x free capacity, then takes the instance of that version with the
-        smallest share of its capacity in flight. An instance that is away is a last resort.
+        A ``key`` decides on the version; without one, the versions take turns. ``turn`` is the version in whose turn
+        the request is already. Of a version's instances, the one with the smallest share of its capacity in flight
+        takes the request. An instance that is away is a last resort.
 
         Raises Unavailable (no instance is ready, or all were tried) or ResourceExhausted (all ready ones are full).
         """
         if not tried and (only := self._only(route, kind)):
             return only
-        if not route.weights:
-            raise Unavailable(f"app {route.app!r} has no version in production")
-        draws, ready = self._draws(route, tried, kind, away=False)
-        if not any(draws.values()) and self._has_away(route):
-            draws, ready = self._draws(route, tried, kind, away=True)
-        if not any(draws.values()):
-            if not any(route.weights.values()):
-                raise Unavailable(f"app {route.app!r} has no version in production with a weight above 0")
-            outdated = sum(len(self._outdated.get((route.app, version), ())) for version in route.weights)
-            raise self._none_free(route, [each for found in ready.values() for each in found], kind, outdated)
-        drawn = self._random.choices(list(draws), list(draws.values()))[0] if len(draws) > 1 else next(iter(draws))
-        candidates = [each for each in ready[drawn] if self._room(each, kind)]
+        versions = route.versions
+        if key and route.split:
+            versions = self._of_key(route, key, tried, kind)
+        ready = [self._ready(route.app, version, tried, away=False) for version in versions]
+        rooms = [[each for each in found if self._room(each, kind)] for found in ready]
+        if not any(rooms) and self._has_away(route.app, versions):
+            with_away = [self._ready(route.app, version, tried, away=True) for version in versions]
+            rooms = [[each for each in found if self._room(each, kind)] for found in with_away]
+            ready = ready if any(ready) else with_away
+        if not any(rooms):
+            raise self._none_free(route, versions, [each for found in ready for each in found], kind)
+        if len(versions) == 1 or not route.split:
+            candidates = rooms[0]
+        elif not turn:
+            capacities = [sum([each.instance.capacity for each in found]) for found in ready]
+            candidates = rooms[route.split.take(capacities, rooms)]
+        else:
+            kept = versions.index(turn) if turn in versions else -1
+            candidates = rooms[kept if kept >= 0 and rooms[kept] else route.split.due(rooms)]
+        if len(candidates) == 1:
+            return candidates[0]
         shares = [(each.used(kind) + 1) / each.instance.capacity for each in candidates]
         least = min(shares)
         return self._random.choice([each for each, share in zip(candidates, shares, strict=True) if share == least])
 
-    def spare(self, route: Route, tried: Collection[Endpoint[ConnectionT]], kind: Kind) -> Endpoint[ConnectionT] | None:
+    def spare(
+        self, route: Route, tried: Sequence[Endpoint[ConnectionT]], kind: Kind, key: bytes = b""
+    ) -> Endpoint[ConnectionT] | None:
         """Return an instance, none of those ``tried``, that serves and is at most half full; None if there is none."""
+        version = tried[-1].instance.version
         try:
-            endpoint = self.pick(route, tried, kind)
+            endpoint = self.pick(route, tried, kind, key, version)
         except ServingError:
             return None
         if endpoint.connection.is_away or endpoint.ejected_until > self._clock():
             return None
+        if key and route.split and endpoint.instance.version != version:
+            return None
         return endpoint if 2 * endpoint.used(kind) <= endpoint.instance.capacity else None
 
-    def _has_away(self, route: Route) -> bool:
-        pools = [
-            pool.get((route.app, version), {}) for pool in (self._endpoints, self._left) for version in route.weights
-        ]
-        return any(each.connection.is_away for pool in pools for each in pool.values())
+    def _of_key(
+        self, route: Route, key: bytes, tried: Collection[Endpoint[ConnectionT]], kind: Kind
+    ) -> tuple[str, ...]:
+        """Return the version that a key prefers among those with a ready instance; full ones count as ready."""
+        assert route.split, "only unversioned requests have keys"
+        preferred = route.split.of_key(key)
+        for away in (False, True):
+            for version in preferred:
+                found = self._ready(route.app, version, (), away)
+                if any(each not in tried or not self._room(each, kind) for each in found):
+                    return (version,)
+        return tuple(preferred[:1])
 
-    def _draws(
-        self, route: Route, tried: Collection[Endpoint[ConnectionT]], kind: Kind, *, away: bool
-    ) -> tuple[dict[str, float], dict[str, list[Endpoint[ConnectionT]]]]:
-        """Return weight x free capacity of each version, and its instances that are ready, also those ``away``."""
-        ready = {version: self._ready(route.app, version, tried, away) for version in route.weights}
-        draws = {
-            version: route.weights[version] * sum(self._room(each, kind) for each in found)
-            for version, found in ready.items()
-        }
-        return draws, ready
+    def _has_away(self, app: str, versions: Collection[str]) -> bool:
+        pools = [pool.get((app, version), {}) for pool in (self._endpoints, self._left) for version in versions]
+        return any(each.connection.is_away for pool in pools for each in pool.values())
 
     def _room(self, endpoint: Endpoint[ConnectionT], kind: Kind) -> int:
         full_until = max(endpoint.full_until, endpoint.batches_full_until if kind.batched else 0.0)
@@ -328,11 +298,10 @@ class Router(Generic[ConnectionT]):
 
     def _only(self, route: Route, kind: Kind) -> Endpoint[ConnectionT] | None:
         """Return the instance if there is only one to pick, as for most apps, and it has room and is not away."""
-        if len(route.weights) != 1:
+        if len(route.versions) != 1:
             return None
-        ((version, weight),) = route.weights.items()
-        pool = self._endpoints.get((route.app, version), {})
-        if len(pool) != 1 or not weight:
+        pool = self._endpoints.get((route.app, route.versions[0]), {})
+        if len(pool) != 1:
             return None
         (endpoint,) = pool.values()
         return endpoint if self._room(endpoint, kind) and not endpoint.connection.is_away else None
@@ -349,10 +318,19 @@ class Router(Generic[ConnectionT]):
                 return [each for each in found if each.ejected_until <= now] or found
         return []
 
-    def _none_free(self, route: Route, ready: list[Endpoint[ConnectionT]], kind: Kind, outdated: int) -> ServingError:
-        what = f"version {route.version!r} of app {route.app!r}" if route.version else f"app {route.app!r}"
+    def _none_free(
+        self, route: Route, versions: tuple[str, ...], ready: list[Endpoint[ConnectionT]], kind: Kind
+    ) -> ServingError:
+        if not versions:
+            why = " with a weight above 0" if route.split and route.split.weights else ""
+            return Unavailable(f"app {route.app!r} has no version in production{why}")
+        one = len(versions) == 1 and versions != route.versions
+        what = f"app {route.app!r}"
+        if route.version or one:
+            what = f"version {versions[0]!r} of {what}" + (", which has this key," if one else "")
         if any(self._room(each, kind) == 0 for each in ready):
             return ResourceExhausted(f"every instance of {what} is full", retry_after_s=1.0)
+        outdated = sum(len(self._outdated.get((route.app, version), ())) for version in versions)
         why = f"; {outdated} have loaded other content than the release has now" if outdated else ""
         return Unavailable(f"no instance of {what} is ready{why}")
 
@@ -385,3 +363,13 @@ class Router(Generic[ConnectionT]):
         idle = [each for each in self._dropped if each.is_idle]
         self._dropped = [each for each in self._dropped if not each.is_idle]
         return idle
+
+
+def _aliased(app: str, alias: str, routing: AppRouting, releases: Mapping[str, Release]) -> str:
+    """Return the version that an alias names. Raises NotFound."""
+    version = routing.aliases.get(alias)
+    if version is None:
+        raise NotFound(f"app {app!r} has no version {alias!r}")
+    if version not in releases:
+        raise NotFound(f"app {app!r} has no version {version!r}, which its alias {alias!r} names")
+    return version

@@ -52,6 +52,7 @@ def read_call(call: Call, deadline: float | None) -> CallContext:
         traceparent=trace_context(call.header("traceparent")),
         deadline=deadline,
         started=time.monotonic(),
+        headers=call.headers,
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import orjson
 import pytest
 
+from atserving import transport
+from atserving.v1 import serving_pb2, serving_pb2_grpc
 from tests.e2e.client import JSON, UNUSED_PORT, Client, Response, data_uri, image, padded
 from tests.processes import etcdctl
 from tests.waiting import until_async
@@ -440,3 +442,56 @@ async def test_huge_integers_and_deep_nesting_reach_the_net_or_fail_by_themselve
     response = await client.post("/v1/batch", body, JSON)
     assert [each["code"] for each in response.json] == [0, 0, 0]
     check_error(await client.post("/v1/eval/digits", op % too_deep, JSON), 400, "malformed JSON")
+
+
+ROUTING = '{"aliases": {"next": "v2", "gone": "v9"}, "key_header": "x-user"}'
+
+
+async def test_versions_take_turns_keep_keys_and_have_aliases(client: Client) -> None:
+    etcd, release = client.mesh.etcd, "/ava/serving/eval/digits/v2"
+    published = etcdctl(etcd, "get", "--print-value-only", release)
+    promoted = {**orjson.loads(published), "phase": "production", "weight": 1}
+    etcdctl(etcd, "put", "/ava/serving/app/routing/digits", ROUTING)
+    etcdctl(etcd, "put", release, orjson.dumps(promoted).decode())
+
+    async def versions(path: str = "/v1/eval/digits", count: int = 10, **headers: str) -> list[str]:
+        answers = [await client.bytes(path, image("1.png"), **headers) for _ in range(count)]
+        return [each.headers.get("x-serving-version", "") for each in answers]
+
+    async def known(*expected: str) -> bool:
+        return set(await versions("/v1/eval/digits/next", 1) + await versions(count=4)) == set(expected)
+
+    await until_async(lambda: known("v1", "v2"), what="the gate knows the promotion and the aliases")
+    assert sorted(await versions()) == ["v1"] * 5 + ["v2"] * 5
+    assert await versions("/v1/eval/digits/next", 2) == ["v2", "v2"]
+    check_error(
+        await client.bytes("/v1/eval/digits/gone", image("1.png")), 404, "no version 'v9', which its alias 'gone' names"
+    )
+
+    of_keys = {
+        key: set(await versions(count=4, **{"x-user": key})) for key in ("ann", "bob", "cy", "dee", "eve", "fay")
+    }
+    assert all(len(each) == 1 for each in of_keys.values())
+    assert {version for each in of_keys.values() for version in each} == {"v1", "v2"}
+    check_error(await client.bytes("/v1/eval/digits", image("1.png"), **{"x-user": "k" * 257}), 400, "longer than 256")
+
+    # Versions differ in their answers' probabilities.
+    one = {"data": data_uri("1.png")}
+    by_version = {each: (await client.json(f"/v1/eval/digits/{each}", one)).json for each in ("v1", "v2")}
+    assert by_version["v1"] != by_version["v2"]
+    ops = ["/v1/eval/digits", "/v1/eval/digits/next", "/v1/eval/digits/v1"]
+    for key, (version,) in of_keys.items():
+        batch = await client.json("/v1/batch", [{"op": op, "data": data_uri("1.png")} for op in ops], **{"x-user": key})
+        assert batch.json == [by_version[version], by_version["v2"], by_version["v1"]]
+
+    async with transport.channel(f"127.0.0.1:{client.mesh.ports.edge}") as channel:
+        stub: serving_pb2_grpc.ServingServiceAsyncStub = serving_pb2_grpc.ServingServiceStub(channel)
+        data = [serving_pb2.Resource(body=image("1.png"))]
+        for key, (version,) in of_keys.items():
+            answer = await stub.Eval(serving_pb2.EvalRequest(app="digits", data=data), metadata=(("x-user", key),))
+            assert answer.version == version
+        assert (await stub.Eval(serving_pb2.EvalRequest(app="digits", version="next", data=data))).version == "v2"
+
+    etcdctl(etcd, "put", release, published)
+    etcdctl(etcd, "del", "/ava/serving/app/routing/digits")
+    await until_async(lambda: known("", "v1"), what="the gate knows that all is as before")

@@ -13,7 +13,7 @@ from atserving.config import Instance
 from atserving.errors import DeadlineExceeded, ResourceExhausted, ServingError, Unavailable
 from atserving.v1 import evaluator_pb2
 from gate import connection, pace
-from gate.router import Endpoint
+from gate.endpoint import Endpoint
 from tests.gate.test_dispatch import DRAINING, FULL, Evaluator, Mesh, running_mesh
 from tests.instance import ScriptedInstance
 from tests.waiting import until

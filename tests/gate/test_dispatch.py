@@ -12,7 +12,16 @@ from functools import partial
 
 import pytest
 
-from atserving.config import AppMetadata, ConfigValue, Release, WorkerConfig, release_key, validate
+from atserving.config import (
+    AppMetadata,
+    AppRouting,
+    ConfigValue,
+    Release,
+    WorkerConfig,
+    app_routing_key,
+    release_key,
+    validate,
+)
 from atserving.errors import (
     DeadlineExceeded,
     InvalidArgument,
@@ -23,6 +32,7 @@ from atserving.errors import (
     Unavailable,
 )
 from atserving.held import HeldBytes
+from atserving.http2_stream import Headers
 from atserving.v1 import evaluator_pb2, serving_pb2
 from gate import batch, dispatch
 from gate.admission import Caller
@@ -566,3 +576,74 @@ async def test_a_full_app_keeps_no_task_of_another_waiting(mesh: Mesh) -> None:
     assert all(isinstance(each, EvalResult) for each in results.result())
     assert [each.result() for each in others] == ['"a:"'] * 6
     await free.stop()
+
+
+async def two_versions(mesh: Mesh, *, first: Evaluator, second: Evaluator) -> None:
+    """Let two versions share the requests evenly."""
+    for version, evaluator in (("v1", first), ("v2", second)):
+        fields = {"name": "app", "version": version, "file": "file:///x", "phase": "production", "weight": 1}
+        mesh.put(release_key("app", version), validate(Release, fields))
+        await mesh.add(evaluator, version)
+
+
+async def test_a_version_that_refuses_its_turns_as_full_makes_up_for_them(mesh: Mesh) -> None:
+    full = Evaluator("a", FULL)
+    await two_versions(mesh, first=full, second=Evaluator("b"))
+    answers = []
+    for _ in range(10):
+        answers.append(await mesh.eval())
+        mesh.later_s += 2
+    assert set(answers) == {'"b:"'}
+    refused = len(full.received)
+    assert refused > 1
+    full.error = None
+    answers += [await mesh.eval() for _ in range(30)]
+    assert Counter(answers) == {'"a:"': 20, '"b:"': 20}
+
+
+async def test_a_version_that_fails_its_turns_does_not_make_up_for_them(mesh: Mesh) -> None:
+    draining = Evaluator("a", DRAINING)
+    await two_versions(mesh, first=draining, second=Evaluator("b"))
+    assert {await mesh.eval() for _ in range(10)} == {'"b:"'}
+    assert len(draining.received) == 5
+    draining.error = None
+    assert Counter([await mesh.eval() for _ in range(30)]) == {'"a:"': 15, '"b:"': 15}
+
+
+def keyed(key: bytes, header: str = "x-serving-key") -> CallContext:
+    return CallContext("reqid", Caller(), headers=Headers([(header, key)]))
+
+
+async def test_a_request_with_a_key_stays_on_one_version(mesh: Mesh) -> None:
+    await two_versions(mesh, first=Evaluator("a"), second=Evaluator("b"))
+    versions = set()
+    for key in (b"a", b"b", b"c", b"d", b"\xff"):
+        answered = {(await mesh.dispatcher.eval(task(), keyed(key))).version for _ in range(10)}
+        assert len(answered) == 1
+        versions |= answered
+        for version in ("v1", "v2"):
+            assert (await mesh.dispatcher.eval(task(version=version), keyed(key))).version == version
+    assert versions == {"v1", "v2"}
+    ignored = Counter([(await mesh.dispatcher.eval(task(), keyed(b"a", "x-user"))).version for _ in range(10)])
+    assert ignored == {"v1": 5, "v2": 5}
+    mesh.put(app_routing_key("app"), validate(AppRouting, {"key_header": "x-user"}))
+    assert len({(await mesh.dispatcher.eval(task(), keyed(b"a", "x-user"))).version for _ in range(10)}) == 1
+
+
+async def test_a_key_of_a_batch_is_that_of_its_tasks_without_a_version(mesh: Mesh) -> None:
+    await two_versions(mesh, first=Evaluator("a"), second=Evaluator("b"))
+    for key in (b"a", b"b", b"c", b"d"):
+        alone = await mesh.dispatcher.eval(task(), keyed(key))
+        tasks = [task(), task(version="v1"), task(version="v2"), task()]
+        results = await run_batch(mesh.dispatcher, tasks, keyed(key), 2, HELD)
+        assert [getattr(each, "version", each) for each in results] == [alone.version, "v1", "v2", alone.version]
+
+
+async def test_a_key_is_at_most_256_characters_long(mesh: Mesh) -> None:
+    await mesh.add(Evaluator("a"))
+    await mesh.dispatcher.eval(task(), keyed(b"k" * 256))
+    with pytest.raises(InvalidArgument, match="the header 'x-serving-key' is longer than 256 characters"):
+        await mesh.dispatcher.eval(task(), keyed(b"k" * 257))
+    mesh.put("/ava/serving/app/metadata/app", AppMetadata(public=False))
+    with pytest.raises(Unauthenticated):
+        await mesh.dispatcher.eval(task(), keyed(b"k" * 257))

@@ -11,9 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atserving.config import AppMetadata, ConfigValue, Instance, Release, WorkerConfig, parse, validate
+from atserving.config import (
+    AppMetadata,
+    AppRouting,
+    ConfigValue,
+    Instance,
+    Release,
+    WorkerConfig,
+    app_routing_key,
+    parse,
+    validate,
+)
 from atserving.errors import NotFound, ResourceExhausted, ServingError, Unavailable
-from gate.router import EJECT_S, LINGER_S, Endpoint, Kind, Router
+from gate.endpoint import Endpoint, Kind
+from gate.router import EJECT_S, LINGER_S, Router
 
 PORT = 1000
 
@@ -166,12 +177,6 @@ def test_router_picks_the_least_loaded_instance_of_a_version(table: Table) -> No
     assert picked == {"small": 2, "large": 8}
 
 
-def test_versions_share_the_traffic_by_free_capacity_and_weight(table: Table) -> None:
-    table.put(release("v1"), release("v2", weight=0.25), instance("v1", "a", 30), instance("v2", "b", 40))
-    picked = Counter(table.pick("app", "").instance.version for _ in range(4000))
-    assert picked["v1"] / picked["v2"] == pytest.approx(3, rel=0.15)
-
-
 def test_version_of_weight_0_receives_no_unversioned_traffic(table: Table) -> None:
     table.put(release("v1"), release("v2", weight=0), instance("v1", "a"), instance("v2", "b"))
     assert {table.pick("app", "").instance.id for _ in range(200)} == {"a"}
@@ -305,8 +310,52 @@ def test_router_resolves_a_route_once_until_the_config_changes(table: Table) -> 
     route = table.router.route("app", "")
     assert table.router.route("app", "") is route
     table.put(release("v1", weight=0.5))
-    assert table.router.route("app", "").weights == {"v1": 0.5}
-    assert route.weights == {"v1": 1.0}
+    later = table.router.route("app", "")
+    assert later.split
+    assert later.split.weights == {"v1": 0.5}
+    assert route.split
+    assert route.split.weights == {"v1": None}
+
+
+def route_by(table: Table, **fields: object) -> None:
+    table.router.apply({app_routing_key("app"): validate(AppRouting, fields)}, set())
+
+
+def test_an_alias_reaches_its_version_in_any_phase(table: Table) -> None:
+    table.put(release("v1"), release("v2", "staging"), instance("v1", "a"), instance("v2", "b"))
+    route_by(table, aliases={"next": "v2", "v1": "v2"})
+    assert table.pick("app", "next").instance.id == "b"
+    assert table.router.route("app", "next").version == "v2"
+    assert table.pick("app", "v1").instance.id == "a", "a version of the same name comes first"
+    route_by(table, aliases={"next": "v1"})
+    assert table.pick("app", "next").instance.id == "a"
+    table.router.apply({}, {app_routing_key("app")})
+    with pytest.raises(NotFound, match="app 'app' has no version 'next'"):
+        table.router.route("app", "next")
+
+
+def test_an_alias_of_a_version_that_does_not_exist_is_not_found(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"))
+    route_by(table, aliases={"next": "v9", "again": "next"})
+    with pytest.raises(NotFound, match="app 'app' has no version 'v9', which its alias 'next' names"):
+        table.router.route("app", "next")
+    with pytest.raises(NotFound, match="app 'app' has no version 'next', which its alias 'again' names"):
+        table.router.route("app", "again")
+
+
+def test_an_alias_has_the_timeout_of_its_version(table: Table) -> None:
+    table.put(release("v1"), release("v2", "staging"))
+    route_by(table, aliases={"next": "v2"})
+    key = "/ava/serving/worker/app/app/release/v2"
+    table.router.apply({key: parse(key, '{"timeout": "2s"}')}, set())
+    assert table.router.route("app", "next").timeout_s == 2
+
+
+def test_the_routing_of_an_app_names_the_header_of_its_keys(table: Table) -> None:
+    table.put(release("v1"))
+    assert table.router.route("app", "").key_header == "x-serving-key"
+    route_by(table, key_header="x-user")
+    assert table.router.route("app", "").key_header == "x-user"
 
 
 VERSIONS = st.sampled_from(["v1", "v2", "v3"])

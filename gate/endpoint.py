@@ -1,0 +1,83 @@
+"""An instance as a gate sees it: its connection, and its room for requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from atserving.config import Instance
+
+
+class Connection(Protocol):
+    """A connection to an instance."""
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the instance has said that others should be asked first."""
+
+
+ConnectionT = TypeVar("ConnectionT", bound=Connection)
+
+
+class Kind(NamedTuple):
+    """The kind of a request, by which an instance has room for it."""
+
+    batched: bool = False
+    """It is a task of a batch: those leave a quarter of an instance to other callers."""
+    fetches: bool = False
+    """The instance has to fetch a resource."""
+
+
+ALONE = Kind()
+"""A request with all that the net needs."""
+
+
+@dataclass(eq=False)
+class Endpoint(Generic[ConnectionT]):
+    """An instance as this gate sees it."""
+
+    instance: Instance
+    connection: ConnectionT
+    in_flight: int = 0
+    fetching: int = 0
+    """Requests in flight whose resources the instance has to fetch. They have room of their own: a slow host must not
+    keep others from the net."""
+    ejected_until: float = 0.0
+    full_until: float = 0.0
+    """It refused a request, as it is full with those of other gates; 0 once one of this gate's is done."""
+    batches_full_until: float = 0.0
+    """The same for a task of a batch: others may still have room."""
+    left_at: float | None = field(default=None)
+    """When the registry reported its departure; None while it is registered."""
+
+    def room(self, kind: Kind = ALONE) -> int:
+        """Return how many more requests of a kind this gate can send it."""
+        capacity = self.instance.capacity
+        return max((capacity - capacity // 4 if kind.batched else capacity) - self.used(kind), 0)
+
+    def used(self, kind: Kind) -> int:
+        """Return how many requests in flight share the room of a kind."""
+        return self.fetching if kind.fetches else self.in_flight
+
+    @contextmanager
+    def hold(self, kind: Kind = ALONE) -> Iterator[None]:
+        """Count one request in flight."""
+        if kind.fetches:
+            self.fetching += 1
+        else:
+            self.in_flight += 1
+        try:
+            yield
+        finally:
+            if kind.fetches:
+                self.fetching -= 1
+            else:
+                self.in_flight -= 1
+                self.full_until = self.batches_full_until = 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no request in flight."""
+        return not self.in_flight and not self.fetching
