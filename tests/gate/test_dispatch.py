@@ -639,6 +639,21 @@ async def test_a_key_of_a_batch_is_that_of_its_tasks_without_a_version(mesh: Mes
         assert [getattr(each, "version", each) for each in results] == [alone.version, "v1", "v2", alone.version]
 
 
+async def test_a_key_leaves_its_version_if_that_drains_but_not_if_it_is_full(mesh: Mesh) -> None:
+    first, second = Evaluator("a"), Evaluator("b")
+    await two_versions(mesh, first=first, second=second)
+    own, other = first, second
+    if (await mesh.dispatcher.eval(task(), keyed(b"key"))).version == "v2":
+        own, other = second, first
+    own.error = FULL
+    with pytest.raises(ResourceExhausted):
+        await mesh.dispatcher.eval(task(), keyed(b"key"))
+    assert not other.received
+    mesh.later_s += 2
+    own.error = DRAINING
+    assert json_of(await mesh.dispatcher.eval(task(), keyed(b"key"))) == f'"{other.name}:"'
+
+
 async def test_a_key_is_at_most_256_characters_long(mesh: Mesh) -> None:
     await mesh.add(Evaluator("a"))
     await mesh.dispatcher.eval(task(), keyed(b"k" * 256))

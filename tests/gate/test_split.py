@@ -110,6 +110,17 @@ def test_a_hundred_requests_have_the_weights_shares(
         assert picks(table, 100) == expected
 
 
+@pytest.mark.parametrize("versions", [3, 6, 10])
+def test_many_versions_have_their_shares_since_the_first_request(versions: int) -> None:
+    rng = random.Random(versions)
+    for _ in range(30):
+        weights = {f"v{number}": float(rng.choice([1, 2, 3, 5, 10, 50, 90])) for number in range(versions)}
+        split, windows = Split("app", weights), Windows()
+        for _ in range(150):
+            index = split.take([4] * versions, [[1]] * versions)
+            windows.add(split.versions[index], {name: Fraction(weight) for name, weight in weights.items()})
+
+
 def test_without_weights_shares_follow_the_capacity_of_the_ready_instances(table: Table) -> None:
     put_versions(table, {"v1": None, "v2": None}, capacity=10)
     table.put(instance("v1", "b", 20), release("v3"), instance("v3", "c", 40))
