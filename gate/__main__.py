@@ -94,8 +94,10 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
     """Close the connections that the router no longer uses, once a second."""
     while True:
         await asyncio.sleep(_TEND_S)
-        for endpoint in router.expired():
-            await endpoint.connection.close()
+        unused = [endpoint.take_connection() for endpoint in router.expired()]
+        for connection in (*unused, *router.idle()):
+            if connection:
+                await connection.close()
 
 
 @click.command(help="Routes eval requests, by gRPC and through the edge, to the evaluators that the registry lists.")

@@ -96,6 +96,8 @@ class Attempts:
             except (ResourceExhausted, Unavailable) as none_free:
                 await self._try_again(none_free)
                 continue
+            if endpoint.opened is None:
+                self._router.warm(endpoint)
             self._tried.append(endpoint)
             self._turn = self._turn or endpoint.instance.version
             try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -34,12 +34,17 @@ ALONE = Kind()
 """A request with all that the net needs."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Endpoint(Generic[ConnectionT]):
     """An instance as this gate sees it."""
 
     instance: Instance
-    connection: ConnectionT
+    connect: Callable[[Instance], ConnectionT]
+    """Returns a connection to an instance."""
+    opened: ConnectionT | None = None
+    """The connection, once it is needed."""
+    requests: int = 0
+    """How many it has had."""
     in_flight: int = 0
     fetching: int = 0
     """Requests in flight whose resources the instance has to fetch. They have room of their own: a slow host must not
@@ -51,6 +56,27 @@ class Endpoint(Generic[ConnectionT]):
     """The same for a task of a batch: others may still have room."""
     left_at: float | None = field(default=None)
     """When the registry reported its departure; None while it is registered."""
+
+    @property
+    def connection(self) -> ConnectionT:
+        """The connection, which is opened if it is not."""
+        return self.opened or self.open()
+
+    def open(self) -> ConnectionT:
+        """Open the connection if it is not, and return it."""
+        if self.opened is None:
+            self.opened = self.connect(self.instance)
+        return self.opened
+
+    def take_connection(self) -> ConnectionT | None:
+        """Return the connection, if there is one, for the caller to close. The next request opens another."""
+        opened, self.opened = self.opened, None
+        return opened
+
+    @property
+    def is_away(self) -> bool:
+        """Whether others should be asked first, as far as is known."""
+        return self.opened is not None and self.opened.is_away
 
     def room(self, kind: Kind = ALONE) -> int:
         """Return how many more requests of a kind this gate can send it."""
@@ -64,6 +90,7 @@ class Endpoint(Generic[ConnectionT]):
     @contextmanager
     def hold(self, kind: Kind = ALONE) -> Iterator[None]:
         """Count one request in flight."""
+        self.requests += 1
         if kind.fetches:
             self.fetching += 1
         else:

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, NamedTuple
 
 import structlog
 
@@ -23,6 +23,9 @@ log = structlog.get_logger()
 
 LINGER_S = 30.0
 """How long the router remembers an instance that left the registry, as a last resort."""
+
+IDLE_S = 300.0
+"""How long the connections to the instances of a version stay open without a request for it."""
 
 EJECT_S = 1.0
 """How long the router ejects an instance after its transport failed, unless the version has no other."""
@@ -57,10 +60,18 @@ class Route:
     default_metadata: AppMetadata
 
 
+class _Use(NamedTuple):
+    """The requests that the instances of a version have had, and since when there were no more."""
+
+    requests: int
+    since_s: float
+
+
 class Router(Generic[ConnectionT]):
     """Holds the routing table and picks from it.
 
-    ``connect`` opens the connection of a new instance. :meth:`expired` returns connections for the caller to close.
+    ``connect`` opens the connection to an instance, with the first request for its version: a large mesh has far more
+    instances than a gate needs. :meth:`idle` and :meth:`expired` return connections for the caller to close.
 
     The router does not forget an instance as soon as it leaves the registry, since its lease may only have expired
     while etcd or every registry was away. The instance remains a last resort while its version has no other, until it
@@ -87,6 +98,8 @@ class Router(Generic[ConnectionT]):
         self._settings: dict[str, AppMetadata | AppRouting | WorkerConfig] = {}
         # The turns of each app's versions in production; valid until their weights change.
         self._splits: dict[str, Split] = {}
+        # The versions that have had requests lately, whose connections are open.
+        self._used: dict[tuple[str, str], _Use] = {}
         # Resolved from the releases and settings; valid until the config changes.
         self._routes: dict[tuple[str, str], Route] = {}
         self._dropped: list[Endpoint[ConnectionT]] = []
@@ -134,7 +147,9 @@ class Router(Generic[ConnectionT]):
         if endpoint:
             endpoint.instance, endpoint.left_at = instance, None
         else:
-            endpoint = Endpoint(instance, self._connect(instance))
+            endpoint = Endpoint(instance, self._connect)
+            if key in self._used:
+                endpoint.open()
         known[instance.id] = endpoint
         release = self._releases.get(instance.app, {}).get(instance.version)
         if release and not instance.serves(release):
@@ -267,7 +282,7 @@ class Router(Generic[ConnectionT]):
             endpoint = self.pick(route, tried, kind, key, version)
         except ServingError:
             return None
-        if endpoint.connection.is_away or endpoint.ejected_until > self._clock():
+        if endpoint.is_away or endpoint.ejected_until > self._clock():
             return None
         if key and route.split and endpoint.instance.version != version:
             return None
@@ -288,7 +303,7 @@ class Router(Generic[ConnectionT]):
 
     def _has_away(self, app: str, versions: Collection[str]) -> bool:
         pools = [pool.get((app, version), {}) for pool in (self._endpoints, self._left) for version in versions]
-        return any(each.connection.is_away for pool in pools for each in pool.values())
+        return any(each.is_away for pool in pools for each in pool.values())
 
     def _room(self, endpoint: Endpoint[ConnectionT], kind: Kind) -> int:
         full_until = max(endpoint.full_until, endpoint.batches_full_until if kind.batched else 0.0)
@@ -304,7 +319,7 @@ class Router(Generic[ConnectionT]):
         if len(pool) != 1:
             return None
         (endpoint,) = pool.values()
-        return endpoint if self._room(endpoint, kind) and not endpoint.connection.is_away else None
+        return endpoint if self._room(endpoint, kind) and not endpoint.is_away else None
 
     def _ready(
         self, app: str, version: str, tried: Collection[Endpoint[ConnectionT]], away: bool
@@ -312,7 +327,7 @@ class Router(Generic[ConnectionT]):
         for pool in (self._endpoints, self._left):
             found = [each for each in pool.get((app, version), {}).values() if each not in tried]
             if not away:
-                found = [each for each in found if not each.connection.is_away]
+                found = [each for each in found if not each.is_away]
             if found:
                 now = self._clock()
                 return [each for each in found if each.ejected_until <= now] or found
@@ -354,6 +369,33 @@ class Router(Generic[ConnectionT]):
         if left.get(endpoint.instance.id) is endpoint:
             self._dropped.append(left.pop(endpoint.instance.id))
 
+    def warm(self, endpoint: Endpoint[ConnectionT]) -> None:
+        """Open the connections to all instances of a version, as one of them is needed now.
+
+        The next requests find them open, and a gate knows of an instance that it can't reach before it asks it.
+        """
+        key = (endpoint.instance.app, endpoint.instance.version)
+        pool = self._endpoints.get(key, {})
+        self._used[key] = _Use(_requests(pool), self._clock())
+        for each in pool.values():
+            each.open()
+
+    def idle(self) -> list[ConnectionT]:
+        """Return the connections of versions that have had no request for IDLE_S, for the caller to close."""
+        now_s = self._clock()
+        closed: list[ConnectionT] = []
+        for key, use in list(self._used.items()):
+            pool = self._endpoints.get(key, {})
+            requests = _requests(pool)
+            if requests != use.requests or not all(each.is_idle for each in pool.values()):
+                self._used[key] = _Use(requests, now_s)
+            elif now_s - use.since_s >= IDLE_S:
+                del self._used[key]
+                for each in (*pool.values(), *self._outdated.get(key, {}).values()):
+                    if connection := each.take_connection():
+                        closed.append(connection)
+        return closed
+
     def expired(self) -> list[Endpoint[ConnectionT]]:
         """Return the endpoints that are no longer used, each once, as soon as they have no request in flight."""
         oldest = self._clock() - LINGER_S
@@ -373,3 +415,7 @@ def _aliased(app: str, alias: str, routing: AppRouting, releases: Mapping[str, R
     if version not in releases:
         raise NotFound(f"app {app!r} has no version {version!r}, which its alias {alias!r} names")
     return version
+
+
+def _requests(pool: Mapping[str, Endpoint[ConnectionT]]) -> int:
+    return sum(each.requests for each in pool.values())

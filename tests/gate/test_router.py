@@ -24,7 +24,7 @@ from atserving.config import (
 )
 from atserving.errors import NotFound, ResourceExhausted, ServingError, Unavailable
 from gate.endpoint import Endpoint, Kind
-from gate.router import EJECT_S, LINGER_S, Router
+from gate.router import EJECT_S, IDLE_S, LINGER_S, Router
 
 PORT = 1000
 
@@ -454,3 +454,64 @@ def test_an_instance_that_left_and_serves_is_better_than_one_that_is_away(table:
     table.delete(instance("v1", "b"))
     table.pick("app", "").connection.is_away = True
     assert table.pick("app", "").instance.id == "b"
+
+
+def open_ids(table: Table, *instances: Instance) -> set[str]:
+    """Return which of some instances have an open connection."""
+    pools = (pool for by_version in (table.router._endpoints, table.router._outdated) for pool in by_version.values())
+    known = {endpoint.instance.id: endpoint for pool in pools for endpoint in pool.values()}
+    return {each.id for each in instances if known[each.id].opened}
+
+
+def ask(table: Table, version: str) -> None:
+    """Send a request as the gate does."""
+    endpoint = table.pick("app", version)
+    if endpoint.opened is None:
+        table.router.warm(endpoint)
+    with endpoint.hold():
+        pass
+
+
+def test_the_first_request_for_a_version_opens_its_connections(table: Table) -> None:
+    a, b, c = instance("v1", "a"), instance("v1", "b"), instance("v2", "c")
+    table.put(release("v1"), release("v2", "staging"), a, b, c)
+    assert not open_ids(table, a, b, c)
+    ask(table, "v1")
+    assert open_ids(table, a, b, c) == {"a", "b"}
+    # Those that come later are opened at once.
+    late, other = instance("v1", "late"), instance("v2", "other")
+    table.put(late, other)
+    assert open_ids(table, late, other) == {"late"}
+
+
+def test_unused_connections_are_closed_and_opened_again(table: Table) -> None:
+    a, b = instance("v1", "a"), instance("v1", "b")
+    table.put(release("v1"), a, b)
+    ask(table, "v1")
+    assert not table.router.idle()
+    table.clock.now = IDLE_S - 1
+    ask(table, "v1")
+    assert not table.router.idle()
+    table.clock.now += IDLE_S - 1
+    assert not table.router.idle()
+    table.clock.now += 1
+    assert {each.address for each in table.router.idle()} == {f"a:{PORT}", f"b:{PORT}"}
+    assert not open_ids(table, a, b)
+    assert not table.router.idle()
+    ask(table, "v1")
+    assert open_ids(table, a, b) == {"a", "b"}
+
+
+def test_a_connection_with_a_request_in_flight_stays_open(table: Table) -> None:
+    a, b = instance("v1", "a"), instance("v1", "b")
+    table.put(release("v1"), a, b)
+    ask(table, "v1")
+    table.router.idle()
+    with table.pick("app", "v1").hold():
+        table.router.idle()
+        table.clock.now = 10 * IDLE_S
+        assert not table.router.idle()
+        assert open_ids(table, a, b) == {"a", "b"}
+    assert not table.router.idle()
+    table.clock.now += IDLE_S
+    assert len(table.router.idle()) == 2
