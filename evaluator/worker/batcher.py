@@ -114,13 +114,23 @@ class Batcher:
         self._inlet = inlet
         self._reading = False
 
-    def submit(self, items: Sequence[Item]) -> None:
-        """Take requests in. Their ids must differ from those of all requests without a result."""
+    def submit(self, items: Sequence[Item]) -> bool:
+        """Take requests in; if memory is short, take none and return False.
+
+        Their ids must differ from those of all requests without a result.
+        """
         with self._lock:
-            self._items.update((item.id, item) for item in items)
-            self._schedule.arrive(items)
+            try:
+                self._items.update((item.id, item) for item in items)
+                self._schedule.arrive(items)
+            except MemoryError:
+                for item in items:
+                    self._items.pop(item.id, None)
+                    self._schedule.remove(item)
+                return False
             # The engine that has read them takes one itself.
             self._wake(len(items) - self._reading)
+        return True
 
     def cancel(self, ids: Iterable[int]) -> None:
         """Drop requests whose callers have left. A waiting request leaves; a running one finishes."""

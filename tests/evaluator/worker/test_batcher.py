@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -307,3 +307,25 @@ def test_request_cancelled_or_expired_behind_a_preparation_is_not_prepared(monke
     assert outcomes[0] == 10
     assert [type(each) for each in outcomes[1:]] == [DeadlineExceeded] * 2
     assert prepared == [1]
+
+
+class Short(list[Item]):
+    """Requests for which memory is short while they are taken in."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[Item]:
+        self.times += 1
+        for item in super().__iter__():
+            yield item
+            if self.times == 2:
+                raise MemoryError
+
+
+def test_requests_that_find_no_memory_are_not_taken_in_part() -> None:
+    harness = Harness(lanes=1)
+    assert not harness.batcher.submit(Short(Item(next(harness.ids), 1, time.monotonic()) for _ in range(3)))
+    later = harness.submit(2)
+    assert harness.outcomes(later) == [20]
+    assert set(harness.results) == {later[0].id}
+    assert not harness.batcher._items
