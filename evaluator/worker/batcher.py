@@ -153,14 +153,17 @@ class Batcher:
     def run(self, thread: int, *, forwards: bool, prepares: bool) -> None:
         """Run one thread's loop, which never returns. ``thread`` is its slot in the progress log."""
         while True:
-            work = self._next(forwards=forwards, prepares=prepares)
-            if isinstance(work, Prepare):
-                for item in work.items:
-                    self._prepare(thread, item, forwards)
-            elif isinstance(work, Forward):
-                self._forward(thread, work.items)
-            else:
-                self._fail(work.items, DeadlineExceeded("the deadline passed"))
+            self._do(thread, self._next(forwards=forwards, prepares=prepares), forwards)
+
+    def _do(self, thread: int, work: Prepare | Forward | Expired, forwards: bool) -> None:
+        """Do some work. An idle thread keeps none of it in memory."""
+        if isinstance(work, Prepare):
+            for item in work.items:
+                self._prepare(thread, item, forwards)
+        elif isinstance(work, Forward):
+            self._forward(thread, work.items)
+        else:
+            self._fail(work.items, DeadlineExceeded("the deadline passed"))
 
     def _next(self, *, forwards: bool, prepares: bool) -> Prepare | Forward | Expired:
         inlet = self._inlet if forwards else None
@@ -232,6 +235,7 @@ class Batcher:
                 error = Internal("the evaluator failed to prepare the request")
             finally:
                 self._progress.end(thread)
+                item.request = None
             item.prepare_s = time.monotonic() - began_s
         with self._lock:
             self._prepare_s += (item.prepare_s - self._prepare_s) / 8
@@ -241,6 +245,8 @@ class Batcher:
                 _wake(self._forwarders)
         if not waits:
             self._fail([item], error or DeadlineExceeded("the caller has gone"))
+        # Its trace holds this frame: a circle would keep the request until the next garbage collection.
+        del error
 
     def _forward(self, thread: int, items: Sequence[Item]) -> None:
         began_s = time.monotonic()
