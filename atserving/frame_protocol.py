@@ -123,7 +123,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
             if data is not None:
                 self.data_received(data)
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes | memoryview) -> None:
         """Take what has arrived; nothing, to take the frames that waited."""
         self.heard = True
         try:

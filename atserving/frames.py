@@ -34,6 +34,9 @@ LONG_BYTES = 512 << 10
 PIECE_BYTES = 1 << 20
 """The longest part of a long frame in one piece."""
 
+START_BYTES = 1024
+"""So much of a large frame tells whose it is. A reader places no frame before that has arrived."""
+
 MAX_SHORT_BYTES = PIECE_BYTES + 1024
 """The longest payload of a frame as it travels between gate and instance: a piece, or a short frame."""
 
@@ -43,6 +46,8 @@ _LARGE = 4096
 # cost more, a page at a time, than memory that is used again.
 _MAPPED = 16 << 20
 _READ_BYTES = 1 << 18
+# Smaller copies than this find memory, or nothing does.
+_LEAST_COPY_BYTES = 4096
 # While a long frame arrives, read little in one go: the rest of a piece then goes to its place without a copy.
 _READ_BETWEEN_BYTES = 4096
 
@@ -65,6 +70,21 @@ Take = Callable[[int, Buffer, int, int], None]
 """Takes a frame of some kind, whose payload is ``data[start:end]``. Raises Malformed."""
 
 
+def buffer(length: int) -> memoryview:
+    """Return a buffer for a large frame. Raises MemoryError."""
+    if length < _MAPPED:
+        return memoryview(bytearray(length))
+    try:
+        return memoryview(mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    except OSError as error:
+        raise MemoryError from error
+
+
+Place = Callable[[int, int, bytes, int], memoryview | None]
+"""Returns a buffer for a frame of a kind and length, or None to skip it. Its payload begins at ``data[start:]``, which
+has at least :data:`START_BYTES`."""
+
+
 class _Long:
     """A long frame that arrives in pieces."""
 
@@ -72,7 +92,7 @@ class _Long:
 
     def __init__(self, kind: int, length: int) -> None:
         self.kind = kind
-        self.buffer = _buffer(length)
+        self.buffer = buffer(length)
         self.filled = 0
 
 
@@ -93,11 +113,15 @@ class FrameReader:
         """Whether to take the long frame of an id; asked before its first piece. May raise Malformed."""
         self.take_long: Callable[[int, int, Buffer], None] = lambda _id, kind, data: take(kind, data, 0, len(data))
         """Takes a long frame: its id, kind and payload. Raises Malformed."""
+        self.place: Place = lambda _kind, length, _data, _start: buffer(length)
+        """Returns where to put a large frame."""
         self._take = take
         self._rest = b""
         # What is being filled: a large frame, or a piece of a long one.
         self._large: memoryview | None = None
         self._large_kind = self._filled = 0
+        # How many bytes are still to be skipped.
+        self._skip = 0
         self._long_id = 0
         self._long: _Long | None = None
         self._longs: dict[int, _Long] = {}
@@ -119,10 +143,10 @@ class FrameReader:
             return self._large[self._filled :]
         return self._scratch[:_READ_BETWEEN_BYTES] if self._longs else self._scratch
 
-    def filled(self, count: int) -> bytes | None:
-        """Take note of ``count`` bytes in the space. Return them if they still have to be fed. Raises Malformed."""
+    def filled(self, count: int) -> memoryview | None:
+        """Take note of ``count`` bytes in the space. Return them if they must be fed before more. Raises Malformed."""
         if self._large is None:
-            return bytes(self._scratch[:count])
+            return self._scratch[:count]
         self._filled += count
         if self._filled == len(self._large):
             self._end_large()
@@ -142,16 +166,27 @@ class FrameReader:
         self._rest, self._large, self._long = b"", None, None
         self._longs.clear()
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, arrived: bytes | memoryview) -> None:
         """Take what has arrived; nothing, to take the frames that waited. Raises Malformed."""
+        if self._skip:
+            skipped = min(self._skip, len(arrived))
+            self._skip -= skipped
+            arrived = arrived[skipped:]
+        try:
+            data = self._rest + arrived if self._rest else bytes(arrived)
+        except MemoryError:
+            if len(arrived) <= _LEAST_COPY_BYTES:
+                raise
+            half = len(arrived) // 2
+            self.feed(arrived[:half])
+            self.feed(arrived[half:])
+            return
+        self._rest = b""
         start = 0
         if self._large is not None:
             start = self._fill(data, 0)
             if start < 0:
                 return
-        elif self._rest:
-            data = self._rest + data
-            self._rest = b""
         size, head = len(data), HEAD.size
         while self.reads and size - start >= head:
             length, kind = HEAD.unpack_from(data, start)
@@ -167,9 +202,13 @@ class FrameReader:
                 continue
             end = start + head + length
             if end > size:
-                if length < _LARGE:
+                if length < _LARGE or size - start < head + START_BYTES:
                     break
-                self._large, self._large_kind, self._filled = _buffer(length), kind, 0
+                self._large = self.place(kind, length, data, start + head)
+                if self._large is None:
+                    self._skip = end - size
+                    return
+                self._large_kind, self._filled = kind, 0
                 self._fill(data, start + head)
                 return
             self._take(kind, data, start + head, end)
@@ -232,9 +271,3 @@ class _Shared(threading.local):
 
 shared = _Shared()
 """Has the scratch of all connections of a loop: what is read there is fed before anything else is read."""
-
-
-def _buffer(length: int) -> memoryview:
-    if length < _MAPPED:
-        return memoryview(bytearray(length))
-    return memoryview(mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

@@ -248,14 +248,14 @@ class Link(FrameProtocol):
         if not self._greeted:
             self.malformed("the peer did not begin with a HELLO")
 
-    def data_received(self, data: bytes) -> None:
+    def data_received(self, data: bytes | memoryview) -> None:
         if len(self._preface) < len(PREFACE):
-            data = self._preface + data
-            self._preface = data[: len(PREFACE)]
+            begun = self._preface + data
+            self._preface = begun[: len(PREFACE)]
             if self._preface != PREFACE[: len(self._preface)]:
                 self.other_protocol(self._preface)
                 return
-            data = data[len(PREFACE) :]
+            data = begun[len(PREFACE) :]
             if not data:
                 return
         super().data_received(data)

@@ -11,6 +11,7 @@ import resource
 from pathlib import Path
 
 import cv2
+from google.protobuf.message import DecodeError
 
 from atserving.errors import Unavailable
 from evaluator.net_config import NetConfig
@@ -19,6 +20,7 @@ from evaluator.runtime import memory
 # With less than this to take, a worker answers nothing.
 _LEAST_BYTES = 64 << 20
 _OWN = Path("/proc/self/status")
+_PROTOBUF_TEXT = "alloc failed"
 _ORT_TEXTS = ("Failed to allocate memory", "bad_alloc")
 
 
@@ -60,6 +62,8 @@ def is_shortage(error: BaseException) -> bool:
     """Return whether an error says that memory was short."""
     if isinstance(error, cv2.error):
         return bool(error.code == cv2.Error.StsNoMem)
-    # onnxruntime has no class for this.
+    # protobuf and onnxruntime have no class for this.
+    if isinstance(error, DecodeError):
+        return _PROTOBUF_TEXT in str(error)
     from_ort = type(error).__module__.startswith("onnxruntime")
     return isinstance(error, MemoryError) or (from_ort and any(text in str(error) for text in _ORT_TEXTS))

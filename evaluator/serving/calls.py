@@ -22,7 +22,19 @@ class Taker(Protocol):
 class SupervisedCall:
     """A call without a reply so far. Times are of the monotonic clock."""
 
-    __slots__ = ("deadline_s", "deaths", "ended", "id", "late_s", "reqid", "request", "sent", "stays", "taker")
+    __slots__ = (
+        "deadline_s",
+        "deaths",
+        "ended",
+        "id",
+        "late_s",
+        "reqid",
+        "request",
+        "sent",
+        "sent_bytes",
+        "stays",
+        "taker",
+    )
 
     def __init__(
         self,
@@ -46,6 +58,8 @@ class SupervisedCall:
         self.stays = stays
         """Whether it waits here while the instance is away, since its gate has no other."""
         self.sent = False
+        self.sent_bytes = 0
+        """The bytes of the request that was sent, which the worker keeps even if the caller has left."""
         self.deaths = 0
         """How many worker processes died while they worked on it, or may have."""
         self.ended: asyncio.Event | None = None

@@ -21,6 +21,7 @@ from evaluator.net_config import NetConfig
 from evaluator.serving import blame, patience
 from evaluator.serving.calls import Outcome, SupervisedCall, Taker, either
 from evaluator.serving.patience import Patience, Standstill
+from evaluator.serving.window import Window
 from evaluator.serving.worker_process import WorkerProcess
 from evaluator.worker.plan import Plan
 from evaluator.worker.progress import Progress, Running
@@ -39,20 +40,14 @@ _DIED = "the net's process died"
 # A gate takes it as "for a moment only".
 _AWAY_RETRY_S = 1.0
 
-# The calls of one write.
-_WRITE_BYTES = 1 << 20
-
-# A few cancelled calls in the queue cost less than to remove them.
-_FEW = 64
-
 
 class WorkerSupervisor:
     """Runs the calls of a net in a worker process.
 
     1. A call is in ``_calls`` from its arrival until it gets its reply or error; its caller may leave earlier. The
        supervisor keeps its request until then.
-    2. The supervisor sends only as many calls as the worker can use. The rest waits here, and costs nothing if its
-       caller leaves.
+    2. The supervisor sends only as many calls as the worker can use (:class:`Window`). The rest waits here, and costs
+       nothing if its caller leaves.
     3. It kills the process if a call is stuck (:mod:`evaluator.serving.patience`), and fails that call.
     4. When the process dies, the progress memory tells its calls. One guilty call fails, suspects run again alone
        (:mod:`evaluator.serving.blame`), and all others run in the next process.
@@ -84,9 +79,8 @@ class WorkerSupervisor:
         self._process: WorkerProcess | None = None
         self._calls: dict[int, SupervisedCall] = {}
         self._ids = itertools.count(1)
-        self._waiting: deque[SupervisedCall] = deque()
+        self._window = Window()
         self._cancelled: list[int] = []
-        self._sent = 0
         self._flushing = False
         self._suspects: deque[SupervisedCall] = deque()
         self._started = self._stopped = self._away = False
@@ -152,7 +146,7 @@ class WorkerSupervisor:
         late_s = max(deadline_s, time.monotonic() + self._timeout_s)
         one = SupervisedCall(next(self._ids), reqid, request, deadline_s, late_s, taker, stays)
         self._calls[one.id] = one
-        self._waiting.append(one)
+        self._window.waiting.append(one)
         if not self._flushing:
             self._flush_soon()
         return one
@@ -202,8 +196,7 @@ class WorkerSupervisor:
         else:
             del self._calls[one.id]
             one.request = b""
-            if len(self._waiting) > 2 * len(self._calls) + _FEW:
-                self._waiting = deque(each for each in self._waiting if each.id in self._calls)
+            self._window.forget(self._calls)
 
     def _flush_soon(self) -> None:
         if not self._flushing:
@@ -219,23 +212,9 @@ class WorkerSupervisor:
             self._process.write([link.cancel_frame(self._cancelled)])
             self._cancelled.clear()
         # What was written stays in memory until the worker reads it, even if the call has ended.
-        while self._waiting and self._process.writable and (calls := self._next()):
+        window = self._window
+        while window.waiting and self._process.writable and (calls := window.next(self.plan, self._calls)):
             self._send(self._process, calls)
-
-    def _next(self) -> list[SupervisedCall]:
-        """Return the next calls to write together."""
-        room = self._window() - self._sent
-        size = 0
-        calls: list[SupervisedCall] = []
-        while self._waiting and len(calls) < room and size < _WRITE_BYTES:
-            one = self._waiting.popleft()
-            if one.id in self._calls:
-                calls.append(one)
-                size += len(one.request)
-        return calls
-
-    def _window(self) -> int:
-        return 2 * self.plan.batch_size * self.plan.engines + self.plan.preparers
 
     def _send(self, process: WorkerProcess, calls: Sequence[SupervisedCall]) -> None:
         now_s = time.monotonic()
@@ -243,8 +222,7 @@ class WorkerSupervisor:
         for one in calls:
             timeout_us = max(1, round(min(one.deadline_s - now_s, link.MAX_TIMEOUT_US / 1e6) * 1e6))
             parts += (link.call_head(one.id, timeout_us, 0, one.reqid, b"", len(one.request)), one.request)
-            one.sent = True
-        self._sent += len(calls)
+            self._window.enter(one)
         process.write(parts)
 
     def _take_reply(self, reply: link.Reply) -> None:
@@ -253,7 +231,7 @@ class WorkerSupervisor:
             self.on_batch(reply.batch_size)
         one = self._calls.pop(reply.id, None)
         if one:
-            self._sent -= one.sent
+            self._window.leave(one)
             # A call that expired or was taken back has run for no time, which tells nothing; a batch tells once.
             if reply.decode_us:
                 self._patience.learn_prepare(reply.decode_us / 1e6)
@@ -262,7 +240,7 @@ class WorkerSupervisor:
             one.end()
             if taker := one.release():
                 taker.answered(reply)
-        if self._waiting and not self._flushing:
+        if self._window.waiting and not self._flushing:
             self._flush_soon()
 
     async def _begin(self) -> WorkerProcess:
@@ -330,11 +308,10 @@ class WorkerSupervisor:
         # Do not retry a request whose caller has left.
         for one in [one for one in self._calls.values() if one.taker is None]:
             del self._calls[one.id]
-        self._sent = 0
         self._cancelled.clear()
         self._go_away(_DIED, keep=())
         suspects = set(self._suspects)
-        self._waiting = deque(one for one in self._calls.values() if one not in suspects)
+        self._window.restart(one for one in self._calls.values() if one not in suspects)
 
     def _go_away(self, reason: str, keep: Container[SupervisedCall]) -> None:
         """Tell gates to ask others, and hand back the calls that no process has worked on, except those to ``keep``."""
@@ -373,7 +350,7 @@ class WorkerSupervisor:
         while True:
             await asyncio.sleep(_WATCH_S)
             now_s = time.monotonic()
-            if not self._process or self._process.ended.done() or not self._sent:
+            if not self._process or self._process.ended.done() or not self._window.sent:
                 busy_s = now_s
                 self._check_standstill(standstill.look(None, now_s))
                 continue

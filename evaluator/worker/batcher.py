@@ -114,13 +114,23 @@ class Batcher:
         self._inlet = inlet
         self._reading = False
 
-    def submit(self, items: Sequence[Item]) -> None:
-        """Take requests in. Their ids must differ from those of all requests without a result."""
+    def submit(self, items: Sequence[Item]) -> bool:
+        """Take requests in; if memory is short, take none and return False.
+
+        Their ids must differ from those of all requests without a result.
+        """
         with self._lock:
-            self._items.update((item.id, item) for item in items)
-            self._schedule.arrive(items)
+            try:
+                self._items.update((item.id, item) for item in items)
+                self._schedule.arrive(items)
+            except MemoryError:
+                for item in items:
+                    self._items.pop(item.id, None)
+                    self._schedule.remove(item)
+                return False
             # The engine that has read them takes one itself.
             self._wake(len(items) - self._reading)
+        return True
 
     def cancel(self, ids: Iterable[int]) -> None:
         """Drop requests whose callers have left. A waiting request leaves; a running one finishes."""
@@ -143,14 +153,17 @@ class Batcher:
     def run(self, thread: int, *, forwards: bool, prepares: bool) -> None:
         """Run one thread's loop, which never returns. ``thread`` is its slot in the progress log."""
         while True:
-            work = self._next(forwards=forwards, prepares=prepares)
-            if isinstance(work, Prepare):
-                for item in work.items:
-                    self._prepare(thread, item, forwards)
-            elif isinstance(work, Forward):
-                self._forward(thread, work.items)
-            else:
-                self._fail(work.items, DeadlineExceeded("the deadline passed"))
+            self._do(thread, self._next(forwards=forwards, prepares=prepares), forwards)
+
+    def _do(self, thread: int, work: Prepare | Forward | Expired, forwards: bool) -> None:
+        """Do some work. An idle thread keeps none of it in memory."""
+        if isinstance(work, Prepare):
+            for item in work.items:
+                self._prepare(thread, item, forwards)
+        elif isinstance(work, Forward):
+            self._forward(thread, work.items)
+        else:
+            self._fail(work.items, DeadlineExceeded("the deadline passed"))
 
     def _next(self, *, forwards: bool, prepares: bool) -> Prepare | Forward | Expired:
         inlet = self._inlet if forwards else None
@@ -222,6 +235,7 @@ class Batcher:
                 error = Internal("the evaluator failed to prepare the request")
             finally:
                 self._progress.end(thread)
+                item.request = None
             item.prepare_s = time.monotonic() - began_s
         with self._lock:
             self._prepare_s += (item.prepare_s - self._prepare_s) / 8
@@ -231,6 +245,8 @@ class Batcher:
                 _wake(self._forwarders)
         if not waits:
             self._fail([item], error or DeadlineExceeded("the caller has gone"))
+        # Its trace holds this frame: a circle would keep the request until the next garbage collection.
+        del error
 
     def _forward(self, thread: int, items: Sequence[Item]) -> None:
         began_s = time.monotonic()

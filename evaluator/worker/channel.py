@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
-from atserving import link
-from atserving.frames import FrameReader
+from atserving import frames, link
+from evaluator.runtime import memory
+
+SKIPPED = -1
+"""The kind of the start of a call for which memory was short: its first :data:`frames.START_BYTES`."""
 
 # A large payload would cost more to copy than a system call of its own.
 _JOIN_BYTES = 1 << 16
@@ -40,10 +44,24 @@ class Channel:
         self.drained = False
         """Whether the last :meth:`receive` took all that had arrived."""
         # The front is trusted; a request with fetched resources may exceed the limit of a link.
-        self._reader = FrameReader(self._take, max_bytes=1 << 32)
+        self._reader = frames.FrameReader(self._take, max_bytes=1 << 32)
+        self._reader.place = self._place
 
     def _take(self, kind: int, data: link.Buffer, start: int, end: int) -> None:
         self._frames.append(Frame(kind, data, start, end))
+
+    def _place(self, kind: int, length: int, data: bytes, start: int) -> memoryview | None:
+        try:
+            return frames.buffer(length)
+        except MemoryError:
+            # What waits for its next use may be enough.
+            memory.give_back()
+        with suppress(MemoryError):
+            return frames.buffer(length)
+        # Nobody misses other frames: a call that is not taken back runs.
+        if kind == link.CALL:
+            self._take(SKIPPED, data, start, start + frames.START_BYTES)
+        return None
 
     def fileno(self) -> int:
         return self._connection.fileno()
@@ -60,8 +78,8 @@ class Channel:
         self.drained = count < len(space)
         if data := self._reader.filled(count):
             self._reader.feed(data)
-        frames, self._frames = self._frames, []
-        return frames
+        taken, self._frames = self._frames, []
+        return taken
 
     def send(self, parts: Sequence[link.Buffer]) -> None:
         """Send frames in parts. Raises OSError if the front has closed the socket."""

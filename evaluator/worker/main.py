@@ -26,6 +26,7 @@ import structlog
 
 from atserving import link, malloc, wire
 from atserving.errors import ServingError, StartError
+from atserving.frames import START_BYTES
 from atserving.telemetry import configure_logging
 from atserving.v1 import evaluator_pb2
 from evaluator import nets, scripting
@@ -113,7 +114,7 @@ class Worker:
         except (EOFError, OSError):
             end()
         except BaseException:
-            # Out of memory, most likely. Without a reader the worker is of no use.
+            # Without a reader the worker is of no use.
             log.exception("worker failed")
             end()
 
@@ -121,17 +122,32 @@ class Worker:
         items: list[Item] = []
         for kind, data, start, end in frames:
             if kind == link.CALL:
-                items.append(_item(link.read_call(data, start, end), time.monotonic()))
+                try:
+                    items.append(_item(link.read_call(data, start, end), time.monotonic()))
+                except MemoryError:
+                    self._refuse(link.read_call(data, start, min(end, start + START_BYTES)))
                 continue
             # Later frames may be about these calls.
-            batcher.submit(items)
+            self._submit(items, batcher)
             items = []
             if kind == link.CANCEL:
                 batcher.cancel(link.read_ids(data, start, end))
             elif kind == link.SETTINGS:
                 batcher.configure(**orjson.loads(data[start:end]))
+            elif kind == channel.SKIPPED:
+                self._refuse(link.read_call(data, start, end))
         if items:
-            batcher.submit(items)
+            self._submit(items, batcher)
+
+    def _submit(self, items: Sequence[Item], batcher: Batcher) -> None:
+        if not batcher.submit(items):
+            for item in items:
+                self._refuse(item.request)
+
+    def _refuse(self, call: link.Call) -> None:
+        """Answer a call for which memory was short as it arrived."""
+        log.warning("memory exhausted", reqid=call.reqid.decode())
+        self._report([ItemResult(Item(call.id, None, 0.0), memory_limit.exhausted())])
 
     def _report(self, results: Sequence[ItemResult]) -> None:
         parts: list[link.Buffer] = []

@@ -85,7 +85,8 @@ class NetRunner:
         try:
             return Prepared(reqid, self._net.preprocess(req), files)
         except ServingError as error:
-            raise _sendable(error) from error
+            _make_sendable(error)
+            raise
         except Exception as error:
             _refuse_shortage(error, reqid)
             log.exception("net_preprocess failed", reqid=reqid)
@@ -100,7 +101,8 @@ class NetRunner:
         try:
             rets = self._net.infer(reqid, [prepared.req for prepared in batch])
         except ServingError as error:
-            raise _sendable(error) from error
+            _make_sendable(error)
+            raise
         except Exception as error:
             _refuse_shortage(error, reqid)
             log.exception("net_inference failed", reqid=reqid, batch=len(batch))
@@ -163,7 +165,7 @@ def _refuse_shortage(error: Exception, reqid: str) -> None:
         raise memory_limit.exhausted() from error
 
 
-def _sendable(error: ServingError) -> ServingError:
+def _make_sendable(error: ServingError) -> None:
     """Make an error of a script, which may hold anything, fit to be sent."""
     error.message = _text(str(error.message))
     if type(error.status) is not int or not 400 <= error.status <= 599:
@@ -172,7 +174,6 @@ def _sendable(error: ServingError) -> ServingError:
         error.code = error.status
     # Only the instance itself may redirect a request.
     error.refused, error.retry_after_s = False, None
-    return error
 
 
 def _text(message: str) -> str:

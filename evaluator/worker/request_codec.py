@@ -17,6 +17,7 @@ from atserving.errors import Internal, InvalidArgument
 from atserving.v1 import evaluator_pb2, serving_pb2
 from evaluator.limits import Budget, Limits, check_request, decode, too_large
 from evaluator.net_contract import Req
+from evaluator.runtime import memory_limit
 
 log = structlog.get_logger()
 
@@ -30,14 +31,16 @@ _SOURCES = [
 def read(serialized: link.Buffer, limits: Limits, built_in: str | None) -> Req:
     """Return the request of a serialized ``InferRequest``. Its resources are bodies and data URIs.
 
-    ``built_in`` names the built-in net; None for a script. Raises InvalidArgument.
+    ``built_in`` names the built-in net; None for a script. Raises InvalidArgument; MemoryError if memory is short.
     """
     rest, large = serialized, None
     if len(serialized) >= wire.LARGE_BYTES:
         rest, large = _cut(serialized)
     try:
         request = evaluator_pb2.InferRequest.FromString(cast(bytes, rest))
-    except DecodeError:
+    except DecodeError as error:
+        if memory_limit.is_shortage(error):
+            raise MemoryError from error
         raise InvalidArgument("the request is malformed") from None
     check_request(request, built_in)
     resources = request.data

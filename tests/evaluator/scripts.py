@@ -227,6 +227,15 @@ class BlockingSupervisor:
 
         self._call(configure()).result()
 
+    def has_sent(self) -> bool:
+        """Return whether the worker has all calls that it may have now."""
+
+        async def has_sent() -> bool:
+            process = self.supervisor._process
+            return bool(process and process.writable and not process.unsent_bytes and not self.supervisor._flushing)
+
+        return bool(self._call(has_sent()).result())
+
     def worker_pid(self) -> int:
         """Return the id of the current process, which may not reply; 0 without a process."""
         return self.supervisor.pid or 0

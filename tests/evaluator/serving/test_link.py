@@ -465,8 +465,8 @@ async def test_a_frame_takes_memory_only_as_it_arrives() -> None:
     before_mb = resident_mb()
     readers = [frames.FrameReader(lambda *_: None) for _ in range(20)]
     for reader in readers:
-        reader.feed(link.HEAD.pack(frames.MAX_BYTES, link.CALL) + b"x")
-        assert len(reader.space()) == frames.MAX_BYTES - 1
+        reader.feed(link.HEAD.pack(frames.MAX_BYTES, link.CALL) + bytes(frames.START_BYTES))
+        assert len(reader.space()) == frames.MAX_BYTES - frames.START_BYTES
     assert resident_mb() < before_mb + 100
 
 

@@ -116,8 +116,8 @@ async def test_cancelled_calls_leave_the_queue_of_a_busy_worker(tmp_path: Path) 
     for _ in range(1000):
         worker.cancel(worker.submit(b"r", bytes(1000), time.monotonic() + 60, Taker(), stays=True))
     assert list(worker._calls) == [kept.id]
-    assert len(worker._waiting) < 100
-    assert sum(len(each.request) for each in worker._waiting) == 1
+    assert len(worker._window.waiting) < 100
+    assert sum(len(each.request) for each in worker._window.waiting) == 1
     await asyncio.sleep(0)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from atserving.errors import DeadlineExceeded, Internal, InvalidArgument, ServingError
 from evaluator.worker.batcher import Batcher, ItemResult
 from evaluator.worker.schedule import Item, Schedule
+from tests.evaluator.scripts import wait_for
 
 WAIT_S = 30.0
 
@@ -177,10 +180,11 @@ def test_each_request_gets_its_own_result(harness: Harness, bursts: list[list[An
     items = [item for burst in bursts for item in harness.submit(*burst)]
     cancelled_ids = {items[index].id for index in cancelled if index < len(items)}
     harness.batcher.cancel(cancelled_ids)
-    for item, outcome in zip(items, harness.outcomes(items), strict=True):
+    requests = [request for burst in bursts for request in burst]
+    for item, sent, outcome in zip(items, requests, harness.outcomes(items), strict=True):
         if item.id in cancelled_ids and isinstance(outcome, DeadlineExceeded):
             continue
-        match item.request:
+        match sent:
             case "bad" | 666:
                 assert isinstance(outcome, InvalidArgument)
             case "worse":
@@ -307,3 +311,58 @@ def test_request_cancelled_or_expired_behind_a_preparation_is_not_prepared(monke
     assert outcomes[0] == 10
     assert [type(each) for each in outcomes[1:]] == [DeadlineExceeded] * 2
     assert prepared == [1]
+
+
+class Short(list[Item]):
+    """Requests for which memory is short while they are taken in."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[Item]:
+        self.times += 1
+        for item in super().__iter__():
+            yield item
+            if self.times == 2:
+                raise MemoryError
+
+
+def test_requests_that_find_no_memory_are_not_taken_in_part() -> None:
+    harness = Harness(lanes=1)
+    assert not harness.batcher.submit(Short(Item(next(harness.ids), 1, time.monotonic()) for _ in range(3)))
+    later = harness.submit(2)
+    assert harness.outcomes(later) == [20]
+    assert set(harness.results) == {later[0].id}
+    assert not harness.batcher._items
+
+
+class Body(str):
+    """A request whose end can be seen."""
+
+    __slots__ = ("__weakref__",)
+
+
+@pytest.mark.parametrize("body", ["bad", "fine", "fails"])
+def test_idle_threads_keep_no_request(body: str) -> None:
+    harness = Harness(lanes=1)
+    harness.engine = harness.batcher._work = KeepsNothing()
+    gc.collect()
+    gc.disable()
+    try:
+        item = Item(next(harness.ids), Body(body), time.monotonic())
+        kept = weakref.ref(item.request)
+        harness.batcher.submit([item])
+        assert len(harness.outcomes([item])) == 1
+        del item
+        harness.results.clear()
+        wait_for(lambda: kept() is None)
+    finally:
+        gc.enable()
+
+
+class KeepsNothing(Engine):
+    """Work on bodies."""
+
+    def infer(self, prepared: Sequence[Any]) -> tuple[list[Any], float]:
+        if "fails" in prepared:
+            raise Internal("failed")
+        return [1 for _ in prepared], 0.0

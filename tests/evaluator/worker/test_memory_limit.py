@@ -67,9 +67,12 @@ LIMITED = """
 import resource, sys
 import cv2, numpy as np, onnx, onnxruntime
 from onnx import helper, TensorProto
+from atserving.v1.evaluator_pb2 import InferRequest
+from atserving.v1.serving_pb2 import Resource
 from evaluator.images import decode
 from evaluator.limits import Limits
 from evaluator.runtime import memory_limit
+from evaluator.worker import request_codec
 from tests.evaluator.worker.large_images import IMAGES
 
 def shortage(work):
@@ -88,8 +91,12 @@ for arena in (True, False):
     options = onnxruntime.SessionOptions()
     options.enable_cpu_mem_arena = arena
     sessions.append(onnxruntime.InferenceSession(model.SerializeToString(), options))
+resources = [Resource(), Resource(body=bytes(100 << 20))]
+request = InferRequest(data=resources, group=True).SerializeToString()
 memory_limit.bound(1)
 feeds = {"x": np.ones(1, np.float32), "s": np.array([1 << 27])}
+assert shortage(lambda: request_codec.read(request, Limits(), None)) is True
+assert "InvalidArgument" in shortage(lambda: request_codec.read(bytes(9), Limits(), None))
 assert shortage(lambda: cv2.resize(np.zeros((9, 9, 3), np.uint8), (9999, 9999))) is True
 assert [shortage(lambda: each.run(None, feeds)) for each in sessions] == [True, True]
 filler = []

@@ -1,8 +1,10 @@
 """The net runner checks and encodes the rets of a net, and hides the details of its failures."""
 
+import gc
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -128,3 +130,30 @@ def test_net_init_that_fails_is_a_start_error(tmp_path: Path) -> None:
         runner(tmp_path, lambda *_: [], init=lambda _: {"error": "no weights"})
     with pytest.raises(StartError, match="net_init raised OSError, see the log"):
         runner(tmp_path, lambda *_: [], init=raises)
+
+
+class Kept(dict[str, Any]):
+    """A request whose end can be seen."""
+
+
+@pytest.mark.parametrize("stage", ["prepare", "infer"])
+def test_an_error_of_the_net_keeps_no_request(tmp_path: Path, stage: str) -> None:
+    def fail(*_: object) -> Any:
+        raise InvalidArgument("no face")
+
+    failing = runner(tmp_path, fail, preprocess=fail)
+    messages = []
+    gc.collect()
+    gc.disable()
+    try:
+        req = Kept()
+        kept = weakref.ref(req)
+        try:
+            failing.prepare("r", cast(Req, req)) if stage == "prepare" else failing.infer([Prepared("r", req)])
+        except InvalidArgument as error:
+            messages.append(error.message)
+        del req
+        assert messages == ["no face"]
+        assert kept() is None
+    finally:
+        gc.enable()
