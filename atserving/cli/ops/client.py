@@ -16,7 +16,7 @@ from atserving.admin.v1.admin_pb2_grpc import AdminServiceStub
 from atserving.cli.tables import printable
 from atserving.errors import StartError
 
-CALL_TIMEOUT_S = 10.0
+_CALL_TIMEOUT_S = 10.0
 _CONNECT_TIMEOUT_S = 3.0
 _PAGE_SIZE = 1000
 
@@ -53,7 +53,8 @@ class CommandError(StartError):
 class Servers:
     """Registries, asked in turn. All methods raise CommandError."""
 
-    def __init__(self, addresses: list[str], timeout_s: float = CALL_TIMEOUT_S) -> None:
+    def __init__(self, addresses: list[str], timeout_s: float = _CALL_TIMEOUT_S) -> None:
+        """A server has ``timeout_s`` for the connection and a call."""
         self._addresses = addresses
         self._timeout_s = timeout_s
 
@@ -69,11 +70,12 @@ class Servers:
         failure = _NO_ADDRESS
         for address in self._addresses:
             with grpc.insecure_channel(address, options=transport.CHANNEL_OPTIONS) as channel:
+                until_s = time.monotonic() + self._timeout_s
                 if not _connects(channel, min(_CONNECT_TIMEOUT_S, self._timeout_s)):
                     failure = _unconnected(address)
                     continue
                 try:
-                    return method(AdminServiceStub(channel))(request, timeout=self._timeout_s)
+                    return method(AdminServiceStub(channel))(request, timeout=until_s - time.monotonic())
                 except grpc.RpcError as error:
                     failure = _failure(address, error)
                     if failure.exit_status != UNAVAILABLE or not repeat:

@@ -48,6 +48,11 @@ def _aliases(servers: Servers, app: str) -> Iterable[str]:
     return [f"{name}{end}" for name in found.aliases for end in "=-"]
 
 
+apps = _completing(_apps)
+weights = _completing(_weights)
+aliases = _completing(_aliases)
+
+
 def argument(name: str, complete: Callable[..., list[str]] | None = None, **attributes: Any) -> Callable[[Any], Any]:
     """Return an argument with completion."""
     return click.argument(name, shell_complete=complete, **attributes)
@@ -55,13 +60,9 @@ def argument(name: str, complete: Callable[..., list[str]] | None = None, **attr
 
 def app(**attributes: Any) -> Callable[[Any], Any]:
     """Return the argument ``app``."""
-    return argument("app", _completing(_apps), **attributes)
+    return argument("app", apps, **attributes)
 
 
 def version(**attributes: Any) -> Callable[[Any], Any]:
     """Return the argument ``version``."""
     return argument("version", _completing(_versions), **attributes)
-
-
-weights = _completing(_weights)
-aliases = _completing(_aliases)

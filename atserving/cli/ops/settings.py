@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from atserving.cli.ops.completion import argument
+from atserving.cli.ops import completion
 
 Parse = Callable[[str], Any]
 
@@ -34,10 +34,13 @@ def arguments(most_names: int, parsers: Mapping[str, Parse]) -> Callable[[Any], 
 
     names = "[APP]" if most_names == 1 else "[APP [VERSION]]"
 
-    def complete(_: click.Context, __: click.Parameter, incomplete: str) -> list[str]:
-        return [f"{name}=" for name in parsers if name.startswith(incomplete)]
+    def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+        fields = [f"{name}=" for name in parsers if name.startswith(incomplete)]
+        return [*completion.apps(context, parameter, incomplete), *fields]
 
-    return argument("wanted", complete, nargs=-1, required=True, callback=parse, metavar=f"{names} FIELD=VALUE...")
+    return completion.argument(
+        "wanted", complete, nargs=-1, required=True, callback=parse, metavar=f"{names} FIELD=VALUE..."
+    )
 
 
 def whole(text: str) -> int:
