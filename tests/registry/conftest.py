@@ -83,7 +83,9 @@ def registries(shared_etcd: Etcd, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture(scope="package")
 def lasting(shared_etcd: Etcd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     """A registry where an instance stays registered without heartbeats for as long as a test needs."""
-    registry = Registry(tmp_path_factory.mktemp("lasting"), [shared_etcd.address], "--lease-ttl", "10m")
+    # The tests delete most of what is in this etcd.
+    flags = ["--lease-ttl", "10m", "--hold-deletions", "0"]
+    registry = Registry(tmp_path_factory.mktemp("lasting"), [shared_etcd.address], *flags)
     registry.start()
     registry.wait_serving()
     yield registry

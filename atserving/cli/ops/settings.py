@@ -32,15 +32,13 @@ def arguments(most_names: int, parsers: Mapping[str, Parse]) -> Callable[[Any], 
                 raise click.BadParameter(f"{name}: {value!r} {error}", context, parameter) from None
         return names, fields
 
-    names = "[APP]" if most_names == 1 else "[APP [VERSION]]"
+    metavar = "[APP] FIELD=VALUE..." if most_names == 1 else "[APP [VERSION]] FIELD=VALUE..."
 
     def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
         fields = [f"{name}=" for name in parsers if name.startswith(incomplete)]
         return [*completion.apps(context, parameter, incomplete), *fields]
 
-    return completion.argument(
-        "wanted", complete, nargs=-1, required=True, callback=parse, metavar=f"{names} FIELD=VALUE..."
-    )
+    return completion.argument("wanted", complete, nargs=-1, required=True, callback=parse, metavar=metavar)
 
 
 def whole(text: str) -> int:
