@@ -14,6 +14,8 @@ from atserving.v1 import evaluator_pb2
 class StartError(Exception):
     """A process can't start. The message is the one line its operator sees."""
 
+    exit_status: int = 1
+
 
 class ServingError(Exception):
     """A request failed. Subclasses fix ``status``; ``code`` differs from it only where a net returned its own."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from atserving.local.child import ChildProcess
 from atserving.local.examples import ROOT
 from atserving.local.json_log import wait_logged
 from atserving.local.ports import free_ports
-from atserving.v1 import registry_pb2
 
 VERSION = "v1"
 """The version of every release."""
@@ -35,9 +33,7 @@ class Registry:
 
     def publish(self, app: str, tar: Path, custom_values: Mapping[str, Any]) -> None:
         """Publish a release's tar as the only version of an app. Raises StartError."""
-        values = json.dumps(dict(custom_values))
-        uri = publishing.file_uri(tar)
-        release = registry_pb2.Release(name=app, version=VERSION, file=uri, custom_values_json=values)
+        release = publishing.release_of(app, VERSION, tar, custom_values)
         try:
             asyncio.run(asyncio.wait_for(publishing.publish(self.address, release), _START_S))
         except TimeoutError:

@@ -24,8 +24,7 @@ from registry.admin.writes import Writer
 from registry.etcd import Connection, EtcdClient, Tls, User
 from registry.instances import Instances
 from registry.mirror import Mirror
-from registry.releases import Releases
-from registry.server import RegistryServicer, ReleaseServicer, translate
+from registry.server import RegistryServicer, translate
 from registry.view import View
 
 log = structlog.get_logger()
@@ -69,12 +68,11 @@ class _LeaseTtl(click.ParamType[int]):
 async def serve(settings: RegistrySettings) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartError."""
     stop = lifecycle.stop_signal()
-    services = registry_pb2.DESCRIPTOR.services_by_name
-    following = [services["RegistryService"]]
-    operating = [admin_pb2.DESCRIPTOR.services_by_name["AdminService"], services["ReleaseService"]]
+    following = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"]
+    operating = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
     two_ports = bool(settings.listen_operators)
-    server = Server(following if two_ports else [*following, *operating], _MOST_REQUEST_BYTES)
-    operators = Server(operating, _MOST_REQUEST_BYTES) if two_ports else server
+    server = Server([following] if two_ports else [following, operating], _MOST_REQUEST_BYTES)
+    operators = Server([operating], _MOST_REQUEST_BYTES) if two_ports else server
     servers = [server, operators] if two_ports else [server]
     connection = Connection(settings.etcd, tls=settings.tls, user=settings.user)
     async with EtcdClient(connection) as client:
@@ -83,9 +81,8 @@ async def serve(settings: RegistrySettings) -> None:
         recorder = Recorder(client, settings.history_entries, settings.history_s)
         admin = AdminService(mirror, Writer(client, mirror, recorder), History(client))
         registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s, view))
-        rpc.serve(server, services["RegistryService"], registry, translate)
-        rpc.serve(operators, operating[0], admin, translate)
-        rpc.serve(operators, operating[1], ReleaseServicer(mirror, Releases(client)), translate)
+        rpc.serve(server, following, registry, translate)
+        rpc.serve(operators, operating, admin, translate)
         ports = await _start(servers, settings)
         log.info(
             "service starting", listen=settings.listen, port=ports[0], operators_port=ports[-1], etcd=settings.etcd

@@ -19,6 +19,7 @@ import aiohttp
 import grpc.aio
 
 from atserving import transport
+from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
 from atserving.config import PREFIX
 from atserving.errors import StartError
 from atserving.local import commands, envoy
@@ -26,7 +27,6 @@ from atserving.local.child import bound_to_parent
 from atserving.local.examples import FOLDER, ROOT
 from atserving.local.ports import Ports, free_ports
 from atserving.local.publishing import publish
-from atserving.v1 import registry_pb2, registry_pb2_grpc
 from reliability.parts import Part
 from reliability.pods import Pods
 from reliability.releases import PICTURES, Served
@@ -154,12 +154,12 @@ class Mesh:
                 return self.parts[f"etcd-{self.etcds.index(each['Endpoint'])}"]
         raise OSError("etcd has no leader")
 
-    async def listed(self, registry: str) -> dict[tuple[str, str], registry_pb2.ReleaseStatus]:
-        """Return what a registry lists, by app and version. Raises AioRpcError."""
+    async def listed(self, registry: str) -> dict[tuple[str, str], int]:
+        """Return how many instances each release has at a registry, by app and version. Raises AioRpcError."""
         async with transport.channel(registry) as channel:
-            stub = registry_pb2_grpc.ReleaseServiceStub(channel)
-            listed = await stub.ListReleases(registry_pb2.ListReleasesRequest(), timeout=5)
-        return {(each.release.name, each.release.version): each for each in listed.releases}
+            stub = admin_pb2_grpc.AdminServiceStub(channel)
+            listed = await stub.ListReleases(admin_pb2.ListReleasesRequest(app="-", page_size=1000), timeout=5)
+        return {(each.app, each.version): each.instances + each.outdated for each in listed.releases}
 
     async def admin(self, number: int, path: str) -> str:
         """Ask the admin interface of an Envoy. Raises ClientError."""
@@ -201,8 +201,7 @@ class Mesh:
         for registry in self.registries:
             listed = await self.listed(registry)
             for each in self.serves:
-                status = listed.get((each.app, each.version))
-                count = len(status.instances) if status else 0
+                count = listed.get((each.app, each.version), 0)
                 if count != each.instances:
                     return f"{each.instances} instances of {each.app} {each.version}, not {count}"
         return ""

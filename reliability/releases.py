@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import orjson
-
+from atserving.admin.v1 import admin_pb2
 from atserving.local.examples import FOLDER
-from atserving.local.publishing import file_uri
-from atserving.v1 import registry_pb2
+from atserving.local.publishing import release_of
 from examples.caffe_files import write_tar
 
 PICTURES = {number: (FOLDER / "digits" / "images" / f"{number}.png").read_bytes() for number in range(10)}
@@ -36,14 +34,8 @@ class Served:
         """Whether it names the digit on a picture."""
         return self.custom_values.get("net") == "classify"
 
-    def release(self) -> registry_pb2.Release:
-        return registry_pb2.Release(
-            name=self.app,
-            version=self.version,
-            file=file_uri(self.tar),
-            phase=registry_pb2.PHASE_PRODUCTION,
-            custom_values_json=orjson.dumps(self.custom_values).decode(),
-        )
+    def release(self) -> admin_pb2.Release:
+        return release_of(self.app, self.version, self.tar, self.custom_values, admin_pb2.PHASE_PRODUCTION)
 
 
 _V1, _V2 = (FOLDER / "digits" / f"digits-{version}.tar" for version in ("v1", "v2"))

@@ -13,9 +13,10 @@ from urllib.parse import urlsplit
 
 import click
 
-from atserving.cli import results, service
+from atserving.cli import service
 from atserving.cli.edge_client import MAX_BODY, Answer, EdgeClient, Request, Source, Unreachable
 from atserving.cli.eval_output import JsonOutput, Output, TableOutput
+from atserving.cli.tables import printable
 from atserving.config import is_name
 from atserving.errors import StartError
 
@@ -225,7 +226,7 @@ def _tell(answer: Answer) -> None:
     """Print the one line of a failed request."""
     code = "" if answer.code is None else f"code {answer.code}, "
     line = f"{answer.request.name}: {answer.message} ({code}x-reqid {answer.reqid})"
-    print(f"atserving: {results.printable(line)}", file=sys.stderr, flush=True)
+    print(f"atserving: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def _stream(answer: Answer) -> bytes:

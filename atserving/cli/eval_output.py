@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any, Protocol
 
-import click
-from tabulate import tabulate
-
 from atserving.cli import results
 from atserving.cli.edge_client import Answer
+from atserving.cli.tables import printable, styled, table
 
 
 class Output(Protocol):
@@ -34,21 +30,14 @@ class TableOutput:
         if answer.code == 0:
             result = "\n".join([f"saved to {saved}"] if saved else results.lines(answer.result))
         else:
-            result = _styled("no answer" if answer.code is None else f"code {answer.code}", fg="red")
+            result = styled("no answer" if answer.code is None else f"code {answer.code}", fg="red")
         cells = [answer.request.name, answer.version or "-", f"{answer.time_ms:.1f} ms"]
-        self._rows.append([*map(results.printable, cells), result])
+        self._rows.append([*map(printable, cells), result])
 
     def close(self) -> None:
         if not self._rows:
             return
-        headers = [_styled(name, bold=True) for name in ("FILE", "VERSION", "TIME", "RESULT")]
-        table = tabulate(self._rows, headers, tablefmt="plain", disable_numparse=True)
-        print("\n".join(line.rstrip() for line in table.splitlines()), flush=True)
-
-
-def _styled(text: str, **style: Any) -> str:
-    """Return a text in a style, if it is for a terminal that wants it."""
-    return click.style(text, **style) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
+        print(table(("FILE", "VERSION", "TIME", "RESULT"), self._rows), flush=True)
 
 
 class JsonOutput:

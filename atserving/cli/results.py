@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from atserving import uris
+from atserving.cli.tables import printable
 from atserving.errors import InvalidArgument
 
 _LONGEST_TEXT = 100
@@ -97,11 +98,6 @@ def dumps(value: Any, indent: int | None = None) -> str:
     """Return a value as JSON in readable Unicode. Integers may have any size, which orjson refuses."""
     # A lone surrogate has no UTF-8, but an escape.
     return json.dumps(value, ensure_ascii=False, indent=indent).encode(errors="backslashreplace").decode()
-
-
-def printable(text: str) -> str:
-    """Return the text with escapes in place of control characters, which a terminal would obey."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def cut(value: Any) -> Any:

@@ -31,9 +31,9 @@ def _split_addresses(context: click.Context, parameter: click.Parameter, value: 
     return addresses
 
 
-def addresses_option(name: str, **attributes: Any) -> Callable[[Any], Any]:
+def addresses_option(*names: str, **attributes: Any) -> Callable[[Any], Any]:
     """Return an option that takes ``host:port[,host:port...]`` and passes a list."""
-    return click.option(name, callback=_split_addresses, metavar="HOST:PORT[,...]", **attributes)
+    return click.option(*names, callback=_split_addresses, metavar="HOST:PORT[,...]", **attributes)
 
 
 def listen_option(default: str) -> Callable[[Any], Any]:
@@ -81,8 +81,8 @@ def name_variables(command: click.Command, prefix: str = "ATSERVING") -> None:
     """
     for option in command.params:
         if isinstance(option, click.Option) and option.allow_from_autoenv:
-            flag = max(option.opts, key=len).lstrip("-")
-            names = [f"{prefix}_{option.name}", f"ATSERVING_{flag}"]
+            flags = [flag.lstrip("-") for flag in option.opts if flag.startswith("--")]
+            names = [f"{prefix}_{name}" for name in (option.name, *flags)] + [f"ATSERVING_{flag}" for flag in flags]
             option.envvar = list(dict.fromkeys(name.upper().replace("-", "_") for name in names))
     if isinstance(command, click.Group):
         for name, subcommand in command.commands.items():
@@ -92,7 +92,7 @@ def name_variables(command: click.Command, prefix: str = "ATSERVING") -> None:
 def run(command: click.Command, name: str) -> NoReturn:
     """Run a command as a program. Every flag may also be the variable ``ATSERVING_<FLAG>``.
 
-    An error is one line on standard error. The exit status is 2 for a wrong flag, 1 for a failed start.
+    An error is one line on standard error. The exit status is 2 for a wrong flag, 1 or the error's for a failed start.
     """
     name_variables(command)
     try:
@@ -107,7 +107,7 @@ def run(command: click.Command, name: str) -> NoReturn:
         sys.exit(error.exit_code)
     except StartError as error:
         print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(error.exit_status)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     sys.exit(0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from atserving.v1 import registry_pb2
+from atserving.admin.v1 import admin_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
@@ -26,7 +26,7 @@ class Example:
     """The pictures of one request: one, or the several of a group."""
     desc: str
     custom_values: Mapping[str, Any] = field(default_factory=dict)
-    phase: registry_pb2.Phase.ValueType = registry_pb2.PHASE_PRODUCTION
+    phase: admin_pb2.Phase.ValueType = admin_pb2.PHASE_PRODUCTION
 
     @property
     def path(self) -> Path:
@@ -44,7 +44,7 @@ _DIGITS_V1 = Example(
 
 DIGITS = (
     _DIGITS_V1,
-    replace(_DIGITS_V1, version="v2", tar="digits/digits-v2.tar", phase=registry_pb2.PHASE_STAGING),
+    replace(_DIGITS_V1, version="v2", tar="digits/digits-v2.tar", phase=admin_pb2.PHASE_STAGING),
 )
 """The app `digits` alone, with a version in each phase."""
 

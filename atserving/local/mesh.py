@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 
 import aiohttp
-import orjson
 
 from atserving.errors import StartError
 from atserving.local import commands, envoy, examples
@@ -18,8 +17,7 @@ from atserving.local.child import ChildProcess
 from atserving.local.examples import ROOT, Example
 from atserving.local.ports import Ports, check_free
 from atserving.local.processes import ManagedProcess, ProcessGroup, State
-from atserving.local.publishing import file_uri, publish, served
-from atserving.v1 import registry_pb2
+from atserving.local.publishing import publish, release_of, served
 
 _POLL_S = 0.05
 
@@ -153,7 +151,10 @@ class Mesh:
         try:
             async with asyncio.timeout(self._start_timeout_s):
                 self._await("etcd and the registry")
-                releases = [_release(each) for each in self.serves]
+                releases = [
+                    release_of(each.app, each.version, each.path, each.custom_values, each.phase, each.desc)
+                    for each in self.serves
+                ]
                 await publish(self.registry, *releases)
                 await served(self.registry, releases, lambda names: self._await(f"instances of {', '.join(names)}"))
                 self._await("Envoy and the gates")
@@ -189,17 +190,6 @@ class Mesh:
         down = [each for each in self._processes if each.state not in (State.RUNNING, State.STOPPED)]
         lines = [f"{each.name}: {_last_line(each.log_text())}" for each in down]
         return "; ".join(lines) or "every process runs, but not every release answers"
-
-
-def _release(example: Example) -> registry_pb2.Release:
-    return registry_pb2.Release(
-        name=example.app,
-        version=example.version,
-        file=file_uri(example.path),
-        phase=example.phase,
-        desc=example.desc,
-        custom_values_json=orjson.dumps(example.custom_values).decode(),
-    )
 
 
 def _last_line(text: str) -> str:

@@ -24,17 +24,13 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61tserving/v1/registry.proto\x12\x0c\x61tserving.v1\"\x1b\n\x0cWatchRequest\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\"\x84\x01\n\rWatchResponse\x12\r\n\x05reset\x18\x01 \x01(\x08\x12$\n\x07upserts\x18\x02 \x03(\x0b\x32\x13.atserving.v1.Entry\x12\x0f\n\x07\x64\x65letes\x18\x03 \x03(\t\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\r\n\x05stale\x18\x05 \x01(\x08\x12\x0c\n\x04more\x18\x06 \x01(\x08\"(\n\x05\x45ntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\nvalue_json\x18\x02 \x01(\t\"C\n\x17RegisterInstanceRequest\x12(\n\x08instance\x18\x01 \x01(\x0b\x32\x16.atserving.v1.Instance\"*\n\x18RegisterInstanceResponse\x12\x0e\n\x06ttl_ms\x18\x01 \x01(\x03\"E\n\x19\x44\x65registerInstanceRequest\x12(\n\x08instance\x18\x01 \x01(\x0b\x32\x16.atserving.v1.Instance\"\x1c\n\x1a\x44\x65registerInstanceResponse\"\xa0\x01\n\x08Instance\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x10\n\x08\x63\x61pacity\x18\x05 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\r\n\x05since\x18\x07 \x01(\t\x12(\n\x04plan\x18\x08 \x01(\x0b\x32\x1a.atserving.v1.InstancePlan\"V\n\x0cInstancePlan\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x0f\n\x07\x65ngines\x18\x03 \x01(\x05\x12\x11\n\tpreparers\x18\x04 \x01(\x05\"\xad\x03\n\x07Release\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0c\n\x04\x66ile\x18\x03 \x01(\t\x12\"\n\x05phase\x18\x04 \x01(\x0e\x32\x13.atserving.v1.Phase\x12\x0c\n\x04\x64\x65sc\x18\x05 \x01(\t\x12\x14\n\x0clastmodified\x18\x06 \x01(\t\x12\x18\n\x0bimage_width\x18\x07 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nbatch_size\x18\x08 \x01(\x05H\x01\x88\x01\x01\x12<\n\x0c\x63ustom_files\x18\t \x03(\x0b\x32&.atserving.v1.Release.CustomFilesEntry\x12\x1a\n\x12\x63ustom_values_json\x18\n \x01(\t\x12\x19\n\x11model_params_json\x18\x0b \x01(\t\x12\x12\n\nuse_device\x18\x0c \x01(\t\x12\x13\n\x06weight\x18\r \x01(\x01H\x02\x88\x01\x01\x1a\x32\n\x10\x43ustomFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x0e\n\x0c_image_widthB\r\n\x0b_batch_sizeB\t\n\x07_weight\"?\n\x15PublishReleaseRequest\x12&\n\x07release\x18\x01 \x01(\x0b\x32\x15.atserving.v1.Release\"@\n\x16PublishReleaseResponse\x12&\n\x07release\x18\x01 \x01(\x0b\x32\x15.atserving.v1.Release\"S\n\x0fSetPhaseRequest\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\"\n\x05phase\x18\x03 \x01(\x0e\x32\x13.atserving.v1.Phase\":\n\x10SetPhaseResponse\x12&\n\x07release\x18\x01 \x01(\x0b\x32\x15.atserving.v1.Release\"\"\n\x13ListReleasesRequest\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\"\xb0\x01\n\x14ListReleasesResponse\x12-\n\x08releases\x18\x01 \x03(\x0b\x32\x1b.atserving.v1.ReleaseStatus\x12-\n\tmalformed\x18\x02 \x03(\x0b\x32\x1a.atserving.v1.MalformedKey\x12,\n\x08warnings\x18\x03 \x03(\x0b\x32\x1a.atserving.v1.MalformedKey\x12\x0c\n\x04held\x18\x04 \x03(\t\"\x18\n\x16\x41\x63\x63\x65ptDeletionsRequest\")\n\x17\x41\x63\x63\x65ptDeletionsResponse\x12\x0e\n\x06ttl_ms\x18\x01 \x01(\x03\"\x84\x01\n\rReleaseStatus\x12&\n\x07release\x18\x01 \x01(\x0b\x32\x15.atserving.v1.Release\x12)\n\tinstances\x18\x02 \x03(\x0b\x32\x16.atserving.v1.Instance\x12\x10\n\x08outdated\x18\x03 \x03(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\"+\n\x0cMalformedKey\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t*G\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_STAGING\x10\x01\x12\x14\n\x10PHASE_PRODUCTION\x10\x02\x32\xa1\x02\n\x0fRegistryService\x12\x42\n\x05Watch\x12\x1a.atserving.v1.WatchRequest\x1a\x1b.atserving.v1.WatchResponse0\x01\x12\x61\n\x10RegisterInstance\x12%.atserving.v1.RegisterInstanceRequest\x1a&.atserving.v1.RegisterInstanceResponse\x12g\n\x12\x44\x65registerInstance\x12\'.atserving.v1.DeregisterInstanceRequest\x1a(.atserving.v1.DeregisterInstanceResponse2\xef\x02\n\x0eReleaseService\x12[\n\x0ePublishRelease\x12#.atserving.v1.PublishReleaseRequest\x1a$.atserving.v1.PublishReleaseResponse\x12I\n\x08SetPhase\x12\x1d.atserving.v1.SetPhaseRequest\x1a\x1e.atserving.v1.SetPhaseResponse\x12U\n\x0cListReleases\x12!.atserving.v1.ListReleasesRequest\x1a\".atserving.v1.ListReleasesResponse\x12^\n\x0f\x41\x63\x63\x65ptDeletions\x12$.atserving.v1.AcceptDeletionsRequest\x1a%.atserving.v1.AcceptDeletionsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61tserving/v1/registry.proto\x12\x0c\x61tserving.v1\"\x1b\n\x0cWatchRequest\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\"\x84\x01\n\rWatchResponse\x12\r\n\x05reset\x18\x01 \x01(\x08\x12$\n\x07upserts\x18\x02 \x03(\x0b\x32\x13.atserving.v1.Entry\x12\x0f\n\x07\x64\x65letes\x18\x03 \x03(\t\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\r\n\x05stale\x18\x05 \x01(\x08\x12\x0c\n\x04more\x18\x06 \x01(\x08\"(\n\x05\x45ntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\nvalue_json\x18\x02 \x01(\t\"C\n\x17RegisterInstanceRequest\x12(\n\x08instance\x18\x01 \x01(\x0b\x32\x16.atserving.v1.Instance\"*\n\x18RegisterInstanceResponse\x12\x0e\n\x06ttl_ms\x18\x01 \x01(\x03\"E\n\x19\x44\x65registerInstanceRequest\x12(\n\x08instance\x18\x01 \x01(\x0b\x32\x16.atserving.v1.Instance\"\x1c\n\x1a\x44\x65registerInstanceResponse\"\xa0\x01\n\x08Instance\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x10\n\x08\x63\x61pacity\x18\x05 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\r\n\x05since\x18\x07 \x01(\t\x12(\n\x04plan\x18\x08 \x01(\x0b\x32\x1a.atserving.v1.InstancePlan\"V\n\x0cInstancePlan\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x0f\n\x07\x65ngines\x18\x03 \x01(\x05\x12\x11\n\tpreparers\x18\x04 \x01(\x05\x32\xa1\x02\n\x0fRegistryService\x12\x42\n\x05Watch\x12\x1a.atserving.v1.WatchRequest\x1a\x1b.atserving.v1.WatchResponse0\x01\x12\x61\n\x10RegisterInstance\x12%.atserving.v1.RegisterInstanceRequest\x1a&.atserving.v1.RegisterInstanceResponse\x12g\n\x12\x44\x65registerInstance\x12\'.atserving.v1.DeregisterInstanceRequest\x1a(.atserving.v1.DeregisterInstanceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'atserving.v1.registry_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RELEASE_CUSTOMFILESENTRY']._loaded_options = None
-  _globals['_RELEASE_CUSTOMFILESENTRY']._serialized_options = b'8\001'
-  _globals['_PHASE']._serialized_start=1888
-  _globals['_PHASE']._serialized_end=1959
   _globals['_WATCHREQUEST']._serialized_start=45
   _globals['_WATCHREQUEST']._serialized_end=72
   _globals['_WATCHRESPONSE']._serialized_start=75
@@ -53,32 +49,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INSTANCE']._serialized_end=626
   _globals['_INSTANCEPLAN']._serialized_start=628
   _globals['_INSTANCEPLAN']._serialized_end=714
-  _globals['_RELEASE']._serialized_start=717
-  _globals['_RELEASE']._serialized_end=1146
-  _globals['_RELEASE_CUSTOMFILESENTRY']._serialized_start=1054
-  _globals['_RELEASE_CUSTOMFILESENTRY']._serialized_end=1104
-  _globals['_PUBLISHRELEASEREQUEST']._serialized_start=1148
-  _globals['_PUBLISHRELEASEREQUEST']._serialized_end=1211
-  _globals['_PUBLISHRELEASERESPONSE']._serialized_start=1213
-  _globals['_PUBLISHRELEASERESPONSE']._serialized_end=1277
-  _globals['_SETPHASEREQUEST']._serialized_start=1279
-  _globals['_SETPHASEREQUEST']._serialized_end=1362
-  _globals['_SETPHASERESPONSE']._serialized_start=1364
-  _globals['_SETPHASERESPONSE']._serialized_end=1422
-  _globals['_LISTRELEASESREQUEST']._serialized_start=1424
-  _globals['_LISTRELEASESREQUEST']._serialized_end=1458
-  _globals['_LISTRELEASESRESPONSE']._serialized_start=1461
-  _globals['_LISTRELEASESRESPONSE']._serialized_end=1637
-  _globals['_ACCEPTDELETIONSREQUEST']._serialized_start=1639
-  _globals['_ACCEPTDELETIONSREQUEST']._serialized_end=1663
-  _globals['_ACCEPTDELETIONSRESPONSE']._serialized_start=1665
-  _globals['_ACCEPTDELETIONSRESPONSE']._serialized_end=1706
-  _globals['_RELEASESTATUS']._serialized_start=1709
-  _globals['_RELEASESTATUS']._serialized_end=1841
-  _globals['_MALFORMEDKEY']._serialized_start=1843
-  _globals['_MALFORMEDKEY']._serialized_end=1886
-  _globals['_REGISTRYSERVICE']._serialized_start=1962
-  _globals['_REGISTRYSERVICE']._serialized_end=2251
-  _globals['_RELEASESERVICE']._serialized_start=2254
-  _globals['_RELEASESERVICE']._serialized_end=2621
+  _globals['_REGISTRYSERVICE']._serialized_start=717
+  _globals['_REGISTRYSERVICE']._serialized_end=1006
 # @@protoc_insertion_point(module_scope)

@@ -27,7 +27,7 @@ def put_release(state: AppState, release: Release, given: Collection[str]) -> Ed
         _check_new(state, release)
         return {release.key: msgspec.structs.replace(release, lastmodified=_now()).to_json()}
     if known.digest != release.digest:
-        fields = ", ".join(_different(known, release))
+        fields = ", ".join(known.differing(release))
         raise AlreadyExists(f"{known.name}/{known.version} exists with a different {fields}: publish a new version")
     return amend_release(state, known.version, {name: getattr(release, name) for name in MUTABLE if name in given})
 
@@ -201,11 +201,6 @@ def _check_new(state: AppState, release: Release) -> None:
 def _check_well_formed(state: AppState, key: str) -> None:
     if reason := state.malformed.get(key):
         raise FailedPrecondition(f"the value of {key} in etcd is malformed ({reason}): correct or delete it")
-
-
-def _different(one: Release, other: Release) -> list[str]:
-    fixed = set(Release.__struct_fields__) - {*MUTABLE, "lastmodified"}
-    return sorted(name for name in fixed if getattr(one, name) != getattr(other, name)) or ["type of a value"]
 
 
 def _stored(state: AppState, key: str) -> dict[str, Any]:

@@ -13,10 +13,10 @@ import aiohttp
 import grpc.aio
 
 from atserving import transport
+from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
 from atserving.config import PREFIX
 from atserving.local.ports import free_ports
 from atserving.local.publishing import publish
-from atserving.v1 import registry_pb2, registry_pb2_grpc
 from reliability import releases
 from reliability.callers import EVERY_KIND
 from reliability.mesh import Mesh
@@ -58,9 +58,9 @@ async def _all_frozen(stage: Stage) -> None:
 async def _note_a_publication(stage: Stage) -> None:
     """Publish while etcd takes no writes, and note what the caller is told."""
     async with transport.channel(stage.mesh.registries[0]) as channel:
-        request = registry_pb2.PublishReleaseRequest(release=replace(_V1, app="late").release())
+        request = admin_pb2.CreateReleaseRequest(release=replace(_V1, app="late").release())
         try:
-            await registry_pb2_grpc.ReleaseServiceStub(channel).PublishRelease(request, timeout=20)
+            await admin_pb2_grpc.AdminServiceStub(channel).CreateRelease(request, timeout=20)
             stage.note("a publication meanwhile was taken")
         except grpc.aio.AioRpcError as error:
             stage.note(f"a publication meanwhile: {error.code().name} {(error.details() or '').partition(':')[0]}")
@@ -70,8 +70,9 @@ async def _emptied(stage: Stage) -> None:
     await stage.mesh.etcdctl("del", "--prefix", PREFIX)
     await stage.sleep(6)
     async with transport.channel(stage.mesh.registries[0]) as channel:
-        listed = await registry_pb2_grpc.ReleaseServiceStub(channel).ListReleases(registry_pb2.ListReleasesRequest())
-    stage.note(f"{len(listed.held)} deletions held back")
+        listed = await admin_pb2_grpc.AdminServiceStub(channel).ListProblems(admin_pb2.ListProblemsRequest(app="-"))
+    held = [each for each in listed.problems if each.kind == admin_pb2.ListProblemsResponse.KIND_DELETION_HELD]
+    stage.note(f"{len(held)} deletions held back")
     await stage.mesh.publish()
 
 
@@ -99,8 +100,7 @@ async def _instances(mesh: Mesh, served: Served, more: int) -> None:
     own = next((each.instances for each in mesh.serves if (each.app, each.version) == key), 0)
 
     async def count() -> int:
-        status = (await mesh.listed(mesh.registries[0])).get(key)
-        return len(status.instances) if status else 0
+        return (await mesh.listed(mesh.registries[0])).get(key, 0)
 
     async with asyncio.timeout(_PATIENCE_S):
         while await count() < own + more:  # noqa: ASYNC110 - another process registers it

@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 
 from atserving import transport
+from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
 from atserving.local.mesh import Mesh
 from atserving.v1 import (
     evaluator_pb2,
@@ -70,13 +71,11 @@ async def net(mesh: Mesh, client: Client) -> AsyncIterator[Obedient]:
     server = ScriptedInstance(net.infer, "obedient", "v1", "test")
     address = (await server.start()).address
     instance = registry_pb2.Instance(app="obedient", version="v1", id="test", address=address, capacity=8)
-    release = registry_pb2.Release(
-        name="obedient", version="v1", file="file:///none", phase=registry_pb2.PHASE_PRODUCTION
-    )
+    release = admin_pb2.Release(app="obedient", version="v1", file="file:///none", phase=admin_pb2.PHASE_PRODUCTION)
     async with transport.channel(mesh.registry) as channel:
-        releases = registry_pb2_grpc.ReleaseServiceStub(channel)
+        operators = admin_pb2_grpc.AdminServiceStub(channel)
         registry = registry_pb2_grpc.RegistryServiceStub(channel)
-        await releases.PublishRelease(registry_pb2.PublishReleaseRequest(release=release))
+        await operators.CreateRelease(admin_pb2.CreateReleaseRequest(release=release))
         await registry.RegisterInstance(registry_pb2.RegisterInstanceRequest(instance=instance))
 
         async def serves() -> bool:

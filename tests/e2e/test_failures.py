@@ -101,7 +101,7 @@ async def load(client: Client, path: str = "/v1/eval/digits", callers: int = 4) 
 
 
 def atserving(mesh: Mesh, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(commands.BIN / "atserving"), "release", *arguments, "--registry", mesh.registry]
+    command = [str(commands.BIN / "atserving"), "release", *arguments, "--server", mesh.registry]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -110,7 +110,7 @@ async def check_config_flows(client: Client, app: str) -> None:
 
     async def published() -> bool:
         tar = examples.DIGITS[0].path.as_uri()
-        run = await asyncio.to_thread(atserving, client.mesh, "publish", app, "v1", tar, "--phase", "production")
+        run = await asyncio.to_thread(atserving, client.mesh, "put", app, "v1", tar, "--phase", "production")
         return run.returncode == 0
 
     async def known() -> bool:
@@ -233,10 +233,10 @@ async def second_instance(mesh: Mesh) -> AsyncIterator[Evaluator]:
 
 
 def listed(mesh: Mesh) -> list[str]:
-    """Return the ids of v1's instances as `atserving release list` shows them."""
-    releases = orjson.loads(atserving(mesh, "list", "--json").stdout)["releases"]
-    [v1] = [each for each in releases if (each["release"]["name"], each["release"]["version"]) == ("digits", "v1")]
-    return [each["id"] for each in v1.get("instances", [])]
+    """Return the ids of v1's instances as `atserving ps` shows them."""
+    command = [str(commands.BIN / "atserving"), "ps", "digits", "v1", "-o", "json", "--server", mesh.registry]
+    output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return [each["id"] for each in orjson.loads(output)["instances"]]
 
 
 async def test_an_instance_that_stops_under_load_loses_no_request_and_exits_0(client: Client) -> None:
@@ -310,13 +310,13 @@ async def test_the_edge_reports_that_no_gate_is_ready_until_one_is_back(client: 
 
 async def test_publishing_again_keeps_the_phase(client: Client) -> None:
     tar = examples.DIGITS[0].path.as_uri()
-    assert atserving(client.mesh, "publish", "again", "v1", tar, "--desc", "first").returncode == 0
-    assert atserving(client.mesh, "phase", "again", "v1", "production").returncode == 0
-    again = atserving(client.mesh, "publish", "again", "v1", tar, "--desc", "second")
+    assert atserving(client.mesh, "put", "again", "v1", tar, "--desc", "first").returncode == 0
+    assert atserving(client.mesh, "promote", "again", "v1", "--force").returncode == 0
+    again = atserving(client.mesh, "put", "again", "v1", tar, "--desc", "second")
     assert (again.returncode, again.stdout) == (0, "again v1 is published, in production\n")
-    assert "second" in atserving(client.mesh, "list", "--app", "again").stdout
-    other = atserving(client.mesh, "publish", "again", "v1", "file:///other.tar")
-    assert other.returncode == 1
+    assert "second" in atserving(client.mesh, "list", "again").stdout
+    other = atserving(client.mesh, "put", "again", "v1", "file:///other.tar")
+    assert other.returncode == 4
     assert "file" in other.stderr
     etcdctl(client.mesh.etcd, "del", "/ava/serving/eval/again/v1")
 

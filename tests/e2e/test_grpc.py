@@ -14,8 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from atserving import transport
+from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
 from atserving.local.mesh import Mesh
-from atserving.v1 import edge_pb2, edge_pb2_grpc, registry_pb2, registry_pb2_grpc, serving_pb2, serving_pb2_grpc
+from atserving.v1 import edge_pb2, edge_pb2_grpc, serving_pb2, serving_pb2_grpc
 from tests.e2e.client import data_uri, image, padded
 from tests.processes import etcdctl
 from tests.waiting import until_async
@@ -172,9 +173,9 @@ async def test_callers_cannot_reach_the_edge_service(mesh: Mesh) -> None:
 
 async def addresses(mesh: Mesh) -> list[str]:
     async with transport.channel(mesh.registry) as channel:
-        stub = registry_pb2_grpc.ReleaseServiceStub(channel)
-        listed = await stub.ListReleases(registry_pb2.ListReleasesRequest(app="digits"))
-    evaluators = [instance.address for release in listed.releases for instance in release.instances]
+        stub = admin_pb2_grpc.AdminServiceStub(channel)
+        listed = await stub.ListInstances(admin_pb2.ListInstancesRequest(app="digits"))
+    evaluators = [instance.address for instance in listed.instances]
     assert len(evaluators) == 2
     return [f"127.0.0.1:{mesh.ports.edge}", f"127.0.0.1:{mesh.ports.gates[0]}", mesh.registry, *evaluators]
 

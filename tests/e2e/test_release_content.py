@@ -60,11 +60,11 @@ async def kinds(gate: Gate, app: str, count: int = 40) -> dict[str, int]:
 
 def listed(registry: Registry, app: str) -> str:
     """Return the column of the instances in the list of releases."""
-    command = [str(commands.BIN / "atserving"), "release", "list", "--app", app, "--registry", registry.address]
+    command = [str(commands.BIN / "atserving"), "release", "list", app, "--server", registry.address]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     head, row = output.splitlines()
     at = head.index("INSTANCES")
-    return row[at : head.index("MODIFIED")].strip()
+    return row[at : head.index("ALIASES")].strip()
 
 
 @pytest.mark.parametrize("deleted", [True, False], ids=["published again", "written over"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 
 from registry.etcd import Connection, EtcdClient
 from tests.processes import Etcd, Process, Registry, cluster
+from tests.registry.cli import Cli
+
+_numbers = itertools.count()
 
 
 @pytest.fixture
@@ -74,3 +78,21 @@ def registries(shared_etcd: Etcd, tmp_path_factory: pytest.TempPathFactory) -> I
     yield both
     for registry in both:
         registry.kill()
+
+
+@pytest.fixture(scope="package")
+def lasting(shared_etcd: Etcd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """A registry where an instance stays registered without heartbeats for as long as a test needs."""
+    # The tests delete most of what is in this etcd.
+    flags = ["--lease-ttl", "10m", "--hold-deletions", "0"]
+    registry = Registry(tmp_path_factory.mktemp("lasting"), [shared_etcd.address], *flags)
+    registry.start()
+    registry.wait_serving()
+    yield registry
+    registry.kill()
+
+
+@pytest.fixture
+def cli(lasting: Registry) -> Cli:
+    """The command line, with an app of the test's own."""
+    return Cli(lasting.address, f"cli-{next(_numbers)}")

@@ -19,6 +19,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from atserving import transport
+from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
 from atserving.cli import service
 from atserving.config import Release, release_key
 from atserving.follower import ConfigFollower
@@ -177,8 +178,8 @@ async def test_without_etcd_a_registry_serves_the_last_known_config_but_a_new_on
     assert [entry.key for entry in response.upserts] == [release_key("a", "1")]
     async with transport.channel(registry.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError, match="etcd is unreachable: ") as failed:
-            await registry_pb2_grpc.ReleaseServiceStub(channel).SetPhase(
-                registry_pb2.SetPhaseRequest(app="a", version="1", phase=registry_pb2.PHASE_PRODUCTION)
+            await admin_pb2_grpc.AdminServiceStub(channel).PromoteRelease(
+                admin_pb2.PromoteReleaseRequest(app="a", version="1")
             )
         assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
     registry.kill()
@@ -335,16 +336,16 @@ async def test_a_follower_moves_on_from_a_registry_without_etcd_and_forgets_noth
     await relay.cut()
 
 
-async def test_the_release_service_can_have_a_port_of_its_own(
+async def test_the_operators_api_can_have_a_port_of_its_own(
     tmp_path: Path, shared_etcd: Etcd, processes: Start, app: str
 ) -> None:
     (port,) = free_ports(1)
     registry = Registry(tmp_path, [shared_etcd.address], "--listen-operators", f"127.0.0.1:{port}")
     processes(registry)
     await until_async(lambda: serving(registry.address))
-    request = registry_pb2.ListReleasesRequest(app=app)
+    request = admin_pb2.ListReleasesRequest(app=app)
     async with transport.channel(f"127.0.0.1:{port}") as apart, transport.channel(registry.address) as channel:
-        assert not (await registry_pb2_grpc.ReleaseServiceStub(apart).ListReleases(request)).releases
+        assert not (await admin_pb2_grpc.AdminServiceStub(apart).ListReleases(request)).releases
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await registry_pb2_grpc.ReleaseServiceStub(channel).ListReleases(request)
+            await admin_pb2_grpc.AdminServiceStub(channel).ListReleases(request)
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED

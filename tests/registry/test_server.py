@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf import json_format
 
 from atserving import transport
+from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
 from atserving.config import PREFIX, release_key
 from atserving.follower import ConfigFollower
 from atserving.v1 import registry_pb2, registry_pb2_grpc
@@ -22,7 +24,6 @@ from registry.view import Delta
 from tests.processes import Etcd, Registry
 from tests.waiting import until, until_async
 
-STAGING, PRODUCTION = registry_pb2.PHASE_STAGING, registry_pb2.PHASE_PRODUCTION
 _numbers = itertools.count()
 
 
@@ -31,18 +32,15 @@ class Api:
     """The stubs of one registry's services."""
 
     registry: registry_pb2_grpc.RegistryServiceAsyncStub
-    releases: registry_pb2_grpc.ReleaseServiceAsyncStub
+    operators: admin_pb2_grpc.AdminServiceAsyncStub
 
-    async def publish(self, app: str, version: str = "1", **fields: object) -> registry_pb2.Release:
-        release = registry_pb2.Release(name=app, version=version, **{"file": "file:///m.tar", **fields})  # type: ignore[arg-type]
-        return (await self.releases.PublishRelease(registry_pb2.PublishReleaseRequest(release=release))).release
+    async def publish(self, app: str, version: str = "1", **fields: object) -> admin_pb2.Release:
+        fields = {"app": app, "version": version, "file": "file:///m.tar", **fields}
+        release = json_format.ParseDict(fields, admin_pb2.Release())
+        return await self.operators.CreateRelease(admin_pb2.CreateReleaseRequest(release=release))
 
-    async def set_phase(self, app: str, phase: registry_pb2.Phase.ValueType) -> registry_pb2.Release:
-        request = registry_pb2.SetPhaseRequest(app=app, version="1", phase=phase)
-        return (await self.releases.SetPhase(request)).release
-
-    async def listed(self, app: str = "") -> registry_pb2.ListReleasesResponse:
-        return await self.releases.ListReleases(registry_pb2.ListReleasesRequest(app=app))
+    async def listed(self, app: str) -> admin_pb2.ListReleasesResponse:
+        return await self.operators.ListReleases(admin_pb2.ListReleasesRequest(app=app))
 
     async def register(self, app: str, **fields: object) -> float:
         instance = one_instance(app, **fields)
@@ -54,7 +52,8 @@ class Api:
         await self.registry.DeregisterInstance(registry_pb2.DeregisterInstanceRequest(instance=instance))
 
     async def instances(self, app: str) -> list[str]:
-        return [instance.address for status in (await self.listed(app)).releases for instance in status.instances]
+        listed = await self.operators.ListInstances(admin_pb2.ListInstancesRequest(app=app))
+        return [instance.address for instance in listed.instances]
 
 
 def one_instance(app: str, **fields: object) -> registry_pb2.Instance:
@@ -66,7 +65,7 @@ def one_instance(app: str, **fields: object) -> registry_pb2.Instance:
 async def apis(registries: list[Registry]) -> AsyncIterator[list[Api]]:
     async with transport.channel(registries[0].address) as one, transport.channel(registries[1].address) as two:
         yield [
-            Api(registry_pb2_grpc.RegistryServiceStub(channel), registry_pb2_grpc.ReleaseServiceStub(channel))
+            Api(registry_pb2_grpc.RegistryServiceStub(channel), admin_pb2_grpc.AdminServiceStub(channel))
             for channel in (one, two)
         ]
 
@@ -127,10 +126,9 @@ async def test_a_release_is_stored_as_readable_json(api: Api, etcd_client: EtcdC
         weight=0,
         use_device="GPU:1",
         custom_files={"labels": "https://host/labels.csv#sha256=" + "a" * 64},
-        custom_values_json='{"net": "classify", "limit": 9007199254740993, "deep": {"a": [1, 2.5, null]}}',
+        custom_values={"net": "classify", "limit": 2**53, "deep": {"a": [1, 2.5, None]}},
     )
-    assert release.phase == STAGING
-    assert release.lastmodified.endswith("Z")
+    assert release.phase == admin_pb2.PHASE_STAGING
     assert await stored(etcd_client, release_key(app, "1")) == {
         "name": app,
         "version": "1",
@@ -141,119 +139,25 @@ async def test_a_release_is_stored_as_readable_json(api: Api, etcd_client: EtcdC
         "batch_size": 8,
         "weight": 0,
         "use_device": "GPU:1",
-        "lastmodified": release.lastmodified,
+        "lastmodified": release.lastmodified.ToJsonString(),
         "custom_files": {"labels": "https://host/labels.csv#sha256=" + "a" * 64},
-        "custom_values": {"net": "classify", "limit": 9007199254740993, "deep": {"a": [1, 2.5, None]}},
+        "custom_values": {"net": "classify", "limit": 2**53, "deep": {"a": [1, 2.5, None]}},
     }
-    assert [status.release for status in (await api.listed(app)).releases] == [release]
-
-
-async def test_publishing_the_same_again_changes_nothing(apis: list[Api], etcd_client: EtcdClient, app: str) -> None:
-    await apis[0].publish(app, custom_values_json='{"a": 1}', desc="first")
-    promoted = await apis[0].set_phase(app, PRODUCTION)
-    before = await etcd_client.get(key := release_key(app, "1"))
-    # Publishing again without a phase does not move a release out of production.
-    assert await apis[1].publish(app, custom_values_json='{ "a" : 1 }') == promoted
-    assert await etcd_client.get(key) == before
-
-
-async def test_a_version_is_immutable_but_for_phase_desc_and_weight(api: Api, app: str) -> None:
-    await api.publish(app, custom_values_json='{"a": 1}')
-    changed = await api.publish(app, custom_values_json='{"a": 1}', phase=PRODUCTION, desc="better", weight=2)
-    assert (changed.phase, changed.desc, changed.weight) == (PRODUCTION, "better", 2)
-    with refused(grpc.StatusCode.ALREADY_EXISTS, f"release {app}/1 exists with a different custom_values, file"):
-        await api.publish(app, file="file:///other.tar", custom_values_json='{"a": 2}')
-    # The digest tells these contents apart, and instances of one do not serve the other.
-    for value in ("true", "1.0"):
-        with refused(grpc.StatusCode.ALREADY_EXISTS, f"release {app}/1 exists with a different custom_values:"):
-            await api.publish(app, custom_values_json=f'{{"a": {value}}}')
+    assert list((await api.listed(app)).releases) == [release]
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"version": ""}, "release.version: "),
-        ({"version": "../etc"}, "release.version: "),
-        ({"file": "ftp://host/x"}, "release.file: "),
-        ({"file": "http://host/x#sha256=123"}, "release.file: #sha256= should be followed by 64 hexadecimal digits"),
-        ({"custom_files": {"a": "x"}}, "release.custom_files.a: "),
-        ({"custom_values_json": "["}, "release.custom_values_json: not JSON"),
-        ({"model_params_json": "[]"}, "release.model_params_json: should be a JSON object"),
-        (
-            {"custom_values_json": '{"a":' + "[" * 300 + "]" * 300 + "}"},
-            "release.custom_values_json: nested too deeply",
-        ),
-        ({"weight": -1}, "release.weight: "),
-        ({"image_width": 0}, "release.image_width: "),
-        ({"use_device": "TPU"}, "release.use_device: "),
-        ({"phase": 9}, "release.phase: should be PHASE_STAGING or PHASE_PRODUCTION"),
-        ({"custom_values_json": json.dumps({"a": "x" * (1 << 20)})}, "bytes of JSON exceed the limit of 1048576"),
-        ({"custom_values_json": "[" * 20_001}, "release.custom_values_json: 20001 commas and opening brackets exceed"),
-        ({"model_params_json": "1" * (1 << 21)}, "release.model_params_json: 2097152 bytes of JSON exceed"),
-        (
-            dict.fromkeys(("custom_values_json", "model_params_json"), json.dumps({"a": [1] * 15_000})),
-            "release: 30",
-        ),
-        ({"custom_files": {str(n): "file:///x" for n in range(1001)}}, "release.custom_files: 1001 files exceed"),
+        ({"custom_values": {"a": "x" * (1 << 20)}}, "bytes of JSON exceed the limit of 1048576"),
+        ({name: {"a": [1] * 15_000} for name in ("custom_values", "model_params")}, "30"),
+        ({"custom_files": {str(n): "file:///x" for n in range(1001)}}, "custom_files: 1001 files exceed"),
     ],
+    ids=["bytes", "values", "files"],
 )
-async def test_a_wrong_field_is_named(api: Api, app: str, fields: dict[str, object], words: str) -> None:
+async def test_a_costly_release_is_refused(api: Api, app: str, fields: dict[str, object], words: str) -> None:
     with refused(grpc.StatusCode.INVALID_ARGUMENT, words):
-        await api.publish(app, **{"version": "1", **fields})  # type: ignore[arg-type]
-
-
-async def test_setting_a_phase_keeps_the_operators_own_fields(api: Api, etcd_client: EtcdClient, app: str) -> None:
-    own = {"file": "file:///m.tar", "owner_team": "vision", "big": 2**70, "custom_values": {"b": 1, "a": 1.0}}
-    await etcd_client.put(release_key(app, "1"), json.dumps(own))
-    release = await api.set_phase(app, PRODUCTION)
-    assert release.phase == PRODUCTION
-    release_json = await stored(etcd_client, release_key(app, "1"))
-    assert release_json == {**own, "phase": "production", "lastmodified": release.lastmodified}
-
-
-async def test_setting_the_current_phase_writes_nothing(api: Api, etcd_client: EtcdClient, app: str) -> None:
-    await api.publish(app, phase=PRODUCTION)
-    before = await etcd_client.get(release_key(app, "1"))
-    await api.set_phase(app, PRODUCTION)
-    assert await etcd_client.get(release_key(app, "1")) == before
-
-
-async def test_concurrent_writers_lose_no_change(apis: list[Api], etcd_client: EtcdClient, app: str) -> None:
-    await apis[0].publish(app)
-    await asyncio.gather(
-        apis[0].set_phase(app, PRODUCTION),
-        apis[1].publish(app, desc="described"),
-        apis[0].publish(app, weight=3),
-    )
-    release_json = await stored(etcd_client, release_key(app, "1"))
-    assert (release_json["phase"], release_json["desc"], release_json["weight"]) == ("production", "described", 3)
-
-
-async def test_a_phase_needs_a_published_and_wellformed_release(api: Api, etcd_client: EtcdClient, app: str) -> None:
-    with refused(grpc.StatusCode.NOT_FOUND, f"release {app}/1 is not published"):
-        await api.set_phase(app, PRODUCTION)
-    with refused(grpc.StatusCode.INVALID_ARGUMENT, "phase: should be"):
-        await api.set_phase(app, registry_pb2.PHASE_UNSPECIFIED)
-    with refused(grpc.StatusCode.INVALID_ARGUMENT, "app: 'no/name' should match"):
-        await api.set_phase("no/name", PRODUCTION)
-    await etcd_client.put(release_key(app, "1"), "{")
-    with refused(grpc.StatusCode.INVALID_ARGUMENT, "is malformed (not JSON"):
-        await api.set_phase(app, PRODUCTION)
-    with refused(grpc.StatusCode.INVALID_ARGUMENT, "is malformed (not JSON"):
-        await api.publish(app)
-
-
-async def test_malformed_keys_are_listed_with_their_reason(api: Api, etcd_client: EtcdClient, app: str) -> None:
-    await api.publish(app)
-    await etcd_client.put(release_key(app, "2"), '{"file": "file:///m", "weight": "heavy"}')
-
-    async def listed() -> bool:
-        response = await api.listed(app)
-        assert [status.release.version for status in response.releases] == ["1"]
-        return [key.key for key in response.malformed] == [release_key(app, "2")]
-
-    await until_async(listed)
-    assert "weight: " in (await api.listed(app)).malformed[0].reason
+        await api.publish(app, "1", **fields)
 
 
 async def test_heartbeats_to_any_registry_keep_an_instance_registered(
@@ -307,10 +211,16 @@ async def test_a_heartbeat_rewrites_a_changed_or_lost_instance(api: Api, etcd_cl
     await api.register(app)
     await api.register(app, capacity=9)
     assert (await stored(etcd_client, one_instance_key(app)))["capacity"] == 9
+
+    async def is_back() -> bool:
+        # The first heartbeats may find it in a mirror that has not heard of the loss.
+        await api.register(app)
+        kv = await etcd_client.get(one_instance_key(app))
+        return kv is not None and json.loads(kv.value)["capacity"] == 4
+
     for lose in (etcd_client.delete, lambda key: revoke_lease_of(etcd_client, key)):
         await lose(one_instance_key(app))
-        await api.register(app)
-        assert (await stored(etcd_client, one_instance_key(app)))["capacity"] == 4
+        await until_async(is_back)
     # The registry adds a lease to a key that an operator wrote without one.
     await etcd_client.put(one_instance_key(app), json.dumps({"address": "10.0.0.1:50052", "capacity": 4}))
     await api.register(app)
@@ -337,8 +247,16 @@ async def test_an_instance_needs_a_published_release(api: Api, etcd_client: Etcd
     await api.publish(app)
     await api.register(app)
     await etcd_client.delete(release_key(app, "1"))
-    with refused(grpc.StatusCode.NOT_FOUND, "is not published"):
-        await api.register(app)
+
+    async def is_refused() -> bool:
+        # The first heartbeats may find the release in a mirror that has not heard of its deletion.
+        try:
+            await api.register(app)
+        except grpc.aio.AioRpcError as error:
+            return error.code() is grpc.StatusCode.NOT_FOUND
+        return False
+
+    await until_async(is_refused)
     await until_async(lambda: is_deleted(etcd_client, one_instance_key(app)))
 
 
@@ -365,7 +283,7 @@ async def test_a_watch_of_one_app_streams_the_app_and_the_defaults(
     assert isinstance(first, registry_pb2.WatchResponse)
     assert first.reset
     assert [entry.key for entry in first.upserts if "default" not in entry.key] == [release_key(app, "1")]
-    await api.set_phase(other, PRODUCTION)
+    await api.publish(other, "2")
     revision = await etcd_client.put(f"{PREFIX}worker/default", json.dumps({"timeout": "5s", "for": app}))
     second = await call.read()
     assert isinstance(second, registry_pb2.WatchResponse)

@@ -16,9 +16,11 @@ PROGRAMS = [
     [sys.executable, "-m", "registry"],
     [sys.executable, "-m", "evaluator"],
     [ATSERVING, "up"],
-    [ATSERVING, "release", "publish"],
+    [ATSERVING, "release", "put"],
+    [ATSERVING, "worker", "set"],
 ]
-COMMANDS = ["convert", "demo", "eval", "k8s", "release", "up"]
+COMMANDS = ["access", "app", "convert", "demo", "eval", "instance", "k8s", "ps", "release", "up", "worker"]
+OF_OPERATORS = {"access", "app", "instance", "ps", "release", "worker"}
 # Runs `atserving` as if only the packages of docker/core.txt were installed.
 WITHOUT_EXTRAS = """
 import re, sys
@@ -86,8 +88,8 @@ def test_an_unreachable_registry_is_one_line_and_status_1(command: list[str]) ->
 
 
 def test_a_release_command_names_the_registry_that_it_can_not_reach() -> None:
-    ended = run(ATSERVING, "release", "list", "--registry", "127.0.0.1:1,127.0.0.1:2")
-    assert ended.returncode == 1
+    ended = run(ATSERVING, "release", "list", "--server", "127.0.0.1:1,127.0.0.1:2")
+    assert ended.returncode == 7
     assert len(ended.stderr.splitlines()) == 1
     assert "127.0.0.1:2" in ended.stderr
 
@@ -111,13 +113,19 @@ def test_a_flag_may_be_a_variable() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["list"], ["phase", "digits", "v1", "production"], ["publish", "digits", "v1", "file:///x.tar"]],
+    [["list"], ["promote", "digits", "v1"], ["put", "digits", "v1", "file:///x.tar"]],
     ids=lambda command: command[0],
 )
-def test_a_subcommands_flag_may_be_a_variable(command: list[str]) -> None:
-    ended = run(ATSERVING, "release", *command, ATSERVING_REGISTRY="127.0.0.1:7")
-    assert ended.returncode == 1
-    assert "registry 127.0.0.1:7: " in ended.stderr
+@pytest.mark.parametrize("variable", ["ATSERVING_SERVER", "ATSERVING_REGISTRY"])
+def test_a_subcommands_flag_may_be_a_variable(command: list[str], variable: str) -> None:
+    ended = run(ATSERVING, "release", *command, **{variable: "127.0.0.1:7"})
+    assert ended.returncode == 7
+    assert "server 127.0.0.1:7: " in ended.stderr
+
+
+def test_a_services_variable_is_no_flag_of_a_command() -> None:
+    ended = run(ATSERVING, "release", "promote", "digits", "v1", "--server", "127.0.0.1:7", ATSERVING_WAIT="0.5")
+    assert ended.returncode == 7
 
 
 def test_the_variable_of_one_subcommand_wins() -> None:
@@ -128,12 +136,12 @@ def test_the_variable_of_one_subcommand_wins() -> None:
         ATSERVING_REGISTRY="127.0.0.1:7",
         ATSERVING_RELEASE_LIST_REGISTRY="127.0.0.1:9",
     )
-    assert "registry 127.0.0.1:9: " in ended.stderr
+    assert "server 127.0.0.1:9: " in ended.stderr
 
 
 def test_the_flag_wins_over_its_variable() -> None:
     ended = run(ATSERVING, "release", "list", "--registry", "127.0.0.1:9", ATSERVING_REGISTRY="127.0.0.1:7")
-    assert "registry 127.0.0.1:9: " in ended.stderr
+    assert "server 127.0.0.1:9: " in ended.stderr
 
 
 @pytest.mark.parametrize("variable", ["ATSERVING_ALLOW_NETWORK", "ATSERVING_ALLOW_NETWORKS"])
@@ -158,8 +166,11 @@ def test_help_lists_all_commands_without_extras() -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
     helps = dict(line.split(maxsplit=1) for line in ended.stdout.partition("Commands:\n")[2].splitlines())
     assert list(helps) == COMMANDS
-    assert helps.pop("release") == "Publish releases, change their phase, list them."
-    assert set(helps.values()) == {"Not installed: pip install '.[local]' in a checkout."}
+    assert helps["release"] == "Publish, promote, split and delete releases."
+    assert {name for name, text in helps.items() if not text.startswith("Not installed")} == OF_OPERATORS
+    assert {text for name, text in helps.items() if name not in OF_OPERATORS} == {
+        "Not installed: pip install '.[local]' in a checkout."
+    }
 
 
 @pytest.mark.parametrize("arguments", [["convert", "--help"], ["convert", "a.prototxt", "a.caffemodel", "-o", "x"]])

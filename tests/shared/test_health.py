@@ -14,9 +14,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from atserving import transport
+from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
 from atserving.local import examples
 from atserving.local.ports import free_ports
-from atserving.v1 import registry_pb2, registry_pb2_grpc, serving_pb2, serving_pb2_grpc
+from atserving.v1 import serving_pb2, serving_pb2_grpc
 from tests.processes import Process, Registry, cluster
 from tests.waiting import until, until_async
 
@@ -104,7 +105,7 @@ async def ready(address: str) -> bool:
 
 async def is_listed(registry: str) -> bool:
     async with transport.channel(registry) as channel:
-        listed = await registry_pb2_grpc.ReleaseServiceStub(channel).ListReleases(registry_pb2.ListReleasesRequest())
+        listed = await admin_pb2_grpc.AdminServiceStub(channel).ListReleases(admin_pb2.ListReleasesRequest(app="-"))
     return len(listed.releases) == 1
 
 

@@ -1,0 +1,109 @@
+"""The flags that the commands of operators share."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
+
+import click
+
+from atserving.cli import service
+from atserving.cli.ops import printing
+from atserving.cli.ops.client import Method, Request, Response, Servers
+
+DEFAULT_SERVER = "127.0.0.1:50053"
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Write:
+    """How a command writes."""
+
+    servers: Servers
+    validate_only: bool
+    force: bool
+    message: str
+    actor: str
+
+    def call(self, method: Method[Request, Response], request: Request) -> Response:
+        """Send a request for a change, with the flags; print the warnings of the answer. Raises CommandError."""
+        for name in ("validate_only", "force", "message", "actor"):
+            if name in request.DESCRIPTOR.fields_by_name:
+                setattr(request, name, getattr(self, name))
+        answer = self.servers.write(method, request)
+        printing.warn(answer)
+        return answer
+
+    def tell(self, done: str) -> None:
+        """Print what is done, or that it would be."""
+        click.echo(f"{done} (dry run: nothing is changed)" if self.validate_only else done)
+
+
+@dataclass(frozen=True)
+class Read:
+    """How a command reads."""
+
+    servers: Servers
+    as_json: bool
+
+
+def flag(*names: str, **attributes: Any) -> Callable[[Any], Any]:
+    """Return an option that no variable sets: ``ATSERVING_WAIT``, for one, belongs to the services."""
+    return click.option(*names, allow_from_autoenv=False, **attributes)
+
+
+server_option = service.addresses_option(
+    "--server",
+    "--registry",
+    "server",
+    default=DEFAULT_SERVER,
+    show_default=True,
+    help="The registries; the first that answers is used.",
+)
+
+
+def _actor() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        # A container's user may have no name.
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"
+
+
+def writing(function: _Function) -> Callable[..., Any]:
+    """Let a command take the flags of a write, as its argument ``write``."""
+
+    @wraps(function)
+    def command(server: list[str], dry_run: bool, force: bool, message: str, actor: str, **others: Any) -> Any:
+        return function(write=Write(Servers(server), dry_run, force, message, actor), **others)
+
+    for option in (
+        click.option("--actor", default=_actor, show_default="user@host", help="Who, for the history."),
+        flag("-m", "--message", default="", metavar="TEXT", help="Why, for the history."),
+        flag("--force", is_flag=True, help="Do it even if callers lose by it."),
+        flag("--dry-run", is_flag=True, help="Check it, and change nothing."),
+        server_option,
+    ):
+        command = option(command)
+    return command
+
+
+def reading(function: _Function) -> Callable[..., Any]:
+    """Let a command take the flags of a read, as its argument ``read``."""
+
+    @wraps(function)
+    def command(server: list[str], format: str, **others: Any) -> Any:
+        return function(read=Read(Servers(server), format == "json"), **others)
+
+    for option in (
+        flag("-o", "--format", type=click.Choice(["table", "json"]), default="table", help="Default: table."),
+        server_option,
+    ):
+        command = option(command)
+    return command

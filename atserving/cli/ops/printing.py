@@ -1,0 +1,104 @@
+"""Print the API's objects: as tables, or as its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import click
+import orjson
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from atserving.admin.v1 import admin_pb2
+from atserving.cli.tables import printable, styled, table
+
+PHASES = {"staging": admin_pb2.PHASE_STAGING, "production": admin_pb2.PHASE_PRODUCTION}
+_PHASE_NAMES: dict[int, str] = {number: name for name, number in PHASES.items()}
+
+
+def phase(number: int) -> str:
+    """Return the name of a phase."""
+    return _PHASE_NAMES.get(number, "?")
+
+
+def shown_phase(number: int) -> str:
+    """Return the name of a phase for a table."""
+    name = phase(number)
+    return styled(name, fg="green") if name == "production" else name
+
+
+def moment(stamp: Timestamp) -> str:
+    """Return a moment in RFC 3339, to the second; ``-`` if there is none."""
+    return f"{stamp.ToDatetime():%Y-%m-%dT%H:%M:%SZ}" if stamp.seconds else "-"
+
+
+def rows(headers: Sequence[str], found: Sequence[Sequence[str]]) -> None:
+    """Print a table."""
+    click.echo(table(headers, found))
+
+
+def fields(pairs: Iterable[tuple[str, str]]) -> None:
+    """Print names and values, those that have a value."""
+    click.echo(table((), [(f"{styled(name, bold=True)}:", value) for name, value in pairs if value]))
+
+
+def text(value: Any) -> str:
+    """Return a text of the config for a table."""
+    return printable(str(value))
+
+
+def compact(value: Any) -> str:
+    """Return a value as JSON in one line."""
+    return printable(orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode())
+
+
+def as_dict(message: Message) -> dict[str, Any]:
+    """Return a message as the API's JSON has it."""
+    found: dict[str, Any] = _whole(MessageToDict(message, preserving_proto_field_name=True))
+    return found
+
+
+def _whole(value: Any) -> Any:
+    """Return a value with integers in place of whole doubles, as a Struct has only those."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_whole(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _whole(each) for name, each in value.items()}
+    return value
+
+
+def json(value: Message | Mapping[str, Any]) -> None:
+    """Print a message, or a value, as JSON."""
+    found = as_dict(value) if isinstance(value, Message) else value
+    click.echo(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
+
+
+def json_line(message: Message) -> None:
+    """Print a message as one line of JSON."""
+    click.echo(orjson.dumps(as_dict(message)).decode())
+
+
+def warn(message: Message) -> None:
+    """Print the warnings of an object on standard error, if it has any."""
+    for warning in getattr(message, "warnings", ()):
+        click.echo(f"warning: {printable(warning)}", err=True)
+
+
+def shares(app: admin_pb2.App) -> None:
+    """Print which version gets how much of the requests without a version."""
+    rows(
+        ("VERSION", "SHARE", "WEIGHT", "CAPACITY"),
+        [
+            (
+                each.version,
+                f"{each.share:.1%}",
+                f"{each.weight:g}" if each.HasField("weight") else "-",
+                str(each.capacity),
+            )
+            for each in app.shares
+        ],
+    )

@@ -1,0 +1,124 @@
+"""``atserving release put``: publish a release from flags, or from the JSON that etcd has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import orjson
+from google.protobuf.json_format import ParseDict, ParseError
+
+from atserving.admin.v1 import admin_pb2
+from atserving.cli.ops import completion, printing
+from atserving.cli.ops.client import INVALID, CommandError
+from atserving.cli.ops.options import Write, flag, writing
+from atserving.cli.ops.waiting import wait_flags, wait_ready
+
+_MOST_EXACT = 1 << 53
+_OUTPUT_ONLY = ("lastmodified",)
+
+
+def _text_of(context: click.Context, parameter: click.Parameter, value: str) -> bytes:
+    if not value.startswith("@"):
+        return value.encode()
+    try:
+        return Path(value[1:]).read_bytes()
+    except OSError as error:
+        raise click.BadParameter(f"can't read {value[1:]}: {error.strerror}", context, parameter) from None
+
+
+def _json_object(context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    try:
+        fields = orjson.loads(_text_of(context, parameter, value))
+    except orjson.JSONDecodeError as error:
+        raise click.BadParameter(f"not JSON: {error}", context, parameter) from None
+    if not isinstance(fields, dict):
+        raise click.BadParameter("not a JSON object", context, parameter)
+    return fields
+
+
+def _json_file(context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, Any]:
+    return _json_object(context, parameter, value and f"@{value}") or {}
+
+
+def _file_pairs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = [value.partition("=") for value in values]
+    if not all(name and uri for name, _, uri in pairs):
+        raise click.BadParameter("should be NAME=URI", context, parameter)
+    return {name: uri for name, _, uri in pairs}
+
+
+@click.command(
+    help="Publish VERSION of APP. FILE is the URI of its tar (file://, http(s)://, qiniu://). With -f, the three are "
+    "in the JSON; flags replace its fields."
+)
+@completion.app(required=False)
+@completion.argument("version", required=False)
+@click.argument("file", required=False)
+@flag("-f", "--file", "fields", callback=_json_file, metavar="PATH", help="A release as JSON, as etcd has it.")
+@flag(
+    "--phase",
+    type=click.Choice(list(printing.PHASES)),
+    help="Default: staging for a new release, unchanged for a published one.",
+)
+@flag("--desc", help="A description for people.")
+@flag("--device", "use_device", help="CPU, GPU or GPU:<index>. Default: CPU.")
+@flag("--batch-size", type=click.IntRange(1, 4096), help="The largest batch of requests.")
+@flag("--image-width", type=click.IntRange(1, 16384), help="The width, in pixels, to resize images to.")
+@flag("--weight", type=click.FloatRange(0, 1e6), help="Scales this version's share of unversioned traffic.")
+@flag("--custom-values", callback=_json_object, metavar="JSON|@PATH", help='A JSON object such as {"net": "classify"}.')
+@flag("--model-params", callback=_json_object, metavar="JSON|@PATH", help="A JSON object with options of the engine.")
+@flag("--custom-file", "custom_files", multiple=True, callback=_file_pairs, metavar="NAME=URI", help="Repeatable.")
+@wait_flags("Wait until an instance is ready.")
+@writing
+def put(
+    write: Write,
+    app: str | None,
+    version: str | None,
+    file: str | None,
+    fields: dict[str, Any],
+    wait: bool,
+    timeout: float,
+    **flags: Any,
+) -> None:
+    names = {"name": app, "version": version, "file": file}
+    given = {name: value for name, value in (names | flags).items() if value is not None and value != {}}
+    missing = [name for name in names if name not in fields | given]
+    if missing:
+        raise click.UsageError(f"{', '.join('app' if each == 'name' else each for each in missing)}: missing")
+    stored = write.call(
+        lambda stub: stub.CreateRelease, admin_pb2.CreateReleaseRequest(release=release_from(fields | given))
+    )
+    write.tell(f"{stored.app} {stored.version} is published, in {printing.phase(stored.phase)}")
+    if wait and not write.validate_only:
+        wait_ready(write.servers, stored.app, stored.version, timeout)
+
+
+def release_from(fields: dict[str, Any]) -> admin_pb2.Release:
+    """Return the message of a release as etcd has it. Raises CommandError."""
+    wanted = {name: value for name, value in fields.items() if name not in _OUTPUT_ONLY}
+    wanted["app"] = wanted.pop("name", "")
+    if "phase" in wanted:
+        if wanted["phase"] not in printing.PHASES:
+            raise CommandError(f"phase: should be {' or '.join(printing.PHASES)}", INVALID)
+        wanted["phase"] = admin_pb2.Phase.Name(printing.PHASES[wanted["phase"]])
+    for name in ("custom_values", "model_params"):
+        _check_exact(wanted.get(name), name)
+    message = admin_pb2.Release()
+    try:
+        ParseDict(wanted, message)
+    except ParseError as error:
+        raise CommandError(" ".join(str(error).split()), INVALID) from None
+    return message
+
+
+def _check_exact(value: Any, where: str) -> None:
+    """Refuse integers that the API's numbers, which are doubles, would change."""
+    if isinstance(value, int) and abs(value) > _MOST_EXACT:
+        raise CommandError(f"{where}: {value} has more than 53 bits", INVALID)
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            _check_exact(each, where)

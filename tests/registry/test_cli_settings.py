@@ -1,0 +1,158 @@
+"""`atserving app`, `worker`, `access`, `instance` and `ps` at a real registry; the choice of a server; completion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.processes import Etcd, Process, Registry
+from tests.registry.cli import Cli
+from tests.waiting import until
+
+pytestmark = pytest.mark.slow
+
+FILE = "file:///m.tar"
+
+
+def test_an_app_has_shares_and_aliases(cli: Cli) -> None:
+    for version in ("v1", "v2"):
+        cli("release", "put", cli.app, version, FILE, "--phase", "production", "--force")
+        cli.register(version, capacity=3 if version == "v1" else 1)
+    assert cli("app", "alias", cli.app, "best=v2") == f"{cli.app} best is v2\n"
+    shown = cli("app", "show", cli.app)
+    assert "aliases:    best=v2" in shown
+    shares = [line.split() for line in shown.splitlines()[-2:]]
+    assert shares == [["v1", "75.0%", "-", "3"], ["v2", "25.0%", "-", "1"]]
+    assert "v1 75.0%, v2 25.0%" in cli("app", "list", "--filter", cli.app)
+    assert cli.run("release", "show", cli.app, "best", "-o", "json").json["aliases"] == ["best"]
+    assert cli.run("app", "alias", cli.app, "best=v9").status == 6
+    assert cli.run("app", "alias", cli.app, "best").status == 2
+    cli("app", "alias", cli.app, "best-")
+    assert "aliases" not in cli.run("app", "show", cli.app, "-o", "json").json
+    assert cli.run("app", "delete", cli.app).status == 5
+    for version in ("v1", "v2"):
+        cli.deregister(version)
+    cli("app", "delete", cli.app, "--force")
+    assert cli.run("app", "show", cli.app).status == 3
+
+
+def test_worker_settings_come_from_three_levels(cli: Cli) -> None:
+    cli("release", "put", cli.app, "v1", FILE)
+    cli("worker", "set", cli.app, "timeout=2s", "max_concurrent=32")
+    cli("worker", "set", cli.app, "v1", "timeout=1m30s")
+    rows = [line.split() for line in cli("worker", "show", cli.app, "v1").splitlines()[1:]]
+    assert [row[:3] for row in rows] == [
+        ["timeout", "90s", "version"],
+        ["max_concurrent", "32", "app"],
+        ["delay4batch", "0s", "built"],
+    ]
+    cli("worker", "unset", cli.app, "v1")
+    cli("worker", "unset", cli.app, "--field", "max_concurrent")
+    assert [line.split() for line in cli("worker", "show", cli.app).splitlines()[1:]] == [
+        ["timeout", "2s"],
+        ["max_concurrent", "-"],
+        ["delay4batch", "-"],
+    ]
+    assert cli.run("worker", "unset", cli.app, "v1").status == 3
+    wrong = cli.run("worker", "set", cli.app, "max_concurrent=0")
+    assert (wrong.status, "max_concurrent: " in wrong.err) == (6, True)
+    for arguments in (["timeout=x"], ["threads=2"], [], ["timeout=1s", "v1"], ["v1", "v2", "timeout=1s"]):
+        assert cli.run("worker", "set", cli.app, *arguments).status == 2
+
+
+def test_access_rules(cli: Cli) -> None:
+    cli("release", "put", cli.app, "v1", FILE)
+    cli("access", "set", cli.app, "public=false", "owner=7", "user_whitelist=1,2")
+    assert [line.split(maxsplit=1) for line in cli("access", "show", cli.app).splitlines()[1:]] == [
+        ["public", "false"],
+        ["owner", "7"],
+        ["user_whitelist", "1, 2"],
+    ]
+    cli("access", "unset", cli.app, "--field", "owner")
+    found = cli.run("access", "show", cli.app, "-o", "json").json
+    assert (found["public"], "owner" in found, found["user_whitelist"]) == (False, False, {"uids": ["1", "2"]})
+    cli("access", "unset", cli.app)
+    assert cli.run("access", "unset", cli.app).status == 3
+
+
+def test_instances_are_listed(cli: Cli) -> None:
+    cli("release", "put", cli.app, "v1", FILE)
+    cli.register("v1", digest="0" * 64, id_="a")
+    cli.register("v1", id_="b")
+    rows = [line.split() for line in cli("ps", cli.app, "--no-load").splitlines()[1:]]
+    assert rows == [
+        [cli.app, "v1", "a", "127.0.0.1:1", "4", "outdated", "-", "-"],
+        [cli.app, "v1", "b", "127.0.0.1:1", "4", "-", "-", "-"],
+    ]
+    assert "unreachable: " in cli("instance", "list", cli.app, "v1")
+    assert len(cli.run("ps", cli.app, "--no-load", "-o", "json").json["instances"]) == 2
+
+
+def test_deletions_that_are_held_back_are_accepted(
+    tmp_path: Path, etcd: Etcd, processes: Callable[[Process], Process]
+) -> None:
+    registry = Registry(tmp_path, [etcd.address])
+    processes(registry)
+    registry.wait_serving()
+    cli = Cli(registry.address, "app")
+    for version in ("v1", "v2", "v3"):
+        cli("release", "put", "app", version, FILE)
+    etcd.ctl("del", "--prefix", "/ava/serving/eval/")
+    registry.logged(event="deletions held")
+    assert "held back: /ava/serving/eval/app/v1" in cli.run("release", "list").err
+    assert cli("release", "accept-deletions") == "deletions are taken at once for 60 s\n"
+    assert cli.run("release", "list").err == ""
+
+
+def test_a_server_that_is_away_is_passed_over(cli: Cli) -> None:
+    away = "127.0.0.1:1"
+    assert cli.run("release", "put", cli.app, "v1", FILE, "--server", f"{away},{cli.server}").status == 0
+    listed = cli.run("release", "list", cli.app, "--registry", f"{away},{cli.server}")
+    assert cli.app in listed.out
+    nobody = cli.run("release", "list", "--server", away)
+    assert (nobody.status, nobody.err.count("\n"), away in nobody.err) == (7, 1, True)
+
+
+async def test_only_reads_move_on_from_a_server_without_etcd(
+    cli: Cli, etcd: Etcd, tmp_path: Path, processes: Callable[[Process], Process]
+) -> None:
+    # It starts while etcd is down, so it has nothing to say.
+    etcd.kill()
+    empty = Registry(tmp_path, [etcd.address])
+    processes(empty)
+    await until(lambda: "service starting" in empty.log_text())
+    both = f"{empty.address},{cli.server}"
+    cli("release", "put", cli.app, "v1", FILE)
+    read = cli.run("release", "show", cli.app, "v1", "--server", both)
+    assert read.status == 0
+    written = cli.run("release", "put", cli.app, "v2", FILE, "--server", both)
+    assert (written.status, empty.address in written.err) == (7, True)
+    assert cli.run("release", "show", cli.app, "v2").status == 3
+
+
+def complete(cli: Cli, *words: str, **environment: str) -> list[str]:
+    """Return what a shell offers for the last word."""
+    variables = {
+        "_ATSERVING_COMPLETE": "bash_complete",
+        "COMP_WORDS": " ".join(["atserving", *words]),
+        "COMP_CWORD": str(len(words)),
+    }
+    ended = cli.run(**variables, **environment)
+    assert (ended.status, ended.err) == (0, "")
+    return [line.partition(",")[2] for line in ended.out.splitlines() if line]
+
+
+def test_a_shell_completes_names(cli: Cli) -> None:
+    for version in ("v1", "v2"):
+        cli("release", "put", cli.app, version, FILE)
+    cli("app", "alias", cli.app, "best=v2")
+    assert cli.app in complete(cli, "release", "show", cli.app[:-1])
+    assert complete(cli, "release", "show", cli.app, "") == ["best", "v1", "v2"]
+    assert complete(cli, "release", "split", cli.app, "v") == ["v1=", "v2="]
+    assert complete(cli, "app", "alias", cli.app, "b") == ["best-", "best="]
+    assert complete(cli, "worker", "show", cli.app, "v") == ["v1", "v2"]
+    assert cli.app in complete(cli, "worker", "set", cli.app[:-1])
+    assert complete(cli, "access", "set", cli.app, "pub") == ["public="]
+    assert complete(cli, "release", "show", cli.app, "", ATSERVING_SERVER="127.0.0.1:1") == []
