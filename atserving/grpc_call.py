@@ -101,7 +101,7 @@ class Call:
 
     def deadline(self) -> float | None:
         """Return the caller's deadline in seconds of time.monotonic(), or None without one. Raises GrpcError."""
-        return _deadline(self._stream.headers)
+        return deadline_of(self._stream.headers)
 
     def received(self, data: bytes) -> None:
         if self._answered:
@@ -271,7 +271,7 @@ def _message(chunks: Sequence[bytes | bytearray], size: int) -> list[Buffer]:
     return [memoryview(chunks[0])[HEAD.size :], *chunks[1:]]
 
 
-def _deadline(headers: Headers) -> float | None:
+def deadline_of(headers: Headers) -> float | None:
     """Return the deadline of a call in seconds of time.monotonic(). Raises GrpcError."""
     value = headers.get("grpc-timeout")
     if value is None:

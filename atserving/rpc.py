@@ -22,7 +22,7 @@ from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
 
 from atserving.errors import DeadlineExceeded, Internal, InvalidArgument, ServingError
-from atserving.grpc_call import Call, GrpcError
+from atserving.grpc_call import Call, GrpcError, deadline_of
 from atserving.grpc_server import Server
 from atserving.grpc_status import grpc_status
 from atserving.grpc_stream import HttpError
@@ -34,8 +34,8 @@ REST_HEADER = "x-atserving-rest"
 """Envoy sets it on the calls that it transcodes, and removes it from all others."""
 
 _JSON = ("content-type", "application/json")
-# Clients take few kilobytes of headers.
-_MOST_FIELDS, _MOST_CHARS = 20, 200
+# Clients of gRPC take 8 KiB of headers.
+_MOST_FIELDS, _MOST_CHARS = 10, 120
 # Of a stream, this many messages wait for their reader.
 _MOST_UNSENT = 1
 
@@ -52,11 +52,6 @@ class Context:
         """Return a header, or None if it is missing or no ASCII."""
         value = self.headers.get(name)
         return value.decode() if value is not None and value.isascii() else None
-
-    @property
-    def is_rest(self) -> bool:
-        """Whether the caller has used REST."""
-        return REST_HEADER in self.headers
 
 
 Translate = Callable[[Exception], ServingError | None]
@@ -119,20 +114,22 @@ class _Method:
         if task.cancelled():
             return
         if error := task.exception():
-            _abort(call, headers, self._error(error))
+            _abort(call, headers, self._error(error, headers))
         else:
             call.finish(task.result().SerializeToString())
 
     async def stream(self, messages: AsyncIterator[bytes], headers: Headers) -> AsyncIterator[bytes]:
         """Yield the messages that answer the one message of a call."""
-        context = Context(headers)
         try:
+            context = Context(headers, deadline_of(headers))
             async for message in messages:
                 async for response in self._answer(self._read(message), context):
                     yield response.SerializeToString()
                 return
+        except GrpcError:
+            raise
         except Exception as error:
-            raise _stream_error(self._error(error), context) from None
+            raise _stream_error(self._error(error, headers), headers) from None
 
     def _read(self, message: Any) -> Message:
         try:
@@ -140,12 +137,13 @@ class _Method:
         except DecodeError:
             raise InvalidArgument("the message is malformed") from None
 
-    def _error(self, error: BaseException) -> ServingError:
+    def _error(self, error: BaseException, headers: Headers) -> ServingError:
         if isinstance(error, ServingError):
             return error
         if isinstance(error, Exception) and (known := self._translate(error)):
             return known
-        log.error("call failed", path=self._path, exc_info=error)
+        reqid = Context(headers).header("x-reqid") or Context(headers).header("x-request-id")
+        log.error("call failed", path=self._path, reqid=reqid, exc_info=error)
         return Internal("the server failed on this call")
 
 
@@ -160,11 +158,11 @@ def _abort(call: Call, headers: Headers, error: ServingError) -> None:
         call.abort(grpc_status(error), error.message, _details(error))
 
 
-def _stream_error(error: ServingError, context: Context) -> GrpcError:
-    if context.is_rest:
+def _stream_error(error: ServingError, headers: Headers) -> GrpcError:
+    if REST_HEADER in headers:
         body = _body(error)
-        headers = Headers([*_http_headers(error), ("content-length", str(len(body)))])
-        return HttpError(grpc_status(error), error.message, error.status, headers, body)
+        sent = Headers([*_http_headers(error), ("content-length", str(len(body)))])
+        return HttpError(grpc_status(error), error.message, error.status, sent, body)
     return GrpcError(grpc_status(error), error.message, _details(error))
 
 

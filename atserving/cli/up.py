@@ -24,8 +24,12 @@ The mesh serves {apps} at {url}. Try these in another terminal:
   curl -s {url}/v1/batch -H 'content-type: application/json' -d '[
       {{"op": "/v1/eval/digits-detect", "data": {{"uri": "{files}/detect/images/1.png"}}}},
       {{"op": "/v1/eval/nothing", "data": {{}}}}]'
-  {atserving} release list --registry {registry}
-  {atserving} release phase digits v2 production --registry {registry}
+  export ATSERVING_SERVER={registry}
+  {atserving} release list
+  {atserving} release promote digits v2
+  curl -s {operators}/v1/apps/digits
+
+Operators' API: {operators}, and {registry} as gRPC.
 
 Logs: {directory}/*.log. A process that dies is started again. Ctrl-C stops the mesh."""
 
@@ -63,6 +67,7 @@ async def _up(port: int, gates: int) -> None:
             url=mesh.url,
             files=mesh.files_url,
             registry=mesh.registry,
+            operators=mesh.operators_url,
             directory=mesh.directory,
             atserving=".venv/bin/atserving",
         )

@@ -48,6 +48,7 @@ class Mesh:
         self.serves = serves
         self.ports = Ports.free(edge_port, gates)
         self.url = f"http://127.0.0.1:{self.ports.edge}"
+        self.operators_url = f"http://127.0.0.1:{self.ports.operators}"
         self.registry = f"127.0.0.1:{self.ports.registry}"
         self.etcd = f"127.0.0.1:{self.ports.etcd}"
         self.files_url = f"http://127.0.0.1:{self.ports.files}"

@@ -39,6 +39,8 @@ def the_edge_listens_on_declared_ports(manifests: Manifests) -> Iterator[str]:
         parts = _bootstrap(manifests, workload, container)
         listeners = [each for part in parts for each in list_at(part, "static_resources", "listeners")]
         found = {f"{LISTENERS.get(each['name'], each['name'])} {_socket(each['address'])}" for each in listeners}
+        # Only the pod itself reaches these, and who may forward ports to it.
+        found = {each for each in found if f" {_HERE}:" not in each}
         declared = {f"{each.get('name')} 0.0.0.0:{each['containerPort']}" for each in container.ports}
         if parts and found != declared:
             listed = ", ".join(sorted(found))

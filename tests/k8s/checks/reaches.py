@@ -28,8 +28,8 @@ ARROWS = {
     ("etcd", "etcd", "peer"),
 }
 """The caller, the called component and its port, as in docs/architecture.md."""
-# `etcdctl` in one member's pod may ask the other members.
-ALLOWED = ARROWS | {("etcd", "etcd", "client")}
+# `etcdctl` in one member's pod may ask the other members. The rest is the component `operators`.
+ALLOWED = ARROWS | {("etcd", "etcd", "client"), ("envoy", "registry", "operators"), ("registry", "evaluator", "grpc")}
 
 
 def selectors_find_pods(manifests: Manifests) -> Iterator[str]:
