@@ -24,8 +24,9 @@ The mesh serves {apps} at {url}. Try these in another terminal:
   curl -s {url}/v1/batch -H 'content-type: application/json' -d '[
       {{"op": "/v1/eval/digits-detect", "data": {{"uri": "{files}/detect/images/1.png"}}}},
       {{"op": "/v1/eval/nothing", "data": {{}}}}]'
-  {atserving} release list --registry {registry}
-  {atserving} release phase digits v2 production --registry {registry}
+  export ATSERVING_SERVER={registry}
+  {atserving} release list
+  {atserving} release split digits v1=9 v2=1
 
 Logs: {directory}/*.log. A process that dies is started again. Ctrl-C stops the mesh."""
 
