@@ -26,7 +26,7 @@ The mesh serves {apps} at {url}. Try these in another terminal:
       {{"op": "/v1/eval/nothing", "data": {{}}}}]'
   export ATSERVING_SERVER={registry}
   {atserving} release list
-  {atserving} release promote digits v2
+  {atserving} release split digits v1=9 v2=1
   curl -s {operators}/v1/apps/digits
 
 Operators' API: {operators}, and {registry} as gRPC.

@@ -223,10 +223,13 @@ async def test_a_heartbeat_rewrites_a_changed_or_lost_instance(api: Api, etcd_cl
         await until_async(is_back)
     # The registry adds a lease to a key that an operator wrote without one.
     await etcd_client.put(one_instance_key(app), json.dumps({"address": "10.0.0.1:50052", "capacity": 4}))
-    await api.register(app)
-    kv = await etcd_client.get(one_instance_key(app))
-    assert kv
-    assert kv.lease
+
+    async def has_lease() -> bool:
+        await api.register(app)
+        kv = await etcd_client.get(one_instance_key(app))
+        return kv is not None and kv.lease != 0
+
+    await until_async(has_lease)
 
 
 async def revoke_lease_of(client: EtcdClient, key: str) -> None:
