@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Generic, NamedTuple
+from typing import Generic
 
 import structlog
 
@@ -18,14 +18,12 @@ from atserving.config import Acceptance, AppMetadata, AppRouting, ConfigValue, I
 from atserving.errors import NotFound, ResourceExhausted, ServingError, Unavailable
 from gate.endpoint import ALONE, ConnectionT, Endpoint, Kind
 from gate.split import Split
+from gate.usage import Usage
 
 log = structlog.get_logger()
 
 LINGER_S = 30.0
 """How long the router remembers an instance that left the registry, as a last resort."""
-
-IDLE_S = 300.0
-"""How long the connections to the instances of a version stay open without a request for it."""
 
 EJECT_S = 1.0
 """How long the router ejects an instance after its transport failed, unless the version has no other."""
@@ -60,13 +58,6 @@ class Route:
     default_metadata: AppMetadata
 
 
-class _Use(NamedTuple):
-    """The requests that the instances of a version have had, and since when there were no more."""
-
-    requests: int
-    since_s: float
-
-
 class Router(Generic[ConnectionT]):
     """Holds the routing table and picks from it.
 
@@ -98,8 +89,7 @@ class Router(Generic[ConnectionT]):
         self._settings: dict[str, AppMetadata | AppRouting | WorkerConfig] = {}
         # The turns of each app's versions in production; valid until their weights change.
         self._splits: dict[str, Split] = {}
-        # The versions that have had requests lately, whose connections are open.
-        self._used: dict[tuple[str, str], _Use] = {}
+        self._usage = Usage(clock)
         # Resolved from the releases and settings; valid until the config changes.
         self._routes: dict[tuple[str, str], Route] = {}
         self._dropped: list[Endpoint[ConnectionT]] = []
@@ -148,7 +138,7 @@ class Router(Generic[ConnectionT]):
             endpoint.instance, endpoint.left_at = instance, None
         else:
             endpoint = Endpoint(instance, self._connect)
-            if key in self._used:
+            if key in self._usage:
                 endpoint.open()
         known[instance.id] = endpoint
         release = self._releases.get(instance.app, {}).get(instance.version)
@@ -375,26 +365,14 @@ class Router(Generic[ConnectionT]):
         The next requests find them open, and a gate knows of an instance that it can't reach before it asks it.
         """
         key = (endpoint.instance.app, endpoint.instance.version)
-        pool = self._endpoints.get(key, {})
-        self._used[key] = _Use(_requests(pool), self._clock())
-        for each in pool.values():
-            each.open()
+        self._usage.begin(key, self._endpoints.get(key, {}).values())
 
     def idle(self) -> list[ConnectionT]:
-        """Return the connections of versions that have had no request for IDLE_S, for the caller to close."""
-        now_s = self._clock()
-        closed: list[ConnectionT] = []
-        for key, use in list(self._used.items()):
-            pool = self._endpoints.get(key, {})
-            requests = _requests(pool)
-            if requests != use.requests or not all(each.is_idle for each in pool.values()):
-                self._used[key] = _Use(requests, now_s)
-            elif now_s - use.since_s >= IDLE_S:
-                del self._used[key]
-                for each in (*pool.values(), *self._outdated.get(key, {}).values()):
-                    if connection := each.take_connection():
-                        closed.append(connection)
-        return closed
+        """Return the connections of versions that have had no request for a while, for the caller to close."""
+        unused = self._usage.ended(lambda key: self._endpoints.get(key, {}).values())
+        pools = (pool.get(key, {}) for key in unused for pool in (self._endpoints, self._outdated))
+        taken = (each.take_connection() for pool in pools for each in pool.values())
+        return [connection for connection in taken if connection]
 
     def expired(self) -> list[Endpoint[ConnectionT]]:
         """Return the endpoints that are no longer used, each once, as soon as they have no request in flight."""
@@ -415,7 +393,3 @@ def _aliased(app: str, alias: str, routing: AppRouting, releases: Mapping[str, R
     if version not in releases:
         raise NotFound(f"app {app!r} has no version {version!r}, which its alias {alias!r} names")
     return version
-
-
-def _requests(pool: Mapping[str, Endpoint[ConnectionT]]) -> int:
-    return sum(each.requests for each in pool.values())

@@ -27,7 +27,7 @@ log = structlog.get_logger()
 _PAUSE_S = (0.1, 2.0)
 _REMIND_S = 60.0
 _HISTORY_STEPS = 16
-_HISTORY = HISTORY.encode()
+_HISTORY, _INSTANCES = HISTORY.encode(), f"{PREFIX}instance/".encode()
 
 
 class _StoreReplaced(Exception):  # noqa: N818 - control flow of this module
@@ -91,7 +91,8 @@ class Mirror:
 
         With it, a registry that has just started serves the same value as one that saw the good value itself.
         """
-        if _is_well_formed(kv) or is_access_rules(_text(kv.key)):
+        # Registries write instances, whose last value is of no use.
+        if kv.key.startswith(_INSTANCES) or _is_well_formed(kv) or is_access_rules(_text(kv.key)):
             return []
         earlier: etcd_pb2.KeyValue | None = kv
         for _ in range(_HISTORY_STEPS):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
+import grpc
 import grpc.aio
 
 from atserving import transport
@@ -26,6 +27,7 @@ async def _ask(status: admin_pb2.InstanceStatus) -> None:
         try:
             load = await stub.GetLoad(evaluator_pb2.GetLoadRequest(id=status.id), timeout=_ASK_S)
         except grpc.aio.AioRpcError as error:
-            status.unreachable = error.details() or error.code().name
+            silent = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+            status.unreachable = "does not answer" if silent else error.details() or error.code().name
             return
     status.load.in_flight, status.load.fetching, status.load.away = load.in_flight, load.fetching, load.away

@@ -43,6 +43,24 @@ def name_from(text: str, field: str) -> str:
     return text
 
 
+def app_from(name: str) -> str:
+    """Return the checked name of an app, which may be empty. Raises InvalidArgument."""
+    return name_from(name, "app") if name else ""
+
+
+def version_from(name: str) -> str:
+    """Return the checked name of a version, which may be empty. Raises InvalidArgument."""
+    return name_from(name, "version") if name else ""
+
+
+def revision_from(text: str) -> int:
+    """Return the revision that a text names. Raises InvalidArgument."""
+    if not text.isdecimal() or len(text) > 18:
+        reason = f"{text[:80]!r} is no revision"
+        raise InvalidArgument(f"revision: {reason}", fields={"revision": reason})
+    return int(text)
+
+
 def phase_from(phase: int, field: str) -> Phase:
     """Return the phase of a message. Raises InvalidArgument for an unknown one."""
     if phase not in _PHASES:

@@ -24,7 +24,8 @@ from atserving.config import (
 )
 from atserving.errors import NotFound, ResourceExhausted, ServingError, Unavailable
 from gate.endpoint import Endpoint, Kind
-from gate.router import EJECT_S, IDLE_S, LINGER_S, Router
+from gate.router import EJECT_S, LINGER_S, Router
+from gate.usage import IDLE_S
 
 PORT = 1000
 

@@ -1,0 +1,190 @@
+"""The reading half of the operators' API, from the mirror, which goes on without etcd."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Protocol, TypeVar
+
+from atserving.admin.v1 import admin_pb2
+from atserving.config import Instance, MalformedConfig, Release, app_of
+from atserving.errors import NotFound, Unavailable
+from registry.admin import edits, load, messages, paging
+from registry.admin.history import NO_APP, History
+from registry.admin.state import AppState
+from registry.admin.watching import changed_objects
+from registry.mirror import Mirror
+
+T = TypeVar("T")
+
+
+class Context(Protocol):
+    """What is known of a call beside its request."""
+
+    def header(self, name: str) -> str | None:
+        """Return a header, or None if it is missing."""
+
+
+class Reads:
+    """The methods that change nothing. They raise ServingErrors; the history is in etcd, so EtcdErrors, too."""
+
+    def __init__(self, mirror: Mirror, history: History) -> None:
+        self._mirror = mirror
+        self._view = mirror.view
+        self._history = history
+
+    async def list_apps(self, request: admin_pb2.ListAppsRequest, _: Context) -> admin_pb2.ListAppsResponse:
+        names = [app for app in self._apps(NO_APP) if request.filter in app]
+        found, token = paging.page(names, str, request.page_size, request.page_token)
+        return admin_pb2.ListAppsResponse(
+            apps=[messages.app_to(self._state(app)) for app in found], next_page_token=token
+        )
+
+    async def get_app(self, request: admin_pb2.GetAppRequest, _: Context) -> admin_pb2.App:
+        return messages.app_to(self._existing(request.app))
+
+    async def list_releases(self, request: admin_pb2.ListReleasesRequest, _: Context) -> admin_pb2.ListReleasesResponse:
+        phase = messages.phase_from(request.phase, "phase") if request.phase else None
+
+        def releases(state: AppState) -> Iterable[tuple[str, Release]]:
+            return (
+                (each.version, each)
+                for each in state.releases.values()
+                if phase in (None, each.phase) and (request.filter in each.version or request.filter in each.desc)
+            )
+
+        found, token = self._page(request.app, releases, request.page_size, request.page_token)
+        return admin_pb2.ListReleasesResponse(
+            releases=[messages.release_to(state, release) for state, release in found], next_page_token=token
+        )
+
+    async def get_release(self, request: admin_pb2.GetReleaseRequest, _: Context) -> admin_pb2.Release:
+        state = self._existing(request.app)
+        return messages.release_to(state, edits.release_of(state, request.version))
+
+    async def get_access(self, request: admin_pb2.GetAccessRequest, _: Context) -> admin_pb2.Access:
+        return messages.access_to(self._state(messages.app_from(request.app)))
+
+    async def get_worker(self, request: admin_pb2.GetWorkerRequest, _: Context) -> admin_pb2.Worker:
+        return messages.worker_to(self._state(messages.app_from(request.app)), messages.version_from(request.version))
+
+    async def get_merged_worker(self, request: admin_pb2.GetMergedWorkerRequest, _: Context) -> admin_pb2.MergedWorker:
+        state = self._existing(request.app)
+        release = edits.release_of(state, request.version)
+        return messages.merged_worker(self._state(""), state, release.version)
+
+    async def list_instances(
+        self, request: admin_pb2.ListInstancesRequest, _: Context
+    ) -> admin_pb2.ListInstancesResponse:
+        def instances(state: AppState) -> Iterable[tuple[str, Instance]]:
+            version = state.version_of(request.version) or request.version
+            chosen = sorted(name for name in state.instances if version in ("", name))
+            return ((f"{name}/{each.id}", each) for name in chosen for each in state.instances[name])
+
+        found, token = self._page(request.app, instances, request.page_size, request.page_token)
+        statuses = [messages.instance_to(state, instance) for state, instance in found]
+        if request.load:
+            await load.ask(statuses)
+        return admin_pb2.ListInstancesResponse(instances=statuses, next_page_token=token)
+
+    async def list_history(self, request: admin_pb2.ListHistoryRequest, _: Context) -> admin_pb2.ListHistoryResponse:
+        app = request.app if request.app == NO_APP else messages.name_from(request.app, "app")
+        size = paging.size_of(request.page_size)
+        before = paging.read(request.page_token)
+        found = await self._history.newest(app, size, messages.revision_from(before) if before else 0)
+        return admin_pb2.ListHistoryResponse(
+            changes=[messages.change_to(each) for each in found],
+            next_page_token=paging.write(str(found[-1].created)) if len(found) == size else "",
+        )
+
+    async def list_problems(self, request: admin_pb2.ListProblemsRequest, _: Context) -> admin_pb2.ListProblemsResponse:
+        self._require_synced()
+        if request.app != NO_APP:
+            messages.name_from(request.app, "app")
+        kinds = admin_pb2.ListProblemsResponse
+        held = dict.fromkeys(self._view.holdback.held, "deleted in etcd with most others, and still in use")
+        response = kinds()
+        for kind, reasons in (
+            (kinds.KIND_MALFORMED, self._view.malformed),
+            (kinds.KIND_UNKNOWN_FIELDS, self._view.warnings),
+            (kinds.KIND_DELETION_HELD, held),
+        ):
+            for key, reason in sorted(reasons.items()):
+                if request.app == NO_APP or _app_of(key) in ("", request.app):
+                    response.problems.add(kind=kind, key=key, reason=reason)
+        return response
+
+    async def watch_app(
+        self, request: admin_pb2.WatchAppRequest, _: Context
+    ) -> AsyncIterator[admin_pb2.WatchAppResponse]:
+        self._require_synced()
+        app = "" if request.app == NO_APP else messages.name_from(request.app, "app")
+        with self._view.subscribe(app) as subscription:
+            known: dict[str, admin_pb2.WatchAppResponse] = {}
+            synced = False
+            while delta := await subscription.next():
+                for response in changed_objects(delta, known, self._state, app):
+                    yield response
+                if not synced:
+                    synced = True
+                    yield admin_pb2.WatchAppResponse(synced=True)
+        raise Unavailable("the registry is stopping")
+
+    def _page(
+        self, app: str, items_of: Callable[[AppState], Iterable[tuple[str, T]]], page_size: int, token: str
+    ) -> tuple[list[tuple[AppState, T]], str]:
+        """Return a page of what apps have, and the token of the next one. It looks only at the apps of the page.
+
+        ``items_of`` yields the names and items of an app, sorted. Raises InvalidArgument, Unavailable.
+        """
+        size = paging.size_of(page_size)
+        after = paging.read(token)
+        first, _, last = after.partition("/")
+        found: list[tuple[AppState, T]] = []
+        for name in self._apps(app):
+            if name < first:
+                continue
+            state = self._state(name)
+            for item_name, item in items_of(state):
+                if name == first and item_name <= last:
+                    continue
+                if len(found) == size:
+                    return found, paging.write(after)
+                found.append((state, item))
+                after = f"{name}/{item_name}"
+        return found, ""
+
+    def _require_synced(self) -> None:
+        if not self._view.synced.is_set():
+            raise Unavailable(f"this registry has no config yet; etcd is unreachable: {self._mirror.reason}")
+
+    def _apps(self, app: str) -> list[str]:
+        """Return the apps that a request names, sorted. Raises InvalidArgument, Unavailable."""
+        self._require_synced()
+        if app != NO_APP:
+            return [messages.name_from(app, "app")]
+        malformed = {_app_of(key) for key in self._view.malformed}
+        return sorted((self._view.by_app.keys() | malformed) - {""})
+
+    def _existing(self, app: str) -> AppState:
+        """Return the state of an app. Raises NotFound, InvalidArgument, Unavailable."""
+        state = self._state(messages.name_from(app, "app"))
+        if not state.exists:
+            raise NotFound(f"unknown app {app!r}")
+        return state
+
+    def _state(self, app: str) -> AppState:
+        self._require_synced()
+        view = self._view
+        entries = {key: view.entries[key] for key in view.by_app.get(app, ())}
+        malformed = {key: reason for key, reason in view.malformed.items() if _app_of(key) == app}
+        state = AppState(app, entries, malformed)
+        state.warnings = {key: reason for key, reason in view.warnings.items() if _app_of(key) == app}
+        return state
+
+
+def _app_of(key: str) -> str:
+    """Return the app of a key of any kind; empty for the defaults and for unknown keys."""
+    try:
+        return app_of(key) or ""
+    except MalformedConfig:
+        return ""
