@@ -67,7 +67,7 @@ class Mesh:
         self._tell = tell
         self.pods = Pods() if pod_limits else None
         self._stack = ExitStack()
-        counts = (self._size.gates, self._size.registries, self._size.etcds, self._size.etcds, 2 * self._size.envoys, 2)
+        counts = (self._size.gates, self._size.registries, self._size.etcds, self._size.etcds, 3 * self._size.envoys, 2)
         # All at once, so that no two processes get the same.
         ports = iter(free_ports(sum(counts)))
         gates, registries, etcds, self._peers, edges, (files, self.slow_port) = (
@@ -75,7 +75,8 @@ class Mesh:
         )
         self.files_url = f"http://127.0.0.1:{files}"
         first = replace(Ports.free(gates=self._size.gates), gates=tuple(gates), files=files)
-        self._ports = [replace(first, edge=edge, ops=ops) for edge, ops in _pairs(edges)]
+        of_each = zip(edges[::3], edges[1::3], edges[2::3], strict=True)
+        self._ports = [replace(first, edge=edge, ops=ops, operators=operators) for edge, ops, operators in of_each]
         self.edges = [f"http://127.0.0.1:{each.edge}" for each in self._ports]
         self.registries = [f"127.0.0.1:{port}" for port in registries]
         self.etcds = [f"127.0.0.1:{port}" for port in etcds]
@@ -288,7 +289,3 @@ async def _until_nothing(missing: Callable[[], Awaitable[str]], timeout_s: float
 
 
 _OCTETS = {"content-type": "application/octet-stream"}
-
-
-def _pairs(ports: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(ports[::2], ports[1::2], strict=True))

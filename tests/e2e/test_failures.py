@@ -210,9 +210,9 @@ async def test_a_promotion_and_a_rollback_under_load_lose_no_request(client: Cli
 
     async with load(client) as running:
         for new, old in (("v2", "v1"), ("v1", "v2")):
-            assert atserving(client.mesh, "phase", "digits", new, "production").returncode == 0
+            assert atserving(client.mesh, "promote", "digits", new).returncode == 0
             await until_async(partial(served, new), what=f"{new} serves")
-            assert atserving(client.mesh, "phase", "digits", old, "staging").returncode == 0
+            assert atserving(client.mesh, "demote", "digits", old).returncode == 0
             await running.more()
 
 
