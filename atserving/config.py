@@ -47,6 +47,9 @@ HISTORY = f"{PREFIX}history/"
 
 DEFAULT_KEY_HEADER = "x-serving-key"
 
+NOTE_KEY = f"{HISTORY}.note"
+"""Written with each change that an operator makes by a call: who and why."""
+
 MUTABLE = ("phase", "desc", "weight")
 """The fields of a published version that may change. The others are its content."""
 

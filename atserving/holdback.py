@@ -14,7 +14,7 @@ from collections.abc import Callable, Set
 
 import structlog
 
-from atserving.config import ACCEPT_KEY, PREFIX
+from atserving.config import ACCEPT_KEY, DEFAULT_APP_METADATA_KEY, PREFIX
 
 log = structlog.get_logger()
 
@@ -25,7 +25,8 @@ WINDOW_S = 10.0
 """Keys that are deleted within so many seconds count together."""
 
 _REMIND_S = 60.0
-_RELEASES, _RULES, _INSTANCES = f"{PREFIX}eval/", f"{PREFIX}app/", f"{PREFIX}instance/"
+_RELEASES, _INSTANCES = f"{PREFIX}eval/", f"{PREFIX}instance/"
+_RULES = (f"{PREFIX}app/metadata/", DEFAULT_APP_METADATA_KEY)
 
 
 class Holdback:
@@ -55,7 +56,8 @@ class Holdback:
         """Return the deletions to take with a step, earlier ones included, and hold back the others.
 
         ``known`` are the keys before the step. The deletes of a ``snapshot`` are the keys that it lacks. Of a
-        ``vetted`` step only instances are held back, as its sender may not know their releases.
+        ``vetted`` step, which an operator made by a call or a registry has checked, only instances are held back: its
+        sender may not know their releases.
         """
         was_held = bool(self.held)
         self.held -= writes
@@ -80,7 +82,7 @@ class Holdback:
     def _holds(self, known: Set[str], writes: Set[str], deletes: Set[str], snapshot: bool) -> bool:
         if any(key.startswith(_RELEASES) for key in self.held):
             return True
-        vanished = {key for key in deletes & known if key.startswith((_RELEASES, _RULES))}
+        vanished = {key for key in deletes & known if key.startswith((_RELEASES, *_RULES))}
         if not vanished or not self._hold_s:
             return False
         now_s = time.monotonic()
@@ -120,7 +122,7 @@ def _are_many(gone: int, left: int, snapshot: bool) -> bool:
     return gone >= left if snapshot else gone > left and gone >= LEAST
 
 
-def _number(keys: Set[str], kind: str) -> int:
+def _number(keys: Set[str], kind: str | tuple[str, ...]) -> int:
     return sum(key.startswith(kind) for key in keys)
 
 

@@ -14,10 +14,11 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
+from itertools import groupby
 
 import structlog
 
-from atserving.config import HISTORY, PREFIX, MalformedConfig, is_access_rules, parse
+from atserving.config import HISTORY, NOTE_KEY, PREFIX, MalformedConfig, is_access_rules, parse
 from atserving.v1 import etcd_pb2
 from registry.etcd import Compacted, EtcdClient, EtcdError
 from registry.view import Change, Delete, Put, View
@@ -27,7 +28,7 @@ log = structlog.get_logger()
 _PAUSE_S = (0.1, 2.0)
 _REMIND_S = 60.0
 _HISTORY_STEPS = 16
-_HISTORY, _INSTANCES = HISTORY.encode(), f"{PREFIX}instance/".encode()
+_HISTORY, _NOTE, _INSTANCES = HISTORY.encode(), NOTE_KEY.encode(), f"{PREFIX}instance/".encode()
 
 
 class _StoreReplaced(Exception):  # noqa: N818 - control flow of this module
@@ -79,12 +80,12 @@ class Mirror:
                     revision = response.events[-1].kv.mod_revision
 
     def _apply(self, events: Sequence[etcd_pb2.Event]) -> None:
-        changes: list[Change] = [
-            Delete(_text(event.kv.key)) if event.type == etcd_pb2.Event.DELETE else _put(event.kv)
-            for event in events
-            if not event.kv.key.startswith(_HISTORY)
-        ]
-        self.view.apply(changes, events[-1].kv.mod_revision)
+        """Apply events, those of an operator's calls apart from others."""
+        called = {event.kv.mod_revision for event in events if event.kv.key == _NOTE}
+        for vetted, group in groupby(events, key=lambda event: event.kv.mod_revision in called):
+            together = list(group)
+            changes = [_change(event) for event in together if not event.kv.key.startswith(_HISTORY)]
+            self.view.apply(changes, together[-1].kv.mod_revision, vetted=vetted)
 
     async def _last_good(self, kv: etcd_pb2.KeyValue) -> list[Put]:
         """Return the last good value of a malformed key, if etcd still has it.
@@ -126,6 +127,10 @@ class Mirror:
 def _text(key: bytes) -> str:
     # No key of ours is invalid UTF-8, but such a key needs a name in the list of malformed keys.
     return key.decode(errors="backslashreplace")
+
+
+def _change(event: etcd_pb2.Event) -> Change:
+    return Delete(_text(event.kv.key)) if event.type == etcd_pb2.Event.DELETE else _put(event.kv)
 
 
 def _put(kv: etcd_pb2.KeyValue) -> Put:

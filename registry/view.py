@@ -99,15 +99,19 @@ class View:
         """Whether the subscriptions have ended."""
         self._step = asyncio.Event()
 
-    def apply(self, changes: Iterable[Change], revision: int) -> None:
-        """Apply changes in order, and send them to every subscriber as one delta."""
-        self._apply(self._taken(list(changes), snapshot=False), revision)
+    def apply(self, changes: Iterable[Change], revision: int, *, vetted: bool = False) -> None:
+        """Apply changes in order, and send them to every subscriber as one delta.
 
-    def _taken(self, changes: list[Change], snapshot: bool) -> list[Change]:
+        Deletions of ``vetted`` changes, which an operator made by a call, are not held back.
+        """
+        self._apply(self._taken(list(changes), snapshot=False, vetted=vetted), revision)
+
+    def _taken(self, changes: list[Change], *, snapshot: bool, vetted: bool = False) -> list[Change]:
         """Return the changes without the deletions that are held back, and with those that are so no longer."""
         last = {change.key: change for change in changes}
         deletes = {key for key, change in last.items() if isinstance(change, Delete)}
-        taken = self.holdback.taken(self.entries.keys(), last.keys() - deletes, deletes, snapshot=snapshot)
+        writes = last.keys() - deletes
+        taken = self.holdback.taken(self.entries.keys(), writes, deletes, snapshot=snapshot, vetted=vetted)
         held = deletes - taken
         return [
             *(each for each in changes if each.key not in held or isinstance(each, Put)),

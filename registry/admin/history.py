@@ -22,14 +22,11 @@ import msgspec
 import orjson
 import structlog
 
-from atserving.config import HISTORY, PREFIX, MalformedConfig, app_of
+from atserving.config import HISTORY, NOTE_KEY, PREFIX, MalformedConfig, app_of
 from atserving.v1 import etcd_pb2
 from registry.etcd import Compacted, EtcdClient, EtcdError, delete, put, written_at
 
 log = structlog.get_logger()
-
-NOTE_KEY = f"{HISTORY}.note"
-"""Written with each change through the API: who and why."""
 
 SEEN_KEY = f"{HISTORY}.seen"
 

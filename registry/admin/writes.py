@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import orjson
 import structlog
 
-from atserving.config import ACCEPT_KEY, Acceptance, MalformedConfig, app_of, read
+from atserving.config import ACCEPT_KEY, NOTE_KEY, Acceptance, MalformedConfig, app_of, read
 from atserving.errors import Aborted, FailedPrecondition, InvalidArgument, Unavailable
 from atserving.v1 import etcd_pb2
 from registry.admin import guards
-from registry.admin.history import NOTE_KEY, Recorder
+from registry.admin.history import Recorder
 from registry.admin.state import AppState, ranges_of
 from registry.etcd import EtcdClient, delete, delete_below, put, unwritten_since, written_at
 from registry.mirror import Mirror

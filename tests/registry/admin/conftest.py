@@ -94,10 +94,10 @@ class Operator:
 
 
 @asynccontextmanager
-async def operating(etcd: Etcd, app: str, most: int = 100) -> AsyncIterator[Operator]:
-    """Yield an operator of an etcd."""
+async def operating(etcd: Etcd, app: str, most: int = 100, hold_s: float = 0) -> AsyncIterator[Operator]:
+    """Yield an operator of an etcd, who keeps ``most`` changes, and holds back deletions for ``hold_s``."""
     async with EtcdClient(Connection([etcd.address])) as client:
-        mirror = Mirror(client, View())
+        mirror = Mirror(client, View(hold_s=hold_s))
         recorder = Recorder(client, most, 3600)
         service = AdminService(mirror, Writer(client, mirror, recorder), History(client))
         tasks = [asyncio.create_task(each.run()) for each in (mirror, recorder)]

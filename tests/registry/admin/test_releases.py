@@ -11,7 +11,8 @@ import pytest
 from atserving.admin.v1 import admin_pb2
 from atserving.config import app_routing_key, release_key, worker_keys
 from atserving.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
-from tests.registry.admin.conftest import CONTEXT, Operator
+from tests.processes import Etcd
+from tests.registry.admin.conftest import CONTEXT, Operator, operating
 
 STAGING, PRODUCTION = admin_pb2.PHASE_STAGING, admin_pb2.PHASE_PRODUCTION
 
@@ -322,3 +323,20 @@ async def test_a_malformed_release_is_not_overwritten(operator: Operator) -> Non
     with pytest.raises(FailedPrecondition, match="malformed"):
         await promote(operator, "v1")
     await delete(operator, "v1", force=True)
+
+
+async def test_deletions_by_calls_are_not_held_back_and_others_are(etcd: Etcd) -> None:
+    async with operating(etcd, "app", hold_s=600) as operator:
+        versions = [f"v{number}" for number in range(6)]
+        for version in versions:
+            await operator.publish(version)
+        for version in versions[:4]:
+            await delete(operator, version)
+        assert not operator.mirror.view.holdback.held
+        assert list(operator.mirror.view.by_app) == ["app"]
+        await operator.publish("v6")
+        for version in ("v4", "v5"):
+            await operator.etcdctl(release_key("app", version), None)
+        assert operator.mirror.view.holdback.held == {release_key("app", "v5")}
+        with pytest.raises(FailedPrecondition, match="still in use"):
+            await delete(operator, "v6")
