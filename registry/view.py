@@ -85,6 +85,8 @@ class View:
         """The keys of the entries by their app; those of the defaults by an empty name."""
         self.malformed: dict[str, str] = {}
         """Keys with a malformed value, and the reason."""
+        self.malformed_at: dict[str, int] = {}
+        """The revisions of these values."""
         self.warnings: dict[str, str] = {}
         """Keys with unknown fields, which nobody uses."""
         self.revision = 0
@@ -130,6 +132,7 @@ class View:
             else:
                 self._remove(change.key)
                 self.malformed.pop(change.key, None)
+                self.malformed_at.pop(change.key, None)
                 self.warnings.pop(change.key, None)
         self.revision = revision
         self._publish(self._delta_since(before))
@@ -177,6 +180,7 @@ class View:
             self._put_malformed(put, str(error))
             return
         self.malformed.pop(put.key, None)
+        self.malformed_at.pop(put.key, None)
         self._enter(put.key, Entry(put.value.decode(), value, put.created, put.revision, put.lease))
         if not warning:
             self.warnings.pop(put.key, None)
@@ -211,6 +215,7 @@ class View:
             kept = put.key in self.entries and not closes
             log.warning("config skipped", key=put.key, reason=reason, last_good_kept=kept)
         self.malformed[put.key] = reason
+        self.malformed_at[put.key] = put.revision
 
     def _delta_since(self, before: Mapping[str, Entry | None]) -> Delta:
         upserts = {}

@@ -101,6 +101,11 @@ def delete_app(state: AppState) -> Edits:
 def route(state: AppState, changes: Mapping[str, Any], *, force: bool) -> Edits:
     """Change the aliases, the key header or the shadow of an app, None to remove it. Raises InvalidArgument."""
     key = app_routing_key(state.app)
+    _check_well_formed(state, key)
+    for alias in changes.get("aliases") or {}:
+        if alias in state.releases and alias not in state.routing.aliases:
+            reason = f"{alias!r} is a version of the app"
+            raise InvalidArgument(f"aliases.{alias}: {reason}", fields={f"aliases.{alias}": reason})
     if not force:
         _check_routing(state, changes, _stored(state, key))
     text = _merged(state, key, {name: value or None for name, value in changes.items()})
@@ -124,9 +129,6 @@ def _check_routing(state: AppState, changes: Mapping[str, Any], current: Mapping
     for alias, version in (changes.get("aliases") or {}).items():
         if (current.get("aliases") or {}).get(alias) == version:
             continue
-        if alias in state.releases:
-            reason = f"{alias!r} is a version of the app"
-            raise InvalidArgument(f"aliases.{alias}: {reason}", fields={f"aliases.{alias}": reason})
         if version not in state.releases:
             reason = f"app {state.app!r} has no version {version!r}"
             raise InvalidArgument(f"aliases.{alias}: {reason}", fields={f"aliases.{alias}": reason})
@@ -144,8 +146,8 @@ def put_access(state: AppState, fields: Mapping[str, Any]) -> Edits:
 
 def put_worker(state: AppState, version: str, fields: Mapping[str, Any]) -> Edits:
     """Write the worker settings of a level; without any field, delete them. Raises NotFound."""
-    if version:
-        release_of(state, version)
+    if version and version not in state.releases:
+        raise NotFound(f"app {state.app!r} has no version {version!r}")
     return _replaced(state, worker_key(state.app, version), fields)
 
 

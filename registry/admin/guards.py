@@ -47,7 +47,7 @@ def _check_promotions(before: AppState, after: AppState) -> None:
 
 def _check_deletions(before: AppState, after: AppState) -> None:
     """Refuse to delete what runs."""
-    for version in before.releases.keys() - after.releases.keys():
+    for version in before.versions - after.versions:
         if instances := len(before.instances.get(version, [])):
             raise FailedPrecondition(
                 f"{after.app}/{version} still has instances ({instances}), which would answer nobody: stop them first; "

@@ -24,7 +24,8 @@ import structlog
 
 from atserving.config import HISTORY, NOTE_KEY, PREFIX, MalformedConfig, app_of
 from atserving.v1 import etcd_pb2
-from registry.etcd import Compacted, EtcdClient, EtcdError, delete, put, written_at
+from registry.etcd import Compacted, EtcdClient, EtcdError, EtcdRefused, LeaseNotFound, delete, put, written_at
+from registry.etcd.errors import TokenRefused
 
 log = structlog.get_logger()
 
@@ -33,6 +34,7 @@ SEEN_KEY = f"{HISTORY}.seen"
 NO_APP = "-"
 
 _MOST_BYTES = 512 << 10
+_MOST_KEY_CHARS = 300
 _PAUSE_S = (0.1, 2.0)
 _SEEN_S = 10.0
 _IGNORED = (f"{PREFIX}instance/", f"{PREFIX}deletions/", HISTORY)
@@ -135,6 +137,8 @@ class Recorder:
             # The first recorder of this store, or etcd is an earlier state of it.
             seen = now
             await self._client.put(SEEN_KEY, str(seen))
+        # Not what it was in another store.
+        self.revision = 0
         self._reach(seen)
         changes = self._client.watch(PREFIX, seen + 1, before=True)
         async with aclosing(changes) as responses:
@@ -162,25 +166,37 @@ class Recorder:
                 is_put = event.type == etcd_pb2.Event.PUT
                 before = event.prev_kv.value if event.HasField("prev_kv") else None
                 after = event.kv.value if is_put else None
-                if before != after:
-                    changed.setdefault(_app(key), []).append(KeyChange(key, _text(before), _text(after)))
-        for app, keys in changed.items():
+                if before is None and not (is_put and event.kv.version == 1):
+                    # etcd has compacted it.
+                    changed.setdefault(_app(key), []).append(KeyChange(key[:_MOST_KEY_CHARS], omitted=True))
+                elif before != after:
+                    change = KeyChange(key[:_MOST_KEY_CHARS], _text(before), _text(after))
+                    changed.setdefault(_app(key), []).append(change)
+        for number, (app, keys) in enumerate(changed.items()):
             by_key = tuple(sorted(keys, key=lambda each: each.key))
             moment_s = note.time or time.time()
-            await self._keep(Change(revision, app, moment_s, by_key, note.actor, note.method, note.message))
+            entry = Change(revision, app, moment_s, by_key, note.actor, note.method, note.message)
+            await self._keep(entry, seen=number == len(changed) - 1)
         self._reach(revision)
 
-    async def _keep(self, change: Change) -> None:
+    async def _keep(self, change: Change, *, seen: bool) -> None:
+        """Write an entry, unless there is one. ``seen``: it is the last one of its revision."""
         key = _key(change.app, change.revision)
         value = msgspec.json.encode(change)
         if len(value) > _MOST_BYTES:
             keys = tuple(KeyChange(each.key, omitted=True) for each in change.keys)
             value = msgspec.json.encode(msgspec.structs.replace(change, keys=keys))
-        operations = [put(key, value.decode()), put(SEEN_KEY, str(change.revision))]
-        while await self._client.commit([written_at(key, 0)], operations) is None:
-            # Another recorder has written it, or no answer came.
-            if await self._client.get(key):
-                return
+        operations = [put(key, value.decode()), *([put(SEEN_KEY, str(change.revision))] if seen else [])]
+        try:
+            while await self._client.commit([written_at(key, 0)], operations) is None:
+                # Another recorder has written it, or no answer came.
+                if await self._client.get(key):
+                    return
+        except (LeaseNotFound, Compacted, TokenRefused):
+            raise
+        except EtcdRefused as error:
+            log.warning("history incomplete", reason=f"etcd refuses change {change.revision}: {error}"[:300])
+            return
         await self._prune(change.app)
 
     async def _prune(self, app: str) -> None:
@@ -214,7 +230,14 @@ class Recorder:
                 change = KeyChange(key, after=_text(kv.value), omitted=True)
                 written.setdefault((_app(key), kv.mod_revision), []).append(change)
         for (app, revision), keys in sorted(written.items(), key=lambda each: each[0][1]):
-            await self._keep(Change(revision, app, time.time(), tuple(keys)))
+            await self._keep(Change(revision, app, time.time(), tuple(keys)), seen=False)
+        # Nobody knows which keys were deleted: no way leads back behind this.
+        kvs, _ = await self._client.get_below([HISTORY], [])
+        for app in {kv.key.decode(errors="replace").removeprefix(HISTORY).split("/")[0] for kv in kvs if _is_entry(kv)}:
+            unknown = (KeyChange("", omitted=True),)
+            name = "" if app == NO_APP else app
+            if (name, snapshot.revision) not in written:
+                await self._keep(Change(snapshot.revision, name, time.time(), unknown), seen=False)
         await self._client.put(SEEN_KEY, str(snapshot.revision))
 
     def _reach(self, revision: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -23,7 +23,7 @@ from atserving.config import (
     WorkerConfig,
     is_name,
 )
-from atserving.errors import InvalidArgument
+from atserving.errors import FailedPrecondition, InvalidArgument
 from registry.admin.history import Change
 from registry.admin.state import AppState, access_key, worker_key
 
@@ -33,6 +33,8 @@ _PHASE_NUMBERS: dict[Phase, admin_pb2.Phase.ValueType] = {
     "production": admin_pb2.PHASE_PRODUCTION,
 }
 _MOST_EXACT = 1 << 53
+# Each level of JSON takes three of a message, and those have a hundred.
+_MOST_DEEP = 25
 
 
 def name_from(text: str, field: str) -> str:
@@ -93,7 +95,7 @@ def _values(struct: Struct, field: str) -> dict[str, Any]:
 
     def exact(value: Any) -> Any:
         if isinstance(value, float) and value.is_integer():
-            if abs(value) > _MOST_EXACT:
+            if abs(value) >= _MOST_EXACT:
                 reason = f"{value:.0f} has more than 53 bits"
                 raise InvalidArgument(f"{field}: {reason}", fields={field: reason})
             return int(value)
@@ -103,7 +105,10 @@ def _values(struct: Struct, field: str) -> dict[str, Any]:
             return {name: exact(each) for name, each in value.items()}
         return value
 
-    found: dict[str, Any] = exact(MessageToDict(struct))
+    try:
+        found: dict[str, Any] = exact(MessageToDict(struct))
+    except ValueError:
+        raise InvalidArgument(f"{field}: has NaN or an infinity", fields={field: "has NaN or an infinity"}) from None
     return found
 
 
@@ -132,8 +137,17 @@ def release_to(state: AppState, release: Release) -> admin_pb2.Release:
     )
     for name in ("custom_values", "model_params"):
         if values := getattr(release, name):
-            getattr(message, name).update(values)
+            if _is_deep(values, _MOST_DEEP):
+                message.warnings.append(f"{name}: nested too deeply for this API, see etcd")
+            else:
+                getattr(message, name).update(values)
     return message
+
+
+def _is_deep(value: Any, most: int) -> bool:
+    """Return whether a value is nested deeper than ``most``; messages have a limit."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(most <= 0 or _is_deep(each, most - 1) for each in parts)
 
 
 def app_to(state: AppState) -> admin_pb2.App:
@@ -271,12 +285,21 @@ def worker_fields(message: admin_pb2.Worker) -> dict[str, Any]:
 
 
 def masked(
-    fields: Mapping[str, Any], paths: Iterable[str], known: Iterable[str], current: Mapping[str, Any]
+    fields: Mapping[str, Any],
+    paths: Collection[str],
+    known: Iterable[str],
+    current: Mapping[str, Any],
+    malformed: str | None = None,
 ) -> dict[str, Any]:
     """Return the current fields with those of a mask replaced, or removed where ``fields`` lacks them.
 
-    Without a mask, all of ``fields`` are. Raises InvalidArgument for a path that is not ``known``.
+    Without a mask, all of ``fields`` are. Raises InvalidArgument for a path that is not ``known``, and
+    FailedPrecondition for a mask if the current value is ``malformed``.
     """
+    if malformed and paths:
+        raise FailedPrecondition(
+            f"the value in etcd is malformed ({malformed}): replace it without a mask, or delete it"
+        )
     changed = wanted(fields, paths, known)
     kept = {name: value for name, value in current.items() if name not in changed}
     return kept | {name: fields[name] for name in changed if name in fields}
@@ -305,10 +328,10 @@ def _warnings(state: AppState, key: str) -> list[str]:
 def _timestamp(text: str) -> Timestamp | None:
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        found = Timestamp()
+        found.FromDatetime(moment.astimezone(UTC))
+    except (ValueError, OverflowError):
         return None
-    found = Timestamp()
-    found.FromDatetime(moment.astimezone(UTC))
     return found
 
 

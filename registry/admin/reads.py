@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Protocol, TypeVar
 
@@ -15,6 +16,10 @@ from registry.admin.watching import changed_objects
 from registry.mirror import Mirror
 
 T = TypeVar("T")
+_Wrong = dict[str, tuple[dict[str, str], dict[str, str]]]
+
+# After so many apps or objects others have their turn, such as heartbeats.
+_TURN = 20
 
 
 class Context(Protocol):
@@ -31,13 +36,18 @@ class Reads:
         self._mirror = mirror
         self._view = mirror.view
         self._history = history
+        self._wrong_at: tuple[int, int, int] | None = None
+        self._by_app: _Wrong = {}
 
     async def list_apps(self, request: admin_pb2.ListAppsRequest, _: Context) -> admin_pb2.ListAppsResponse:
         names = [app for app in self._apps(NO_APP) if request.filter in app]
         found, token = paging.page(names, str, request.page_size, request.page_token)
-        return admin_pb2.ListAppsResponse(
-            apps=[messages.app_to(self._state(app)) for app in found], next_page_token=token
-        )
+        response = admin_pb2.ListAppsResponse(next_page_token=token)
+        for turn, app in enumerate(found):
+            if not turn % _TURN:
+                await asyncio.sleep(0)
+            response.apps.append(messages.app_to(self._state(app)))
+        return response
 
     async def get_app(self, request: admin_pb2.GetAppRequest, _: Context) -> admin_pb2.App:
         return messages.app_to(self._existing(request.app))
@@ -52,7 +62,7 @@ class Reads:
                 if phase in (None, each.phase) and (request.filter in each.version or request.filter in each.desc)
             )
 
-        found, token = self._page(request.app, releases, request.page_size, request.page_token)
+        found, token = await self._page(request.app, releases, request.page_size, request.page_token)
         return admin_pb2.ListReleasesResponse(
             releases=[messages.release_to(state, release) for state, release in found], next_page_token=token
         )
@@ -77,10 +87,11 @@ class Reads:
     ) -> admin_pb2.ListInstancesResponse:
         def instances(state: AppState) -> Iterable[tuple[str, Instance]]:
             version = state.version_of(request.version) or request.version
-            chosen = sorted(name for name in state.instances if version in ("", name))
-            return ((f"{name}/{each.id}", each) for name in chosen for each in state.instances[name])
+            chosen = [name for name in state.instances if version in ("", name)]
+            named = ((f"{name}/{each.id}", each) for name in chosen for each in state.instances[name])
+            return sorted(named, key=lambda each: each[0])
 
-        found, token = self._page(request.app, instances, request.page_size, request.page_token)
+        found, token = await self._page(request.app, instances, request.page_size, request.page_token)
         statuses = [messages.instance_to(state, instance) for state, instance in found]
         if request.load:
             await load.ask(statuses)
@@ -122,14 +133,16 @@ class Reads:
             known: dict[str, admin_pb2.WatchAppResponse] = {}
             synced = False
             while delta := await subscription.next():
-                for response in changed_objects(delta, known, self._state, app):
+                for turn, response in enumerate(changed_objects(delta, known, self._state, app)):
+                    if not turn % _TURN:
+                        await asyncio.sleep(0)
                     yield response
                 if not synced:
                     synced = True
                     yield admin_pb2.WatchAppResponse(synced=True)
         raise Unavailable("the registry is stopping")
 
-    def _page(
+    async def _page(
         self, app: str, items_of: Callable[[AppState], Iterable[tuple[str, T]]], page_size: int, token: str
     ) -> tuple[list[tuple[AppState, T]], str]:
         """Return a page of what apps have, and the token of the next one. It looks only at the apps of the page.
@@ -140,9 +153,11 @@ class Reads:
         after = paging.read(token)
         first, _, last = after.partition("/")
         found: list[tuple[AppState, T]] = []
-        for name in self._apps(app):
+        for turn, name in enumerate(self._apps(app)):
             if name < first:
                 continue
+            if not turn % _TURN:
+                await asyncio.sleep(0)
             state = self._state(name)
             for item_name, item in items_of(state):
                 if name == first and item_name <= last:
@@ -176,10 +191,22 @@ class Reads:
         self._require_synced()
         view = self._view
         entries = {key: view.entries[key] for key in view.by_app.get(app, ())}
-        malformed = {key: reason for key, reason in view.malformed.items() if _app_of(key) == app}
+        malformed, warnings = self._wrong().get(app, ({}, {}))
         state = AppState(app, entries, malformed)
-        state.warnings = {key: reason for key, reason in view.warnings.items() if _app_of(key) == app}
+        state.revisions |= {key: view.malformed_at[key] for key in malformed}
+        state.warnings = warnings
         return state
+
+    def _wrong(self) -> _Wrong:
+        """Return the malformed values and the warnings by app, grouped once for each state of the view."""
+        view = self._view
+        at = (view.revision, len(view.malformed), len(view.warnings))
+        if at != self._wrong_at:
+            self._wrong_at, self._by_app = at, {}
+            for number, reasons in enumerate((view.malformed, view.warnings)):
+                for key, reason in reasons.items():
+                    self._by_app.setdefault(_app_of(key), ({}, {}))[number][key] = reason
+        return self._by_app
 
 
 def _app_of(key: str) -> str:

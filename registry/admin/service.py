@@ -94,6 +94,7 @@ class AdminService(Reads):
 
     async def rollback_app(self, request: admin_pb2.RollbackAppRequest, _: Context) -> admin_pb2.App:
         app = messages.name_from(request.app, "app")
+        await self._writer.until_recorded()
         if request.revision:
             revision = messages.revision_from(request.revision)
         else:
@@ -113,7 +114,7 @@ class AdminService(Reads):
         release, given = _release(request.release)
         state = await self._writer.write(
             release.name,
-            _intent("CreateRelease", request, ""),
+            _intent("CreateRelease", request, request.release.etag),
             lambda state: edits.put_release(state, release, given),
             lambda state: state.etag_of(release.key),
         )
@@ -123,7 +124,9 @@ class AdminService(Reads):
         message = request.release
         paths = list(request.update_mask.paths)
         given = messages.release_fields(message)
-        if wrong := [name for name in paths or given if name not in (*_RELEASE_MASK, "name", "version", "file")]:
+        if not message.file:
+            del given["file"]
+        if wrong := [name for name in paths or given if name not in (*_RELEASE_MASK, "name", "version")]:
             raise InvalidArgument(
                 f"{', '.join(wrong)}: the content of a release never changes: publish a new version",
                 fields=dict.fromkeys(wrong, "never changes"),
@@ -199,7 +202,10 @@ class AdminService(Reads):
             app,
             _intent("UpdateAccess", request, request.access.etag),
             lambda state: edits.put_access(
-                state, messages.masked(fields, paths, _ACCESS_MASK, edits.current_access(state))
+                state,
+                messages.masked(
+                    fields, paths, _ACCESS_MASK, edits.current_access(state), state.malformed.get(access_key(app))
+                ),
             ),
             lambda state: state.etag_of(access_key(app)),
         )
@@ -220,7 +226,15 @@ class AdminService(Reads):
             app,
             _intent("UpdateWorker", request, message.etag),
             lambda state: edits.put_worker(
-                state, version, messages.masked(fields, paths, _WORKER_MASK, edits.current_worker(state, version))
+                state,
+                version,
+                messages.masked(
+                    fields,
+                    paths,
+                    _WORKER_MASK,
+                    edits.current_worker(state, version),
+                    state.malformed.get(worker_key(app, version)),
+                ),
             ),
             lambda state: state.etag_of(worker_key(app, version)),
         )

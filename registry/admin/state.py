@@ -87,17 +87,21 @@ class AppState:
         return any(not isinstance(each.value, Instance) for each in self.entries.values()) or bool(self.malformed)
 
     @property
+    def versions(self) -> set[str]:
+        """The versions that have a key, malformed ones too."""
+        prefix = release_key(self.app, "")
+        return {key.removeprefix(prefix) for key in self.revisions if key.startswith(prefix)}
+
+    @property
     def etag(self) -> str:
         """What changes with every write and deletion of its config."""
-        written = sorted(
-            (key, each.revision) for key, each in self.entries.items() if not isinstance(each.value, Instance)
-        )
+        written = sorted((key, revision) for key, revision in self.revisions.items() if "/instance/" not in key)
         return hashlib.sha256(repr(written).encode()).hexdigest()[:16] if written else ""
 
     def etag_of(self, key: str) -> str:
         """Return the revision of the last write of a key; empty if it does not exist."""
-        entry = self.entries.get(key)
-        return str(entry.revision) if entry else ""
+        revision = self.revisions.get(key)
+        return str(revision) if revision else ""
 
     def access(self) -> AppMetadata | None:
         """Return the access rules, if there are any."""

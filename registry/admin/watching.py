@@ -34,6 +34,9 @@ def changed_objects(
             yield from _told(f"{_APP}{name}", _app(state), known)
         # The counts of a release follow its instances.
         touched = apps[name] | {release.key for release in state.releases.values()}
+        if any(key.startswith(f"{PREFIX}eval/") for key in apps[name]):
+            # Whether an instance is outdated follows its release.
+            touched |= {each.key for instances in state.instances.values() for each in instances}
         for key in sorted(touched):
             yield from _told(key, _object(state, key), known)
 

@@ -33,6 +33,7 @@ _ATTEMPTS = 4
 # etcd refuses transactions of more than 128 operations or comparisons.
 _MOST_KEYS = 100
 _READ_YOUR_WRITES_S = 1.0
+_HISTORY_S = 10.0
 
 Edits = Mapping[str, str | None]
 """The JSON to write by key; None: delete the key."""
@@ -108,6 +109,15 @@ class Writer:
             async with asyncio.timeout(_READ_YOUR_WRITES_S):
                 await self._mirror.view.reached(revision)
 
+    async def until_recorded(self) -> None:
+        """Wait until the history has all changes up to now. Raises Unavailable if that takes long."""
+        revision = await self._client.put(NOTE_KEY, "{}")
+        try:
+            async with asyncio.timeout(_HISTORY_S):
+                await self._recorder.reached(revision)
+        except TimeoutError:
+            raise Unavailable("the history is behind etcd: try again", retry_after_s=1.0) from None
+
     async def _read(self, app: str) -> tuple[AppState, int]:
         kvs, revision = await self._client.get_below(*ranges_of(app))
         return AppState.read(app, kvs), revision
@@ -135,7 +145,7 @@ class Writer:
         if not after.exists and config:
             operations = [*map(delete_below, config), *map(delete, keys)]
         else:
-            relied_on = {each.key for each in after.serving()[:10]} | edits.keys()
+            relied_on = {each.key for each in (*after.serving()[:10], *after.production()[:10])} | edits.keys()
             if len(edits) > _MOST_KEYS:
                 raise FailedPrecondition(f"the change has {len(edits)} keys, and {_MOST_KEYS} is the most at once")
             unchanged += [written_at(key, before.revisions.get(key, 0)) for key in relied_on - set(keys)]
@@ -179,6 +189,11 @@ def _edited(before: AppState, edits: Edits) -> AppState:
         if warning:
             warnings[key] = warning
     after = AppState(before.app, entries, malformed)
+    after.revisions = {
+        key: before.revisions.get(key, 0)
+        for key in before.revisions.keys() | edits.keys()
+        if edits.get(key, "") is not None
+    }
     after.warnings = warnings
     return after
 
@@ -189,5 +204,6 @@ def _at_revision(state: AppState, edits: Iterable[str], revision: int) -> AppSta
         for key, each in state.entries.items()
     }
     written = AppState(state.app, entries, state.malformed)
+    written.revisions = {key: revision if key in edits else old for key, old in state.revisions.items()}
     written.warnings = state.warnings
     return written

@@ -35,7 +35,7 @@ def gate(registries: list[Registry], shared_etcd: Etcd) -> Iterator[Gate]:
 
 
 def listed(registry: Registry, app: str) -> str:
-    command = [str(commands.BIN / "atserving"), "release", "list", "--app", app, "--registry", registry.address]
+    command = [str(commands.BIN / "atserving"), "release", "list", app, "--server", registry.address]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
