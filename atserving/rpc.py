@@ -27,6 +27,7 @@ from atserving.grpc_server import Server
 from atserving.grpc_status import grpc_status
 from atserving.grpc_stream import HttpError
 from atserving.http2_stream import Headers
+from atserving.rest_paths import ORIGINAL_PATH, RestPaths
 
 log = structlog.get_logger()
 
@@ -80,6 +81,7 @@ class _Method:
     def __init__(self, path: str, method: MethodDescriptor, answer: Callable[..., Any], translate: Translate) -> None:
         self._path = path
         self._request = GetMessageClass(method.input_type)
+        self._rest = RestPaths(method)
         self._answer = answer
         self._translate = translate
 
@@ -87,7 +89,7 @@ class _Method:
         """Answer a unary call, in a task."""
         try:
             context = Context(call.headers, call.deadline())
-            request = self._read(call.message)
+            request = self._read(call.message, call.headers)
         except GrpcError as error:
             call.abort(error.status, str(error))
             return
@@ -123,7 +125,7 @@ class _Method:
         try:
             context = Context(headers, deadline_of(headers))
             async for message in messages:
-                async for response in self._answer(self._read(message), context):
+                async for response in self._answer(self._read(message, headers), context):
                     yield response.SerializeToString()
                 return
         except GrpcError:
@@ -131,11 +133,14 @@ class _Method:
         except Exception as error:
             raise _stream_error(self._error(error, headers), headers) from None
 
-    def _read(self, message: Any) -> Message:
+    def _read(self, message: Any, headers: Headers) -> Message:
         try:
-            return self._request.FromString(message)
+            request = self._request.FromString(message)
         except DecodeError:
             raise InvalidArgument("the message is malformed") from None
+        if REST_HEADER in headers and (path := Context(headers).header(ORIGINAL_PATH)):
+            self._rest.check(path, request)
+        return request
 
     def _error(self, error: BaseException, headers: Headers) -> ServingError:
         if isinstance(error, ServingError):

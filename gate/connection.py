@@ -346,7 +346,9 @@ class EvaluatorConnection:
         for answer in self._pending.values():
             self._held.give(answer.held)
             if not answer.done():
-                answer.set_exception(TransportError(reason, reached=answer.sent))
+                # A long call is as good as unsent until its last piece has left: the instance begins nothing before.
+                reached = answer.sent and answer.sent_s < answer.deadline_s
+                answer.set_exception(TransportError(reason, reached=reached))
         self._pending.clear()
         self._outbox.clear()
         self._abandoned.clear()

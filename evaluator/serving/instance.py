@@ -222,6 +222,8 @@ class _Life:
         try:
             async with asyncio.timeout(grace_s - stop_s):
                 await asyncio.gather(registration.deregister(), self._capacity.drained(), asyncio.sleep(_LINGER_S))
+                # Calls that have arrived in part are refused once they are whole, and long answers leave.
+                await self._links.settled()
         except TimeoutError:
             self._log.warning("grace expired", in_flight=self._capacity.in_flight)
         self._listener.close()

@@ -20,6 +20,7 @@ from atserving.v1 import evaluator_pb2
 log = structlog.get_logger()
 
 # Resuming for each single reply would cost more than it brings.
+_SETTLE_S = 0.02
 _FEW_OPEN = link.MOST_OPEN * 3 // 4
 # The instance takes no more calls of a gate that leaves so much unread: short replies, and all together.
 _MOST_SHORT_BYTES, _MOST_UNSENT_BYTES = 16 << 20, 128 << 20
@@ -104,6 +105,13 @@ class LinkServer:
             async with asyncio.timeout(grace_s):
                 await self._all_closed.wait()
         self.abort()
+
+    async def settled(self) -> None:
+        """Return once no call is arriving, and no answer is leaving, on any link."""
+        while True:
+            if not any(each.is_amid for each in self.links):
+                return
+            await asyncio.sleep(_SETTLE_S)
 
     def abort(self) -> None:
         """End all links at once."""
@@ -215,7 +223,7 @@ class GateLink(link.Link):
     def _admit(self, id_: int, length: int) -> bool:
         """Count a long call before it arrives, or refuse it: its gate then sends no more of it."""
         assert self._answerer
-        if id_ in self._requests:
+        if id_ in self._requests or id_ in self._leaving_long:
             raise link.Malformed("two calls have one id")
         if length < link.LONG_BYTES:
             raise link.Malformed(f"a long frame of {length} bytes")
@@ -234,7 +242,7 @@ class GateLink(link.Link):
         self._begin(call, self._answerer, self._arriving.pop(id_))
 
     def _begin(self, call: link.Call, answerer: Answerer, held: int | None = None) -> None:
-        if call.id in self._requests or call.id in self._arriving:
+        if call.id in self._requests or call.id in self._arriving or call.id in self._leaving_long:
             raise link.Malformed("two calls have one id")
         request = answerer.begin(call, self, held)
         if request.ended:
@@ -244,6 +252,11 @@ class GateLink(link.Link):
             self._deadlines.add(time.monotonic() + call.timeout_us / 1e6, call.id)
         if len(self._requests) >= link.MOST_OPEN:
             self.pause()
+
+    @property
+    def is_amid(self) -> bool:
+        """Whether a call has arrived in part, or an answer has left in part."""
+        return bool(self._arriving) or self.unsent_bytes > 0
 
     def hold(self, count: int) -> bool:
         return self._server.held.take(count, large=True)

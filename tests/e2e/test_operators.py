@@ -197,6 +197,27 @@ async def test_a_wrong_field_is_named(rest: Rest) -> None:
     assert answer.json["fields"] == [{"field": "file", "reason": "should be a file, http, https or qiniu URI"}]
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body", "field"),
+    [
+        ("DELETE", "/v1/apps/digits/releases/v2?app=other", None, "app"),
+        ("POST", "/v1/apps/digits/releases/v2:promote", {"version": "v1"}, "version"),
+        ("PATCH", "/v1/apps/digits/access", {"app": "", "public": True}, "access.app"),
+        ("PATCH", "/v1/apps/digits/access", {"app": "other", "public": True}, "access.app"),
+        ("PATCH", "/v1/access", {"app": "digits", "public": True}, "access.app"),
+        ("PATCH", "/v1/apps/digits/worker", {"version": "v1", "max_concurrent": 3}, "worker.version"),
+        ("POST", "/v1/apps/digits/aliases/stable", {"alias": "other", "version": "v1"}, "alias"),
+    ],
+)
+async def test_a_body_names_nothing_else_than_the_path(
+    rest: Rest, method: str, path: str, body: object, field: str
+) -> None:
+    before = (await rest.call("GET", "/v1/apps/-/history?page_size=1")).json
+    answer = await rest.call(method, path, body)
+    assert (answer.status, answer.json["fields"]) == (400, [{"field": field, "reason": "differs from the path"}])
+    assert (await rest.call("GET", "/v1/apps/-/history?page_size=1")).json == before
+
+
 async def test_native_grpc_on_the_same_port(mesh: Mesh) -> None:
     async with channel(f"127.0.0.1:{mesh.ports.operators}") as client:
         stub = admin_pb2_grpc.AdminServiceStub(client)

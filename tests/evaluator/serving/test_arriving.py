@@ -183,3 +183,19 @@ async def test_direct_calls_count_once_beside_those_of_gates(registry: Registry)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.Infer(InferRequest(data=[Resource(body=bytes(19 * MIB))]))
             assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_call_that_arrives_while_the_instance_stops_is_refused(registry: Registry) -> None:
+    registry.publish("arriving", custom_values={"net": "classify"})
+    with evaluator(registry, "arriving") as process:
+        registered = process.logged("address", "instance", event="instance registered")
+        hello = Hello(app="arriving", version="v1", instance=registered["instance"])
+        async with RawGate(registered["address"], hello) as gate:
+            await gate.send_call(1, 3 * MIB, end=MIB)
+            process.terminate()
+            # It has deregistered, and answered all that was whole, long before the rest arrives.
+            await until(lambda: not registry.instances("arriving"))
+            for at in (1, 2):
+                await gate.send(piece(1, bytes(MIB), at * MIB, 3 * MIB))
+            assert error_of(await gate.reply()) == (503, True)
+        assert process.wait() == 0

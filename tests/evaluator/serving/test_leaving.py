@@ -113,3 +113,15 @@ async def test_small_answers_that_are_not_read_count() -> None:
         async with RawGate(instance.address) as other:
             await other.send(call(1, 50_000))
             assert len((await other.reply()).response) == 50_000
+
+
+async def test_the_id_of_an_answer_that_leaves_is_not_used_again() -> None:
+    held = HeldBytes(128 * MIB)
+    async with serving(held) as (_, instance):
+        async with RawGate(instance.address) as gate:
+            await gate.send(call(1, 20 * MIB))
+            await until(lambda: held.held == 20 * MIB)
+            await gate.send(call(1, 20 * MIB))
+            with pytest.raises((EOFError, ConnectionError)):
+                await gate.reply()
+        await until(lambda: held.held == 0)

@@ -193,5 +193,9 @@ async def test_compacted_changes_leave_a_mark(etcd: Etcd) -> None:
         revision = await operator.client.put("/ava/serving/app/metadata/end", "{}")
         async with asyncio.timeout(10):
             await operator.recorder.reached(revision)
-        change = (await operator.history())[0]
+        unknown, change, *_ = await operator.history()
         assert (change.keys[0].key, change.keys[0].omitted) == (release_key("app", "v2"), True)
+        # What was deleted meanwhile is unknown, so no way leads back behind it.
+        assert (unknown.keys[0].key, unknown.keys[0].omitted) == ("", True)
+        with pytest.raises(FailedPrecondition, match="can't be undone"):
+            await roll_back(operator, revision=change.revision)
