@@ -105,3 +105,29 @@ async def test_an_upload_to_an_instance_that_freezes_is_answered_by_another(monk
         freeze(server)
         await mesh.add(Evaluator("free"))
         assert await uploading == '"free:"'
+
+
+async def test_an_upload_that_reached_nobody_whole_is_asked_of_a_third_instance() -> None:
+    """Links that break under it tell nothing: no instance has begun it."""
+    last = Evaluator("last")
+    async with slow_mesh(Evaluator("first"), built_in=False) as (mesh, first, to_first):
+        await mesh.eval()
+        uploading = asyncio.create_task(upload(mesh))
+        await until(lambda: to_first.passed > BYTES // 8)
+        async with slow_mesh_beside(mesh, Evaluator("second")) as (second, to_second):
+            await first.stop()
+            await until(lambda: to_second.passed > BYTES // 8)
+            await mesh.add(last)
+            await second.stop()
+            assert await uploading == '"last:"'
+
+
+@asynccontextmanager
+async def slow_mesh_beside(mesh: Mesh, evaluator: Evaluator) -> AsyncIterator[tuple[ScriptedInstance, SlowLink]]:
+    """Add an instance behind a slow link to a mesh."""
+    server = ScriptedInstance(evaluator.infer, "app", "v1", evaluator.name)
+    instance = await server.start()
+    async with slow_link(instance.address) as slow:
+        mesh.put(instance.key, msgspec.structs.replace(instance, address=slow.address))
+        mesh.instance_keys.add(instance.key)
+        yield server, slow
