@@ -95,7 +95,7 @@ def _values(struct: Struct, field: str) -> dict[str, Any]:
 
     def exact(value: Any) -> Any:
         if isinstance(value, float) and value.is_integer():
-            if abs(value) >= _MOST_EXACT:
+            if abs(value) > _MOST_EXACT:
                 reason = f"{value:.0f} has more than 53 bits"
                 raise InvalidArgument(f"{field}: {reason}", fields={field: reason})
             return int(value)

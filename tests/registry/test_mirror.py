@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,21 @@ class RunningMirror:
         return {key: entry.value_json for key, entry in self.view.entries.items()}
 
 
+@pytest.fixture(scope="module")
+def own_etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Etcd]:
+    """An etcd without registries, which would write the history."""
+    (member,) = cluster(tmp_path_factory.mktemp("etcd"), ["mirrored"])
+    member.start()
+    asyncio.run(member.ready())
+    yield member
+    member.kill()
+
+
 @pytest.fixture
-async def empty_etcd(shared_etcd: Etcd) -> Etcd:
-    """The package's etcd, without keys of earlier tests; for tests that do not break it."""
-    await asyncio.to_thread(shared_etcd.ctl, "del", "--prefix", PREFIX)
-    return shared_etcd
+async def empty_etcd(own_etcd: Etcd) -> Etcd:
+    """That etcd, without keys of earlier tests; for tests that do not break it."""
+    await asyncio.to_thread(own_etcd.ctl, "del", "--prefix", PREFIX)
+    return own_etcd
 
 
 @pytest.fixture
