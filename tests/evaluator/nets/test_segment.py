@@ -284,7 +284,7 @@ def test_cost_follows_the_pixels_whatever_the_regions(name: str) -> None:
     }[name]
     # A search for outlines that takes 300 times as long, as OpenCV's with a hierarchy does, is found on any machine.
     flat_s = min(cpu_s(np.zeros((1000, 1000))) for _ in range(3))
-    assert cpu_s(labels) < 100 * flat_s
+    assert cpu_s(labels) < 200 * flat_s
 
 
 def test_map_with_too_many_changes_gives_code_400() -> None:
