@@ -38,7 +38,7 @@ class RegistryServicer:
         app = messages.name_from(request.app, "app") if request.app else ""
         _require_synced(self._mirror)
         with self._mirror.view.subscribe(app) as subscription:
-            while delta := await subscription.next():
+            while (delta := await subscription.next()) is not None:
                 for response in messages.watch_responses(delta):
                     yield response
         raise Unavailable("the registry is stopping")

@@ -63,7 +63,8 @@ class Entry:
 class Delta:
     """One atomic step to ``revision``. With ``reset``, the upserts are a complete snapshot.
 
-    With ``stale``, the watch of the store is down, and the store may have changes that the view lacks.
+    With ``stale``, the watch of the store is down, and the store may have changes that the view lacks. ``rewritten``
+    keys were written without a change of what is served: the value is the same, or malformed.
     """
 
     upserts: Mapping[str, str]
@@ -71,6 +72,7 @@ class Delta:
     revision: int
     reset: bool = False
     stale: bool = False
+    rewritten: frozenset[str] = frozenset()
 
     def __bool__(self) -> bool:
         return bool(self.reset or self.upserts or self.deletes or self.stale)
@@ -147,9 +149,12 @@ class View:
         self._apply(self._taken([*(Delete(key) for key in deleted), *puts], snapshot=True), revision)
         self.synced.set()
 
-    def subscribe(self, app: str = "") -> Subscription:
-        """Return a subscription to one app, or to everything; use it as a context manager."""
-        return Subscription(self, app, self._queue_deltas)
+    def subscribe(self, app: str = "", *, rewritten: bool = False) -> Subscription:
+        """Return a subscription to one app, or to everything; use it as a context manager.
+
+        With ``rewritten``, it has steps that change nothing of what is served, too.
+        """
+        return Subscription(self, app, self._queue_deltas, rewritten)
 
     def snapshot(self, app: str = "") -> Delta:
         """Return all entries of one app, or all entries, as one delta."""
@@ -224,10 +229,11 @@ class View:
             if new and (old is None or old.value_json != new.value_json):
                 upserts[key] = new.value_json
         deletes = frozenset(key for key, old in before.items() if old and key not in self.entries)
-        return Delta(upserts, deletes, self.revision)
+        rewritten = frozenset(key for key in before if key not in upserts and key not in deletes and _is_known(key))
+        return Delta(upserts, deletes, self.revision, rewritten=rewritten)
 
     def _publish(self, delta: Delta) -> None:
-        if delta:
+        if delta or delta.rewritten:
             for subscription in self.subscriptions:
                 subscription.offer(delta)
         self._step.set()
@@ -237,10 +243,11 @@ class View:
 class Subscription:
     """The steps of one subscriber: a snapshot, then every delta; after falling behind, a new snapshot."""
 
-    def __init__(self, view: View, app: str, queue_deltas: int) -> None:
+    def __init__(self, view: View, app: str, queue_deltas: int, rewritten: bool) -> None:
         self._view = view
         self._app = app
         self._limit = queue_deltas
+        self._rewritten = rewritten
         self._pending: deque[Delta] = deque()
         self._behind = True
         self._changed = asyncio.Event()
@@ -255,7 +262,7 @@ class Subscription:
     def offer(self, delta: Delta) -> None:
         """Queue a step of the view, without waiting."""
         relevant = _for_app(delta, self._app)
-        if self._behind or not relevant:
+        if self._behind or not (relevant or (self._rewritten and relevant.rewritten)):
             return
         if len(self._pending) >= self._limit:
             self._pending.clear()
@@ -286,6 +293,14 @@ def concerns(key: str, app: str) -> bool:
     return not app or app_of(key) in (None, app)
 
 
+def _is_known(key: str) -> bool:
+    try:
+        app_of(key)
+    except MalformedConfig:
+        return False
+    return True
+
+
 def _for_app(delta: Delta, app: str) -> Delta:
     if not app:
         return delta
@@ -294,4 +309,5 @@ def _for_app(delta: Delta, app: str) -> Delta:
         frozenset(key for key in delta.deletes if concerns(key, app)),
         delta.revision,
         stale=delta.stale,
+        rewritten=frozenset(key for key in delta.rewritten if concerns(key, app)),
     )

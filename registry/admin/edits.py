@@ -35,7 +35,8 @@ def put_release(state: AppState, release: Release, given: Collection[str]) -> Ed
 def amend_release(state: AppState, version: str, changes: Mapping[str, Any]) -> Edits:
     """Change some of the phase, desc and weight of a release (None: remove the field). Raises NotFound."""
     current = release_of(state, version)
-    if all(getattr(current, name) == value for name, value in changes.items()):
+    stored = _stored(state, current.key)
+    if all((stored.get(name) if value is None else getattr(current, name)) == value for name, value in changes.items()):
         return {}
     return {current.key: _merged(state, current.key, {**changes, "lastmodified": _now()})}
 
@@ -214,16 +215,19 @@ def _stored(state: AppState, key: str) -> dict[str, Any]:
 def _merged(state: AppState, key: str, changes: Mapping[str, Any]) -> str:
     """Return the stored JSON with changes, None to remove a field: an operator may have added fields of their own."""
     fields = {**_stored(state, key), **changes}
-    return _json({name: value for name, value in fields.items() if value is not None})
+    return _text(state, key, {name: value for name, value in fields.items() if value is not None})
 
 
 def _replaced(state: AppState, key: str, fields: Mapping[str, Any]) -> Edits:
     if not fields:
         return {key: None} if key in state.revisions else {}
-    return {key: _json(fields)}
+    return {key: _text(state, key, fields)}
 
 
-def _json(fields: Mapping[str, Any]) -> str:
+def _text(state: AppState, key: str, fields: Mapping[str, Any]) -> str:
+    """Return fields as JSON: as it is stored, if they are the same."""
+    if key in state.entries and key not in state.malformed and fields == _stored(state, key):
+        return state.entries[key].value_json
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
 
 

@@ -3,7 +3,7 @@
 A change through the API leaves a note of who made it and why, in its own transaction. A recorder in every registry
 watches the config and writes an entry for each change, with what the keys held before: so changes by other tools get
 one, too, and nobody has to hold a lock. The key of an entry names the revision of its change, and the first recorder to
-write it wins.
+write it wins. If that key holds an entry which was copied from another etcd, the next free one does.
 
 :data:`SEEN_KEY` holds the last revision that was recorded. A recorder goes on there after an outage. If etcd has
 compacted what it missed by then, the entries of keys that were written meanwhile lack the earlier values.
@@ -91,9 +91,10 @@ class History:
     async def since(self, app: str, revision: int) -> list[Change]:
         """Return the changes of an app from a revision on, the newest first. Raises EtcdError."""
         kvs, _ = await self._client.get_below([_prefix(app)], [])
-        return sorted(
-            (change for kv in kvs if (change := _read(kv)).revision >= revision), key=lambda each: -each.revision
-        )
+        # Entries that were copied from another etcd have its revisions.
+        kvs = sorted(kvs, key=lambda kv: -kv.create_revision)
+        first = next((kv.create_revision for kv in kvs if _read(kv).revision == revision), None)
+        return [_read(kv) for kv in kvs if first is not None and kv.create_revision >= first]
 
 
 class Recorder:
@@ -186,12 +187,14 @@ class Recorder:
         if len(value) > _MOST_BYTES:
             keys = tuple(KeyChange(each.key, omitted=True) for each in change.keys)
             value = msgspec.json.encode(msgspec.structs.replace(change, keys=keys))
-        operations = [put(key, value.decode()), *([put(SEEN_KEY, str(change.revision))] if seen else [])]
+        marks = [put(SEEN_KEY, str(change.revision))] if seen else []
         try:
-            while await self._client.commit([written_at(key, 0)], operations) is None:
+            while await self._client.commit([written_at(key, 0)], [put(key, value.decode()), *marks]) is None:
                 # Another recorder has written it, or no answer came.
-                if await self._client.get(key):
-                    return
+                if stored := await self._client.get(key):
+                    if not _is_of_another_etcd(_read(stored), change):
+                        return
+                    key += "+"
         except (LeaseNotFound, Compacted, TokenRefused):
             raise
         except EtcdRefused as error:
@@ -279,6 +282,11 @@ def _read(kv: etcd_pb2.KeyValue) -> Change:
         # Somebody else has written it.
         *_, app, revision = kv.key.decode(errors="replace").split("/")
         return Change(int(revision) if revision.isdecimal() else 0, app, 0.0, ())
+
+
+def _is_of_another_etcd(stored: Change, change: Change) -> bool:
+    """Return whether an entry was copied from an etcd in which its revision was another change."""
+    return stored.keys != change.keys and not any(each.omitted for each in (*stored.keys, *change.keys))
 
 
 def _text(value: bytes | None) -> str | None:

@@ -182,7 +182,7 @@ def access_to(state: AppState) -> admin_pb2.Access:
         owner=admin_pb2.Access.Owner(uid=rules.owner.uid) if rules.owner else None,
         user_whitelist=admin_pb2.Access.Users(uids=rules.user_whitelist) if rules.user_whitelist is not None else None,
         malformed=state.malformed.get(key, ""),
-        warnings=_warnings(state, key),
+        warnings=[state.warnings[key]] if key in state.warnings else [],
     )
 
 
@@ -322,7 +322,10 @@ def _wrong_mask(reason: str) -> InvalidArgument:
 
 
 def _warnings(state: AppState, key: str) -> list[str]:
-    return [warning] if (warning := state.warnings.get(key)) else []
+    found = [warning] if (warning := state.warnings.get(key)) else []
+    if reason := state.malformed.get(key):
+        found.append(f"the value in etcd is malformed, and the last good one goes on: {reason}")
+    return found
 
 
 def _timestamp(text: str) -> Timestamp | None:

@@ -4,30 +4,44 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar
+
+from google.protobuf.message import Message
 
 from atserving.errors import InvalidArgument
 
 DEFAULT_SIZE, MOST = 100, 1000
+MOST_BYTES = 2 << 20
+"""The items of a page after the first have no more bytes: a client of gRPC takes 4 MiB if nobody tells it more."""
 
-T = TypeVar("T")
-
-
-def size_of(page_size: int) -> int:
-    """Return the size of a page. Raises InvalidArgument."""
-    if page_size < 0:
-        raise InvalidArgument("page_size should not be negative", fields={"page_size": "should not be negative"})
-    return min(page_size or DEFAULT_SIZE, MOST)
+T = TypeVar("T", bound=Message)
 
 
-def page(items: Sequence[T], key: Callable[[T], str], page_size: int, token: str) -> tuple[Sequence[T], str]:
-    """Return the page of sorted items after a token, and the token of the next one. Raises InvalidArgument."""
-    size = size_of(page_size)
-    after = read(token)
-    rest = [each for each in items if not after or key(each) > after]
-    found = rest[:size]
-    return found, write(key(found[-1])) if len(rest) > size else ""
+class Page(Generic[T]):
+    """A page that is filled with messages in the order of their names."""
+
+    def __init__(self, page_size: int, token: str) -> None:
+        """Begin a page of so many items, 0 for a usual number. Raises InvalidArgument."""
+        if page_size < 0:
+            raise InvalidArgument("page_size should not be negative", fields={"page_size": "should not be negative"})
+        self._size = min(page_size or DEFAULT_SIZE, MOST)
+        self._last = self.after = read(token)
+        """The name of the last item of the page before."""
+        self._bytes = 0
+        self.items: list[T] = []
+        self.token = ""
+        """The token of the next page; empty if there is none."""
+
+    def add(self, item: T, name: str) -> bool:
+        """Add an item, and return whether it found room. If not, the next page begins with it."""
+        length = item.ByteSize()
+        if len(self.items) == self._size or (self.items and self._bytes + length > MOST_BYTES):
+            self.token = write(self._last)
+            return False
+        self.items.append(item)
+        self._last = name
+        self._bytes += length
+        return True
 
 
 def write(text: str) -> str:

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Protocol, TypeVar
 
+from google.protobuf.message import Message
+
 from atserving.admin.v1 import admin_pb2
-from atserving.config import Instance, MalformedConfig, Release, app_of
+from atserving.config import MalformedConfig, app_of
 from atserving.errors import NotFound, Unavailable
 from registry.admin import edits, load, messages, paging
 from registry.admin.history import NO_APP, History
@@ -15,11 +17,13 @@ from registry.admin.state import AppState
 from registry.admin.watching import changed_objects
 from registry.mirror import Mirror
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Message)
 _Wrong = dict[str, tuple[dict[str, str], dict[str, str]]]
 
 # After so many apps or objects others have their turn, such as heartbeats.
 _TURN = 20
+# An entry of the history has up to 512 KiB: so many of them are read in one go.
+_ENTRIES = 16
 
 
 class Context(Protocol):
@@ -40,14 +44,14 @@ class Reads:
         self._by_app: _Wrong = {}
 
     async def list_apps(self, request: admin_pb2.ListAppsRequest, _: Context) -> admin_pb2.ListAppsResponse:
-        names = [app for app in self._apps(NO_APP) if request.filter in app]
-        found, token = paging.page(names, str, request.page_size, request.page_token)
-        response = admin_pb2.ListAppsResponse(next_page_token=token)
-        for turn, app in enumerate(found):
+        page = paging.Page[admin_pb2.App](request.page_size, request.page_token)
+        names = [app for app in self._apps(NO_APP) if request.filter in app and app > page.after]
+        for turn, app in enumerate(names):
             if not turn % _TURN:
                 await asyncio.sleep(0)
-            response.apps.append(messages.app_to(self._state(app)))
-        return response
+            if not page.add(messages.app_to(self._state(app)), app):
+                break
+        return admin_pb2.ListAppsResponse(apps=page.items, next_page_token=page.token)
 
     async def get_app(self, request: admin_pb2.GetAppRequest, _: Context) -> admin_pb2.App:
         return messages.app_to(self._existing(request.app))
@@ -55,17 +59,16 @@ class Reads:
     async def list_releases(self, request: admin_pb2.ListReleasesRequest, _: Context) -> admin_pb2.ListReleasesResponse:
         phase = messages.phase_from(request.phase, "phase") if request.phase else None
 
-        def releases(state: AppState) -> Iterable[tuple[str, Release]]:
+        def releases(state: AppState) -> Iterable[tuple[str, admin_pb2.Release]]:
             return (
-                (each.version, each)
+                (each.version, messages.release_to(state, each))
                 for each in state.releases.values()
                 if phase in (None, each.phase) and (request.filter in each.version or request.filter in each.desc)
             )
 
-        found, token = await self._page(request.app, releases, request.page_size, request.page_token)
-        return admin_pb2.ListReleasesResponse(
-            releases=[messages.release_to(state, release) for state, release in found], next_page_token=token
-        )
+        page = paging.Page[admin_pb2.Release](request.page_size, request.page_token)
+        await self._fill(page, request.app, releases)
+        return admin_pb2.ListReleasesResponse(releases=page.items, next_page_token=page.token)
 
     async def get_release(self, request: admin_pb2.GetReleaseRequest, _: Context) -> admin_pb2.Release:
         state = self._existing(request.app)
@@ -85,27 +88,27 @@ class Reads:
     async def list_instances(
         self, request: admin_pb2.ListInstancesRequest, _: Context
     ) -> admin_pb2.ListInstancesResponse:
-        def instances(state: AppState) -> Iterable[tuple[str, Instance]]:
+        def instances(state: AppState) -> Iterable[tuple[str, admin_pb2.InstanceStatus]]:
             version = state.version_of(request.version) or request.version
             chosen = [name for name in state.instances if version in ("", name)]
-            named = ((f"{name}/{each.id}", each) for name in chosen for each in state.instances[name])
-            return sorted(named, key=lambda each: each[0])
+            named = sorted((f"{name}/{each.id}", each) for name in chosen for each in state.instances[name])
+            return ((name, messages.instance_to(state, each)) for name, each in named)
 
-        found, token = await self._page(request.app, instances, request.page_size, request.page_token)
-        statuses = [messages.instance_to(state, instance) for state, instance in found]
+        page = paging.Page[admin_pb2.InstanceStatus](request.page_size, request.page_token)
+        await self._fill(page, request.app, instances)
         if request.load:
-            await load.ask(statuses)
-        return admin_pb2.ListInstancesResponse(instances=statuses, next_page_token=token)
+            await load.ask(page.items)
+        return admin_pb2.ListInstancesResponse(instances=page.items, next_page_token=page.token)
 
     async def list_history(self, request: admin_pb2.ListHistoryRequest, _: Context) -> admin_pb2.ListHistoryResponse:
         app = request.app if request.app == NO_APP else messages.name_from(request.app, "app")
-        size = paging.size_of(request.page_size)
-        before = paging.read(request.page_token)
-        found = await self._history.newest(app, size, messages.revision_from(before) if before else 0)
-        return admin_pb2.ListHistoryResponse(
-            changes=[messages.change_to(each) for each in found],
-            next_page_token=paging.write(str(found[-1].created)) if len(found) == size else "",
-        )
+        page = paging.Page[admin_pb2.Change](request.page_size, request.page_token)
+        before = messages.revision_from(page.after) if page.after else 0
+        while found := await self._history.newest(app, _ENTRIES, before):
+            if not all(page.add(messages.change_to(each), str(each.created)) for each in found):
+                break
+            before = found[-1].created
+        return admin_pb2.ListHistoryResponse(changes=page.items, next_page_token=page.token)
 
     async def list_problems(self, request: admin_pb2.ListProblemsRequest, _: Context) -> admin_pb2.ListProblemsResponse:
         self._require_synced()
@@ -129,10 +132,10 @@ class Reads:
     ) -> AsyncIterator[admin_pb2.WatchAppResponse]:
         self._require_synced()
         app = "" if request.app == NO_APP else messages.name_from(request.app, "app")
-        with self._view.subscribe(app) as subscription:
+        with self._view.subscribe(app, rewritten=True) as subscription:
             known: dict[str, admin_pb2.WatchAppResponse] = {}
             synced = False
-            while delta := await subscription.next():
+            while (delta := await subscription.next()) is not None:
                 for turn, response in enumerate(changed_objects(delta, known, self._state, app)):
                     if not turn % _TURN:
                         await asyncio.sleep(0)
@@ -142,31 +145,22 @@ class Reads:
                     yield admin_pb2.WatchAppResponse(synced=True)
         raise Unavailable("the registry is stopping")
 
-    async def _page(
-        self, app: str, items_of: Callable[[AppState], Iterable[tuple[str, T]]], page_size: int, token: str
-    ) -> tuple[list[tuple[AppState, T]], str]:
-        """Return a page of what apps have, and the token of the next one. It looks only at the apps of the page.
+    async def _fill(
+        self, page: paging.Page[T], app: str, items_of: Callable[[AppState], Iterable[tuple[str, T]]]
+    ) -> None:
+        """Fill a page with what apps have. It looks only at the apps of the page.
 
         ``items_of`` yields the names and items of an app, sorted. Raises InvalidArgument, Unavailable.
         """
-        size = paging.size_of(page_size)
-        after = paging.read(token)
-        first, _, last = after.partition("/")
-        found: list[tuple[AppState, T]] = []
+        first, _, last = page.after.partition("/")
         for turn, name in enumerate(self._apps(app)):
             if name < first:
                 continue
             if not turn % _TURN:
                 await asyncio.sleep(0)
-            state = self._state(name)
-            for item_name, item in items_of(state):
-                if name == first and item_name <= last:
-                    continue
-                if len(found) == size:
-                    return found, paging.write(after)
-                found.append((state, item))
-                after = f"{name}/{item_name}"
-        return found, ""
+            for item_name, item in items_of(self._state(name)):
+                if (name != first or item_name > last) and not page.add(item, f"{name}/{item_name}"):
+                    return
 
     def _require_synced(self) -> None:
         if not self._view.synced.is_set():

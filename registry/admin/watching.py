@@ -18,7 +18,7 @@ def changed_objects(
     delta: Delta, known: Responses, state_of: Callable[[str], AppState], app: str
 ) -> Iterator[admin_pb2.WatchAppResponse]:
     """Yield what a subscriber of an app (empty: all) has to hear of a step. ``known`` is what it has heard before."""
-    keys = set(delta.upserts) | set(delta.deletes)
+    keys = {*delta.upserts, *delta.deletes, *delta.rewritten}
     if delta.reset:
         keys |= known.keys() - {name for name in known if name.startswith(_APP)}
     apps: dict[str, set[str]] = {}

@@ -76,8 +76,12 @@ class Writer:
         Raises Aborted for a stale etag, FailedPrecondition, InvalidArgument, Unavailable, EtcdError, and what ``edit``
         raises.
         """
+        tried: Edits = {}
         for attempt in range(_ATTEMPTS):
             before, revision = await self._read(app)
+            if tried and all(_current(before, key) == value for key, value in tried.items()):
+                # It took effect, though no answer came.
+                return before
             is_stale = bool(intent.etag) and intent.etag != etag_of(before)
             if is_stale and not attempt:
                 raise Aborted(f"it has changed: its etag is {etag_of(before) or 'gone'}, not {intent.etag}")
@@ -93,6 +97,7 @@ class Writer:
                 guards.check(before, after)
             if intent.validate_only:
                 return after
+            tried = edits
             written = await self._commit(before, revision, edits, after, intent)
             if written is not None:
                 log.info("config written", app=app, method=intent.method, revision=written, keys=len(edits))

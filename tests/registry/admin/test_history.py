@@ -6,11 +6,13 @@ import asyncio
 import time
 from typing import Any
 
+import msgspec
 import pytest
 
 from atserving.admin.v1 import admin_pb2
-from atserving.config import app_metadata_key, release_key
+from atserving.config import HISTORY, app_metadata_key, release_key
 from atserving.errors import FailedPrecondition, InvalidArgument, NotFound
+from registry.admin.history import History, KeyChange
 from registry.etcd import Connection, EtcdClient
 from tests.processes import Etcd
 from tests.registry.admin.conftest import CONTEXT, Operator, operating
@@ -109,6 +111,44 @@ async def test_pages_go_back_in_time(operator: Operator) -> None:
     assert seen == [f"v{number}" for number in reversed(range(7))]
     with pytest.raises(InvalidArgument, match="page_token"):
         await operator.service.list_history(admin_pb2.ListHistoryRequest(app=operator.app, page_token="?"), CONTEXT)
+
+
+async def test_large_pages_end_early(operator: Operator) -> None:
+    key = release_key(operator.app, "v1")
+    for number in range(10):
+        await operator.etcdctl(key, '{"file": "file:///m.tar", "desc": "%s"}' % (str(number) * 240_000))
+    seen: list[str] = []
+    token = "first"
+    while token:
+        request = admin_pb2.ListHistoryRequest(app=operator.app, page_token="" if token == "first" else token)
+        page = await operator.service.list_history(request, CONTEXT)
+        assert page.ByteSize() < 4 << 20, "a client of gRPC takes no more unless it is told to"
+        seen += [each.keys[0].after[-3] for each in page.changes]
+        token = page.next_page_token
+    assert seen == [str(number) for number in reversed(range(10))]
+
+
+async def test_a_copied_history_hides_no_change(etcd: Etcd) -> None:
+    key = app_metadata_key("app")
+    async with operating(etcd, "app") as operator:
+        await operator.etcdctl(key, '{"public": true}')
+        await operator.service.list_history(admin_pb2.ListHistoryRequest(app="app"), CONTEXT)
+        # As if this etcd had been filled from another one, whose next changes had the same numbers.
+        (copied,) = await History(operator.client).newest("app", 1)
+        next_ = (await operator.client.put("/ava/serving/worker/default", "{}")) + 3
+        other = msgspec.structs.replace(copied, revision=next_, keys=(KeyChange(key, "1", "2"),))
+        for revision in range(next_, next_ + 3):
+            value = msgspec.json.encode(msgspec.structs.replace(other, revision=revision))
+            await operator.client.put(f"{HISTORY}app/{revision:020d}", value)
+        while (revision := await operator.client.put(key, '{"public": false}')) < next_:
+            pass
+        async with asyncio.timeout(10):
+            await operator.recorder.reached(revision)
+        change = next(each for each in await operator.history() if each.keys[0].after == '{"public": false}')
+        await roll_back(operator, revision=change.revision)
+        kv = await operator.client.get(key)
+        assert kv
+        assert kv.value == b'{"public": true}'
 
 
 async def test_the_history_of_all_apps(operator: Operator) -> None:

@@ -7,10 +7,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from atserving.admin.v1 import admin_pb2
 from atserving.config import app_routing_key, release_key, worker_keys
 from atserving.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from atserving.v1 import etcd_pb2
+from registry.etcd import EtcdUnavailable
 from tests.processes import Etcd
 from tests.registry.admin.conftest import CONTEXT, Operator, operating
 
@@ -275,6 +278,43 @@ async def test_wrong_weights_are_refused(operator: Operator, weights: dict[str, 
         await split(operator, weights)
     with pytest.raises(NotFound, match="v9"):
         await split(operator, {"v9": 1})
+
+
+async def test_a_lost_answer_of_etcd_is_no_failure(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    await two_versions(operator)
+    await operator.deregister("v2")
+    txn = operator.client.txn
+    lost: list[object] = []
+
+    async def losing(*arguments: Any) -> etcd_pb2.TxnResponse:
+        response = await txn(*arguments)
+        if response.succeeded and len(arguments[1]) > 1 and not lost:
+            lost.append(response)
+            raise EtcdUnavailable("no answer came")
+        return response
+
+    monkeypatch.setattr(operator.client, "txn", losing)
+    service, app = operator.service, operator.app
+    await service.set_alias(admin_pb2.SetAliasRequest(app=app, alias="next", version="v1"), CONTEXT)
+    assert lost.pop()
+    await service.delete_alias(admin_pb2.DeleteAliasRequest(app=app, alias="next"), CONTEXT)
+    assert lost.pop()
+    etag = (await service.get_release(admin_pb2.GetReleaseRequest(app=app, version="v2"), CONTEXT)).etag
+    await delete(operator, "v2", etag=etag)
+    assert lost.pop()
+    assert await operator.phases() == {"v1": "production"}
+
+
+async def test_a_removal_of_what_is_not_there_changes_nothing(operator: Operator) -> None:
+    before = await operator.publish("v1")
+    request = admin_pb2.UpdateReleaseRequest(
+        release=admin_pb2.Release(app=operator.app, version="v1"), update_mask=FieldMask(paths=["desc", "weight"])
+    )
+    assert (await operator.service.update_release(request, CONTEXT)).etag == before.etag
+    await operator.etcdctl(app_routing_key(operator.app), '{ "key_header": "x-user" }')
+    etag = (await app_of(operator)).etag
+    update = admin_pb2.UpdateAppRequest(app=admin_pb2.App(name=operator.app, key_header="x-user"))
+    assert (await operator.service.update_app(update, CONTEXT)).etag == etag
 
 
 async def test_deletion_waits_for_the_instances(operator: Operator) -> None:

@@ -262,3 +262,31 @@ async def test_a_watch_tells_of_each_object_once(operator: Operator) -> None:
         ("instance", "v1", True),
         ("release", "v1", True),
     ]
+
+
+async def test_a_watch_tells_of_values_that_are_not_served(operator: Operator) -> None:
+    await operator.publish("v1")
+    found: asyncio.Queue[admin_pb2.WatchAppResponse] = asyncio.Queue()
+
+    async def watch() -> None:
+        async for response in operator.service.watch_app(admin_pb2.WatchAppRequest(app=operator.app), CONTEXT):
+            found.put_nowait(response)
+
+    watching = asyncio.create_task(watch())
+    key = release_key(operator.app, "v1")
+    stored = await operator.client.get(key)
+    assert stored
+    async with asyncio.timeout(10):
+        while not (await found.get()).synced:
+            pass
+        await operator.etcdctl(key, "{")
+        while "malformed" not in str((told := await found.get()).release.warnings):
+            pass
+        await operator.etcdctl(key, stored.value.decode())
+        while told.release.warnings:
+            told = await found.get()
+        etag = told.release.etag
+        await operator.etcdctl(key, stored.value.decode())
+        while told.release.etag == etag:
+            told = await found.get()
+    watching.cancel()
