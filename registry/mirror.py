@@ -81,7 +81,9 @@ class Mirror:
 
     def _apply(self, events: Sequence[etcd_pb2.Event]) -> None:
         """Apply events, those of an operator's calls apart from others."""
-        called = {event.kv.mod_revision for event in events if event.kv.key == _NOTE}
+        # Who empties etcd deletes the note, too.
+        notes = (event for event in events if event.kv.key == _NOTE and event.type == etcd_pb2.Event.PUT)
+        called = {event.kv.mod_revision for event in notes}
         for vetted, group in groupby(events, key=lambda event: event.kv.mod_revision in called):
             together = list(group)
             changes = [_change(event) for event in together if not event.kv.key.startswith(_HISTORY)]

@@ -10,7 +10,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from atserving.admin.v1 import admin_pb2
-from atserving.config import app_routing_key, release_key, worker_keys
+from atserving.config import PREFIX, app_routing_key, release_key, worker_keys
 from atserving.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from atserving.v1 import etcd_pb2
 from registry.etcd import EtcdUnavailable
@@ -380,3 +380,12 @@ async def test_deletions_by_calls_are_not_held_back_and_others_are(etcd: Etcd) -
         assert operator.mirror.view.holdback.held == {release_key("app", "v5")}
         with pytest.raises(FailedPrecondition, match="still in use"):
             await delete(operator, "v6")
+
+
+async def test_an_emptied_etcd_is_no_call(etcd: Etcd) -> None:
+    async with operating(etcd, "app", hold_s=600) as operator:
+        keys = {release_key("app", (await operator.publish(f"v{number}")).version) for number in range(3)}
+        etcd.ctl("del", "--prefix", PREFIX)
+        await operator.seen(await operator.client.put(app_routing_key("other"), "{}"))
+        assert operator.mirror.view.holdback.held == keys
+        assert keys <= operator.mirror.view.entries.keys()
