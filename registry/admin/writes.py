@@ -128,11 +128,16 @@ class Writer:
         return AppState.read(app, kvs), revision
 
     def _check_held(self, edits: Edits, before: AppState) -> None:
-        """Refuse a change of keys whose deletion is held back: what is served is not what etcd has."""
+        """Refuse a change of an app whose deletion is held back: what is served is not what etcd has.
+
+        To write the keys that are gone is the way back.
+        """
         held = {key for key in self._mirror.view.holdback.held if "/instance/" not in key}
+        if all(key in held and value is not None for key, value in edits.items()):
+            return
         for key in held:
             with suppress(MalformedConfig):
-                if app_of(key) == (before.app or None) and not (key in edits and edits[key] is not None):
+                if app_of(key) == (before.app or None):
                     raise FailedPrecondition(
                         f"{key} is gone from etcd with most others, and still in use: restore etcd, or accept the "
                         "deletions first"

@@ -389,3 +389,9 @@ async def test_an_emptied_etcd_is_no_call(etcd: Etcd) -> None:
         await operator.seen(await operator.client.put(app_routing_key("other"), "{}"))
         assert operator.mirror.view.holdback.held == keys
         assert keys <= operator.mirror.view.entries.keys()
+        # The way back: one after the other.
+        with pytest.raises(FailedPrecondition, match="still in use"):
+            await operator.publish("v9")
+        for number in range(3):
+            await operator.publish(f"v{number}")
+        assert not operator.mirror.view.holdback.held
