@@ -8,6 +8,7 @@ must not open an app. A malformed value raises :class:`MalformedConfig`, which n
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -294,11 +295,22 @@ def app_of(key: str) -> str | None:
 
 def parse(key: str, value: str | bytes) -> ConfigValue:
     """Parse the value of a key. Raises MalformedConfig for an unknown key, invalid JSON, and a wrong field."""
-    return read(key, value)[0]
+    return _parse(key, value)[0]
 
 
 def read(key: str, value: str | bytes) -> tuple[ConfigValue, str]:
-    """Parse the value of a key; return a warning of its unknown fields, too, or an empty text. Raises as ``parse``."""
+    """Parse the value of a key; return a warning of its unknown fields, too, or an empty text.
+
+    For the registry, which is the first to read what anybody wrote: it raises MalformedConfig as ``parse`` does, and
+    for JSON that has a name twice, since one of its values would be lost.
+    """
+    found = _parse(key, value)
+    if not isinstance(found[0], Instance):
+        _check_names(value)
+    return found
+
+
+def _parse(key: str, value: str | bytes) -> tuple[ConfigValue, str]:
     app_of(key)
     if key.startswith(_INSTANCES) and (instance := _instance(key, value)):
         return instance, ""
@@ -365,6 +377,17 @@ def _fields(value: str | bytes) -> dict[str, Any]:
     except orjson.JSONEncodeError:
         raise MalformedConfig("nested too deeply") from None
     return fields
+
+
+def _check_names(value: str | bytes) -> None:
+    """Raise MalformedConfig if an object in a JSON text has a name twice."""
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        if len(names := {name for name, _ in pairs}) < len(pairs):
+            twice = next(name for name in names if sum(name == each for each, _ in pairs) > 1)
+            raise MalformedConfig(f"the name {twice[:80]!r} is there twice")
+
+    json.loads(value, object_pairs_hook=check)
 
 
 def _check_rules(rules: AppMetadata, fields: Mapping[str, Any], unknown: list[str]) -> None:

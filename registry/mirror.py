@@ -18,7 +18,7 @@ from itertools import groupby
 
 import structlog
 
-from atserving.config import HISTORY, NOTE_KEY, PREFIX, MalformedConfig, is_access_rules, parse
+from atserving.config import HISTORY, NOTE_KEY, PREFIX, MalformedConfig, is_access_rules, read
 from atserving.v1 import etcd_pb2
 from registry.etcd import Compacted, EtcdClient, EtcdError
 from registry.view import Change, Delete, Put, View
@@ -141,7 +141,7 @@ def _put(kv: etcd_pb2.KeyValue) -> Put:
 
 def _is_well_formed(kv: etcd_pb2.KeyValue) -> bool:
     try:
-        parse(_text(kv.key), kv.value)
+        read(_text(kv.key), kv.value)
     except MalformedConfig:
         return False
     return True

@@ -232,7 +232,27 @@ def test_the_reason_of_a_malformed_value_is_short(field: str) -> None:
 def test_invalid_keys_and_values_raise_only_malformed_config(key: str, value: bytes | str) -> None:
     for each in (key, config.PREFIX + key, RELEASE_KEY, config.DEFAULT_WORKER_KEY):
         with suppress(MalformedConfig):
-            config.parse(each, value)
+            config.read(each, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name"),
+    [
+        ("/ava/serving/app/metadata/a", '{"public": false, "public": true}', "public"),
+        (config.DEFAULT_APP_METADATA_KEY, '{"owner": {"uid": 1, "uid": 2}}', "uid"),
+        (RELEASE_KEY, '{"file": "file:///x", "custom_values": {"deep": [{"a": 1, "\\u0061": 1}]}}', "a"),
+        (config.DEFAULT_WORKER_KEY, '{"timeout": "1s", "x": 1, "x": 2}', "x"),
+    ],
+)
+def test_a_name_is_there_once(key: str, value: str, name: str) -> None:
+    for each in (value, value.encode()):
+        with pytest.raises(MalformedConfig) as caught:
+            config.read(key, each)
+        assert str(caught.value) == f"the name '{name}' is there twice"
+
+
+def test_a_name_may_be_in_several_objects() -> None:
+    config.read(RELEASE_KEY, '{"file": "file:///x", "custom_values": {"a": [{"a": 1}, {"a": 1}], "b": {"a": {}}}}')
 
 
 @given(st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"))
