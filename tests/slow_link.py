@@ -19,6 +19,8 @@ class SlowLink:
         self.address = ""
         self.passed = 0
         """How many bytes it has passed on to the instance."""
+        self.passed_back = 0
+        """How many bytes it has passed on to the gate."""
         self.reads = asyncio.Event()
         """While this is not set, it reads nothing from the gate."""
         self.reads.set()
@@ -37,7 +39,7 @@ async def slow_link(address: str) -> AsyncIterator[SlowLink]:
             instance.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2 * _STEP_BYTES)
             instance.setblocking(False)
             await loop.sock_connect(instance, (host, int(port)))
-            back = asyncio.create_task(_back(instance, gate))
+            back = asyncio.create_task(_back(instance, gate, link))
             try:
                 while data := await loop.sock_recv(gate, _STEP_BYTES):
                     await loop.sock_sendall(instance, data)
@@ -70,9 +72,10 @@ async def slow_link(address: str) -> AsyncIterator[SlowLink]:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _back(instance: socket.socket, gate: socket.socket) -> None:
+async def _back(instance: socket.socket, gate: socket.socket, link: SlowLink) -> None:
     loop = asyncio.get_running_loop()
     with suppress(ConnectionError):
         while data := await loop.sock_recv(instance, _STEP_BYTES):
             await loop.sock_sendall(gate, data)
+            link.passed_back += len(data)
             await asyncio.sleep(len(data) / RATE)

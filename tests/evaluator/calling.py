@@ -28,15 +28,15 @@ def address(process: Process) -> str:
 
 
 @asynccontextmanager
-async def connected(process: Process) -> AsyncIterator[EvaluatorConnection]:
-    """Connect to an evaluator."""
+async def connected(process: Process, at: str = "") -> AsyncIterator[EvaluatorConnection]:
+    """Connect to an evaluator, at another address than its own if that is given."""
     registered = process.logged("address", "instance", event="instance registered")
     named = process.logged("app", "version")
     instance = Instance(
         app=named["app"],
         version=named["version"],
         id=registered["instance"],
-        address=registered["address"],
+        address=at or registered["address"],
         capacity=1,
     )
     connection = EvaluatorConnection(instance, connect_timeout_s=PATIENCE_S)

@@ -24,6 +24,7 @@ from gate.answers import TransportError
 from tests.evaluator.calling import DIGIT, address, ask, connected, infer
 from tests.evaluator.digits import DIGITS, digits_tar
 from tests.processes import Process, Registry, evaluator
+from tests.slow_link import slow_link
 from tests.waiting import until, until_async
 
 IMAGES = DIGITS / "images"
@@ -277,6 +278,27 @@ async def test_draining_instance_finishes_requests_in_flight_and_refuses_others(
             assert orjson.loads((await in_flight).result_json)["confidences"][0]["class"] == "seven"
         assert await asyncio.to_thread(process.wait) == 0
         assert process.logged(event="service stopped")
+
+
+LONG = b"""
+def net_init(cfg):
+    return {"batch_size": 1}
+
+def net_inference(model, args):
+    return [{"code": 0, "result_file": bytes(4 << 20)} for req in args["reqs"]]
+"""
+
+
+async def test_a_long_answer_leaves_whole_before_its_instance_stops(registry: Registry, tmp_path: Path) -> None:
+    registry.publish("long", file=digits_tar(tmp_path / "release.tar", **{"net.py": LONG}))
+    with evaluator(registry, "long") as process:
+        async with slow_link(address(process)) as slow, connected(process, slow.address) as draining:
+            answer = ask(draining, InferRequest(data=[DIGIT]))
+            while slow.passed_back < 1 << 20:
+                await asyncio.wait({answer}, timeout=0.01)
+            process.terminate()
+            assert len((await answer).stream) == 4 << 20
+        assert await asyncio.to_thread(process.wait) == 0
 
 
 async def test_grace_bounds_the_time_of_draining(registry: Registry, slow_host: SlowHost) -> None:
