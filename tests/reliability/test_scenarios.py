@@ -41,6 +41,12 @@ async def truth(mesh: Mesh) -> Truth:
     [
         ("etcd leader killed", ""),
         ("worker killed", ""),
+        ("every registry frozen", "a publication meanwhile: UNAVAILABLE"),
+        ("etcd emptied", "[0-9]+ deletions held back"),
+        ("etcd restored from a snapshot", ""),
+        ("etcd compacted while a registry is frozen", ""),
+        ("etcd out of space", "etcd refuses the registry"),
+        ("evaluator cut off from the registries", ""),
         ("a request that kills its gates", "2 gates killed; the request: 503"),
         ("odd requests", r"(9|10) of 10 answered as promised"),
     ],
@@ -49,6 +55,7 @@ async def test_callers_lose_nothing(name: str, note: str, mesh: Mesh, truth: Tru
     row = await play(SCENARIOS[name], mesh, truth, SCALE)
     assert row.sent == row.answered > 0, row
     assert row.whole, row
+    assert row.agreed_s is not None or not SCENARIOS[name].agrees
     assert re.search(note, "; ".join(row.notes))
     assert min(row.peak_mib[kind] for kind in ("envoy", "gate", "front", "worker", "registry", "etcd")) > 0
 

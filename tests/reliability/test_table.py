@@ -18,6 +18,7 @@ ROW = Row(
     failed={"503 no gate is ready": 1, "429 every instance is full": 3},
     apart=2,
     worst_s=1.26,
+    agreed_s=2.04,
     peak_mib={"envoy": 60, "gate": 50, "front": 61, "worker": 95, "registry": 46, "etcd": 30, "files": 9},
     notes=["first", "a | b"],
 )
@@ -25,11 +26,11 @@ ROW = Row(
 
 def test_a_row_has_the_causes_of_failures_and_the_peak_of_each_kind() -> None:
     assert markdown([ROW], {}).splitlines() == [
-        "| scenario | sent | answered | failed | slowest | peak MiB: envoy, gate, front, worker, registry, etcd "
-        "| before | notes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| scenario | sent | answered | failed | slowest | agreed "
+        "| peak MiB: envoy, gate, front, worker, registry, etcd | before | notes |",
+        "|---|---|---|---|---|---|---|---|---|",
         "| gate killed | 1,200 | 1,194 | 3 x 429 every instance is full; 1 x 503 no gate is ready; "
-        "apart: 2 of the broken Envoy's own | 1.3 s | 60, 50, 61, 95, 46, 30 | | first; a \\| b |",
+        "apart: 2 of the broken Envoy's own | 1.3 s | 2 s | 60, 50, 61, 95, 46, 30 | | first; a \\| b |",
     ]
 
 
