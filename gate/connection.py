@@ -141,6 +141,11 @@ class EvaluatorConnection:
         if self._looking:
             self._looking.cancel()
 
+    @property
+    def is_up(self) -> bool:
+        """Whether the instance is connected, and has named itself."""
+        return self._link is not None
+
     async def _run(self) -> None:
         try:
             while True:

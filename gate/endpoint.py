@@ -17,6 +17,10 @@ class Connection(Protocol):
     def is_away(self) -> bool:
         """Whether the instance has said that others should be asked first."""
 
+    @property
+    def is_up(self) -> bool:
+        """Whether the instance is connected, and has named itself."""
+
 
 ConnectionT = TypeVar("ConnectionT", bound=Connection)
 
@@ -77,6 +81,11 @@ class Endpoint(Generic[ConnectionT]):
     def is_away(self) -> bool:
         """Whether others should be asked first, as far as is known."""
         return self.opened is not None and self.opened.is_away
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it is connected."""
+        return self.opened is not None and self.opened.is_up
 
     def room(self, kind: Kind = ALONE) -> int:
         """Return how many more requests of a kind this gate can send it."""

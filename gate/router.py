@@ -23,7 +23,8 @@ from gate.usage import Usage
 log = structlog.get_logger()
 
 LINGER_S = 30.0
-"""How long the router remembers an instance that left the registry, as a last resort."""
+"""How long the router remembers an instance that left the registry, as a last resort, at least: while its connection is
+up, it does so."""
 
 EJECT_S = 1.0
 """How long the router ejects an instance after its transport failed, unless the version has no other."""
@@ -65,8 +66,8 @@ class Router(Generic[ConnectionT]):
     instances than a gate needs. :meth:`idle` and :meth:`expired` return connections for the caller to close.
 
     The router does not forget an instance as soon as it leaves the registry, since its lease may only have expired
-    while etcd or every registry was away. The instance remains a last resort while its version has no other, until it
-    refuses a request itself or LINGER_S have passed.
+    while etcd, every registry, or the instance's way to them was away. The instance remains a last resort while its
+    version has no other, until it refuses a request itself, or its connection is down and LINGER_S have passed.
 
     An instance that has loaded other content than its release has now takes no request. One that is away takes requests
     only if no other has room.
@@ -378,8 +379,9 @@ class Router(Generic[ConnectionT]):
         """Return the endpoints that are no longer used, each once, as soon as they have no request in flight."""
         oldest = self._clock() - LINGER_S
         for pool in self._left.values():
-            for id_ in [id_ for id_, each in pool.items() if each.left_at is not None and each.left_at < oldest]:
-                self._dropped.append(pool.pop(id_))
+            for id_, each in list(pool.items()):
+                if each.left_at is not None and each.left_at < oldest and not each.is_up:
+                    self._dropped.append(pool.pop(id_))
         idle = [each for each in self._dropped if each.is_idle]
         self._dropped = [each for each in self._dropped if not each.is_idle]
         return idle

@@ -39,7 +39,7 @@ from gate.admission import Caller
 from gate.batch import run_batch
 from gate.connection import EvaluatorConnection
 from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
-from gate.router import LINGER_S, Router
+from gate.router import Router
 from tests.instance import ScriptedInstance
 from tests.waiting import until
 
@@ -144,7 +144,9 @@ async def running_mesh() -> AsyncIterator[Mesh]:
         yield mesh
         for key in mesh.instance_keys:
             mesh.delete(key)
-        mesh.later_s = LINGER_S + 1
+        for pool in mesh.router._left.values():
+            for endpoint in list(pool.values()):
+                mesh.router.refused(endpoint)
         for endpoint in mesh.router.expired():
             await endpoint.connection.close()
 

@@ -44,6 +44,7 @@ class Connected:
 
     address: str
     is_away: bool = False
+    is_up: bool = False
 
 
 @dataclass
@@ -236,6 +237,18 @@ def test_instance_that_left_expires_once_it_is_idle(table: Table) -> None:
         assert table.router.expired() == []
         with pytest.raises(Unavailable):
             table.pick("app", "")
+    assert table.router.expired() == [endpoint]
+
+
+def test_instance_that_left_stays_the_last_resort_while_its_connection_is_up(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"))
+    endpoint = table.pick("app", "")
+    endpoint.connection.is_up = True
+    table.delete(instance("v1", "a"))
+    table.clock.now = 100 * LINGER_S
+    assert table.router.expired() == []
+    assert table.pick("app", "") is endpoint
+    endpoint.connection.is_up = False
     assert table.router.expired() == [endpoint]
 
 
