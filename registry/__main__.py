@@ -163,7 +163,7 @@ _file = click.Path(path_type=Path)
 @click.option(
     "--lease-ttl",
     type=_LeaseTtl(),
-    default="10s",
+    default="30s",
     show_default=True,
     metavar="DURATION",
     help="Time after which an instance without heartbeats is deregistered: seconds, or a duration such as 1m.",

@@ -275,7 +275,7 @@ class Mesh:
             command = commands.etcd(self._etcd_data(name), f"http://{client}", self._peer_urls(), *flags, name=name)
             self._add(name, "etcd", command)
         for number, address in enumerate(self.registries):
-            self._add(f"registry-{number}", "registry", commands.registry(self.etcds, address))
+            self._add(f"registry-{number}", "registry", commands.registry(self.etcds, address, "--lease-ttl", "10s"))
         try:
             async with asyncio.timeout(_START_S):
                 await self.publish()

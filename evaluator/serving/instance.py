@@ -189,6 +189,8 @@ class _Life:
                 registration.renew()
 
             self._follower.on_worker = apply
+            # Not only with the next heartbeat: callers may need it.
+            self._follower.instance_key, self._follower.on_unregistered = instance.key, registration.renew
             apply(self._follower.worker)
             async with _background(registration.run()) as registering:
                 try:

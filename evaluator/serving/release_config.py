@@ -25,6 +25,10 @@ class VersionConfigFollower:
         """The follower calls this when the release gets other content than was loaded, and when that is gone again."""
         self.outdated = False
         """Whether the release has other content now."""
+        self.instance_key = ""
+        """The key under which the instance is registered, once it is."""
+        self.on_unregistered: Callable[[], None] = lambda: None
+        """The follower calls this when that key is gone, as after etcd was restored from a snapshot."""
         self._loaded = ""
         self._app, self._version = app, version
         self._key = release_key(app, version)
@@ -75,6 +79,8 @@ class VersionConfigFollower:
             self._published.set()
         if self._key in deletes:
             log.warning("release deleted", app=self._app, version=self._version)
+        if self.instance_key in deletes:
+            self.on_unregistered()
         release = upserts.get(self._key)
         if self._loaded and isinstance(release, Release):
             self._compare(release)

@@ -21,7 +21,7 @@ from atserving.v1 import registry_pb2, registry_pb2_grpc
 from registry import messages
 from registry.etcd import Connection, EtcdClient
 from registry.view import Delta
-from tests.processes import Etcd, Registry
+from tests.processes import Etcd, Registry, evaluator
 from tests.waiting import until, until_async
 
 _numbers = itertools.count()
@@ -313,3 +313,13 @@ async def test_two_registries_serve_the_same_config(
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_an_instance_whose_key_is_gone_registers_at_once(lasting: Registry) -> None:
+    lasting.publish("gone")
+    with evaluator(lasting, "gone") as process:
+        process.logged(event="instance registered")
+        (before,) = lasting.instances("gone")
+        # Its next heartbeat is minutes away.
+        lasting.delete(f"instance/gone/v1/{before['id']}")
+        await until(lambda: lasting.instances("gone") == [before])
