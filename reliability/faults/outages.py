@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 
+import aiohttp
 import grpc.aio
 
 from atserving import transport
 from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
 from atserving.config import PREFIX
+from atserving.local.publishing import publish
 from registry.etcd import Connection, EtcdClient, EtcdError
 from reliability import releases
 from reliability.callers import EVERY_KIND
 from reliability.mesh import ETCD_BYTES
 from reliability.parts import Part
 from reliability.relay import Relay
+from reliability.releases import PICTURES
 from reliability.scenario import Scenario, Stage
 
 _V1 = releases.digits("v1", 0)
+_ALONE = replace(_V1, app="alone")
+_OCTETS = {"content-type": "application/octet-stream"}
+_PAUSE_S = 0.1
 _SETTINGS = "worker/app/quick/default"
 _WRITES = 40
 _FILLER_BYTES = 1 << 20
@@ -118,23 +125,43 @@ async def _out_of_space(stage: Stage) -> None:
 
 
 async def _cut_off(stage: Stage) -> None:
-    """Cut one instance off from all registries, longer than its lease. Its gates still reach it."""
+    """Cut the only instance of an app off from all registries, longer than its lease. Its gates still reach it."""
     mesh = stage.mesh
     async with AsyncExitStack() as stack:
         ways = [await stack.enter_async_context(Relay(address)) for address in mesh.registries]
         try:
-            mesh.start_evaluator(_V1, "cut-off", registries=[each.address for each in ways])
-            await mesh.until_listed(_V1, 1)
+            await publish(mesh.registries[0], _ALONE.release())
+            mesh.start_evaluator(_ALONE, "cut-off", registries=[each.address for each in ways])
+            await mesh.until_listed(_ALONE, 1)
+            asking = asyncio.create_task(_ask(stage, _ALONE.app))
             for way in ways:
                 way.cut()
             # Its lease ends, however short the stage is.
-            await mesh.until_listed(_V1, 0)
-            await stage.sleep(3)
+            await mesh.until_listed(_ALONE, 0)
+            await stage.sleep(6)
             for way in ways:
                 way.mend()
-            await mesh.until_listed(_V1, 1)
+            await mesh.until_listed(_ALONE, 1)
+            asking.cancel()
+            failed, sent = await asking
+            stage.note(f"its own requests: {sent - failed} of {sent} answered")
         finally:
             await mesh.end("cut-off")
+            await mesh.delete(f"eval/{_ALONE.app}/{_ALONE.version}")
+
+
+async def _ask(stage: Stage, app: str) -> tuple[int, int]:
+    """Ask an app at both edges until cancelled; return how many requests failed, and how many there were."""
+    failed = sent = 0
+    urls = itertools.cycle(f"{edge}/v1/eval/{app}" for edge in stage.mesh.edges)
+    with suppress(asyncio.CancelledError):
+        async with aiohttp.ClientSession() as session:
+            for url in urls:
+                async with session.post(url, data=PICTURES[1], headers=_OCTETS) as response:
+                    sent += 1
+                    failed += response.status != 200
+                await asyncio.sleep(_PAUSE_S)
+    return failed, sent
 
 
 async def _note_a_publication(stage: Stage) -> None:

@@ -46,7 +46,7 @@ async def truth(mesh: Mesh) -> Truth:
         ("etcd restored from a snapshot", ""),
         ("etcd compacted while a registry is frozen", ""),
         ("etcd out of space", "etcd refuses the registry"),
-        ("evaluator cut off from the registries", ""),
+        ("evaluator cut off from the registries", r"its own requests: (\d+) of \1 answered"),
         ("a request that kills its gates", "2 gates killed; the request: 503"),
         ("odd requests", r"(9|10) of 10 answered as promised"),
     ],
