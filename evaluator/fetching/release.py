@@ -24,15 +24,21 @@ MAX_FILE_BYTES = 4 << 30
 _REQUIRED = ("deploy.prototxt", "weight.caffemodel")
 
 
-async def fetch_release(release: Release, workspace: Path, qiniu: QiniuConfig | None = None) -> NetConfig:
+async def fetch_release(
+    release: Release,
+    workspace: Path,
+    qiniu: QiniuConfig | None = None,
+    digests: dict[str, str] | None = None,
+) -> NetConfig:
     """Fetch a release into ``workspace``, a folder of its own, unpack it, and return the config of its net.
 
-    A release with ``qiniu://`` files needs ``qiniu``. Raises StartError with one line for the operator.
+    A release with ``qiniu://`` files needs ``qiniu``. If ``digests`` is given, it gets the sha256 of each file by the
+    field that names it. Raises StartError with one line for the operator.
     """
     downloads, files = workspace / "downloads", workspace / "release"
     downloads.mkdir()
     files.mkdir()
-    tar = await _fetch(release.file, downloads / "release.tar", "file", qiniu)
+    tar = await _fetch(release.file, downloads / "release.tar", "file", qiniu, digests)
     tar_files = await asyncio.to_thread(unpack, tar, files)
     if tar.is_relative_to(downloads):
         tar.unlink()
@@ -41,7 +47,7 @@ async def fetch_release(release: Release, workspace: Path, qiniu: QiniuConfig | 
             if name not in tar_files:
                 raise StartError(f"the release's tar has no {name}")
     custom_files = {
-        name: await _fetch(uri, downloads / f"custom-{number}", f"custom_files.{name}", qiniu)
+        name: await _fetch(uri, downloads / f"custom-{number}", f"custom_files.{name}", qiniu, digests)
         for number, (name, uri) in enumerate(release.custom_files.items())
     }
     return NetConfig(
@@ -56,12 +62,13 @@ async def fetch_release(release: Release, workspace: Path, qiniu: QiniuConfig | 
     )
 
 
-async def _fetch(uri: str, target: Path, field: str, qiniu: QiniuConfig | None) -> Path:
+async def _fetch(uri: str, target: Path, field: str, qiniu: QiniuConfig | None, digests: dict[str, str] | None) -> Path:
     """Fetch a file and return its path: ``target``, or the file itself if it is local. ``field`` is its field."""
     bare, expected = _split_digest(uri, field)
     if bare.startswith("file://"):
         path = _local_path(bare, field)
-        digest = await asyncio.to_thread(_file_digest, path, bare, field) if expected else ""
+        wanted = bool(expected) or digests is not None
+        digest = await asyncio.to_thread(_file_digest, path, bare, field) if wanted else ""
     else:
         # Imported here: its HTTP client costs time and memory that local files don't need.
         from evaluator.fetching.download import download
@@ -70,6 +77,8 @@ async def _fetch(uri: str, target: Path, field: str, qiniu: QiniuConfig | None) 
         digest = await download(bare, target, f"{field} {_redacted(bare)}", qiniu, MAX_FILE_BYTES)
     if expected and digest != expected:
         raise StartError(f"{field} {_redacted(bare)}: its sha256 is {digest}, not {expected}")
+    if digests is not None:
+        digests[field] = digest
     return path
 
 

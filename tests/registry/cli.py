@@ -16,6 +16,8 @@ from atserving.local.examples import ROOT
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 
 ATSERVING = str(Path(sys.executable).parent / "atserving")
+PUT = ("release", "put", "--no-check")
+"""Publishes a release whose files are not there."""
 
 
 @dataclass(frozen=True)

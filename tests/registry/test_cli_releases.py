@@ -9,7 +9,7 @@ import pytest
 
 from atserving.config import release_key
 from tests.processes import Registry
-from tests.registry.cli import Cli
+from tests.registry.cli import PUT, Cli
 
 pytestmark = pytest.mark.slow
 
@@ -18,8 +18,8 @@ FILE = "file:///m.tar"
 
 def test_a_release_lives_and_dies(cli: Cli) -> None:
     app = cli.app
-    assert cli("release", "put", app, "v1", FILE, "--phase", "production") == f"{app} v1 is published, in production\n"
-    assert cli("release", "put", app, "v2", FILE, "--desc", "better") == f"{app} v2 is published, in staging\n"
+    assert cli(*PUT, app, "v1", FILE, "--phase", "production") == f"{app} v1 is published, in production\n"
+    assert cli(*PUT, app, "v2", FILE, "--desc", "better") == f"{app} v2 is published, in staging\n"
     cli.register("v1")
     refused = cli.run("release", "promote", app, "v2")
     assert refused.status == 5
@@ -63,16 +63,16 @@ def test_a_release_is_put_from_the_json_that_etcd_has(cli: Cli, lasting: Registr
     }
     path = tmp_path / "release.json"
     path.write_text(json.dumps(fields))
-    cli("release", "put", "-f", str(path))
+    cli(*PUT, "-f", str(path))
     stored = json.loads(lasting.etcdctl("get", "--print-value-only", release_key(cli.app, "v1")))
     assert stored.pop("lastmodified") > str(fields.pop("lastmodified"))
     assert stored == fields
     # What etcd has can be put again, flags replace fields, and a version of its own is another release.
     path.write_text(json.dumps(stored))
-    assert "in staging" in cli("release", "put", "-f", str(path), "--phase", "staging", "--force")
+    assert "in staging" in cli(*PUT, "-f", str(path), "--phase", "staging", "--force")
     values = tmp_path / "values.json"
     values.write_text('{"net": "detect"}')
-    cli("release", "put", cli.app, "v2", "file:///n.tar", "-f", str(path), "--custom-values", f"@{values}")
+    cli(*PUT, cli.app, "v2", "file:///n.tar", "-f", str(path), "--custom-values", f"@{values}")
     second = cli.run("release", "show", cli.app, "v2", "-o", "json").json
     assert (second["file"], second["custom_values"]) == ("file:///n.tar", {"net": "detect"})
     assert second["model_params"] == {"engines": 2}
@@ -92,7 +92,7 @@ def test_a_release_is_put_from_the_json_that_etcd_has(cli: Cli, lasting: Registr
 def test_a_wrong_field_is_named_with_status_6(cli: Cli, tmp_path: Path, change: dict[str, object], words: str) -> None:
     path = tmp_path / "release.json"
     path.write_text(json.dumps({"name": cli.app, "version": "v1", "file": FILE, **change}))
-    ended = cli.run("release", "put", "-f", str(path))
+    ended = cli.run(*PUT, "-f", str(path))
     assert (ended.status, ended.out, ended.err.count("\n")) == (6, "", 1)
     assert words in ended.err
 
@@ -117,14 +117,14 @@ def test_a_wrong_command_is_one_line_and_status_2(cli: Cli, arguments: list[str]
 
 
 def test_other_content_is_a_conflict(cli: Cli) -> None:
-    cli("release", "put", cli.app, "v1", FILE)
-    assert cli("release", "put", cli.app, "v1", FILE)
-    ended = cli.run("release", "put", cli.app, "v1", "file:///other.tar")
+    cli(*PUT, cli.app, "v1", FILE)
+    assert cli(*PUT, cli.app, "v1", FILE)
+    ended = cli.run(*PUT, cli.app, "v1", "file:///other.tar")
     assert (ended.status, "exists with a different file" in ended.err) == (4, True)
 
 
 def test_a_dry_run_changes_nothing_and_force_overrides(cli: Cli) -> None:
-    cli("release", "put", cli.app, "v1", FILE)
+    cli(*PUT, cli.app, "v1", FILE)
     assert cli.run("release", "promote", cli.app, "v1", "--dry-run").status == 5
     assert "dry run" in cli("release", "promote", cli.app, "v1", "--dry-run", "--force")
     assert cli.run("release", "show", cli.app, "v1", "-o", "json").json["phase"] == "PHASE_STAGING"
@@ -133,7 +133,7 @@ def test_a_dry_run_changes_nothing_and_force_overrides(cli: Cli) -> None:
 
 
 def test_put_and_promote_wait_for_an_instance(cli: Cli) -> None:
-    putting = cli.start("release", "put", cli.app, "v1", FILE, "--wait")
+    putting = cli.start(*PUT, cli.app, "v1", FILE, "--wait")
     assert putting.stdout
     assert putting.stderr
     assert putting.stdout.readline() == f"{cli.app} v1 is published, in staging\n"
@@ -152,7 +152,7 @@ def test_put_and_promote_wait_for_an_instance(cli: Cli) -> None:
 
 
 def test_a_list_names_what_is_wrong_on_standard_error(cli: Cli, lasting: Registry) -> None:
-    cli("release", "put", cli.app, "v1", FILE, "--desc", "with \x1b[31mescapes")
+    cli(*PUT, cli.app, "v1", FILE, "--desc", "with \x1b[31mescapes")
     cli.register("v1", digest="0" * 64)
     lasting.put(f"eval/{cli.app}/v2", {"file": FILE, "weigth": 1})
     lasting.etcdctl("put", release_key(cli.app, "v3"), "{")
@@ -171,7 +171,7 @@ def test_a_list_names_what_is_wrong_on_standard_error(cli: Cli, lasting: Registr
 
 def test_a_rollback_to_a_change(cli: Cli) -> None:
     for version in ("v1", "v2", "v3"):
-        cli("release", "put", cli.app, version, FILE)
+        cli(*PUT, cli.app, version, FILE)
     second = cli.run("release", "history", cli.app, "-o", "json").json["changes"][1]["revision"]
     cli("release", "rollback", cli.app, "--to", second)
     found = cli.run("release", "list", cli.app, "-o", "json").json["releases"]
@@ -180,7 +180,7 @@ def test_a_rollback_to_a_change(cli: Cli) -> None:
 
 
 def test_a_watch_prints_what_is_there_and_each_change(cli: Cli) -> None:
-    cli("release", "put", cli.app, "v1", FILE)
+    cli(*PUT, cli.app, "v1", FILE)
     watching = cli.start("release", "watch", cli.app)
     try:
         assert watching.stdout

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import Etcd, Process, Registry
-from tests.registry.cli import Cli
+from tests.registry.cli import PUT, Cli
 from tests.waiting import until
 
 pytestmark = pytest.mark.slow
@@ -18,7 +18,7 @@ FILE = "file:///m.tar"
 
 def test_an_app_has_shares_and_aliases(cli: Cli) -> None:
     for version in ("v1", "v2"):
-        cli("release", "put", cli.app, version, FILE, "--phase", "production", "--force")
+        cli(*PUT, cli.app, version, FILE, "--phase", "production", "--force")
         cli.register(version, capacity=3 if version == "v1" else 1)
     assert cli("app", "alias", cli.app, "best=v2") == f"{cli.app} best is v2\n"
     shown = cli("app", "show", cli.app)
@@ -39,7 +39,7 @@ def test_an_app_has_shares_and_aliases(cli: Cli) -> None:
 
 
 def test_worker_settings_come_from_three_levels(cli: Cli) -> None:
-    cli("release", "put", cli.app, "v1", FILE)
+    cli(*PUT, cli.app, "v1", FILE)
     cli("worker", "set", cli.app, "timeout=2s", "max_concurrent=32")
     cli("worker", "set", cli.app, "v1", "timeout=1m30s")
     rows = [line.split() for line in cli("worker", "show", cli.app, "v1").splitlines()[1:]]
@@ -63,7 +63,7 @@ def test_worker_settings_come_from_three_levels(cli: Cli) -> None:
 
 
 def test_access_rules(cli: Cli) -> None:
-    cli("release", "put", cli.app, "v1", FILE)
+    cli(*PUT, cli.app, "v1", FILE)
     cli("access", "set", cli.app, "public=false", "owner=7", "user_whitelist=1,2")
     assert [line.split(maxsplit=1) for line in cli("access", "show", cli.app).splitlines()[1:]] == [
         ["public", "false"],
@@ -78,7 +78,7 @@ def test_access_rules(cli: Cli) -> None:
 
 
 def test_instances_are_listed(cli: Cli) -> None:
-    cli("release", "put", cli.app, "v1", FILE)
+    cli(*PUT, cli.app, "v1", FILE)
     cli.register("v1", digest="0" * 64, id_="a")
     cli.register("v1", id_="b")
     rows = [line.split() for line in cli("ps", cli.app, "--no-load").splitlines()[1:]]
@@ -98,7 +98,7 @@ def test_deletions_that_are_held_back_are_accepted(
     registry.wait_serving()
     cli = Cli(registry.address, "app")
     for version in ("v1", "v2", "v3"):
-        cli("release", "put", "app", version, FILE)
+        cli(*PUT, "app", version, FILE)
     etcd.ctl("del", "--prefix", "/ava/serving/eval/")
     registry.logged(event="deletions held")
     assert "held back: /ava/serving/eval/app/v1" in cli.run("release", "list").err
@@ -108,7 +108,7 @@ def test_deletions_that_are_held_back_are_accepted(
 
 def test_a_server_that_is_away_is_passed_over(cli: Cli) -> None:
     away = "127.0.0.1:1"
-    assert cli.run("release", "put", cli.app, "v1", FILE, "--server", f"{away},{cli.server}").status == 0
+    assert cli.run(*PUT, cli.app, "v1", FILE, "--server", f"{away},{cli.server}").status == 0
     listed = cli.run("release", "list", cli.app, "--registry", f"{away},{cli.server}")
     assert cli.app in listed.out
     nobody = cli.run("release", "list", "--server", away)
@@ -124,10 +124,10 @@ async def test_only_reads_move_on_from_a_server_without_etcd(
     processes(empty)
     await until(lambda: "service starting" in empty.log_text())
     both = f"{empty.address},{cli.server}"
-    cli("release", "put", cli.app, "v1", FILE)
+    cli(*PUT, cli.app, "v1", FILE)
     read = cli.run("release", "show", cli.app, "v1", "--server", both)
     assert read.status == 0
-    written = cli.run("release", "put", cli.app, "v2", FILE, "--server", both)
+    written = cli.run(*PUT, cli.app, "v2", FILE, "--server", both)
     assert (written.status, empty.address in written.err) == (7, True)
     assert cli.run("release", "show", cli.app, "v2").status == 3
 
@@ -146,7 +146,7 @@ def complete(cli: Cli, *words: str, **environment: str) -> list[str]:
 
 def test_a_shell_completes_names(cli: Cli) -> None:
     for version in ("v1", "v2"):
-        cli("release", "put", cli.app, version, FILE)
+        cli(*PUT, cli.app, version, FILE)
     cli("app", "alias", cli.app, "best=v2")
     assert cli.app in complete(cli, "release", "show", cli.app[:-1])
     assert complete(cli, "release", "show", cli.app, "") == ["best", "v1", "v2"]

@@ -20,16 +20,15 @@ _CALL_TIMEOUT_S = 10.0
 _CONNECT_TIMEOUT_S = 3.0
 _PAGE_SIZE = 1000
 
-INVALID = 6
-UNAVAILABLE = 7
-"""The exit statuses that commands give themselves; the others come from the call's status."""
+NOT_FOUND, REFUSED, INVALID, UNAVAILABLE = 3, 5, 6, 7
+"""Exit statuses, by which a script tells failures apart."""
 
 _Status = grpc.StatusCode
 _EXIT_STATUSES = {
-    _Status.NOT_FOUND: 3,
+    _Status.NOT_FOUND: NOT_FOUND,
     _Status.ALREADY_EXISTS: 4,
     _Status.ABORTED: 4,
-    _Status.FAILED_PRECONDITION: 5,
+    _Status.FAILED_PRECONDITION: REFUSED,
     _Status.INVALID_ARGUMENT: INVALID,
     _Status.UNAVAILABLE: UNAVAILABLE,
     _Status.DEADLINE_EXCEEDED: UNAVAILABLE,

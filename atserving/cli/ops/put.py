@@ -10,8 +10,8 @@ import orjson
 from google.protobuf.json_format import ParseDict, ParseError
 
 from atserving.admin.v1 import admin_pb2
-from atserving.cli.ops import completion, printing
-from atserving.cli.ops.client import INVALID, CommandError
+from atserving.cli.ops import checking, completion, printing
+from atserving.cli.ops.client import INVALID, NOT_FOUND, REFUSED, CommandError
 from atserving.cli.ops.options import Write, flag, writing
 from atserving.cli.ops.waiting import wait_flags, wait_ready
 
@@ -53,7 +53,8 @@ def _file_pairs(context: click.Context, parameter: click.Parameter, values: tupl
 
 @click.command(
     help="Publish VERSION of APP. FILE is the URI of its tar (file://, http(s)://, qiniu://). With -f, the three are "
-    "in the JSON; flags replace its fields."
+    "in the JSON; flags replace its fields. Before that, the files are fetched and the net is loaded here, and the "
+    "digest of each file goes into the release."
 )
 @completion.app(required=False)
 @completion.argument("version", required=False)
@@ -72,6 +73,7 @@ def _file_pairs(context: click.Context, parameter: click.Parameter, values: tupl
 @flag("--custom-values", callback=_json_object, metavar="JSON|@PATH", help='A JSON object such as {"net": "classify"}.')
 @flag("--model-params", callback=_json_object, metavar="JSON|@PATH", help="A JSON object with options of the engine.")
 @flag("--custom-file", "custom_files", multiple=True, callback=_file_pairs, metavar="NAME=URI", help="Repeatable.")
+@flag("--no-check", is_flag=True, help="Publish it without fetching its files and loading its net here.")
 @wait_flags("Wait until an instance is ready.")
 @writing
 def put(
@@ -82,6 +84,7 @@ def put(
     fields: dict[str, Any],
     wait: bool,
     timeout: float,
+    no_check: bool,
     **flags: Any,
 ) -> None:
     names = {"name": app, "version": version, "file": file}
@@ -89,17 +92,29 @@ def put(
     missing = [name for name in names if name not in fields | given]
     if missing:
         raise click.UsageError(f"{', '.join('app' if each == 'name' else each for each in missing)}: missing")
-    stored = write.call(
-        lambda stub: stub.CreateRelease, admin_pb2.CreateReleaseRequest(release=release_from(fields | given))
-    )
+    fields = {name: value for name, value in (fields | given).items() if name not in _OUTPUT_ONLY}
+    known = _stored(write, release_from(fields))
+    release = release_from(checking.with_digests(fields, known, check=not no_check))
+    stored = write.call(lambda stub: stub.CreateRelease, admin_pb2.CreateReleaseRequest(release=release))
     write.tell(f"{stored.app} {stored.version} is published, in {printing.phase(stored.phase)}")
     if wait and not write.validate_only:
         wait_ready(write.servers, stored.app, stored.version, timeout)
 
 
+def _stored(write: Write, release: admin_pb2.Release) -> admin_pb2.Release | None:
+    """Return the version that is published under this name, if it is. Raises CommandError."""
+    try:
+        request = admin_pb2.GetReleaseRequest(app=release.app, version=release.version)
+        return write.servers.read(lambda stub: stub.GetRelease, request)
+    except CommandError as error:
+        if error.exit_status in (NOT_FOUND, REFUSED):
+            return None
+        raise
+
+
 def release_from(fields: dict[str, Any]) -> admin_pb2.Release:
     """Return the message of a release as etcd has it. Raises CommandError."""
-    wanted = {name: value for name, value in fields.items() if name not in _OUTPUT_ONLY}
+    wanted = dict(fields)
     wanted["app"] = wanted.pop("name", "")
     if "phase" in wanted:
         if wanted["phase"] not in printing.PHASES:
