@@ -9,9 +9,10 @@ from typing import Protocol, TypeVar
 from google.protobuf.message import Message
 
 from atserving.admin.v1 import admin_pb2
-from atserving.config import MalformedConfig, app_of
+from atserving.config import PREFIX, MalformedConfig, app_of
 from atserving.errors import NotFound, Unavailable
 from registry.admin import edits, load, messages, paging
+from registry.admin.effects import ineffective
 from registry.admin.history import NO_APP, History
 from registry.admin.state import AppState
 from registry.admin.watching import changed_objects
@@ -20,6 +21,7 @@ from registry.mirror import Mirror
 T = TypeVar("T", bound=Message)
 _Wrong = dict[str, tuple[dict[str, str], dict[str, str]]]
 
+_INSTANCES = f"{PREFIX}instance/"
 # After so many apps or objects others have their turn, such as heartbeats.
 _TURN = 20
 # An entry of the history has up to 512 KiB: so many of them are read in one go.
@@ -121,11 +123,23 @@ class Reads:
             (kinds.KIND_MALFORMED, self._view.malformed),
             (kinds.KIND_UNKNOWN_FIELDS, self._view.warnings),
             (kinds.KIND_DELETION_HELD, held),
+            (kinds.KIND_INEFFECTIVE, await self._ineffective(request.app)),
         ):
             for key, reason in sorted(reasons.items()):
                 if request.app == NO_APP or _app_of(key) in ("", request.app):
                     response.problems.add(kind=kind, key=key, reason=reason)
         return response
+
+    async def _ineffective(self, app: str) -> dict[str, str]:
+        found: dict[str, str] = {}
+        view = self._view
+        for turn, name in enumerate(list(view.by_app) if app == NO_APP else ["", app]):
+            if not turn % _TURN:
+                await asyncio.sleep(0)
+            keys = [key for key in view.by_app.get(name, ()) if not key.startswith(_INSTANCES)]
+            malformed, _ = self._wrong().get(name, ({}, {}))
+            found |= ineffective(name, {key: view.entries[key].value for key in keys}, malformed)
+        return found
 
     async def watch_app(
         self, request: admin_pb2.WatchAppRequest, _: Context
@@ -188,7 +202,8 @@ class Reads:
         malformed, warnings = self._wrong().get(app, ({}, {}))
         state = AppState(app, entries, malformed)
         state.revisions |= {key: view.malformed_at[key] for key in malformed}
-        state.warnings = warnings
+        state.warnings = dict(warnings)
+        state.warn(state.ineffective())
         return state
 
     def _wrong(self) -> _Wrong:

@@ -21,6 +21,7 @@ from atserving.config import (
     worker_keys,
 )
 from atserving.v1 import etcd_pb2
+from registry.admin.effects import ineffective
 from registry.view import Entry
 
 _NO_ROUTING = AppRouting()
@@ -47,7 +48,7 @@ class AppState:
         self.revisions = {key: each.revision for key, each in self.entries.items()}
         """The revision of the last write of each key."""
         self.warnings: dict[str, str] = {}
-        """Keys with unknown fields, and what they may mean."""
+        """Keys with unknown fields, and what they may mean; and keys without effect."""
         self.releases: dict[str, Release] = {}
         """By version, sorted."""
         self.routing = _NO_ROUTING
@@ -80,6 +81,15 @@ class AppState:
         state = AppState(app, entries, malformed)
         state.revisions = revisions
         return state
+
+    def ineffective(self) -> dict[str, str]:
+        """Return why keys have no effect, or not all of it."""
+        return ineffective(self.app, {key: each.value for key, each in self.entries.items()}, self.malformed)
+
+    def warn(self, warnings: Mapping[str, str]) -> None:
+        """Add warnings of keys."""
+        for key, reason in warnings.items():
+            self.warnings[key] = f"{self.warnings[key]}; {reason}" if key in self.warnings else reason
 
     @property
     def exists(self) -> bool:

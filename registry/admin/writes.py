@@ -205,6 +205,7 @@ def _edited(before: AppState, edits: Edits) -> AppState:
         if edits.get(key, "") is not None
     }
     after.warnings = warnings
+    after.warn({key: reason for key, reason in after.ineffective().items() if key in edits})
     return after
 
 

@@ -1775,6 +1775,8 @@ class ListProblemsResponse(_message.Message):
         """The known fields of the key are in use."""
         KIND_DELETION_HELD: ListProblemsResponse._Kind.ValueType  # 3
         """The key is deleted in etcd with most others, and still in use."""
+        KIND_INEFFECTIVE: ListProblemsResponse._Kind.ValueType  # 4
+        """The value is well-formed, and has no effect or not all of it, such as settings of an app without a release."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: ListProblemsResponse.Kind.ValueType  # 0
@@ -1784,6 +1786,8 @@ class ListProblemsResponse(_message.Message):
     """The known fields of the key are in use."""
     KIND_DELETION_HELD: ListProblemsResponse.Kind.ValueType  # 3
     """The key is deleted in etcd with most others, and still in use."""
+    KIND_INEFFECTIVE: ListProblemsResponse.Kind.ValueType  # 4
+    """The value is well-formed, and has no effect or not all of it, such as settings of an app without a release."""
 
     @_typing.final
     class Problem(_message.Message):

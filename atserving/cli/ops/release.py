@@ -17,6 +17,7 @@ _PROBLEMS = {
     admin_pb2.ListProblemsResponse.KIND_MALFORMED: "malformed",
     admin_pb2.ListProblemsResponse.KIND_UNKNOWN_FIELDS: "warning",
     admin_pb2.ListProblemsResponse.KIND_DELETION_HELD: "held back",
+    admin_pb2.ListProblemsResponse.KIND_INEFFECTIVE: "no effect",
 }
 
 

@@ -195,6 +195,35 @@ async def test_unknown_fields_are_warned_of(operator: Operator) -> None:
     assert "max_concurent" in worker.warnings[0]
 
 
+async def test_config_without_effect_is_warned_of(operator: Operator) -> None:
+    of_version, of_app, _ = worker_keys(operator.app, "v9")
+    for key in (of_version, of_app):
+        await operator.etcdctl(key, '{"max_concurrent": 3}')
+
+    async def reasons() -> dict[str, str]:
+        found = await operator.service.list_problems(admin_pb2.ListProblemsRequest(app=operator.app), CONTEXT)
+        kind = admin_pb2.ListProblemsResponse.KIND_INEFFECTIVE
+        return {each.key: each.reason for each in found.problems if each.kind == kind}
+
+    assert await reasons() == dict.fromkeys((of_version, of_app), "the app has no release")
+    await operator.publish("v1", phase=admin_pb2.PHASE_PRODUCTION)
+    routing, rules = app_routing_key(operator.app), app_metadata_key(operator.app)
+    shadow = '{"aliases": {"next": "v2", "v1": "v1"}, "shadow": {"version": "v1", "percent": 5}}'
+    await operator.etcdctl(routing, shadow)
+    await operator.etcdctl(rules, '{"public": true, "batch_size": 4}')
+    assert await reasons() == {
+        of_version: "the app has no version 'v9'",
+        routing: "aliases.next: the app has no version 'v2'; aliases.v1: a version has this name; "
+        "shadow: version 'v1' is in production",
+        rules: "batch_size: no service reads it; a release has one",
+    }
+    worker = await operator.service.get_worker(admin_pb2.GetWorkerRequest(app=operator.app, version="v9"), CONTEXT)
+    assert list(worker.warnings) == ["the app has no version 'v9'"]
+    # A write says it at once.
+    update = admin_pb2.UpdateWorkerRequest(worker=admin_pb2.Worker(app=f"{operator.app}-none", max_concurrent=3))
+    assert list((await operator.service.update_worker(update, CONTEXT)).warnings) == ["the app has no release"]
+
+
 async def test_instances_are_listed_in_pages(operator: Operator) -> None:
     await operator.publish("v1")
     for number in range(5):
