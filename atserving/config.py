@@ -169,6 +169,10 @@ class Shadow(_Value, frozen=True, kw_only=True):
 
     version: Name
     percent: Annotated[float, Meta(ge=0, le=100)]
+    score_tolerance: Annotated[float, Meta(ge=0, le=1)] = 0.01
+    """By how much a ``score`` may differ in two answers that are the same."""
+    box_tolerance: Annotated[float, Meta(ge=0, le=10_000)] = 2.0
+    """By how many pixels each coordinate in ``pts`` may."""
 
 
 class AppRouting(_Value, frozen=True, kw_only=True):

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from atserving import known_fields
@@ -18,7 +20,6 @@ from evaluator.fetching.release import fetch_release
 from evaluator.net_config import NetConfig
 from evaluator.nets import BUILT_IN, built_in
 from evaluator.options import Options
-from evaluator.serving.workspace import workspace
 
 _FUNCTIONS = ("net_init", "net_inference")
 
@@ -35,8 +36,8 @@ class Checked:
 def check_release(release: Release) -> Checked:
     """Check a release. Raises StartError with one line that says what is wrong with it."""
     digests: dict[str, str] = {}
-    with workspace(None, "check") as folder:
-        config = asyncio.run(fetch_release(release, folder, digests=digests))
+    with tempfile.TemporaryDirectory(prefix="atserving-check-") as folder:
+        config = asyncio.run(fetch_release(release, Path(folder), digests=digests))
         warnings = _of_script(config) if config.script else _of_net(config)
     return Checked(digests, warnings)
 

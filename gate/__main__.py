@@ -21,8 +21,10 @@ from atserving.telemetry import configure_logging
 from atserving.v1 import edge_pb2, serving_pb2
 from gate.connection import EvaluatorConnection
 from gate.dispatch import Dispatcher
+from gate.reporting import report
 from gate.router import Router
 from gate.server import EdgeService, ServingService
+from gate.shadow import Shadows
 
 log = structlog.get_logger()
 
@@ -56,11 +58,13 @@ async def serve(settings: GateSettings) -> None:
         held,
         internal=[edge_pb2.DESCRIPTOR.services_by_name["EdgeService"]],
     )
-    dispatcher = Dispatcher(router, follower.synced)
+    shadows = Shadows(router, held)
+    dispatcher = Dispatcher(router, follower.synced, shadows)
     ServingService(dispatcher, settings.max_batch, held).register(server)
     EdgeService(dispatcher, settings.max_batch, held).register(server)
     following = asyncio.create_task(follower.run())
     tending = asyncio.create_task(_tend(router))
+    reporting = asyncio.create_task(report(settings.registries, shadows))
     ready = False
     try:
         port = await server.start(settings.listen)
@@ -69,14 +73,14 @@ async def serve(settings: GateSettings) -> None:
         await server.set_serving(True)
         ready = True
         log.info("service ready", port=port)
-        await lifecycle.until_stopped(stop, following, tending)
+        await lifecycle.until_stopped(stop, following, tending, reporting)
         log.info("service draining")
         await server.set_serving(False)
         # Keep serving until the health checks of the edge have seen it, so that no request is refused.
         await asyncio.sleep(settings.drain_s)
     finally:
         await server.stop(settings.grace_s)
-        await lifecycle.end([following, tending])
+        await lifecycle.end([following, tending, reporting])
         if ready:
             log.info("service stopped")
 

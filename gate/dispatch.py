@@ -29,6 +29,7 @@ from gate.connection import EvaluatorConnection
 from gate.endpoint import Kind
 from gate.responses import Response
 from gate.router import Route, Router
+from gate.shadow import Shadows
 
 log = structlog.get_logger()
 
@@ -82,9 +83,10 @@ class EvalResult:
 class Dispatcher:
     """Evaluates tasks on the instances of the router."""
 
-    def __init__(self, router: Router[EvaluatorConnection], synced: asyncio.Event) -> None:
+    def __init__(self, router: Router[EvaluatorConnection], synced: asyncio.Event, shadows: Shadows) -> None:
         """``synced`` is set once the router has a config; before that, tasks wait for it."""
         self._router = router
+        self._shadows = shadows
         self._synced = synced
         self._requests = RequestLog("gate")
 
@@ -134,12 +136,15 @@ class Dispatcher:
         if call.deadline is not None:
             deadline = min(deadline, call.deadline)
         try:
-            return EvalResult(*await Attempts(self._router, task, call, route, kind, key, deadline).run())
+            result = EvalResult(*await Attempts(self._router, task, call, route, kind, key, deadline).run())
         except TimeoutError as late:
             after_s = round(time.monotonic() - call.started, 3)
             raise DeadlineExceeded(
                 f"app {task.app!r} did not answer within {after_s} s", version="".join(late.args)
             ) from None
+        if route.shadow:
+            self._shadows.consider(task, call, route, kind.fetches, result)
+        return result
 
     async def _wait_synced(self, call: CallContext) -> None:
         """Wait for the first config, which a restarted gate has within milliseconds. Raises Unavailable.

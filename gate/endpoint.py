@@ -99,19 +99,27 @@ class Endpoint(Generic[ConnectionT]):
     @contextmanager
     def hold(self, kind: Kind = ALONE) -> Iterator[None]:
         """Count one request in flight."""
+        self.begin(kind)
+        try:
+            yield
+        finally:
+            self.end(kind)
+
+    def begin(self, kind: Kind) -> None:
+        """Count one more request in flight."""
         self.requests += 1
         if kind.fetches:
             self.fetching += 1
         else:
             self.in_flight += 1
-        try:
-            yield
-        finally:
-            if kind.fetches:
-                self.fetching -= 1
-            else:
-                self.in_flight -= 1
-                self.full_until = self.batches_full_until = 0.0
+
+    def end(self, kind: Kind) -> None:
+        """Count one request less."""
+        if kind.fetches:
+            self.fetching -= 1
+        else:
+            self.in_flight -= 1
+            self.full_until = self.batches_full_until = 0.0
 
     @property
     def is_idle(self) -> bool:

@@ -14,7 +14,16 @@ from typing import Generic
 import structlog
 
 from atserving import config
-from atserving.config import Acceptance, AppMetadata, AppRouting, ConfigValue, Instance, Release, WorkerConfig
+from atserving.config import (
+    Acceptance,
+    AppMetadata,
+    AppRouting,
+    ConfigValue,
+    Instance,
+    Release,
+    Shadow,
+    WorkerConfig,
+)
 from atserving.errors import NotFound, ResourceExhausted, ServingError, Unavailable
 from gate.endpoint import ALONE, ConnectionT, Endpoint, Kind
 from gate.split import Split
@@ -52,6 +61,8 @@ class Route:
     """The turns of the candidates; None if the request names its version."""
     key_header: str
     """The header of the key by which an unversioned request keeps its version."""
+    shadow: Shadow | None
+    """The version that gets copies of these requests; None if none does."""
     timeout_s: float
     """The bound of one eval; for an unversioned request, the longest of the versions in production."""
     metadata: AppMetadata
@@ -192,6 +203,7 @@ class Router(Generic[ConnectionT]):
             split.versions if split else named,
             split,
             routing.key_header or config.DEFAULT_KEY_HEADER,
+            _shadow(routing, releases) if split else None,
             max(self._timeout_s(app, each) for each in named or [""]),
             own,
             default,
@@ -203,6 +215,11 @@ class Router(Generic[ConnectionT]):
         if split is None or split.weights != weights:
             split = self._splits[app] = Split(app, weights)
         return split
+
+    def digest(self, app: str, version: str) -> str:
+        """Return the digest of a version's content; empty for an unknown version."""
+        release = self._releases.get(app, {}).get(version)
+        return release.digest if release else ""
 
     def rules(self, app: str) -> tuple[AppMetadata, AppMetadata]:
         """Return the access rules of an app, which need not exist, and the default ones."""
@@ -385,6 +402,13 @@ class Router(Generic[ConnectionT]):
         idle = [each for each in self._dropped if each.is_idle]
         self._dropped = [each for each in self._dropped if not each.is_idle]
         return idle
+
+
+def _shadow(routing: AppRouting, releases: Mapping[str, Release]) -> Shadow | None:
+    """Return the shadow if it is a version in staging."""
+    shadow = routing.shadow
+    release = releases.get(shadow.version) if shadow else None
+    return shadow if shadow and shadow.percent and release and release.phase == "staging" else None
 
 
 def _aliased(app: str, alias: str, routing: AppRouting, releases: Mapping[str, Release]) -> str:

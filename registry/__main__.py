@@ -21,6 +21,7 @@ from atserving.v1 import registry_pb2
 from registry.admin.history import History, Recorder
 from registry.admin.service import AdminService
 from registry.admin.writes import Writer
+from registry.comparisons import Comparisons
 from registry.etcd import Connection, EtcdClient, Tls, User
 from registry.instances import Instances
 from registry.mirror import Mirror
@@ -79,8 +80,9 @@ async def serve(settings: RegistrySettings) -> None:
         view = View(hold_s=settings.hold_s)
         mirror = Mirror(client, view)
         recorder = Recorder(client, settings.history_entries, settings.history_s)
-        admin = AdminService(mirror, Writer(client, mirror, recorder), History(client))
-        registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s, view))
+        comparisons = Comparisons()
+        admin = AdminService(mirror, Writer(client, mirror, recorder), History(client), comparisons)
+        registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s, view), comparisons)
         rpc.serve(server, following, registry, translate)
         rpc.serve(operators, operating, admin, translate)
         ports = await _start(servers, settings)

@@ -8,6 +8,7 @@ from atserving.errors import ServingError, Unavailable
 from atserving.rpc import Context
 from atserving.v1 import registry_pb2
 from registry import messages
+from registry.comparisons import Comparisons
 from registry.etcd import EtcdError, EtcdUnavailable
 from registry.instances import Instances
 from registry.mirror import Mirror
@@ -30,8 +31,9 @@ def _require_synced(mirror: Mirror) -> None:
 class RegistryServicer:
     """The API of gates and evaluators."""
 
-    def __init__(self, mirror: Mirror, instances: Instances) -> None:
+    def __init__(self, mirror: Mirror, instances: Instances, comparisons: Comparisons) -> None:
         self._mirror = mirror
+        self._comparisons = comparisons
         self._instances = instances
 
     async def watch(self, request: registry_pb2.WatchRequest, _: Context) -> AsyncIterator[registry_pb2.WatchResponse]:
@@ -55,3 +57,9 @@ class RegistryServicer:
         names = (messages.name_from(getattr(request.instance, f), f"instance.{f}") for f in ("app", "version", "id"))
         await self._instances.deregister(*names)
         return registry_pb2.DeregisterInstanceResponse()
+
+    async def report_comparisons(
+        self, request: registry_pb2.ReportComparisonsRequest, _: Context
+    ) -> registry_pb2.ReportComparisonsResponse:
+        self._comparisons.take(request)
+        return registry_pb2.ReportComparisonsResponse()

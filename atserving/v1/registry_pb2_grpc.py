@@ -50,6 +50,11 @@ class RegistryServiceStub:
                 request_serializer=atserving_dot_v1_dot_registry__pb2.DeregisterInstanceRequest.SerializeToString,
                 response_deserializer=atserving_dot_v1_dot_registry__pb2.DeregisterInstanceResponse.FromString,
                 _registered_method=True)
+        self.ReportComparisons = channel.unary_unary(
+                '/atserving.v1.RegistryService/ReportComparisons',
+                request_serializer=atserving_dot_v1_dot_registry__pb2.ReportComparisonsRequest.SerializeToString,
+                response_deserializer=atserving_dot_v1_dot_registry__pb2.ReportComparisonsResponse.FromString,
+                _registered_method=True)
 
 
 class RegistryServiceServicer:
@@ -79,6 +84,13 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportComparisons(self, request, context):
+        """Takes what a gate has found of the versions that get copies of requests. A gate tells every registry.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +108,11 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.DeregisterInstance,
                     request_deserializer=atserving_dot_v1_dot_registry__pb2.DeregisterInstanceRequest.FromString,
                     response_serializer=atserving_dot_v1_dot_registry__pb2.DeregisterInstanceResponse.SerializeToString,
+            ),
+            'ReportComparisons': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportComparisons,
+                    request_deserializer=atserving_dot_v1_dot_registry__pb2.ReportComparisonsRequest.FromString,
+                    response_serializer=atserving_dot_v1_dot_registry__pb2.ReportComparisonsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +197,33 @@ class RegistryService:
             '/atserving.v1.RegistryService/DeregisterInstance',
             atserving_dot_v1_dot_registry__pb2.DeregisterInstanceRequest.SerializeToString,
             atserving_dot_v1_dot_registry__pb2.DeregisterInstanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportComparisons(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atserving.v1.RegistryService/ReportComparisons',
+            atserving_dot_v1_dot_registry__pb2.ReportComparisonsRequest.SerializeToString,
+            atserving_dot_v1_dot_registry__pb2.ReportComparisonsResponse.FromString,
             options,
             channel_credentials,
             insecure,

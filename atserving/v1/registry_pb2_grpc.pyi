@@ -45,6 +45,8 @@ class RegistryServiceStub:
     """
     DeregisterInstance: _grpc.UnaryUnaryMultiCallable[_registry_pb2.DeregisterInstanceRequest, _registry_pb2.DeregisterInstanceResponse]
     """Removes an instance at once. Idempotent."""
+    ReportComparisons: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ReportComparisonsRequest, _registry_pb2.ReportComparisonsResponse]
+    """Takes what a gate has found of the versions that get copies of requests. A gate tells every registry."""
 
 @_typing.type_check_only
 class RegistryServiceAsyncStub(RegistryServiceStub):
@@ -61,6 +63,8 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     """
     DeregisterInstance: _aio.UnaryUnaryMultiCallable[_registry_pb2.DeregisterInstanceRequest, _registry_pb2.DeregisterInstanceResponse]  # type: ignore[assignment]
     """Removes an instance at once. Idempotent."""
+    ReportComparisons: _aio.UnaryUnaryMultiCallable[_registry_pb2.ReportComparisonsRequest, _registry_pb2.ReportComparisonsResponse]  # type: ignore[assignment]
+    """Takes what a gate has found of the versions that get copies of requests. A gate tells every registry."""
 
 class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     """The API of gates and evaluators, which have no connection to etcd."""
@@ -92,5 +96,13 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.DeregisterInstanceResponse, _abc.Awaitable[_registry_pb2.DeregisterInstanceResponse]]:
         """Removes an instance at once. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def ReportComparisons(
+        self,
+        request: _registry_pb2.ReportComparisonsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.ReportComparisonsResponse, _abc.Awaitable[_registry_pb2.ReportComparisonsResponse]]:
+        """Takes what a gate has found of the versions that get copies of requests. A gate tells every registry."""
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,6 +26,7 @@ from atserving.config import (
 from atserving.errors import FailedPrecondition, InvalidArgument
 from registry.admin.history import Change
 from registry.admin.state import AppState, access_key, worker_key
+from registry.comparisons import Comparison, quantile_s
 
 _PHASES: dict[int, Phase] = {admin_pb2.PHASE_STAGING: "staging", admin_pb2.PHASE_PRODUCTION: "production"}
 _PHASE_NUMBERS: dict[Phase, admin_pb2.Phase.ValueType] = {
@@ -158,9 +159,7 @@ def app_to(state: AppState) -> admin_pb2.App:
         etag=state.etag,
         aliases=routing.aliases,
         key_header=routing.key_header,
-        shadow=admin_pb2.Shadow(version=routing.shadow.version, percent=routing.shadow.percent)
-        if routing.shadow
-        else None,
+        shadow=admin_pb2.Shadow(**msgspec.structs.asdict(routing.shadow)) if routing.shadow else None,
         shares=[
             admin_pb2.Share(version=each.version, weight=each.weight, capacity=each.capacity, share=each.share)
             for each in state.shares()
@@ -237,6 +236,22 @@ def instance_to(state: AppState, instance: Instance) -> admin_pb2.InstanceStatus
         since=_timestamp(instance.since),
         plan=plan,
     )
+
+
+def comparison_to(found: Comparison) -> admin_pb2.Comparison:
+    """Return what was found of a version as a message."""
+    kinds = admin_pb2.Comparison
+    message = kinds(verdict=found.verdict)
+    for name in ("app", "version", "baseline", "equal", "different", "failed", "dropped", "slower", "gates"):
+        setattr(message, name, getattr(found, name))
+    message.since.FromMilliseconds(found.since_ms)
+    for prefix, times in (("", found.times), ("baseline_", found.baseline_times)):
+        for name, share in (("p50", 0.5), ("p99", 0.99)):
+            getattr(message, prefix + name).FromMicroseconds(round(quantile_s(times, share) * 1e6))
+    for each in found.samples:
+        sample = message.samples.add(reqid=each.reqid, failed=each.failed, reason=each.reason)
+        sample.time.FromMilliseconds(each.time_ms)
+    return message
 
 
 def change_to(change: Change) -> admin_pb2.Change:

@@ -16,6 +16,7 @@ from registry.admin.effects import ineffective
 from registry.admin.history import NO_APP, History
 from registry.admin.state import AppState
 from registry.admin.watching import changed_objects
+from registry.comparisons import Comparisons
 from registry.mirror import Mirror
 
 T = TypeVar("T", bound=Message)
@@ -38,7 +39,8 @@ class Context(Protocol):
 class Reads:
     """The methods that change nothing. They raise ServingErrors; the history is in etcd, so EtcdErrors, too."""
 
-    def __init__(self, mirror: Mirror, history: History) -> None:
+    def __init__(self, mirror: Mirror, history: History, comparisons: Comparisons) -> None:
+        self._comparisons = comparisons
         self._mirror = mirror
         self._view = mirror.view
         self._history = history
@@ -129,6 +131,16 @@ class Reads:
                 if request.app == NO_APP or _app_of(key) in ("", request.app):
                     response.problems.add(kind=kind, key=key, reason=reason)
         return response
+
+    async def list_comparisons(
+        self, request: admin_pb2.ListComparisonsRequest, _: Context
+    ) -> admin_pb2.ListComparisonsResponse:
+        state = self._existing(request.app)
+        version = edits.release_of(state, request.version).version if request.version else ""
+        digests = {each.version: each.digest for each in state.releases.values()}
+        found = self._comparisons.of(request.app, lambda name: digests.get(name, "-"))
+        chosen = [messages.comparison_to(each) for each in found if version in ("", each.version)]
+        return admin_pb2.ListComparisonsResponse(comparisons=chosen)
 
     async def _ineffective(self, app: str) -> dict[str, str]:
         found: dict[str, str] = {}

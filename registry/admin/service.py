@@ -16,6 +16,7 @@ from registry.admin.history import History
 from registry.admin.reads import Context, Reads
 from registry.admin.state import AppState, access_key, worker_key
 from registry.admin.writes import ACCEPT_S, Intent, Writer
+from registry.comparisons import Comparisons
 from registry.mirror import Mirror
 
 _WRONG_DIGEST = re.compile(r"#sha256=(?![0-9A-Fa-f]{64}$)")
@@ -37,8 +38,8 @@ class _Write(Protocol):
 class AdminService(Reads):
     """The methods of the API, one for each rpc. They raise ServingErrors, and EtcdErrors."""
 
-    def __init__(self, mirror: Mirror, writer: Writer, history: History) -> None:
-        super().__init__(mirror, history)
+    def __init__(self, mirror: Mirror, writer: Writer, history: History, comparisons: Comparisons) -> None:
+        super().__init__(mirror, history, comparisons)
         self._writer = writer
 
     async def update_app(self, request: admin_pb2.UpdateAppRequest, _: Context) -> admin_pb2.App:
@@ -50,7 +51,8 @@ class AdminService(Reads):
         if app.key_header:
             fields["key_header"] = app.key_header
         if app.HasField("shadow"):
-            fields["shadow"] = {"version": app.shadow.version, "percent": app.shadow.percent}
+            given = {field.name: value for field, value in app.shadow.ListFields()}
+            fields["shadow"] = {"percent": app.shadow.percent, **given}
         wanted = messages.wanted(fields, request.update_mask.paths, _APP_MASK)
         changes = {path: fields.get(path) for path in wanted}
         intent = _intent("UpdateApp", request, app.etag)

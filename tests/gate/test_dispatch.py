@@ -40,6 +40,7 @@ from gate.batch import run_batch
 from gate.connection import EvaluatorConnection
 from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
 from gate.router import Router
+from gate.shadow import Shadows
 from tests.instance import ScriptedInstance
 from tests.waiting import until
 
@@ -107,7 +108,9 @@ class Mesh:
         self.router = Router(connect, clock=lambda: time.monotonic() + self.later_s)
         self.synced = asyncio.Event()
         self.synced.set()
-        self.dispatcher = Dispatcher(self.router, self.synced)
+        self.held = HeldBytes(64 << 20)
+        self.shadows = Shadows(self.router, self.held)
+        self.dispatcher = Dispatcher(self.router, self.synced, self.shadows)
         self.put(release_key("app", "v1"), Release(name="app", version="v1", file="file:///x", phase="production"))
 
     def put(self, key: str, value: ConfigValue) -> None:

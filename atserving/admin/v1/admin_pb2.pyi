@@ -144,21 +144,36 @@ class Shadow(_message.Message):
 
     VERSION_FIELD_NUMBER: _builtins.int
     PERCENT_FIELD_NUMBER: _builtins.int
+    SCORE_TOLERANCE_FIELD_NUMBER: _builtins.int
+    BOX_TOLERANCE_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """A version in staging."""
     percent: _builtins.float
     """How many of a hundred requests are copied, 0 to 100."""
+    score_tolerance: _builtins.float
+    """By how much a `score` may differ in two answers that are the same; 0.01 unless given."""
+    box_tolerance: _builtins.float
+    """By how many pixels each coordinate in `pts` may; 2 unless given."""
     def __init__(
         self,
         *,
         version: _builtins.str = ...,
         percent: _builtins.float = ...,
+        score_tolerance: _builtins.float | None = ...,
+        box_tolerance: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_box_tolerance", b"_box_tolerance", "_score_tolerance", b"_score_tolerance", "box_tolerance", b"box_tolerance", "score_tolerance", b"score_tolerance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["percent", b"percent", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_box_tolerance", b"_box_tolerance", "_score_tolerance", b"_score_tolerance", "box_tolerance", b"box_tolerance", "percent", b"percent", "score_tolerance", b"score_tolerance", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__box_tolerance: _TypeAlias = _typing.Literal["box_tolerance"]  # noqa: Y015
+    _WhichOneofArgType__box_tolerance: _TypeAlias = _typing.Literal["_box_tolerance", b"_box_tolerance"]  # noqa: Y015
+    _WhichOneofReturnType__score_tolerance: _TypeAlias = _typing.Literal["score_tolerance"]  # noqa: Y015
+    _WhichOneofArgType__score_tolerance: _TypeAlias = _typing.Literal["_score_tolerance", b"_score_tolerance"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__box_tolerance) -> _WhichOneofReturnType__box_tolerance | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__score_tolerance) -> _WhichOneofReturnType__score_tolerance | None: ...
 
 Global___Shadow: _TypeAlias = Shadow  # noqa: Y015
 
@@ -1828,6 +1843,161 @@ class ListProblemsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListProblemsResponse: _TypeAlias = ListProblemsResponse  # noqa: Y015
+
+@_typing.final
+class ListComparisonsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    APP_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    app: _builtins.str
+    version: _builtins.str
+    """Only those of this version; an alias may name it."""
+    def __init__(
+        self,
+        *,
+        app: _builtins.str = ...,
+        version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListComparisonsRequest: _TypeAlias = ListComparisonsRequest  # noqa: Y015
+
+@_typing.final
+class ListComparisonsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPARISONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def comparisons(self) -> _containers.RepeatedCompositeFieldContainer[Global___Comparison]: ...
+    def __init__(
+        self,
+        *,
+        comparisons: _abc.Iterable[Global___Comparison] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparisons", b"comparisons"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListComparisonsResponse: _TypeAlias = ListComparisonsResponse  # noqa: Y015
+
+@_typing.final
+class Comparison(_message.Message):
+    """What was found of a version beside the one that answered the callers. The counts begin anew when either gets other
+    content, and when the shadow gets other settings.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Sample(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        REQID_FIELD_NUMBER: _builtins.int
+        FAILED_FIELD_NUMBER: _builtins.int
+        REASON_FIELD_NUMBER: _builtins.int
+        TIME_FIELD_NUMBER: _builtins.int
+        reqid: _builtins.str
+        failed: _builtins.bool
+        reason: _builtins.str
+        """Where the answers differ first, or the error."""
+        @_builtins.property
+        def time(self) -> _timestamp_pb2.Timestamp: ...
+        def __init__(
+            self,
+            *,
+            reqid: _builtins.str = ...,
+            failed: _builtins.bool = ...,
+            reason: _builtins.str = ...,
+            time: _timestamp_pb2.Timestamp | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "reason", b"reason", "reqid", b"reqid", "time", b"time"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    APP_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    BASELINE_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    EQUAL_FIELD_NUMBER: _builtins.int
+    DIFFERENT_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    SLOWER_FIELD_NUMBER: _builtins.int
+    P50_FIELD_NUMBER: _builtins.int
+    P99_FIELD_NUMBER: _builtins.int
+    BASELINE_P50_FIELD_NUMBER: _builtins.int
+    BASELINE_P99_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    GATES_FIELD_NUMBER: _builtins.int
+    app: _builtins.str
+    version: _builtins.str
+    baseline: _builtins.str
+    """The version that answered the callers."""
+    verdict: _builtins.str
+    """One line: what an operator may conclude."""
+    equal: _builtins.int
+    """The copies by their outcome."""
+    different: _builtins.int
+    failed: _builtins.int
+    dropped: _builtins.int
+    """Copies that were not sent, or refused, for want of room."""
+    slower: _builtins.int
+    """Equal or different ones that took more than 1.2 times as long as the request itself."""
+    gates: _builtins.int
+    """How many gates have told."""
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def p50(self) -> _duration_pb2.Duration:
+        """Quantiles of the copies' times, and of those of the requests that were copied."""
+
+    @_builtins.property
+    def p99(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def baseline_p50(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def baseline_p99(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___Comparison.Sample]:
+        """The last ones that were different or failed, the newest first."""
+
+    def __init__(
+        self,
+        *,
+        app: _builtins.str = ...,
+        version: _builtins.str = ...,
+        baseline: _builtins.str = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        verdict: _builtins.str = ...,
+        equal: _builtins.int = ...,
+        different: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        dropped: _builtins.int = ...,
+        slower: _builtins.int = ...,
+        p50: _duration_pb2.Duration | None = ...,
+        p99: _duration_pb2.Duration | None = ...,
+        baseline_p50: _duration_pb2.Duration | None = ...,
+        baseline_p99: _duration_pb2.Duration | None = ...,
+        samples: _abc.Iterable[Global___Comparison.Sample] | None = ...,
+        gates: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["baseline_p50", b"baseline_p50", "baseline_p99", b"baseline_p99", "p50", b"p50", "p99", b"p99", "since", b"since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "baseline", b"baseline", "baseline_p50", b"baseline_p50", "baseline_p99", b"baseline_p99", "different", b"different", "dropped", b"dropped", "equal", b"equal", "failed", b"failed", "gates", b"gates", "p50", b"p50", "p99", b"p99", "samples", b"samples", "since", b"since", "slower", b"slower", "verdict", b"verdict", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Comparison: _TypeAlias = Comparison  # noqa: Y015
 
 @_typing.final
 class WatchAppRequest(_message.Message):

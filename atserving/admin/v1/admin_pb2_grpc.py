@@ -159,6 +159,11 @@ class AdminServiceStub:
                 request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListProblemsRequest.SerializeToString,
                 response_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListProblemsResponse.FromString,
                 _registered_method=True)
+        self.ListComparisons = channel.unary_unary(
+                '/atserving.admin.v1.AdminService/ListComparisons',
+                request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListComparisonsRequest.SerializeToString,
+                response_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListComparisonsResponse.FromString,
+                _registered_method=True)
         self.WatchApp = channel.unary_stream(
                 '/atserving.admin.v1.AdminService/WatchApp',
                 request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.WatchAppRequest.SerializeToString,
@@ -341,6 +346,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListComparisons(self, request, context):
+        """What gates have found of versions that get copies of an app's requests, with the contents that they have now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchApp(self, request, context):
         """Streams the objects of an app: first all of them, then each change.
         """
@@ -482,6 +494,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListProblems,
                     request_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListProblemsRequest.FromString,
                     response_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListProblemsResponse.SerializeToString,
+            ),
+            'ListComparisons': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListComparisons,
+                    request_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListComparisonsRequest.FromString,
+                    response_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListComparisonsResponse.SerializeToString,
             ),
             'WatchApp': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchApp,
@@ -1169,6 +1186,33 @@ class AdminService:
             '/atserving.admin.v1.AdminService/ListProblems',
             atserving_dot_admin_dot_v1_dot_admin__pb2.ListProblemsRequest.SerializeToString,
             atserving_dot_admin_dot_v1_dot_admin__pb2.ListProblemsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListComparisons(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atserving.admin.v1.AdminService/ListComparisons',
+            atserving_dot_admin_dot_v1_dot_admin__pb2.ListComparisonsRequest.SerializeToString,
+            atserving_dot_admin_dot_v1_dot_admin__pb2.ListComparisonsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -86,6 +86,8 @@ class AdminServiceStub:
     """The changes of an app, the newest first. Those of the defaults, which have no app, are in the list of all apps."""
     ListProblems: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListProblemsRequest, _admin_pb2.ListProblemsResponse]
     """What is wrong with the config: malformed values, unknown fields, deletions that are held back."""
+    ListComparisons: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListComparisonsRequest, _admin_pb2.ListComparisonsResponse]
+    """What gates have found of versions that get copies of an app's requests, with the contents that they have now."""
     WatchApp: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchAppRequest, _admin_pb2.WatchAppResponse]
     """Streams the objects of an app: first all of them, then each change."""
     AcceptDeletions: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AcceptDeletionsRequest, _admin_pb2.AcceptDeletionsResponse]
@@ -138,6 +140,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """The changes of an app, the newest first. Those of the defaults, which have no app, are in the list of all apps."""
     ListProblems: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListProblemsRequest, _admin_pb2.ListProblemsResponse]  # type: ignore[assignment]
     """What is wrong with the config: malformed values, unknown fields, deletions that are held back."""
+    ListComparisons: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListComparisonsRequest, _admin_pb2.ListComparisonsResponse]  # type: ignore[assignment]
+    """What gates have found of versions that get copies of an app's requests, with the contents that they have now."""
     WatchApp: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchAppRequest, _admin_pb2.WatchAppResponse]  # type: ignore[assignment]
     """Streams the objects of an app: first all of them, then each change."""
     AcceptDeletions: _aio.UnaryUnaryMultiCallable[_admin_pb2.AcceptDeletionsRequest, _admin_pb2.AcceptDeletionsResponse]  # type: ignore[assignment]
@@ -337,6 +341,14 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListProblemsResponse, _abc.Awaitable[_admin_pb2.ListProblemsResponse]]:
         """What is wrong with the config: malformed values, unknown fields, deletions that are held back."""
+
+    @_abc_1.abstractmethod
+    def ListComparisons(
+        self,
+        request: _admin_pb2.ListComparisonsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListComparisonsResponse, _abc.Awaitable[_admin_pb2.ListComparisonsResponse]]:
+        """What gates have found of versions that get copies of an app's requests, with the contents that they have now."""
 
     @_abc_1.abstractmethod
     def WatchApp(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import click
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from atserving.admin.v1 import admin_pb2
 from atserving.cli.ops import completion, printing
 from atserving.cli.ops.client import pages
 from atserving.cli.ops.options import Read, Write, flag, reading, writing
+from atserving.config import DEFAULT_KEY_HEADER
 
 
-@click.group(help="List apps, show how their requests are shared, set aliases.")
+@click.group(help="List apps, show how their requests are shared, set aliases and shadows.")
 def app() -> None:
     pass
 
@@ -91,6 +93,56 @@ def alias(write: Write, app: str, alias: tuple[str, str]) -> None:
     else:
         write.call(lambda stub: stub.DeleteAlias, admin_pb2.DeleteAliasRequest(app=app, alias=name))
         write.tell(f"{app} {name} is removed")
+
+
+def _shadow(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, float]:
+    version, is_set, percent = value.rpartition("=")
+    if not is_set and value.endswith("-") and len(value) > 1:
+        return value[:-1], 0.0
+    try:
+        if version:
+            return version, float(percent.removesuffix("%"))
+    except ValueError:
+        pass
+    raise click.BadParameter(f"{value!r} should be VERSION=PERCENT, or VERSION- to end it", context, parameter)
+
+
+@app.command(
+    help="Copy PERCENT of the requests for APP without a version to VERSION, which is in staging, and compare its "
+    "answers; or end it: VERSION-"
+)
+@completion.app()
+@completion.argument("shadow", completion.weights, callback=_shadow, metavar="VERSION=PERCENT|VERSION-")
+@flag("--score-tolerance", type=click.FloatRange(0, 1), help="By how much scores may differ. Default: 0.01.")
+@flag("--box-tolerance", type=click.FloatRange(0), help="By how many pixels boxes may differ. Default: 2.")
+@writing
+def shadow(
+    write: Write, app: str, shadow: tuple[str, float], score_tolerance: float | None, box_tolerance: float | None
+) -> None:
+    version, percent = shadow
+    message = admin_pb2.App(name=app)
+    if percent:
+        message.shadow.CopyFrom(
+            admin_pb2.Shadow(
+                version=version, percent=percent, score_tolerance=score_tolerance, box_tolerance=box_tolerance
+            )
+        )
+    write.call(lambda stub: stub.UpdateApp, admin_pb2.UpdateAppRequest(app=message, update_mask=_mask("shadow")))
+    write.tell(f"{version} gets copies of {percent:g}% of {app}'s requests" if percent else f"{app} has no shadow")
+
+
+@app.command("key-header", help="Name the request header by whose value callers of APP keep their version.")
+@completion.app()
+@click.argument("header", required=False, default="", metavar="[HEADER]")
+@writing
+def key_header(write: Write, app: str, header: str) -> None:
+    message = admin_pb2.App(name=app, key_header=header)
+    write.call(lambda stub: stub.UpdateApp, admin_pb2.UpdateAppRequest(app=message, update_mask=_mask("key_header")))
+    write.tell(f"callers of {app} keep their version by the header {header or DEFAULT_KEY_HEADER}")
+
+
+def _mask(path: str) -> FieldMask:
+    return FieldMask(paths=[path])
 
 
 @app.command(help="Delete all config of APP: releases, access rules, worker settings, aliases.")

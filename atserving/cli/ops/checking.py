@@ -14,6 +14,7 @@ from atserving.cli.ops.client import INVALID, CommandError
 from atserving.cli.tables import printable
 from atserving.config import MalformedConfig, Release, validate
 from atserving.errors import StartError
+from atserving.telemetry import configure_logging
 
 _MARK = "#sha256="
 _QINIU = "qiniu://"
@@ -57,6 +58,8 @@ def _checked(release: Release) -> Mapping[str, str]:
         missing = getattr(error, "name", None) or "the evaluator"
         _warn(f"the release is not checked: {missing} is not installed here: pip install '.[cpu]' in a checkout")
         return {}
+    # What the evaluator's code logs is no output of the command.
+    configure_logging("atserving", "error")
     if sys.stderr.isatty():
         click.echo(f"checking {printable(_bare(release.file))} ...", err=True)
     try:

@@ -7,6 +7,7 @@ import click
 from atserving.admin.v1 import admin_pb2
 from atserving.cli.ops import completion, printing
 from atserving.cli.ops.client import pages
+from atserving.cli.ops.compare import compare
 from atserving.cli.ops.history import history, watch
 from atserving.cli.ops.options import Read, Write, flag, reading, writing
 from atserving.cli.ops.put import put
@@ -27,6 +28,7 @@ def release() -> None:
 
 
 release.add_command(put)
+release.add_command(compare)
 release.add_command(history)
 release.add_command(watch)
 

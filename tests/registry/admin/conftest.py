@@ -17,6 +17,7 @@ from atserving.config import Instance, Release, instance_key, release_key
 from registry.admin.history import History, Recorder
 from registry.admin.service import AdminService
 from registry.admin.writes import Writer
+from registry.comparisons import Comparisons
 from registry.etcd import Connection, EtcdClient
 from registry.mirror import Mirror
 from registry.view import View
@@ -43,6 +44,7 @@ class Operator:
     client: EtcdClient
     mirror: Mirror
     recorder: Recorder
+    comparisons: Comparisons
     app: str
 
     async def publish(self, version: str, **fields: object) -> admin_pb2.Release:
@@ -99,13 +101,14 @@ async def operating(etcd: Etcd, app: str, most: int = 100, hold_s: float = 0) ->
     async with EtcdClient(Connection([etcd.address])) as client:
         mirror = Mirror(client, View(hold_s=hold_s))
         recorder = Recorder(client, most, 3600)
-        service = AdminService(mirror, Writer(client, mirror, recorder), History(client))
+        comparisons = Comparisons()
+        service = AdminService(mirror, Writer(client, mirror, recorder), History(client), comparisons)
         tasks = [asyncio.create_task(each.run()) for each in (mirror, recorder)]
         try:
             async with asyncio.timeout(10):
                 await mirror.view.synced.wait()
                 await recorder.reached(1)
-            yield Operator(service, client, mirror, recorder, app)
+            yield Operator(service, client, mirror, recorder, comparisons, app)
         finally:
             await lifecycle.end(tasks)
 
