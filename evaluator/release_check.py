@@ -72,7 +72,9 @@ def _of_script(config: NetConfig) -> list[str]:
     try:
         tree = ast.parse(config.script.read_bytes(), "net.py")
     except (SyntaxError, ValueError) as error:
-        raise StartError(f"net.py, line {getattr(error, 'lineno', 1)}: {getattr(error, 'msg', error)}") from None
+        raise StartError(
+            f"net.py, line {getattr(error, 'lineno', None) or 1}: {getattr(error, 'msg', error)}"
+        ) from None
     # A name may come from anywhere: from another module, or from an assignment in a branch.
     names = {name for node in ast.walk(tree) for name in _bound(node)}
     if "*" not in names and (missing := [name for name in _FUNCTIONS if name not in names]):

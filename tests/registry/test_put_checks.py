@@ -16,7 +16,6 @@ from tests.registry.cli import PUT, Cli
 pytestmark = pytest.mark.slow
 
 DIGITS = FOLDER / "digits" / "digits-v1.tar"
-SCRIPT = b"def net_init(cfg):\n    raise SystemExit\n\ndef net_inference(model, args):\n    return []\n"
 
 
 def stored(cli: Cli, version: str = "v1") -> dict[str, object]:
@@ -54,18 +53,7 @@ def test_what_is_published_without_a_digest_stays_so(cli: Cli, lasting: Registry
     ("file", "flags", "error"),
     [
         ("file:///none.tar", [], "file file:///none.tar: there is no such file"),
-        ("http://127.0.0.1:9/x.tar", [], "file http://127.0.0.1:9/x.tar: can't be fetched: ClientConnectorError"),
-        (DIGITS.as_uri() + "#sha256=" + "0" * 64, [], "its sha256 is "),
-        (Path(__file__).as_uri(), [], "the release's tar is refused: not an uncompressed tar, or cut short"),
         (DIGITS.as_uri(), ["--custom-values", '{"net": "klassify"}'], "is 'klassify', did you mean 'classify'?"),
-        (DIGITS.as_uri(), ["--custom-values", '{"net": "detect"}'], "detect takes nets that end in a DetectionOutput"),
-        (
-            DIGITS.as_uri(),
-            ["--custom-values", '{"max_bytes": -1}'],
-            "custom_values.max_bytes is -1, should be",
-        ),
-        (DIGITS.as_uri(), ["--model-params", '{"engines": 0}'], "model_params.engines is 0, should be a positive"),
-        (DIGITS.as_uri(), ["--custom-file", "a=file:///none"], "custom_files.a file:///none: there is no such file"),
     ],
 )
 def test_what_can_not_work_is_not_published(cli: Cli, file: str, flags: list[str], error: str) -> None:
@@ -75,20 +63,6 @@ def test_what_can_not_work_is_not_published(cli: Cli, file: str, flags: list[str
     assert ended.err.endswith(" (--no-check publishes it as it is)\n")
     assert cli.run("release", "show", cli.app, "v1").status == 3
     assert cli.run(*PUT, cli.app, "v1", file, *flags).status == 0
-
-
-@pytest.mark.parametrize(
-    ("script", "error"),
-    [
-        (SCRIPT, ""),
-        (b"from shared import *\n", ""),
-        (SCRIPT.replace(b"net_inference", b"net_infer"), "net.py has no function net_inference"),
-        (b"def net_init(cfg:\n", "net.py, line 1: "),
-    ],
-)
-def test_a_script_is_read_and_not_run(cli: Cli, tmp_path: Path, script: bytes, error: str) -> None:
-    ended = cli.run("release", "put", cli.app, "v1", digits_tar(tmp_path / "a.tar", **{"net.py": script}))
-    assert (ended.status, error in ended.err) == (6 if error else 0, True)
 
 
 def test_what_only_its_owner_can_read_is_published_with_a_warning(cli: Cli) -> None:
