@@ -136,6 +136,8 @@ def release_to(state: AppState, release: Release) -> admin_pb2.Release:
         aliases=state.aliases_of(version),
         warnings=_warnings(state, release.key),
     )
+    if message.outdated:
+        message.warnings.append(f"{_instances(message.outdated)} loaded other content: start it again to apply this")
     for name in ("custom_values", "model_params"):
         if values := getattr(release, name):
             if _is_deep(values, _MOST_DEEP):
@@ -143,6 +145,10 @@ def release_to(state: AppState, release: Release) -> admin_pb2.Release:
             else:
                 getattr(message, name).update(values)
     return message
+
+
+def _instances(count: int) -> str:
+    return "1 instance has" if count == 1 else f"{count} instances have"
 
 
 def _is_deep(value: Any, most: int) -> bool:

@@ -137,10 +137,10 @@ def test_put_and_promote_wait_for_an_instance(cli: Cli) -> None:
     assert putting.stdout
     assert putting.stderr
     assert putting.stdout.readline() == f"{cli.app} v1 is published, in staging\n"
-    assert putting.stderr.readline() == f"waiting for an instance of {cli.app} v1\n"
+    assert putting.stderr.readline() == f"waiting for {cli.app} v1: 0 of 1 ready\n"
     cli.register("v1", digest="0" * 64)
     over = cli.run("release", "promote", cli.app, "v1", "--wait", "--timeout", "0.1")
-    assert (over.status, "1 have loaded other content" in over.err) == (1, True)
+    assert (over.status, "0 of 1 instances" in over.err, "1 have loaded other content" in over.err) == (8, True, True)
     promoting = cli.start("release", "promote", cli.app, "v1", "--wait")
     assert promoting.stderr
     assert promoting.stderr.readline()
@@ -149,6 +149,13 @@ def test_put_and_promote_wait_for_an_instance(cli: Cli) -> None:
     assert putting.communicate(timeout=60)[0] == f"{cli.app} v1 is ready: 127.0.0.1:1\n"
     assert promoting.communicate(timeout=60)[0].endswith(f"{cli.app} v1 is in production\n")
     assert (putting.returncode, promoting.returncode) == (0, 0)
+    both = cli.start("release", "promote", cli.app, "v1", "--wait", "--instances", "2")
+    assert both.stdout
+    assert both.stderr
+    assert both.stdout.readline() == f"{cli.app} v1 is ready: 127.0.0.1:1\n"
+    assert both.stderr.readline() == f"waiting for {cli.app} v1: 1 of 2 ready\n"
+    cli.register("v1", id_="second")
+    assert both.communicate(timeout=60)[0].count("is ready") == 1
 
 
 def test_a_list_names_what_is_wrong_on_standard_error(cli: Cli, lasting: Registry) -> None:

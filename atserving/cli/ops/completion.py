@@ -19,8 +19,9 @@ def _completing(find: Callable[[Servers, str], Iterable[str]]) -> Callable[..., 
     def complete(context: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
         addresses = context.params.get("server") or [DEFAULT_SERVER]
         try:
-            # Only the first one, as there is no time to wait for others.
-            names = find(Servers(addresses[:1], _PATIENCE_S), context.params.get("app") or "")
+            # All of them within the time that somebody waits for a completion.
+            servers = Servers(addresses, _PATIENCE_S / len(addresses))
+            names = find(servers, context.params.get("app") or "")
             return sorted(name for name in names if name.startswith(incomplete))
         except CommandError:
             return []

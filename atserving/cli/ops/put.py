@@ -74,7 +74,7 @@ def _file_pairs(context: click.Context, parameter: click.Parameter, values: tupl
 @flag("--model-params", callback=_json_object, metavar="JSON|@PATH", help="A JSON object with options of the engine.")
 @flag("--custom-file", "custom_files", multiple=True, callback=_file_pairs, metavar="NAME=URI", help="Repeatable.")
 @flag("--no-check", is_flag=True, help="Publish it without fetching its files and loading its net here.")
-@wait_flags("Wait until an instance is ready.")
+@wait_flags("Wait until instances are ready.")
 @writing
 def put(
     write: Write,
@@ -83,6 +83,7 @@ def put(
     file: str | None,
     fields: dict[str, Any],
     wait: bool,
+    instances: int,
     timeout: float,
     no_check: bool,
     **flags: Any,
@@ -98,7 +99,7 @@ def put(
     stored = write.call(lambda stub: stub.CreateRelease, admin_pb2.CreateReleaseRequest(release=release))
     write.tell(f"{stored.app} {stored.version} is published, in {printing.phase(stored.phase)}")
     if wait and not write.validate_only:
-        wait_ready(write.servers, stored.app, stored.version, timeout)
+        wait_ready(write.servers, stored.app, stored.version, instances, timeout)
 
 
 def _stored(write: Write, release: admin_pb2.Release) -> admin_pb2.Release | None:

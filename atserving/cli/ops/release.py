@@ -85,10 +85,6 @@ def show(read: Read, app: str, version: str) -> None:
         values = printing.as_dict(found)
         shown = {"phase": printing.shown_phase(found.phase), "instances": str(found.instances)}
         printing.fields((name.replace("_", " "), shown.get(name) or _shown(values.get(name, ""))) for name in _SHOWN)
-    if found.outdated:
-        have = "instance has" if found.outdated == 1 else "instances have"
-        start = "it" if found.outdated == 1 else "them"
-        click.echo(f"{found.outdated} {have} loaded other content: start {start} again", err=True)
     printing.warn(found)
 
 
@@ -106,11 +102,11 @@ def _shown(value: object) -> str:
 @completion.app()
 @completion.version()
 @flag("--exclusive", is_flag=True, help="Move the other versions to staging at the same time.")
-@wait_flags("Wait for a ready instance first.")
+@wait_flags("Wait for ready instances first.")
 @writing
-def promote(write: Write, app: str, version: str, exclusive: bool, wait: bool, timeout: float) -> None:
+def promote(write: Write, app: str, version: str, exclusive: bool, wait: bool, instances: int, timeout: float) -> None:
     if wait:
-        wait_ready(write.servers, app, version, timeout)
+        wait_ready(write.servers, app, version, instances, timeout)
     request = admin_pb2.PromoteReleaseRequest(app=app, version=version, exclusive=exclusive)
     stored = write.call(lambda stub: stub.PromoteRelease, request)
     write.tell(f"{stored.app} {stored.version} is in {printing.phase(stored.phase)}")

@@ -1,4 +1,4 @@
-"""Wait until a version has a ready instance."""
+"""Wait until a version has ready instances."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from atserving.admin.v1 import admin_pb2
 from atserving.cli.ops.client import UNAVAILABLE, CommandError, Servers, pages
 from atserving.cli.ops.options import flag
 
+NOT_READY = 8
+"""The exit status of a command that has waited in vain."""
+
 _POLL_S = 0.25
 
 
 def wait_flags(text: str) -> Callable[[Any], Any]:
-    """Return ``--wait`` and ``--timeout``."""
+    """Return ``--wait``, ``--instances`` and ``--timeout``."""
 
-    def both(command: Any) -> Any:
+    def all_three(command: Any) -> Any:
         limit = flag(
             "--timeout",
             type=click.FloatRange(0),
@@ -27,34 +30,49 @@ def wait_flags(text: str) -> Callable[[Any], Any]:
             metavar="SECONDS",
             help="How long to wait.",
         )
-        return flag("--wait", is_flag=True, help=text)(limit(command))
+        count = flag(
+            "--instances",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            metavar="NUMBER",
+            help="For how many ready instances to wait.",
+        )
+        return flag("--wait", is_flag=True, help=text)(count(limit(command)))
 
-    return both
+    return all_three
 
 
-def wait_ready(servers: Servers, app: str, version: str, timeout_s: float) -> None:
-    """Wait until an instance of a version, or of an alias, has the release's content. Raises CommandError."""
+def wait_ready(servers: Servers, app: str, version: str, wanted: int, timeout_s: float) -> None:
+    """Wait until so many instances of a version, or of an alias, have the release's content. Raises CommandError.
+
+    Each that becomes ready is a line of the output.
+    """
     until_s = time.monotonic() + timeout_s
-    told = False
+    told: set[str] = set()
+    asked = ""
     while True:
-        outdated, reason = 0, "none is registered"
+        ready, outdated, reason = 0, 0, ""
         try:
             request = admin_pb2.ListInstancesRequest(app=app, version=version)
             for page in pages(servers, lambda stub: stub.ListInstances, request):
                 for each in page.instances:
-                    if not each.outdated:
+                    ready += not each.outdated
+                    outdated += each.outdated
+                    if not each.outdated and each.id not in told:
+                        told.add(each.id)
                         click.echo(f"{app} {version} is ready: {each.address}")
-                        return
-                    outdated += 1
-            if outdated:
-                reason = f"{outdated} have loaded other content: start them again"
+            if ready >= wanted:
+                return
+            reason = f"{outdated} have loaded other content: start them again" if outdated else "no more are registered"
         except CommandError as error:
             if error.exit_status != UNAVAILABLE:
                 raise
             reason = str(error)
         if time.monotonic() >= until_s:
-            raise CommandError(f"no instance of {app} {version} was ready within {timeout_s:g} s: {reason}", 1)
-        if not told:
-            click.echo(f"waiting for an instance of {app} {version}", err=True)
-            told = True
+            said = f"{ready} of {wanted} instances of {app} {version} were ready within {timeout_s:g} s"
+            raise CommandError(f"{said}: {reason}", NOT_READY)
+        if (asking := f"waiting for {app} {version}: {ready} of {wanted} ready") != asked:
+            click.echo(asking, err=True)
+            asked = asking
         time.sleep(_POLL_S)
