@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import grpc
 import orjson
+import pytest
+import structlog
 
+from atserving.cli.main import main
 from atserving.local.examples import ROOT
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 
@@ -41,22 +47,38 @@ class Cli:
     app: str
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        """Start a command; its server and actor are given by variables."""
-        variables = {"ATSERVING_SERVER": self.server, "ATSERVING_ACTOR": "ada@desk", "PYTHONPATH": str(ROOT)}
+        """Start a command as a process; its server and actor are given by variables."""
         return subprocess.Popen(
             [ATSERVING, *arguments],
             cwd=ROOT,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={"PATH": os.environ["PATH"], **variables, **environment},
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **self._variables, **environment},
         )
 
     def run(self, *arguments: str, **environment: str) -> Ended:
-        """Run a command to its end."""
-        process = self.start(*arguments, **environment)
-        out, err = process.communicate(timeout=60)
-        return Ended(process.returncode, out, err)
+        """Run a command to its end, in this process: a test runs many, and each start of one costs half a second."""
+        out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+        logging = structlog.get_config()
+        try:
+            with (
+                patch.dict(os.environ, {**self._variables, **environment}),
+                patch.object(sys, "argv", ["atserving", *arguments]),
+                redirect_stdout(out),
+                redirect_stderr(err),
+                pytest.raises(SystemExit) as ended,
+            ):
+                main()
+        finally:
+            structlog.configure(**logging)
+        status = ended.value.code
+        assert isinstance(status, int)
+        return Ended(status, *(each.buffer.getvalue().decode() for each in (out, err)))
+
+    @property
+    def _variables(self) -> dict[str, str]:
+        return {"ATSERVING_SERVER": self.server, "ATSERVING_ACTOR": "ada@desk"}
 
     def __call__(self, *arguments: str) -> str:
         """Run a command that succeeds; return its output."""
