@@ -22,20 +22,20 @@ def _commands() -> EntryPoints:
     return entry_points(group="atserving.commands")
 
 
-class _NotInstalled(click.Command):
-    """A command that can't be imported because a package is missing."""
+class _Unusable(click.Command):
+    """A command that can't be imported."""
 
-    def __init__(self, name: str, package: str | None) -> None:
+    def __init__(self, name: str, reason: str, text: str) -> None:
         super().__init__(
             name,
             add_help_option=False,
             context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-            help=f"Not installed: {_INSTALL}.",
+            help=text,
         )
-        self._package = package
+        self._reason = reason
 
     def invoke(self, ctx: click.Context) -> None:
-        raise StartError(f"{self.name} needs the package {self._package}: {_INSTALL}")
+        raise StartError(f"{self.name} {self._reason}")
 
 
 class _Commands(click.Group):
@@ -48,7 +48,13 @@ class _Commands(click.Group):
         try:
             command = _commands()[cmd_name].load()
         except ModuleNotFoundError as error:
-            return _NotInstalled(cmd_name, error.name)
+            return _Unusable(cmd_name, f"needs the package {error.name}: {_INSTALL}", f"Not installed: {_INSTALL}.")
+        except Exception as error:
+            # A library that is there may still fail. The other commands work on.
+            reason = " ".join(str(error).split())[:200]
+            return _Unusable(
+                cmd_name, f"can't be used here: {type(error).__name__}: {reason}", "It can't be used here."
+            )
         assert isinstance(command, click.Command)
         service.name_variables(command, f"ATSERVING_{cmd_name}")
         return command

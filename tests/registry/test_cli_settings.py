@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.processes import Etcd, Process, Registry
 from tests.registry.cli import PUT, Cli
@@ -156,3 +157,15 @@ def test_a_shell_completes_names(cli: Cli) -> None:
     assert cli.app in complete(cli, "worker", "set", cli.app[:-1])
     assert complete(cli, "access", "set", cli.app, "pub") == ["public="]
     assert complete(cli, "release", "show", cli.app, "", ATSERVING_SERVER="127.0.0.1:1") == []
+
+
+def test_formats(cli: Cli) -> None:
+    cli(*PUT, cli.app, "v1", FILE, "--custom-values", '{"net": "classify", "no": [1, "on"]}')
+    cli.register("v1")
+    as_json = cli.run("release", "show", cli.app, "v1", "-o", "json").json
+    assert yaml.safe_load(cli("release", "show", cli.app, "v1", "-o", "yaml")) == as_json
+    listed = cli("release", "list", cli.app, "-o", "wide")
+    assert (as_json["digest"] in listed, FILE in listed) == (True, True)
+    assert as_json["digest"] in cli("ps", cli.app, "-o", "wide")
+    assert as_json["digest"] not in cli("ps", cli.app)
+    assert yaml.safe_load(cli("ps", cli.app, "-o", "yaml"))["instances"][0]["id"] == "i"

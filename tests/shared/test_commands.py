@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,30 @@ def test_a_command_without_its_packages_is_one_line_and_status_1(arguments: list
     ended = run(sys.executable, "-c", WITHOUT_EXTRAS, *arguments)
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr == "atserving: convert needs the package numpy: pip install '.[local]' in a checkout\n"
+
+
+def test_a_command_whose_library_fails_leaves_the_others() -> None:
+    broken = """
+import sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "tabulate":
+            raise OSError("libz.so.1: cannot open\\nshared object file")
+
+sys.meta_path.insert(0, Finder())
+from atserving.cli.main import main
+main()
+"""
+    listed = run(sys.executable, "-c", broken, "--help")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert re.search(r"^  release +It can't be used here\.$", listed.stdout, re.MULTILINE)
+    assert re.search(r"^  k8s +(?!It can't)", listed.stdout, re.MULTILINE)
+    ended = run(sys.executable, "-c", broken, "release", "list")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == (
+        "atserving: release can't be used here: OSError: libz.so.1: cannot open shared object file\n"
+    )
 
 
 def test_the_evaluator_without_its_packages_is_one_line_and_status_1() -> None:

@@ -37,8 +37,8 @@ def _whose(app: str) -> str:
 @reading
 def show(read: Read, app: str) -> None:
     found = read.servers.read(lambda stub: stub.GetAccess, admin_pb2.GetAccessRequest(app=app))
-    if read.as_json:
-        printing.json(found)
+    if read.is_for_programs:
+        read.print(found)
     else:
         uids = ", ".join(map(str, found.user_whitelist.uids)) or "nobody"
         printing.rows(

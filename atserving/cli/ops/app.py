@@ -23,8 +23,8 @@ def app() -> None:
 def list_(read: Read, part: str) -> None:
     request = admin_pb2.ListAppsRequest(filter=part)
     found = [each for page in pages(read.servers, lambda stub: stub.ListApps, request) for each in page.apps]
-    if read.as_json:
-        printing.json({"apps": [printing.as_dict(each) for each in found]})
+    if read.is_for_programs:
+        read.print({"apps": [printing.as_dict(each) for each in found]})
     else:
         printing.rows(
             ("APP", "RELEASES", "INSTANCES", "SHARES", "ALIASES"),
@@ -52,8 +52,8 @@ def _aliases(found: admin_pb2.App) -> str:
 @reading
 def show(read: Read, app: str) -> None:
     found = read.servers.read(lambda stub: stub.GetApp, admin_pb2.GetAppRequest(app=app))
-    if read.as_json:
-        printing.json(found)
+    if read.is_for_programs:
+        read.print(found)
     else:
         printing.fields(
             [

@@ -21,8 +21,8 @@ _SHOWN = 10
 def compare(read: Read, app: str, version: str | None, most: int) -> None:
     request = admin_pb2.ListComparisonsRequest(app=app, version=version or "")
     found = read.servers.read(lambda stub: stub.ListComparisons, request)
-    if read.as_json:
-        printing.json({"comparisons": [printing.as_dict(each) for each in found.comparisons]})
+    if read.is_for_programs:
+        read.print({"comparisons": [printing.as_dict(each) for each in found.comparisons]})
         return
     printing.rows(
         ("VERSION", "BESIDE", "EQUAL", "DIFFERENT", "FAILED", "SLOWER", "DROPPED", "P50", "P99", "VERDICT"),

@@ -23,8 +23,8 @@ def history(read: Read, app: str, most: int) -> None:
     request = admin_pb2.ListHistoryRequest(app=app)
     all_pages = pages(read.servers, lambda stub: stub.ListHistory, request)
     found = list(islice((change for page in all_pages for change in page.changes), most))
-    if read.as_json:
-        printing.json({"changes": [printing.as_dict(each) for each in found]})
+    if read.is_for_programs:
+        read.print({"changes": [printing.as_dict(each) for each in found]})
         return
     printing.rows(
         ("REVISION", "TIME", "APP", "ACTOR", "METHOD", "KEYS", "MESSAGE"),
@@ -58,8 +58,8 @@ def _key(change: admin_pb2.KeyChange) -> str:
 def watch(read: Read, app: str) -> None:
     synced = False
     for response in read.servers.stream(lambda stub: stub.WatchApp, admin_pb2.WatchAppRequest(app=app)):
-        if read.as_json:
-            printing.json_line(response)
+        if read.is_for_programs:
+            printing.document(response, read.format, one_of_many=True)
         elif response.synced:
             synced = True
             click.echo(styled("-- changes from here on", dim=True))

@@ -24,11 +24,12 @@ def instance() -> None:
 def list_(read: Read, app: str, version: str, load: bool) -> None:
     request = admin_pb2.ListInstancesRequest(app=app, version=version, load=load)
     found = [each for page in pages(read.servers, lambda stub: stub.ListInstances, request) for each in page.instances]
-    if read.as_json:
-        printing.json({"instances": [printing.as_dict(each) for each in found]})
+    if read.is_for_programs:
+        read.print({"instances": [printing.as_dict(each) for each in found]})
         return
+    more = ("DIGEST",) if read.is_wide else ()
     printing.rows(
-        ("APP", "VERSION", "ID", "ADDRESS", "CAPACITY", "LOAD", "SINCE", "PLAN"),
+        ("APP", "VERSION", "ID", "ADDRESS", "CAPACITY", "LOAD", "SINCE", "PLAN", *more),
         [
             (
                 each.app,
@@ -39,6 +40,7 @@ def list_(read: Read, app: str, version: str, load: bool) -> None:
                 _load(each),
                 printing.moment(each.since),
                 _plan(each),
+                *((printing.text(each.digest or "-"),) if read.is_wide else ()),
             )
             for each in found
         ],

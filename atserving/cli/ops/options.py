@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import getpass
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
 
 import click
+from google.protobuf.message import Message
 
 from atserving.cli import service
 from atserving.cli.ops import printing
 from atserving.cli.ops.client import Method, Request, Response, Servers
 
 DEFAULT_SERVER = "127.0.0.1:50053"
+_FORMATS = ("table", "wide", "json", "yaml")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -49,7 +51,21 @@ class Read:
     """How a command reads."""
 
     servers: Servers
-    as_json: bool
+    format: str = "table"
+
+    @property
+    def is_for_programs(self) -> bool:
+        """Whether to print what the API answers, and no table."""
+        return self.format in ("json", "yaml")
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether a table has all columns."""
+        return self.format == "wide"
+
+    def print(self, found: Message | Mapping[str, Any]) -> None:
+        """Print a message, or a value of JSON, for programs."""
+        printing.document(found, self.format)
 
 
 def flag(*names: str, **attributes: Any) -> Callable[[Any], Any]:
@@ -99,10 +115,10 @@ def reading(function: _Function) -> Callable[..., Any]:
 
     @wraps(function)
     def command(server: list[str], format: str, **others: Any) -> Any:
-        return function(read=Read(Servers(server), format == "json"), **others)
+        return function(read=Read(Servers(server), format), **others)
 
     for option in (
-        flag("-o", "--format", type=click.Choice(["table", "json"]), default="table", help="Default: table."),
+        flag("-o", "--format", type=click.Choice(_FORMATS), default=_FORMATS[0], help=f"Default: {_FORMATS[0]}."),
         server_option,
     ):
         command = option(command)

@@ -13,6 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from atserving.admin.v1 import admin_pb2
 from atserving.cli.tables import printable, styled, table
+from atserving.errors import StartError
 
 PHASES = {"staging": admin_pb2.PHASE_STAGING, "production": admin_pb2.PHASE_PRODUCTION}
 _PHASE_NAMES: dict[int, str] = {number: name for name, number in PHASES.items()}
@@ -71,15 +72,26 @@ def _whole(value: Any) -> Any:
     return value
 
 
-def json(value: Message | Mapping[str, Any]) -> None:
-    """Print a message, or a value, as JSON."""
+def document(value: Message | Mapping[str, Any], format_: str, *, one_of_many: bool = False) -> None:
+    """Print a message, or a value, as ``json`` or ``yaml``.
+
+    ``one_of_many``: others follow, so that it is one line of JSON, or a document of YAML with its mark. Raises
+    StartError without PyYAML.
+    """
     found = as_dict(value) if isinstance(value, Message) else value
-    click.echo(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
+    if format_ == "yaml":
+        click.echo(("---\n" if one_of_many else "") + yaml(found), nl=False)
+    else:
+        click.echo(orjson.dumps(found, option=None if one_of_many else orjson.OPT_INDENT_2).decode())
 
 
-def json_line(message: Message) -> None:
-    """Print a message as one line of JSON."""
-    click.echo(orjson.dumps(as_dict(message)).decode())
+def yaml(value: Any) -> str:
+    """Return a value of JSON as YAML, with the fields in their order. Raises StartError without PyYAML."""
+    try:
+        import yaml as library
+    except ModuleNotFoundError:
+        raise StartError("YAML needs the package PyYAML: pip install '.[local]' in a checkout") from None
+    return str(library.safe_dump(value, sort_keys=False, allow_unicode=True, width=120))
 
 
 def warn(message: Message) -> None:

@@ -43,11 +43,12 @@ def list_(read: Read, app: str, phase: str | None, part: str) -> None:
         app=app, phase=printing.PHASES[phase] if phase else admin_pb2.PHASE_UNSPECIFIED, filter=part
     )
     found = [each for page in pages(read.servers, lambda stub: stub.ListReleases, request) for each in page.releases]
-    if read.as_json:
-        printing.json({"releases": [printing.as_dict(each) for each in found]})
+    if read.is_for_programs:
+        read.print({"releases": [printing.as_dict(each) for each in found]})
     else:
+        more = ("DIGEST", "FILE") if read.is_wide else ()
         printing.rows(
-            ("APP", "VERSION", "PHASE", "WEIGHT", "INSTANCES", "ALIASES", "MODIFIED", "DESCRIPTION"),
+            ("APP", "VERSION", "PHASE", "WEIGHT", "INSTANCES", "ALIASES", "MODIFIED", "DESCRIPTION", *more),
             [
                 (
                     each.app,
@@ -58,6 +59,7 @@ def list_(read: Read, app: str, phase: str | None, part: str) -> None:
                     ",".join(each.aliases) or "-",
                     printing.moment(each.lastmodified),
                     printing.text(each.desc),
+                    *((each.digest, printing.text(each.file)) if read.is_wide else ()),
                 )
                 for each in found
             ],
@@ -78,8 +80,8 @@ def _instances(each: admin_pb2.Release) -> str:
 @reading
 def show(read: Read, app: str, version: str) -> None:
     found = read.servers.read(lambda stub: stub.GetRelease, admin_pb2.GetReleaseRequest(app=app, version=version))
-    if read.as_json:
-        printing.json(found)
+    if read.is_for_programs:
+        read.print(found)
     else:
         # What has no value is absent.
         values = printing.as_dict(found)

@@ -44,8 +44,8 @@ def show(read: Read, app: str, version: str) -> None:
     if version:
         request = admin_pb2.GetMergedWorkerRequest(app=app, version=version)
         merged = read.servers.read(lambda stub: stub.GetMergedWorker, request)
-        if read.as_json:
-            printing.json(merged)
+        if read.is_for_programs:
+            read.print(merged)
             return
         levels = admin_pb2.MergedWorker.Level
         printing.rows(
@@ -62,8 +62,8 @@ def show(read: Read, app: str, version: str) -> None:
         )
         return
     found = read.servers.read(lambda stub: stub.GetWorker, admin_pb2.GetWorkerRequest(app=app))
-    if read.as_json:
-        printing.json(found)
+    if read.is_for_programs:
+        read.print(found)
     else:
         values = printing.as_dict(found)
         printing.rows(("SETTING", "VALUE"), [(name, str(values.get(name, "-"))) for name in _FIELDS])
