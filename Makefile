@@ -9,6 +9,9 @@ ENGINE ?= docker
 IMAGES ?= gate registry evaluator evaluator-gpu
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' atserving/__init__.py)
 
+# The tests start hundreds of processes, which read the compiled modules wherever nobody has forbidden to write them.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 
 .PHONY: help

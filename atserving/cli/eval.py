@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from atserving.cli import service
+from atserving.cli import contexts, service
 from atserving.cli.edge_client import MAX_BODY, Answer, EdgeClient, Request, Source, Unreachable
 from atserving.cli.eval_output import JsonOutput, Output, TableOutput
 from atserving.cli.tables import printable
@@ -27,6 +27,9 @@ def _net(context: click.Context, parameter: click.Parameter, value: str) -> str:
     if not all(is_name(part) for part in value.split("/", 1)):
         raise click.BadParameter(f"{value!r} is not APP or APP/VERSION", context, parameter)
     return value
+
+
+_EDGE = "http://127.0.0.1:8080"
 
 
 def _edge(context: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -110,10 +113,11 @@ def _png(context: click.Context, parameter: click.Parameter, value: Path | None)
 )
 @click.argument("net", metavar="APP[/VERSION]", callback=_net)
 @click.argument("sources", metavar="FILE|URL...", nargs=-1, required=True, callback=_sources)
+@contexts.option
 @click.option(
     "--edge",
-    default="http://127.0.0.1:8080",
-    show_default=True,
+    default=lambda: contexts.chosen().edge or _EDGE,
+    show_default=f"the context's, or {_EDGE}",
     callback=_edge,
     metavar="URL",
     help="The URL of the mesh's edge.",

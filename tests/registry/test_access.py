@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 
 import grpc
 import pytest
 
 from atserving.config import PREFIX
-from atserving.local import commands
 from reliability.attacks.refusals import MALFORMED_RULES
 from tests.processes import Etcd, Gate, Registry
+from tests.registry.cli import Cli
 from tests.waiting import until_async
 
 pytestmark = pytest.mark.slow
@@ -35,8 +34,9 @@ def gate(registries: list[Registry], shared_etcd: Etcd) -> Iterator[Gate]:
 
 
 def listed(registry: Registry, app: str) -> str:
-    command = [str(commands.BIN / "atserving"), "release", "list", app, "--server", registry.address]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    ended = Cli(registry.address, app).run("release", "list", app)
+    assert ended.status == 0, ended.err
+    return ended.err
 
 
 @pytest.mark.parametrize("default", [False, True])

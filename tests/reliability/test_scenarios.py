@@ -41,7 +41,7 @@ async def truth(mesh: Mesh) -> Truth:
     [
         ("etcd leader killed", ""),
         ("worker killed", ""),
-        ("every registry frozen", "a publication meanwhile: UNAVAILABLE"),
+        ("every registry frozen", "a publication meanwhile: (UNAVAILABLE|DEADLINE_EXCEEDED)"),
         ("etcd emptied", "[0-9]+ deletions held back"),
         ("etcd restored from a snapshot", ""),
         ("etcd compacted while a registry is frozen", ""),

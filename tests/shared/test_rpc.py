@@ -38,6 +38,11 @@ class Servicer:
     ended: list[str] = field(default_factory=list)
     sent: int = 0
 
+    async def report_comparisons(
+        self, request: registry_pb2.ReportComparisonsRequest, _: rpc.Context
+    ) -> registry_pb2.ReportComparisonsResponse:
+        raise AssertionError
+
     async def register_instance(
         self, request: registry_pb2.RegisterInstanceRequest, context: rpc.Context
     ) -> registry_pb2.RegisterInstanceResponse:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 from google.protobuf.message import Message
 
-from atserving.cli import service
+from atserving.cli import contexts, service
 from atserving.cli.ops import printing
 from atserving.cli.ops.client import Method, Request, Response, Servers
 
@@ -77,8 +77,8 @@ server_option = service.addresses_option(
     "--server",
     "--registry",
     "server",
-    default=DEFAULT_SERVER,
-    show_default=True,
+    default=lambda: contexts.chosen().server or DEFAULT_SERVER,
+    show_default=f"the context's, or {DEFAULT_SERVER}",
     help="The registries; the first that answers is used.",
 )
 
@@ -105,6 +105,7 @@ def writing(function: _Function) -> Callable[..., Any]:
         flag("--force", is_flag=True, help="Do it even if callers lose by it."),
         flag("--dry-run", is_flag=True, help="Check it, and change nothing."),
         server_option,
+        contexts.option,
     ):
         command = option(command)
     return command
@@ -120,6 +121,7 @@ def reading(function: _Function) -> Callable[..., Any]:
     for option in (
         flag("-o", "--format", type=click.Choice(_FORMATS), default=_FORMATS[0], help=f"Default: {_FORMATS[0]}."),
         server_option,
+        contexts.option,
     ):
         command = option(command)
     return command

@@ -1,0 +1,104 @@
+"""Named meshes in a file of the user: where their registries and edges are, and which one commands mean."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import click
+import msgspec
+
+from atserving.errors import StartError
+
+_META = "atserving.context"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+class Context(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """One mesh. An empty address is not set."""
+
+    server: str = ""
+    """The registries: ``host:port[,host:port...]``."""
+    edge: str = ""
+    """The URL of an Envoy."""
+
+
+class Contexts(msgspec.Struct, forbid_unknown_fields=True, rename="kebab"):
+    """What the file has."""
+
+    current_context: str = ""
+    contexts: dict[str, Context] = {}
+
+
+def path() -> Path:
+    """Return the file: that of ATSERVING_CONFIG, or ``atserving/config.json`` in the user's folder of settings."""
+    if named := os.environ.get("ATSERVING_CONFIG"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "atserving" / "config.json"
+
+
+def load() -> Contexts:
+    """Read the file; without one there are no contexts. Raises StartError."""
+    file = path()
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Contexts)
+    except FileNotFoundError:
+        return Contexts()
+    except OSError as error:
+        raise StartError(f"can't read {file}: {error.strerror}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise StartError(f"{file} is wrong: {error}") from None
+
+
+def save(contexts: Contexts) -> None:
+    """Write the file, which nobody else can read. Raises StartError."""
+    file = path()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.name}.", delete=False) as new:
+            new.write(msgspec.json.format(msgspec.json.encode(contexts), indent=2) + b"\n")
+        Path(new.name).replace(file)
+    except OSError as error:
+        raise StartError(f"can't write {file}: {error.strerror}") from None
+
+
+def named(contexts: Contexts, name: str) -> Context:
+    """Return a context. Raises StartError."""
+    if name not in contexts.contexts:
+        known = ", ".join(sorted(contexts.contexts)) or "none"
+        raise StartError(f"there is no context {name!r} in {path()}; it has: {known}")
+    return contexts.contexts[name]
+
+
+def check_name(name: str) -> None:
+    """Raise BadParameter if a context can't have this name."""
+    if not _NAME.fullmatch(name):
+        raise click.BadParameter(f"{name!r} should match {_NAME.pattern}")
+
+
+def chosen() -> Context:
+    """Return the context of ``--context``, or else the current one; an empty one without any. Raises StartError."""
+    running = click.get_current_context(silent=True)
+    name = running.meta.get(_META) if running else None
+    contexts = load()
+    name = name or contexts.current_context
+    return named(contexts, name) if name else Context()
+
+
+def _remember(context: click.Context, _: click.Parameter, value: str | None) -> None:
+    context.meta[_META] = value
+
+
+# Eager: the defaults of other options need it.
+option = click.option(
+    "--context",
+    envvar="ATSERVING_CONTEXT",
+    is_eager=True,
+    expose_value=False,
+    callback=_remember,
+    allow_from_autoenv=False,
+    metavar="NAME",
+    help="The mesh, as `atserving context` names it. Default: the current one.",
+)
