@@ -25,7 +25,7 @@ def put_release(state: AppState, release: Release, given: Collection[str]) -> Ed
     known = state.releases.get(release.version)
     if known is None:
         _check_new(state, release)
-        return {release.key: msgspec.structs.replace(release, lastmodified=_now()).to_json()}
+        return {release.key: msgspec.structs.replace(release, lastmodified=now()).to_json()}
     if known.digest != release.digest:
         fields = ", ".join(known.differing(release))
         raise AlreadyExists(f"{known.name}/{known.version} exists with a different {fields}: publish a new version")
@@ -38,7 +38,7 @@ def amend_release(state: AppState, version: str, changes: Mapping[str, Any]) -> 
     stored = _stored(state, current.key)
     if all((stored.get(name) if value is None else getattr(current, name)) == value for name, value in changes.items()):
         return {}
-    return {current.key: _merged(state, current.key, {**changes, "lastmodified": _now()})}
+    return {current.key: _merged(state, current.key, {**changes, "lastmodified": now()})}
 
 
 def promote(state: AppState, name: str, *, exclusive: bool) -> Edits:
@@ -228,8 +228,14 @@ def _text(state: AppState, key: str, fields: Mapping[str, Any]) -> str:
     """Return fields as JSON: as it is stored, if they are the same."""
     if key in state.entries and key not in state.malformed and fields == _stored(state, key):
         return state.entries[key].value_json
+    return as_text(fields)
+
+
+def as_text(fields: Mapping[str, Any]) -> str:
+    """Return fields as the JSON of etcd."""
     return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time for ``lastmodified``."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

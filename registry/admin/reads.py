@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from atserving.admin.v1 import admin_pb2
 from atserving.config import PREFIX, MalformedConfig, app_of
 from atserving.errors import NotFound, Unavailable
-from registry.admin import edits, load, messages, paging
+from registry.admin import edits, load, messages, paging, whole
 from registry.admin.effects import ineffective
 from registry.admin.history import NO_APP, History
 from registry.admin.state import AppState
@@ -131,6 +131,11 @@ class Reads:
                 if request.app == NO_APP or _app_of(key) in ("", request.app):
                     response.problems.add(kind=kind, key=key, reason=reason)
         return response
+
+    async def get_config(self, request: admin_pb2.GetConfigRequest, _: Context) -> admin_pb2.Config:
+        if request.app:
+            return whole.to_proto(self._existing(request.app))
+        return whole.to_proto(self._state(""))
 
     async def list_comparisons(
         self, request: admin_pb2.ListComparisonsRequest, _: Context

@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from atserving.admin.v1 import admin_pb2
 from atserving.config import MalformedConfig, Release, validate
 from atserving.errors import InvalidArgument, NotFound
-from registry.admin import edits, messages
+from registry.admin import edits, messages, whole
 from registry.admin.history import History
 from registry.admin.reads import Context, Reads
 from registry.admin.state import AppState, access_key, worker_key
@@ -83,6 +83,24 @@ class AdminService(Reads):
         app = messages.name_from(request.app, "app")
         await self._writer.write(app, _intent("DeleteApp", request, request.etag), edits.delete_app)
         return admin_pb2.DeleteAppResponse()
+
+    async def apply_config(self, request: admin_pb2.ApplyConfigRequest, _: Context) -> admin_pb2.ApplyConfigResponse:
+        app = messages.app_from(request.app)
+        wanted = dict(request.values)
+        found: list[admin_pb2.KeyChange] = []
+        etag = ""
+
+        def edit(state: AppState) -> edits.Edits:
+            nonlocal etag
+            made = whole.apply(state, wanted, prune=request.prune)
+            found[:] = whole.changes(state, made)
+            etag = state.etag
+            return made
+
+        after = await self._writer.write(app, _intent("ApplyConfig", request, request.etag), edit)
+        warnings = [f"{key}: {reason}" for key, reason in sorted(after.warnings.items())]
+        etag = etag if request.validate_only else after.etag
+        return admin_pb2.ApplyConfigResponse(etag=etag, changes=found, warnings=warnings)
 
     async def split_app(self, request: admin_pb2.SplitAppRequest, _: Context) -> admin_pb2.App:
         app = messages.name_from(request.app, "app")

@@ -84,6 +84,18 @@ async def test_a_release_lives_and_dies_over_rest(rest: Rest) -> None:
     assert history.json["changes"][0]["message"] == "a mistake"
 
 
+async def test_the_whole_config_over_rest(rest: Rest) -> None:
+    found = await rest.call("GET", "/v1/apps/digits/config")
+    assert "/ava/serving/eval/digits/v1" in found.json["values"]
+    wanted = {"values": {"/ava/serving/worker/app/digits/default": '{"max_concurrent": 9}'}, "validate_only": True}
+    planned = await rest.call("POST", "/v1/apps/digits/config:apply", wanted)
+    assert planned.json["etag"] == found.json["etag"]
+    assert [each["after"] for each in planned.json["changes"]] == ['{"max_concurrent":9}']
+    stray = await rest.call("POST", "/v1/config:apply", wanted)
+    assert (stray.status, "no config of the defaults" in stray.json["message"]) == (400, True)
+    assert (await rest.call("GET", "/v1/config")).status == 200
+
+
 async def test_verbs_over_rest(rest: Rest) -> None:
     promoted = await rest.call("POST", "/v1/apps/digits/releases/v2:promote", {"exclusive": True, "actor": "ada"})
     assert promoted.json["phase"] == "PHASE_PRODUCTION"

@@ -65,6 +65,7 @@ class Cli:
             with (
                 patch.dict(os.environ, {**self._variables, **environment}),
                 patch.object(sys, "argv", ["atserving", *arguments]),
+                patch.object(sys, "stdin", io.StringIO()),
                 redirect_stdout(out),
                 redirect_stderr(err),
                 pytest.raises(SystemExit) as ended,

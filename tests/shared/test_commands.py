@@ -20,8 +20,22 @@ PROGRAMS = [
     [ATSERVING, "release", "put"],
     [ATSERVING, "worker", "set"],
 ]
-COMMANDS = ["access", "app", "context", "convert", "demo", "eval", "instance", "k8s", "ps", "release", "up", "worker"]
-OF_OPERATORS = {"access", "app", "context", "instance", "ps", "release", "worker"}
+COMMANDS = [
+    "access",
+    "app",
+    "config",
+    "context",
+    "convert",
+    "demo",
+    "eval",
+    "instance",
+    "k8s",
+    "ps",
+    "release",
+    "up",
+    "worker",
+]
+OF_OPERATORS = {"access", "app", "config", "context", "instance", "ps", "release", "worker"}
 # Runs `atserving` as if only the packages of docker/core.txt were installed.
 WITHOUT_EXTRAS = """
 import re, sys

@@ -154,6 +154,16 @@ class AdminServiceStub:
                 request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListHistoryRequest.SerializeToString,
                 response_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListHistoryResponse.FromString,
                 _registered_method=True)
+        self.GetConfig = channel.unary_unary(
+                '/atserving.admin.v1.AdminService/GetConfig',
+                request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.GetConfigRequest.SerializeToString,
+                response_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.Config.FromString,
+                _registered_method=True)
+        self.ApplyConfig = channel.unary_unary(
+                '/atserving.admin.v1.AdminService/ApplyConfig',
+                request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ApplyConfigRequest.SerializeToString,
+                response_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ApplyConfigResponse.FromString,
+                _registered_method=True)
         self.ListProblems = channel.unary_unary(
                 '/atserving.admin.v1.AdminService/ListProblems',
                 request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListProblemsRequest.SerializeToString,
@@ -339,6 +349,20 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetConfig(self, request, context):
+        """Returns all config of an app, or without an app the defaults, as etcd has it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApplyConfig(self, request, context):
+        """Makes the config of an app, or without an app the defaults, what the request says, in one transaction.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListProblems(self, request, context):
         """What is wrong with the config: malformed values, unknown fields, deletions that are held back.
         """
@@ -489,6 +513,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ListHistory,
                     request_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListHistoryRequest.FromString,
                     response_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListHistoryResponse.SerializeToString,
+            ),
+            'GetConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetConfig,
+                    request_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.GetConfigRequest.FromString,
+                    response_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.Config.SerializeToString,
+            ),
+            'ApplyConfig': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApplyConfig,
+                    request_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ApplyConfigRequest.FromString,
+                    response_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ApplyConfigResponse.SerializeToString,
             ),
             'ListProblems': grpc.unary_unary_rpc_method_handler(
                     servicer.ListProblems,
@@ -1159,6 +1193,60 @@ class AdminService:
             '/atserving.admin.v1.AdminService/ListHistory',
             atserving_dot_admin_dot_v1_dot_admin__pb2.ListHistoryRequest.SerializeToString,
             atserving_dot_admin_dot_v1_dot_admin__pb2.ListHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atserving.admin.v1.AdminService/GetConfig',
+            atserving_dot_admin_dot_v1_dot_admin__pb2.GetConfigRequest.SerializeToString,
+            atserving_dot_admin_dot_v1_dot_admin__pb2.Config.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApplyConfig(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atserving.admin.v1.AdminService/ApplyConfig',
+            atserving_dot_admin_dot_v1_dot_admin__pb2.ApplyConfigRequest.SerializeToString,
+            atserving_dot_admin_dot_v1_dot_admin__pb2.ApplyConfigResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -84,6 +84,10 @@ class AdminServiceStub:
     ListInstances: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListInstancesRequest, _admin_pb2.ListInstancesResponse]
     ListHistory: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListHistoryRequest, _admin_pb2.ListHistoryResponse]
     """The changes of an app, the newest first. Those of the defaults, which have no app, are in the list of all apps."""
+    GetConfig: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetConfigRequest, _admin_pb2.Config]
+    """Returns all config of an app, or without an app the defaults, as etcd has it."""
+    ApplyConfig: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ApplyConfigRequest, _admin_pb2.ApplyConfigResponse]
+    """Makes the config of an app, or without an app the defaults, what the request says, in one transaction."""
     ListProblems: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListProblemsRequest, _admin_pb2.ListProblemsResponse]
     """What is wrong with the config: malformed values, unknown fields, deletions that are held back."""
     ListComparisons: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListComparisonsRequest, _admin_pb2.ListComparisonsResponse]
@@ -138,6 +142,10 @@ class AdminServiceAsyncStub(AdminServiceStub):
     ListInstances: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListInstancesRequest, _admin_pb2.ListInstancesResponse]  # type: ignore[assignment]
     ListHistory: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListHistoryRequest, _admin_pb2.ListHistoryResponse]  # type: ignore[assignment]
     """The changes of an app, the newest first. Those of the defaults, which have no app, are in the list of all apps."""
+    GetConfig: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetConfigRequest, _admin_pb2.Config]  # type: ignore[assignment]
+    """Returns all config of an app, or without an app the defaults, as etcd has it."""
+    ApplyConfig: _aio.UnaryUnaryMultiCallable[_admin_pb2.ApplyConfigRequest, _admin_pb2.ApplyConfigResponse]  # type: ignore[assignment]
+    """Makes the config of an app, or without an app the defaults, what the request says, in one transaction."""
     ListProblems: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListProblemsRequest, _admin_pb2.ListProblemsResponse]  # type: ignore[assignment]
     """What is wrong with the config: malformed values, unknown fields, deletions that are held back."""
     ListComparisons: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListComparisonsRequest, _admin_pb2.ListComparisonsResponse]  # type: ignore[assignment]
@@ -333,6 +341,22 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListHistoryResponse, _abc.Awaitable[_admin_pb2.ListHistoryResponse]]:
         """The changes of an app, the newest first. Those of the defaults, which have no app, are in the list of all apps."""
+
+    @_abc_1.abstractmethod
+    def GetConfig(
+        self,
+        request: _admin_pb2.GetConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.Config, _abc.Awaitable[_admin_pb2.Config]]:
+        """Returns all config of an app, or without an app the defaults, as etcd has it."""
+
+    @_abc_1.abstractmethod
+    def ApplyConfig(
+        self,
+        request: _admin_pb2.ApplyConfigRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ApplyConfigResponse, _abc.Awaitable[_admin_pb2.ApplyConfigResponse]]:
+        """Makes the config of an app, or without an app the defaults, what the request says, in one transaction."""
 
     @_abc_1.abstractmethod
     def ListProblems(
