@@ -201,22 +201,26 @@ class Load(_message.Message):
     IN_FLIGHT_FIELD_NUMBER: _builtins.int
     FETCHING_FIELD_NUMBER: _builtins.int
     AWAY_FIELD_NUMBER: _builtins.int
+    SOFTWARE_FIELD_NUMBER: _builtins.int
     in_flight: _builtins.int
     """Requests in flight, running and queued."""
     fetching: _builtins.int
     """Requests whose resources are being fetched."""
     away: _builtins.bool
     """The worker process is dead or stands still, so gates ask other instances."""
+    software: _builtins.str
+    """The version of AtServing."""
     def __init__(
         self,
         *,
         in_flight: _builtins.int = ...,
         fetching: _builtins.int = ...,
         away: _builtins.bool = ...,
+        software: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["away", b"away", "fetching", b"fetching", "in_flight", b"in_flight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["away", b"away", "fetching", b"fetching", "in_flight", b"in_flight", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from grpc import StatusCode
 
-from atserving import link
+from atserving import __version__, link
 from atserving.grpc_call import Call, GrpcError, parsed
 from atserving.grpc_server import Server
 from atserving.v1 import evaluator_pb2
@@ -42,7 +42,9 @@ class EvaluatorService:
             call.abort(StatusCode.NOT_FOUND, f"this is not instance {wanted[:80]!r}")
             return
         capacity = self.pipeline.capacity
-        load = evaluator_pb2.Load(in_flight=capacity.in_flight, fetching=capacity.fetching, away=self._is_away())
+        load = evaluator_pb2.Load(
+            in_flight=capacity.in_flight, fetching=capacity.fetching, away=self._is_away(), software=__version__
+        )
         call.finish(load.SerializeToString())
 
     def _infer(self, call: Call) -> None:

@@ -30,4 +30,5 @@ async def _ask(status: admin_pb2.InstanceStatus) -> None:
             silent = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
             status.unreachable = "does not answer" if silent else error.details() or error.code().name
             return
-    status.load.in_flight, status.load.fetching, status.load.away = load.in_flight, load.fetching, load.away
+    for name in ("in_flight", "fetching", "away", "software"):
+        setattr(status.load, name, getattr(load, name))

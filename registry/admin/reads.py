@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 
 from google.protobuf.message import Message
 
+from atserving import __version__
 from atserving.admin.v1 import admin_pb2
 from atserving.config import PREFIX, MalformedConfig, app_of
 from atserving.errors import NotFound, Unavailable
@@ -131,6 +132,13 @@ class Reads:
                 if request.app == NO_APP or _app_of(key) in ("", request.app):
                     response.problems.add(kind=kind, key=key, reason=reason)
         return response
+
+    async def get_status(self, _: admin_pb2.GetStatusRequest, __: Context) -> admin_pb2.Status:
+        view = self._view
+        stale = self._mirror.reason if view.stale or not view.synced.is_set() else ""
+        status = admin_pb2.Status(software=__version__, revision=view.revision, stale=stale)
+        status.time.GetCurrentTime()
+        return status
 
     async def get_config(self, request: admin_pb2.GetConfigRequest, _: Context) -> admin_pb2.Config:
         if request.app:

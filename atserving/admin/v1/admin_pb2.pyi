@@ -604,22 +604,26 @@ class InstanceStatus(_message.Message):
         IN_FLIGHT_FIELD_NUMBER: _builtins.int
         FETCHING_FIELD_NUMBER: _builtins.int
         AWAY_FIELD_NUMBER: _builtins.int
+        SOFTWARE_FIELD_NUMBER: _builtins.int
         in_flight: _builtins.int
         """Requests in flight, running and queued."""
         fetching: _builtins.int
         """Requests whose resources are being fetched."""
         away: _builtins.bool
         """The worker process is dead or stands still, so gates ask others."""
+        software: _builtins.str
+        """The version of AtServing."""
         def __init__(
             self,
             *,
             in_flight: _builtins.int = ...,
             fetching: _builtins.int = ...,
             away: _builtins.bool = ...,
+            software: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["away", b"away", "fetching", b"fetching", "in_flight", b"in_flight"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["away", b"away", "fetching", b"fetching", "in_flight", b"in_flight", "software", b"software"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1843,6 +1847,55 @@ class ListProblemsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListProblemsResponse: _TypeAlias = ListProblemsResponse  # noqa: Y015
+
+@_typing.final
+class GetStatusRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
+
+@_typing.final
+class Status(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOFTWARE_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    STALE_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    software: _builtins.str
+    """The version of AtServing."""
+    revision: _builtins.int
+    """The revision of etcd up to which it has the config."""
+    stale: _builtins.str
+    """Why it may lack changes: etcd is away. Empty while it follows etcd."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """Its clock."""
+
+    def __init__(
+        self,
+        *,
+        software: _builtins.str = ...,
+        revision: _builtins.int = ...,
+        stale: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "software", b"software", "stale", b"stale", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Status: _TypeAlias = Status  # noqa: Y015
 
 @_typing.final
 class GetConfigRequest(_message.Message):

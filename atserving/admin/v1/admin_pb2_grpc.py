@@ -164,6 +164,11 @@ class AdminServiceStub:
                 request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ApplyConfigRequest.SerializeToString,
                 response_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ApplyConfigResponse.FromString,
                 _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/atserving.admin.v1.AdminService/GetStatus',
+                request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
+                response_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.Status.FromString,
+                _registered_method=True)
         self.ListProblems = channel.unary_unary(
                 '/atserving.admin.v1.AdminService/ListProblems',
                 request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListProblemsRequest.SerializeToString,
@@ -363,6 +368,13 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStatus(self, request, context):
+        """What the registry that answers knows of itself.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListProblems(self, request, context):
         """What is wrong with the config: malformed values, unknown fields, deletions that are held back.
         """
@@ -523,6 +535,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.ApplyConfig,
                     request_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ApplyConfigRequest.FromString,
                     response_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ApplyConfigResponse.SerializeToString,
+            ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.GetStatusRequest.FromString,
+                    response_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.Status.SerializeToString,
             ),
             'ListProblems': grpc.unary_unary_rpc_method_handler(
                     servicer.ListProblems,
@@ -1247,6 +1264,33 @@ class AdminService:
             '/atserving.admin.v1.AdminService/ApplyConfig',
             atserving_dot_admin_dot_v1_dot_admin__pb2.ApplyConfigRequest.SerializeToString,
             atserving_dot_admin_dot_v1_dot_admin__pb2.ApplyConfigResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atserving.admin.v1.AdminService/GetStatus',
+            atserving_dot_admin_dot_v1_dot_admin__pb2.GetStatusRequest.SerializeToString,
+            atserving_dot_admin_dot_v1_dot_admin__pb2.Status.FromString,
             options,
             channel_credentials,
             insecure,

@@ -88,6 +88,8 @@ class AdminServiceStub:
     """Returns all config of an app, or without an app the defaults, as etcd has it."""
     ApplyConfig: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ApplyConfigRequest, _admin_pb2.ApplyConfigResponse]
     """Makes the config of an app, or without an app the defaults, what the request says, in one transaction."""
+    GetStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.Status]
+    """What the registry that answers knows of itself."""
     ListProblems: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListProblemsRequest, _admin_pb2.ListProblemsResponse]
     """What is wrong with the config: malformed values, unknown fields, deletions that are held back."""
     ListComparisons: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListComparisonsRequest, _admin_pb2.ListComparisonsResponse]
@@ -146,6 +148,8 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Returns all config of an app, or without an app the defaults, as etcd has it."""
     ApplyConfig: _aio.UnaryUnaryMultiCallable[_admin_pb2.ApplyConfigRequest, _admin_pb2.ApplyConfigResponse]  # type: ignore[assignment]
     """Makes the config of an app, or without an app the defaults, what the request says, in one transaction."""
+    GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.Status]  # type: ignore[assignment]
+    """What the registry that answers knows of itself."""
     ListProblems: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListProblemsRequest, _admin_pb2.ListProblemsResponse]  # type: ignore[assignment]
     """What is wrong with the config: malformed values, unknown fields, deletions that are held back."""
     ListComparisons: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListComparisonsRequest, _admin_pb2.ListComparisonsResponse]  # type: ignore[assignment]
@@ -357,6 +361,14 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ApplyConfigResponse, _abc.Awaitable[_admin_pb2.ApplyConfigResponse]]:
         """Makes the config of an app, or without an app the defaults, what the request says, in one transaction."""
+
+    @_abc_1.abstractmethod
+    def GetStatus(
+        self,
+        request: _admin_pb2.GetStatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.Status, _abc.Awaitable[_admin_pb2.Status]]:
+        """What the registry that answers knows of itself."""
 
     @_abc_1.abstractmethod
     def ListProblems(

@@ -54,7 +54,7 @@ class Servers:
 
     def __init__(self, addresses: list[str], timeout_s: float = _CALL_TIMEOUT_S) -> None:
         """A server has ``timeout_s`` for the connection and a call."""
-        self._addresses = addresses
+        self.addresses = addresses
         self._timeout_s = timeout_s
 
     def read(self, method: Method[Request, Response], request: Request) -> Response:
@@ -67,7 +67,7 @@ class Servers:
 
     def _call(self, method: Method[Request, Response], request: Request, *, repeat: bool) -> Response:
         failure = _NO_ADDRESS
-        for address in self._addresses:
+        for address in self.addresses:
             with grpc.insecure_channel(address, options=transport.CHANNEL_OPTIONS) as channel:
                 until_s = time.monotonic() + self._timeout_s
                 if not _connects(channel, min(_CONNECT_TIMEOUT_S, self._timeout_s)):
@@ -84,7 +84,7 @@ class Servers:
     def stream(self, method: StreamMethod[Request, Response], request: Request) -> Iterator[Response]:
         """Yield the responses of the first server that sends one, until it ends the stream."""
         failure = _NO_ADDRESS
-        for address in self._addresses:
+        for address in self.addresses:
             with grpc.insecure_channel(address, options=transport.CHANNEL_OPTIONS) as channel:
                 if not _connects(channel, _CONNECT_TIMEOUT_S):
                     failure = _unconnected(address)

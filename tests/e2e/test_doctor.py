@@ -1,0 +1,85 @@
+"""``atserving doctor`` on a mesh of real processes: what it finds when all is well, and when something is not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from atserving import __version__
+from atserving.local import commands, examples
+from atserving.local.mesh import Mesh
+from tests.processes import etcdctl
+from tests.waiting import until_async
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def mesh() -> AsyncIterator[Mesh]:
+    async with Mesh(serves=examples.DIGITS) as mesh:
+        yield mesh
+
+
+async def doctor(mesh: Mesh, *flags: str) -> tuple[int, list[dict[str, str]]]:
+    """Return the exit status and the findings."""
+    command = [str(commands.BIN / "atserving"), "doctor", "--server", mesh.registry, "--edge", mesh.url, "-o", "json"]
+    run = await asyncio.to_thread(subprocess.run, [*command, *flags], capture_output=True, text=True, check=False)
+    return run.returncode, json.loads(run.stdout)["findings"]
+
+
+def said(findings: list[dict[str, str]], state: str) -> dict[str, str]:
+    return {each["what"]: each["said"] for each in findings if each["state"] == state}
+
+
+async def test_a_healthy_mesh(mesh: Mesh) -> None:
+    async def healthy() -> bool:
+        return (await doctor(mesh))[0] == 0
+
+    await until_async(healthy)
+    _, findings = await doctor(mesh)
+    assert {each["state"] for each in findings} == {"ok"}
+    fine = said(findings, "ok")
+    assert fine[f"registry {mesh.registry}"].startswith(f"version {__version__}, config of revision ")
+    assert fine[f"edge {mesh.url}"] == "/health is 200"
+    assert (fine["apps"], fine["instances"]) == ("1 looked at", "2 looked at")
+
+
+async def test_what_is_wrong_is_said_with_what_to_do(mesh: Mesh) -> None:
+    etcdctl(mesh.etcd, "put", "/ava/serving/worker/app/digits/default", "{")
+    etcdctl(mesh.etcd, "put", "/ava/serving/worker/app/none/default", "{}")
+    etcdctl(mesh.etcd, "put", "/ava/serving/eval/idle/v1", '{"file": "file:///x", "phase": "production"}')
+    instance = {"app": "digits", "version": "v1", "id": "gone", "address": "127.0.0.1:1", "capacity": 4}
+    etcdctl(mesh.etcd, "put", "/ava/serving/instance/digits/v1/gone", json.dumps(instance))
+
+    async def seen() -> bool:
+        return "instance digits v1 gone" in said((await doctor(mesh))[1], "warning")
+
+    try:
+        await until_async(seen)
+        status, findings = await doctor(mesh)
+        assert status == 1
+        failed, warned = said(findings, "failed"), said(findings, "warning")
+        assert failed["/ava/serving/worker/app/digits/default"].startswith("not JSON")
+        assert failed["app idle"] == "no version in production has a ready instance"
+        assert warned["/ava/serving/worker/app/none/default"] == "the app has no release"
+        assert warned["instance digits v1 gone"] == "127.0.0.1:1: does not answer"
+        assert all(each["do"] for each in findings if each["state"] != "ok")
+    finally:
+        for key in ("worker/app/digits/default", "worker/app/none/default", "eval/idle/v1", "instance/digits/v1/gone"):
+            etcdctl(mesh.etcd, "del", f"/ava/serving/{key}")
+
+
+async def test_what_can_not_be_reached(mesh: Mesh) -> None:
+    status, findings = await doctor(mesh, "--server", f"127.0.0.1:1,{mesh.registry}", "--edge", "http://127.0.0.1:1")
+    assert status == 1
+    failed = said(findings, "failed")
+    assert failed["registry 127.0.0.1:1"] == "there is no connection to it"
+    assert "refused" in failed["edge http://127.0.0.1:1"]
+    assert f"registry {mesh.registry}" in said(findings, "ok")
+    status, findings = await doctor(mesh, "--server", "127.0.0.1:1")
+    assert (status, "config" in said(findings, "failed")) == (1, True)
