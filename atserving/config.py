@@ -387,9 +387,11 @@ def _check_names(value: str | bytes) -> None:
     """Raise MalformedConfig if an object in a JSON text has a name twice."""
 
     def check(pairs: list[tuple[str, Any]]) -> None:
-        if len(names := {name for name, _ in pairs}) < len(pairs):
-            twice = next(name for name in names if sum(name == each for each, _ in pairs) > 1)
-            raise MalformedConfig(f"the name {twice[:80]!r} is there twice")
+        names: set[str] = set()
+        for name, _ in pairs:
+            if name in names:
+                raise MalformedConfig(f"the name {name[:80]!r} is there twice")
+            names.add(name)
 
     json.loads(value, object_pairs_hook=check)
 
