@@ -174,6 +174,11 @@ class Shadow(_Value, frozen=True, kw_only=True):
     box_tolerance: Annotated[float, Meta(ge=0, le=10_000)] = 2.0
     """By how many pixels each coordinate in ``pts`` may."""
 
+    @property
+    def settings(self) -> str:
+        """A text that is another one with other settings."""
+        return f"{self.percent!r} {self.score_tolerance!r} {self.box_tolerance!r}"
+
 
 class AppRouting(_Value, frozen=True, kw_only=True):
     """How the requests for an app find a version: ``/ava/serving/app/routing/<app>``."""

@@ -35,6 +35,8 @@ def difference(ours: Response, other: Response, shadow: Shadow) -> str:
         return _difference(orjson.loads(first), orjson.loads(second), "", 0.0, shadow)
     except orjson.JSONDecodeError:
         return "no JSON"
+    except RecursionError:
+        return "other text, nested too deeply to compare as JSON"
 
 
 def _result(response: Response) -> tuple[Buffer, bool]:

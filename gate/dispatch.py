@@ -132,6 +132,7 @@ class Dispatcher:
         route = self._admit(task, call)
         kind = Kind(call.batched, self._check(task, call))
         key = b"" if route.version else _key(route, call)
+        began_s = time.monotonic() if route.shadow else 0.0
         deadline = call.started + route.timeout_s
         if call.deadline is not None:
             deadline = min(deadline, call.deadline)
@@ -143,7 +144,7 @@ class Dispatcher:
                 f"app {task.app!r} did not answer within {after_s} s", version="".join(late.args)
             ) from None
         if route.shadow:
-            self._shadows.consider(task, call, route, kind.fetches, result)
+            self._shadows.consider(task, call, route, kind.fetches, result, time.monotonic() - began_s)
         return result
 
     async def _wait_synced(self, call: CallContext) -> None:

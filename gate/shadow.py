@@ -19,7 +19,7 @@ import structlog
 
 from atserving.config import Shadow
 from atserving.errors import ServingError
-from atserving.held import LARGE_BYTES, HeldBytes
+from atserving.held import HeldBytes
 from atserving.v1 import registry_pb2
 from gate import compare, responses
 from gate.answers import Answer, TransportError
@@ -45,6 +45,10 @@ SLOWER = 1.2
 """A copy is slower if it takes so many times as long as the caller's own request."""
 
 _SAMPLES = 20
+# A line for each of a comparison would double the log.
+_LOG_MS = 1000
+# Longer answers are compared in a thread.
+_SHORT_BYTES = 4096
 _MOST_COMPARISONS = 1000
 _REASON_CHARS = 200
 # The upper bounds of the times are powers of this, in units of 0.1 ms.
@@ -60,6 +64,7 @@ class Comparison:
     digest: str
     baseline: str
     baseline_digest: str
+    settings: str
     since: float = field(default_factory=time.time)
     equal: int = 0
     different: int = 0
@@ -70,6 +75,8 @@ class Comparison:
     """How many copies took how long, by :func:`bucket`."""
     baseline_times: Counter[int] = field(default_factory=Counter)
     """The same of the requests that were copied."""
+    logged_ms: int = 0
+    """When a difference was last logged."""
     samples: deque[registry_pb2.Difference] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
 
     def to_proto(self) -> registry_pb2.Comparison:
@@ -79,6 +86,7 @@ class Comparison:
             digest=self.digest,
             baseline=self.baseline,
             baseline_digest=self.baseline_digest,
+            settings=self.settings,
             since_ms=round(self.since * 1000),
             equal=self.equal,
             different=self.different,
@@ -113,8 +121,13 @@ class Shadows:
         """Return all comparisons."""
         return list(self._found.values())
 
-    def consider(self, task: Task, call: CallContext, route: Route, fetches: bool, result: EvalResult) -> None:
-        """Copy a request whose answer leaves now, if it is its turn. Does nothing on the caller's path."""
+    def consider(
+        self, task: Task, call: CallContext, route: Route, fetches: bool, result: EvalResult, took_s: float
+    ) -> None:
+        """Copy a request whose answer leaves now, if it is its turn; it has taken ``took_s``.
+
+        The copy is made after the caller's answer.
+        """
         shadow = route.shadow
         assert shadow
         known, count = self._turns.get(route.app, (shadow, 0))
@@ -122,7 +135,6 @@ class Shadows:
         self._turns[route.app] = shadow, count
         share = Fraction(repr(shadow.percent)) / 100
         if math.floor(count * share) > math.floor((count - 1) * share):
-            took_s = time.monotonic() - call.started
             loop = asyncio.get_running_loop()
             loop.call_soon(self._copy, task, call, route, shadow, fetches, result, took_s)
 
@@ -209,33 +221,39 @@ class Shadows:
         """Take note of how a copy has ended, and compare its answer."""
         copy_s = time.monotonic() - asked_s
         endpoint.end(kind)
-        self._give(length)
         failure = None if answer.cancelled() else answer.exception()
         if answer.cancelled() or failure:
+            self._give(length)
             reason = "no answer in time" if isinstance(failure, TimeoutError) else str(failure or "broken off")
             self._fail(found, reqid, reason)
             return
         response = answer.result()
-        if (error := responses.error_of(response)) is not None:
-            if error.refused:
-                found.dropped += 1
-                self.changed.set()
-            else:
-                self._fail(found, reqid, f"{error.code} {error.message}")
+        error = responses.error_of(response)
+        size = responses.size(response)
+        if (error and error.refused) or not self._held.take(size, large=True):
+            self._give(length)
+            found.dropped += 1
+            self.changed.set()
+            return
+        self._bytes += size
+        length += size
+        if error:
+            self._give(length)
+            self._fail(found, reqid, f"{error.code} {error.message}")
             return
         found.times[bucket(copy_s)] += 1
         found.baseline_times[bucket(took_s)] += 1
         found.slower += copy_s > SLOWER * took_s
         ours = result.response
-        size = max(responses.size(ours), responses.size(response))
-        if ours == response or size < LARGE_BYTES >> 4:
-            self._compared(found, reqid, compare.difference(ours, response, shadow))
+        if max(responses.size(ours), size) <= _SHORT_BYTES:
+            self._compared(found, reqid, length, compare.difference(ours, response, shadow))
         else:
             loop = asyncio.get_running_loop()
             comparing = loop.run_in_executor(None, compare.difference, ours, response, shadow)
-            comparing.add_done_callback(lambda done: self._compared(found, reqid, done.result()))
+            comparing.add_done_callback(lambda done: self._compared(found, reqid, length, done.result()))
 
-    def _compared(self, found: Comparison, reqid: str, difference: str) -> None:
+    def _compared(self, found: Comparison, reqid: str, length: int, difference: str) -> None:
+        self._give(length)
         self.changed.set()
         if difference:
             found.different += 1
@@ -253,6 +271,9 @@ class Shadows:
         sample = registry_pb2.Difference(reqid=reqid, reason=reason[:_REASON_CHARS], failed=failed)
         sample.time_ms = round(time.time() * 1000)
         found.samples.append(sample)
+        if sample.time_ms < found.logged_ms + _LOG_MS:
+            return
+        found.logged_ms = sample.time_ms
         log.info(
             "shadow differs",
             reqid=reqid,
@@ -276,5 +297,7 @@ class Shadows:
                 del self._found[old]
             while len(self._found) >= _MOST_COMPARISONS:
                 del self._found[next(iter(self._found))]
-            found = self._found[key] = Comparison(app, shadow.version, digests[0], baseline, digests[1])
+            found = self._found[key] = Comparison(
+                app, shadow.version, digests[0], baseline, digests[1], shadow.settings
+            )
         return found

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from atserving.config import Shadow
 from atserving.errors import InvalidArgument
 from atserving.v1 import registry_pb2
 
@@ -96,13 +97,24 @@ class Comparisons:
         while len(self._reports) > MOST_GATES:
             del self._reports[next(iter(self._reports))]
 
-    def of(self, app: str, digest_of: Callable[[str], str]) -> Iterable[Comparison]:
-        """Return the comparisons of an app's versions, sorted: what was found of the contents that they have now."""
-        found: dict[_Key, Comparison] = {}
+    def of(self, app: str, digest_of: Callable[[str], str], shadow: Shadow | None = None) -> Iterable[Comparison]:
+        """Return the comparisons of an app's versions, sorted: what was found of the contents that they have now.
+
+        Of the version that is the ``shadow``, with its present settings; of others, with the last ones.
+        """
+        current: dict[_Key, list[registry_pb2.Comparison]] = {}
         for report in self._reports.values():
             for one in report:
-                current = (digest_of(one.version), digest_of(one.baseline))
-                if one.app == app and (one.digest, one.baseline_digest) == current:
-                    key = (one.app, one.version, one.baseline)
-                    found.setdefault(key, Comparison(*key, one.since_ms)).add(one)
-        return [each for _, each in sorted(found.items())]
+                digests = (digest_of(one.version), digest_of(one.baseline))
+                if one.app == app and (one.digest, one.baseline_digest) == digests:
+                    current.setdefault((one.app, one.version, one.baseline), []).append(one)
+        found = []
+        for key, reports in sorted(current.items()):
+            # A gate reports what it found under earlier settings until it copies again, or has ended with them.
+            last = max(reports, key=lambda one: one.since_ms).settings
+            settings = shadow.settings if shadow and shadow.version == key[1] else last
+            if chosen := [one for one in reports if one.settings == settings]:
+                found.append(Comparison(*key, chosen[0].since_ms))
+                for one in chosen:
+                    found[-1].add(one)
+        return found

@@ -370,6 +370,7 @@ class Comparison(_message.Message):
     TIMES_FIELD_NUMBER: _builtins.int
     BASELINE_TIMES_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
     app: _builtins.str
     version: _builtins.str
     digest: _builtins.str
@@ -386,6 +387,8 @@ class Comparison(_message.Message):
     """Copies that were not sent, or refused, for want of room."""
     slower: _builtins.int
     """Equal or different ones that took longer than the request itself."""
+    settings: _builtins.str
+    """The shadow's settings: a text that differs for others."""
     @_builtins.property
     def times(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
         """How many took how long: the upper bound of bucket n is 0.1 ms * 1.1 ** n."""
@@ -413,10 +416,11 @@ class Comparison(_message.Message):
         times: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
         baseline_times: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
         samples: _abc.Iterable[Global___Difference] | None = ...,
+        settings: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "baseline", b"baseline", "baseline_digest", b"baseline_digest", "baseline_times", b"baseline_times", "different", b"different", "digest", b"digest", "dropped", b"dropped", "equal", b"equal", "failed", b"failed", "samples", b"samples", "since_ms", b"since_ms", "slower", b"slower", "times", b"times", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["app", b"app", "baseline", b"baseline", "baseline_digest", b"baseline_digest", "baseline_times", b"baseline_times", "different", b"different", "digest", b"digest", "dropped", b"dropped", "equal", b"equal", "failed", b"failed", "samples", b"samples", "settings", b"settings", "since_ms", b"since_ms", "slower", b"slower", "times", b"times", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

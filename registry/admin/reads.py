@@ -151,7 +151,7 @@ class Reads:
         state = self._existing(request.app)
         version = edits.release_of(state, request.version).version if request.version else ""
         digests = {each.version: each.digest for each in state.releases.values()}
-        found = self._comparisons.of(request.app, lambda name: digests.get(name, "-"))
+        found = self._comparisons.of(request.app, lambda name: digests.get(name, "-"), state.routing.shadow)
         chosen = [messages.comparison_to(each) for each in found if version in ("", each.version)]
         return admin_pb2.ListComparisonsResponse(comparisons=chosen)
 

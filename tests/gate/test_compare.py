@@ -73,6 +73,12 @@ def test_streams_and_others(ours: Any, other: Any, difference: str) -> None:
     assert compare.difference(ours, other, SHADOW) == difference
 
 
+def test_deep_documents_are_compared_by_their_bytes() -> None:
+    deep, other = (LargeResponse(b"[" * 1000 + inner + b"]" * 1000, False, "") for inner in (b"1", b"2"))
+    assert compare.difference(deep, deep, SHADOW) == ""
+    assert compare.difference(deep, other, SHADOW) == "other text, nested too deeply to compare as JSON"
+
+
 def test_long_documents_are_compared_by_their_bytes() -> None:
     text = orjson.dumps(["x" * compare.MAX_JSON_BYTES])
     assert compare.difference(LargeResponse(text, False, ""), LargeResponse(text, False, ""), SHADOW) == ""

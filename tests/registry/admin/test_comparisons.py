@@ -86,6 +86,20 @@ async def test_only_what_was_found_of_the_present_contents_counts(operator: Oper
     assert await listed(operator) == []
 
 
+async def test_only_what_was_found_under_the_present_settings_counts(operator: Operator) -> None:
+    await two(operator)
+    await report(operator, "ended", different=500, settings="5.0 0.01 2.0", since_ms=1000)
+    await report(operator, "one", equal=50, settings="6.0 0.01 2.0", since_ms=2000)
+    assert [(each.equal, each.different) for each in await listed(operator)] == [(50, 0)]
+    shadow = admin_pb2.Shadow(version="v2", percent=5)
+    update = admin_pb2.UpdateAppRequest(app=admin_pb2.App(name=operator.app, shadow=shadow))
+    await operator.service.update_app(update, CONTEXT)
+    assert [(each.equal, each.different) for each in await listed(operator)] == [(0, 500)]
+    update.app.shadow.percent = 7
+    await operator.service.update_app(update, CONTEXT)
+    assert await listed(operator) == []
+
+
 async def test_a_shadow_is_set_and_removed(operator: Operator) -> None:
     await two(operator)
     shadow = admin_pb2.Shadow(version="v2", percent=5, box_tolerance=0)
