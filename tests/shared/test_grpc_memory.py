@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 from typing import Any, cast
 
@@ -170,7 +171,11 @@ async def test_small_answers_that_nobody_takes_are_bounded(window: int) -> None:
     async with running() as scripted:
         writers = []
         for _ in range(most):
-            _, writer = await asyncio.open_connection("127.0.0.1", scripted.port, limit=1024)
+            unread = socket.socket()
+            # A system may let it grow to 32 MiB, and take most answers from the server.
+            unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            unread.connect(("127.0.0.1", scripted.port))
+            _, writer = await asyncio.open_connection(sock=unread, limit=1024)
             writers.append(writer)
             if window:
                 cast(asyncio.Transport, writer.transport).pause_reading()
