@@ -25,7 +25,7 @@ from atserving.config import (
 )
 from atserving.errors import FailedPrecondition, InvalidArgument
 from registry.admin.history import Change
-from registry.admin.state import AppState, access_key, worker_key
+from registry.admin.state import AppState, access_key, older_instances, worker_key
 from registry.comparisons import Comparison, quantile_s
 
 _PHASES: dict[int, Phase] = {admin_pb2.PHASE_STAGING: "staging", admin_pb2.PHASE_PRODUCTION: "production"}
@@ -116,7 +116,6 @@ def _values(struct: Struct, field: str) -> dict[str, Any]:
 def release_to(state: AppState, release: Release) -> admin_pb2.Release:
     """Return a release as a message."""
     version = release.version
-    ready = len(state.ready(version))
     message = admin_pb2.Release(
         app=release.name,
         version=version,
@@ -131,13 +130,13 @@ def release_to(state: AppState, release: Release) -> admin_pb2.Release:
         use_device=release.use_device,
         weight=release.weight,
         digest=release.digest,
-        instances=ready,
-        outdated=len(state.instances.get(version, [])) - ready,
+        instances=len(state.ready(version)),
+        outdated=state.outdated(version),
         aliases=state.aliases_of(version),
         warnings=_warnings(state, release.key),
     )
     if message.outdated:
-        message.warnings.append(f"{_instances(message.outdated)} loaded other content: start it again to apply this")
+        message.warnings.append(older_instances(message.outdated))
     for name in ("custom_values", "model_params"):
         if values := getattr(release, name):
             if _is_deep(values, _MOST_DEEP):
@@ -145,10 +144,6 @@ def release_to(state: AppState, release: Release) -> admin_pb2.Release:
             else:
                 getattr(message, name).update(values)
     return message
-
-
-def _instances(count: int) -> str:
-    return "1 instance has" if count == 1 else f"{count} instances have"
 
 
 def _is_deep(value: Any, most: int) -> bool:

@@ -128,6 +128,10 @@ class AppState:
         release = self.releases.get(version)
         return [each for each in self.instances.get(version, []) if release and each.serves(release)]
 
+    def outdated(self, version: str) -> int:
+        """Return how many registered instances of a version have loaded other content."""
+        return len(self.instances.get(version, [])) - len(self.ready(version))
+
     def version_of(self, name: str) -> str:
         """Return the version that a version or an alias names; empty if there is none."""
         if name in self.releases:
@@ -165,6 +169,23 @@ class AppState:
             )
             for each in production
         ]
+
+
+def older_instances(count: int) -> str:
+    """Return what to do about instances that have loaded other content."""
+    has, them = ("instance has", "it") if count == 1 else ("instances have", "them")
+    return f"{count} {has} loaded other content: start {them} again to apply this"
+
+
+def needs_new_instances(before: AppState, after: AppState) -> dict[str, str]:
+    """Return, by key, which fields of releases change that the instances that run do not follow."""
+    found = {}
+    for version in before.releases.keys() & after.releases.keys():
+        release = after.releases[version]
+        fields = before.releases[version].differing(release)
+        if fields and (count := after.outdated(version)):
+            found[release.key] = f"{', '.join(fields)}: {older_instances(count)}"
+    return found
 
 
 def access_key(app: str) -> str:

@@ -16,7 +16,7 @@ from atserving.errors import Aborted, FailedPrecondition, InvalidArgument, Unava
 from atserving.v1 import etcd_pb2
 from registry.admin import guards
 from registry.admin.history import Recorder
-from registry.admin.state import AppState, ranges_of
+from registry.admin.state import AppState, needs_new_instances, ranges_of
 from registry.etcd import EtcdClient, delete, delete_below, put, unwritten_since, written_at
 from registry.mirror import Mirror
 from registry.view import Entry
@@ -206,6 +206,7 @@ def _edited(before: AppState, edits: Edits) -> AppState:
     }
     after.warnings = warnings
     after.warn({key: reason for key, reason in after.ineffective().items() if key in edits})
+    after.warn(needs_new_instances(before, after))
     return after
 
 

@@ -156,6 +156,17 @@ def test_put_and_promote_wait_for_an_instance(cli: Cli) -> None:
     assert both.stderr.readline() == f"waiting for {cli.app} v1: 1 of 2 ready\n"
     cli.register("v1", id_="second")
     assert both.communicate(timeout=60)[0].count("is ready") == 1
+    # Without a number it waits for all that are registered.
+    cli.register("v1", digest="0" * 64, id_="second")
+    every = cli.start("release", "promote", cli.app, "v1", "--wait")
+    assert every.stderr
+    assert every.stderr.readline() == f"waiting for {cli.app} v1: 1 of 2 ready\n"
+    # One more ready instance takes no place of the one that is not.
+    cli.register("v1", id_="third")
+    assert every.stderr.readline() == f"waiting for {cli.app} v1: 2 of 3 ready\n"
+    cli.deregister("v1", "second")
+    assert every.communicate(timeout=60)[0].count("is ready") == 2
+    assert every.returncode == 0
 
 
 def test_a_list_names_what_is_wrong_on_standard_error(cli: Cli, lasting: Registry) -> None:

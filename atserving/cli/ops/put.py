@@ -83,7 +83,7 @@ def put(
     file: str | None,
     fields: dict[str, Any],
     wait: bool,
-    instances: int,
+    instances: int | None,
     timeout: float,
     no_check: bool,
     **flags: Any,

@@ -106,7 +106,9 @@ def _shown(value: object) -> str:
 @flag("--exclusive", is_flag=True, help="Move the other versions to staging at the same time.")
 @wait_flags("Wait for ready instances first.")
 @writing
-def promote(write: Write, app: str, version: str, exclusive: bool, wait: bool, instances: int, timeout: float) -> None:
+def promote(
+    write: Write, app: str, version: str, exclusive: bool, wait: bool, instances: int | None, timeout: float
+) -> None:
     if wait:
         wait_ready(write.servers, app, version, instances, timeout)
     request = admin_pb2.PromoteReleaseRequest(app=app, version=version, exclusive=exclusive)

@@ -33,26 +33,27 @@ def wait_flags(text: str) -> Callable[[Any], Any]:
         count = flag(
             "--instances",
             type=click.IntRange(1),
-            default=1,
-            show_default=True,
             metavar="NUMBER",
-            help="For how many ready instances to wait.",
+            help="For how many ready instances to wait. Default: for all that are registered, and at least 1.",
         )
         return flag("--wait", is_flag=True, help=text)(count(limit(command)))
 
     return all_three
 
 
-def wait_ready(servers: Servers, app: str, version: str, wanted: int, timeout_s: float) -> None:
+def wait_ready(servers: Servers, app: str, version: str, wanted: int | None, timeout_s: float) -> None:
     """Wait until so many instances of a version, or of an alias, have the release's content. Raises CommandError.
 
-    Each that becomes ready is a line of the output.
+    Without a number, wait until all that are registered have it, and as many as there were at first, at least one. Each
+    that becomes ready is a line of the output.
     """
     until_s = time.monotonic() + timeout_s
     told: set[str] = set()
     asked = ""
+    had = 0
     while True:
         ready, outdated, reason = 0, 0, ""
+        total = wanted or max(had, 1)
         try:
             request = admin_pb2.ListInstancesRequest(app=app, version=version)
             for page in pages(servers, lambda stub: stub.ListInstances, request):
@@ -62,7 +63,10 @@ def wait_ready(servers: Servers, app: str, version: str, wanted: int, timeout_s:
                     if not each.outdated and each.id not in told:
                         told.add(each.id)
                         click.echo(f"{app} {version} is ready: {each.address}")
-            if ready >= wanted:
+            had = had or max(ready + outdated, 1)
+            # Those that are replaced count until they are gone.
+            total = wanted or max(had, ready + outdated)
+            if ready >= total:
                 return
             reason = f"{outdated} have loaded other content: start them again" if outdated else "no more are registered"
         except CommandError as error:
@@ -70,9 +74,9 @@ def wait_ready(servers: Servers, app: str, version: str, wanted: int, timeout_s:
                 raise
             reason = str(error)
         if time.monotonic() >= until_s:
-            said = f"{ready} of {wanted} instances of {app} {version} were ready within {timeout_s:g} s"
+            said = f"{ready} of {total} instances of {app} {version} were ready within {timeout_s:g} s"
             raise CommandError(f"{said}: {reason}", NOT_READY)
-        if (asking := f"waiting for {app} {version}: {ready} of {wanted} ready") != asked:
+        if (asking := f"waiting for {app} {version}: {ready} of {total} ready") != asked:
             click.echo(asking, err=True)
             asked = asking
         time.sleep(_POLL_S)

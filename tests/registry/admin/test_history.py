@@ -199,6 +199,21 @@ async def test_a_deleted_release_comes_back(operator: Operator) -> None:
     assert after.value == before.value
 
 
+async def test_the_way_back_names_what_needs_new_instances(operator: Operator) -> None:
+    await operator.publish("v1")
+    key = release_key(operator.app, "v1")
+    await operator.etcdctl(key, '{"file": "file:///m.tar", "batch_size": 8, "custom_values": {"net": "detect"}}')
+    await operator.register("v1")
+    await operator.register("v1", id_="j")
+    back = await roll_back(operator)
+    assert list(back.warnings) == [
+        f"{key}: batch_size, custom_values: 2 instances have loaded other content: start them again to apply this"
+    ]
+    # What instances follow without a start is not named.
+    await operator.publish("v1", desc="text", weight=2.0)
+    assert not (await roll_back(operator)).warnings
+
+
 async def test_the_way_back_is_guarded(operator: Operator) -> None:
     await two_versions(operator)
     await promote(operator, "v2", exclusive=True)
