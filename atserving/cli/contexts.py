@@ -82,9 +82,15 @@ def chosen() -> Context:
     """Return the context of ``--context``, or else the current one; an empty one without any. Raises StartError."""
     running = click.get_current_context(silent=True)
     name = running.meta.get(_META) if running else None
-    contexts = load()
-    name = name or contexts.current_context
-    return named(contexts, name) if name else Context()
+    try:
+        contexts = load()
+        name = name or contexts.current_context
+        return named(contexts, name) if name else Context()
+    except StartError:
+        # A shell that completes a word shows no errors.
+        if running and running.resilient_parsing:
+            return Context()
+        raise
 
 
 def _remember(context: click.Context, _: click.Parameter, value: str | None) -> None:

@@ -81,6 +81,9 @@ def test_a_wrong_file_is_one_line(user: User, text: str) -> None:
     ended = user.run("release", "list")
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
     assert f"{user.file} is wrong: " in ended.stderr
+    words = {"_ATSERVING_COMPLETE": "bash_complete", "COMP_WORDS": "atserving release show a", "COMP_CWORD": "3"}
+    completed = user.run(**words)
+    assert (completed.returncode, completed.stdout.strip(), completed.stderr) == (0, "", "")
     # Who names a server needs no file.
     assert user.means("--server", "127.0.0.1:9") == "127.0.0.1:9"
 
