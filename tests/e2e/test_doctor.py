@@ -53,6 +53,8 @@ async def test_what_is_wrong_is_said_with_what_to_do(mesh: Mesh) -> None:
     etcdctl(mesh.etcd, "put", "/ava/serving/worker/app/digits/default", "{")
     etcdctl(mesh.etcd, "put", "/ava/serving/worker/app/none/default", "{}")
     etcdctl(mesh.etcd, "put", "/ava/serving/eval/idle/v1", '{"file": "file:///x", "phase": "production"}')
+    etcdctl(mesh.etcd, "put", "/ava/serving/eval/idle/v2", '{"file": "file:///x"}')
+    etcdctl(mesh.etcd, "put", "/ava/serving/app/routing/idle", '{"shadow": {"version": "v2", "percent": 1}}')
     instance = {"app": "digits", "version": "v1", "id": "gone", "address": "127.0.0.1:1", "capacity": 4}
     etcdctl(mesh.etcd, "put", "/ava/serving/instance/digits/v1/gone", json.dumps(instance))
 
@@ -67,10 +69,12 @@ async def test_what_is_wrong_is_said_with_what_to_do(mesh: Mesh) -> None:
         assert failed["/ava/serving/worker/app/digits/default"].startswith("not JSON")
         assert failed["app idle"] == "no version in production has a ready instance"
         assert warned["/ava/serving/worker/app/none/default"] == "the app has no release"
+        assert warned["app idle"] == "its shadow v2 has no ready instance, so copies are dropped"
         assert warned["instance digits v1 gone"] == "127.0.0.1:1: does not answer"
         assert all(each["do"] for each in findings if each["state"] != "ok")
     finally:
-        for key in ("worker/app/digits/default", "worker/app/none/default", "eval/idle/v1", "instance/digits/v1/gone"):
+        idle = ("eval/idle/v1", "eval/idle/v2", "app/routing/idle")
+        for key in ("worker/app/digits/default", "worker/app/none/default", *idle, "instance/digits/v1/gone"):
             etcdctl(mesh.etcd, "del", f"/ava/serving/{key}")
 
 
@@ -80,6 +84,9 @@ async def test_what_can_not_be_reached(mesh: Mesh) -> None:
     failed = said(findings, "failed")
     assert failed["registry 127.0.0.1:1"] == "there is no connection to it"
     assert "refused" in failed["edge http://127.0.0.1:1"]
+    # Another server than an Envoy, and no URL.
+    for edge, what in ((f"http://{mesh.registry}", "no answer: "), ("file:///etc/passwd", "no URL of HTTP")):
+        assert said((await doctor(mesh, "--edge", edge))[1], "failed")[f"edge {edge}"].startswith(what)
     assert f"registry {mesh.registry}" in said(findings, "ok")
     status, findings = await doctor(mesh, "--server", "127.0.0.1:1")
     assert (status, "config" in said(findings, "failed")) == (1, True)

@@ -16,6 +16,7 @@ import orjson
 import pytest
 import pytest_asyncio
 
+from atserving import __version__
 from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
 from atserving.local import examples
 from atserving.local.mesh import Mesh
@@ -94,6 +95,8 @@ async def test_the_whole_config_over_rest(rest: Rest) -> None:
     stray = await rest.call("POST", "/v1/config:apply", wanted)
     assert (stray.status, "no config of the defaults" in stray.json["message"]) == (400, True)
     assert (await rest.call("GET", "/v1/config")).status == 200
+    status = await rest.call("GET", "/v1/status")
+    assert (status.status, status.json["software"], "stale" in status.json) == (200, __version__, False)
 
 
 async def test_verbs_over_rest(rest: Rest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import sys
 import time
 import urllib.error
@@ -15,7 +16,7 @@ from atserving import __version__
 from atserving.admin.v1 import admin_pb2
 from atserving.cli import contexts
 from atserving.cli.ops import printing
-from atserving.cli.ops.client import CommandError, Servers, pages
+from atserving.cli.ops.client import UNAVAILABLE, CommandError, Servers, pages
 from atserving.cli.ops.options import Read, reading
 from atserving.cli.tables import styled
 
@@ -75,12 +76,13 @@ def _registries(addresses: Iterable[str]) -> Iterator[Finding]:
             asked_s = time.time()
             status = Servers([address], _PATIENCE_S).read(lambda stub: stub.GetStatus, admin_pb2.GetStatusRequest())
         except CommandError as error:
-            yield Finding(FAILED, what, str(error).partition(": ")[2] or str(error), "is it running, and reachable?")
+            do = "is it running, and reachable?" if error.exit_status == UNAVAILABLE else "is it of an older version?"
+            yield Finding(FAILED, what, str(error).partition(": ")[2] or str(error), do)
             continue
         statuses[address] = status
         if status.stale:
             do = "bring etcd back; callers notice nothing meanwhile"
-            yield Finding(FAILED, what, f"it has lost etcd: {status.stale}", do)
+            yield Finding(FAILED, what, f"version {status.software}, has lost etcd: {status.stale}", do)
         elif status.software != __version__:
             yield Finding(WARNING, what, f"version {status.software}, and this command has {__version__}", "update one")
         else:
@@ -98,6 +100,9 @@ def _edge(url: str) -> Iterator[Finding]:
         yield Finding(WARNING, "edge", "not looked at", "name one by --edge")
         return
     what = f"edge {url}"
+    if not url.startswith(("http://", "https://")):
+        yield Finding(FAILED, what, "no URL of HTTP", "name it as http://host:port")
+        return
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=_PATIENCE_S) as response:  # noqa: S310
             yield Finding(OK, what, f"/health is {response.status}")
@@ -105,7 +110,7 @@ def _edge(url: str) -> Iterator[Finding]:
         yield Finding(
             FAILED, what, f"/health is {error.code}", "no gate is ready, or it is short of memory: see its log"
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         yield Finding(FAILED, what, f"no answer: {getattr(error, 'reason', error)}", "is it running, and reachable?")
 
 
@@ -140,7 +145,21 @@ def _apps(servers: Servers) -> Iterator[Finding]:
             yield Finding(
                 WARNING, what, "no version is in production", f"run: atserving release promote {app.name} ..."
             )
+        if app.HasField("shadow") and not _ready(servers, app.name, app.shadow.version):
+            said = f"its shadow {app.shadow.version} has no ready instance, so copies are dropped"
+            yield Finding(WARNING, what, said, "start one, or end the shadow")
     yield Finding(OK, "apps", f"{count} looked at")
+
+
+def _ready(servers: Servers, app: str, version: str) -> int:
+    """Return how many instances of a version are ready. Raises CommandError."""
+    try:
+        request = admin_pb2.GetReleaseRequest(app=app, version=version)
+        return servers.read(lambda stub: stub.GetRelease, request).instances
+    except CommandError as error:
+        if error.exit_status == UNAVAILABLE:
+            raise
+        return 0
 
 
 def _instances(servers: Servers) -> Iterator[Finding]:
@@ -152,10 +171,10 @@ def _instances(servers: Servers) -> Iterator[Finding]:
         if each.unreachable:
             do = "is it alive? The registries may not reach instances where gates do"
             yield Finding(WARNING, what, f"{each.address}: {each.unreachable}", do)
-        elif each.outdated:
-            yield Finding(WARNING, what, "has loaded other content than its release has", "start it again")
         elif each.load.away:
             yield Finding(FAILED, what, "its worker does not serve", "see its log")
+        elif each.outdated:
+            yield Finding(WARNING, what, "has loaded other content than its release has", "start it again")
         elif each.load.software not in ("", __version__):
             yield Finding(WARNING, what, f"version {each.load.software}", f"update it to {__version__}")
     yield Finding(OK, "instances", f"{count} looked at")
