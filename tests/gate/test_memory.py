@@ -107,8 +107,6 @@ async def test_the_answers_of_batches_are_bounded(gate: Gate, memory: PodMemory,
                 assert told[0, size] == MOST_MIB // ANSWER_MIB
                 refused = {result.message for result in results if result.code == 413}
                 assert refused == {f"the answers of the batch are larger than {MOST_MIB} MiB together"}
-                # Those that arrived while the batch filled the gate.
-                assert told[503, 0] < told[413, 0]
     memory.check(gate)
 
 
