@@ -51,7 +51,7 @@ def _of_net(config: NetConfig) -> list[str]:
     params = _Noted("model_params", config.model_params.fields)
     noted = replace(config, custom_values=values, model_params=params, workspace=None)
     if noted.use_device != "CPU":
-        # This machine need not have one. What only a GPU can do is left to the instance.
+        # This machine need not have one. The instance checks what takes a GPU.
         noted = replace(noted, use_device="CPU", model_params=params.without("tensorrt", "fp16"))
     load(noted)
     _read_the_rest(noted)

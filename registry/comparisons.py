@@ -1,4 +1,4 @@
-"""What gates have found of versions that get copies of requests: kept in memory, as long as the process lives."""
+"""The comparisons that gates report of versions with copies of requests: in memory, while the process lives."""
 
 from __future__ import annotations
 

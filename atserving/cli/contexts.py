@@ -26,7 +26,7 @@ class Context(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 
 
 class Contexts(msgspec.Struct, forbid_unknown_fields=True, rename="kebab"):
-    """What the file has."""
+    """The contexts of the file, and the name of the current one."""
 
     current_context: str = ""
     contexts: dict[str, Context] = {}

@@ -2111,7 +2111,7 @@ Global___ListComparisonsResponse: _TypeAlias = ListComparisonsResponse  # noqa: 
 
 @_typing.final
 class Comparison(_message.Message):
-    """What was found of a version beside the one that answered the callers. The counts begin anew when either gets other
+    """A version beside the one that answered the callers. The counts begin anew when either gets other
     content, and when the shadow gets other settings.
     """
 

@@ -369,7 +369,7 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
-        """What the registry that answers knows of itself.
+        """The state of the registry that answers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -383,7 +383,7 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListComparisons(self, request, context):
-        """What gates have found of versions that get copies of an app's requests, with the contents that they have now.
+        """The comparisons that gates have made of versions with copies of an app's requests, with the present contents.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

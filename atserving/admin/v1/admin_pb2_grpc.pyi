@@ -89,11 +89,11 @@ class AdminServiceStub:
     ApplyConfig: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ApplyConfigRequest, _admin_pb2.ApplyConfigResponse]
     """Makes the config of an app, or without an app the defaults, what the request says, in one transaction."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.Status]
-    """What the registry that answers knows of itself."""
+    """The state of the registry that answers."""
     ListProblems: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListProblemsRequest, _admin_pb2.ListProblemsResponse]
     """What is wrong with the config: malformed values, unknown fields, deletions that are held back."""
     ListComparisons: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListComparisonsRequest, _admin_pb2.ListComparisonsResponse]
-    """What gates have found of versions that get copies of an app's requests, with the contents that they have now."""
+    """The comparisons that gates have made of versions with copies of an app's requests, with the present contents."""
     WatchApp: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchAppRequest, _admin_pb2.WatchAppResponse]
     """Streams the objects of an app: first all of them, then each change."""
     AcceptDeletions: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AcceptDeletionsRequest, _admin_pb2.AcceptDeletionsResponse]
@@ -149,11 +149,11 @@ class AdminServiceAsyncStub(AdminServiceStub):
     ApplyConfig: _aio.UnaryUnaryMultiCallable[_admin_pb2.ApplyConfigRequest, _admin_pb2.ApplyConfigResponse]  # type: ignore[assignment]
     """Makes the config of an app, or without an app the defaults, what the request says, in one transaction."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStatusRequest, _admin_pb2.Status]  # type: ignore[assignment]
-    """What the registry that answers knows of itself."""
+    """The state of the registry that answers."""
     ListProblems: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListProblemsRequest, _admin_pb2.ListProblemsResponse]  # type: ignore[assignment]
     """What is wrong with the config: malformed values, unknown fields, deletions that are held back."""
     ListComparisons: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListComparisonsRequest, _admin_pb2.ListComparisonsResponse]  # type: ignore[assignment]
-    """What gates have found of versions that get copies of an app's requests, with the contents that they have now."""
+    """The comparisons that gates have made of versions with copies of an app's requests, with the present contents."""
     WatchApp: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchAppRequest, _admin_pb2.WatchAppResponse]  # type: ignore[assignment]
     """Streams the objects of an app: first all of them, then each change."""
     AcceptDeletions: _aio.UnaryUnaryMultiCallable[_admin_pb2.AcceptDeletionsRequest, _admin_pb2.AcceptDeletionsResponse]  # type: ignore[assignment]
@@ -368,7 +368,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.GetStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.Status, _abc.Awaitable[_admin_pb2.Status]]:
-        """What the registry that answers knows of itself."""
+        """The state of the registry that answers."""
 
     @_abc_1.abstractmethod
     def ListProblems(
@@ -384,7 +384,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.ListComparisonsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListComparisonsResponse, _abc.Awaitable[_admin_pb2.ListComparisonsResponse]]:
-        """What gates have found of versions that get copies of an app's requests, with the contents that they have now."""
+        """The comparisons that gates have made of versions with copies of an app's requests, with the present contents."""
 
     @_abc_1.abstractmethod
     def WatchApp(

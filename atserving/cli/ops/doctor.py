@@ -35,7 +35,7 @@ class Finding(NamedTuple):
     what: str
     said: str
     do: str = ""
-    """What an operator can do about it."""
+    """The advice to the operator."""
 
 
 @click.command(
