@@ -315,7 +315,7 @@ def read(key: str, value: str | bytes) -> tuple[ConfigValue, str]:
     """
     found = _parse(key, value)
     if not isinstance(found[0], Instance):
-        _check_names(value)
+        check_names(value)
     return found
 
 
@@ -388,7 +388,7 @@ def _fields(value: str | bytes) -> dict[str, Any]:
     return fields
 
 
-def _check_names(value: str | bytes) -> None:
+def check_names(value: str | bytes) -> None:
     """Raise MalformedConfig if an object in a JSON text has a name twice."""
 
     def check(pairs: list[tuple[str, Any]]) -> None:

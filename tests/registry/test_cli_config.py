@@ -141,6 +141,13 @@ def test_files_are_checked_without_a_registry(cli: Cli, file: Path, text: str, e
     assert ended.status == (0 if error.startswith("warning") else 6)
 
 
+def test_a_name_twice_in_json_is_an_error(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"apps": {"a": {"access": {"public": false, "public": true}}}}')
+    ended = cli.run("config", "check", str(path), ATSERVING_SERVER="127.0.0.1:1")
+    assert (ended.status, f"{path}: the name 'public' is there twice" in ended.err) == (6, True)
+
+
 def test_folders_are_read_as_a_whole(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("apps: {a: {releases: {v1: {file: file:///x, weight: 1}}}}")
     (tmp_path / "sub").mkdir()

@@ -1,19 +1,4 @@
-"""The config in files for git: one document of YAML for apps and defaults, and its keys in etcd.
-
-defaults:
-  access: {public: true}
-  worker: {timeout: 2s}
-apps:
-  digits:
-    access: {public: false, owner: {uid: 7}}
-    routing: {aliases: {stable: v1}}
-    worker: {max_concurrent: 32}
-    releases:
-      v1:
-        file: https://files.example/digits-1.tar
-        phase: production
-        worker: {timeout: 1s}
-"""
+"""The config in files for git, as docs/config-in-git.md shows them, and its keys in etcd."""
 
 from __future__ import annotations
 
@@ -37,6 +22,7 @@ from atserving.config import (
     WorkerConfig,
     app_metadata_key,
     app_routing_key,
+    check_names,
     is_name,
     read,
     release_key,
@@ -128,11 +114,15 @@ def _documents(path: Path) -> list[Any]:
         text = sys.stdin.read() if str(path) == "-" else path.read_text("utf-8")
         if path.suffix == ".json":
             # YAML takes 1e5 for a text.
-            return [orjson.loads(text)]
+            document = orjson.loads(text)
+            check_names(text)
+            return [document]
         return [each for each in yaml.load_all(text, loader) if each is not None]
     except OSError as error:
         raise CommandError(f"can't read {path}: {error.strerror}", 2) from None
     except (UnicodeDecodeError, orjson.JSONDecodeError) as error:
+        raise CommandError(f"{path}: {error}", INVALID) from None
+    except MalformedConfig as error:
         raise CommandError(f"{path}: {error}", INVALID) from None
     except (yaml.YAMLError, ValueError) as error:
         raise CommandError(f"{path}: not YAML: {' '.join(str(error).split())}", INVALID) from None
