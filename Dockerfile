@@ -58,7 +58,8 @@ USER 10001:10001
 FROM service AS gate
 LABEL org.opencontainers.image.title="AtServing gate" \
       org.opencontainers.image.description="Routes evals by app and version to the evaluators that serve them"
-EXPOSE 50051
+ENV ATSERVING_HTTP=0.0.0.0:9090
+EXPOSE 50051 9090
 ENTRYPOINT ["python", "-m", "gate"]
 
 FROM service AS registry

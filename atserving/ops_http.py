@@ -1,9 +1,10 @@
-"""The HTTP port for operators: ``/metrics`` for Prometheus, ``/status`` as JSON."""
+"""The HTTP port of a service for its operators: a few pages, such as ``/metrics`` for Prometheus."""
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
+from collections.abc import Callable, Mapping
 
 import structlog
 from httpunk.asyncio import H1ServerProtocol, ServerConnections
@@ -12,26 +13,28 @@ from httpunk.h1.server import ServerRequest
 from atserving.errors import StartError
 from atserving.loopback import is_loopback
 from atserving.sockets import refusal
-from evaluator.serving.metrics import Metrics
-from evaluator.serving.status import Status
 
 log = structlog.get_logger()
 
 _STOP_S = 0.5
 
+Page = Callable[[str], tuple[bytes, str]]
+"""Returns the body and the content type of a page, in a format of the caller's Accept header."""
+
 
 class OpsServer:
-    """Serves from before the net loads until the process ends. Use it as an async context manager."""
+    """Serves the pages from its start until it is stopped, which an async context manager does, too."""
 
-    def __init__(self, listen: str, metrics: Metrics, status: Status) -> None:
+    def __init__(self, listen: str, pages: Mapping[str, Page]) -> None:
+        """``pages`` are those of each path."""
         self._listen = listen
-        self._metrics = metrics
-        self._status = status
+        self._pages = pages
         self._connections = ServerConnections()
         self._only_loopback = False
+        self._server: asyncio.Server | None = None
         self.port = 0
 
-    async def __aenter__(self) -> OpsServer:
+    async def start(self) -> None:
         """Raises StartError if the address is not available."""
 
         class Connection(H1ServerProtocol):
@@ -48,11 +51,19 @@ class OpsServer:
             raise StartError(f"cannot listen on {self._listen} for --http: {refusal(error)}") from None
         address, port, *_ = self._server.sockets[0].getsockname()
         self.port, self._only_loopback = int(port), ipaddress.ip_address(address).is_loopback
+
+    async def stop(self) -> None:
+        """Stop listening, and close the connections."""
+        if self._server:
+            self._server.close()
+            await self._connections.shutdown(timeout=_STOP_S)
+
+    async def __aenter__(self) -> OpsServer:
+        await self.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        await self._connections.shutdown(timeout=_STOP_S)
+        await self.stop()
 
     async def _answer(self, request: ServerRequest) -> None:
         status, content_type, body = 500, "text/plain", b"failed, see the log\n"
@@ -69,12 +80,10 @@ class OpsServer:
         if self._only_loopback and not is_loopback(_text(request, "host")):
             return 421, "text/plain", b"this port answers only to a loopback host\n"
         path = request.path.partition("?")[0]
-        if path == "/metrics":
-            body, content_type = self._metrics.expose(_text(request, "accept"))
+        if page := self._pages.get(path):
+            body, content_type = page(_text(request, "accept"))
             return 200, content_type, body
-        if path == "/status":
-            return 200, "application/json", self._status.to_json()
-        return 404, "text/plain", b"the pages are /metrics and /status\n"
+        return 404, "text/plain", f"the pages are: {', '.join(self._pages)}\n".encode()
 
 
 def _text(request: ServerRequest, name: str) -> str:

@@ -36,14 +36,6 @@ def _name(context: click.Context, parameter: click.Parameter, value: str) -> str
     return value
 
 
-def _host_and_port(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    if value is not None:
-        host, _, port = value.rpartition(":")
-        if not host or not port.isdigit():
-            raise click.BadParameter(f"{value!r} is not host:port", ctx=context, param=parameter)
-    return value
-
-
 def _networks(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> list[AllowedNetwork]:
     try:
         return [AllowedNetwork.parse(value) for value in values]
@@ -83,7 +75,7 @@ def _keys(path: Path) -> QiniuConfig:
 @service.listen_option("0.0.0.0:0")
 @click.option(
     "--advertise",
-    callback=_host_and_port,
+    callback=service.host_and_port,
     metavar="HOST:PORT",
     help="The address at which gates reach this instance; port 0: the port of --listen.",
 )
@@ -106,14 +98,7 @@ def _keys(path: Path) -> QiniuConfig:
     metavar="FILE",
     help="The app owner's keys for qiniu:// resources, and the buckets requests may read, in JSON.",
 )
-@click.option(
-    "--http",
-    default="127.0.0.1:0",
-    show_default=True,
-    callback=_host_and_port,
-    metavar="HOST:PORT",
-    help="The address for /metrics and /status; port 0: any free port.",
-)
+@service.http_option("/metrics and /status")
 @click.option(
     "--status-file",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -17,10 +17,12 @@ from atserving.errors import StartError
 from atserving.follower import ConfigFollower, reminding
 from atserving.grpc_server import Server
 from atserving.held import HeldBytes
+from atserving.ops_http import OpsServer
 from atserving.telemetry import configure_logging
 from atserving.v1 import edge_pb2, serving_pb2
 from gate.connection import EvaluatorConnection
 from gate.dispatch import Dispatcher
+from gate.metrics import Metrics
 from gate.reporting import report
 from gate.router import Router
 from gate.server import EdgeService, ServingService
@@ -37,6 +39,7 @@ class GateSettings:
 
     registries: list[str]
     listen: str
+    http: str
     wait_s: float
     drain_s: float
     grace_s: float
@@ -66,13 +69,15 @@ async def serve(settings: GateSettings) -> None:
     tending = asyncio.create_task(_tend(router))
     reporting = asyncio.create_task(report(settings.registries, shadows))
     ready = False
+    ops = OpsServer(settings.http, {"/metrics": Metrics(shadows).expose})
     try:
+        await ops.start()
         port = await server.start(settings.listen)
         if not await lifecycle.unless_stopped(_wait_synced(follower, settings.wait_s), stop, following):
             return
         await server.set_serving(True)
         ready = True
-        log.info("service ready", port=port)
+        log.info("service ready", port=port, http_port=ops.port)
         await lifecycle.until_stopped(stop, following, tending, reporting)
         log.info("service draining")
         await server.set_serving(False)
@@ -81,6 +86,7 @@ async def serve(settings: GateSettings) -> None:
     finally:
         await server.stop(settings.grace_s)
         await lifecycle.end([following, tending, reporting])
+        await ops.stop()
         if ready:
             log.info("service stopped")
 
@@ -109,6 +115,7 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
     "--registry", default="127.0.0.1:50053", show_default=True, help="The registries; the gate uses any one of them."
 )
 @service.listen_option("0.0.0.0:50051")
+@service.http_option("/metrics")
 @service.wait_option("Seconds to wait for a registry at start.")
 @service.seconds_option("--drain", 3.0, "Seconds to keep serving at stop, until the edge has seen it.")
 @service.seconds_option("--grace", 30.0, "Seconds for requests in flight to finish after that.")
@@ -129,6 +136,7 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
 def main(
     registry: list[str],
     listen: str,
+    http: str,
     wait: float,
     drain: float,
     grace: float,
@@ -141,7 +149,7 @@ def main(
     configure_logging("gate", log_level)
     malloc.keep_freed()
     settings = GateSettings(
-        registry, listen, wait, drain, grace, max_batch, max_held << 20, hold_deletions, config_cache
+        registry, listen, http, wait, drain, grace, max_batch, max_held << 20, hold_deletions, config_cache
     )
     lifecycle.run(serve(settings))
 

@@ -39,7 +39,7 @@ MOST_BYTES = 32 << 20
 """How many bytes of requests and answers they hold."""
 
 SUFFIX = ".shadow"
-"""What follows the request's id in the logs of the instance that gets the copy."""
+"""The end of a copy's id, after the request's own, in the logs of the instance that gets it."""
 
 SLOWER = 1.2
 """A copy is slower if it takes so many times as long as the caller's own request."""
@@ -57,7 +57,7 @@ _STEP, _UNIT_S = 1.1, 1e-4
 
 @dataclass
 class Comparison:
-    """What was found of a version beside one other since either had other content, or the shadow other settings."""
+    """A version beside one other: since either had other content, or the shadow other settings."""
 
     app: str
     version: str
@@ -75,6 +75,8 @@ class Comparison:
     """How many copies took how long, by :func:`bucket`."""
     baseline_times: Counter[int] = field(default_factory=Counter)
     """The same of the requests that were copied."""
+    seconds: float = 0.0
+    baseline_seconds: float = 0.0
     logged_ms: int = 0
     """When a difference was last logged."""
     samples: deque[registry_pb2.Difference] = field(default_factory=lambda: deque(maxlen=_SAMPLES))
@@ -102,6 +104,11 @@ class Comparison:
 def bucket(seconds: float) -> int:
     """Return the number of the bucket of a time; the upper bound of bucket n is 0.1 ms * 1.1 ** n."""
     return max(0, math.ceil(math.log(max(seconds, _UNIT_S) / _UNIT_S, _STEP)))
+
+
+def upper_s(number: int) -> float:
+    """Return the upper bound of a bucket, in seconds."""
+    return float(_UNIT_S * _STEP**number)
 
 
 class Shadows:
@@ -243,6 +250,8 @@ class Shadows:
             return
         found.times[bucket(copy_s)] += 1
         found.baseline_times[bucket(took_s)] += 1
+        found.seconds += copy_s
+        found.baseline_seconds += took_s
         found.slower += copy_s > SLOWER * took_s
         ours = result.response
         if max(responses.size(ours), size) <= _SHORT_BYTES:

@@ -47,6 +47,27 @@ def listen_option(default: str) -> Callable[[Any], Any]:
     )
 
 
+def host_and_port(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Check that an option is ``host:port``, for its callback."""
+    if value is not None:
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdigit():
+            raise click.BadParameter(f"{value!r} is not host:port", context, parameter)
+    return value
+
+
+def http_option(pages: str) -> Callable[[Any], Any]:
+    """Return ``--http``, the address of the process's pages for operators."""
+    return click.option(
+        "--http",
+        default="127.0.0.1:0",
+        show_default=True,
+        callback=host_and_port,
+        metavar="HOST:PORT",
+        help=f"The address for {pages}; port 0: any free port.",
+    )
+
+
 def seconds_option(name: str, default: float, text: str) -> Callable[[Any], Any]:
     """Return an option that takes a number of seconds, 0 or more."""
     return click.option(

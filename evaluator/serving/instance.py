@@ -19,6 +19,7 @@ from atserving.config import Instance, MalformedConfig, WorkerConfig, validate
 from atserving.errors import StartError
 from atserving.grpc_server import Server
 from atserving.held import HeldBytes
+from atserving.ops_http import OpsServer, Page
 from atserving.v1 import evaluator_pb2
 from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
 from evaluator.fetching.release import fetch_release
@@ -29,7 +30,6 @@ from evaluator.serving.capacity import Capacity
 from evaluator.serving.link_server import LinkServer
 from evaluator.serving.listener import Listener
 from evaluator.serving.metrics import Metrics
-from evaluator.serving.ops_http import OpsServer
 from evaluator.serving.pipeline import Pipeline
 from evaluator.serving.registration import Registration
 from evaluator.serving.release_config import VersionConfigFollower
@@ -111,9 +111,10 @@ class _Life:
     async def run(self) -> None:
         settings = self._settings
         self._log.debug("service starting", registries=settings.registries)
+        pages: dict[str, Page] = {"/metrics": self._metrics.expose, "/status": self._status.page}
         with workspace(settings.workspace, f"{settings.app}-{settings.version}") as folder:
             async with (
-                OpsServer(settings.http, self._metrics, self._status) as ops,
+                OpsServer(settings.http, pages) as ops,
                 _background(self._follower.run()) as following,
                 AsyncExitStack() as stack,
             ):

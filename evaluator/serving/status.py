@@ -59,6 +59,10 @@ class Status:
             except OSError as error:
                 log.warning("status write failed", reason=error.strerror)
 
+    def page(self, _: str) -> tuple[bytes, str]:
+        """Return the JSON and its content type."""
+        return self.to_json(), "application/json"
+
     def to_json(self) -> bytes:
         """Return one JSON object; ``since`` is the time of the last change of state, in RFC 3339."""
         return orjson.dumps(

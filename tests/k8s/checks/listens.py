@@ -9,7 +9,7 @@ from .flags import PROGRAMS, value_of
 from .model import Container, Manifests, at, list_at, title
 
 PORTS = {
-    "gate": {"listen": "grpc"},
+    "gate": {"listen": "grpc", "http": "http"},
     "registry": {"listen": "grpc", "listen-operators": "operators"},
     "evaluator": {"listen": "grpc", "http": "http"},
     "etcd": {"listen-client-urls": "client", "listen-peer-urls": "peer", "listen-metrics-urls": "metrics"},

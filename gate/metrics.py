@@ -1,0 +1,64 @@
+"""The metrics of a gate, in the Prometheus format: what it has found of shadowed versions, and its process."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from gate.shadow import Shadows, upper_s
+
+# From 0.1 ms to 30 s, each 1.8 times the one before.
+_BOUNDS = {number: str(round(upper_s(number), 6)) for number in range(0, 133, 6)}
+_LABELS = ("app", "version", "baseline")
+
+
+class Metrics(Collector):
+    """The metrics of one gate; every name begins with ``atserving_gate_``."""
+
+    def __init__(self, shadows: Shadows) -> None:
+        self._shadows = shadows
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        ProcessCollector(namespace="atserving_gate", registry=self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the comparisons, for a scrape."""
+        copies = CounterMetricFamily(
+            "atserving_gate_shadow_copies",
+            "Copies of requests to a version in staging, by how its answer compares with the caller's.",
+            labels=[*_LABELS, "outcome"],
+        )
+        slower = CounterMetricFamily(
+            "atserving_gate_shadow_slower", "Copies that took far longer than the caller's request.", labels=_LABELS
+        )
+        seconds = HistogramMetricFamily(
+            "atserving_gate_shadow_seconds",
+            "The seconds of copies that were answered (of: version), and of the requests themselves (of: baseline).",
+            labels=[*_LABELS, "of"],
+        )
+        for found in self._shadows.found():
+            labels = [found.app, found.version, found.baseline]
+            for outcome in ("equal", "different", "failed", "dropped"):
+                copies.add_metric([*labels, outcome], getattr(found, outcome), created=found.since)
+            slower.add_metric(labels, found.slower, created=found.since)
+            seconds.add_metric([*labels, "version"], list(_buckets(found.times)), found.seconds)
+            seconds.add_metric([*labels, "baseline"], list(_buckets(found.baseline_times)), found.baseline_seconds)
+        yield from (copies, slower, seconds)
+
+    def expose(self, accept: str) -> tuple[bytes, str]:
+        """Return the text and its content type, in the format of the scraper's Accept header."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+
+def _buckets(times: Counter[int]) -> Iterator[tuple[str, float]]:
+    """Yield the upper bound of each bucket, and how many times are not above it."""
+    for number, name in _BOUNDS.items():
+        yield name, float(sum(count for each, count in times.items() if each <= number))
+    yield "+Inf", float(times.total())
