@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,11 @@ from atserving.telemetry import configure_logging
 try:
     from evaluator.fetching.addresses import AllowedNetwork
     from evaluator.serving.instance import InstanceSettings, run
+
+    # The instance imports them when it needs them.
+    for each in ("aiohttp", "numpy", "onnx"):
+        if not find_spec(each):
+            raise ModuleNotFoundError(name=each)
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"evaluator: {missing.name} is not installed: pip install '.[cpu]' in a checkout, or '.[gpu]' for a GPU"

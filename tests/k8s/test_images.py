@@ -249,7 +249,7 @@ def test_the_command_fills_the_template_that_is_installed(replay: Replay) -> Non
 @pytest.mark.parametrize(
     ("target", "flags", "message"),
     [
-        ("gate", [], "gate: no config within 0.2 s: "),
+        ("gate", ["--http", "127.0.0.1:0"], "gate: no config within 0.2 s: "),
         (
             "evaluator",
             ["--app", "digits", "--version", "v1", "--http", "127.0.0.1:0"],
