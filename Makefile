@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 PORT ?= 8080
-WORKERS ?= 3
+WORKERS ?= 4
 ENGINE ?= docker
 IMAGES ?= gate registry evaluator evaluator-gpu
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' atserving/__init__.py)
@@ -32,11 +32,11 @@ demo: $(VENV)/installed  ## Start the whole mesh, play the HTTP API and the exam
 up: $(VENV)/installed  ## Run the mesh in the foreground, the edge on PORT (8080)
 	@$(BIN)/atserving up --port $(PORT)
 
-# A file's tests run in one worker, as they share processes. In the order of the files, no slow one is the last. One more
-# worker than CPUs: some tests mostly wait.
+# A file's tests run in one worker, as they share processes. In the order of the files, no slow one is the last. Two more
+# workers than CPUs: many tests mostly wait.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .PHONY: test
-test: $(VENV)/installed  ## Run the test suite in WORKERS (3) processes
+test: $(VENV)/installed  ## Run the test suite in WORKERS (4) processes
 	$(PYTEST)
 
 .PHONY: test-fast

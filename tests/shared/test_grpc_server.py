@@ -299,16 +299,16 @@ async def test_headers_over_the_limit_do_not_reach_a_handler() -> None:
 
 
 async def test_a_peer_that_resets_most_of_its_requests_is_disconnected() -> None:
-    """As in the attack called Rapid Reset."""
+    """As in the attack called Rapid Reset. On a busy machine the requests take several seconds."""
     async with running() as scripted:
         requests = [
             frame(HEADERS, 4, stream, REQUEST)
             + frame(DATA, 1, stream, bytes(5))
             + frame(RST_STREAM, 0, stream, b"\0\0\0\x08")
-            for stream in range(1, 8001, 2)
+            for stream in range(1, 32001, 2)
         ]
         await conversation(scripted.port, *requests)
-        assert scripted.gone == len(scripted.waiting) < 4000
+        assert scripted.gone == len(scripted.waiting) < 16000
 
 
 async def test_a_long_message_of_an_error_is_cut() -> None:
