@@ -27,11 +27,12 @@ class Split:
     """The turns of one app's versions.
 
     Each request gives every ready version a credit of its share, and the version that takes it pays one request. Among
-    those with enough credit, the one whose next request is due first takes it. Turns begin with the first request, and
-    anew when other versions are ready. Since then, a version has got its share of the requests to less than one. In any
-    run of requests it gets its share to one if two versions take turns, and to less than two if more do: most weights
-    of three versions allow no order with less in every run. A version that is full in its turn keeps its credit, up to
-    MOST_OWED requests, and takes the next requests once it has room.
+    those with enough credit, the one whose next request is due first takes it. Since the first request, a version has
+    got its share of them to less than one. In any run of requests it gets its share to one if two versions take turns,
+    and to less than two if more do: most weights of three versions allow no order with less in every run. When other
+    versions are ready, credits stay, so that a rare version gets its turn though another one comes and goes; runs from
+    then on may differ by two. A version that is full in its turn keeps its credit, up to MOST_OWED requests, and takes
+    the next requests once it has room.
 
     Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980).
     """
@@ -117,7 +118,7 @@ class Split:
         return sorted(scores, key=scores.__getitem__)
 
     def _change(self, capacities: list[int]) -> None:
-        """Use other capacities. If other versions are ready, turns begin anew; if not, credits keep their worth."""
+        """Use other capacities."""
         self._capacities = capacities
         self._present = [index for index, capacity in enumerate(capacities) if capacity]
         self._tell()
@@ -132,14 +133,22 @@ class Split:
         ]
         self._price = sum(self._parts)
         self._enough, self._most = self._price // scale, MOST_OWED * self._price
-        if self._present != self._turning:
-            self._turning = self._present
-            self._credits = [0] * len(self._credits)
-        elif self._price != before:
-            first, *others = self._present
-            for index in others:
-                self._credits[index] = self._credits[index] * self._price // before
-            self._credits[first] = -sum(self._credits[index] for index in others)
+        self._turning = self._present
+        if before:
+            self._carry(before)
+
+    def _carry(self, price: int) -> None:
+        """Let credits keep their worth in requests, after another price. Those of the ready versions add up to 0."""
+        credits_ = self._credits = [each * self._price // price for each in self._credits]
+        for index, part in enumerate(self._parts):
+            if not part:
+                # What it has when it is back.
+                credits_[index] = max(-self._price, min(credits_[index], self._price))
+        surplus = sum(credits_[index] for index in self._present)
+        for index in self._present:
+            credits_[index] -= surplus * self._parts[index] // self._price
+        # What was rounded.
+        credits_[self._present[0]] -= sum(credits_[index] for index in self._present)
 
     def _tell(self) -> None:
         unready = tuple(version for version, each in zip(self.versions, self._capacities, strict=True) if not each)
