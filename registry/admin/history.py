@@ -22,10 +22,10 @@ import msgspec
 import orjson
 import structlog
 
-from atserving.config import HISTORY, NOTE_KEY, PREFIX, MalformedConfig, app_of
+from atserving.config import ACCEPT_KEY, HISTORY, NOTE_KEY, PREFIX, MalformedConfig, app_of
 from atserving.v1 import etcd_pb2
 from registry.etcd import Compacted, EtcdClient, EtcdError, EtcdRefused, LeaseNotFound, delete, put, written_at
-from registry.etcd.errors import TokenRefused
+from registry.etcd.errors import OutOfSpace, TokenRefused
 
 log = structlog.get_logger()
 
@@ -37,6 +37,7 @@ _MOST_BYTES = 512 << 10
 _MOST_KEY_CHARS = 300
 _PAUSE_S = (0.1, 2.0)
 _SEEN_S = 10.0
+_FULL_S = 1.0
 _IGNORED = (f"{PREFIX}instance/", f"{PREFIX}deletions/", HISTORY)
 
 
@@ -163,6 +164,9 @@ class Recorder:
             if key == NOTE_KEY:
                 with suppress(msgspec.DecodeError, msgspec.ValidationError):
                     note = msgspec.json.decode(event.kv.value, type=Note)
+            elif key == ACCEPT_KEY and event.type == etcd_pb2.Event.PUT:
+                # Nothing takes it back.
+                changed.setdefault("", []).append(KeyChange(key, None, _text(event.kv.value)))
             elif not key.startswith(_IGNORED):
                 is_put = event.type == etcd_pb2.Event.PUT
                 before = event.prev_kv.value if event.HasField("prev_kv") else None
@@ -189,7 +193,7 @@ class Recorder:
             value = msgspec.json.encode(msgspec.structs.replace(change, keys=keys))
         marks = [put(SEEN_KEY, str(change.revision))] if seen else []
         try:
-            while await self._client.commit([written_at(key, 0)], [put(key, value.decode()), *marks]) is None:
+            while await self._commit(key, [put(key, value.decode()), *marks]) is None:
                 # Another recorder has written it, or no answer came.
                 if stored := await self._client.get(key):
                     if not _is_of_another_etcd(_read(stored), change):
@@ -201,6 +205,19 @@ class Recorder:
             log.warning("history incomplete", reason=f"etcd refuses change {change.revision}: {error}"[:300])
             return
         await self._prune(change.app)
+
+    async def _commit(self, key: str, operations: Sequence[etcd_pb2.RequestOp]) -> int | None:
+        """Write an entry that is not there yet, once etcd has room for it."""
+        told = False
+        while True:
+            try:
+                return await self._client.commit([written_at(key, 0)], operations)
+            except OutOfSpace as error:
+                # Whoever frees it may compact the change, too: it is kept here.
+                if not told:
+                    log.warning("history delayed", reason=str(error))
+                    told = True
+                await asyncio.sleep(_FULL_S)
 
     async def _prune(self, app: str) -> None:
         """Delete the entries of an app that are too many or too old."""
@@ -219,7 +236,8 @@ class Recorder:
         now_s = time.monotonic()
         if now_s - self._saved_s > _SEEN_S:
             self._saved_s = now_s
-            await self._client.put(SEEN_KEY, str(revision))
+            with suppress(OutOfSpace):
+                await self._client.put(SEEN_KEY, str(revision))
 
     async def _catch_up(self) -> None:
         """Record what is left of the changes that were compacted: the keys that were written since."""

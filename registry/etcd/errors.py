@@ -26,6 +26,10 @@ class LeaseNotFound(EtcdRefused):
     """The lease has expired or was revoked."""
 
 
+class OutOfSpace(EtcdRefused):
+    """The database has no space left for writes; reads and deletions go on."""
+
+
 class TokenRefused(EtcdRefused):
     """The token has expired, or permissions changed after it was issued: authenticate again and retry the call."""
 
@@ -34,6 +38,7 @@ class TokenRefused(EtcdRefused):
 _BY_MESSAGE: tuple[tuple[str, type[EtcdRefused]], ...] = (
     ("required revision has been compacted", Compacted),
     ("requested lease not found", LeaseNotFound),
+    ("database space exceeded", OutOfSpace),
     ("invalid auth token", TokenRefused),
     ("user name is empty", TokenRefused),
     ("revision of auth store is old", TokenRefused),

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from atserving.admin.v1 import admin_pb2
 from atserving.config import HISTORY, app_metadata_key, release_key
 from atserving.errors import FailedPrecondition, InvalidArgument, NotFound
 from registry.admin.history import History, KeyChange
 from registry.etcd import Connection, EtcdClient
-from tests.processes import Etcd
+from registry.etcd.errors import OutOfSpace
+from tests.processes import Etcd, cluster
 from tests.registry.admin.conftest import CONTEXT, Operator, operating
 from tests.registry.admin.test_releases import PRODUCTION, app_of, delete, promote, split, two_versions
 
@@ -49,6 +53,59 @@ async def test_changes_by_other_tools_are_in_it(operator: Operator) -> None:
     assert gone.actor_kind == put.actor_kind == KINDS.ACTOR_KIND_ETCD
     assert (gone.keys[0].before, gone.keys[0].HasField("after")) == ('{"public": true}', False)
     assert (put.keys[0].HasField("before"), put.keys[0].after) == (False, '{"public": true}')
+
+
+async def test_the_defaults_have_a_history_and_a_way_back(operator: Operator) -> None:
+    for seconds in (1, 2):
+        message = admin_pb2.Worker(timeout=Duration(seconds=seconds))
+        await operator.service.update_worker(admin_pb2.UpdateWorkerRequest(worker=message), CONTEXT)
+    await operator.service.accept_deletions(
+        admin_pb2.AcceptDeletionsRequest(actor="ada@host", message="restored"), CONTEXT
+    )
+    changes = (await operator.service.list_history(admin_pb2.ListHistoryRequest(), CONTEXT)).changes
+    assert [each.method for each in changes[:3]] == ["AcceptDeletions", "UpdateWorker", "UpdateWorker"]
+    assert (changes[0].actor, changes[0].message) == ("ada@host", "restored")
+    request = admin_pb2.RollbackAppRequest(revision=changes[1].revision)
+    await operator.service.rollback_app(request, CONTEXT)
+    defaults = await operator.service.get_worker(admin_pb2.GetWorkerRequest(), CONTEXT)
+    assert defaults.timeout.seconds == 1
+    await operator.service.delete_worker(admin_pb2.DeleteWorkerRequest(), CONTEXT)
+
+
+async def test_it_misses_nothing_of_the_time_when_etcd_was_full(tmp_path: Path) -> None:
+    (etcd,) = cluster(tmp_path, ["full"], "--quota-backend-bytes", str(8 << 20))
+    etcd.start()
+    try:
+        await etcd.ready()
+        async with operating(etcd, "full") as operator:
+            await operator.publish("v1", desc="first")
+            with suppress(OutOfSpace):
+                for _ in range(20):
+                    await operator.client.put("other/filler", "x" * (1 << 20))
+            deleted = await operator.client.delete(release_key("full", "v1"))
+            # So long its entry is refused.
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    await operator.recorder.reached(deleted)
+            freed = await operator.client.delete("other/filler")
+            for command in (["compact", str(freed)], ["defrag"], ["alarm", "disarm"]):
+                await asyncio.to_thread(etcd.ctl, *command)
+            async with asyncio.timeout(20):
+                await operator.recorder.reached(deleted)
+            gone, put = await operator.history()
+            assert (gone.revision, put.method) == (str(deleted), "CreateRelease")
+            assert gone.keys[0].before == put.keys[0].after
+    finally:
+        etcd.kill()
+
+
+async def test_a_rollback_to_a_malformed_value_names_its_key(operator: Operator) -> None:
+    key = app_metadata_key(operator.app)
+    await operator.etcdctl(key, "{oops")
+    await operator.etcdctl(key, '{"public": true}')
+    with pytest.raises(InvalidArgument, match=f"^{key}: not JSON: ") as wrong:
+        await roll_back(operator)
+    assert not wrong.value.fields
 
 
 async def test_instances_are_not_in_it(operator: Operator) -> None:
