@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from atserving.config import MUTABLE, Release, app_routing_key, release_key
+from atserving.config import ACCEPT_KEY, MAX_WEIGHT, MUTABLE, Release, app_routing_key, release_key
 from atserving.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from registry.admin.history import Change
 from registry.admin.state import AppState, access_key, worker_key
@@ -42,13 +42,16 @@ def amend_release(state: AppState, version: str, changes: Mapping[str, Any]) -> 
 
 
 def promote(state: AppState, name: str, *, exclusive: bool) -> Edits:
-    """Move a version to production, and the others to staging if it is exclusive. Raises NotFound."""
+    """Move a version to production, and the others to staging if it is exclusive: then a weight of 0 goes.
+
+    Raises NotFound, FailedPrecondition.
+    """
     target = release_of(state, name)
-    edits = amend_release(state, target.version, {"phase": "production"})
-    for each in state.releases.values() if exclusive else ():
-        if each.version != target.version:
-            edits |= amend_release(state, each.version, {"phase": "staging"})
-    return edits
+    changes: dict[str, Any] = {"phase": "production"}
+    if exclusive and target.weight == 0:
+        changes["weight"] = None
+    edits = amend_release(state, target.version, changes)
+    return edits | _others_to_staging(state, {target.version}) if exclusive else edits
 
 
 def demote(state: AppState, name: str) -> Edits:
@@ -57,7 +60,14 @@ def demote(state: AppState, name: str) -> Edits:
 
 
 def split(state: AppState, weights: Mapping[str, float], *, exclusive: bool) -> Edits:
-    """Set the weights of versions, and move them to production. Raises NotFound, InvalidArgument."""
+    """Set the weights of versions, and move them to production.
+
+    Raises NotFound, InvalidArgument, FailedPrecondition.
+    """
+    for name, weight in weights.items():
+        if not 0 <= weight <= MAX_WEIGHT:
+            reason = f"{weight:g} should be 0 to {MAX_WEIGHT}"
+            raise InvalidArgument(f"weights.{name[:80]}: {reason}", fields={f"weights.{name[:80]}": reason})
     if not weights or not any(weights.values()):
         raise InvalidArgument("weights: none is above 0", fields={"weights": "none is above 0"})
     edits: Edits = {}
@@ -68,7 +78,25 @@ def split(state: AppState, weights: Mapping[str, float], *, exclusive: bool) -> 
             raise InvalidArgument(f"weights: {version} is named twice", fields={"weights": f"{version} is named twice"})
         named.add(version)
         edits |= amend_release(state, version, {"phase": "production", "weight": weight})
-    for version in state.releases.keys() - named if exclusive else ():
+    return edits | _others_to_staging(state, named) if exclusive else edits
+
+
+def split_by_capacity(state: AppState) -> Edits:
+    """Remove the weights of the versions in production. Raises NotFound."""
+    if not state.releases:
+        raise NotFound(f"unknown app {state.app!r}")
+    edits: Edits = {}
+    for each in state.releases.values():
+        if each.phase == "production" and each.weight is not None:
+            edits |= amend_release(state, each.version, {"weight": None})
+    return edits
+
+
+def _others_to_staging(state: AppState, versions: Collection[str]) -> Edits:
+    edits: Edits = {}
+    for version in state.versions - set(versions):
+        # Gates go on with the last good value, which may be in production.
+        _check_well_formed(state, release_key(state.app, version))
         edits |= amend_release(state, version, {"phase": "staging"})
     return edits
 
@@ -164,6 +192,8 @@ def roll_back(state: AppState, changes: Iterable[Change]) -> Edits:
     edits: Edits = {}
     for change in changes:
         for key in change.keys:
+            if key.key == ACCEPT_KEY:
+                continue
             if key.omitted:
                 raise FailedPrecondition(
                     f"change {change.revision} can't be undone: its values were too large to keep, or compacted"

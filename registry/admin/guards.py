@@ -58,13 +58,34 @@ def _check_deletions(before: AppState, after: AppState) -> None:
 def _check_references(before: AppState, after: AppState) -> None:
     """Refuse to leave an alias or the shadow without its version."""
     for name, version in after.routing.aliases.items():
-        if version not in after.releases and before.routing.aliases.get(name) == version in before.releases:
+        target = before.routing.aliases.get(name)
+        if version not in after.versions and target == version in before.releases:
             raise FailedPrecondition(f"the alias {name!r} points to {after.app}/{version}: move it first; {_FORCE}")
+        if version != target:
+            _check_alias(before, after, name, version)
     shadow = after.routing.shadow
-    if shadow and after.routing == before.routing:
+    if shadow and shadow != before.routing.shadow:
+        release = after.releases.get(shadow.version)
+        if release is None or release.phase != "staging":
+            raise FailedPrecondition(f"{after.app}/{shadow.version}, the shadow, is no version in staging; {_FORCE}")
+    elif shadow:
         release, was = after.releases.get(shadow.version), before.releases.get(shadow.version)
         if was and (release is None or (release.phase != was.phase and release.phase == "production")):
             raise FailedPrecondition(
                 f"{after.app}/{shadow.version} is the app's shadow, which stays in staging: end the shadow first; "
                 f"{_FORCE}"
             )
+
+
+def _check_alias(before: AppState, after: AppState, name: str, version: str) -> None:
+    """Refuse to let an alias point to a version that can't answer."""
+    if version not in after.versions:
+        raise FailedPrecondition(f"the alias {name!r}: app {after.app!r} has no version {version!r}; {_FORCE}")
+    if name in after.versions:
+        raise FailedPrecondition(f"the alias {name!r} is a version of the app, which it would never replace; {_FORCE}")
+    was = before.routing.aliases.get(name, "")
+    if before.ready(was) and not after.ready(version):
+        raise FailedPrecondition(
+            f"no instance of {after.app}/{version} is ready, and callers use the alias {name!r}: start one first; "
+            f"{_FORCE}"
+        )

@@ -106,13 +106,16 @@ class Reads:
         return admin_pb2.ListInstancesResponse(instances=page.items, next_page_token=page.token)
 
     async def list_history(self, request: admin_pb2.ListHistoryRequest, _: Context) -> admin_pb2.ListHistoryResponse:
-        app = request.app if request.app == NO_APP else messages.name_from(request.app, "app")
+        app = request.app if request.app == NO_APP else messages.app_from(request.app)
         page = paging.Page[admin_pb2.Change](request.page_size, request.page_token)
         before = messages.revision_from(page.after) if page.after else 0
         while found := await self._history.newest(app, _ENTRIES, before):
             if not all(page.add(messages.change_to(each), str(each.created)) for each in found):
                 break
             before = found[-1].created
+        if not page.items and app not in ("", NO_APP):
+            # An app that is gone may have a history.
+            self._existing(app)
         return admin_pb2.ListHistoryResponse(changes=page.items, next_page_token=page.token)
 
     async def list_problems(self, request: admin_pb2.ListProblemsRequest, _: Context) -> admin_pb2.ListProblemsResponse:
@@ -209,14 +212,14 @@ class Reads:
         """Return the apps that a request names, sorted. Raises InvalidArgument, Unavailable."""
         self._require_synced()
         if app != NO_APP:
-            return [messages.name_from(app, "app")]
+            return [self._existing(app, or_instances=True).app]
         malformed = {_app_of(key) for key in self._view.malformed}
         return sorted((self._view.by_app.keys() | malformed) - {""})
 
-    def _existing(self, app: str) -> AppState:
-        """Return the state of an app. Raises NotFound, InvalidArgument, Unavailable."""
+    def _existing(self, app: str, *, or_instances: bool = False) -> AppState:
+        """Return the state of an app that has config, or instances. Raises NotFound, InvalidArgument, Unavailable."""
         state = self._state(messages.name_from(app, "app"))
-        if not state.exists:
+        if not state.exists and not (or_instances and state.instances):
             raise NotFound(f"unknown app {app!r}")
         return state
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
@@ -10,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from atserving.admin.v1 import admin_pb2
 from atserving.config import MalformedConfig, Release, validate
-from atserving.errors import InvalidArgument, NotFound
+from atserving.errors import Aborted, InvalidArgument, NotFound
 from registry.admin import edits, messages, whole
 from registry.admin.history import History
 from registry.admin.reads import Context, Reads
@@ -19,7 +18,6 @@ from registry.admin.writes import ACCEPT_S, Intent, Writer
 from registry.comparisons import Comparisons
 from registry.mirror import Mirror
 
-_WRONG_DIGEST = re.compile(r"#sha256=(?![0-9A-Fa-f]{64}$)")
 _APP_MASK = ("aliases", "key_header", "shadow")
 _RELEASE_MASK = ("phase", "desc", "weight")
 _ACCESS_MASK = ("public", "owner", "user_whitelist")
@@ -105,30 +103,39 @@ class AdminService(Reads):
     async def split_app(self, request: admin_pb2.SplitAppRequest, _: Context) -> admin_pb2.App:
         app = messages.name_from(request.app, "app")
         weights = dict(request.weights)
-        state = await self._writer.write(
-            app,
-            _intent("SplitApp", request, request.etag),
-            lambda state: edits.split(state, weights, exclusive=request.exclusive),
-        )
-        return messages.app_to(state)
+        if request.by_capacity and (weights or request.exclusive):
+            reason = "goes without weights, and is not exclusive"
+            raise InvalidArgument(f"by_capacity: {reason}", fields={"by_capacity": reason})
+
+        def edit(state: AppState) -> edits.Edits:
+            if request.by_capacity:
+                return edits.split_by_capacity(state)
+            return edits.split(state, weights, exclusive=request.exclusive)
+
+        return messages.app_to(await self._writer.write(app, _intent("SplitApp", request, request.etag), edit))
 
     async def rollback_app(self, request: admin_pb2.RollbackAppRequest, _: Context) -> admin_pb2.App:
-        app = messages.name_from(request.app, "app")
+        app = messages.app_from(request.app)
+        whose = f"app {app!r}" if app else "the default"
+        etag = await self._writer.etag(app)
         await self._writer.until_recorded()
         if request.revision:
             revision = messages.revision_from(request.revision)
         else:
             last = await self._history.newest(app, 1)
             if not last:
-                raise NotFound(f"app {app!r} has no history")
+                raise NotFound(f"{whose} has no history")
             revision = last[0].revision
         undone = await self._history.since(app, revision)
         if not undone or undone[-1].revision != revision:
-            raise NotFound(f"app {app!r} has no change {revision} in its history")
-        state = await self._writer.write(
-            app, _intent("RollbackApp", request, request.etag), lambda state: edits.roll_back(state, undone)
-        )
-        return messages.app_to(state)
+            raise NotFound(f"{whose} has no change {revision} in its history")
+
+        def edit(state: AppState) -> edits.Edits:
+            if state.etag != etag:
+                raise Aborted("it changed at the same time: look at its history, and try again")
+            return edits.roll_back(state, undone)
+
+        return messages.app_to(await self._writer.write(app, _intent("RollbackApp", request, request.etag), edit))
 
     async def create_release(self, request: admin_pb2.CreateReleaseRequest, _: Context) -> admin_pb2.Release:
         release, given = _release(request.release)
@@ -146,7 +153,8 @@ class AdminService(Reads):
         given = messages.release_fields(message)
         if not message.file:
             del given["file"]
-        if wrong := [name for name in paths or given if name not in (*_RELEASE_MASK, "name", "version")]:
+        fixed = set(Release.__struct_fields__) - {*_RELEASE_MASK, "name", "version"}
+        if wrong := [name for name in paths or given if name in fixed]:
             raise InvalidArgument(
                 f"{', '.join(wrong)}: the content of a release never changes: publish a new version",
                 fields=dict.fromkeys(wrong, "never changes"),
@@ -295,13 +303,6 @@ def _release(message: admin_pb2.Release) -> tuple[Release, Collection[str]]:
     messages.name_from(message.app, "app")
     messages.name_from(message.version, "version")
     fields = messages.release_fields(message)
-    for field, uri in {
-        "file": message.file,
-        **{f"custom_files.{n}": u for n, u in message.custom_files.items()},
-    }.items():
-        if _WRONG_DIGEST.search(uri):
-            reason = "#sha256= should be followed by 64 hexadecimal digits"
-            raise InvalidArgument(f"{field}: {reason}", fields={field: reason})
     try:
         return validate(Release, fields), fields.keys()
     except MalformedConfig as error:

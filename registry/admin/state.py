@@ -24,6 +24,9 @@ from atserving.v1 import etcd_pb2
 from registry.admin.effects import ineffective
 from registry.view import Entry
 
+ABSENT = "0"
+"""The etag of what does not exist: a write with it is refused once it does."""
+
 _NO_ROUTING = AppRouting()
 
 
@@ -104,14 +107,13 @@ class AppState:
 
     @property
     def etag(self) -> str:
-        """What changes with every write and deletion of its config."""
+        """What changes with every write and deletion of its config; ABSENT if it has none."""
         written = sorted((key, revision) for key, revision in self.revisions.items() if "/instance/" not in key)
-        return hashlib.sha256(repr(written).encode()).hexdigest()[:16] if written else ""
+        return hashlib.sha256(repr(written).encode()).hexdigest()[:16] if written else ABSENT
 
     def etag_of(self, key: str) -> str:
-        """Return the revision of the last write of a key; empty if it does not exist."""
-        revision = self.revisions.get(key)
-        return str(revision) if revision else ""
+        """Return the revision of the last write of a key; ABSENT if it does not exist."""
+        return str(self.revisions.get(key, ABSENT))
 
     def access(self) -> AppMetadata | None:
         """Return the access rules, if there are any."""
@@ -185,6 +187,29 @@ def needs_new_instances(before: AppState, after: AppState) -> dict[str, str]:
         fields = before.releases[version].differing(release)
         if fields and (count := after.outdated(version)):
             found[release.key] = f"{', '.join(fields)}: {older_instances(count)}"
+    return found
+
+
+def without_answers(before: AppState, after: AppState) -> dict[str, str]:
+    """Return, by key, why what a change makes public answers nobody."""
+    found = {}
+    for version, release in after.releases.items():
+        was = before.releases.get(version)
+        if (
+            release.phase == "production"
+            and release.weight == 0
+            and was
+            and was.phase != "production"
+            and not was.weight
+        ):
+            found[release.key] = "weight: 0, so it gets no requests without a version"
+    unready = [
+        f"aliases.{alias}: no instance of {version!r} is ready"
+        for alias, version in after.routing.aliases.items()
+        if before.routing.aliases.get(alias) != version in after.releases and not after.ready(version)
+    ]
+    if unready:
+        found[app_routing_key(after.app)] = "; ".join(unready)
     return found
 
 

@@ -11,12 +11,19 @@ from dataclasses import dataclass
 import orjson
 import structlog
 
-from atserving.config import ACCEPT_KEY, NOTE_KEY, Acceptance, MalformedConfig, app_of, read
+from atserving.config import ACCEPT_KEY, NOTE_KEY, Acceptance, MalformedConfig, app_of, read, release_key
 from atserving.errors import Aborted, FailedPrecondition, InvalidArgument, Unavailable
 from atserving.v1 import etcd_pb2
 from registry.admin import guards
 from registry.admin.history import Recorder
-from registry.admin.state import AppState, needs_new_instances, ranges_of
+from registry.admin.state import (
+    ABSENT,
+    AppState,
+    needs_new_instances,
+    ranges_of,
+    without_answers,
+    worker_key,
+)
 from registry.etcd import EtcdClient, delete, delete_below, put, unwritten_since, written_at
 from registry.mirror import Mirror
 from registry.view import Entry
@@ -31,7 +38,7 @@ ACCEPT_S = 60
 
 _ATTEMPTS = 4
 # etcd refuses transactions of more than 128 operations or comparisons.
-_MOST_KEYS = 100
+_MOST_KEYS, _MOST_COMPARED = 100, 120
 _READ_YOUR_WRITES_S = 1.0
 _HISTORY_S = 10.0
 
@@ -84,14 +91,14 @@ class Writer:
                 return before
             is_stale = bool(intent.etag) and intent.etag != etag_of(before)
             if is_stale and not attempt:
-                raise Aborted(f"it has changed: its etag is {etag_of(before) or 'gone'}, not {intent.etag}")
+                raise _stale(etag_of(before), intent.etag)
             edits = {key: value for key, value in edit(before).items() if value != _current(before, key)}
             after = _edited(before, edits)
             if not edits:
                 return after
             if is_stale:
                 # It changed between two attempts, and not by the first one, which may have taken effect.
-                raise Aborted(f"it has changed: its etag is {etag_of(before) or 'gone'}, not {intent.etag}")
+                raise _stale(etag_of(before), intent.etag)
             self._check_held(edits, before)
             if not intent.force:
                 guards.check(before, after)
@@ -108,11 +115,11 @@ class Writer:
     async def accept_deletions(self, actor: str, message: str) -> None:
         """Let every registry and gate take the deletions that it holds back. Raises EtcdError."""
         lease = await self._client.grant(ACCEPT_S)
-        revision = await self._client.put(ACCEPT_KEY, Acceptance().to_json(), lease.id)
+        note = Intent("AcceptDeletions", message=message, actor=actor).note()
+        words = [put(ACCEPT_KEY, Acceptance().to_json(), lease.id), put(NOTE_KEY, note)]
+        revision = (await self._client.txn([], words)).header.revision
         log.warning("deletions accepted", revision=revision, actor=actor, reason=message)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_READ_YOUR_WRITES_S):
-                await self._mirror.view.reached(revision)
+        await self._settled(revision)
 
     async def until_recorded(self) -> None:
         """Wait until the history has all changes up to now. Raises Unavailable if that takes long."""
@@ -122,6 +129,10 @@ class Writer:
                 await self._recorder.reached(revision)
         except TimeoutError:
             raise Unavailable("the history is behind etcd: try again", retry_after_s=1.0) from None
+
+    async def etag(self, app: str) -> str:
+        """Return the etag of an app's config in etcd. Raises EtcdError."""
+        return (await self._read(app))[0].etag
 
     async def _read(self, app: str) -> tuple[AppState, int]:
         kvs, revision = await self._client.get_below(*ranges_of(app))
@@ -156,8 +167,12 @@ class Writer:
             operations = [*map(delete_below, config), *map(delete, keys)]
         else:
             relied_on = {each.key for each in (*after.serving()[:10], *after.production()[:10])} | edits.keys()
-            if len(edits) > _MOST_KEYS:
-                raise FailedPrecondition(f"the change has {len(edits)} keys, and {_MOST_KEYS} is the most at once")
+            relied_on |= _named(before, after, edits)
+            if len(edits) > _MOST_KEYS or len(relied_on) > _MOST_COMPARED:
+                raise FailedPrecondition(
+                    f"the change has {len(edits)} keys, and relies on {len(relied_on)}; the most at once are "
+                    f"{_MOST_KEYS} and {_MOST_COMPARED}"
+                )
             unchanged += [written_at(key, before.revisions.get(key, 0)) for key in relied_on - set(keys)]
             operations = [delete(key) if value is None else put(key, value) for key, value in edits.items()]
         return await self._client.commit(unchanged, [*operations, put(NOTE_KEY, intent.note())])
@@ -168,6 +183,26 @@ class Writer:
             async with asyncio.timeout(_READ_YOUR_WRITES_S):
                 await self._mirror.view.reached(revision)
                 await self._recorder.reached(revision)
+
+
+def _named(before: AppState, after: AppState, edits: Edits) -> set[str]:
+    """Return the releases that the edited routing and worker settings name: they must not go meanwhile."""
+    routing = after.routing
+    names = {version for alias, version in routing.aliases.items() if before.routing.aliases.get(alias) != version}
+    if routing.shadow and routing.shadow != before.routing.shadow:
+        names.add(routing.shadow.version)
+    names |= {
+        each.version for each in after.releases.values() if edits.get(worker_key(after.app, each.version)) is not None
+    }
+    return {release_key(after.app, name) for name in names}
+
+
+def _stale(etag: str, wanted: str) -> Aborted:
+    if etag == ABSENT:
+        return Aborted(f"it is gone: you know it with the etag {wanted}")
+    if wanted == ABSENT:
+        return Aborted(f"it exists, with the etag {etag}")
+    return Aborted(f"it has changed: its etag is {etag}, not {wanted}")
 
 
 def _current(state: AppState, key: str) -> str | None:
@@ -194,7 +229,9 @@ def _edited(before: AppState, edits: Edits) -> AppState:
             value, warning = read(key, text)
         except MalformedConfig as error:
             field, _, reason = str(error).partition(": ")
-            raise InvalidArgument(str(error), fields={field: reason} if reason else None) from None
+            if not reason or " " in field:
+                raise InvalidArgument(f"{key}: {error}") from None
+            raise InvalidArgument(str(error), fields={field: reason}) from None
         entries[key] = Entry(text, value, 0, before.revisions.get(key, 0))
         if warning:
             warnings[key] = warning
@@ -207,6 +244,7 @@ def _edited(before: AppState, edits: Edits) -> AppState:
     after.warnings = warnings
     after.warn({key: reason for key, reason in after.ineffective().items() if key in edits})
     after.warn(needs_new_instances(before, after))
+    after.warn(without_answers(before, after))
     return after
 
 

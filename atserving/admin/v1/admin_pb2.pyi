@@ -1058,6 +1058,7 @@ class SplitAppRequest(_message.Message):
     APP_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
     EXCLUSIVE_FIELD_NUMBER: _builtins.int
+    BY_CAPACITY_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
@@ -1066,6 +1067,8 @@ class SplitAppRequest(_message.Message):
     app: _builtins.str
     exclusive: _builtins.bool
     """The other versions go to staging."""
+    by_capacity: _builtins.bool
+    """In place of weights: removes those of all versions in production, whose shares follow their ready capacity then."""
     etag: _builtins.str
     validate_only: _builtins.bool
     force: _builtins.bool
@@ -1081,6 +1084,7 @@ class SplitAppRequest(_message.Message):
         app: _builtins.str = ...,
         weights: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         exclusive: _builtins.bool = ...,
+        by_capacity: _builtins.bool = ...,
         etag: _builtins.str = ...,
         validate_only: _builtins.bool = ...,
         force: _builtins.bool = ...,
@@ -1089,7 +1093,7 @@ class SplitAppRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "app", b"app", "etag", b"etag", "exclusive", b"exclusive", "force", b"force", "message", b"message", "validate_only", b"validate_only", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "app", b"app", "by_capacity", b"by_capacity", "etag", b"etag", "exclusive", b"exclusive", "force", b"force", "message", b"message", "validate_only", b"validate_only", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1107,6 +1111,7 @@ class RollbackAppRequest(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
     app: _builtins.str
+    """Empty: the defaults."""
     revision: _builtins.str
     """The revision of a change: the app becomes what it was before it. Empty: the last change."""
     etag: _builtins.str

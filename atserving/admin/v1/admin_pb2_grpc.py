@@ -348,7 +348,7 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListHistory(self, request, context):
-        """The changes of an app, the newest first. Those of the defaults, which have no app, are in the list of all apps.
+        """The changes of an app, the newest first: with `-` of all apps and of the defaults, without an app of the defaults.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

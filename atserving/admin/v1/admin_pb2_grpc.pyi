@@ -83,7 +83,7 @@ class AdminServiceStub:
     """The settings that apply to a version, and the level that each comes from."""
     ListInstances: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListInstancesRequest, _admin_pb2.ListInstancesResponse]
     ListHistory: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListHistoryRequest, _admin_pb2.ListHistoryResponse]
-    """The changes of an app, the newest first. Those of the defaults, which have no app, are in the list of all apps."""
+    """The changes of an app, the newest first: with `-` of all apps and of the defaults, without an app of the defaults."""
     GetConfig: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetConfigRequest, _admin_pb2.Config]
     """Returns all config of an app, or without an app the defaults, as etcd has it."""
     ApplyConfig: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ApplyConfigRequest, _admin_pb2.ApplyConfigResponse]
@@ -143,7 +143,7 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """The settings that apply to a version, and the level that each comes from."""
     ListInstances: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListInstancesRequest, _admin_pb2.ListInstancesResponse]  # type: ignore[assignment]
     ListHistory: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListHistoryRequest, _admin_pb2.ListHistoryResponse]  # type: ignore[assignment]
-    """The changes of an app, the newest first. Those of the defaults, which have no app, are in the list of all apps."""
+    """The changes of an app, the newest first: with `-` of all apps and of the defaults, without an app of the defaults."""
     GetConfig: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetConfigRequest, _admin_pb2.Config]  # type: ignore[assignment]
     """Returns all config of an app, or without an app the defaults, as etcd has it."""
     ApplyConfig: _aio.UnaryUnaryMultiCallable[_admin_pb2.ApplyConfigRequest, _admin_pb2.ApplyConfigResponse]  # type: ignore[assignment]
@@ -344,7 +344,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.ListHistoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListHistoryResponse, _abc.Awaitable[_admin_pb2.ListHistoryResponse]]:
-        """The changes of an app, the newest first. Those of the defaults, which have no app, are in the list of all apps."""
+        """The changes of an app, the newest first: with `-` of all apps and of the defaults, without an app of the defaults."""
 
     @_abc_1.abstractmethod
     def GetConfig(

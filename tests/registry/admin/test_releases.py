@@ -52,6 +52,49 @@ async def two_versions(operator: Operator) -> None:
     await operator.register("v2")
 
 
+async def test_exclusive_is_refused_while_gates_may_use_a_malformed_version(operator: Operator) -> None:
+    await two_versions(operator)
+    await split(operator, {"v1": 1, "v2": 1})
+    await operator.etcdctl(release_key(operator.app, "v1"), "{oops")
+    for change in (promote(operator, "v2", exclusive=True), split(operator, {"v2": 1}, exclusive=True)):
+        with pytest.raises(FailedPrecondition, match="/v1 in etcd is malformed"):
+            await change
+    await operator.etcdctl(release_key(operator.app, "v1"), None)
+    await promote(operator, "v2", exclusive=True)
+    assert await operator.phases() == {"v2": "production"}
+
+
+async def test_a_weight_of_zero_is_no_promotion(operator: Operator) -> None:
+    await two_versions(operator)
+    await split(operator, {"v1": 1, "v2": 0})
+    await demote(operator, "v2")
+    assert (await promote(operator, "v2")).warnings == ["weight: 0, so it gets no requests without a version"]
+    promoted = await promote(operator, "v2", exclusive=True)
+    assert (promoted.HasField("weight"), list(promoted.warnings)) == (False, [])
+    assert [(each.version, each.share) for each in (await app_of(operator)).shares] == [("v2", 1.0)]
+
+
+async def test_a_split_by_capacity_has_no_weights(operator: Operator) -> None:
+    await two_versions(operator)
+    await operator.register("v2", "more", capacity=8)
+    await split(operator, {"v1": 9, "v2": 1})
+    app = await split(operator, {}, by_capacity=True)
+    assert [(each.version, each.HasField("weight"), each.share) for each in app.shares] == [
+        ("v1", False, 0.25),
+        ("v2", False, 0.75),
+    ]
+    with pytest.raises(InvalidArgument, match="by_capacity: "):
+        await split(operator, {"v1": 1}, by_capacity=True)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0, 1e7])
+async def test_a_wrong_weight_is_named(operator: Operator, weight: float) -> None:
+    await two_versions(operator)
+    with pytest.raises(InvalidArgument, match=r"weights\.v2: ") as wrong:
+        await split(operator, {"v1": 1, "v2": weight})
+    assert wrong.value.fields.keys() == {"weights.v2"}
+
+
 async def test_a_published_release_reads_back(operator: Operator) -> None:
     given = admin_pb2.Release(
         batch_size=4, weight=0.5, use_device="GPU:1", desc="first", custom_files={"a": "https://h/a"}
