@@ -51,6 +51,8 @@ DEFAULT_KEY_HEADER = "x-serving-key"
 NOTE_KEY = f"{HISTORY}.note"
 """Written with each change that an operator makes by a call: who and why."""
 
+MAX_WEIGHT = 1e6
+
 MUTABLE = ("phase", "desc", "weight")
 """The fields of a published version that may change. The others are its content."""
 
@@ -109,7 +111,7 @@ class Release(_Value, frozen=True, kw_only=True, dict=True, eq=False):
     custom_values: dict[str, Any] = {}
     model_params: dict[str, Any] = {}
     use_device: Device = "CPU"
-    weight: Annotated[float, Meta(ge=0, le=1e6)] | None = None
+    weight: Annotated[float, Meta(ge=0, le=MAX_WEIGHT)] | None = None
 
     @property
     def key(self) -> str:

@@ -80,6 +80,7 @@ def check_port(address: object) -> object:
 
 
 _FILE_URI = r"^(file|https?|qiniu)://.+\Z"
+_WRONG_DIGEST = re.compile(r"#sha256=(?![0-9A-Fa-f]{64}\Z)")
 
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 Device = Annotated[str, Meta(pattern=r"^(CPU|GPU(:\d{1,3})?)\Z")]
@@ -89,10 +90,17 @@ Phase = Literal["staging", "production"]
 
 
 def check_file(uri: object) -> object:
-    """Check the URI of a file."""
-    if isinstance(uri, str) and not re.search(_FILE_URI, uri):
-        raise ValueError("should be a file, http, https or qiniu URI")
+    """Check the URI of a file, and the digest in it."""
+    if isinstance(uri, str) and (wrong := _wrong_uri(uri)):
+        raise ValueError(wrong)
     return uri
+
+
+def _wrong_uri(uri: str) -> str:
+    """Return what is wrong with the URI of a file; empty if nothing is."""
+    if not re.search(_FILE_URI, uri):
+        return "should be a file, http, https or qiniu URI"
+    return "#sha256= should be followed by 64 hexadecimal digits" if _WRONG_DIGEST.search(uri) else ""
 
 
 def check_files(files: object) -> object:
@@ -100,8 +108,8 @@ def check_files(files: object) -> object:
     if isinstance(files, dict) and len(files) > _MAX_FILES:
         raise ValueError(f"{len(files)} files exceed the limit of {_MAX_FILES}")
     for name, uri in files.items() if isinstance(files, dict) else ():
-        if not isinstance(uri, str) or not re.search(_FILE_URI, uri):
-            raise WrongField(f".{name}", "should be a file, http, https or qiniu URI")
+        if wrong := _wrong_uri(uri if isinstance(uri, str) else ""):
+            raise WrongField(f".{name}", wrong)
     return files
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import msgspec
+from click.core import ParameterSource
 
 from atserving.errors import StartError
 
@@ -23,6 +24,12 @@ class Context(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """The registries: ``host:port[,host:port...]``."""
     edge: str = ""
     """The URL of an Envoy."""
+
+
+class UnknownContext(StartError):  # noqa: N818
+    """A wrong flag."""
+
+    exit_status = 2
 
 
 class Contexts(msgspec.Struct, forbid_unknown_fields=True, rename="kebab"):
@@ -65,10 +72,10 @@ def save(contexts: Contexts) -> None:
 
 
 def named(contexts: Contexts, name: str) -> Context:
-    """Return a context. Raises StartError."""
+    """Return a context. Raises UnknownContext."""
     if name not in contexts.contexts:
         known = ", ".join(sorted(contexts.contexts)) or "none"
-        raise StartError(f"there is no context {name!r} in {path()}; it has: {known}")
+        raise UnknownContext(f"there is no context {name!r} in {path()}; it has: {known}")
     return contexts.contexts[name]
 
 
@@ -93,7 +100,17 @@ def chosen() -> Context:
         raise
 
 
+class OfMesh(click.Option):
+    """An option for an address of a mesh: one that ``--context`` names wins over the option's variable."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        is_named = ctx.get_parameter_source("context") is ParameterSource.COMMANDLINE
+        return None if is_named else super().resolve_envvar_value(ctx)
+
+
 def _remember(context: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value is not None and not context.resilient_parsing:
+        named(load(), value)
     context.meta[_META] = value
 
 

@@ -116,6 +116,7 @@ def _png(context: click.Context, parameter: click.Parameter, value: Path | None)
 @contexts.option
 @click.option(
     "--edge",
+    cls=contexts.OfMesh,
     default=lambda: contexts.chosen().edge or _EDGE,
     show_default=f"the context's, or {_EDGE}",
     callback=_edge,

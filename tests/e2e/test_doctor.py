@@ -67,7 +67,7 @@ async def test_what_is_wrong_is_said_with_what_to_do(mesh: Mesh) -> None:
         assert status == 1
         failed, warned = said(findings, "failed"), said(findings, "warning")
         assert failed["/ava/serving/worker/app/digits/default"].startswith("not JSON")
-        assert failed["app idle"] == "no version in production has a ready instance"
+        assert failed["app idle"] == "no version in production with a weight above 0 has a ready instance"
         assert warned["/ava/serving/worker/app/none/default"] == "the app has no release"
         assert warned["app idle"] == "its shadow v2 has no ready instance, so copies are dropped"
         assert warned["instance digits v1 gone"] == "127.0.0.1:1: does not answer"

@@ -131,6 +131,10 @@ def test_what_callers_would_lose_by_is_refused(cli: Cli, file: Path) -> None:
         ("apps: {a: {releases: {v1: text}}}", "apps.a.releases.v1: should be an object"),
         ("apps: {a: {access: {owner: !!python/object:os.system x}}}", "not YAML: "),
         ("{", "not YAML: "),
+        ("? [a]\n: 1", "not YAML: a name is no text"),
+        ("apps: {a: {worker: {max_concurrent: .inf}}}", "apps.a.worker: no JSON: "),
+        ("apps: {a: {releases: {v1: {file: 'file:///x#sha256=...'}}}}", "file: #sha256= should be followed by 64"),
+        ("", "no document of config"),
         ("apps: {a: {}}\n---\napps: {a: {}}", "app 'a': in another document, too"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_release_is_put_from_the_json_that_etcd_has(cli: Cli, lasting: Registr
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"fiel": "x"}, '"fiel"'),
+        ({"fiel": "x"}, "unknown field 'fiel', did you mean 'file'?"),
         ({"phase": "live"}, "phase: should be staging or production"),
         ({"batch_size": "many"}, "batch_size"),
         ({"custom_values": {"a": [2**53 + 1]}}, "custom_values: 9007199254740993 has more than 53 bits"),
@@ -106,6 +106,9 @@ def test_a_wrong_field_is_named_with_status_6(cli: Cli, tmp_path: Path, change: 
         ["put", "-f", "/none"],
         ["split", "app"],
         ["split", "app", "v1=x"],
+        ["split", "app", "v1=1", "--by-capacity"],
+        ["history"],
+        ["rollback", "app", "--defaults"],
         ["split", "app", "v1=1", "v1=2"],
         ["accept-deletions", "--dry-run"],
     ],
@@ -130,6 +133,37 @@ def test_a_dry_run_changes_nothing_and_force_overrides(cli: Cli) -> None:
     assert cli.run("release", "show", cli.app, "v1", "-o", "json").json["phase"] == "PHASE_STAGING"
     cli("release", "promote", cli.app, "v1", "--force")
     assert cli.run("release", "show", cli.app, "v1", "-o", "json").json["phase"] == "PHASE_PRODUCTION"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["release", "list", "none"],
+        ["release", "history", "none"],
+        ["ps", "none"],
+        ["release", "promote", "none", "v1", "--wait"],
+        ["app", "shadow", "none", "v1-"],
+    ],
+    ids=" ".join,
+)
+def test_an_unknown_app_is_one_line_and_status_3(cli: Cli, arguments: list[str]) -> None:
+    ended = cli.run(*arguments)
+    assert (ended.status, ended.err) == (3, f"atserving: server {cli.server}: unknown app 'none'\n")
+
+
+def test_a_number_of_instances_is_waited_for(cli: Cli) -> None:
+    cli(*PUT, cli.app, "v1", FILE)
+    cli.register("v1")
+    over = cli.run("release", "promote", cli.app, "v1", "--instances", "2", "--timeout", "0.1")
+    assert (over.status, "1 of 2 instances" in over.err) == (8, True)
+    cli("release", "promote", cli.app, "v1", "--instances", "2", "--dry-run")
+
+
+def test_the_defaults_have_a_history_and_a_way_back(cli: Cli) -> None:
+    cli("worker", "set", "timeout=7s", "-m", "slow nets")
+    assert "slow nets" in cli("release", "history", "--defaults")
+    assert cli("release", "rollback", "--defaults") == "the defaults are what they were\n"
+    assert "7s" not in cli("worker", "show")
 
 
 def test_put_and_promote_wait_for_an_instance(cli: Cli) -> None:

@@ -343,7 +343,7 @@ async def test_the_operators_api_can_have_a_port_of_its_own(
     registry = Registry(tmp_path, [shared_etcd.address], "--listen-operators", f"127.0.0.1:{port}")
     processes(registry)
     await until_async(lambda: serving(registry.address))
-    request = admin_pb2.ListReleasesRequest(app=app)
+    request = admin_pb2.ListReleasesRequest(app="-", filter=app)
     async with transport.channel(f"127.0.0.1:{port}") as apart, transport.channel(registry.address) as channel:
         assert not (await admin_pb2_grpc.AdminServiceStub(apart).ListReleases(request)).releases
         with pytest.raises(grpc.aio.AioRpcError) as refused:

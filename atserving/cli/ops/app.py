@@ -7,7 +7,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from atserving.admin.v1 import admin_pb2
 from atserving.cli.ops import completion, printing
-from atserving.cli.ops.client import pages
+from atserving.cli.ops.client import NOT_FOUND, CommandError, pages
 from atserving.cli.ops.options import Read, Write, flag, reading, writing
 from atserving.config import DEFAULT_KEY_HEADER
 
@@ -121,6 +121,11 @@ def shadow(
 ) -> None:
     version, percent = shadow
     message = admin_pb2.App(name=app)
+    if not percent:
+        current = write.servers.read(lambda stub: stub.GetApp, admin_pb2.GetAppRequest(app=app))
+        if current.shadow.version != version:
+            raise CommandError(f"{version} is no shadow of {app}: {current.shadow.version or 'it has none'}", NOT_FOUND)
+        message.etag = current.etag
     if percent:
         message.shadow.CopyFrom(
             admin_pb2.Shadow(
@@ -136,6 +141,7 @@ def shadow(
 @click.argument("header", required=False, default="", metavar="[HEADER]")
 @writing
 def key_header(write: Write, app: str, header: str) -> None:
+    header = header.lower()
     message = admin_pb2.App(name=app, key_header=header)
     write.call(lambda stub: stub.UpdateApp, admin_pb2.UpdateAppRequest(app=message, update_mask=_mask("key_header")))
     write.tell(f"callers of {app} keep their version by the header {header or DEFAULT_KEY_HEADER}")

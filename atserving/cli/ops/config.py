@@ -19,6 +19,7 @@ from atserving.cli.ops.config_files import Tree, read_files, to_fields, warnings
 from atserving.cli.ops.options import Write, flag, server_option, writing
 from atserving.cli.tables import styled
 from atserving.config import PREFIX
+from atserving.errors import StartError
 
 _files = click.argument(
     "files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path, exists=False)
@@ -67,8 +68,11 @@ def export(app: str | None, server: list[str]) -> None:
 @server_option
 @contexts.option
 def diff(files: tuple[Path, ...], prune: bool, force: bool, server: list[str]) -> None:
-    servers = Servers(server)
-    plan = _plan(servers, read_files(files), prune=prune, force=force)
+    try:
+        plan = _plan(Servers(server), read_files(files), prune=prune, force=force)
+    except StartError as error:
+        # 1 says that there is a difference.
+        raise CommandError(str(error), max(error.exit_status, 2)) from None
     for response in plan.values():
         _show(response)
     if any(response.changes for response in plan.values()):

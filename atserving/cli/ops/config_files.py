@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,12 +75,16 @@ def _ordered(fields: Mapping[str, Any]) -> dict[str, Any]:
 def read_files(paths: Sequence[Path]) -> Tree:
     """Read files, or all files of folders. Raises CommandError, which names the file and the place in it."""
     tree = Tree()
+    count = 0
     for path in _files(paths):
         for document in _documents(path):
+            count += 1
             try:
                 _take(tree, document)
             except ValueError as error:
                 raise CommandError(f"{path}: {error}", INVALID) from None
+    if not count:
+        raise CommandError(f"{', '.join(map(str, paths))}: no document of config", INVALID)
     return tree
 
 
@@ -135,6 +140,8 @@ def _unique(yaml: Any) -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen: set[Any] = set()
             for name, _ in node.value:
+                if not isinstance(name, yaml.ScalarNode):
+                    raise yaml.constructor.ConstructorError(None, None, "a name is no text", name.start_mark)
                 if name.value in seen:
                     raise yaml.constructor.ConstructorError(
                         None, None, f"{name.value!r} is there twice", name.start_mark
@@ -197,8 +204,10 @@ def _add(tree: Tree, app: str, values: dict[str, str]) -> None:
 
 def _json(value: Any, where: str) -> str:
     try:
+        # orjson writes null for what is no number.
+        json.dumps(value, allow_nan=False)
         return orjson.dumps(value).decode()
-    except orjson.JSONEncodeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: no JSON: {error}") from None
 
 

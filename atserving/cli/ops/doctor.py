@@ -44,6 +44,7 @@ class Finding(NamedTuple):
 )
 @click.option(
     "--edge",
+    cls=contexts.OfMesh,
     default=lambda: contexts.chosen().edge,
     show_default="the context's, or none",
     metavar="URL",
@@ -135,8 +136,9 @@ def _apps(servers: Servers) -> Iterator[Finding]:
         count += 1
         what = f"app {app.name}"
         idle = [each.version for each in app.shares if not each.capacity]
-        if app.shares and len(idle) == len(app.shares):
-            yield Finding(FAILED, what, "no version in production has a ready instance", "start one, or roll back")
+        if app.shares and not any(each.share for each in app.shares):
+            said = "no version in production with a weight above 0 has a ready instance"
+            yield Finding(FAILED, what, said, "start one, or roll back")
         elif idle:
             yield Finding(
                 WARNING, what, f"in production without an instance: {', '.join(idle)}", "start one, or demote it"

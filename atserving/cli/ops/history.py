@@ -14,12 +14,22 @@ from atserving.cli.ops.options import Read, flag, reading
 from atserving.cli.tables import styled
 from atserving.config import PREFIX
 
+defaults_flag = flag("--defaults", is_flag=True, help="In place of APP: the settings of all apps, and their access.")
+
+
+def check_defaults(app: str, defaults: bool) -> None:
+    """Raise UsageError unless either an app or the defaults are named."""
+    if bool(app) == defaults:
+        raise click.UsageError("name APP, or --defaults")
+
 
 @click.command(help="List the changes of APP, the newest first; of all apps with -.")
-@completion.app()
+@completion.app(default="")
 @flag("-n", "--most", type=click.IntRange(1), default=20, show_default=True, help="How many changes to list.")
+@defaults_flag
 @reading
-def history(read: Read, app: str, most: int) -> None:
+def history(read: Read, app: str, most: int, defaults: bool) -> None:
+    check_defaults(app, defaults)
     request = admin_pb2.ListHistoryRequest(app=app)
     all_pages = pages(read.servers, lambda stub: stub.ListHistory, request)
     found = list(islice((change for page in all_pages for change in page.changes), most))

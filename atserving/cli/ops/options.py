@@ -77,6 +77,7 @@ server_option = service.addresses_option(
     "--server",
     "--registry",
     "server",
+    cls=contexts.OfMesh,
     default=lambda: contexts.chosen().server or DEFAULT_SERVER,
     show_default=f"the context's, or {DEFAULT_SERVER}",
     help="The registries; the first that answers is used.",

@@ -9,11 +9,13 @@ import click
 import orjson
 from google.protobuf.json_format import ParseDict, ParseError
 
+from atserving import known_fields
 from atserving.admin.v1 import admin_pb2
 from atserving.cli.ops import checking, completion, printing
 from atserving.cli.ops.client import INVALID, NOT_FOUND, REFUSED, CommandError
 from atserving.cli.ops.options import Write, flag, writing
 from atserving.cli.ops.waiting import wait_flags, wait_ready
+from atserving.config import Release
 
 _MOST_EXACT = 1 << 53
 _OUTPUT_ONLY = ("lastmodified",)
@@ -98,7 +100,7 @@ def put(
     release = release_from(checking.with_digests(fields, known, check=not no_check))
     stored = write.call(lambda stub: stub.CreateRelease, admin_pb2.CreateReleaseRequest(release=release))
     write.tell(f"{stored.app} {stored.version} is published, in {printing.phase(stored.phase)}")
-    if wait and not write.validate_only:
+    if (wait or instances) and not write.validate_only:
         wait_ready(write.servers, stored.app, stored.version, instances, timeout)
 
 
@@ -115,6 +117,8 @@ def _stored(write: Write, release: admin_pb2.Release) -> admin_pb2.Release | Non
 
 def release_from(fields: dict[str, Any]) -> admin_pb2.Release:
     """Return the message of a release as etcd has it. Raises CommandError."""
+    if unknown := sorted(fields.keys() - set(Release.__struct_fields__)):
+        raise CommandError(known_fields.warning(unknown, Release.__struct_fields__), INVALID)
     wanted = dict(fields)
     wanted["app"] = wanted.pop("name", "")
     if "phase" in wanted:

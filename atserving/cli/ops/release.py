@@ -8,7 +8,7 @@ from atserving.admin.v1 import admin_pb2
 from atserving.cli.ops import completion, printing
 from atserving.cli.ops.client import pages
 from atserving.cli.ops.compare import compare
-from atserving.cli.ops.history import history, watch
+from atserving.cli.ops.history import check_defaults, defaults_flag, history, watch
 from atserving.cli.ops.options import Read, Write, flag, reading, writing
 from atserving.cli.ops.put import put
 from atserving.cli.ops.waiting import wait_flags, wait_ready
@@ -109,7 +109,8 @@ def _shown(value: object) -> str:
 def promote(
     write: Write, app: str, version: str, exclusive: bool, wait: bool, instances: int | None, timeout: float
 ) -> None:
-    if wait:
+    if (wait or instances) and not write.validate_only:
+        write.servers.read(lambda stub: stub.GetRelease, admin_pb2.GetReleaseRequest(app=app, version=version))
         wait_ready(write.servers, app, version, instances, timeout)
     request = admin_pb2.PromoteReleaseRequest(app=app, version=version, exclusive=exclusive)
     stored = write.call(lambda stub: stub.PromoteRelease, request)
@@ -142,26 +143,31 @@ def _weights(context: click.Context, parameter: click.Parameter, values: tuple[s
 
 @release.command(help="Split the requests without a version: atserving release split digits v1=9 v2=1")
 @completion.app()
-@completion.argument(
-    "weights", completion.weights, nargs=-1, required=True, callback=_weights, metavar="VERSION=WEIGHT..."
-)
+@completion.argument("weights", completion.weights, nargs=-1, callback=_weights, metavar="VERSION=WEIGHT...")
 @flag("--exclusive", is_flag=True, help="Move the other versions to staging.")
+@flag("--by-capacity", is_flag=True, help="Remove the weights: the shares follow the capacity of ready instances.")
 @writing
-def split(write: Write, app: str, weights: dict[str, float], exclusive: bool) -> None:
-    request = admin_pb2.SplitAppRequest(app=app, weights=weights, exclusive=exclusive)
+def split(write: Write, app: str, weights: dict[str, float], exclusive: bool, by_capacity: bool) -> None:
+    if bool(weights) == by_capacity:
+        raise click.UsageError("name versions with weights, or --by-capacity")
+    request = admin_pb2.SplitAppRequest(app=app, weights=weights, exclusive=exclusive, by_capacity=by_capacity)
     printing.shares(write.call(lambda stub: stub.SplitApp, request))
     write.tell(f"the requests of {app} are split")
 
 
 @release.command(help="Take back the last change of APP, or all changes since REVISION with it.")
-@completion.app()
+@completion.app(default="")
 @flag("--to", "revision", default="", metavar="REVISION", help="A change: the app becomes what it was before it.")
+@defaults_flag
 @writing
-def rollback(write: Write, app: str, revision: str) -> None:
+def rollback(write: Write, app: str, revision: str, defaults: bool) -> None:
+    check_defaults(app, defaults)
     request = admin_pb2.RollbackAppRequest(app=app, revision=revision)
     stored = write.call(lambda stub: stub.RollbackApp, request)
-    printing.shares(stored)
-    write.tell(f"{app} is what it was before change {revision}" if revision else f"{app} is what it was")
+    if app:
+        printing.shares(stored)
+    what = f"{app} is" if app else "the defaults are"
+    write.tell(f"{what} what {'it was' if app else 'they were'}{f' before change {revision}' if revision else ''}")
 
 
 @release.command(help="Delete VERSION of APP, and its worker settings.")

@@ -42,11 +42,14 @@ def arguments(most_names: int, parsers: Mapping[str, Parse]) -> Callable[[Any], 
 
 
 def whole(text: str) -> int:
-    """Return a whole number. Raises ValueError."""
+    """Return a whole number of the API's. Raises ValueError."""
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
         raise ValueError("should be a whole number") from None
+    if abs(number) >= 1 << 31:
+        raise ValueError("should be below 2147483648")
+    return number
 
 
 def boolean(text: str) -> bool:

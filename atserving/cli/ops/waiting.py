@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from atserving.admin.v1 import admin_pb2
-from atserving.cli.ops.client import UNAVAILABLE, CommandError, Servers, pages
+from atserving.cli.ops.client import NOT_FOUND, UNAVAILABLE, CommandError, Servers, pages
 from atserving.cli.ops.options import flag
 
 NOT_READY = 8
@@ -34,7 +34,7 @@ def wait_flags(text: str) -> Callable[[Any], Any]:
             "--instances",
             type=click.IntRange(1),
             metavar="NUMBER",
-            help="For how many ready instances to wait. Default: for all that are registered, and at least 1.",
+            help="Wait for so many ready instances. Default of --wait: for all that are registered, and at least 1.",
         )
         return flag("--wait", is_flag=True, help=text)(count(limit(command)))
 
@@ -70,7 +70,8 @@ def wait_ready(servers: Servers, app: str, version: str, wanted: int | None, tim
                 return
             reason = f"{outdated} have loaded other content: start them again" if outdated else "no more are registered"
         except CommandError as error:
-            if error.exit_status != UNAVAILABLE:
+            # Another registry may not have heard of the app yet.
+            if error.exit_status not in (NOT_FOUND, UNAVAILABLE):
                 raise
             reason = str(error)
         if time.monotonic() >= until_s:
