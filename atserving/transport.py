@@ -22,8 +22,7 @@ _KEEPALIVE = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
-CHANNEL_OPTIONS = [
-    *_KEEPALIVE,
+_OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # A peer restarts within a second or two, so reconnect soon.
@@ -35,8 +34,9 @@ CHANNEL_OPTIONS = [
     # Connect to peers directly, even if the environment configures an HTTP proxy.
     ("grpc.enable_http_proxy", 0),
 ]
+CHANNEL_OPTIONS = [*_KEEPALIVE, *_OPTIONS]
 
 
-def channel(address: str) -> grpc.aio.Channel:
-    """Return a channel to ``host:port`` that detects a dead peer and reconnects quickly."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def channel(address: str, *, pings: bool = True) -> grpc.aio.Channel:
+    """Return a channel to ``host:port`` that reconnects quickly, and detects a dead peer between calls by pings."""
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS if pings else _OPTIONS)

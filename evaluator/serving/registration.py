@@ -84,7 +84,8 @@ class Registration:
     async def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
             await self._close()
-            self._channels[address] = transport.channel(address)
+            # A heartbeat that gets no answer tells enough. A registry has thousands of these.
+            self._channels[address] = transport.channel(address, pings=False)
         return self._channels[address]
 
     async def _close(self) -> None:
