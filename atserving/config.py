@@ -129,6 +129,11 @@ class Release(_Value, frozen=True, kw_only=True, dict=True, eq=False):
         names = (*MUTABLE, "lastmodified", "digest")
         return isinstance(other, Release) and all(getattr(self, name) == getattr(other, name) for name in names)
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it names the digest of each of its files, so that other files are never loaded."""
+        return all("#sha256=" in uri for uri in (self.file, *self.custom_files.values()))
+
     def differing(self, other: Release) -> list[str]:
         """Return the sorted names of the fields in which the contents differ: none if the digests are the same."""
         own, others = self._content(), other._content()
@@ -233,6 +238,8 @@ class Instance(_Value, frozen=True, kw_only=True):
     capacity: Annotated[int, Meta(ge=1, le=1_000_000)]
     digest: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
     """The digest of the release that it has loaded. Empty: it comes from a time without digests."""
+    files: Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
+    """The digest of the release's files as it has fetched them. Empty: unknown."""
     since: str = ""
     """When it began to serve, in RFC 3339."""
     plan: InstancePlan | None = None

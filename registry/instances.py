@@ -5,12 +5,14 @@ A registry keeps no state of an instance. The key in etcd holds its lease, so ea
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import structlog
 
 from atserving.config import Instance, MalformedConfig, Release, instance_key, parse, release_key
-from atserving.errors import NotFound, Unavailable
+from atserving.errors import FailedPrecondition, NotFound, Unavailable
 from atserving.v1 import etcd_pb2
-from registry.etcd import EtcdClient, Lease, LeaseNotFound, delete, put, written_at
+from registry.etcd import EtcdClient, Lease, LeaseNotFound, delete, put, unwritten_since, written_at
 from registry.view import View
 
 log = structlog.get_logger()
@@ -32,7 +34,8 @@ class Instances:
     async def register(self, instance: Instance) -> int:
         """Register an instance or renew its lease; return the lease's time to live in seconds.
 
-        Raises NotFound if the release is not published, Unavailable if other writers win every attempt, EtcdError.
+        Raises NotFound if the release is not published, FailedPrecondition if another instance has loaded other files
+        of it, Unavailable if other writers win every attempt, EtcdError.
         """
         if ttl_s := await self._renewed_as_known(instance):
             return ttl_s
@@ -40,11 +43,12 @@ class Instances:
             release, stored = await self._client.get_all(release_key(instance.app, instance.version), instance.key)
             if release is None:
                 raise NotFound(f"release {instance.app}/{instance.version} is not published")
+            beside = await self._beside(instance, release)
             lease = await self._renewed(stored) if stored and stored.lease else None
             if lease and stored and _matches(stored, instance):
                 return lease.ttl_s
             lease = lease or await self._client.grant(self._ttl_s)
-            if await self._put(instance, release, stored, lease):
+            if await self._put(instance, release, stored, lease, beside):
                 log.info(
                     "instance registered",
                     instance=instance.id,
@@ -72,6 +76,29 @@ class Instances:
         except LeaseNotFound:
             return 0
 
+    async def _beside(self, instance: Instance, stored: etcd_pb2.KeyValue) -> list[etcd_pb2.Compare]:
+        """Return the condition under which no other instance has loaded other files of the release.
+
+        Files without a digest in the release may be replaced. Raises FailedPrecondition if it is so already.
+        """
+        try:
+            release = parse(stored.key.decode(), stored.value)
+        except MalformedConfig:
+            return []
+        if not instance.files or not isinstance(release, Release) or release.is_pinned:
+            return []
+        prefix = instance_key(instance.app, instance.version, "")
+        others, revision = await self._client.get_below([prefix], [])
+        for each in others:
+            with suppress(MalformedConfig):
+                other = parse(each.key.decode(), each.value)
+                if isinstance(other, Instance) and other.id != instance.id and _differ(instance, other):
+                    raise FailedPrecondition(
+                        f"instance {other.id} has loaded other files of {instance.app}/{instance.version}, which "
+                        "somebody has replaced: publish a new version, or stop the other instances"
+                    )
+        return [unwritten_since(prefix, revision)]
+
     async def _renewed(self, stored: etcd_pb2.KeyValue) -> Lease | None:
         try:
             return Lease(stored.lease, await self._client.keep_alive(stored.lease))
@@ -79,12 +106,18 @@ class Instances:
             return None
 
     async def _put(
-        self, instance: Instance, release: etcd_pb2.KeyValue, stored: etcd_pb2.KeyValue | None, lease: Lease
+        self,
+        instance: Instance,
+        release: etcd_pb2.KeyValue,
+        stored: etcd_pb2.KeyValue | None,
+        lease: Lease,
+        beside: list[etcd_pb2.Compare],
     ) -> bool:
         unchanged = [
             written_at(instance.key, stored.mod_revision if stored else 0),
             # Fails the transaction if the release is deleted in the meantime.
             written_at(release.key.decode(), release.mod_revision),
+            *beside,
         ]
         # Do not revoke the lease after a failure: the write may have taken effect. Otherwise the lease expires unused.
         try:
@@ -105,6 +138,11 @@ class Instances:
                     await self._client.revoke(stored.lease)
                 return
         raise Unavailable(f"instance {id_} of {app}/{version} keeps changing in etcd: try again")
+
+
+def _differ(one: Instance, other: Instance) -> bool:
+    """Return whether two instances have loaded different files of the same release."""
+    return one.digest == other.digest and "" not in (one.files, other.files) and one.files != other.files
 
 
 def _check_content(instance: Instance, stored: etcd_pb2.KeyValue) -> None:

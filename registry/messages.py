@@ -16,7 +16,7 @@ PART_CHARS = 4 << 20
 
 def instance_from(message: registry_pb2.Instance) -> Instance:
     """Return the instance of a message. Raises InvalidArgument."""
-    names = ("app", "version", "id", "address", "capacity", "digest", "since")
+    names = ("app", "version", "id", "address", "capacity", "digest", "since", "files")
     fields: dict[str, Any] = {name: getattr(message, name) for name in names}
     if message.HasField("plan"):
         plan = message.plan

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61tserving/v1/registry.proto\x12\x0c\x61tserving.v1\"\x1b\n\x0cWatchRequest\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\"\x84\x01\n\rWatchResponse\x12\r\n\x05reset\x18\x01 \x01(\x08\x12$\n\x07upserts\x18\x02 \x03(\x0b\x32\x13.atserving.v1.Entry\x12\x0f\n\x07\x64\x65letes\x18\x03 \x03(\t\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\r\n\x05stale\x18\x05 \x01(\x08\x12\x0c\n\x04more\x18\x06 \x01(\x08\"(\n\x05\x45ntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\nvalue_json\x18\x02 \x01(\t\"C\n\x17RegisterInstanceRequest\x12(\n\x08instance\x18\x01 \x01(\x0b\x32\x16.atserving.v1.Instance\"*\n\x18RegisterInstanceResponse\x12\x0e\n\x06ttl_ms\x18\x01 \x01(\x03\"E\n\x19\x44\x65registerInstanceRequest\x12(\n\x08instance\x18\x01 \x01(\x0b\x32\x16.atserving.v1.Instance\"\x1c\n\x1a\x44\x65registerInstanceResponse\"\xa0\x01\n\x08Instance\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x10\n\x08\x63\x61pacity\x18\x05 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\r\n\x05since\x18\x07 \x01(\t\x12(\n\x04plan\x18\x08 \x01(\x0b\x32\x1a.atserving.v1.InstancePlan\"V\n\x0cInstancePlan\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x0f\n\x07\x65ngines\x18\x03 \x01(\x05\x12\x11\n\tpreparers\x18\x04 \x01(\x05\"W\n\x18ReportComparisonsRequest\x12\x0c\n\x04gate\x18\x01 \x01(\t\x12-\n\x0b\x63omparisons\x18\x02 \x03(\x0b\x32\x18.atserving.v1.Comparison\"\x1b\n\x19ReportComparisonsResponse\"\xe4\x03\n\nComparison\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x10\n\x08\x62\x61seline\x18\x04 \x01(\t\x12\x17\n\x0f\x62\x61seline_digest\x18\x05 \x01(\t\x12\x10\n\x08since_ms\x18\x06 \x01(\x03\x12\r\n\x05\x65qual\x18\x07 \x01(\x03\x12\x11\n\tdifferent\x18\x08 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\t \x01(\x03\x12\x0f\n\x07\x64ropped\x18\n \x01(\x03\x12\x0e\n\x06slower\x18\x0b \x01(\x03\x12\x32\n\x05times\x18\x0c \x03(\x0b\x32#.atserving.v1.Comparison.TimesEntry\x12\x43\n\x0e\x62\x61seline_times\x18\r \x03(\x0b\x32+.atserving.v1.Comparison.BaselineTimesEntry\x12)\n\x07samples\x18\x0e \x03(\x0b\x32\x18.atserving.v1.Difference\x12\x10\n\x08settings\x18\x0f \x01(\t\x1a,\n\nTimesEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a\x34\n\x12\x42\x61selineTimesEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"L\n\nDifference\x12\r\n\x05reqid\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61iled\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07time_ms\x18\x04 \x01(\x03\x32\x87\x03\n\x0fRegistryService\x12\x42\n\x05Watch\x12\x1a.atserving.v1.WatchRequest\x1a\x1b.atserving.v1.WatchResponse0\x01\x12\x61\n\x10RegisterInstance\x12%.atserving.v1.RegisterInstanceRequest\x1a&.atserving.v1.RegisterInstanceResponse\x12g\n\x12\x44\x65registerInstance\x12\'.atserving.v1.DeregisterInstanceRequest\x1a(.atserving.v1.DeregisterInstanceResponse\x12\x64\n\x11ReportComparisons\x12&.atserving.v1.ReportComparisonsRequest\x1a\'.atserving.v1.ReportComparisonsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61tserving/v1/registry.proto\x12\x0c\x61tserving.v1\"\x1b\n\x0cWatchRequest\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\"\x84\x01\n\rWatchResponse\x12\r\n\x05reset\x18\x01 \x01(\x08\x12$\n\x07upserts\x18\x02 \x03(\x0b\x32\x13.atserving.v1.Entry\x12\x0f\n\x07\x64\x65letes\x18\x03 \x03(\t\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\r\n\x05stale\x18\x05 \x01(\x08\x12\x0c\n\x04more\x18\x06 \x01(\x08\"(\n\x05\x45ntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\nvalue_json\x18\x02 \x01(\t\"C\n\x17RegisterInstanceRequest\x12(\n\x08instance\x18\x01 \x01(\x0b\x32\x16.atserving.v1.Instance\"*\n\x18RegisterInstanceResponse\x12\x0e\n\x06ttl_ms\x18\x01 \x01(\x03\"E\n\x19\x44\x65registerInstanceRequest\x12(\n\x08instance\x18\x01 \x01(\x0b\x32\x16.atserving.v1.Instance\"\x1c\n\x1a\x44\x65registerInstanceResponse\"\xaf\x01\n\x08Instance\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\n\n\x02id\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x10\n\x08\x63\x61pacity\x18\x05 \x01(\x05\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\r\n\x05since\x18\x07 \x01(\t\x12(\n\x04plan\x18\x08 \x01(\x0b\x32\x1a.atserving.v1.InstancePlan\x12\r\n\x05\x66iles\x18\t \x01(\t\"V\n\x0cInstancePlan\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x12\n\nbatch_size\x18\x02 \x01(\x05\x12\x0f\n\x07\x65ngines\x18\x03 \x01(\x05\x12\x11\n\tpreparers\x18\x04 \x01(\x05\"W\n\x18ReportComparisonsRequest\x12\x0c\n\x04gate\x18\x01 \x01(\t\x12-\n\x0b\x63omparisons\x18\x02 \x03(\x0b\x32\x18.atserving.v1.Comparison\"\x1b\n\x19ReportComparisonsResponse\"\xe4\x03\n\nComparison\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x10\n\x08\x62\x61seline\x18\x04 \x01(\t\x12\x17\n\x0f\x62\x61seline_digest\x18\x05 \x01(\t\x12\x10\n\x08since_ms\x18\x06 \x01(\x03\x12\r\n\x05\x65qual\x18\x07 \x01(\x03\x12\x11\n\tdifferent\x18\x08 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\t \x01(\x03\x12\x0f\n\x07\x64ropped\x18\n \x01(\x03\x12\x0e\n\x06slower\x18\x0b \x01(\x03\x12\x32\n\x05times\x18\x0c \x03(\x0b\x32#.atserving.v1.Comparison.TimesEntry\x12\x43\n\x0e\x62\x61seline_times\x18\r \x03(\x0b\x32+.atserving.v1.Comparison.BaselineTimesEntry\x12)\n\x07samples\x18\x0e \x03(\x0b\x32\x18.atserving.v1.Difference\x12\x10\n\x08settings\x18\x0f \x01(\t\x1a,\n\nTimesEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a\x34\n\x12\x42\x61selineTimesEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"L\n\nDifference\x12\r\n\x05reqid\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61iled\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07time_ms\x18\x04 \x01(\x03\x32\x87\x03\n\x0fRegistryService\x12\x42\n\x05Watch\x12\x1a.atserving.v1.WatchRequest\x1a\x1b.atserving.v1.WatchResponse0\x01\x12\x61\n\x10RegisterInstance\x12%.atserving.v1.RegisterInstanceRequest\x1a&.atserving.v1.RegisterInstanceResponse\x12g\n\x12\x44\x65registerInstance\x12\'.atserving.v1.DeregisterInstanceRequest\x1a(.atserving.v1.DeregisterInstanceResponse\x12\x64\n\x11ReportComparisons\x12&.atserving.v1.ReportComparisonsRequest\x1a\'.atserving.v1.ReportComparisonsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,21 +50,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DEREGISTERINSTANCERESPONSE']._serialized_start=435
   _globals['_DEREGISTERINSTANCERESPONSE']._serialized_end=463
   _globals['_INSTANCE']._serialized_start=466
-  _globals['_INSTANCE']._serialized_end=626
-  _globals['_INSTANCEPLAN']._serialized_start=628
-  _globals['_INSTANCEPLAN']._serialized_end=714
-  _globals['_REPORTCOMPARISONSREQUEST']._serialized_start=716
-  _globals['_REPORTCOMPARISONSREQUEST']._serialized_end=803
-  _globals['_REPORTCOMPARISONSRESPONSE']._serialized_start=805
-  _globals['_REPORTCOMPARISONSRESPONSE']._serialized_end=832
-  _globals['_COMPARISON']._serialized_start=835
-  _globals['_COMPARISON']._serialized_end=1319
-  _globals['_COMPARISON_TIMESENTRY']._serialized_start=1221
-  _globals['_COMPARISON_TIMESENTRY']._serialized_end=1265
-  _globals['_COMPARISON_BASELINETIMESENTRY']._serialized_start=1267
-  _globals['_COMPARISON_BASELINETIMESENTRY']._serialized_end=1319
-  _globals['_DIFFERENCE']._serialized_start=1321
-  _globals['_DIFFERENCE']._serialized_end=1397
-  _globals['_REGISTRYSERVICE']._serialized_start=1400
-  _globals['_REGISTRYSERVICE']._serialized_end=1791
+  _globals['_INSTANCE']._serialized_end=641
+  _globals['_INSTANCEPLAN']._serialized_start=643
+  _globals['_INSTANCEPLAN']._serialized_end=729
+  _globals['_REPORTCOMPARISONSREQUEST']._serialized_start=731
+  _globals['_REPORTCOMPARISONSREQUEST']._serialized_end=818
+  _globals['_REPORTCOMPARISONSRESPONSE']._serialized_start=820
+  _globals['_REPORTCOMPARISONSRESPONSE']._serialized_end=847
+  _globals['_COMPARISON']._serialized_start=850
+  _globals['_COMPARISON']._serialized_end=1334
+  _globals['_COMPARISON_TIMESENTRY']._serialized_start=1236
+  _globals['_COMPARISON_TIMESENTRY']._serialized_end=1280
+  _globals['_COMPARISON_BASELINETIMESENTRY']._serialized_start=1282
+  _globals['_COMPARISON_BASELINETIMESENTRY']._serialized_end=1334
+  _globals['_DIFFERENCE']._serialized_start=1336
+  _globals['_DIFFERENCE']._serialized_end=1412
+  _globals['_REGISTRYSERVICE']._serialized_start=1415
+  _globals['_REGISTRYSERVICE']._serialized_end=1806
 # @@protoc_insertion_point(module_scope)

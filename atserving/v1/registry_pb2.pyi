@@ -199,6 +199,7 @@ class Instance(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     SINCE_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
     app: _builtins.str
     """The app it serves."""
     version: _builtins.str
@@ -213,6 +214,8 @@ class Instance(_message.Message):
     """The digest of the release's content that it has loaded (Release.digest in atserving/config.py); empty: unknown."""
     since: _builtins.str
     """When it began to serve, in RFC 3339."""
+    files: _builtins.str
+    """The digest of the files of the release as it has fetched them; empty: unknown."""
     @_builtins.property
     def plan(self) -> Global___InstancePlan:
         """How it runs its net."""
@@ -228,10 +231,11 @@ class Instance(_message.Message):
         digest: _builtins.str = ...,
         since: _builtins.str = ...,
         plan: Global___InstancePlan | None = ...,
+        files: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "app", b"app", "capacity", b"capacity", "digest", b"digest", "id", b"id", "plan", b"plan", "since", b"since", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "app", b"app", "capacity", b"capacity", "digest", b"digest", "files", b"files", "id", b"id", "plan", b"plan", "since", b"since", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
+import orjson
 import structlog
 
 from atserving import lifecycle, malloc
@@ -106,7 +108,7 @@ class _Life:
         self._service = EvaluatorService()
         self._service.register(self._server)
         self._stop = lifecycle.stop_signal()
-        self._digest = ""
+        self._digest = self._files = ""
 
     async def run(self) -> None:
         settings = self._settings
@@ -137,7 +139,9 @@ class _Life:
         release = await self._follower.release(self._settings.wait_s)
         self._digest = release.digest
         self._log.info("release loading", http_port=http_port)
-        config = await fetch_release(release, folder, self._settings.qiniu)
+        digests: dict[str, str] = {}
+        config = await fetch_release(release, folder, self._settings.qiniu, digests)
+        self._files = hashlib.sha256(orjson.dumps(digests, option=orjson.OPT_SORT_KEYS)).hexdigest()
         # Refuse wrong limits before the worker loads the net, which may take long.
         _check_held(config, self._settings.max_held_bytes)
         worker = WorkerSupervisor(config, self._settings.max_held_bytes + _FRONT_BYTES)
@@ -170,7 +174,7 @@ class _Life:
                 metrics=metrics,
                 held=self._held,
             )
-            instance = await asyncio.to_thread(_instance, settings, port, self._digest, _plan(config, worker))
+            instance = await asyncio.to_thread(_instance, settings, port, self._loaded(config, worker))
             self._service.serve(instance.id, pipeline, lambda: worker.is_away)
             self._links.serve(instance, pipeline, built_in=not config.script)
             registration = Registration(
@@ -202,6 +206,9 @@ class _Life:
                     self._follower.on_worker = lambda _: None
                     worker.configure(delay_s=0)
                     await self._drain(registration)
+
+    def _loaded(self, config: NetConfig, worker: WorkerSupervisor) -> dict[str, Any]:
+        return {"digest": self._digest, "files": self._files, "plan": _plan(config, worker)}
 
     def _mark_outdated(self, outdated: bool) -> None:
         self._status.outdated = outdated
@@ -256,13 +263,12 @@ def _plan(config: NetConfig, worker: WorkerSupervisor) -> dict[str, Any]:
     }
 
 
-def _instance(settings: InstanceSettings, port: int, digest: str, plan: dict[str, Any]) -> Instance:
+def _instance(settings: InstanceSettings, port: int, loaded: Mapping[str, Any]) -> Instance:
     address = advertised_address(settings.advertise, settings.listen, port, settings.registries[0])
     names = {"app": settings.app, "version": settings.version, "id": secrets.token_hex(8)}
     since = datetime.now(UTC).isoformat(timespec="seconds")
-    known = {"capacity": 1, "digest": digest, "since": since, "plan": plan}
     try:
-        return validate(Instance, {**names, "address": address, **known})
+        return validate(Instance, {**names, "address": address, "capacity": 1, "since": since, **loaded})
     except MalformedConfig as error:
         raise StartError(f"gates can't use this address, see --advertise: {error}") from None
 

@@ -131,5 +131,6 @@ def _proto(instance: Instance) -> registry_pb2.Instance:
         capacity=instance.capacity,
         digest=instance.digest,
         since=instance.since,
+        files=instance.files,
         plan=registry_pb2.InstancePlan(**msgspec.structs.asdict(instance.plan)) if instance.plan else None,
     )

@@ -15,6 +15,7 @@ import pytest
 
 from atserving.local import commands
 from atserving.local.ports import free_ports
+from tests.evaluator.digits import digits_tar
 from tests.processes import Evaluator, Gate, Registry, evaluator, running_registry, start_evaluator
 from tests.waiting import until, until_async
 
@@ -92,6 +93,26 @@ async def test_a_version_with_new_content_never_gives_an_answer_of_the_old_one(
             old.logged("version", event="instance current")
             await until_kind(gate, "app", "classes")
             assert await kinds(gate, "app") == {"classes": 40}
+
+
+async def test_a_version_whose_tar_was_replaced_keeps_to_the_old_one(
+    registry: Registry, gate: Gate, tmp_path: Path
+) -> None:
+    labels = tmp_path / "digits.tar"
+    registry.publish("app", custom_values=CLASSES, file=digits_tar(labels))
+    with evaluator(registry, "app") as old:
+        await until_kind(gate, "app", "classes")
+        digits_tar(labels, **{"labels.csv": None})
+        new = Evaluator(registry.address, "app")
+        new.start()
+        try:
+            failed = new.logged(event="registration failed")
+            assert "has loaded other files of app/v1" in failed["reason"]
+            assert len(registry.instances("app")) == 1
+            old.terminate()
+            new.wait_serving()
+        finally:
+            new.kill()
 
 
 async def test_an_instance_from_a_time_without_digests_serves_on(registry: Registry, gate: Gate) -> None:

@@ -244,6 +244,42 @@ async def test_both_registries_can_register_one_instance_at_once(apis: list[Api]
     await until_async(lambda: are_listed(apis, app, ["10.0.0.1:50052"]))
 
 
+async def test_instances_of_a_version_have_the_same_files(apis: list[Api], app: str) -> None:
+    await apis[0].publish(app)
+    one, two = "1" * 64, "2" * 64
+    await apis[0].register(app, files=one)
+    for _ in range(2):
+        with refused(grpc.StatusCode.FAILED_PRECONDITION, "instance i has loaded other files"):
+            await apis[1].register(app, id="other", files=two)
+    await apis[1].register(app, id="same", files=one)
+    await apis[1].register(app, id="unknown")
+    # Those of other content are set aside by their digest.
+    await apis[1].register(app, id="older", files=two, digest="3" * 64)
+    for id_ in ("i", "same", "older"):
+        await apis[0].deregister(app, id=id_)
+    await apis[1].register(app, id="other", files=two)
+
+
+async def test_of_two_instances_with_other_files_that_register_at_once_one_is_refused(
+    apis: list[Api], app: str
+) -> None:
+    for attempt in range(10):
+        await apis[0].publish(app, str(attempt))
+        calls = (
+            api.register(app, version=str(attempt), id=f"i{number}", files=str(number) * 64)
+            for number, api in enumerate(apis)
+        )
+        ended = await asyncio.gather(*calls, return_exceptions=True)
+        (error,) = (each for each in ended if isinstance(each, grpc.aio.AioRpcError))
+        assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_files_that_the_release_names_by_digest_are_not_compared(api: Api, app: str) -> None:
+    await api.publish(app, file=f"file:///m.tar#sha256={'a' * 64}")
+    await api.register(app, files="1" * 64)
+    await api.register(app, id="other", files="2" * 64)
+
+
 async def test_an_instance_needs_a_published_release(api: Api, etcd_client: EtcdClient, app: str) -> None:
     with refused(grpc.StatusCode.NOT_FOUND, f"release {app}/1 is not published"):
         await api.register(app)

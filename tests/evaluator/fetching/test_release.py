@@ -98,7 +98,7 @@ async def test_a_wrong_digest_stops_the_start(scheme: str, host: str, tar: Path,
     [
         ("file:///no/such.tar", "file file:///no/such.tar: there is no such file"),
         ("file://relative/x.tar", "should be file:// and an absolute path"),
-        ("file:///tmp#sha256=12", "#sha256=12 should be #sha256= and 64 hex digits"),
+        ("file:///tmp#md5=12", "#md5=12 should be #sha256= and 64 hex digits"),
         ("qiniu://z0/bucket/key", "file qiniu://z0/bucket/key: needs the keys of its owner, see --qiniu"),
         ("http://127.0.0.1:1/x?token=secret", "file http://127.0.0.1:1/x: can't be fetched"),
         ("http://[", "can't be fetched"),
