@@ -9,6 +9,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 
+import aiohttp
 import pytest
 
 from atserving.local import commands, examples
@@ -64,6 +65,16 @@ async def play(mesh: Mesh, command: str) -> str:
     return str(run.stdout)
 
 
+async def same_for_programs(mesh: Mesh, command: str) -> None:
+    """Check that a comparison is the same in JSON, from the command and over REST."""
+    (printed,) = json.loads(await play(mesh, f"{command} -o json"))["comparisons"]
+    url = f"http://127.0.0.1:{mesh.ports.operators}/v1/apps/digits/comparisons?version=v3"
+    async with aiohttp.ClientSession() as session, session.get(url) as response:
+        (answered,) = (await response.json())["comparisons"]
+    assert printed == answered
+    assert (answered["baseline"], answered["equal"], answered["verdict"]) == ("v1", "40", "the same answers")
+
+
 async def test_the_page_tells_what_happens() -> None:
     steps = list(session())
     verbs = [re.findall(r"^\w+ release (\w+)|^\w+ app (\w+)|(curl|-m evaluator)", command)[0] for command, _ in steps]
@@ -94,6 +105,7 @@ async def test_the_page_tells_what_happens() -> None:
                         return " 40 " in await play(mesh, command)
 
                     await until_async(compared)
+                    await same_for_programs(mesh, command)
                 output = await play(mesh, command)
                 assert meant(output) == meant("\n".join(printed)), command
         finally:
