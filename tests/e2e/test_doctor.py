@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 from collections.abc import AsyncIterator
 
@@ -90,3 +92,26 @@ async def test_what_can_not_be_reached(mesh: Mesh) -> None:
     assert f"registry {mesh.registry}" in said(findings, "ok")
     status, findings = await doctor(mesh, "--server", "127.0.0.1:1")
     assert (status, "config" in said(findings, "failed")) == (1, True)
+
+
+async def test_an_instance_of_other_content_and_a_frozen_etcd(mesh: Mesh) -> None:
+    release = json.loads(etcdctl(mesh.etcd, "get", "--print-value-only", "/ava/serving/eval/digits/v2"))
+    other = json.dumps({**release, "desc": "other content", "batch_size": 3})
+    etcdctl(mesh.etcd, "put", "/ava/serving/eval/digits/v2", other)
+
+    async def found(state: str, words: str) -> bool:
+        return any(words in each for each in said((await doctor(mesh))[1], state).values())
+
+    try:
+        await until_async(lambda: found("warning", "has loaded other content than its release has"))
+    finally:
+        etcdctl(mesh.etcd, "put", "/ava/serving/eval/digits/v2", json.dumps(release))
+    os.kill(mesh.pids()["etcd"], signal.SIGSTOP)
+    try:
+        await until_async(lambda: found("failed", "has lost etcd: "))
+        status, findings = await doctor(mesh)
+        assert status == 1
+        assert said(findings, "ok")["apps"] == "1 looked at"
+    finally:
+        os.kill(mesh.pids()["etcd"], signal.SIGCONT)
+    await until_async(lambda: found("ok", "config of revision"))
