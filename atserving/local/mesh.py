@@ -187,8 +187,8 @@ class Mesh:
             await asyncio.sleep(_POLL_S)
 
     def _complaint(self) -> str:
-        """Return the last log line of each process that was started and is down."""
-        down = [each for each in self._processes if each.state not in (State.RUNNING, State.STOPPED)]
+        """Return the last log line of each process that was started and is down, or was a moment ago."""
+        down = [each for each in self._processes if each.state is not State.STOPPED and not each.is_settled]
         lines = [f"{each.name}: {_last_line(each.log_text())}" for each in down]
         return "; ".join(lines) or "every process runs, but not every release answers"
 

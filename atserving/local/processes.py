@@ -15,6 +15,8 @@ log = structlog.get_logger()
 
 START_S = 1.0
 """A process that lives for this long counts as started."""
+SETTLED_S = 10.0
+"""A process that was started again and lives for this long will not die of the same at once."""
 STOP_S = 20.0
 """How long a process may take to stop before it is killed."""
 
@@ -41,6 +43,12 @@ class ManagedProcess:
         self._stop_s = stop_s
         self._keeper: asyncio.Task[None] | None = None
         self._began_s = 0.0
+        self._exits = 0
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it runs, and has not died a short time ago."""
+        return self._child.is_running and self._lived_s() >= (SETTLED_S if self._exits else START_S)
 
     @property
     def state(self) -> State:
@@ -107,6 +115,7 @@ class ManagedProcess:
         retry_s = _FIRST_RETRY_S
         while True:
             status = await self._child.ended()
+            self._exits += 1
             if self._lived_s() >= START_S:
                 retry_s = _FIRST_RETRY_S
             log.warning("process exited", process=self.name, status=status)
