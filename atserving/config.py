@@ -24,6 +24,7 @@ from atserving.field_types import (
     Address,
     Device,
     FileUri,
+    Group,
     Name,
     check_aliases,
     check_file,
@@ -154,7 +155,7 @@ class Owner(_Value, frozen=True, kw_only=True):
     uid: int
 
 
-_RULES = ("public", "owner", "user_whitelist")
+_RULES = ("public", "owner", "user_whitelist", "group_whitelist")
 
 
 class AppMetadata(_Value, frozen=True, kw_only=True):
@@ -163,6 +164,7 @@ class AppMetadata(_Value, frozen=True, kw_only=True):
     public: bool | None = None
     owner: Owner | None = None
     user_whitelist: tuple[int, ...] | None = None
+    group_whitelist: tuple[Group, ...] | None = None
     batch_size: Annotated[int, Meta(ge=1)] | None = None
 
     @property

@@ -86,6 +86,7 @@ Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 Device = Annotated[str, Meta(pattern=r"^(CPU|GPU(:\d{1,3})?)\Z")]
 FileUri = Annotated[str, Meta(pattern=_FILE_URI)]
 Address = Annotated[str, Meta(pattern=r"^(\[[0-9A-Fa-f:.%\w]+\]|[^\[\]\s/:]+):\d{1,5}\Z", max_length=300)]
+Group = Annotated[str, Meta(pattern=r"^[^\s,]{1,200}\Z")]
 Phase = Literal["staging", "production"]
 
 

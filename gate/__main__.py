@@ -20,6 +20,7 @@ from atserving.held import HeldBytes
 from atserving.ops_http import OpsServer
 from atserving.telemetry import configure_logging
 from atserving.v1 import edge_pb2, serving_pb2
+from gate.callers import Callers, read_keys
 from gate.connection import EvaluatorConnection
 from gate.dispatch import Dispatcher
 from gate.metrics import Metrics
@@ -47,6 +48,7 @@ class GateSettings:
     max_held_bytes: int
     hold_s: float
     cache: Path | None = None
+    edge_key: Path | None = None
 
 
 async def serve(settings: GateSettings) -> None:
@@ -63,8 +65,9 @@ async def serve(settings: GateSettings) -> None:
     )
     shadows = Shadows(router, held)
     dispatcher = Dispatcher(router, follower.synced, shadows)
-    ServingService(dispatcher, settings.max_batch, held).register(server)
-    EdgeService(dispatcher, settings.max_batch, held).register(server)
+    callers = Callers(read_keys(settings.edge_key) if settings.edge_key else ())
+    ServingService(dispatcher, settings.max_batch, held, callers).register(server)
+    EdgeService(dispatcher, settings.max_batch, held, callers).register(server)
     following = asyncio.create_task(follower.run())
     tending = asyncio.create_task(_tend(router))
     reporting = asyncio.create_task(report(settings.registries, shadows))
@@ -130,6 +133,12 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
     metavar="MIB",
     help="The most MiB of requests and answers that the gate holds; it refuses what is over it.",
 )
+@click.option(
+    "--edge-key",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="The keys that Envoy shows, one in each line; without it, gates know no caller.",
+)
 @service.hold_option
 @service.cache_option
 @service.log_level_option
@@ -142,6 +151,7 @@ def main(
     grace: float,
     max_batch: int,
     max_held: int,
+    edge_key: Path | None,
     hold_deletions: float,
     config_cache: Path | None,
     log_level: str,
@@ -149,7 +159,7 @@ def main(
     configure_logging("gate", log_level)
     malloc.keep_freed()
     settings = GateSettings(
-        registry, listen, http, wait, drain, grace, max_batch, max_held << 20, hold_deletions, config_cache
+        registry, listen, http, wait, drain, grace, max_batch, max_held << 20, hold_deletions, config_cache, edge_key
     )
     lifecycle.run(serve(settings))
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 from dataclasses import dataclass
+
+import orjson
 
 from atserving.config import AppMetadata
 from atserving.errors import PermissionDenied, Unauthenticated
@@ -13,7 +17,23 @@ class Caller:
     """The sender of a request."""
 
     uid: int | None = None
-    """None: the request carries no proven identity."""
+    """None: it is unknown."""
+    raw_groups: bytes = b""
+    """The groups as Envoy passes them: names with commas or spaces between them, or a JSON list in base64."""
+    proven: bool = False
+    """Whether the request carries a proven identity."""
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """The names of the caller's groups."""
+        try:
+            padded = self.raw_groups + b"=" * (-len(self.raw_groups) % 4)
+            names = orjson.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
+            if isinstance(names, list):
+                return frozenset(name for name in names if isinstance(name, str))
+        except (binascii.Error, orjson.JSONDecodeError):
+            pass
+        return frozenset(self.raw_groups.decode(errors="replace").replace(",", " ").split())
 
 
 def admit(caller: Caller, app: str, own: AppMetadata, default: AppMetadata) -> None:
@@ -26,16 +46,23 @@ def admit(caller: Caller, app: str, own: AppMetadata, default: AppMetadata) -> N
         if metadata.public is not None:
             public = metadata.public
             break
-        if metadata.owner or metadata.user_whitelist is not None:
+        if metadata.says_who:
             public = False
             break
     else:
         public = True
     if public:
         return
-    if caller.uid is None:
+    if not caller.proven:
         raise Unauthenticated(f"app {app!r} is not public, and the request carries no credentials")
-    owner = own.owner or default.owner
-    whitelist = own.user_whitelist if own.user_whitelist is not None else default.user_whitelist or ()
-    if not (owner and owner.uid == caller.uid) and caller.uid not in whitelist:
+    if not _is_named(caller, own, default):
         raise PermissionDenied(f"this caller may not use app {app!r}")
+
+
+def _is_named(caller: Caller, own: AppMetadata, default: AppMetadata) -> bool:
+    owner = own.owner or default.owner
+    users = own.user_whitelist if own.user_whitelist is not None else default.user_whitelist or ()
+    if caller.uid is not None and ((owner and owner.uid == caller.uid) or caller.uid in users):
+        return True
+    groups = own.group_whitelist if own.group_whitelist is not None else default.group_whitelist or ()
+    return bool(groups) and not caller.groups.isdisjoint(groups)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import msgspec
 
 from atserving.counting import MAX_GROUP, TooMany, check_data, check_objects
-from atserving.errors import InvalidArgument, PayloadTooLarge, ServingError, UnsupportedMediaType
+from atserving.errors import InvalidArgument, PayloadTooLarge, ServingError, Unauthenticated, UnsupportedMediaType
 from atserving.v1 import evaluator_pb2, serving_pb2
 from atserving.wire import LARGE_BYTES
 from gate.bodies import Body
@@ -23,6 +23,9 @@ from gate.responses import LargeResponse
 
 JSON = "application/json"
 BYTES = "application/octet-stream"
+CHALLENGE = "www-authenticate", "Bearer"
+"""The header of a 401."""
+
 _STREAM = b',"stream":"data:application/octet-stream;base64,'
 _NULL = b"null"
 
@@ -224,6 +227,8 @@ def write_error(error: ServingError) -> Reply:
     headers = {"x-serving-version": error.version} if error.version else {}
     if error.retry_after_s is not None:
         headers["retry-after"] = retry_after(error)
+    if error.status == Unauthenticated.status:
+        headers[CHALLENGE[0]] = CHALLENGE[1]
     return Reply(_error_item(error), status=error.status, headers=headers)
 
 

@@ -15,7 +15,7 @@ from grpc import StatusCode
 from atserving import wire
 from atserving.coroutines import Running
 from atserving.counting import MAX_GROUP, TooMany, check_repeated
-from atserving.errors import Internal, InvalidArgument, ServingError, Unavailable
+from atserving.errors import Internal, InvalidArgument, ServingError, Unauthenticated, Unavailable
 from atserving.grpc_call import Call, GrpcError, parsed
 from atserving.grpc_server import Server
 from atserving.grpc_status import grpc_status
@@ -24,9 +24,9 @@ from atserving.telemetry import request_id, trace_context
 from atserving.v1 import edge_pb2, evaluator_pb2, serving_pb2
 from atserving.wire import LARGE_BYTES, Buffer, cut_tail
 from gate import edge
-from gate.admission import Caller
 from gate.batch import run_batch
 from gate.bodies import Body
+from gate.callers import Callers
 from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
 from gate.responses import LargeResponse
 
@@ -35,7 +35,6 @@ log = structlog.get_logger()
 BATCH_CONCURRENCY = 32
 """How many items of a batch run at once."""
 
-_NOBODY = Caller()
 _DATA = serving_pb2.EvalRequest.DATA_FIELD_NUMBER
 _FEW = 16
 _EXTENSIONS = httpbody_pb2.HttpBody.EXTENSIONS_FIELD_NUMBER
@@ -44,11 +43,11 @@ _RESULTS = serving_pb2.BatchResponse.RESULTS_FIELD_NUMBER
 _ResultT = TypeVar("_ResultT")
 
 
-def read_call(call: Call, deadline: float | None) -> CallContext:
+def read_call(call: Call, deadline: float | None, callers: Callers) -> CallContext:
     """Read a call's headers. An invalid request id gives way to the edge's own."""
     return CallContext(
         reqid=request_id(call.header("x-reqid"), call.header("x-request-id")),
-        caller=_NOBODY,
+        caller=callers.of(call.headers),
         traceparent=trace_context(call.header("traceparent")),
         deadline=deadline,
         started=time.monotonic(),
@@ -95,8 +94,9 @@ def _run(
 class ServingService:
     """The typed interface, native gRPC."""
 
-    def __init__(self, dispatcher: Dispatcher, max_batch: int, held: HeldBytes) -> None:
+    def __init__(self, dispatcher: Dispatcher, max_batch: int, held: HeldBytes, callers: Callers) -> None:
         self._dispatcher = dispatcher
+        self._callers = callers
         self._max_batch = max_batch
         self._held = held
 
@@ -107,7 +107,7 @@ class ServingService:
 
     def eval(self, call: Call) -> None:
         try:
-            context = read_call(call, call.deadline())
+            context = read_call(call, call.deadline(), self._callers)
             task = _large_typed_eval(call) if call.size >= LARGE_BYTES else None
             if task is None:
                 message = call.take_message()
@@ -122,9 +122,8 @@ class ServingService:
         work = self._dispatcher.eval(task, context)
         _run(call, context, work, partial(self._answer, call, context), partial(_abort, call, context))
 
-    @classmethod
-    def _full(cls, call: Call) -> None:
-        cls._reject(call, read_call(call, None), _holds_too_much())
+    def _full(self, call: Call) -> None:
+        self._reject(call, read_call(call, None, self._callers), _holds_too_much())
 
     @staticmethod
     def _reject(call: Call, context: CallContext, error: ServingError) -> None:
@@ -138,7 +137,7 @@ class ServingService:
 
     def batch(self, call: Call) -> None:
         try:
-            context = read_call(call, call.deadline())
+            context = read_call(call, call.deadline(), self._callers)
             message = call.take_message()
             check_repeated(message, self._max_batch, _TASKS, (self._max_batch * MAX_GROUP, _DATA))
             request = parsed(serving_pb2.BatchRequest(), message)
@@ -211,6 +210,8 @@ def error_metadata(error: ServingError, context: CallContext) -> list[tuple[str,
         trailing.append(("x-serving-version", error.version))
     if error.retry_after_s is not None:
         trailing.append(("retry-after", edge.retry_after(error)))
+    if error.status == Unauthenticated.status:
+        trailing.append(edge.CHALLENGE)
     return trailing
 
 
@@ -224,8 +225,9 @@ class EdgeService:
     Requests come as gRPC. Every outcome is a plain HTTP response, which the transcoder passes on unchanged.
     """
 
-    def __init__(self, dispatcher: Dispatcher, max_batch: int, held: HeldBytes) -> None:
+    def __init__(self, dispatcher: Dispatcher, max_batch: int, held: HeldBytes, callers: Callers) -> None:
         self._dispatcher = dispatcher
+        self._callers = callers
         self._max_batch = max_batch
         self._held = held
 
@@ -234,15 +236,14 @@ class EdgeService:
         server.unary("/atserving.v1.EdgeService/Eval", self.eval, self._full)
         server.unary("/atserving.v1.EdgeService/Batch", self.batch, self._full)
 
-    @staticmethod
-    def _full(call: Call) -> None:
-        context, error = read_call(call, None), _holds_too_much()
+    def _full(self, call: Call) -> None:
+        context, error = read_call(call, None, self._callers), _holds_too_much()
         log_rejected(context, error)
         _reply(call, context, edge.write_error(error))
 
     def eval(self, call: Call) -> None:
         # Envoy sends the deadline of no HTTP caller.
-        context = read_call(call, None)
+        context = read_call(call, None, self._callers)
         reply = partial(_reply, call, context)
         try:
             task = (_large_eval(call) if call.size >= LARGE_BYTES else None) or _edge_eval(call)
@@ -257,7 +258,7 @@ class EdgeService:
         _run(call, context, work, lambda result: reply(edge.write_answer(result)), _failing(reply))
 
     def batch(self, call: Call) -> None:
-        context = read_call(call, None)
+        context = read_call(call, None, self._callers)
         reply = partial(_reply, call, context)
         try:
             message = call.take_message()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -45,8 +46,14 @@ Logs: {directory}/*.log. A process that dies is started again. Ctrl-C stops the 
     show_default="one for 4 CPUs",
     help="How many gates share the requests; each uses one CPU.",
 )
-def up(port: int, gates: int) -> None:
-    run_until_stopped(_up(port, gates))
+@click.option(
+    "--callers",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="FOLDER",
+    help="A folder with callers-jwt.yaml or callers-keys.yaml for Envoy: who a caller is.",
+)
+def up(port: int, gates: int, callers: Path | None) -> None:
+    run_until_stopped(_up(port, gates, callers))
 
 
 def tell(line: str) -> None:
@@ -59,9 +66,9 @@ def starting(serves: Sequence[Example]) -> str:
     return f"Starting etcd, registry, gate, {len(serves)} evaluators and Envoy ..."
 
 
-async def _up(port: int, gates: int) -> None:
+async def _up(port: int, gates: int, callers: Path | None) -> None:
     tell(starting(examples.ALL))
-    async with Mesh(port, examples.ALL, gates=gates, tell=tell) as mesh:
+    async with Mesh(port, examples.ALL, gates=gates, callers=callers, tell=tell) as mesh:
         text = _HELP.format(
             apps=", ".join(dict.fromkeys(each.app for each in mesh.serves)),
             url=mesh.url,

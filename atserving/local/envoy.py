@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,38 @@ import yaml
 from atserving.local.ports import Ports
 from atserving.loopback import HOSTS
 
+_FOLDER = "/etc/envoy"
+
+KEY_FILE = "edge.key"
+"""The file with the key for the gates, beside Envoy's own files."""
+
+_KEY = """resources:
+  - "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret
+    name: edge-key
+    generic_secret: {secret: {inline_string: "%s"}}
+"""
+
 ADMIN_SOCKET = "envoy-admin.sock"
 """The socket of Envoy's admin interface, in the folder where Envoy runs. Only its user can connect to it."""
 
 
+def lay_out(source: Path, folder: Path, callers: Path | None) -> None:
+    """Copy the files of Envoy into a folder, those in ``callers`` over them, and make a key for it and the gates."""
+    shutil.copytree(source, folder)
+    if callers:
+        shutil.copytree(callers, folder, dirs_exist_ok=True)
+    for path in folder.glob("callers-*.yaml"):
+        path.write_text(path.read_text().replace(_FOLDER, str(folder)))
+    key = secrets.token_urlsafe(32)
+    for path, text in ((folder / "edge-key.yaml", _KEY % key), (folder / KEY_FILE, f"{key}\n")):
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600)
+        path.write_text(text)
+
+
 def local_bootstrap(folder: Path, ports: Ports) -> str:
     """Return the bootstrap in ``folder`` with the paths of the checkout and the ports of the local mesh."""
-    text = (folder / "envoy.yaml").read_text().replace("/etc/envoy/", f"{folder}/")
+    text = (folder / "envoy.yaml").read_text().replace(_FOLDER, str(folder))
     bootstrap = yaml.safe_load(text)
     # Any web page could send a POST to a port, and stop the process.
     admin = {"pipe": {"path": ADMIN_SOCKET}}

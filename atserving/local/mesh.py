@@ -39,9 +39,12 @@ class Mesh:
         gates: int = 1,
         start_timeout_s: float = 90.0,
         extra: Mapping[str, Sequence[str]] | None = None,
+        callers: Path | None = None,
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         """``extra`` has more flags for processes, by name: a test shortens a lease with it.
+
+        ``callers`` is a folder with files of Envoy that say who a caller is, in place of those of the checkout.
 
         ``tell`` gets a line whenever the start waits for something else.
         """
@@ -54,6 +57,7 @@ class Mesh:
         self.files_url = f"http://127.0.0.1:{self.ports.files}"
         self._start_timeout_s = start_timeout_s
         self._extra = extra or {}
+        self._callers = callers
         self._tell = tell
         self._awaited = ""
 
@@ -63,7 +67,8 @@ class Mesh:
                 raise StartError(f"{needed.relative_to(ROOT)} is missing: run the local mesh from a checkout")
         check_free(self.ports.edge)
         self.directory = Path(tempfile.mkdtemp(prefix="atserving-"))
-        (self.directory / "envoy.yaml").write_text(envoy.local_bootstrap(ROOT / "envoy", self.ports))
+        envoy.lay_out(ROOT / "envoy", self.directory / "envoy", self._callers)
+        (self.directory / "envoy.yaml").write_text(envoy.local_bootstrap(self.directory / "envoy", self.ports))
         self._processes = self._group()
         try:
             self._start(*(each.name for each in self._processes if each.name != "envoy"))
@@ -133,10 +138,11 @@ class Mesh:
             "files": commands.file_server(examples.FOLDER, ports.files),
         }
         # A gate drains so that its callers can go to another gate. A gate alone has nothing to drain for.
-        drain = [] if len(ports.gates) > 1 else ["--drain", "0"]
+        flags = [] if len(ports.gates) > 1 else ["--drain", "0"]
+        flags += ["--edge-key", str(directory / "envoy" / envoy.KEY_FILE)]
         for number, port in enumerate(ports.gates):
             name = f"gate-{number}" if number else "gate"
-            result[name] = commands.gate(self.registry, f"127.0.0.1:{port}", *drain, *self._cache(name))
+            result[name] = commands.gate(self.registry, f"127.0.0.1:{port}", *flags, *self._cache(name))
         workspace = ["--workspace", str(directory / "workspaces")]
         for each in self.serves:
             name = f"evaluator-{each.app}-{each.version}"

@@ -181,6 +181,9 @@ def access_to(state: AppState) -> admin_pb2.Access:
         public=rules.public,
         owner=admin_pb2.Access.Owner(uid=rules.owner.uid) if rules.owner else None,
         user_whitelist=admin_pb2.Access.Users(uids=rules.user_whitelist) if rules.user_whitelist is not None else None,
+        group_whitelist=admin_pb2.Access.Groups(names=rules.group_whitelist)
+        if rules.group_whitelist is not None
+        else None,
         malformed=state.malformed.get(key, ""),
         warnings=[state.warnings[key]] if key in state.warnings else [],
     )
@@ -286,6 +289,8 @@ def access_fields(message: admin_pb2.Access) -> dict[str, Any]:
         fields["owner"] = {"uid": message.owner.uid}
     if message.HasField("user_whitelist"):
         fields["user_whitelist"] = list(message.user_whitelist.uids)
+    if message.HasField("group_whitelist"):
+        fields["group_whitelist"] = list(message.group_whitelist.names)
     return fields
 
 

@@ -20,7 +20,7 @@ from registry.mirror import Mirror
 
 _APP_MASK = ("aliases", "key_header", "shadow")
 _RELEASE_MASK = ("phase", "desc", "weight")
-_ACCESS_MASK = ("public", "owner", "user_whitelist")
+_ACCESS_MASK = ("public", "owner", "user_whitelist", "group_whitelist")
 _WORKER_MASK = ("timeout", "max_concurrent", "delay4batch")
 
 

@@ -324,7 +324,7 @@ async def test_versions_of_a_closed_app_cannot_be_guessed(mesh: Mesh, key: str) 
 
 async def test_app_that_is_not_public_requires_credentials(mesh: Mesh) -> None:
     await mesh.add(Evaluator("a"))
-    for metadata in ({"public": False}, {"owner": {"uid": 7}}, {"user_whitelist": [7]}):
+    for metadata in ({"public": False}, {"owner": {"uid": 7}}, {"user_whitelist": [7]}, {"group_whitelist": ["a"]}):
         mesh.put("/ava/serving/app/metadata/app", validate(AppMetadata, metadata))
         with pytest.raises(Unauthenticated, match="app 'app' is not public"):
             await mesh.eval()

@@ -65,15 +65,18 @@ def test_worker_settings_come_from_three_levels(cli: Cli) -> None:
 
 def test_access_rules(cli: Cli) -> None:
     cli(*PUT, cli.app, "v1", FILE)
-    cli("access", "set", cli.app, "public=false", "owner=7", "user_whitelist=1,2")
+    cli("access", "set", cli.app, "public=false", "owner=7", "user_whitelist=1,2", "group_whitelist=a,b")
     assert [line.split(maxsplit=1) for line in cli("access", "show", cli.app).splitlines()[1:]] == [
         ["public", "false"],
         ["owner", "7"],
         ["user_whitelist", "1, 2"],
+        ["group_whitelist", "a, b"],
     ]
     cli("access", "unset", cli.app, "--field", "owner")
     found = cli.run("access", "show", cli.app, "-o", "json").json
     assert (found["public"], "owner" in found, found["user_whitelist"]) == (False, False, {"uids": ["1", "2"]})
+    assert found["group_whitelist"] == {"names": ["a", "b"]}
+    assert cli.run("access", "set", cli.app, "group_whitelist=with space").status == 6
     cli("access", "unset", cli.app)
     assert cli.run("access", "unset", cli.app).status == 3
 

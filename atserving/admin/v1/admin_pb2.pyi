@@ -352,6 +352,24 @@ class Access(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
+    class Groups(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAMES_FIELD_NUMBER: _builtins.int
+        @_builtins.property
+        def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+        def __init__(
+            self,
+            *,
+            names: _abc.Iterable[_builtins.str] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class Owner(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -393,6 +411,7 @@ class Access(_message.Message):
     USER_WHITELIST_FIELD_NUMBER: _builtins.int
     MALFORMED_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    GROUP_WHITELIST_FIELD_NUMBER: _builtins.int
     app: _builtins.str
     """Empty: the rules of apps without their own."""
     etag: _builtins.str
@@ -410,6 +429,10 @@ class Access(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Output only."""
 
+    @_builtins.property
+    def group_whitelist(self) -> Global___Access.Groups:
+        """Absent if the rules name no list."""
+
     def __init__(
         self,
         *,
@@ -420,10 +443,11 @@ class Access(_message.Message):
         user_whitelist: Global___Access.Users | None = ...,
         malformed: _builtins.str = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        group_whitelist: Global___Access.Groups | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_public", b"_public", "owner", b"owner", "public", b"public", "user_whitelist", b"user_whitelist"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_public", b"_public", "group_whitelist", b"group_whitelist", "owner", b"owner", "public", b"public", "user_whitelist", b"user_whitelist"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_public", b"_public", "app", b"app", "etag", b"etag", "malformed", b"malformed", "owner", b"owner", "public", b"public", "user_whitelist", b"user_whitelist", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_public", b"_public", "app", b"app", "etag", b"etag", "group_whitelist", b"group_whitelist", "malformed", b"malformed", "owner", b"owner", "public", b"public", "user_whitelist", b"user_whitelist", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__public: _TypeAlias = _typing.Literal["public"]  # noqa: Y015
     _WhichOneofArgType__public: _TypeAlias = _typing.Literal["_public", b"_public"]  # noqa: Y015

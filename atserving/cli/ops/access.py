@@ -20,7 +20,16 @@ def _owner(text: str) -> admin_pb2.Access.Owner:
     return admin_pb2.Access.Owner(uid=settings.whole(text))
 
 
-_FIELDS: dict[str, settings.Parse] = {"public": settings.boolean, "owner": _owner, "user_whitelist": _uids}
+def _groups(text: str) -> admin_pb2.Access.Groups:
+    return admin_pb2.Access.Groups(names=[each for each in text.split(",") if each])
+
+
+_FIELDS: dict[str, settings.Parse] = {
+    "public": settings.boolean,
+    "owner": _owner,
+    "user_whitelist": _uids,
+    "group_whitelist": _groups,
+}
 
 
 @click.group(help="Show and set who may call an app.")
@@ -40,6 +49,7 @@ def show(read: Read, app: str) -> None:
     if read.is_for_programs:
         read.print(found)
     else:
+        groups = ", ".join(map(printing.text, found.group_whitelist.names)) or "nobody"
         uids = ", ".join(map(str, found.user_whitelist.uids)) or "nobody"
         printing.rows(
             ("RULE", "VALUE"),
@@ -47,6 +57,7 @@ def show(read: Read, app: str) -> None:
                 ("public", str(found.public).lower() if found.HasField("public") else "-"),
                 ("owner", str(found.owner.uid) if found.HasField("owner") else "-"),
                 ("user_whitelist", uids if found.HasField("user_whitelist") else "-"),
+                ("group_whitelist", groups if found.HasField("group_whitelist") else "-"),
             ],
         )
     if found.malformed:
@@ -54,7 +65,10 @@ def show(read: Read, app: str) -> None:
     printing.warn(found)
 
 
-@access.command("set", help="Set rules of APP, or of apps without their own: public=false user_whitelist=1,2 owner=1")
+@access.command(
+    "set",
+    help="Set rules of APP, or of apps without their own: public=false owner=1 user_whitelist=1,2 group_whitelist=a,b",
+)
 @settings.arguments(1, _FIELDS)
 @writing
 def set_(write: Write, wanted: tuple[list[str], dict[str, Any]]) -> None:
