@@ -9,7 +9,10 @@ from typing import Any
 from .model import Container, Document, Manifests, Workload, at, dict_at, list_at
 
 OUTSIDE = "atserving/secrets-from-outside"
-"""An annotation of a pod template: the Secrets that the operator makes, separated by commas."""
+"""An annotation of a pod template: the Secrets that the operator makes, separated by commas.
+
+A component has one of its own, with a dot and its name behind: one cannot add to another's.
+"""
 
 # Kubernetes itself makes this file, unless a field names another.
 _TERMINATION_LOG = "/dev/termination-log"
@@ -162,7 +165,8 @@ def keys_of(document: Document) -> set[str]:
 
 
 def _outside(workload: Workload) -> list[str]:
-    return [name.strip() for name in workload.annotations.get(OUTSIDE, "").split(",") if name.strip()]
+    values = [value for name, value in workload.annotations.items() if f"{name}.".startswith(f"{OUTSIDE}.")]
+    return [name.strip() for value in values for name in value.split(",") if name.strip()]
 
 
 def _references(workload: Workload) -> Iterator[Reference]:
