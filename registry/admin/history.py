@@ -215,7 +215,7 @@ class Recorder:
             except OutOfSpace as error:
                 # Whoever frees it may compact the change, too: it is kept here.
                 if not told:
-                    log.warning("history delayed", reason=str(error))
+                    log.warning("history waiting", reason=str(error))
                     told = True
                 await asyncio.sleep(_FULL_S)
 

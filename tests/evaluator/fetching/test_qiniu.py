@@ -433,7 +433,6 @@ async def test_a_release_may_come_from_any_bucket_of_the_owner(kodo: Kodo, works
         ("qiniu://z0/gone/x.tar", "file qiniu://z0/gone/x.tar: the bucket service answered 631"),
         ("qiniu://z1/photos/x.tar", "file qiniu://z1/photos/x.tar: its bucket is not in that zone"),
         ("qiniu://z0/photos", "file qiniu://z0/photos: should be qiniu://[uid@]zone/bucket/key"),
-        ("qiniu://z0/photos/x.tar#sha256=12", "file qiniu://z0/photos/x.tar: #sha256=12 should be #sha256= and 64 hex"),
         (f"qiniu://z0/photos/x.tar#sha256={'0' * 64}", "file qiniu://z0/photos/x.tar: its sha256 is "),
     ],
 )
