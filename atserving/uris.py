@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import binascii
+import ipaddress
 import re
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from atserving.errors import InvalidArgument
 from atserving.wire import Buffer
 
 MAX_URI_CHARS = 8192
 """The maximum length of http, https and qiniu URIs. The size of the request bounds data URIs."""
+# DNS has no longer names, and those that are not ASCII take long to encode.
+_MAX_HOST_CHARS = 253
 
 _DATA = re.compile(rb"data:(?P<media>[^,;]*)(?:;[^,;]*)*?;base64,", re.IGNORECASE)
 _QINIU = re.compile(r"qiniu://(?:(?P<uid>[^@/]*)@)?(?P<zone>[^/@]+)/(?P<bucket>[^/]+)/(?P<key>.+)", re.DOTALL)
@@ -49,6 +53,30 @@ def scheme(uri: str) -> str:
     if len(uri) > MAX_URI_CHARS:
         raise InvalidArgument(f"uri {redacted(uri)} is longer than {MAX_URI_CHARS} characters")
     return name
+
+
+def host(uri: str) -> str:
+    """Return the host of an http or https URI, always in the same spelling, or the bucket of a qiniu URI.
+
+    Empty if the URI is malformed. Raises InvalidArgument as :func:`scheme` does, and for long hosts.
+    """
+    if scheme(uri) == "qiniu":
+        return "".join(uri.split("/", 4)[3:4])
+    try:
+        name = urlsplit(uri).hostname or ""
+        if len(name) > _MAX_HOST_CHARS:
+            raise InvalidArgument(f"bad uri {redacted(uri)}: its host is longer than {_MAX_HOST_CHARS} characters")
+        if ":" in name:
+            address = ipaddress.IPv6Address(name)
+            return str(address.ipv4_mapped or address)
+        if not name.isascii():
+            # Imported here: few need it. There are several ways to encode such names, and the fetcher's is yarl's.
+            from yarl import URL
+
+            name = URL(uri).raw_host or ""
+        return name.rstrip(".")
+    except (ValueError, IndexError):
+        return ""
 
 
 def decode_data(uri: str | Buffer) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
 from atserving.errors import ResourceExhausted, Unavailable
@@ -26,8 +26,8 @@ class Capacity:
         self.limit = limit
         self.in_flight = 0
         self.fetching = 0
-        # Of those, the number by host; and those that have fetched, and wait for a place among the requests in flight:
-        # tasks of batches behind all others.
+        # Of those, the number by host, where a request counts for each of its hosts; and those that have fetched, and
+        # wait for a place among the requests in flight: tasks of batches behind all others.
         self._by_host: Counter[str] = Counter()
         self._fetched: dict[bool, deque[asyncio.Future[None]]] = {False: deque(), True: deque()}
         self._draining = False
@@ -64,28 +64,30 @@ class Capacity:
         return ResourceExhausted(message, retry_after_s=wait_s, refused=True)
 
     @asynccontextmanager
-    async def fetch(self, host: str, *, batched: bool = False) -> AsyncIterator[None]:
-        """Count a request that fetches from ``host`` during the block; then wait until it is one in flight.
+    async def fetch(self, hosts: Collection[str], *, batched: bool = False) -> AsyncIterator[None]:
+        """Count a request that fetches from ``hosts`` during the block; then wait until it is one in flight.
 
-        One host has at most half of the places. Raises as :meth:`enter` does.
+        Requests to one host have at most half of the places. Raises as :meth:`enter` does.
         """
         if self._draining:
             raise Unavailable("the instance is draining", refused=True)
         if self.fetching >= self._most(batched):
             raise self.full(f"the instance fetches the resources of {self.fetching} requests, which is its limit")
-        if self._by_host[host] >= max(self.limit // 2, 1):
-            raise self.full(f"the instance fetches the resources of {self._by_host[host]} requests from this host")
+        most = max((self._by_host[each] for each in hosts), default=0)
+        if most >= max(self.limit // 2, 1):
+            raise self.full(f"the instance fetches the resources of {most} requests from this host")
         self.fetching += 1
-        self._by_host[host] += 1
+        self._by_host.update(hosts)
         self._empty.clear()
         try:
             yield
             await self._enter_later(batched)
         finally:
             self.fetching -= 1
-            self._by_host[host] -= 1
-            if not self._by_host[host]:
-                del self._by_host[host]
+            for each in hosts:
+                self._by_host[each] -= 1
+                if not self._by_host[each]:
+                    del self._by_host[each]
             self._check_empty()
 
     async def _enter_later(self, batched: bool) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import structlog
 from google.protobuf.message import DecodeError
 
-from atserving import lifecycle, link
+from atserving import link, uris
 from atserving.errors import DeadlineExceeded, Internal, InvalidArgument, ServingError, Unavailable
 from atserving.held import LARGE_BYTES, HeldBytes
 from atserving.telemetry import RequestLog, request_id
-from atserving.v1 import evaluator_pb2, serving_pb2
+from atserving.v1 import evaluator_pb2
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.limits import Budget, Limits, check_request
 from evaluator.net_config import NetConfig
@@ -96,22 +96,8 @@ class Pipeline:
     async def fetch(self, request: evaluator_pb2.InferRequest, hold: Callable[[int], None]) -> None:
         """Replace the URI of each resource by its bytes; ``hold`` counts them. Raises a ServingError."""
         # The worker checks the sizes of bodies.
-        elsewhere = _elsewhere(request)
-        budget = Budget(self._limits.max_request_bytes, hold)
-        if len(elsewhere) == 1:
-            elsewhere[0].body = await self._fetcher.fetch(elsewhere[0].uri, budget)
-        elif elsewhere:
-            await self._fetch_all(elsewhere, budget)
-
-    async def _fetch_all(self, resources: Sequence[serving_pb2.Resource], budget: Budget) -> None:
-        tasks = [asyncio.create_task(self._fetcher.fetch(each.uri, budget)) for each in resources]
-        try:
-            for resource, body in zip(resources, await asyncio.gather(*tasks), strict=True):
-                resource.body = body
-        finally:
-            # If one failed, the others are of no use. Its error refers to this frame, and would keep what they have.
-            await lifecycle.end(tasks)
-            tasks.clear()
+        elsewhere = [each for each in request.data if each.HasField("uri")]
+        await self._fetcher.replace(elsewhere, Budget(self._limits.max_request_bytes, hold))
 
 
 class Request:
@@ -172,7 +158,7 @@ class Request:
                 self._submit(call.request)
                 return
             request = self._pipeline.read(call.request)
-            fetching = self._fetch(request, _host(request))
+            fetching = self._fetch(request, _hosts(request))
             self._fetching = asyncio.get_running_loop().create_task(fetching)
         except Exception as error:
             self._fail(error)
@@ -185,10 +171,10 @@ class Request:
         self._pipeline.take(count, large=self._held_bytes + count >= LARGE_BYTES)
         self._held_bytes += count
 
-    async def _fetch(self, request: evaluator_pb2.InferRequest, host: str) -> None:
+    async def _fetch(self, request: evaluator_pb2.InferRequest, hosts: set[str]) -> None:
         capacity = self._pipeline.capacity
         try:
-            async with capacity.fetch(host, batched=self._batched):
+            async with capacity.fetch(hosts, batched=self._batched):
                 await self._pipeline.fetch(request, self._hold)
             self._entered_s = time.monotonic()
             if self.ended:
@@ -284,17 +270,12 @@ def fetches(request: evaluator_pb2.InferRequest) -> bool:
     return any(True for _ in _remote(request))
 
 
-def _host(request: evaluator_pb2.InferRequest) -> str:
-    """Return what comes before the path of the first URI to fetch."""
-    return next(("/".join(uri.split("/", 3)[:3]) for uri in _remote(request)), "")
+def _hosts(request: evaluator_pb2.InferRequest) -> set[str]:
+    return {uris.host(uri) for uri in _remote(request)}
 
 
 def _remote(request: evaluator_pb2.InferRequest) -> Iterator[str]:
     return (each.uri for each in request.data if each.HasField("uri") and each.uri[:5].lower() != "data:")
-
-
-def _elsewhere(request: evaluator_pb2.InferRequest) -> list[serving_pb2.Resource]:
-    return [each for each in request.data if each.HasField("uri")]
 
 
 def _error(response: link.Buffer) -> ServingError:

@@ -8,6 +8,7 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from yarl import URL
 
 from atserving import uris
 from atserving.errors import InvalidArgument
@@ -43,6 +44,46 @@ def test_a_qiniu_uri_gets_the_callers_uid() -> None:
     for bad in ("qiniu://", "qiniu://z0/bucket", "qiniu://x@z0/bucket/key", "qiniu://1@2@z0/bucket/key"):
         with pytest.raises(InvalidArgument):
             uris.with_caller(bad, 7)
+
+
+@pytest.mark.parametrize(
+    ("host", "spellings"),
+    [
+        (
+            "img.example",
+            ["http://img.example", "HTTPS://IMG.example:81?1", "http://a:b@img.example#1", "http://img.example.:80/x"],
+        ),
+        (
+            "xn--bcher-kva.example",
+            ["http://bücher.example/", "http://BÜCHER。example/", "http://XN--bcher-kva.example"],
+        ),
+        (
+            "xn--strae-oqa.example",
+            ["http://straße.example./", "http://STRAßE。example", "http://xn--strae-oqa.example"],
+        ),
+        ("2001:db8::1", ["http://[2001:db8::1]", "http://[2001:0DB8:0::1]:80/x", "http://u@[2001:db8:0:0:0:0:0:1]?1"]),
+        ("127.0.0.1", ["http://127.0.0.1:81?1", "http://[::ffff:127.0.0.1]/", "http://[::FFFF:7f00:1]/"]),
+        ("bucket", ["qiniu://z0/bucket/a/b?c", "qiniu://1@z0/bucket/key", "QINIU://2@z?0/bucket/key"]),
+        ("", ["http://", "http:///x", "http://[::1/x", "http://[x]/", "http://..ü/", "qiniu://z0"]),
+    ],
+)
+def test_a_host_has_one_name_however_uris_spell_it(host: str, spellings: list[str]) -> None:
+    assert {uris.host(each) for each in spellings} == {host}
+
+
+@given(st.text(st.sampled_from("aA.:@/?#[]1éß。\u00ad\\ \t"), max_size=30))
+def test_a_host_is_the_one_that_is_fetched_from(rest: str) -> None:
+    uris.host(f"http://{rest}")
+    with suppress(ValueError, IndexError):
+        name = (URL(f"http://{rest}").raw_host or "").rstrip(".")
+        assert ":" in name or uris.host(f"http://{rest}") == name
+
+
+def test_a_long_host_is_refused_before_it_is_encoded() -> None:
+    assert uris.host("http://" + "a" * 253) == "a" * 253
+    for name in ("a" * 254, "é" * 8000):
+        with pytest.raises(InvalidArgument, match="its host is longer than 253 characters"):
+            uris.host(f"http://{name}/x")
 
 
 def test_a_redacted_uri_holds_no_secret_and_no_data() -> None:

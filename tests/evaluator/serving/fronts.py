@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from atserving.config import Instance
 from atserving.held import HeldBytes
-from evaluator.net_config import NetConfig
+from evaluator.fetching.resources import ResourceFetcher
+from evaluator.net_config import SCRIPT, NetConfig
 from evaluator.options import Options
 from evaluator.serving.capacity import Capacity
 from evaluator.serving.link_server import LinkServer
@@ -19,15 +20,19 @@ from evaluator.serving.pipeline import Pipeline
 from evaluator.serving.supervisor import WorkerSupervisor
 
 
-def pipeline(folder: Path, held: HeldBytes, capacity: int = 64) -> Pipeline:
-    """Return a pipeline whose worker never starts."""
-    config = NetConfig({}, custom_values=Options("custom_values", {"net": "classify"}), workspace=folder)
+def pipeline(
+    folder: Path, held: HeldBytes, capacity: int = 64, *, fetcher: ResourceFetcher | None = None, net: str = "classify"
+) -> Pipeline:
+    """Return a pipeline whose worker never starts. Without a net it is that of a script, which takes groups."""
+    files = {} if net else {SCRIPT: folder / SCRIPT}
+    values = Options("custom_values", {"net": net} if net else {})
+    config = NetConfig(files, custom_values=values, workspace=folder)
     return Pipeline(
         "app",
         "v1",
         config,
         worker=WorkerSupervisor(config),
-        fetcher=cast(Any, None),
+        fetcher=cast(Any, fetcher),
         capacity=Capacity(capacity),
         metrics=Metrics(),
         held=held,

@@ -71,8 +71,8 @@ async def test_drain_refuses_requests_and_waits_for_those_in_flight() -> None:
     await drained
 
 
-async def fetching(capacity: Capacity, host: str, fetched: asyncio.Event) -> None:
-    async with capacity.fetch(host):
+async def fetching(capacity: Capacity, hosts: str, fetched: asyncio.Event) -> None:
+    async with capacity.fetch(hosts):
         await fetched.wait()
 
 
@@ -103,6 +103,26 @@ async def test_fetches_have_places_of_their_own_and_a_host_half_of_them() -> Non
     for _ in range(4):
         capacity.leave(4, time.monotonic())
     await capacity.drained()
+
+
+async def test_a_request_counts_for_each_of_its_hosts() -> None:
+    capacity, fetched = Capacity(4), asyncio.Event()
+    running = [asyncio.create_task(fetching(capacity, hosts, fetched)) for hosts in ("ab", "cb")]
+    await asyncio.sleep(0)
+    assert capacity.fetching == 2
+    with pytest.raises(ResourceExhausted, match="fetches the resources of 2 requests from this host"):
+        await fetching(capacity, "db", fetched)
+    running.append(asyncio.create_task(fetching(capacity, "ac", fetched)))
+    await asyncio.sleep(0)
+    assert capacity.fetching == 3
+    for each in running:
+        each.cancel()
+    await asyncio.wait(running)
+    await capacity.drained()
+    running = [asyncio.create_task(fetching(capacity, "b", fetched)) for _ in range(2)]
+    fetched.set()
+    await asyncio.gather(*running)
+    assert (capacity.fetching, capacity.in_flight) == (0, 2)
 
 
 async def test_a_fetched_request_that_leaves_gives_its_place_back() -> None:
@@ -145,7 +165,7 @@ async def test_fetched_tasks_of_batches_wait_behind_others() -> None:
     entered: list[str] = []
 
     async def fetch(name: str, batched: bool) -> None:
-        async with capacity.fetch(name, batched=batched):
+        async with capacity.fetch({name}, batched=batched):
             pass
         entered.append(name)
 

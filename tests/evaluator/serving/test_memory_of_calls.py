@@ -11,13 +11,15 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from atserving import link
 from atserving.errors import InvalidArgument, ServingError
 from atserving.held import HeldBytes
 from atserving.v1.evaluator_pb2 import InferRequest
 from atserving.v1.serving_pb2 import Resource
+from evaluator.fetching.addresses import AddressPolicy
+from evaluator.fetching.resources import ResourceFetcher
 from evaluator.limits import Budget
 from evaluator.net_config import NetConfig
 from evaluator.serving.pipeline import Pipeline, Request
@@ -83,30 +85,32 @@ async def test_an_ended_request_lets_go_of_its_body(tmp_path: Path) -> None:
         assert [body() for body in (first, second, third)] == [None, None, None]
 
 
-class Fetcher:
+class Fetcher(ResourceFetcher):
     """Fetches all URIs but one, which fails afterwards."""
 
     def __init__(self) -> None:
-        self.bodies: list[weakref.ref[Body]] = []
+        super().__init__(BODY_BYTES, AddressPolicy())
+        self.budgets: list[weakref.ref[Budget]] = []
 
-    async def fetch(self, uri: str, budget: Budget) -> Body:
+    async def fetch(self, uri: str, budget: Budget | None = None) -> bytes:
         if uri.endswith("/missing"):
             await asyncio.sleep(0)
             raise InvalidArgument("its host answered 404")
-        body = Body(BODY_BYTES)
-        self.bodies.append(weakref.ref(body))
-        return body
+        assert budget
+        self.budgets.append(weakref.ref(budget))
+        return bytes(BODY_BYTES)
 
 
 async def test_a_failed_fetch_keeps_no_other_resource_of_its_request(tmp_path: Path) -> None:
-    served, replier, fetcher = pipeline(tmp_path, HeldBytes(1 << 30)), Replier(), Fetcher()
-    served._built_in, served._fetcher = None, cast(Any, fetcher)
+    fetcher, replier = Fetcher(), Replier()
+    served = pipeline(tmp_path, HeldBytes(1 << 30), fetcher=fetcher, net="")
     data = [Resource(uri=f"http://host/{name}") for name in ("1", "2", "missing")]
     request = InferRequest(data=data, group=True).SerializeToString()
     with without_collector():
         served.begin(link.Call(1, 0, link.FETCH, b"r", b"", request), replier)
         await until(lambda: replier.replies)
-        assert [body() for body in fetcher.bodies] == [None, None]
+        # Whoever has the budget has the resources, too.
+        assert [budget() for budget in fetcher.budgets] == [None, None]
 
 
 async def test_cancelled_calls_leave_the_queue_of_a_busy_worker(tmp_path: Path) -> None:
