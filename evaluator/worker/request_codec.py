@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import secrets
 import sys
 from dataclasses import dataclass, field
@@ -26,6 +28,10 @@ _DATA = evaluator_pb2.InferRequest.DATA_FIELD_NUMBER
 _SOURCES = [
     (_DATA, number) for number in (serving_pb2.Resource.BODY_FIELD_NUMBER, serving_pb2.Resource.URI_FIELD_NUMBER)
 ]
+
+# orjson writes 254 levels: some are left to the net's answer.
+_MOST_LEVELS = 128
+_SURROGATE = re.compile(r"\\u[dD][89A-Fa-f]")
 
 
 def read(serialized: link.Buffer, limits: Limits, built_in: str | None) -> Req:
@@ -79,23 +85,64 @@ def _data(resource: serving_pb2.Resource, large: link.Buffer | None, limits: Lim
 
 
 def _json(text: str, what: str) -> Any:
-    """Parse one JSON document, with integers of any size. Direct callers may send text that is no JSON."""
+    """Parse one JSON document, with integers of any size, which an answer can repeat.
+
+    Direct callers may send text that is no JSON.
+    """
     try:
-        return json.loads(text, parse_constant=_no_constant)
-    except (json.JSONDecodeError, _NoConstant, RecursionError):
+        document = _DECODER.decode(text)
+    except (json.JSONDecodeError, _NoConstant):
         raise InvalidArgument(f"{what} is not JSON") from None
+    except _TooLarge:
+        raise InvalidArgument(f"{what} has a number beyond {sys.float_info.max:.2g}") from None
+    except RecursionError:
+        raise _too_deep(what) from None
     except ValueError:
         # Python bounds the digits, since parsing takes quadratic time.
         digits = sys.get_int_max_str_digits()
         raise InvalidArgument(f"{what} has an integer of more than {digits} digits") from None
+    if text.count("[") + text.count("{") > _MOST_LEVELS and _is_deep(document):
+        raise _too_deep(what)
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(document, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InvalidArgument(f"{what} has half of a surrogate pair") from None
+    return document
 
 
 class _NoConstant(Exception):  # noqa: N818 - caught where it is raised
     """NaN or an infinity, which Python's parser accepts but JSON does not have."""
 
 
+class _TooLarge(Exception):  # noqa: N818 - caught where it is raised
+    """A number that Python's parser takes for an infinity."""
+
+
 def _no_constant(name: str) -> NoReturn:
     raise _NoConstant
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise _TooLarge
+    return number
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+
+
+def _is_deep(document: object) -> bool:
+    level = [document]
+    for _ in range(_MOST_LEVELS):
+        lists = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [each for inner in lists for each in inner]
+    return any(isinstance(each, dict | list) for each in level)
+
+
+def _too_deep(what: str) -> InvalidArgument:
+    return InvalidArgument(f"{what} is nested more than {_MOST_LEVELS} levels deep")
 
 
 @dataclass

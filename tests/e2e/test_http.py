@@ -438,10 +438,12 @@ async def test_a_body_of_very_many_values_does_not_delay_other_requests(client: 
 
 async def test_huge_integers_and_deep_nesting_reach_the_net_or_fail_by_themselves(client: Client) -> None:
     op = b'{"op": "/v1/eval/digits", "data": {"uri": "%s"}, "params": %%s}' % data_uri("7.png")["uri"].encode()
-    deep, too_deep = (b'{"any": ' + b"[" * depth + b"]" * depth + b"}" for depth in (300, 100_000))
-    body = b"[%s,%s,%s]" % (op % deep, op % b'{"any": 123456789012345678901234567890}', op % b'{"limit": 1}')
-    response = await client.post("/v1/batch", body, JSON)
-    assert [each["code"] for each in response.json] == [0, 0, 0]
+    deep, deeper, too_deep = (b'{"any": ' + b"[" * depth + b"]" * depth + b"}" for depth in (127, 128, 100_000))
+    params = (deep, deeper, b'{"any": 123456789012345678901234567890}', b'{"any": 1e999}', b'{"limit": 1}')
+    response = await client.post("/v1/batch", b"[%s]" % b",".join(op % each for each in params), JSON)
+    assert [each["code"] for each in response.json] == [0, 400, 0, 400, 0]
+    assert response.json[1]["message"] == "params is nested more than 128 levels deep"
+    assert response.json[3]["message"] == "params has a number beyond 1.8e+308"
     check_error(await client.post("/v1/eval/digits", op % too_deep, JSON), 400, "malformed JSON")
 
 

@@ -104,7 +104,7 @@ async def test_limit_gives_the_number_of_classes_best_first(digits: Process, lim
         ([DIGIT], {"params_json": "{"}, "params is not JSON"),
         ([DIGIT], {"params_json": '{"limit": NaN}'}, "params is not JSON"),
         ([DIGIT], {"params_json": '{"x": ' + "1" * 4301 + "}"}, "params has an integer of more than 4300 digits"),
-        ([DIGIT], {"params_json": "[" * 100_000}, "params is not JSON"),
+        ([DIGIT], {"params_json": "[" * 100_000}, "params is nested more than 128 levels deep"),
         ([Resource(body=DIGIT.body, attribute_json="x")], {}, "attribute is not JSON"),
         ([DIGIT, DIGIT], {}, "classify takes one image, not a list of them"),
         ([DIGIT], {"group": True}, "classify takes one image, not a list of them"),

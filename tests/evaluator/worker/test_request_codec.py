@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import json
+import re
 from typing import Any
 
+import orjson
 import pytest
 
 from atserving.errors import InvalidArgument
@@ -58,3 +61,41 @@ def test_each_resource_and_data_uris_together_are_bounded(is_uri: bool) -> None:
 def test_other_uris_are_refused(uri: str) -> None:
     with pytest.raises(InvalidArgument):
         read(InferRequest(data=[Resource(uri=uri)]))
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("1e999", "has a number beyond 1.8e+308"),
+        ('{"x": [-1e400]}', "has a number beyond 1.8e+308"),
+        ("1.7976931348623159e308", "has a number beyond 1.8e+308"),
+        ("1" * 310 + ".5", "has a number beyond 1.8e+308"),
+        ("[" * 129 + "]" * 129, "is nested more than 128 levels deep"),
+        ('{"a":' * 129 + "1" + "}" * 129, "is nested more than 128 levels deep"),
+        ("[" * 100_000, "is nested more than 128 levels deep"),
+        ('"\\ud800"', "has half of a surrogate pair"),
+        ('{"\\uDFFF": 1}', "has half of a surrogate pair"),
+        ("-Infinity", "is not JSON"),
+    ],
+)
+def test_json_that_no_answer_can_repeat_is_refused(text: str, wrong: str) -> None:
+    with pytest.raises(InvalidArgument, match=re.escape(f"params {wrong}")):
+        read(InferRequest(data=[Resource(body=b"x")], params_json=text))
+    with pytest.raises(InvalidArgument, match=re.escape(f"attribute {wrong}")):
+        read(InferRequest(data=[Resource(body=b"x", attribute_json=text)]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1.7976931348623157e308,-1.7976931348623157e308,0.0,1]",
+        "[" * 128 + "1" + "]" * 128,
+        "[" + ",".join(["{}"] * 1000) + "]",
+        '"' + "[" * 1000 + '"',
+        '["\\ud83d\\ude00","\\\\ud800"]',
+    ],
+)
+def test_other_json_is_read_and_can_be_repeated(text: str) -> None:
+    params = read(InferRequest(data=[Resource(body=b"x")], params_json=text))["params"]
+    assert params == json.loads(text)
+    assert json.loads(orjson.dumps({"echo": params})) == {"echo": params}
