@@ -71,6 +71,11 @@ class Budget:
         self._hold(count)
 
 
+def most_batched(limit: int) -> int:
+    """Return up to how many requests in flight a task of a batch may be one: it leaves a quarter of ``limit`` free."""
+    return limit - limit // 4
+
+
 def too_large(label: str, max_bytes: int) -> InvalidArgument:
     """Return the error for a resource of more than ``max_bytes``."""
     return InvalidArgument(f"{label} is larger than {max_bytes} bytes")

@@ -23,6 +23,7 @@ class SupervisedCall:
     """A call without a reply so far. Times are of the monotonic clock."""
 
     __slots__ = (
+        "batched",
         "deadline_s",
         "deaths",
         "ended",
@@ -45,6 +46,7 @@ class SupervisedCall:
         late_s: float,
         taker: Taker,
         stays: bool,
+        batched: bool = False,
     ) -> None:
         self.id = id_
         self.reqid = reqid
@@ -57,6 +59,8 @@ class SupervisedCall:
         """None: the caller has left."""
         self.stays = stays
         """Whether it waits here while the instance is away, since its gate has no other."""
+        self.batched = batched
+        """Whether it is a task of a batch."""
         self.sent = False
         self.sent_bytes = 0
         """The bytes of the request that was sent, which the worker keeps even if the caller has left."""

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
 from atserving.errors import ResourceExhausted, Unavailable
+from evaluator.limits import most_batched
 
 _LEAST_RETRY_AFTER_S = 0.05
 
@@ -37,7 +38,7 @@ class Capacity:
         self._each_s = 0.0
 
     def _most(self, batched: bool) -> int:
-        return self.limit - self.limit // 4 if batched else self.limit
+        return most_batched(self.limit) if batched else self.limit
 
     def enter(self, *, batched: bool = False) -> int:
         """Count one request; return how many are in flight now. Tasks of batches leave a quarter to others.

@@ -188,7 +188,7 @@ class Request:
 
     def _submit(self, serialized: link.Buffer) -> None:
         self._work = self._pipeline.worker.submit(
-            self._reqid.encode(), serialized, self._deadline_s, self, stays=self._stays
+            self._reqid.encode(), serialized, self._deadline_s, self, stays=self._stays, batched=self._batched
         )
 
     def answered(self, reply: link.Reply) -> None:

@@ -130,7 +130,14 @@ class WorkerSupervisor:
             self._process.write([link.frame(link.SETTINGS, orjson.dumps(settings))])
 
     def submit(
-        self, reqid: bytes, request: link.Buffer, deadline_s: float | None, taker: Taker, *, stays: bool
+        self,
+        reqid: bytes,
+        request: link.Buffer,
+        deadline_s: float | None,
+        taker: Taker,
+        *,
+        stays: bool,
+        batched: bool = False,
     ) -> SupervisedCall:
         """Run a serialized ``InferRequest`` whose resources are bodies; ``taker`` takes the outcome later.
 
@@ -144,7 +151,7 @@ class WorkerSupervisor:
         if deadline_s is None:
             deadline_s = time.monotonic() + _LONGEST_WITHOUT_DEADLINE_S
         late_s = max(deadline_s, time.monotonic() + self._timeout_s)
-        one = SupervisedCall(next(self._ids), reqid, request, deadline_s, late_s, taker, stays)
+        one = SupervisedCall(next(self._ids), reqid, request, deadline_s, late_s, taker, stays, batched)
         self._calls[one.id] = one
         self._window.waiting.append(one)
         if not self._flushing:
@@ -221,7 +228,8 @@ class WorkerSupervisor:
         parts: list[link.Buffer] = []
         for one in calls:
             timeout_us = max(1, round(min(one.deadline_s - now_s, link.MAX_TIMEOUT_US / 1e6) * 1e6))
-            parts += (link.call_head(one.id, timeout_us, 0, one.reqid, b"", len(one.request)), one.request)
+            flags = link.BATCHED if one.batched else 0
+            parts += (link.call_head(one.id, timeout_us, flags, one.reqid, b"", len(one.request)), one.request)
             self._window.enter(one)
         process.write(parts)
 

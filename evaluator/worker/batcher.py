@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import structlog
 
 from atserving.errors import DeadlineExceeded, Internal, ServingError
+from evaluator.limits import most_batched
 from evaluator.worker.schedule import Expired, Forward, Item, Prepare, Schedule, Wait
 
 log = structlog.get_logger()
@@ -105,6 +106,8 @@ class Batcher:
         self._progress = progress
         self._items: dict[int, Item] = {}
         self._most = sys.maxsize
+        # How many of the items are no tasks of batches.
+        self._singles = 0
         self._lock = threading.Lock()
         # Idle engine threads, and idle preparers. The last one to go idle wakes first: its CPU's cache is still warm.
         self._forwarders: list[_Idler] = []
@@ -123,6 +126,7 @@ class Batcher:
             try:
                 self._items.update((item.id, item) for item in items)
                 self._schedule.arrive(items)
+                self._singles += sum(not item.batched for item in items)
             except MemoryError:
                 for item in items:
                     self._items.pop(item.id, None)
@@ -143,7 +147,8 @@ class Batcher:
     def configure(self, *, delay_s: float, most: int) -> None:
         """Set how long an idle engine waits for a full batch; this also applies to waiting requests.
 
-        ``most`` requests may be in the instance at a time: none waits for one that must not come.
+        ``most`` requests may be in the instance at a time, tasks of batches fewer: none waits for one that must not
+        come.
         """
         with self._lock:
             self._schedule.delay_s = delay_s
@@ -173,7 +178,7 @@ class Batcher:
                 self._read(inlet, inlet.take)
             while True:
                 idle = 1 + len(self._forwarders) + (len(self._preparers) if self._preparers_help else 0)
-                full = len(self._items) >= self._most
+                full = len(self._items) >= (self._most if self._singles else most_batched(self._most))
                 work = self._schedule.next(time.monotonic(), forwards=forwards, prepares=prepares, idle=idle, full=full)
                 if not isinstance(work, Wait):
                     self._wake()
@@ -293,6 +298,7 @@ class Batcher:
         with self._lock:
             for result in results:
                 del self._items[result.item.id]
+                self._singles -= not result.item.batched
         self._report(results)
 
 

@@ -270,7 +270,7 @@ def _request_folder(config: NetConfig) -> Path | None:
 
 def _item(call: link.Call, now_s: float) -> Item:
     expires_s = now_s + call.timeout_us / 1e6 if call.timeout_us else math.inf
-    return Item(call.id, call, now_s, expires_s)
+    return Item(call.id, call, now_s, expires_s, batched=bool(call.flags & link.BATCHED))
 
 
 def _reply(result: ItemResult, leads: bool) -> tuple[bytes, bytes]:

@@ -24,6 +24,8 @@ class Item:
     prepare_s: float = 0.0
     cancelled: bool = False
     """Its caller has left; set during preparation, when the schedule can't remove it."""
+    batched: bool = False
+    """It is a task of a batch."""
 
 
 @dataclass(slots=True)

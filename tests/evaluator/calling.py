@@ -53,10 +53,13 @@ def ask(
     reqid: str = "",
     traceparent: str | None = None,
     stays: bool = True,
+    batched: bool = False,
 ) -> asyncio.Future[InferResponse]:
     """Send a request over a connection; if it ``stays``, as a gate without another instance does."""
     deadline_s = time.monotonic() + timeout_s
-    answer = connection.ask(request, deadline_s, reqid, traceparent, stays=stays, fetches=fetches(request))
+    answer = connection.ask(
+        request, deadline_s, reqid, traceparent, stays=stays, batched=batched, fetches=fetches(request)
+    )
     return asyncio.ensure_future(whole(answer))
 
 

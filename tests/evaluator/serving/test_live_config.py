@@ -14,8 +14,9 @@ import pytest
 
 from atserving import transport
 from atserving.v1 import serving_pb2, serving_pb2_grpc
+from atserving.v1.evaluator_pb2 import InferRequest
 from atserving.v1.serving_pb2 import Resource
-from tests.evaluator.calling import DIGIT, infer
+from tests.evaluator.calling import DIGIT, ask, connected, infer
 from tests.processes import Gate, Registry, evaluator
 from tests.registry.cli import Cli
 from tests.waiting import PATIENCE_S, until, until_async
@@ -87,6 +88,16 @@ async def test_worker_settings_of_each_level_are_followed_without_a_restart(
         finally:
             registry.delete("worker/default")
         assert process.worker() == worker
+
+
+async def test_tasks_of_batches_run_at_once_when_no_more_may_come(registry: Registry) -> None:
+    registry.publish("tasks", batch_size=8)
+    registry.put("worker/app/tasks/default", {"max_concurrent": 8, "delay4batch": "1h"})
+    with evaluator(registry, "tasks") as process:
+        async with connected(process) as connection:
+            request = InferRequest(data=[DIGIT])
+            answers = await asyncio.gather(*(ask(connection, request, batched=True) for _ in range(6)))
+        assert all(each.result_json for each in answers)
 
 
 @pytest.mark.parametrize(

@@ -123,9 +123,9 @@ class Harness:
                 self.results.setdefault(result.item.id, []).append(result)
             self.changed.notify_all()
 
-    def submit(self, *requests: Any, lives_s: float = 1000.0) -> list[Item]:
+    def submit(self, *requests: Any, lives_s: float = 1000.0, batched: bool = False) -> list[Item]:
         now_s = time.monotonic()
-        items = [Item(next(self.ids), request, now_s, now_s + lives_s) for request in requests]
+        items = [Item(next(self.ids), request, now_s, now_s + lives_s, batched=batched) for request in requests]
         if self.inlet:
             self.inlet.put(items)
         else:
@@ -262,6 +262,20 @@ def test_no_request_waits_for_a_batch_that_can_not_be_full(inlet: Inlet | None) 
     items = harness.submit(3)
     harness.batcher.configure(delay_s=3600, most=1)
     assert harness.outcomes(items) == [30]
+
+
+@pytest.mark.parametrize("inlet", [None, Inlet()])
+def test_no_task_of_a_batch_waits_for_the_quarter_left_to_others(inlet: Inlet | None) -> None:
+    harness = Harness(batch_size=5, delay_s=3600, lanes=bool(inlet), inlet=inlet)
+    harness.batcher.configure(delay_s=3600, most=4)
+    for _ in range(2):
+        assert harness.outcomes(harness.submit(1, 2, 3, batched=True)) == [10, 20, 30]
+    # Next to another request there may come more.
+    items = harness.submit(1, 2, batched=True) + harness.submit(3)
+    assert not harness.results.keys() & {item.id for item in items}
+    assert harness.outcomes(items + harness.submit(4)) == [10, 20, 30, 40]
+    assert harness.outcomes(harness.submit(5, 6, 7, batched=True)) == [50, 60, 70]
+    assert sorted(len(batch) for batch in harness.engine.batches) == [3, 3, 3, 4]
 
 
 def test_result_has_the_durations_and_the_batch_size() -> None:
