@@ -19,6 +19,7 @@ _MAX_DURATION_CHARS = 64
 _GO_UNITS_NS = {"ns": 1, "us": 1e3, "µs": 1e3, "ms": 1e6, "s": 1e9, "m": 60e9, "h": 3600e9}
 _GO_PART = r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)"
 _MAX_DURATION = timedelta(hours=1)
+_LEAST_TIMEOUT = timedelta(milliseconds=1)
 
 
 class WrongField(ValueError):  # noqa: N818
@@ -55,11 +56,11 @@ def parse_duration(value: object) -> timedelta:
 
 
 def parse_timeout(value: object) -> timedelta:
-    """Parse a duration above 0."""
+    """Parse a duration of at least 1 ms: with a shorter one, every eval would end as soon as it begins."""
     timeout = parse_duration(value)
-    if not timeout:
-        # Every eval would end as soon as it begins.
-        raise ValueError("should be above 0")
+    if timeout < _LEAST_TIMEOUT:
+        microseconds = timeout // timedelta(microseconds=1)
+        raise ValueError(f"is {microseconds} µs, should be at least 1 ms; a number means nanoseconds")
     return timeout
 
 

@@ -256,7 +256,8 @@ async def test_a_body_of_any_size_gives_the_same_answer(client: Client, size: in
 
 
 async def test_a_request_past_its_apps_timeout_is_a_504(client: Client) -> None:
-    etcdctl(client.mesh.etcd, "put", "/ava/serving/worker/app/digits/release/v2", '{"timeout": "1us"}')
+    settings = '{"timeout": "1ms", "delay4batch": "1s"}'
+    etcdctl(client.mesh.etcd, "put", "/ava/serving/worker/app/digits/release/v2", settings)
 
     async def late() -> bool:
         return (await client.bytes("/v1/eval/digits/v2", image("1.png"))).status != 200

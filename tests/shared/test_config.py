@@ -116,10 +116,14 @@ def test_a_duration_is_nanoseconds_or_go_notation(text: str | int, seconds: floa
     assert config.parse(config.DEFAULT_WORKER_KEY, value.to_json()) == value
 
 
-@pytest.mark.parametrize("timeout", [0, "0s", "0h0m"])
-def test_a_timeout_of_nothing_is_refused(timeout: object) -> None:
-    with pytest.raises(MalformedConfig, match="timeout: should be above 0"):
+@pytest.mark.parametrize(
+    ("timeout", "read_us"), [(0, 0), ("0h0m", 0), (30, 0), (30_000, 30), ("999us", 999), (timedelta(microseconds=5), 5)]
+)
+def test_a_timeout_that_no_eval_can_meet_is_refused(timeout: object, read_us: int) -> None:
+    said = f"timeout: is {read_us} µs, should be at least 1 ms; a number means nanoseconds"
+    with pytest.raises(MalformedConfig, match=said):
         config.validate(WorkerConfig, {"timeout": timeout})
+    assert config.validate(WorkerConfig, {"timeout": 1_000_000}).timeout == timedelta(milliseconds=1)
 
 
 @pytest.mark.parametrize("value", ["no", "true", "null", 0, 1, 1.0, []])
