@@ -170,9 +170,9 @@ def _http_url(uri: str, label: str) -> URL:
 def _url(text: str, label: str) -> URL:
     try:
         url = URL(text)
-        # yarl parses both only when they are read.
+        # yarl parses both only when they are read. It raises IndexError for brackets in place of a host.
         host, _ = url.host, url.port
-    except ValueError:
+    except (ValueError, IndexError):
         raise InvalidArgument(f"{label}: bad url") from None
     if host and _NO_HOST.search(host):
         raise InvalidArgument(f"{label}: bad url")

@@ -298,6 +298,8 @@ async def test_forbidden_addresses_are_refused_in_every_notation(
         ("http://ho\0st/", "bad url"),
         ("http://ho%00st/", "bad url"),
         ("http://ho st/", "bad url"),
+        ("http://&[]@/", "bad url"),
+        ("http://é[]@/", "bad url"),
         ("http://ho\x7fst/", "bad url"),
         ("data:text/plain,abc", "a data uri should start with"),
     ],
