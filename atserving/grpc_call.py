@@ -260,15 +260,17 @@ def _message(chunks: Sequence[bytes | bytearray], size: int) -> list[Buffer]:
     """Return the only message of a body, in parts. Raises GrpcError."""
     if size < HEAD.size:
         raise GrpcError(StatusCode.INTERNAL, "the call has no message")
-    if len(chunks[0]) < HEAD.size:
-        chunks = [b"".join(chunks)]
-    flag, length = HEAD.unpack_from(chunks[0])
+    first, rest = chunks[0], 1
+    while len(first) < HEAD.size:
+        first += chunks[rest]
+        rest += 1
+    flag, length = HEAD.unpack_from(first)
     if length != size - HEAD.size:
         raise GrpcError(StatusCode.INTERNAL, "the call should have one whole message")
     if flag:
         # A few bytes would unpack to a message of any size, and of any number of parts.
         raise GrpcError(StatusCode.UNIMPLEMENTED, "the message is compressed: send it as it is")
-    return [memoryview(chunks[0])[HEAD.size :], *chunks[1:]]
+    return [memoryview(first)[HEAD.size :], *chunks[rest:]]
 
 
 def deadline_of(headers: Headers) -> float | None:

@@ -14,6 +14,8 @@ LARGE_BYTES = 1 << 15
 
 _LENGTH_DELIMITED = 2
 _MOST_VARINT_BYTES = 10
+# A message of ours whose last field is large has a few others before it.
+_MOST_BEFORE = 64
 
 
 def field_head(number: int, length: int) -> bytes:
@@ -26,13 +28,13 @@ def cut_tail(start: Buffer, length: int, path: Sequence[int]) -> tuple[bytes, in
 
     ``path`` has the number of the field, and before it those of the messages that hold it. Return the message with that
     field empty, and the offset of the field's bytes, which reach to the end of the message. Return None if the message
-    ends otherwise, or ``start`` does not reach so far.
+    ends otherwise, ``start`` does not reach so far, or more than a few fields come before.
     """
     heads: list[tuple[int, bytes]] = []
     at = 0
     for number in path:
         began = at
-        while True:
+        for _ in range(_MOST_BEFORE):
             found = _read_head(start, at)
             if found is None:
                 return None
@@ -42,6 +44,8 @@ def cut_tail(start: Buffer, length: int, path: Sequence[int]) -> tuple[bytes, in
             if after + size > len(start):
                 return None
             at = after + size
+        else:
+            return None
         heads.append((number, bytes(start[began:at])))
         at = after
     small = b""

@@ -113,6 +113,22 @@ async def test_a_body_in_tiny_frames_arrives_whole_and_takes_little_memory() -> 
         writer.close()
 
 
+@pytest.mark.parametrize("first", range(5))
+async def test_a_message_whose_head_arrives_in_parts_is_not_copied(first: int) -> None:
+    size, count = 16 << 10, 3
+    body = struct.pack(">BI", 0, size * count)
+    async with running() as scripted:
+        _, writer = await asyncio.open_connection("127.0.0.1", scripted.port)
+        writer.write(PREFACE + frame(SETTINGS, 0, 0) + request(b"/test/Wait", 1))
+        writer.write(frame(DATA, 0, 1, body[:first]) + frame(DATA, 0, 1, body[first:]))
+        for number in range(count):
+            writer.write(frame(DATA, number == count - 1, 1, bytes(size)))
+        await scripted.all_waiting(1)
+        call = scripted.waiting[0]
+        assert [len(part) for part in call.parts] == [0, *[size] * count]
+        writer.close()
+
+
 async def test_an_upload_over_the_limit_is_refused_before_it_ends() -> None:
     async with running() as scripted:
         reader, writer = await asyncio.open_connection("127.0.0.1", scripted.port)

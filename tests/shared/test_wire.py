@@ -58,6 +58,15 @@ def test_a_message_that_ends_otherwise_is_left_alone(message: serving_pb2.EvalRe
     assert wire.cut_tail(serialized, len(serialized), EDGE) is None
 
 
+@pytest.mark.parametrize(("before", "found"), [(60, True), (1000, False)])
+def test_a_field_behind_many_others_is_left_alone(before: int, found: bool) -> None:
+    """Two bytes are a field, and a message may have millions of them."""
+    body = serving_pb2.EvalRequest(data=[serving_pb2.Resource(body=b"x" * 99)]).SerializeToString()
+    message = b"\x1a\x00" * before + body
+    path = serving_pb2.EvalRequest.DATA_FIELD_NUMBER, serving_pb2.Resource.BODY_FIELD_NUMBER
+    assert (wire.cut_tail(message, len(message), path) is not None) is found
+
+
 @given(st.binary(max_size=60), st.integers(0, 100))
 def test_rubbish_is_left_alone_or_cut_within_its_bounds(data: bytes, more: int) -> None:
     cut = wire.cut_tail(data, len(data) + more, EDGE)
