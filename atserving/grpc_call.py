@@ -17,7 +17,7 @@ import structlog
 from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
-from atserving.held import LARGE_BYTES, HeldBytes
+from atserving.held import LARGE_BYTES, HeldBytes, Share
 from atserving.http2_stream import ENHANCE_YOUR_CALM, Headers, Stream
 from atserving.wire import Buffer
 
@@ -64,7 +64,7 @@ class Call:
         self._stream = stream
         self._method = method
         self._most = most
-        self._held = held
+        self._held: HeldBytes | Share = held
         self._taken = 0
         self._answered = self._refused = False
         self._chunks: list[bytes | bytearray] = []
@@ -78,6 +78,14 @@ class Call:
     def size(self) -> int:
         """The bytes of the request's message."""
         return sum(map(len, self.parts))
+
+    def belong_to(self, owner: str) -> bool:
+        """Count a large call as one of this owner. Return False if its owner holds too much."""
+        if self._taken < LARGE_BYTES or isinstance(self._held, Share):
+            return True
+        share = self._held.share(owner, self._taken)
+        self._held = share or self._held
+        return share is not None
 
     @property
     def message(self) -> Buffer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 LARGE_BYTES = 1 << 16
@@ -17,6 +18,7 @@ class HeldBytes:
         """Called before a refusal: gives back what is held no more, but still counts."""
         self._most = most
         self._most_large = most - most // 4
+        self._owned: Counter[str] = Counter()
 
     def take(self, count: int, *, large: bool) -> bool:
         """Count more bytes, and return True; return False if there is no room for them."""
@@ -31,3 +33,43 @@ class HeldBytes:
     def give(self, count: int) -> None:
         """Stop counting bytes."""
         self.held -= count
+
+    def share(self, owner: str, count: int) -> Share | None:
+        """Let an owner hold so many bytes that count already; return None if it holds too much beside them.
+
+        It may hold twice what is free then: one alone has two thirds of the large bytes, two have two fifths each, and
+        there is room for the next. An owner of nothing else may hold whatever has been let in.
+        """
+        before = self._owned[owner]
+        if before and before + count > 2 * (self._most_large - self.held):
+            return None
+        self._owned[owner] = before + count
+        return Share(self, owner)
+
+    def move(self, owner: str, count: int) -> None:
+        """Let an owner hold more bytes, or fewer. The owner with none is forgotten."""
+        self._owned[owner] += count
+        if not self._owned[owner]:
+            del self._owned[owner]
+
+
+class Share:
+    """Counts the bytes of one owner."""
+
+    __slots__ = ("_all", "_owner")
+
+    def __init__(self, all_: HeldBytes, owner: str) -> None:
+        self._all = all_
+        self._owner = owner
+
+    def take(self, count: int, *, large: bool) -> bool:
+        """Count more bytes, and return True; return False if there is no room for them. It has room for any answer."""
+        if not self._all.take(count, large=large):
+            return False
+        self._all.move(self._owner, count)
+        return True
+
+    def give(self, count: int) -> None:
+        """Stop counting bytes."""
+        self._all.give(count)
+        self._all.move(self._owner, -count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,7 +15,14 @@ from grpc import StatusCode
 from atserving import wire
 from atserving.coroutines import Running
 from atserving.counting import MAX_GROUP, TooMany, check_repeated
-from atserving.errors import Internal, InvalidArgument, ServingError, Unauthenticated, Unavailable
+from atserving.errors import (
+    Internal,
+    InvalidArgument,
+    ResourceExhausted,
+    ServingError,
+    Unauthenticated,
+    Unavailable,
+)
 from atserving.grpc_call import Call, GrpcError, parsed
 from atserving.grpc_server import Server
 from atserving.grpc_status import grpc_status
@@ -108,16 +115,22 @@ class ServingService:
     def eval(self, call: Call) -> None:
         try:
             context = read_call(call, call.deadline(), self._callers)
-            task = _large_typed_eval(call) if call.size >= LARGE_BYTES else None
+            is_large = call.size >= LARGE_BYTES
+            task = _large_typed_eval(call) if is_large else None
             if task is None:
                 message = call.take_message()
                 check_repeated(message, MAX_GROUP, _DATA)
                 task = task_of(parsed(serving_pb2.EvalRequest(), message))
+            if is_large:
+                _count_for(task.app, call)
         except GrpcError as error:
             call.abort(error.status, str(error))
             return
         except TooMany:
             self._reject(call, context, edge.too_many_resources())
+            return
+        except ServingError as error:
+            self._reject(call, context, error)
             return
         work = self._dispatcher.eval(task, context)
         _run(call, context, work, partial(self._answer, call, context), partial(_abort, call, context))
@@ -142,6 +155,8 @@ class ServingService:
             check_repeated(message, self._max_batch, _TASKS, (self._max_batch * MAX_GROUP, _DATA))
             request = parsed(serving_pb2.BatchRequest(), message)
             edge.check_batch(len(request.tasks), self._max_batch)
+            tasks = [task_of(each) for each in request.tasks]
+            _count_batch(tasks, call)
         except GrpcError as error:
             call.abort(error.status, str(error))
             return
@@ -159,7 +174,6 @@ class ServingService:
                 parts += (wire.field_head(_RESULTS, sum(map(len, each))), *each)
             call.finish(*parts, headers=(("x-reqid", context.reqid),))
 
-        tasks = [task_of(each) for each in request.tasks]
         work = _batch(self._dispatcher, tasks, context, self._held)
         _run(call, context, work, answer, partial(_abort, call, context))
 
@@ -177,6 +191,19 @@ def _batch(
 
 def _holds_too_much() -> Unavailable:
     return Unavailable("the gate holds as many bytes of requests and answers as it may", retry_after_s=1.0)
+
+
+def _count_for(app: str, call: Call) -> None:
+    """Count a large call as one of its app. Raises ResourceExhausted: a slow app leaves room to the others."""
+    if not call.belong_to(app):
+        whose = f"the large requests of app {app[:80]!r}" if app else "large batches of several apps"
+        raise ResourceExhausted(f"{whose} hold as many bytes in this gate as they may", retry_after_s=1.0)
+
+
+def _count_batch(tasks: Sequence[Task | ServingError], call: Call) -> None:
+    """Count a large batch as a call of its app, or of none if it has several. Raises ResourceExhausted."""
+    apps = {task.app for task in tasks if isinstance(task, Task)}
+    _count_for(apps.pop() if len(apps) == 1 else "", call)
 
 
 def task_of(request: serving_pb2.EvalRequest) -> Task:
@@ -246,7 +273,10 @@ class EdgeService:
         context = read_call(call, None, self._callers)
         reply = partial(_reply, call, context)
         try:
-            task = (_large_eval(call) if call.size >= LARGE_BYTES else None) or _edge_eval(call)
+            is_large = call.size >= LARGE_BYTES
+            task = (_large_eval(call) if is_large else None) or _edge_eval(call)
+            if is_large:
+                _count_for(task.app, call)
         except (GrpcError, TooMany) as error:
             _refuse_message(call, error)
             return
@@ -265,6 +295,7 @@ class EdgeService:
             check_repeated(message, 0, _EXTENSIONS)
             request = parsed(httpbody_pb2.HttpBody(), message)
             tasks = edge.read_batch(request.content_type, request.data, self._max_batch)
+            _count_batch(tasks, call)
         except (GrpcError, TooMany) as error:
             _refuse_message(call, error)
             return

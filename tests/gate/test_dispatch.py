@@ -119,9 +119,11 @@ class Mesh:
     def delete(self, key: str) -> None:
         self.router.apply({}, {key})
 
-    async def add(self, evaluator: Evaluator, version: str = "v1", *, built_in: bool = False) -> ScriptedInstance:
+    async def add(
+        self, evaluator: Evaluator, version: str = "v1", *, app: str = "app", built_in: bool = False
+    ) -> ScriptedInstance:
         """Start an evaluator and register its instance."""
-        server = ScriptedInstance(evaluator.infer, "app", version, evaluator.name, built_in=built_in)
+        server = ScriptedInstance(evaluator.infer, app, version, evaluator.name, built_in=built_in)
         instance = await server.start()
         self._stack.push_async_callback(server.stop)
         self.put(instance.key, instance)
