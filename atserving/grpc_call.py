@@ -35,15 +35,19 @@ _UNQUOTED = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 _MOST_MESSAGE_CHARS = 1024
 # Smaller parts of a body cost more as objects than as bytes.
 _SMALL_BYTES = 4096
-# What an open stream takes beside its message.
+_NO_HEADERS = Headers()
+# What an open stream takes beside its message and its headers, and what a header takes beside its characters.
 _STREAM_BYTES = 4 << 10
+_HEADER_BYTES = 150
+# Streams with more than usual leave a quarter to others, as large messages do.
+_MANY_HEADER_BYTES = 16 << 10
 
 
 class Call:
     """A unary call; the receiver of its stream.
 
     Its request counts as held by the process from its arrival until the answer, and the answer until it has left, if it
-    is large or its caller does not take it at once.
+    is large or its caller does not take it at once. Its headers count if there are more than a few calls.
     """
 
     __slots__ = (
@@ -73,11 +77,16 @@ class Call:
         """The request's message, serialized, in the parts in which it arrived."""
         self.on_gone: Callable[[], None] = _nothing
         """Called if the caller leaves before the answer."""
+        if held.begin():
+            count = stream_bytes(stream.headers)
+            if not self._take(count, large=count >= _MANY_HEADER_BYTES):
+                method.full(self)
 
     @property
     def size(self) -> int:
         """The bytes of the request's message."""
-        return sum(map(len, self.parts))
+        parts = self.parts
+        return len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
 
     def belong_to(self, owner: str) -> bool:
         """Count a large call as one of this owner. Return False if its owner holds too much."""
@@ -118,14 +127,16 @@ class Call:
         self._size += count
         if self._size > self._most + HEAD.size:
             self.abort(StatusCode.RESOURCE_EXHAUSTED, f"the message is larger than {self._most} bytes")
-        elif not self._take(count, large=self._size >= LARGE_BYTES):
+        elif not self._held.take(count, large=self._size >= LARGE_BYTES):
             self._method.full(self)
-        elif count >= _SMALL_BYTES or not self._chunks:
-            self._chunks.append(data)
-        elif isinstance(last := self._chunks[-1], bytearray) and len(last) < 1 << 16:
-            last += data
         else:
-            self._chunks.append(bytearray(data))
+            self._taken += count
+            if count >= _SMALL_BYTES or not self._chunks:
+                self._chunks.append(data)
+            elif isinstance(last := self._chunks[-1], bytearray) and len(last) < 1 << 16:
+                last += data
+            else:
+                self._chunks.append(bytearray(data))
 
     def _take(self, count: int, *, large: bool) -> bool:
         if not self._held.take(count, large=large):
@@ -156,6 +167,10 @@ class Call:
             log.exception("call failed", path=self._stream.path)
             self.abort(StatusCode.INTERNAL, "the server failed on this call")
 
+    def late(self) -> None:
+        if not self._answered:
+            self.abort(StatusCode.DEADLINE_EXCEEDED, "the request did not arrive in time")
+
     def gone(self) -> None:
         on_gone = self.on_gone
         self._release()
@@ -163,7 +178,9 @@ class Call:
 
     def _release(self) -> None:
         """Let go of the message, and of all that would keep it alive in a circle of references."""
-        self._answered = True
+        if not self._answered:
+            self._answered = True
+            self._held.end()
         self._chunks.clear()
         self.parts = []
         self.on_gone = _nothing
@@ -180,6 +197,7 @@ class Call:
     def _hold(self, count: int) -> None:
         """Count an answer until it has left. Break it off if its caller does not take it, and there is no room."""
         stream = self._stream
+        stream.headers = _NO_HEADERS
         if self._taken or not stream.unsent or self._take(count + _STREAM_BYTES, large=False):
             stream.when_sent(self._give)
         else:
@@ -211,6 +229,12 @@ class Call:
         self._stream.respond(status, Headers([*headers, ("content-length", str(len(body)))]), body)
         if self._taken or self._stream.unsent:
             self._hold(len(body))
+
+
+def stream_bytes(headers: Headers) -> int:
+    """Return about how many bytes an open stream with these headers takes."""
+    characters = len(b"".join(headers.values())) + len("".join(headers.keys()))
+    return _STREAM_BYTES + _HEADER_BYTES * len(headers) + characters
 
 
 class GrpcError(Exception):

@@ -7,9 +7,12 @@ costs ten times as much as the protocol. Source: https://github.com/grpc/grpc/bl
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import cast
 
+import structlog
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc import StatusCode
@@ -25,10 +28,14 @@ from atserving.http2_stream import Headers, Receiver, Stream
 from atserving.sockets import listening_socket
 from atserving.transport import LIVE, MAX_MESSAGE_BYTES
 
+log = structlog.get_logger()
+
 _CONTENT_TYPE = b"application/grpc"
 _SHORT_BYTES = 1 << 10
 # The bound of a server that is given none.
 _MOST_HELD_BYTES = 256 << 20
+# What streaming calls may hold where there is a bound: they watch the health, and last as long as their callers like.
+_MOST_STREAMING_BYTES = 16 << 20
 # After so long a stopping server waits for calls only, no longer for connections and streams.
 _PARTING_S = 1.0
 
@@ -40,7 +47,22 @@ class _Refused:
 
     def ended(self) -> None: ...
 
+    def late(self) -> None: ...
+
     def gone(self) -> None: ...
+
+
+def _refused(stream: Stream, status: StatusCode, message: str) -> _Refused:
+    """Refuse a request before its body."""
+    stream.start(200, failure(status, message), end=True)
+    return _Refused()
+
+
+class _Full(asyncio.Protocol):
+    """Closes a connection that is one too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).abort()
 
 
 class Server:
@@ -58,10 +80,17 @@ class Server:
         held: HeldBytes | None = None,
         *,
         internal: Sequence[ServiceDescriptor] = (),
+        max_connections: int | None = None,
     ) -> None:
-        """``held`` bounds the bytes of all calls together. Reflection does not show the ``internal`` services."""
+        """``held`` bounds the bytes of all unary calls together; with it, streaming calls have a bound, too.
+
+        Reflection does not show the ``internal`` services.
+        """
+        self._max_connections = max_connections
         self._most = max_receive_bytes
         self._held = held or HeldBytes(_MOST_HELD_BYTES)
+        # A registry, which is given no bound, has a stream of each gate and evaluator.
+        self._streaming_held = HeldBytes(_MOST_STREAMING_BYTES if held else sys.maxsize)
         self._unary: dict[str, Unary] = {}
         self._streaming: dict[str, Streaming] = {}
         self._connections: set[http2.Connection] = set()
@@ -94,8 +123,11 @@ class Server:
         self._server = await asyncio.get_running_loop().create_server(self.connect, sock=own)
         return int(own.getsockname()[1])
 
-    def connect(self) -> http2.Connection:
+    def connect(self) -> asyncio.Protocol:
         """Return the protocol of a new connection, for a listener of the caller's own."""
+        if self._max_connections is not None and len(self._connections) >= self._max_connections:
+            log.warning("connection refused", reason=f"this process has {self._max_connections} connections")
+            return _Full()
         return http2.Connection(self._open, self._connections)
 
     async def set_serving(self, serving: bool) -> None:
@@ -132,7 +164,6 @@ class Server:
                 connection.close()
 
     def _open(self, stream: Stream) -> Receiver:
-        refusal: Headers | None = None
         if stream.method != "POST":
             stream.start(405, Headers([("allow", "POST")]), end=True)
             return _Refused()
@@ -142,10 +173,11 @@ class Server:
         if method := self._unary.get(stream.path):
             return Call(stream, method, self._most, self._held)
         if streaming := self._streaming.get(stream.path):
-            return StreamingCall(stream, streaming, _SHORT_BYTES)
-        refusal = failure(StatusCode.UNIMPLEMENTED, "unknown method")
-        stream.start(200, refusal, end=True)
-        return _Refused()
+            try:
+                return StreamingCall(stream, streaming, _SHORT_BYTES, self._streaming_held)
+            except GrpcError as error:
+                return _refused(stream, error.status, str(error))
+        return _refused(stream, StatusCode.UNIMPLEMENTED, "unknown method")
 
     def _status(self, service: str) -> health_pb2.HealthCheckResponse:
         kinds = health_pb2.HealthCheckResponse

@@ -9,13 +9,18 @@ from dataclasses import dataclass
 import structlog
 from grpc import StatusCode
 
-from atserving.grpc_call import HEAD, GrpcError, failure, ok
+from atserving.grpc_call import HEAD, GrpcError, failure, ok, stream_bytes
+from atserving.held import HeldBytes
 from atserving.http2_stream import Headers, Stream
 
 log = structlog.get_logger()
 
 MOST_UNSENT = 64
 """A call waits while its peer has not taken so many messages."""
+
+# What a message takes beside its bytes, and a call beside what every stream takes.
+_MESSAGE_BYTES = 64
+_TASK_BYTES = 4 << 10
 
 Handler = Callable[[AsyncIterator[bytes], Headers], AsyncIterator[bytes]]
 """Answers the messages of a call, which has headers, by messages. Raises GrpcError."""
@@ -40,30 +45,55 @@ class HttpError(GrpcError):
 
 
 class StreamingCall:
-    """A streaming call, which runs in a task."""
+    """A streaming call, which runs in a task. It counts as held by the process, with the messages that wait for it."""
 
-    def __init__(self, stream: Stream, method: Streaming, most: int) -> None:
+    def __init__(self, stream: Stream, method: Streaming, most: int, held: HeldBytes) -> None:
+        """Raises GrpcError if there is no memory for the call."""
         self._stream = stream
         self._method = method
         self._most = most
+        self._held = held
+        self._taken = 0
+        self._take(_TASK_BYTES + stream_bytes(stream.headers))
         self._data = bytearray()
         self._started = False
         self._messages: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._sent = asyncio.Event()
         stream.on_sent = self._sent.set
         self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task.add_done_callback(self._done)
+
+    def _take(self, count: int) -> None:
+        if not self._held.take(count, large=False):
+            raise GrpcError(StatusCode.RESOURCE_EXHAUSTED, "the server holds too many bytes")
+        self._taken += count
+
+    def _give(self, count: int) -> None:
+        self._held.give(count)
+        self._taken -= count
+
+    def _done(self, _: object) -> None:
+        self._give(self._taken)
 
     def received(self, data: bytes) -> None:
+        try:
+            self._receive(data)
+        except GrpcError as error:
+            self._task.cancel()
+            self._end(error)
+
+    def _receive(self, data: bytes) -> None:
+        if self._task.done():
+            return
         self._data += data
         while len(self._data) >= HEAD.size:
             flag, length = HEAD.unpack_from(self._data)
             if flag or length > self._most:
-                self._task.cancel()
                 status = StatusCode.UNIMPLEMENTED if flag else StatusCode.RESOURCE_EXHAUSTED
-                self._stream.start(200, failure(status, "the message is compressed or too large"), end=True)
-                return
+                raise GrpcError(status, "the message is compressed or too large")
             if len(self._data) < HEAD.size + length:
                 break
+            self._take(_MESSAGE_BYTES + length)
             self._messages.put_nowait(bytes(self._data[HEAD.size : HEAD.size + length]))
             del self._data[: HEAD.size + length]
             # The peer waits with more until this one is taken.
@@ -71,6 +101,9 @@ class StreamingCall:
 
     def ended(self) -> None:
         self._messages.put_nowait(None)
+
+    def late(self) -> None:
+        """Go on: a call may last."""
 
     def gone(self) -> None:
         self._task.cancel()
@@ -82,6 +115,7 @@ class StreamingCall:
 
     async def _requests(self) -> AsyncIterator[bytes]:
         while (message := await self._messages.get()) is not None:
+            self._give(_MESSAGE_BYTES + len(message))
             if self._messages.empty():
                 self._stream.resume()
             yield message

@@ -8,6 +8,8 @@ from collections.abc import Callable
 LARGE_BYTES = 1 << 16
 """Requests and answers from here on are large."""
 
+_FEW_CALLS = 256
+
 
 class HeldBytes:
     """Counts bytes. Large requests and answers together leave a quarter of them to the others."""
@@ -17,6 +19,7 @@ class HeldBytes:
         self.reclaim: Callable[[], None] = lambda: None
         """Called before a refusal: gives back what is held no more, but still counts."""
         self._most = most
+        self._calls = 0
         self._most_large = most - most // 4
         self._owned: Counter[str] = Counter()
 
@@ -33,6 +36,18 @@ class HeldBytes:
     def give(self, count: int) -> None:
         """Stop counting bytes."""
         self.held -= count
+
+    def begin(self) -> bool:
+        """Count a call that begins, and return True if there are more than a few: their headers count, too.
+
+        The headers of a few are no danger, and to count them costs more than all else that this class does.
+        """
+        self._calls += 1
+        return self._calls > _FEW_CALLS
+
+    def end(self) -> None:
+        """Count a call that ends."""
+        self._calls -= 1
 
     def share(self, owner: str, count: int) -> Share | None:
         """Let an owner hold so many bytes that count already; return None if it holds too much beside them.
@@ -68,6 +83,10 @@ class Share:
             return False
         self._all.move(self._owner, count)
         return True
+
+    def end(self) -> None:
+        """Count a call that ends."""
+        self._all.end()
 
     def give(self, count: int) -> None:
         """Stop counting bytes."""

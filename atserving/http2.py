@@ -63,6 +63,8 @@ _CONTINUE, _STATUS_100 = b"\0\0\5\1\4", b"\x08\x03100"
 _PING = b"\0\0\x08\6\0\0\0\0\0atserver"
 # After a step that takes longer, a connection lets others have their turn.
 _LONG_S = 0.01
+# So often a connection may find a request incomplete, every 2 s: after 60 to 62 s, as long as the edge waits for one.
+_MOST_TURNS = 31
 # In one second a peer may reset as many requests as it may have open. More is no change of mind but an attack.
 _MAX_RESETS = MAX_STREAMS
 
@@ -109,6 +111,7 @@ class Connection(asyncio.Protocol):
             owes=lambda: bool(self._streams),
             ping=self._ping,
             silent=self._peer_silent,
+            turned=self._find_late,
         )
         self._handshake = self._loop.call_later(_HANDSHAKE_S, self._transport.close)
         self.state.begin()
@@ -394,6 +397,14 @@ class Connection(asyncio.Protocol):
         if self._transport:
             log.warning("caller lost", reason="it does not answer pings", in_flight=len(self._streams))
             self._transport.abort()
+
+    def _find_late(self) -> None:
+        """Tell those who receive requests that need too long to arrive."""
+        for stream in list(self._streams):
+            if not self.state.is_recv_end_stream(stream.id):
+                stream.turns += 1
+                if stream.turns == _MOST_TURNS:
+                    stream.receiver.late()
 
     def pause_writing(self) -> None:
         # A peer that does not read gets no more work done: frames that need an answer would pile up here.

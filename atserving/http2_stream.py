@@ -27,6 +27,9 @@ class Receiver(Protocol):
     def ended(self) -> None:
         """Answer: the request is complete."""
 
+    def late(self) -> None:
+        """Take note that the request is still incomplete, for long."""
+
     def gone(self) -> None:
         """Stop: the peer has reset the request, or the connection has ended."""
 
@@ -46,6 +49,7 @@ class Stream:
         "path",
         "paused",
         "receiver",
+        "turns",
     )
 
     headers: Headers
@@ -59,6 +63,8 @@ class Stream:
         """Whether the peer should send no more than its window, until :meth:`resume`."""
         self.on_sent: Callable[[], None] | None = None
         """Called when the peer's window has taken all that was sent."""
+        self.turns = 0
+        """How often the connection has found the request incomplete."""
         self._connection = connection
         self._outbox: list[tuple[bytes | Headers, bool]] = []
         self._offset = 0

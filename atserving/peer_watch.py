@@ -30,14 +30,19 @@ class PeerWatch:
         owes: Callable[[], bool],
         ping: Callable[[], None],
         silent: Callable[[], None],
+        turned: Callable[[], None],
     ) -> None:
-        """``owes`` tells whether the peer has to be there: an idle one may do as it likes."""
+        """``owes`` tells whether the peer has to be there: an idle one may do as it likes.
+
+        ``turned`` is called every 2 s.
+        """
         self.heard = True
         """Set this whenever the peer has sent anything."""
         self._socket = connection
         self._owes = owes
         self._ping = ping
         self._silent = silent
+        self._turned = turned
         self._pings = 0
         self._loop = asyncio.get_running_loop()
         _keep_alive(connection)
@@ -63,6 +68,7 @@ class PeerWatch:
             self._pings += 1
             self._ping()
         self._wait()
+        self._turned()
 
 
 def _unsent_bytes(connection: socket.socket) -> int:

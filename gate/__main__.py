@@ -32,6 +32,8 @@ from gate.shadow import Shadows
 log = structlog.get_logger()
 
 _TEND_S = 1.0
+# Each thread of an Envoy has one, and one more for 2048 requests in flight.
+_MOST_CONNECTIONS = 2048
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ async def serve(settings: GateSettings) -> None:
         MAX_REQUEST_BYTES,
         held,
         internal=[edge_pb2.DESCRIPTOR.services_by_name["EdgeService"]],
+        max_connections=_MOST_CONNECTIONS,
     )
     shadows = Shadows(router, held)
     dispatcher = Dispatcher(router, follower.synced, shadows)

@@ -15,8 +15,20 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 
 def field(name: bytes, value: bytes) -> bytes:
     """Return a header field, neither packed nor indexed (RFC 7541, section 6.2.2)."""
-    assert max(len(name), len(value)) < 127
-    return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
+    return b"\0" + _length(name) + name + _length(value) + value
+
+
+def _length(text: bytes) -> bytes:
+    """Return the length of a text, as an integer with a prefix of seven bits (RFC 7541, section 5.1)."""
+    left = len(text) - 127
+    if left < 0:
+        return bytes([len(text)])
+    encoded = bytearray([127])
+    while left >= 128:
+        encoded.append(left & 127 | 128)
+        left >>= 7
+    encoded.append(left)
+    return bytes(encoded)
 
 
 def http2_start() -> bytes:
