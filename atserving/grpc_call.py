@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from grpc import StatusCode
 
 from atserving.held import LARGE_BYTES, HeldBytes, Share
-from atserving.http2_stream import ENHANCE_YOUR_CALM, Headers, Stream
+from atserving.http2_stream import ENHANCE_YOUR_CALM, NO_HEADERS, Headers, Stream
 from atserving.wire import Buffer
 
 log = structlog.get_logger()
@@ -35,7 +35,6 @@ _UNQUOTED = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 _MOST_MESSAGE_CHARS = 1024
 # Smaller parts of a body cost more as objects than as bytes.
 _SMALL_BYTES = 4096
-_NO_HEADERS = Headers()
 # What an open stream takes beside its message and its headers, and what a header takes beside its characters.
 _STREAM_BYTES = 4 << 10
 _HEADER_BYTES = 150
@@ -108,7 +107,7 @@ class Call:
 
     @property
     def headers(self) -> Headers:
-        """The headers of the request."""
+        """The headers of the request; none once it is answered."""
         return self._stream.headers
 
     def header(self, name: str) -> str | None:
@@ -197,7 +196,6 @@ class Call:
     def _hold(self, count: int) -> None:
         """Count an answer until it has left. Break it off if its caller does not take it, and there is no room."""
         stream = self._stream
-        stream.headers = _NO_HEADERS
         if self._taken or not stream.unsent or self._take(count + _STREAM_BYTES, large=False):
             stream.when_sent(self._give)
         else:
@@ -212,6 +210,7 @@ class Call:
             return
         sent = Headers([("content-type", "application/grpc"), *headers])
         self._stream.respond(200, sent, b"".join((HEAD.pack(0, length), *message)), ok())
+        self._stream.headers = NO_HEADERS
         if self._taken or self._stream.unsent:
             self._hold(length)
 
@@ -219,6 +218,7 @@ class Call:
         """Answer with a status, in one frame (Trailers-Only)."""
         self._release()
         self._stream.start(200, failure(status, message, trailing), end=True)
+        self._stream.headers = NO_HEADERS
 
     def respond(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
         """Answer as an HTTP server, not by gRPC: Envoy's transcoder passes such a response on unchanged."""
@@ -227,6 +227,7 @@ class Call:
             self._method.full(self)
             return
         self._stream.respond(status, Headers([*headers, ("content-length", str(len(body)))]), body)
+        self._stream.headers = NO_HEADERS
         if self._taken or self._stream.unsent:
             self._hold(len(body))
 

@@ -11,7 +11,7 @@ from grpc import StatusCode
 
 from atserving.grpc_call import HEAD, GrpcError, failure, ok, stream_bytes
 from atserving.held import HeldBytes
-from atserving.http2_stream import Headers, Stream
+from atserving.http2_stream import NO_HEADERS, Headers, Stream
 
 log = structlog.get_logger()
 
@@ -74,6 +74,7 @@ class StreamingCall:
 
     def _done(self, _: object) -> None:
         self._give(self._taken)
+        self._stream.headers = NO_HEADERS
 
     def received(self, data: bytes) -> None:
         try:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 Headers = HeaderMap
 """The headers of a message: names in lower case, values as bytes."""
 
+NO_HEADERS = Headers()
+"""The headers of a request that has ended: it may wait in a circle of references for a garbage collection."""
+
 INTERNAL_ERROR, CANCEL, ENHANCE_YOUR_CALM = 2, 8, 11
 """Reasons for a reset (RFC 9113, section 7)."""
 
@@ -153,3 +156,4 @@ class Stream:
 
     def drop(self) -> None:
         self._outbox.clear()
+        self.headers = NO_HEADERS

@@ -146,20 +146,36 @@ async def test_an_upload_over_the_limit_is_refused_before_it_ends() -> None:
         writer.close()
 
 
-async def test_an_answered_call_lets_go_of_its_message() -> None:
+@pytest.mark.parametrize("end", ["finish", "abort", "respond", "leave", "disconnect"])
+async def test_an_ended_call_lets_go_of_its_message_and_its_headers(end: str) -> None:
     async with calling() as (scripted, client):
-        for leave in (False, True):
+        for _ in range(2):
             answer = method(client, "/test/Wait")(bytes(1 << 20), timeout=WAIT_S)
             await scripted.all_waiting(1)
             call = scripted.waiting.pop()
             assert call.size == 1 << 20
-            if leave:
-                answer.cancel()
-                await scripted.all_gone(1)
-            else:
-                call.finish(b"done")
-                assert await answer == b"done"
+            assert call.header("content-type") == "application/grpc"
+            gone = scripted.gone
+            match end:
+                case "finish":
+                    call.finish(b"done")
+                    assert await answer == b"done"
+                case "abort":
+                    call.abort(grpc.StatusCode.NOT_FOUND, "nothing")
+                    await failure(answer)
+                case "respond":
+                    call.respond(404, (), b"nothing")
+                    await failure(answer)
+                case "leave":
+                    answer.cancel()
+                    await scripted.all_gone(gone + 1)
+                case "disconnect":
+                    for connection in list(scripted.server._connections):
+                        connection.close()
+                    await scripted.all_gone(gone + 1)
+                    await failure(answer)
             assert call.size == 0
+            assert not call.headers
 
 
 async def test_a_stream_whose_answers_nobody_reads_does_not_fill_the_memory() -> None:
