@@ -10,7 +10,7 @@ import base64
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
 
-from atserving.errors import DeadlineExceeded, Internal, InvalidArgument, ServingError
+from atserving.errors import DeadlineExceeded, Internal, InvalidArgument, ServingError, Unauthenticated
 from atserving.grpc_call import Call, GrpcError, deadline_of
 from atserving.grpc_server import Server
 from atserving.grpc_status import grpc_status
@@ -48,6 +48,8 @@ class Context:
     headers: Headers
     deadline: float | None = None
     """The caller's deadline in seconds of time.monotonic()."""
+    caller: str = ""
+    """Who makes the call, if that is proven."""
 
     def header(self, name: str) -> str | None:
         """Return a header, or None if it is missing or no ASCII."""
@@ -59,7 +61,17 @@ Translate = Callable[[Exception], ServingError | None]
 """Returns what an exception means to a caller; None: it is unexpected."""
 
 
-def serve(server: Server, service: ServiceDescriptor, servicer: object, translate: Translate = lambda _: None) -> None:
+Authorize = Callable[[str, Message, Context], str]
+"""Returns who makes a call of a method, empty if nobody knows. Raises ServingErrors for what they may not do."""
+
+
+def serve(
+    server: Server,
+    service: ServiceDescriptor,
+    servicer: object,
+    translate: Translate = lambda _: None,
+    authorize: Authorize | None = None,
+) -> None:
     """Answer the calls of a service by a servicer, which has a method in snake case for each of the service's.
 
     A method takes the request and a :class:`Context`. It returns the response, or yields several for a stream, and
@@ -68,7 +80,7 @@ def serve(server: Server, service: ServiceDescriptor, servicer: object, translat
     for method in service.methods:
         answer = getattr(servicer, re.sub(r"(?<!^)(?=[A-Z])", "_", method.name).lower())
         path = f"/{service.full_name}/{method.name}"
-        one = _Method(path, method, answer, translate)
+        one = _Method(path, method, answer, translate, authorize)
         if method.server_streaming:
             server.stream(path, one.stream, _MOST_UNSENT)
         else:
@@ -78,8 +90,17 @@ def serve(server: Server, service: ServiceDescriptor, servicer: object, translat
 class _Method:
     """One method of a service."""
 
-    def __init__(self, path: str, method: MethodDescriptor, answer: Callable[..., Any], translate: Translate) -> None:
+    def __init__(
+        self,
+        path: str,
+        method: MethodDescriptor,
+        answer: Callable[..., Any],
+        translate: Translate,
+        authorize: Authorize | None,
+    ) -> None:
         self._path = path
+        self._name = method.name
+        self._authorize = authorize
         self._request = GetMessageClass(method.input_type)
         self._rest = RestPaths(method)
         self._answer = answer
@@ -90,6 +111,7 @@ class _Method:
         try:
             context = Context(call.headers, call.deadline())
             request = self._read(call.message, call.headers)
+            context = self._authorized(request, context)
         except GrpcError as error:
             call.abort(error.status, str(error))
             return
@@ -125,7 +147,8 @@ class _Method:
         try:
             context = Context(headers, deadline_of(headers))
             async for message in messages:
-                async for response in self._answer(self._read(message, headers), context):
+                request = self._read(message, headers)
+                async for response in self._answer(request, self._authorized(request, context)):
                     yield response.SerializeToString()
                 return
         except GrpcError:
@@ -141,6 +164,11 @@ class _Method:
         if REST_HEADER in headers and (path := Context(headers).header(ORIGINAL_PATH)):
             self._rest.check(path, request)
         return request
+
+    def _authorized(self, request: Message, context: Context) -> Context:
+        if self._authorize is None:
+            return context
+        return replace(context, caller=self._authorize(self._name, request, context))
 
     def _error(self, error: BaseException, headers: Headers) -> ServingError:
         if isinstance(error, ServingError):
@@ -172,9 +200,12 @@ def _stream_error(error: ServingError, headers: Headers) -> GrpcError:
 
 
 def _http_headers(error: ServingError) -> list[tuple[str, str]]:
-    if error.retry_after_s is None:
-        return [_JSON]
-    return [_JSON, ("retry-after", str(max(1, -int(-error.retry_after_s // 1))))]
+    headers = [_JSON]
+    if error.status == Unauthenticated.status:
+        headers.append(("www-authenticate", "Bearer"))
+    if error.retry_after_s is not None:
+        headers.append(("retry-after", str(max(1, -int(-error.retry_after_s // 1)))))
+    return headers
 
 
 def _body(error: ServingError) -> bytes:

@@ -25,6 +25,7 @@ from registry.comparisons import Comparisons
 from registry.etcd import Connection, EtcdClient, Tls, User
 from registry.instances import Instances
 from registry.mirror import Mirror
+from registry.operators import Operators
 from registry.server import RegistryServicer, translate
 from registry.view import View
 
@@ -47,6 +48,7 @@ class RegistrySettings:
     hold_s: float
     history_entries: int
     history_s: float
+    operators: Path | None = None
 
 
 class _LeaseTtl(click.ParamType[int]):
@@ -75,6 +77,7 @@ async def serve(settings: RegistrySettings) -> None:
     server = Server([following] if two_ports else [following, operating], _MOST_REQUEST_BYTES)
     operators = Server([operating], _MOST_REQUEST_BYTES) if two_ports else server
     servers = [server, operators] if two_ports else [server]
+    known = Operators(settings.operators) if settings.operators else None
     connection = Connection(settings.etcd, tls=settings.tls, user=settings.user)
     async with EtcdClient(connection) as client:
         view = View(hold_s=settings.hold_s)
@@ -84,8 +87,11 @@ async def serve(settings: RegistrySettings) -> None:
         admin = AdminService(mirror, Writer(client, mirror, recorder), History(client), comparisons)
         registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s, view), comparisons)
         rpc.serve(server, following, registry, translate)
-        rpc.serve(operators, operating, admin, translate)
+        rpc.serve(operators, operating, admin, translate, known.authorize if known else None)
         ports = await _start(servers, settings)
+        if not known:
+            where = settings.listen_operators or settings.listen
+            log.warning("operators unknown", reason=f"whoever reaches {where} may publish, see --operators")
         log.info(
             "service starting", listen=settings.listen, port=ports[0], operators_port=ports[-1], etcd=settings.etcd
         )
@@ -184,6 +190,12 @@ _file = click.Path(path_type=Path)
     show_default=True,
     help="How many days it keeps a change.",
 )
+@click.option(
+    "--operators",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Who may operate, with the digests of their tokens; without it, everybody may.",
+)
 @service.hold_option
 @service.log_level_option
 def main(
@@ -198,6 +210,7 @@ def main(
     lease_ttl: int,
     history_entries: int,
     history_days: int,
+    operators: Path | None,
     hold_deletions: float,
     log_level: str,
 ) -> None:
@@ -216,6 +229,7 @@ def main(
         hold_s=hold_deletions,
         history_entries=history_entries,
         history_s=history_days * 86400,
+        operators=operators,
     )
     telemetry.configure_logging("registry", log_level)
     lifecycle.run(serve(settings))

@@ -49,7 +49,10 @@ def set_(name: str, server: str | None, edge: str | None) -> None:
     known = contexts.load()
     before = known.contexts.get(name, Context())
     known.contexts[name] = Context(
-        before.server if server is None else server, before.edge if edge is None else edge.rstrip("/")
+        before.server if server is None else server,
+        before.edge if edge is None else edge.rstrip("/"),
+        # Another registry must not get it.
+        before.token if server in (None, before.server) else "",
     )
     known.current_context = known.current_context or name
     contexts.save(known)

@@ -24,6 +24,8 @@ class Context(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """The registries: ``host:port[,host:port...]``."""
     edge: str = ""
     """The URL of an Envoy."""
+    token: str = ""
+    """What shows the registries who the operator is."""
 
 
 class UnknownContext(StartError):  # noqa: N818
@@ -85,19 +87,36 @@ def check_name(name: str) -> None:
         raise click.BadParameter(f"{name!r} should match {_NAME.pattern}")
 
 
+def chosen_name() -> str:
+    """Return the name of ``--context``, or else of the current one; empty without any. Raises StartError."""
+    running = click.get_current_context(silent=True)
+    named_here = running.meta.get(_META) if running else None
+    return named_here or load().current_context
+
+
 def chosen() -> Context:
     """Return the context of ``--context``, or else the current one; an empty one without any. Raises StartError."""
     running = click.get_current_context(silent=True)
-    name = running.meta.get(_META) if running else None
     try:
-        contexts = load()
-        name = name or contexts.current_context
-        return named(contexts, name) if name else Context()
+        name = chosen_name()
+        return named(load(), name) if name else Context()
     except StartError:
         # A shell that completes a word shows no errors.
         if running and running.resilient_parsing:
             return Context()
         raise
+
+
+def token() -> str:
+    """Return the token that a command shows: that of ATSERVING_TOKEN, or of the context.
+
+    Registries that the context does not name get none of it.
+    """
+    if given := os.environ.get("ATSERVING_TOKEN", ""):
+        return given
+    running = click.get_current_context(silent=True)
+    by_context = running and running.get_parameter_source("server") is ParameterSource.DEFAULT
+    return chosen().token if by_context else ""
 
 
 class OfMesh(click.Option):

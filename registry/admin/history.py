@@ -63,6 +63,8 @@ class Change(msgspec.Struct, frozen=True, omit_defaults=True):
     method: str = ""
     """Empty: it was not made through the API."""
     message: str = ""
+    proven: bool = False
+    """Whether somebody has checked who the actor is."""
     created: int = 0
     """The revision that wrote the entry, which orders them."""
 
@@ -74,6 +76,7 @@ class Note(msgspec.Struct, frozen=True):
     method: str = ""
     message: str = ""
     time: float = 0.0
+    proven: bool = False
 
 
 class History:
@@ -180,7 +183,7 @@ class Recorder:
         for number, (app, keys) in enumerate(changed.items()):
             by_key = tuple(sorted(keys, key=lambda each: each.key))
             moment_s = note.time or time.time()
-            entry = Change(revision, app, moment_s, by_key, note.actor, note.method, note.message)
+            entry = Change(revision, app, moment_s, by_key, note.actor, note.method, note.message, note.proven)
             await self._keep(entry, seen=number == len(changed) - 1)
         self._reach(revision)
 

@@ -264,6 +264,8 @@ def change_to(change: Change) -> admin_pb2.Change:
     kind = kinds.ACTOR_KIND_ETCD
     if change.method:
         kind = kinds.ACTOR_KIND_CLIENT if change.actor else kinds.ACTOR_KIND_UNSPECIFIED
+    if change.proven:
+        kind = kinds.ACTOR_KIND_OPERATOR
     message = kinds(
         revision=str(change.revision),
         app=change.app,

@@ -33,6 +33,10 @@ _ENTRIES = 16
 class Context(Protocol):
     """What is known of a call beside its request."""
 
+    @property
+    def caller(self) -> str:
+        """Who makes the call, if that is proven."""
+
     def header(self, name: str) -> str | None:
         """Return a header, or None if it is missing."""
 
@@ -136,10 +140,10 @@ class Reads:
                     response.problems.add(kind=kind, key=key, reason=reason)
         return response
 
-    async def get_status(self, _: admin_pb2.GetStatusRequest, __: Context) -> admin_pb2.Status:
+    async def get_status(self, _: admin_pb2.GetStatusRequest, context: Context) -> admin_pb2.Status:
         view = self._view
         stale = self._mirror.reason if view.stale or not view.synced.is_set() else ""
-        status = admin_pb2.Status(software=__version__, revision=view.revision, stale=stale)
+        status = admin_pb2.Status(software=__version__, revision=view.revision, stale=stale, operator=context.caller)
         status.time.GetCurrentTime()
         return status
 

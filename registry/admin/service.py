@@ -40,7 +40,7 @@ class AdminService(Reads):
         super().__init__(mirror, history, comparisons)
         self._writer = writer
 
-    async def update_app(self, request: admin_pb2.UpdateAppRequest, _: Context) -> admin_pb2.App:
+    async def update_app(self, request: admin_pb2.UpdateAppRequest, context: Context) -> admin_pb2.App:
         app = request.app
         name = messages.name_from(app.name, "app.name")
         fields: dict[str, Any] = {}
@@ -53,36 +53,38 @@ class AdminService(Reads):
             fields["shadow"] = {"percent": app.shadow.percent, **given}
         wanted = messages.wanted(fields, request.update_mask.paths, _APP_MASK)
         changes = {path: fields.get(path) for path in wanted}
-        intent = _intent("UpdateApp", request, app.etag)
+        intent = _intent(context, "UpdateApp", request, app.etag)
         state = await self._writer.write(name, intent, lambda state: edits.route(state, changes, force=request.force))
         return messages.app_to(state)
 
-    async def set_alias(self, request: admin_pb2.SetAliasRequest, _: Context) -> admin_pb2.App:
+    async def set_alias(self, request: admin_pb2.SetAliasRequest, context: Context) -> admin_pb2.App:
         app = messages.name_from(request.app, "app")
         alias = messages.name_from(request.alias, "alias")
         version = messages.name_from(request.version, "version")
         state = await self._writer.write(
             app,
-            _intent("SetAlias", request, request.etag),
+            _intent(context, "SetAlias", request, request.etag),
             lambda state: edits.set_alias(state, alias, version, force=request.force),
         )
         return messages.app_to(state)
 
-    async def delete_alias(self, request: admin_pb2.DeleteAliasRequest, _: Context) -> admin_pb2.App:
+    async def delete_alias(self, request: admin_pb2.DeleteAliasRequest, context: Context) -> admin_pb2.App:
         app = messages.name_from(request.app, "app")
         state = await self._writer.write(
             app,
-            _intent("DeleteAlias", request, request.etag),
+            _intent(context, "DeleteAlias", request, request.etag),
             lambda state: edits.delete_alias(state, request.alias),
         )
         return messages.app_to(state)
 
-    async def delete_app(self, request: admin_pb2.DeleteAppRequest, _: Context) -> admin_pb2.DeleteAppResponse:
+    async def delete_app(self, request: admin_pb2.DeleteAppRequest, context: Context) -> admin_pb2.DeleteAppResponse:
         app = messages.name_from(request.app, "app")
-        await self._writer.write(app, _intent("DeleteApp", request, request.etag), edits.delete_app)
+        await self._writer.write(app, _intent(context, "DeleteApp", request, request.etag), edits.delete_app)
         return admin_pb2.DeleteAppResponse()
 
-    async def apply_config(self, request: admin_pb2.ApplyConfigRequest, _: Context) -> admin_pb2.ApplyConfigResponse:
+    async def apply_config(
+        self, request: admin_pb2.ApplyConfigRequest, context: Context
+    ) -> admin_pb2.ApplyConfigResponse:
         app = messages.app_from(request.app)
         wanted = dict(request.values)
         found: list[admin_pb2.KeyChange] = []
@@ -95,12 +97,12 @@ class AdminService(Reads):
             etag = state.etag
             return made
 
-        after = await self._writer.write(app, _intent("ApplyConfig", request, request.etag), edit)
+        after = await self._writer.write(app, _intent(context, "ApplyConfig", request, request.etag), edit)
         warnings = [f"{key}: {reason}" for key, reason in sorted(after.warnings.items())]
         etag = etag if request.validate_only else after.etag
         return admin_pb2.ApplyConfigResponse(etag=etag, changes=found, warnings=warnings)
 
-    async def split_app(self, request: admin_pb2.SplitAppRequest, _: Context) -> admin_pb2.App:
+    async def split_app(self, request: admin_pb2.SplitAppRequest, context: Context) -> admin_pb2.App:
         app = messages.name_from(request.app, "app")
         weights = dict(request.weights)
         if request.by_capacity and (weights or request.exclusive):
@@ -112,9 +114,9 @@ class AdminService(Reads):
                 return edits.split_by_capacity(state)
             return edits.split(state, weights, exclusive=request.exclusive)
 
-        return messages.app_to(await self._writer.write(app, _intent("SplitApp", request, request.etag), edit))
+        return messages.app_to(await self._writer.write(app, _intent(context, "SplitApp", request, request.etag), edit))
 
-    async def rollback_app(self, request: admin_pb2.RollbackAppRequest, _: Context) -> admin_pb2.App:
+    async def rollback_app(self, request: admin_pb2.RollbackAppRequest, context: Context) -> admin_pb2.App:
         app = messages.app_from(request.app)
         whose = f"app {app!r}" if app else "the default"
         etag = await self._writer.etag(app)
@@ -135,19 +137,21 @@ class AdminService(Reads):
                 raise Aborted("it changed at the same time: look at its history, and try again")
             return edits.roll_back(state, undone)
 
-        return messages.app_to(await self._writer.write(app, _intent("RollbackApp", request, request.etag), edit))
+        return messages.app_to(
+            await self._writer.write(app, _intent(context, "RollbackApp", request, request.etag), edit)
+        )
 
-    async def create_release(self, request: admin_pb2.CreateReleaseRequest, _: Context) -> admin_pb2.Release:
+    async def create_release(self, request: admin_pb2.CreateReleaseRequest, context: Context) -> admin_pb2.Release:
         release, given = _release(request.release)
         state = await self._writer.write(
             release.name,
-            _intent("CreateRelease", request, request.release.etag),
+            _intent(context, "CreateRelease", request, request.release.etag),
             lambda state: edits.put_release(state, release, given),
             lambda state: state.etag_of(release.key),
         )
         return messages.release_to(state, state.releases[release.version])
 
-    async def update_release(self, request: admin_pb2.UpdateReleaseRequest, _: Context) -> admin_pb2.Release:
+    async def update_release(self, request: admin_pb2.UpdateReleaseRequest, context: Context) -> admin_pb2.Release:
         message = request.release
         paths = list(request.update_mask.paths)
         given = messages.release_fields(message)
@@ -162,6 +166,7 @@ class AdminService(Reads):
         given = {name: value for name, value in given.items() if name in _RELEASE_MASK}
         changes = {name: given.get(name) for name in messages.wanted(given, paths, _RELEASE_MASK)}
         return await self._change_release(
+            context,
             "UpdateRelease",
             message.app,
             message.version,
@@ -170,8 +175,9 @@ class AdminService(Reads):
             lambda state: edits.amend_release(state, message.version, changes),
         )
 
-    async def promote_release(self, request: admin_pb2.PromoteReleaseRequest, _: Context) -> admin_pb2.Release:
+    async def promote_release(self, request: admin_pb2.PromoteReleaseRequest, context: Context) -> admin_pb2.Release:
         return await self._change_release(
+            context,
             "PromoteRelease",
             request.app,
             request.version,
@@ -180,8 +186,9 @@ class AdminService(Reads):
             lambda state: edits.promote(state, request.version, exclusive=request.exclusive),
         )
 
-    async def demote_release(self, request: admin_pb2.DemoteReleaseRequest, _: Context) -> admin_pb2.Release:
+    async def demote_release(self, request: admin_pb2.DemoteReleaseRequest, context: Context) -> admin_pb2.Release:
         return await self._change_release(
+            context,
             "DemoteRelease",
             request.app,
             request.version,
@@ -192,6 +199,7 @@ class AdminService(Reads):
 
     async def _change_release(
         self,
+        context: Context,
         method: str,
         app: str,
         name: str,
@@ -203,32 +211,32 @@ class AdminService(Reads):
         messages.name_from(name, "version")
         state = await self._writer.write(
             app,
-            _intent(method, request, etag),
+            _intent(context, method, request, etag),
             edit,
             lambda state: state.etag_of(edits.release_of(state, name).key),
         )
         return messages.release_to(state, edits.release_of(state, name))
 
     async def delete_release(
-        self, request: admin_pb2.DeleteReleaseRequest, _: Context
+        self, request: admin_pb2.DeleteReleaseRequest, context: Context
     ) -> admin_pb2.DeleteReleaseResponse:
         app = messages.name_from(request.app, "app")
         version = messages.name_from(request.version, "version")
         await self._writer.write(
             app,
-            _intent("DeleteRelease", request, request.etag),
+            _intent(context, "DeleteRelease", request, request.etag),
             lambda state: edits.delete_release(state, version, force=request.force),
             lambda state: state.etag_of(edits.release_of(state, version).key),
         )
         return admin_pb2.DeleteReleaseResponse()
 
-    async def update_access(self, request: admin_pb2.UpdateAccessRequest, _: Context) -> admin_pb2.Access:
+    async def update_access(self, request: admin_pb2.UpdateAccessRequest, context: Context) -> admin_pb2.Access:
         fields = messages.access_fields(request.access)
         paths = list(request.update_mask.paths)
         app = messages.app_from(request.access.app)
         state = await self._writer.write(
             app,
-            _intent("UpdateAccess", request, request.access.etag),
+            _intent(context, "UpdateAccess", request, request.access.etag),
             lambda state: edits.put_access(
                 state,
                 messages.masked(
@@ -239,20 +247,22 @@ class AdminService(Reads):
         )
         return messages.access_to(state)
 
-    async def delete_access(self, request: admin_pb2.DeleteAccessRequest, _: Context) -> admin_pb2.DeleteAccessResponse:
+    async def delete_access(
+        self, request: admin_pb2.DeleteAccessRequest, context: Context
+    ) -> admin_pb2.DeleteAccessResponse:
         await self._delete(
-            "DeleteAccess", messages.app_from(request.app), "access rules", access_key, request, request.etag
+            context, "DeleteAccess", messages.app_from(request.app), "access rules", access_key, request, request.etag
         )
         return admin_pb2.DeleteAccessResponse()
 
-    async def update_worker(self, request: admin_pb2.UpdateWorkerRequest, _: Context) -> admin_pb2.Worker:
+    async def update_worker(self, request: admin_pb2.UpdateWorkerRequest, context: Context) -> admin_pb2.Worker:
         message = request.worker
         app, version = messages.app_from(message.app), messages.version_from(message.version)
         fields = messages.worker_fields(message)
         paths = list(request.update_mask.paths)
         state = await self._writer.write(
             app,
-            _intent("UpdateWorker", request, message.etag),
+            _intent(context, "UpdateWorker", request, message.etag),
             lambda state: edits.put_worker(
                 state,
                 version,
@@ -268,9 +278,12 @@ class AdminService(Reads):
         )
         return messages.worker_to(state, version)
 
-    async def delete_worker(self, request: admin_pb2.DeleteWorkerRequest, _: Context) -> admin_pb2.DeleteWorkerResponse:
+    async def delete_worker(
+        self, request: admin_pb2.DeleteWorkerRequest, context: Context
+    ) -> admin_pb2.DeleteWorkerResponse:
         version = messages.version_from(request.version)
         await self._delete(
+            context,
             "DeleteWorker",
             messages.app_from(request.app),
             "worker settings",
@@ -281,20 +294,28 @@ class AdminService(Reads):
         return admin_pb2.DeleteWorkerResponse()
 
     async def _delete(
-        self, method: str, app: str, what: str, key_of: Callable[[str], str], request: _Write, etag: str
+        self,
+        context: Context,
+        method: str,
+        app: str,
+        what: str,
+        key_of: Callable[[str], str],
+        request: _Write,
+        etag: str,
     ) -> None:
         key = key_of(app)
         await self._writer.write(
             app,
-            _intent(method, request, etag),
+            _intent(context, method, request, etag),
             lambda state: edits.delete_key(state, key, what),
             lambda state: state.etag_of(key),
         )
 
     async def accept_deletions(
-        self, request: admin_pb2.AcceptDeletionsRequest, _: Context
+        self, request: admin_pb2.AcceptDeletionsRequest, context: Context
     ) -> admin_pb2.AcceptDeletionsResponse:
-        await self._writer.accept_deletions(request.actor, request.message)
+        if not request.validate_only:
+            await self._writer.accept_deletions(_intent(context, "AcceptDeletions", request, ""))
         return admin_pb2.AcceptDeletionsResponse(ttl=Duration(seconds=ACCEPT_S))
 
 
@@ -310,9 +331,11 @@ def _release(message: admin_pb2.Release) -> tuple[Release, Collection[str]]:
         raise InvalidArgument(str(error), fields={field: reason}) from None
 
 
-def _intent(method: str, request: _Write, etag: str) -> Intent:
+def _intent(context: Context, method: str, request: _Write, etag: str) -> Intent:
     _check_texts(request)
-    return Intent(method, etag, request.validate_only, request.force, request.message, request.actor)
+    # A proven name counts more than what the client says.
+    actor, proven = context.caller or request.actor, bool(context.caller)
+    return Intent(method, etag, request.validate_only, request.force, request.message, actor, proven)
 
 
 def _check_texts(request: _Write) -> None:

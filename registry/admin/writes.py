@@ -56,10 +56,14 @@ class Intent:
     force: bool = False
     message: str = ""
     actor: str = ""
+    proven: bool = False
+    """Whether somebody has checked that the actor is who it says."""
 
     def note(self) -> str:
         """Return what the recorder takes into the history."""
         fields = {"actor": self.actor, "method": self.method, "message": self.message, "time": time.time()}
+        if self.proven:
+            fields["proven"] = True
         return orjson.dumps(fields).decode()
 
 
@@ -112,13 +116,12 @@ class Writer:
                 return _at_revision(after, edits, written)
         raise Unavailable(f"the config of {app or 'all apps'} keeps changing in etcd: try again")
 
-    async def accept_deletions(self, actor: str, message: str) -> None:
+    async def accept_deletions(self, intent: Intent) -> None:
         """Let every registry and gate take the deletions that it holds back. Raises EtcdError."""
         lease = await self._client.grant(ACCEPT_S)
-        note = Intent("AcceptDeletions", message=message, actor=actor).note()
-        words = [put(ACCEPT_KEY, Acceptance().to_json(), lease.id), put(NOTE_KEY, note)]
+        words = [put(ACCEPT_KEY, Acceptance().to_json(), lease.id), put(NOTE_KEY, intent.note())]
         revision = (await self._client.txn([], words)).header.revision
-        log.warning("deletions accepted", revision=revision, actor=actor, reason=message)
+        log.warning("deletions accepted", revision=revision, actor=intent.actor, reason=intent.message)
         await self._settled(revision)
 
     async def until_recorded(self) -> None:

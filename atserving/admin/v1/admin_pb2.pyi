@@ -1900,12 +1900,15 @@ class Status(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     STALE_FIELD_NUMBER: _builtins.int
     TIME_FIELD_NUMBER: _builtins.int
+    OPERATOR_FIELD_NUMBER: _builtins.int
     software: _builtins.str
     """The version of AtServing."""
     revision: _builtins.int
     """The revision of etcd up to which it has the config."""
     stale: _builtins.str
     """Why it may lack changes: etcd is away. Empty while it follows etcd."""
+    operator: _builtins.str
+    """The operator who asks; empty if the registry knows none."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
         """Its clock."""
@@ -1917,10 +1920,11 @@ class Status(_message.Message):
         revision: _builtins.int = ...,
         stale: _builtins.str = ...,
         time: _timestamp_pb2.Timestamp | None = ...,
+        operator: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "software", b"software", "stale", b"stale", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["operator", b"operator", "revision", b"revision", "software", b"software", "stale", b"stale", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2319,19 +2323,25 @@ Global___WatchAppResponse: _TypeAlias = WatchAppResponse  # noqa: Y015
 class AcceptDeletionsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
+    validate_only: _builtins.bool
+    force: _builtins.bool
     message: _builtins.str
     actor: _builtins.str
     def __init__(
         self,
         *,
+        validate_only: _builtins.bool = ...,
+        force: _builtins.bool = ...,
         message: _builtins.str = ...,
         actor: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "force", b"force", "message", b"message", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from atserving import transport
 from atserving.admin.v1.admin_pb2_grpc import AdminServiceStub
+from atserving.cli import contexts
 from atserving.cli.tables import printable
 from atserving.errors import StartError
 
@@ -20,7 +21,7 @@ _CALL_TIMEOUT_S = 10.0
 _CONNECT_TIMEOUT_S = 3.0
 _PAGE_SIZE = 1000
 
-NOT_FOUND, REFUSED, INVALID, UNAVAILABLE = 3, 5, 6, 7
+NOT_FOUND, REFUSED, INVALID, UNAVAILABLE, FORBIDDEN = 3, 5, 6, 7, 9
 """Exit statuses, by which a script tells failures apart."""
 
 _Status = grpc.StatusCode
@@ -30,6 +31,8 @@ _EXIT_STATUSES = {
     _Status.ABORTED: 4,
     _Status.FAILED_PRECONDITION: REFUSED,
     _Status.INVALID_ARGUMENT: INVALID,
+    _Status.UNAUTHENTICATED: FORBIDDEN,
+    _Status.PERMISSION_DENIED: FORBIDDEN,
     _Status.UNAVAILABLE: UNAVAILABLE,
     _Status.DEADLINE_EXCEEDED: UNAVAILABLE,
 }
@@ -52,10 +55,12 @@ class CommandError(StartError):
 class Servers:
     """Registries, asked in turn. All methods raise CommandError."""
 
-    def __init__(self, addresses: list[str], timeout_s: float = _CALL_TIMEOUT_S) -> None:
-        """A server has ``timeout_s`` for the connection and a call."""
+    def __init__(self, addresses: list[str], timeout_s: float = _CALL_TIMEOUT_S, token: str | None = None) -> None:
+        """A server has ``timeout_s`` for the connection and a call. Without a token, that of the context is shown."""
         self.addresses = addresses
         self._timeout_s = timeout_s
+        token = contexts.token() if token is None else token
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else None
 
     def read(self, method: Method[Request, Response], request: Request) -> Response:
         """Call the servers until one answers."""
@@ -74,7 +79,9 @@ class Servers:
                     failure = _unconnected(address)
                     continue
                 try:
-                    return method(AdminServiceStub(channel))(request, timeout=until_s - time.monotonic())
+                    return method(AdminServiceStub(channel))(
+                        request, timeout=until_s - time.monotonic(), metadata=self._metadata
+                    )
                 except grpc.RpcError as error:
                     failure = _failure(address, error)
                     if failure.exit_status != UNAVAILABLE or not repeat:
@@ -91,7 +98,7 @@ class Servers:
                     continue
                 begun = False
                 try:
-                    for response in method(AdminServiceStub(channel))(request):
+                    for response in method(AdminServiceStub(channel))(request, metadata=self._metadata):
                         begun = True
                         yield response
                     return

@@ -20,7 +20,8 @@ def _completing(find: Callable[[Servers, str], Iterable[str]]) -> Callable[..., 
         addresses = context.params.get("server") or [DEFAULT_SERVER]
         try:
             # All of them within the time that somebody waits for a completion.
-            servers = Servers(addresses, _PATIENCE_S / len(addresses))
+            with context.scope():
+                servers = Servers(addresses, _PATIENCE_S / len(addresses))
             names = find(servers, context.params.get("app") or "")
             return sorted(name for name in names if name.startswith(incomplete))
         except CommandError:

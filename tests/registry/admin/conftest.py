@@ -29,6 +29,8 @@ _numbers = itertools.count()
 class NoContext:
     """The context of a call without headers."""
 
+    caller = ""
+
     def header(self, name: str) -> str | None:
         return None
 
