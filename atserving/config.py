@@ -2,7 +2,8 @@
 
 All keys are below ``/ava/serving/``, and all values are JSON. The parser ignores unknown fields, so that a newer writer
 does not break an older reader; :func:`read` warns of them. Unknown fields of access rules may be misspelt rules: they
-must not open an app. A malformed value raises :class:`MalformedConfig`, which names the field.
+must not open an app, nor must unknown keys (:mod:`atserving.misplaced_rules`). A malformed value raises
+:class:`MalformedConfig`, which names the field.
 """
 
 from __future__ import annotations
@@ -277,7 +278,12 @@ CLOSED = AppMetadata(public=False, user_whitelist=())
 def is_access_rules(key: str) -> bool:
     """Return whether a key holds the access rules of an app, or those of all apps."""
     start, _, app = key.rpartition("/")
-    return key == DEFAULT_APP_METADATA_KEY or (f"{start}/" == app_metadata_key("") and bool(app))
+    return key == DEFAULT_APP_METADATA_KEY or (f"{start}/" == app_metadata_key("") and is_name(app))
+
+
+def may_be_rule(field: str) -> bool:
+    """Return whether the name of a field is one of a rule of access, or like one."""
+    return known_fields.meant(field, AppMetadata.__struct_fields__) in _RULES
 
 
 def instance_key(app: str, version: str, id_: str) -> str:
@@ -302,15 +308,25 @@ def app_of(key: str) -> str | None:
     match key.removeprefix(PREFIX).split("/", 6):
         case ["app", "default", "metadata"] | ["worker", "default"] | ["deletions", "accepted"]:
             return None
+        case ["app", "metadata" | "routing", app] if key.startswith(PREFIX) and is_name(app):
+            return app
         case (
             ["eval", app, _]
-            | ["app", "metadata" | "routing", app]
             | ["worker", "app", app, "default"]
             | ["worker", "app", app, "release", _]
             | ["instance", app, _, _]
         ) if key.startswith(PREFIX):
             return app
     raise MalformedConfig("unknown key")
+
+
+def is_known(key: str) -> bool:
+    """Return whether a key is one of the config."""
+    try:
+        app_of(key)
+    except MalformedConfig:
+        return False
+    return True
 
 
 def parse(key: str, value: str | bytes) -> ConfigValue:
@@ -334,7 +350,7 @@ def _parse(key: str, value: str | bytes) -> tuple[ConfigValue, str]:
     app_of(key)
     if key.startswith(_INSTANCES) and (instance := _instance(key, value)):
         return instance, ""
-    fields = _fields(value)
+    fields = fields_of(value)
     kind: type[Release | AppMetadata | AppRouting | WorkerConfig | Instance]
     expected: dict[str, str] = {}
     match key.removeprefix(PREFIX).split("/"):
@@ -382,7 +398,7 @@ def check_cost(value: str | bytes) -> None:
         raise MalformedConfig(f"{parts} commas and opening brackets exceed the limit of {_MAX_PARTS}")
 
 
-def _fields(value: str | bytes) -> dict[str, Any]:
+def fields_of(value: str | bytes) -> dict[str, Any]:
     """Return the fields of a value. Raises MalformedConfig."""
     check_cost(value)
     try:
@@ -414,7 +430,7 @@ def check_names(value: str | bytes) -> None:
 
 def _check_rules(rules: AppMetadata, fields: Mapping[str, Any], unknown: list[str]) -> None:
     """Raise MalformedConfig if the writer may have meant a rule that is not there."""
-    misspelt = [name for name in unknown if known_fields.meant(name, AppMetadata.__struct_fields__) in _RULES]
+    misspelt = [name for name in unknown if may_be_rule(name)]
     if misspelt or (unknown and not rules.says_who):
         raise MalformedConfig(known_fields.warning(misspelt or unknown, AppMetadata.__struct_fields__))
     empty = [rule for rule in _RULES if rule in fields]

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc.aio
 import structlog
 
-from atserving import lifecycle, transport
+from atserving import lifecycle, misplaced_rules, transport
 from atserving.config import CLOSED, ConfigValue, MalformedConfig, is_access_rules, parse
 from atserving.config_cache import ConfigCache
 from atserving.holdback import Holdback
@@ -155,7 +155,7 @@ class ConfigFollower:
                 upserts[entry.key] = parse(entry.key, entry.value_json)
             except MalformedConfig as error:
                 log.warning("config skipped", key=entry.key, reason=str(error))
-                if is_access_rules(entry.key):
+                if is_access_rules(entry.key) or misplaced_rules.may_hold(entry.key, entry.value_json):
                     upserts[entry.key] = CLOSED
         written = {entry.key for entry in response.upserts}
         deletes: Set[str] = set(response.deletes)

@@ -13,7 +13,7 @@ from typing import Generic
 
 import structlog
 
-from atserving import config
+from atserving import config, misplaced_rules
 from atserving.config import (
     Acceptance,
     AppMetadata,
@@ -99,6 +99,8 @@ class Router(Generic[ConnectionT]):
         # Registered, but with other content than their release has now; they may fit again.
         self._outdated: dict[tuple[str, str], dict[str, Endpoint[ConnectionT]]] = {}
         self._settings: dict[str, AppMetadata | AppRouting | WorkerConfig] = {}
+        # Access rules under an unknown key, and the apps that it closes.
+        self._misplaced: dict[str, tuple[str, ...]] = {}
         # The turns of each app's versions in production; valid until their weights change.
         self._splits: dict[str, Split] = {}
         self._usage = Usage(clock)
@@ -118,11 +120,14 @@ class Router(Generic[ConnectionT]):
                 self._compare(value)
             elif isinstance(value, Instance):
                 self._enter(value)
+            elif isinstance(value, AppMetadata) and not config.is_access_rules(key):
+                self._misplaced[key] = misplaced_rules.apps_of(key)
             elif not isinstance(value, Acceptance):
                 self._settings[key] = value
 
     def _delete(self, key: str) -> None:
         self._settings.pop(key, None)
+        self._misplaced.pop(key, None)
         match key.removeprefix(config.PREFIX).split("/"):
             case ["eval", app, version]:
                 versions = self._releases.get(app, {})
@@ -223,9 +228,11 @@ class Router(Generic[ConnectionT]):
 
     def rules(self, app: str) -> tuple[AppMetadata, AppMetadata]:
         """Return the access rules of an app, which need not exist, and the default ones."""
-        return self._metadata(config.app_metadata_key(app)), self._metadata(config.DEFAULT_APP_METADATA_KEY)
+        return self._metadata(config.app_metadata_key(app), app), self._metadata(config.DEFAULT_APP_METADATA_KEY, "")
 
-    def _metadata(self, key: str) -> AppMetadata:
+    def _metadata(self, key: str, app: str) -> AppMetadata:
+        if any(app in closed for closed in self._misplaced.values()):
+            return config.CLOSED
         value = self._settings.get(key)
         return value if isinstance(value, AppMetadata) else _NO_METADATA
 

@@ -4,7 +4,8 @@ Three invariants hold at any time:
 
 1. ``entries`` equals the store at ``revision``, but with well-formed values only. A key with a malformed value is in
    ``malformed``, and its entry keeps the last good value since the key was created. Malformed access rules are closed,
-   whatever they were before. A key whose deletion is held back (:mod:`atserving.holdback`) keeps its entry.
+   whatever they were before, and so are those under an unknown key (:mod:`atserving.misplaced_rules`). A key whose
+   deletion is held back (:mod:`atserving.holdback`) keeps its entry.
 2. A subscriber that applies its steps in order has the ``entries`` of the last step.
 3. A slow subscriber delays nobody.
 """
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from atserving import misplaced_rules
 from atserving.config import CLOSED, ConfigValue, MalformedConfig, app_of, is_access_rules, read
 from atserving.holdback import Holdback
 
@@ -195,11 +197,12 @@ class View:
 
     def _enter(self, key: str, entry: Entry) -> None:
         self.entries[key] = entry
-        self.by_app.setdefault(app_of(key) or "", set()).add(key)
+        if (app := _app(key)) is not None:
+            self.by_app.setdefault(app, set()).add(key)
 
     def _remove(self, key: str) -> None:
-        if self.entries.pop(key, None):
-            keys = self.by_app[app := app_of(key) or ""]
+        if self.entries.pop(key, None) and (app := _app(key)) is not None:
+            keys = self.by_app[app]
             keys.discard(key)
             if not keys:
                 del self.by_app[app]
@@ -207,15 +210,19 @@ class View:
     def _put_malformed(self, put: Put, reason: str) -> None:
         self.warnings.pop(put.key, None)
         known = self.entries.get(put.key)
-        closes = is_access_rules(put.key)
-        if known and known.created != put.created:
-            # The key was deleted and created again, so the last good value belongs to its earlier life.
+        misplaced = misplaced_rules.may_hold(put.key, put.value)
+        closes = is_access_rules(put.key) or (misplaced and bool(misplaced_rules.apps_of(put.key)))
+        if known and (known.created != put.created or known.value is CLOSED):
+            # The key was deleted and created again, so the last good value belongs to its earlier life; or it has none.
             self._remove(put.key)
+        if misplaced:
+            reason = f"{reason}; {misplaced_rules.consequence(put.key)}"
+        elif closes:
+            which = "the app is" if app_of(put.key) else "apps without rules of their own are"
+            reason = f"{reason}; {which} closed until you correct the value"
         if closes:
             # The last good rules may be what their writer wanted to close; without any, an app is open to all.
             self._enter(put.key, Entry(CLOSED.to_json(), CLOSED, put.created, put.revision))
-            which = "the app is" if app_of(put.key) else "apps without rules of their own are"
-            reason = f"{reason}; {which} closed until you correct the value"
         if self.malformed.get(put.key) != reason:
             kept = put.key in self.entries and not closes
             log.warning("config skipped", key=put.key, reason=reason, last_good_kept=kept)
@@ -229,7 +236,9 @@ class View:
             if new and (old is None or old.value_json != new.value_json):
                 upserts[key] = new.value_json
         deletes = frozenset(key for key, old in before.items() if old and key not in self.entries)
-        rewritten = frozenset(key for key in before if key not in upserts and key not in deletes and _is_known(key))
+        rewritten = frozenset(
+            key for key in before if key not in upserts and key not in deletes and _app(key) is not None
+        )
         return Delta(upserts, deletes, self.revision, rewritten=rewritten)
 
     def _publish(self, delta: Delta) -> None:
@@ -289,16 +298,16 @@ class Subscription:
 
 
 def concerns(key: str, app: str) -> bool:
-    """Return whether a key belongs to an app or to the defaults. The empty app stands for all apps."""
-    return not app or app_of(key) in (None, app)
+    """Return whether a key belongs to an app or to the defaults. The empty app stands for all apps, and any key."""
+    return not app or _app(key) in ("", app)
 
 
-def _is_known(key: str) -> bool:
+def _app(key: str) -> str | None:
+    """Return the app that a key belongs to, an empty text for a default, and None for an unknown key."""
     try:
-        app_of(key)
+        return app_of(key) or ""
     except MalformedConfig:
-        return False
-    return True
+        return None
 
 
 def _for_app(delta: Delta, app: str) -> Delta:

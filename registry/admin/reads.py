@@ -10,8 +10,9 @@ from google.protobuf.message import Message
 
 from atserving import __version__
 from atserving.admin.v1 import admin_pb2
-from atserving.config import PREFIX, MalformedConfig, app_of
+from atserving.config import PREFIX, MalformedConfig, app_of, is_known
 from atserving.errors import NotFound, Unavailable
+from atserving.misplaced_rules import apps_of
 from registry.admin import edits, load, messages, paging, whole
 from registry.admin.effects import ineffective
 from registry.admin.history import NO_APP, History
@@ -84,7 +85,10 @@ class Reads:
         return messages.release_to(state, edits.release_of(state, request.version))
 
     async def get_access(self, request: admin_pb2.GetAccessRequest, _: Context) -> admin_pb2.Access:
-        return messages.access_to(self._state(messages.app_from(request.app)))
+        app = messages.app_from(request.app)
+        access = messages.access_to(self._state(app))
+        access.warnings.extend(f"{key}: {reason}" for key, reason in self._misplaced() if app in apps_of(key))
+        return access
 
     async def get_worker(self, request: admin_pb2.GetWorkerRequest, _: Context) -> admin_pb2.Worker:
         return messages.worker_to(self._state(messages.app_from(request.app)), messages.version_from(request.version))
@@ -237,6 +241,13 @@ class Reads:
         state.warnings = dict(warnings)
         state.warn(state.ineffective())
         return state
+
+    def _misplaced(self) -> Iterable[tuple[str, str]]:
+        """Return the unknown keys that close apps, sorted, and the reasons."""
+        view = self._view
+        return sorted(
+            (key, view.malformed[key]) for key in view.malformed.keys() & view.entries.keys() if not is_known(key)
+        )
 
     def _wrong(self) -> _Wrong:
         """Return the malformed values and the warnings by app, grouped once for each state of the view."""

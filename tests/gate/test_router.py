@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atserving.config import (
+    CLOSED,
     AppMetadata,
     AppRouting,
     ConfigValue,
@@ -317,6 +318,20 @@ def test_route_carries_the_metadata_of_its_app_and_the_default(table: Table) -> 
     app, other = table.router.route("app", ""), table.router.route("other", "v1")
     assert (app.metadata, app.default_metadata) == (closed, default)
     assert (other.metadata, other.default_metadata) == (AppMetadata(), default)
+
+
+def test_rules_under_an_unknown_key_close_the_apps_that_it_names_until_it_is_deleted(table: Table) -> None:
+    opened = {f"/ava/serving/app/metadata/{app}": AppMetadata(public=True) for app in ("app", "other")}
+    table.put(release("v1"), release("v1", app="other"))
+    table.router.apply(opened, set())
+    for key, closed in (("metadta/app", {"app"}), ("acl/other", {"acl", "other"}), ("default/metdata", {""})):
+        table.router.apply({f"/ava/serving/app/{key}": CLOSED}, set())
+        for app in ("app", "other", "no-such-app"):
+            own, default = table.router.rules(app)
+            assert (own is CLOSED, default is CLOSED) == (app in closed, "" in closed)
+        assert (table.router.route("app", "").metadata is CLOSED) == ("app" in closed)
+        table.router.apply({}, {f"/ava/serving/app/{key}"})
+        assert CLOSED not in table.router.rules("app")
 
 
 def test_router_resolves_a_route_once_until_the_config_changes(table: Table) -> None:

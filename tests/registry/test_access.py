@@ -69,6 +69,51 @@ async def test_malformed_rules_close_an_app_and_the_operator_sees_why(
     await answers(OPEN)
 
 
+@pytest.mark.parametrize("key", ["metadata/{}/", "{}", "default/metdata"])
+async def test_rules_under_a_misspelt_key_close_an_app_and_the_operator_sees_why(
+    gate: Gate, registries: list[Registry], key: str
+) -> None:
+    registry, app = registries[0], f"misplaced-{len(key)}"
+    registry.publish(app, phase="production")
+    key = f"{PREFIX}app/{key.format(app)}"
+    whose = [] if "default" in key else [app]
+
+    async def answers(status: grpc.StatusCode) -> None:
+        async def does() -> bool:
+            return await gate.status(app) is status
+
+        await until_async(does, what=f"{app} answers {status}")
+
+    await answers(OPEN)
+    registry.etcdctl("put", key, "--", '{"public": false}')
+    await answers(CLOSED)
+    said = registry.logged("reason", event="config skipped", key=key)["reason"]
+    assert "closed until you delete the key" in said
+    assert f"malformed: {key}: {said}" in listed(registry, app)
+    assert f"{key}: {said}" in Cli(registry.address, app).run("access", "show", *whose).err
+    ended = Cli(registry.address, app).run("doctor")
+    assert (ended.status, said in ended.out) == (1, True)
+    registry.etcdctl("del", key)
+    await answers(OPEN)
+    assert key not in listed(registry, app)
+
+
+async def test_an_unknown_key_of_another_kind_closes_nothing(gate: Gate, registries: list[Registry]) -> None:
+    registry, app = registries[0], "quota"
+    registry.publish(app, phase="production")
+    registry.put(f"app/quota/{app}", {"per_s": 3})
+    # The next write reaches the gate after this one.
+    registry.put(f"app/metadata/{app}-closed", {"public": False})
+    registry.publish(f"{app}-closed", phase="production")
+
+    async def follows() -> bool:
+        return await gate.status(f"{app}-closed") is CLOSED
+
+    await until_async(follows, what="the gate follows the registry")
+    assert await gate.status(app) is OPEN
+    assert f"malformed: {PREFIX}app/quota/{app}: unknown key\n" in listed(registry, app)
+
+
 async def test_unknown_fields_are_shown_with_the_nearest_known_name(registries: list[Registry]) -> None:
     registry = registries[0]
     registry.publish("unknown-fields", batchsize=4)

@@ -231,11 +231,23 @@ def test_malformed_access_rules_close_an_app_until_they_are_mended(key: str) -> 
     assert key not in view.entries
 
 
-def test_a_key_below_an_apps_metadata_is_unknown_and_breaks_nobodys_stream() -> None:
+def test_rules_under_an_unknown_key_are_closed_ones_of_no_apps_stream() -> None:
+    view, key = View(), f"{PREFIX}app/acl/a"
+    for number, closes in enumerate((True, False, True)):
+        view.apply([Put(key, b'{"public": false}' if closes else b'{"limit": 3}', 1)], number)
+        assert view.malformed[key].startswith("unknown key")
+        assert view.snapshot().upserts == ({key: CLOSED.to_json()} if closes else {})
+        assert not view.snapshot("a").upserts
+    view.apply([Delete(key)], 4)
+    assert not view.malformed
+    assert not view.snapshot().upserts
+
+
+def test_an_unknown_key_that_names_no_app_closes_none() -> None:
     view = View()
-    view.apply([Put(f"{ACCESS_KEYS[0]}/more", b"{}", 1)], 1)
-    assert view.malformed == {f"{ACCESS_KEYS[0]}/more": "unknown key"}
-    assert not view.snapshot("a").upserts
+    view.apply([Put(f"{PREFIX}app/metadata/", b'{"public": false}', 1)], 1)
+    assert "closes no app" in view.malformed[f"{PREFIX}app/metadata/"]
+    assert not view.entries
 
 
 def test_a_warning_of_unknown_fields_ends_with_the_fields() -> None:
