@@ -20,7 +20,7 @@ from reliability.truth import learn
 
 
 def main(what: str, scenarios: Sequence[Scenario], serves: Callable[[Path], Sequence[Served]]) -> None:
-    """Play the scenarios that the command line chooses. Exits with 1 if one failed."""
+    """Play the scenarios that the command line chooses. Exits with 1 if one failed or lost too much."""
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--only", nargs="+", metavar="PATTERN", default=["*"], help="scenarios, such as '*frozen*'")
     parser.add_argument("--scale", type=float, default=1.0, help="shorten each scenario, such as 0.5 (default: 1)")
@@ -38,10 +38,9 @@ def main(what: str, scenarios: Sequence[Scenario], serves: Callable[[Path], Sequ
         raise SystemExit(str(error)) from None
     if arguments.markdown:
         print(f"\n{markdown(rows, before.MEASURED)}", flush=True)
-    failed = [f"{row.name}: {row.lost:,} requests lost" for row in rows if row.lost]
-    failed += [f"{row.name}: it failed, see its notes" for row in rows if not row.whole]
-    if failed or not rows:
-        raise SystemExit("; ".join(failed) or "nothing was played")
+    complaints = [row.complaint for row in rows if row.complaint]
+    if complaints or not rows:
+        raise SystemExit("; ".join(complaints) or "nothing was played")
 
 
 async def _run(

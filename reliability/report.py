@@ -12,8 +12,19 @@ _HEADER = ("scenario", "sent", "answered", "failed", "slowest", "agreed", "peak 
 
 
 @dataclass(frozen=True)
+class Allowance:
+    """How many requests of the callers a scenario may lose, and why."""
+
+    requests: int = 0
+    why: str = ""
+
+
+NO_LOSS = Allowance()
+
+
+@dataclass(frozen=True)
 class Row:
-    """The outcome of a scenario. The figures are those of the callers who may lose nothing."""
+    """The outcome of a scenario. The figures are those of the callers who may lose nothing, but for the allowance."""
 
     name: str
     sent: int
@@ -30,17 +41,30 @@ class Row:
     """The time from the end of the fault until all have the same config, and a new write."""
     whole: bool = True
     """Whether the scenario could act, and the mesh was whole again afterwards."""
+    allowed: Allowance = NO_LOSS
 
     @property
     def lost(self) -> int:
         """How many requests failed that had a whole way to go."""
         return sum(self.failed.values())
 
+    @property
+    def complaint(self) -> str:
+        """What is wrong with the outcome; empty if nothing is."""
+        if not self.whole:
+            return f"{self.name}: it failed, see its notes"
+        if self.lost > self.allowed.requests:
+            allowed = f", of which {self.allowed.requests:,} are allowed" if self.allowed.requests else ""
+            return f"{self.name}: {self.lost:,} requests lost{allowed}"
+        return ""
+
     def cells(self) -> tuple[str, ...]:
         """Return the cells of the row."""
         failed = [f"{count:,} x {cause}" for cause, count in sorted(self.failed.items(), key=lambda each: -each[1])]
         if self.apart:
             failed.append(f"apart: {self.apart:,} of the broken Envoy's own")
+        if self.allowed.requests:
+            failed = [*(failed or ["0"]), f"allowed: {self.allowed.requests:,}, {self.allowed.why}"]
         return (
             self.name,
             f"{self.sent:,}",

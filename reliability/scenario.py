@@ -16,7 +16,7 @@ from bench.measurement import quantiles_ms
 from reliability import agreement
 from reliability.memory import Peaks
 from reliability.mesh import Mesh
-from reliability.report import Row
+from reliability.report import NO_LOSS, Allowance, Row
 from reliability.traffic import CALLERS, Job, Outcome, Stream, Traffic
 from reliability.truth import Truth
 
@@ -59,6 +59,8 @@ class Scenario:
     """Groups beside the callers whose figures are noted."""
     agrees: bool = False
     """Whether to measure how long it takes after the fault until all have the same config."""
+    allowed: Allowance = NO_LOSS
+    """How many requests of the callers may fail at full length, and why."""
 
 
 async def play(scenario: Scenario, mesh: Mesh, truth: Truth, scale: float = 1.0) -> Row:
@@ -112,6 +114,7 @@ def _row(scenario: Scenario, outcomes: Sequence[Outcome], peaks: Peaks, notes: S
         peak_mib=dict(peaks.mib()),
         notes=list(notes),
         whole=whole,
+        allowed=scenario.allowed,
     )
 
 

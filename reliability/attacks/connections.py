@@ -13,6 +13,7 @@ import orjson
 from reliability.attacks.door import Door, http1
 from reliability.callers import VICTIM
 from reliability.frames import DATA, HEADERS, RST_STREAM, frame, http2_headers, http2_start
+from reliability.report import Allowance
 from reliability.scenario import Scenario, Stage
 from reliability.uploads import Uploads
 
@@ -26,6 +27,8 @@ _HEALTH = "/grpc.health.v1.Health/"
 _READERS = 30
 _ANSWER_MIB = 40
 _CONNECTIONS, _STREAMS = 4, 500
+# Three were lost at most so far, in 0.3 s. If Envoy refused others as long as it holds uploads, they would be 120.
+_REFUSED = Allowance(6, "while Envoy resets the largest uploads")
 _END_STREAM = 1
 _EMPTY_MESSAGE = b"\0\0\0\0\0"
 
@@ -151,9 +154,9 @@ def connection_attacks() -> list[Scenario]:
     http2 = _http2_uploads(_EVAL, "application/octet-stream")
     typed = _http2_uploads(_TYPED_EVAL, "application/grpc")
     return [
-        Scenario("60 uploads without end, HTTP/1", _uploads, VICTIM, 15),
-        Scenario("60 uploads without end, one HTTP/2 connection", http2, VICTIM, 15),
-        Scenario("60 uploads without end, native gRPC", typed, VICTIM, 15),
+        Scenario("60 uploads without end, HTTP/1", _uploads, VICTIM, 15, allowed=_REFUSED),
+        Scenario("60 uploads without end, one HTTP/2 connection", http2, VICTIM, 15, allowed=_REFUSED),
+        Scenario("60 uploads without end, native gRPC", typed, VICTIM, 15, allowed=_REFUSED),
         Scenario("30 readers of 40 MiB who do not read", _slow_readers, VICTIM, 15),
         Scenario("2,000 streams of Health/Watch", _watch_flood, VICTIM, 15),
         Scenario("calls by GET", _gets, VICTIM, 12),

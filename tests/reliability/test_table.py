@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from atserving.local.examples import ROOT
 from reliability import attack, before, chaos
-from reliability.report import Row, markdown
+from reliability.report import Allowance, Row, markdown
 
 ROW = Row(
     name="gate killed",
@@ -41,6 +42,33 @@ def test_a_row_has_what_was_measured_before() -> None:
 
 def test_failures_at_the_broken_envoy_are_not_lost_requests() -> None:
     assert ROW.lost == 4
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        (replace(ROW, failed={}), ""),
+        (ROW, "gate killed: 4 requests lost"),
+        (replace(ROW, allowed=Allowance(4, "why")), ""),
+        (replace(ROW, allowed=Allowance(3, "why")), "gate killed: 4 requests lost, of which 3 are allowed"),
+        (replace(ROW, failed={}, whole=False, allowed=Allowance(3, "why")), "gate killed: it failed, see its notes"),
+    ],
+)
+def test_a_row_that_lost_more_than_is_allowed_has_a_complaint(row: Row, complaint: str) -> None:
+    assert row.complaint == complaint
+
+
+def test_a_row_shows_losses_that_are_allowed() -> None:
+    allowed = Allowance(3, "while the gate starts")
+    assert "| 0; allowed: 3, while the gate starts |" in markdown(
+        [replace(ROW, failed={}, apart=0, allowed=allowed)], {}
+    )
+    assert "allowed" not in markdown([ROW], {})
+
+
+def test_every_scenario_that_may_lose_requests_says_why() -> None:
+    for each in (*chaos.scenarios(), *attack.scenarios()):
+        assert bool(each.allowed.requests) == bool(each.allowed.why)
 
 
 def test_every_earlier_measurement_belongs_to_a_scenario() -> None:
