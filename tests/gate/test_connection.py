@@ -10,18 +10,18 @@ from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 
+import grpc
 import orjson
 import pytest
 
 from atserving.config import PREFIX, Instance
-from atserving.local import commands
 from atserving.local.ports import free_ports
 from atserving.v1.evaluator_pb2 import InferRequest
 from gate.answers import TransportError
 from gate.connection import EvaluatorConnection
 from registry.etcd.client import EtcdClient
 from registry.etcd.connection import Connection
-from tests.processes import Process, running_registry
+from tests.processes import Gate, running_registry
 from tests.waiting import until
 
 DEAD = 300
@@ -90,10 +90,11 @@ async def test_gate_stops_whatever_its_connections_do(tmp_path: Path) -> None:
                 one = {"address": f"127.0.0.1:{port}", "app": "digits", "version": "v1", "id": f"i{number}"}
                 key = f"{PREFIX}instance/digits/v1/i{number}"
                 await client.put(key, orjson.dumps({**one, "capacity": 8}).decode())
-        gate = Process(commands.gate(registry.address, "127.0.0.1:0", "--drain", "0", "--grace", "1"))
+        gate = Gate([registry.address], "--grace", "1")
         gate.start()
         try:
-            await asyncio.to_thread(gate.logged, event="service ready")
+            # Connections open with the first request for their version.
+            assert await gate.status("digits", "v1") is grpc.StatusCode.UNAVAILABLE
             gate.terminate()
             assert await asyncio.to_thread(gate.wait, 20) == 0
         finally:
