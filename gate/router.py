@@ -231,7 +231,7 @@ class Router(Generic[ConnectionT]):
         return self._metadata(config.app_metadata_key(app), app), self._metadata(config.DEFAULT_APP_METADATA_KEY, "")
 
     def _metadata(self, key: str, app: str) -> AppMetadata:
-        if any(app in closed for closed in self._misplaced.values()):
+        if self._misplaced and any(app in closed for closed in self._misplaced.values()):
             return config.CLOSED
         value = self._settings.get(key)
         return value if isinstance(value, AppMetadata) else _NO_METADATA
