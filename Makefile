@@ -32,8 +32,8 @@ demo: $(VENV)/installed  ## Start the whole mesh, play the HTTP API and the exam
 up: $(VENV)/installed  ## Run the mesh in the foreground, the edge on PORT (8080)
 	@$(BIN)/atserving up --port $(PORT)
 
-# A file's tests run in one worker, as they share processes. In the order of the files, no slow one is the last. Two more
-# workers than CPUs: many tests mostly wait.
+# A file's tests run in one worker, as they share processes. tests/conftest.py has the order. Two more workers
+# than CPUs: many tests mostly wait.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .PHONY: test
 test: $(VENV)/installed  ## Run the test suite in WORKERS (4) processes

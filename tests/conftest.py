@@ -37,6 +37,9 @@ _SLOW = (
     "shared/test_commands.py",
     "shared/test_health.py",
 )
+# The longest files, which mostly wait. They begin first, so that none of them is alone at the end.
+_FIRST = ("reliability/test_scenarios.py", "k8s/test_running.py", "e2e/test_release_content.py")
+_FIRST_PATHS = [_TESTS / path for path in _FIRST]
 _SLOW_PATHS = [_TESTS / path for path in _SLOW]
 _PR_SET_PDEATHSIG = 1
 
@@ -48,7 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of slow files and folders as slow."""
+    """Mark the tests of slow files and folders as slow, and begin with the longest files."""
+    items.sort(key=lambda item: _FIRST_PATHS.index(item.path) if item.path in _FIRST_PATHS else len(_FIRST))
     for item in items:
         if any(item.path.is_relative_to(path) for path in _SLOW_PATHS):
             item.add_marker(pytest.mark.slow)
