@@ -74,7 +74,7 @@ def _answer_only_loopback(routes: dict[str, Any]) -> None:
     for host in routes["virtual_hosts"]:
         host["domains"] = list(HOSTS)
     refusal = {"status": 421, "body": {"inline_string": f"this mesh answers only to {', '.join(HOSTS)}"}}
-    routes["virtual_hosts"].append(
-        {"name": "others", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "direct_response": refusal}]}
-    )
+    matches: list[dict[str, Any]] = [{"connect_matcher": {}}, {"prefix": "/"}]
+    refusals = [{"match": match, "direct_response": refusal} for match in matches]
+    routes["virtual_hosts"].append({"name": "others", "domains": ["*"], "routes": refusals})
     routes["ignore_port_in_host_matching"] = True

@@ -87,6 +87,14 @@ async def test_no_port_takes_a_request_of_a_web_page(mesh: Mesh) -> None:
             assert status is None or status >= 400, f"{name} answered {request} with {status}"
 
 
+async def test_a_connect_to_another_host_is_refused(mesh: Mesh) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", mesh.ports.edge)
+    writer.write(b"CONNECT a:1 HTTP/1.1\r\nhost: a:1\r\n\r\n")
+    async with asyncio.timeout(PATIENCE_S):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 421 ")
+    writer.close()
+
+
 async def test_the_edge_evaluates_nothing_for_a_web_page(client: Client) -> None:
     for host in ("attacker.test", f"attacker.test:{client.mesh.ports.edge}", "127.0.0.1.attacker.test", "127.0.0.2"):
         refused = await client.bytes("/v1/eval/digits", image("7.png"), host=host)

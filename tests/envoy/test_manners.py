@@ -85,6 +85,12 @@ async def test_an_encoded_body_is_a_415(edge: Edge, encoding: str) -> None:
     assert b" 200 OK" in await edge.raw(eval_request(b"x", "content-encoding: Identity"))
 
 
+async def test_a_connect_is_a_405(edge: Edge) -> None:
+    # It asks for a tunnel, so it has no end.
+    answer = await edge.raw(b"CONNECT a:1 HTTP/1.1\r\nhost: a:1\r\n\r\n")
+    check(answer, 405, "this server is no proxy", "allow: GET, POST")
+
+
 @pytest.mark.parametrize("path", [HEALTH, TYPED_EVAL, "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"])
 async def test_a_grpc_path_accepts_only_post(edge: Edge, path: str) -> None:
     get = f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
