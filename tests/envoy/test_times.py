@@ -173,6 +173,8 @@ async def test_callers_that_leave_at_once_break_no_connection_to_a_gate(edge: Ed
 
 async def test_more_connections_than_the_limit_are_closed_and_operators_still_get_in(edge: Edge) -> None:
     held = [await edge.connect() for _ in range(CONNECTIONS)]
+    for _, writer in held:
+        writer.write(http2_start())
 
     async def full() -> bool:
         return await edge.stat("http.edge.downstream_cx_active") == CONNECTIONS
@@ -192,6 +194,44 @@ async def test_more_connections_than_the_limit_are_closed_and_operators_still_ge
         return (await edge.ask())[0] == 200
 
     await until_async(roomy, ConnectionError, IndexError, what="callers get in again")
+
+
+def without_silence(bootstrap: Any) -> None:
+    """Let few connections in, and none for long that sends no request."""
+    listener = bootstrap["static_resources"]["listeners"][0]
+    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    options = manager["common_http_protocol_options"]
+    limits = bootstrap["layered_runtime"]["layers"][0]["static_layer"]
+    limits["envoy.resource_limits.listener.edge.connection_limit"] = CONNECTIONS
+    manager["drain_timeout"] = "1s"
+    for holder, name in ((listener, "listener_filters_timeout"), (options, "idle_timeout")):
+        assert holder[name]
+        holder[name] = "1s"
+
+
+@pytest.mark.parametrize("said", [b"", http2_start()], ids=["nothing", "no request"])
+async def test_connections_without_a_request_leave_room_to_others(said: bytes) -> None:
+    async with Edge(change=without_silence) as edge:
+        overflow = f"listener.127.0.0.1_{edge.ports.edge}.downstream_cx_overflow"
+        held = []
+
+        async def full() -> bool:
+            for _ in range(CONNECTIONS + 1):
+                reader, writer = await edge.connect()
+                held.append((reader, writer))
+                writer.write(said)
+            return await edge.stat(overflow) > 0
+
+        async def roomy() -> bool:
+            return (await edge.ask())[0] == 200
+
+        await until_async(full, what="the listener is full")
+        await until_async(roomy, ConnectionError, IndexError, what="callers get in again")
+        for reader, writer in held:
+            async with asyncio.timeout(PATIENCE_S):
+                with suppress(ConnectionError):
+                    await reader.read()
+            writer.close()
 
 
 async def test_an_old_connection_ends_after_its_requests(edge: Edge) -> None:
