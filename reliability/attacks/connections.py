@@ -19,6 +19,7 @@ from reliability.uploads import Uploads
 
 _COUNT = 60
 _BODY_BYTES = 19 << 20
+_STILL_COUNT, _STILL_BYTES, _STILL_INTERVAL_S = 150, 5 << 20, 0.03
 _PART = bytes(256 << 10)
 _HOLD_S = 12.0
 _EVAL = "/v1/eval/digits"
@@ -29,6 +30,7 @@ _ANSWER_MIB = 40
 _CONNECTIONS, _STREAMS = 4, 500
 # Three were lost at most so far, in 0.3 s. If Envoy refused others as long as it holds uploads, they would be 120.
 _REFUSED = Allowance(6, "while Envoy resets the largest uploads")
+_REFUSED_STILL = Allowance(40, "until Envoy ends what stands still for 5 s")
 _END_STREAM = 1
 _EMPTY_MESSAGE = b"\0\0\0\0\0"
 
@@ -54,14 +56,15 @@ def _note(stage: Stage, said: Counter[str]) -> None:
     stage.note(", ".join(f"{count} {what}" for what, count in said.most_common()))
 
 
-async def _upload(door: Door) -> str:
-    """Send a body but for its last bytes; return the status of the answer."""
+async def _upload(door: Door, size: int, delay_s: float) -> str:
+    """Send a body but for its last bytes after a delay; return the status of the answer."""
+    await asyncio.sleep(delay_s)
     reader, writer = await door.connect()
     try:
-        writer.write(http1(_EVAL, "application/octet-stream", _BODY_BYTES + 10))
+        writer.write(http1(_EVAL, "application/octet-stream", size + 10))
         answered = asyncio.create_task(reader.read(100))
         with suppress(ConnectionError):
-            for _ in range(_BODY_BYTES // len(_PART)):
+            for _ in range(size // len(_PART)):
                 writer.write(_PART)
                 await writer.drain()
         return "answered " + (await answered)[9:12].decode()
@@ -69,8 +72,13 @@ async def _upload(door: Door) -> str:
         writer.transport.abort()
 
 
-async def _uploads(stage: Stage) -> None:
-    _note(stage, await _held(stage, [_upload(Door(stage.mesh.edges[0])) for _ in range(_COUNT)]))
+def _uploads(count: int, size: int, interval_s: float = 0.0) -> Callable[[Stage], Awaitable[None]]:
+    async def act(stage: Stage) -> None:
+        door = Door(stage.mesh.edges[0])
+        delays = [number * interval_s * stage.scale for number in range(count)]
+        _note(stage, await _held(stage, [_upload(door, size, delay_s) for delay_s in delays]))
+
+    return act
 
 
 def _http2_uploads(path: str, content_type: str) -> Callable[[Stage], Awaitable[None]]:
@@ -153,10 +161,12 @@ def connection_attacks() -> list[Scenario]:
     """Return the scenarios."""
     http2 = _http2_uploads(_EVAL, "application/octet-stream")
     typed = _http2_uploads(_TYPED_EVAL, "application/grpc")
+    still = _uploads(_STILL_COUNT, _STILL_BYTES, _STILL_INTERVAL_S)
     return [
-        Scenario("60 uploads without end, HTTP/1", _uploads, VICTIM, 15, allowed=_REFUSED),
+        Scenario("60 uploads without end, HTTP/1", _uploads(_COUNT, _BODY_BYTES), VICTIM, 15, allowed=_REFUSED),
         Scenario("60 uploads without end, one HTTP/2 connection", http2, VICTIM, 15, allowed=_REFUSED),
         Scenario("60 uploads without end, native gRPC", typed, VICTIM, 15, allowed=_REFUSED),
+        Scenario("150 uploads of 5 MiB that stand still, HTTP/1", still, VICTIM, 15, allowed=_REFUSED_STILL),
         Scenario("30 readers of 40 MiB who do not read", _slow_readers, VICTIM, 15),
         Scenario("2,000 streams of Health/Watch", _watch_flood, VICTIM, 15),
         Scenario("calls by GET", _gets, VICTIM, 12),

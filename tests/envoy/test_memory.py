@@ -22,6 +22,9 @@ from tests.waiting import until, until_async
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 UPLOADS = 60
+SMALL_UPLOADS = 100
+SMALL_BODY_BYTES = 16 << 10
+STILL_BODY_BYTES = 5 << 20
 BODY_BYTES = 19 << 20
 REST_PERCENT = 20
 
@@ -32,9 +35,16 @@ def memory() -> Iterator[PodMemory]:
         yield memory
 
 
+def patient(bootstrap: Any) -> None:
+    """Give a request more time to arrive than a test takes, so that this does not end it."""
+    manager = bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    assert manager["request_timeout"]
+    manager["request_timeout"] = "600s"
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def edge(memory: PodMemory) -> AsyncIterator[Edge]:
-    async with Edge(gates=3, memory=memory) as edge:
+    async with Edge(gates=3, memory=memory, change=patient) as edge:
         yield edge
 
 
@@ -91,6 +101,43 @@ async def test_uploads_over_many_connections_are_bounded(edge: Edge, memory: Pod
     done.set()
     await asyncio.gather(*uploads)
     assert answers.keys() <= {b"", b"HTTP/1.1 503 Service Unavailable"}
+
+
+async def test_uploads_that_stand_still_leave_memory_to_others(edge: Edge, memory: PodMemory) -> None:
+    ended = "http.edge.downstream_rq_idle_timeout"
+    before = await edge.stat(ended)
+    writers = []
+
+    async def one_more() -> bool:
+        _, writer = await edge.connect()
+        writers.append(writer)
+        with suppress(ConnectionError):
+            writer.write(eval_request(bytes(STILL_BODY_BYTES), missing=1))
+            await writer.drain()
+        return await edge.stat(ended) > before
+
+    async with bounded(edge, memory):
+        await until_async(one_more, what="Envoy has ended uploads that stand still")
+    for writer in writers:
+        writer.transport.abort()
+
+
+async def test_small_uploads_leave_memory_to_others(edge: Edge, memory: PodMemory) -> None:
+    ended = "http.edge.downstream_rq_idle_timeout"
+    before = await edge.stat(ended)
+    uploads: list[Uploads] = []
+
+    async def some_more() -> bool:
+        connection = await edge.connect()
+        content_type = "application/octet-stream"
+        uploads.append(await Uploads.start(connection, EVAL, content_type, SMALL_UPLOADS, SMALL_BODY_BYTES))
+        return await edge.stat(ended) > before
+
+    async with bounded(edge, memory):
+        await until_async(some_more, what="Envoy has ended small uploads that stand still")
+    for each in uploads:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            await each.close()
 
 
 @pytest.mark.parametrize(
@@ -157,6 +204,32 @@ def short_of_memory(bootstrap: Any) -> None:
     ]
     assert heap["max_heap_size_bytes"]
     heap["max_heap_size_bytes"] = 1 << 20
+
+
+def short_of_memory_and_time(bootstrap: Any) -> None:
+    """Let requests stand still for a moment only, and let operators send theirs in a second."""
+    short_of_memory(bootstrap)
+    (timers,) = [
+        action["typed_config"]["timer_scale_factors"]
+        for action in bootstrap["overload_manager"]["actions"]
+        if action["name"].endswith("reduce_timeouts")
+    ]
+    (idle,) = [timer for timer in timers if timer["timer"] == "HTTP_DOWNSTREAM_STREAM_IDLE"]
+    idle["min_timeout"] = "0.1s"
+    operators = bootstrap["static_resources"]["listeners"][1]["filter_chains"][0]["filters"][0]["typed_config"]
+    assert operators["request_timeout"]
+    operators["request_timeout"] = "1s"
+
+
+async def test_operators_keep_their_time_while_memory_is_short() -> None:
+    async with Edge(change=short_of_memory_and_time) as edge:
+        reader, writer = await asyncio.open_connection("127.0.0.1", edge.ports.operators)
+        head = "POST /v1/apps/a:split HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        writer.write(f"{head}content-length: 9\r\n\r\n".encode())
+        assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
+        writer.close()
+        assert await edge.stat("http.operators.downstream_rq_timeout") == 1
+        assert await edge.stat("http.operators.downstream_rq_idle_timeout") == 0
 
 
 async def test_an_envoy_that_is_short_of_memory_is_not_ready_but_lives() -> None:

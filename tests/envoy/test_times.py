@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import aiohttp
+import grpc.aio
 import orjson
 import pytest
 import pytest_asyncio
@@ -232,6 +233,25 @@ async def test_connections_without_a_request_leave_room_to_others(said: bytes) -
                 with suppress(ConnectionError):
                     await reader.read()
             writer.close()
+
+
+def impatient(bootstrap: Any) -> None:
+    """Allow requests to stand still for a moment, as Envoy does while memory is short."""
+    manager = bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0]["typed_config"]
+    assert manager["stream_idle_timeout"]
+    manager["stream_idle_timeout"] = "1s"
+
+
+async def test_a_request_that_stands_still_for_too_long_is_a_503() -> None:
+    text = "the edge holds as many requests as it can"
+    async with Edge(change=impatient) as edge, transport.channel(f"127.0.0.1:{edge.ports.edge}") as channel:
+        answer = await edge.raw(eval_request(NEVER))
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nretry-after: 1\r\n" in answer
+        assert orjson.loads(answer.partition(b"\r\n\r\n")[2]) == {"code": 503, "message": text}
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary(TYPED_EVAL, None, None)(NEVER)
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.UNAVAILABLE, text)
 
 
 async def test_an_old_connection_ends_after_its_requests(edge: Edge) -> None:
