@@ -72,7 +72,8 @@ async def same_for_programs(mesh: Mesh, command: str) -> None:
     async with aiohttp.ClientSession() as session, session.get(url) as response:
         (answered,) = (await response.json())["comparisons"]
     assert printed == answered
-    assert (answered["baseline"], answered["equal"], answered["verdict"]) == ("v1", "40", "the same answers")
+    assert (answered["baseline"], answered["equal"]) == ("v1", "40")
+    assert answered["verdict"].startswith("the same answers")
 
 
 async def test_the_page_tells_what_happens() -> None:
