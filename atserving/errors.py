@@ -31,6 +31,7 @@ class ServingError(Exception):
         refused: bool = False,
         version: str = "",
         fields: Mapping[str, str] | None = None,
+        limit: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -43,6 +44,8 @@ class ServingError(Exception):
         """The version of the instance that was asked last; empty if none was."""
         self.fields = fields or {}
         """The fields of the request that are wrong, and why."""
+        self.limit = limit
+        """The limit of the caller that is reached, as the header RateLimit-Policy has it; empty for other errors."""
 
     def to_proto(self) -> evaluator_pb2.Error:
         """The error as it travels from evaluator to gate."""

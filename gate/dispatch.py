@@ -27,6 +27,7 @@ from gate.attempts import Attempts
 from gate.bodies import Body
 from gate.connection import EvaluatorConnection
 from gate.endpoint import Kind
+from gate.limits import CallerLimits
 from gate.responses import Response
 from gate.router import Route, Router
 from gate.shadow import Shadows
@@ -54,6 +55,10 @@ class Task:
     request: evaluator_pb2.InferRequest
     body: Body | None = None
     """A large resource, which ``request`` does not have: the only one."""
+
+    def size(self) -> int:
+        """Return its bytes."""
+        return self.request.ByteSize() + (sum(map(len, self.body.parts)) if self.body else 0)
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Dispatcher:
         self._shadows = shadows
         self._synced = synced
         self._requests = RequestLog("gate")
+        self._limits = CallerLimits()
 
     async def eval(self, task: Task, call: CallContext) -> EvalResult:
         """Return the result of a task, and log one line for it, unless it may try again. Raises a ServingError."""
@@ -136,13 +142,23 @@ class Dispatcher:
         deadline = call.started + route.timeout_s
         if call.deadline is not None:
             deadline = min(deadline, call.deadline)
+        limits = route.limits
+        use = self._limits.enter(route.app, call.caller.uid, limits, task.size) if limits else None
         try:
             result = EvalResult(*await Attempts(self._router, task, call, route, kind, key, deadline).run())
+        except ResourceExhausted:
+            if use and limits and call.batched:
+                # The batch tries again.
+                self._limits.refund(use, limits, task.size)
+            raise
         except TimeoutError as late:
             after_s = round(time.monotonic() - call.started, 3)
             raise DeadlineExceeded(
                 f"app {task.app!r} did not answer within {after_s} s", version="".join(late.args)
             ) from None
+        finally:
+            if use:
+                use.in_flight -= 1
         if route.shadow:
             self._shadows.consider(task, call, route, kind.fetches, result, time.monotonic() - began_s)
         return result

@@ -227,9 +227,18 @@ def write_error(error: ServingError) -> Reply:
     headers = {"x-serving-version": error.version} if error.version else {}
     if error.retry_after_s is not None:
         headers["retry-after"] = retry_after(error)
+    headers |= rate_limit(error)
     if error.status == Unauthenticated.status:
         headers[CHALLENGE[0]] = CHALLENGE[1]
     return Reply(_error_item(error), status=error.status, headers=headers)
+
+
+def rate_limit(error: ServingError) -> list[tuple[str, str]]:
+    """Return the headers that tell of a limit of the caller (draft-ietf-httpapi-ratelimit-headers)."""
+    if not error.limit:
+        return []
+    name = error.limit.partition(";")[0]
+    return [("ratelimit-policy", error.limit), ("ratelimit", f"{name};r=0;t={retry_after(error)}")]
 
 
 def retry_after(error: ServingError) -> str:

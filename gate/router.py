@@ -26,6 +26,7 @@ from atserving.config import (
 )
 from atserving.errors import NotFound, ResourceExhausted, ServingError, Unavailable
 from gate.endpoint import ALONE, ConnectionT, Endpoint, Kind
+from gate.limits import Limits
 from gate.split import Split
 from gate.usage import Usage
 
@@ -68,6 +69,8 @@ class Route:
     metadata: AppMetadata
     """The app's own access rules; empty if it has none."""
     default_metadata: AppMetadata
+    limits: Limits | None
+    """How much each caller may ask of the app; None: as much as they like."""
 
 
 class Router(Generic[ConnectionT]):
@@ -212,6 +215,7 @@ class Router(Generic[ConnectionT]):
             max(self._timeout_s(app, each) for each in named or [""]),
             own,
             default,
+            Limits.of(own, default),
         )
 
     def _split(self, app: str, releases: Mapping[str, Release]) -> Split:

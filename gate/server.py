@@ -237,6 +237,7 @@ def error_metadata(error: ServingError, context: CallContext) -> list[tuple[str,
         trailing.append(("x-serving-version", error.version))
     if error.retry_after_s is not None:
         trailing.append(("retry-after", edge.retry_after(error)))
+    trailing += edge.rate_limit(error)
     if error.status == Unauthenticated.status:
         trailing.append(edge.CHALLENGE)
     return trailing

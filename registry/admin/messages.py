@@ -184,6 +184,9 @@ def access_to(state: AppState) -> admin_pb2.Access:
         group_whitelist=admin_pb2.Access.Groups(names=rules.group_whitelist)
         if rules.group_whitelist is not None
         else None,
+        max_requests_per_second=rules.max_requests_per_second,
+        max_in_flight=rules.max_in_flight,
+        max_bytes_per_minute=rules.max_bytes_per_minute,
         malformed=state.malformed.get(key, ""),
         warnings=[state.warnings[key]] if key in state.warnings else [],
     )
@@ -293,6 +296,9 @@ def access_fields(message: admin_pb2.Access) -> dict[str, Any]:
         fields["user_whitelist"] = list(message.user_whitelist.uids)
     if message.HasField("group_whitelist"):
         fields["group_whitelist"] = list(message.group_whitelist.names)
+    for name in ("max_requests_per_second", "max_in_flight", "max_bytes_per_minute"):
+        if message.HasField(name):
+            fields[name] = getattr(message, name)
     return fields
 
 

@@ -238,6 +238,22 @@ async def test_a_wrong_key_is_refused(edge: Edge, key: str) -> None:
         assert (await call(x_api_key=key)).status == 401
 
 
+async def test_a_caller_has_limits(edge: Edge) -> None:
+    await edge.rules(public=True, max_requests_per_second=0.001)
+    mine = {"authorization": f"Bearer {token(uid=99)}"}
+    assert (await edge.http(**mine)).status == 200
+    async with aiohttp.ClientSession() as session:
+        sent = {"content-type": "application/octet-stream", **mine}
+        async with session.post(f"{edge.mesh.url}/v1/eval/digits", data=SEVEN, headers=sent) as response:
+            assert response.status == 429
+            assert int(response.headers["retry-after"]) > 900
+            assert response.headers["ratelimit-policy"] == '"requests";q=1;w=1000'
+            assert response.headers["ratelimit"] == f'"requests";r=0;t={response.headers["retry-after"]}'
+    # Over gRPC it is the same caller; another one has limits of their own.
+    assert (await edge.grpc(**mine)).message.startswith("this caller sends app 'digits' more than 0.001 requests")
+    assert (await edge.http(authorization=f"Bearer {token(uid=98)}")).status == 200
+
+
 async def test_a_gate_believes_only_who_knows_the_key(edge: Edge) -> None:
     await edge.rules(public=False, owner={"uid": 42})
     key = (edge.mesh.directory / "envoy" / envoy.KEY_FILE).read_text().strip()

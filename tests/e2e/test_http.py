@@ -20,7 +20,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 CLASSES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PUBLIC_HEADERS = {
     *("content-type", "content-length", "date", "server", "x-reqid", "x-serving-version", "retry-after", "allow"),
-    "www-authenticate",
+    *("www-authenticate", "ratelimit", "ratelimit-policy"),
     *("connection", "transfer-encoding"),
 }
 

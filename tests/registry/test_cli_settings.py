@@ -71,12 +71,24 @@ def test_access_rules(cli: Cli) -> None:
         ["owner", "7"],
         ["user_whitelist", "1, 2"],
         ["group_whitelist", "a, b"],
+        *([name, "-"] for name in ("max_requests_per_second", "max_in_flight", "max_bytes_per_minute")),
     ]
     cli("access", "unset", cli.app, "--field", "owner")
     found = cli.run("access", "show", cli.app, "-o", "json").json
     assert (found["public"], "owner" in found, found["user_whitelist"]) == (False, False, {"uids": ["1", "2"]})
     assert found["group_whitelist"] == {"names": ["a", "b"]}
     assert cli.run("access", "set", cli.app, "group_whitelist=with space").status == 6
+    cli("access", "set", cli.app, "max_requests_per_second=2.5", "max_in_flight=3", "max_bytes_per_minute=20MB")
+    found = cli.run("access", "show", cli.app, "-o", "json").json
+    assert (found["max_requests_per_second"], found["max_in_flight"], found["max_bytes_per_minute"]) == (
+        2.5,
+        3,
+        "20000000",
+    )
+    for wrong in ("max_requests_per_second=x", "max_in_flight=1.5", "max_bytes_per_minute=1.5MB"):
+        assert cli.run("access", "set", cli.app, wrong).status == 2
+    for wrong in ("max_requests_per_second=0", "max_in_flight=0", "max_bytes_per_minute=0"):
+        assert cli.run("access", "set", cli.app, wrong).status == 6
     cli("access", "unset", cli.app)
     assert cli.run("access", "unset", cli.app).status == 3
 

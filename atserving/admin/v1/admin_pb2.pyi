@@ -412,6 +412,9 @@ class Access(_message.Message):
     MALFORMED_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     GROUP_WHITELIST_FIELD_NUMBER: _builtins.int
+    MAX_REQUESTS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    MAX_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    MAX_BYTES_PER_MINUTE_FIELD_NUMBER: _builtins.int
     app: _builtins.str
     """Empty: the rules of apps without their own."""
     etag: _builtins.str
@@ -419,6 +422,10 @@ class Access(_message.Message):
     public: _builtins.bool
     malformed: _builtins.str
     """Output only: why the value in etcd is malformed. The app is closed then."""
+    max_requests_per_second: _builtins.float
+    """What each caller may ask of the app, at each gate; absent: without a limit. More is refused with 429."""
+    max_in_flight: _builtins.int
+    max_bytes_per_minute: _builtins.int
     @_builtins.property
     def owner(self) -> Global___Access.Owner: ...
     @_builtins.property
@@ -444,13 +451,29 @@ class Access(_message.Message):
         malformed: _builtins.str = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         group_whitelist: Global___Access.Groups | None = ...,
+        max_requests_per_second: _builtins.float | None = ...,
+        max_in_flight: _builtins.int | None = ...,
+        max_bytes_per_minute: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_public", b"_public", "group_whitelist", b"group_whitelist", "owner", b"owner", "public", b"public", "user_whitelist", b"user_whitelist"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_bytes_per_minute", b"_max_bytes_per_minute", "_max_in_flight", b"_max_in_flight", "_max_requests_per_second", b"_max_requests_per_second", "_public", b"_public", "group_whitelist", b"group_whitelist", "max_bytes_per_minute", b"max_bytes_per_minute", "max_in_flight", b"max_in_flight", "max_requests_per_second", b"max_requests_per_second", "owner", b"owner", "public", b"public", "user_whitelist", b"user_whitelist"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_public", b"_public", "app", b"app", "etag", b"etag", "group_whitelist", b"group_whitelist", "malformed", b"malformed", "owner", b"owner", "public", b"public", "user_whitelist", b"user_whitelist", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_bytes_per_minute", b"_max_bytes_per_minute", "_max_in_flight", b"_max_in_flight", "_max_requests_per_second", b"_max_requests_per_second", "_public", b"_public", "app", b"app", "etag", b"etag", "group_whitelist", b"group_whitelist", "malformed", b"malformed", "max_bytes_per_minute", b"max_bytes_per_minute", "max_in_flight", b"max_in_flight", "max_requests_per_second", b"max_requests_per_second", "owner", b"owner", "public", b"public", "user_whitelist", b"user_whitelist", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_bytes_per_minute: _TypeAlias = _typing.Literal["max_bytes_per_minute"]  # noqa: Y015
+    _WhichOneofArgType__max_bytes_per_minute: _TypeAlias = _typing.Literal["_max_bytes_per_minute", b"_max_bytes_per_minute"]  # noqa: Y015
+    _WhichOneofReturnType__max_in_flight: _TypeAlias = _typing.Literal["max_in_flight"]  # noqa: Y015
+    _WhichOneofArgType__max_in_flight: _TypeAlias = _typing.Literal["_max_in_flight", b"_max_in_flight"]  # noqa: Y015
+    _WhichOneofReturnType__max_requests_per_second: _TypeAlias = _typing.Literal["max_requests_per_second"]  # noqa: Y015
+    _WhichOneofArgType__max_requests_per_second: _TypeAlias = _typing.Literal["_max_requests_per_second", b"_max_requests_per_second"]  # noqa: Y015
     _WhichOneofReturnType__public: _TypeAlias = _typing.Literal["public"]  # noqa: Y015
     _WhichOneofArgType__public: _TypeAlias = _typing.Literal["_public", b"_public"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_bytes_per_minute) -> _WhichOneofReturnType__max_bytes_per_minute | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_in_flight) -> _WhichOneofReturnType__max_in_flight | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_requests_per_second) -> _WhichOneofReturnType__max_requests_per_second | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__public) -> _WhichOneofReturnType__public | None: ...
 
 Global___Access: _TypeAlias = Access  # noqa: Y015

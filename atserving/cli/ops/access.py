@@ -29,7 +29,11 @@ _FIELDS: dict[str, settings.Parse] = {
     "owner": _owner,
     "user_whitelist": _uids,
     "group_whitelist": _groups,
+    "max_requests_per_second": settings.number,
+    "max_in_flight": settings.whole,
+    "max_bytes_per_minute": settings.size,
 }
+_LIMITS = ("max_requests_per_second", "max_in_flight", "max_bytes_per_minute")
 
 
 @click.group(help="Show and set who may call an app.")
@@ -49,6 +53,7 @@ def show(read: Read, app: str) -> None:
     if read.is_for_programs:
         read.print(found)
     else:
+        values = printing.as_dict(found)
         groups = ", ".join(map(printing.text, found.group_whitelist.names)) or "nobody"
         uids = ", ".join(map(str, found.user_whitelist.uids)) or "nobody"
         printing.rows(
@@ -58,6 +63,7 @@ def show(read: Read, app: str) -> None:
                 ("owner", str(found.owner.uid) if found.HasField("owner") else "-"),
                 ("user_whitelist", uids if found.HasField("user_whitelist") else "-"),
                 ("group_whitelist", groups if found.HasField("group_whitelist") else "-"),
+                *((name, str(values.get(name, "-"))) for name in _LIMITS),
             ],
         )
     if found.malformed:

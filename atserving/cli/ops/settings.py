@@ -52,6 +52,24 @@ def whole(text: str) -> int:
     return number
 
 
+def number(text: str) -> float:
+    """Return a number. Raises ValueError."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("should be a number") from None
+
+
+def size(text: str) -> int:
+    """Return a number of bytes, which may end in kB, MB or GB. Raises ValueError."""
+    for unit, scale in (("kB", 10**3), ("MB", 10**6), ("GB", 10**9)):
+        if text.endswith(unit) and text.removesuffix(unit).isdecimal():
+            return int(text.removesuffix(unit)) * scale
+    if not text.isdecimal() or len(text) > 18:
+        raise ValueError("should be a number of bytes, such as 500000, 200kB or 50MB")
+    return int(text)
+
+
 def boolean(text: str) -> bool:
     """Return true or false. Raises ValueError."""
     if text not in ("true", "false"):
