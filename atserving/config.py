@@ -168,7 +168,7 @@ class AppMetadata(_Value, frozen=True, kw_only=True):
     group_whitelist: tuple[Group, ...] | None = None
     batch_size: Annotated[int, Meta(ge=1)] | None = None
     max_requests_per_second: Annotated[float, Meta(gt=0, le=1e6)] | None = None
-    """What each caller may send, at each gate."""
+    """The limits of each caller, at each gate."""
     max_in_flight: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     max_bytes_per_minute: Annotated[int, Meta(ge=1, le=1 << 50)] | None = None
 

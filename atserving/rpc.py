@@ -49,7 +49,7 @@ class Context:
     deadline: float | None = None
     """The caller's deadline in seconds of time.monotonic()."""
     caller: str = ""
-    """Who makes the call, if that is proven."""
+    """The name of the caller, if it is proven."""
 
     def header(self, name: str) -> str | None:
         """Return a header, or None if it is missing or no ASCII."""

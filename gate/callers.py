@@ -1,4 +1,4 @@
-"""Who the caller of a request is: what Envoy says in headers, if it shows the key that gates and Envoys share.
+"""Tells callers apart by the headers that Envoy sets, if it shows the key that gates and Envoys share.
 
 Envoy removes these headers from what callers send, and sets them by the credentials that it has checked. A caller that
 reaches a gate directly does not know the key, so its headers say nothing.

@@ -37,7 +37,7 @@ class Limits(NamedTuple):
 
 
 class Use:
-    """What one caller asks of one app.
+    """The use that one caller makes of one app.
 
     Its rates are those of the generic cell rate algorithm (ITU-T I.371): each keeps the time at which all that was
     taken is paid, and lets it be ahead by what may come at once.

@@ -1,4 +1,4 @@
-"""Who may operate: the operators of a file, with the digests of their tokens. It is read again when it changes."""
+"""Tells operators apart by their tokens, whose digests are in a file, and refuses what their roles do not allow."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Context(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     edge: str = ""
     """The URL of an Envoy."""
     token: str = ""
-    """What shows the registries who the operator is."""
+    """The operator's token, for these registries."""
 
 
 class UnknownContext(StartError):  # noqa: N818

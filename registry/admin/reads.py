@@ -36,7 +36,7 @@ class Context(Protocol):
 
     @property
     def caller(self) -> str:
-        """Who makes the call, if that is proven."""
+        """The name of the caller, if it is proven."""
 
     def header(self, name: str) -> str | None:
         """Return a header, or None if it is missing."""

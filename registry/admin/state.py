@@ -107,7 +107,7 @@ class AppState:
 
     @property
     def etag(self) -> str:
-        """What changes with every write and deletion of its config; ABSENT if it has none."""
+        """It changes with every write and deletion of the config; ABSENT if there is none."""
         written = sorted((key, revision) for key, revision in self.revisions.items() if "/instance/" not in key)
         return hashlib.sha256(repr(written).encode()).hexdigest()[:16] if written else ABSENT
 
