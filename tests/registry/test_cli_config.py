@@ -161,3 +161,9 @@ def test_folders_are_read_as_a_whole(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "readme.md").write_text("{")
     assert cli("config", "check", str(tmp_path)) == "the files are right\n"
     assert cli.run("config", "check", str(tmp_path / "none")).status == 2
+
+
+@pytest.mark.parametrize(("flags", "status"), [((), 1), (("--context", "none"), 2), (("--server", "127.0.0.1:1"), 7)])
+def test_a_diff_tells_a_difference_from_an_error(cli: Cli, file: Path, flags: tuple[str, ...], status: int) -> None:
+    file.write_text(f"apps: {{{cli.app}: {{worker: {{max_concurrent: 7}}}}}}")
+    assert cli.run("config", "diff", str(file), *flags).status == status

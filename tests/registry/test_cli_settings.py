@@ -59,7 +59,14 @@ def test_worker_settings_come_from_three_levels(cli: Cli) -> None:
     assert cli.run("worker", "unset", cli.app, "v1").status == 3
     wrong = cli.run("worker", "set", cli.app, "max_concurrent=0")
     assert (wrong.status, "max_concurrent: " in wrong.err) == (6, True)
-    for arguments in (["timeout=x"], ["threads=2"], [], ["timeout=1s", "v1"], ["v1", "v2", "timeout=1s"]):
+    for arguments in (
+        ["timeout=x"],
+        ["max_concurrent=99999999999"],
+        ["threads=2"],
+        [],
+        ["timeout=1s", "v1"],
+        ["v1", "v2", "timeout=1s"],
+    ):
         assert cli.run("worker", "set", cli.app, *arguments).status == 2
 
 
@@ -184,3 +191,19 @@ def test_formats(cli: Cli) -> None:
     assert as_json["digest"] in cli("ps", cli.app, "-o", "wide")
     assert as_json["digest"] not in cli("ps", cli.app)
     assert yaml.safe_load(cli("ps", cli.app, "-o", "yaml"))["instances"][0]["id"] == "i"
+
+
+def test_a_header_of_keys_is_in_lower_case(cli: Cli) -> None:
+    cli(*PUT, cli.app, "v1", FILE)
+    assert "x-user" in cli("app", "key-header", cli.app, "X-User")
+    assert cli.run("app", "show", cli.app, "-o", "json").json["key_header"] == "x-user"
+
+
+def test_only_the_shadow_is_ended(cli: Cli) -> None:
+    cli(*PUT, cli.app, "v1", FILE, "--phase", "production")
+    cli(*PUT, cli.app, "v2", FILE)
+    cli("app", "shadow", cli.app, "v2=10")
+    other = cli.run("app", "shadow", cli.app, "v9-")
+    assert (other.status, other.err) == (3, f"atserving: v9 is no shadow of {cli.app}: v2\n")
+    assert cli("app", "shadow", cli.app, "v2-") == f"{cli.app} has no shadow\n"
+    assert cli.run("app", "shadow", cli.app, "v2-").status == 3
