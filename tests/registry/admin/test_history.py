@@ -21,6 +21,7 @@ from registry.etcd.errors import OutOfSpace
 from tests.processes import Etcd, cluster
 from tests.registry.admin.conftest import CONTEXT, Operator, operating
 from tests.registry.admin.test_releases import PRODUCTION, app_of, delete, promote, split, two_versions
+from tests.waiting import until_async
 
 KINDS = admin_pb2.Change
 
@@ -72,6 +73,14 @@ async def test_the_defaults_have_a_history_and_a_way_back(operator: Operator) ->
     await operator.service.delete_worker(admin_pb2.DeleteWorkerRequest(), CONTEXT)
 
 
+async def is_full(client: EtcdClient) -> bool:
+    try:
+        await client.put("other/small", "x")
+    except OutOfSpace:
+        return True
+    return False
+
+
 async def test_it_misses_nothing_of_the_time_when_etcd_was_full(tmp_path: Path) -> None:
     (etcd,) = cluster(tmp_path, ["full"], "--quota-backend-bytes", str(8 << 20))
     etcd.start()
@@ -82,6 +91,7 @@ async def test_it_misses_nothing_of_the_time_when_etcd_was_full(tmp_path: Path) 
             with suppress(OutOfSpace):
                 for _ in range(20):
                     await operator.client.put("other/filler", "x" * (1 << 20))
+            await until_async(lambda: is_full(operator.client), what="etcd refuses small values, too")
             deleted = await operator.client.delete(release_key("full", "v1"))
             # So long its entry is refused.
             with pytest.raises(TimeoutError):
