@@ -66,8 +66,16 @@ def save(contexts: Contexts) -> None:
     file = path()
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise StartError(f"can't write {file}: {error.strerror}") from None
+    write_private(file, contexts)
+
+
+def write_private(file: Path, value: object) -> None:
+    """Replace a file by a value as JSON, which nobody else can read. Raises StartError."""
+    try:
         with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.name}.", delete=False) as new:
-            new.write(msgspec.json.format(msgspec.json.encode(contexts), indent=2) + b"\n")
+            new.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
         Path(new.name).replace(file)
     except OSError as error:
         raise StartError(f"can't write {file}: {error.strerror}") from None
@@ -87,19 +95,20 @@ def check_name(name: str) -> None:
         raise click.BadParameter(f"{name!r} should match {_NAME.pattern}")
 
 
-def chosen_name() -> str:
-    """Return the name of ``--context``, or else of the current one; empty without any. Raises StartError."""
+def chosen_name(contexts: Contexts) -> str:
+    """Return the name of ``--context``, or else of the current one; empty without any."""
     running = click.get_current_context(silent=True)
     named_here = running.meta.get(_META) if running else None
-    return named_here or load().current_context
+    return named_here or contexts.current_context
 
 
 def chosen() -> Context:
     """Return the context of ``--context``, or else the current one; an empty one without any. Raises StartError."""
     running = click.get_current_context(silent=True)
     try:
-        name = chosen_name()
-        return named(load(), name) if name else Context()
+        contexts = load()
+        name = chosen_name(contexts)
+        return named(contexts, name) if name else Context()
     except StartError:
         # A shell that completes a word shows no errors.
         if running and running.resilient_parsing:

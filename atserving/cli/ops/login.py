@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 import orjson
 
 from atserving.admin.v1 import admin_pb2
@@ -24,7 +23,7 @@ _ROLES = ("viewer", "publisher", "admin")
 @contexts.option
 def login() -> None:
     known = contexts.load()
-    name = contexts.chosen_name()
+    name = contexts.chosen_name(known)
     if not name:
         raise StartError("there is no context: atserving context set NAME --server HOST:PORT")
     context = contexts.named(known, name)
@@ -45,7 +44,7 @@ def login() -> None:
 @contexts.option
 def logout() -> None:
     known = contexts.load()
-    name = contexts.chosen_name()
+    name = contexts.chosen_name(known)
     if name:
         contexts.named(known, name).token = ""
         contexts.save(known)
@@ -69,17 +68,6 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _write(path: Path, found: dict[str, Any]) -> None:
-    text = msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n"
-    new = path.with_name(f"{path.name}.new")
-    try:
-        new.touch(mode=0o600)
-        new.write_bytes(text)
-        new.replace(path)
-    except OSError as error:
-        raise StartError(f"can't write {path}: {error.strerror}") from None
-
-
 _file = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 
 
@@ -98,7 +86,7 @@ def add(file: Path, name: str, role: str, apps: tuple[str, ...]) -> None:
     entry = {"name": name, "token_sha256": hashlib.sha256(token.encode()).hexdigest(), "role": role}
     others = [each for each in found["operators"] if each.get("name") != name]
     found["operators"] = [*others, {**entry, **({"apps": list(apps)} if apps else {})}]
-    _write(file, found)
+    contexts.write_private(file, found)
     click.echo(token)
 
 
@@ -111,5 +99,5 @@ def remove(file: Path, name: str) -> None:
     if len(left) == len(found["operators"]):
         raise StartError(f"{file} has no operator {name!r}")
     found["operators"] = left
-    _write(file, found)
+    contexts.write_private(file, found)
     click.echo(f"{name} is removed")
