@@ -87,9 +87,14 @@ class Call:
         parts = self.parts
         return len(parts[0]) if len(parts) == 1 else sum(map(len, parts))
 
+    @property
+    def is_large(self) -> bool:
+        """Whether it counts as large until its answer."""
+        return self._taken >= LARGE_BYTES
+
     def belong_to(self, owner: str) -> bool:
         """Count a large call as one of this owner. Return False if its owner holds too much."""
-        if self._taken < LARGE_BYTES or isinstance(self._held, Share):
+        if not self.is_large or isinstance(self._held, Share):
             return True
         share = self._held.share(owner, self._taken)
         self._held = share or self._held

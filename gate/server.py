@@ -202,6 +202,8 @@ def _count_for(app: str, call: Call) -> None:
 
 def _count_batch(tasks: Sequence[Task | ServingError], call: Call) -> None:
     """Count a large batch as a call of its app, or of none if it has several. Raises ResourceExhausted."""
+    if not call.is_large:
+        return
     apps = {task.app for task in tasks if isinstance(task, Task)}
     _count_for(apps.pop() if len(apps) == 1 else "", call)
 
