@@ -58,6 +58,10 @@ class CallerLimits:
         self._uses: dict[tuple[str, int | None], Use] = {}
         self._most = _FEW
 
+    def __len__(self) -> int:
+        """Return how many callers of apps are known."""
+        return len(self._uses)
+
     def enter(self, app: str, uid: int | None, limits: Limits, size: Callable[[], int]) -> Use:
         """Count a request, which the caller of this method takes out of those in flight when it ends.
 

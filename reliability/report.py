@@ -50,7 +50,7 @@ class Row:
 
     @property
     def complaint(self) -> str:
-        """What is wrong with the outcome; empty if nothing is."""
+        """The faults of the outcome; empty if it has none."""
         if not self.whole:
             return f"{self.name}: it failed, see its notes"
         if self.lost > self.allowed.requests:

@@ -1,4 +1,4 @@
-"""Who calls: tokens and API keys at the edge, who may use a closed app, and what an outsider tries."""
+"""Envoy checks tokens and API keys, a closed app admits those whom it names, and an outsider gets nowhere."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def forged_with_the_public_key() -> str:
 
 @dataclass
 class Answer:
-    """What a caller gets, over HTTP or gRPC."""
+    """The answer to a caller, over HTTP or gRPC."""
 
     status: int
     message: str = ""

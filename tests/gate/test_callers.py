@@ -1,4 +1,4 @@
-"""Who a caller is, by the headers that Envoy sets, and which apps they may use."""
+"""A gate knows a caller by the headers that Envoy sets, and compares them with the rules of the app."""
 
 from __future__ import annotations
 

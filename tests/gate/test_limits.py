@@ -110,8 +110,11 @@ def test_callers_who_have_gone_are_forgotten(clock: Clock, monkeypatch: pytest.M
     for uid in range(1000):
         callers.enter("app", uid, Limits(10), lambda: 0).in_flight -= 1
         clock.now_s += 0.2
-    assert len(callers._uses) <= 201
-    assert callers._uses["app", -1] is busy
+    assert len(callers) <= 201
+    # One with a request in flight is not.
+    with pytest.raises(ResourceExhausted, match="in flight"):
+        callers.enter("app", -1, Limits(in_flight=1), lambda: 0)
+    busy.in_flight -= 1
     # Those who still owe are not.
     for uid in range(1000):
         callers.enter("other", uid, Limits(0.001), lambda: 0).in_flight -= 1

@@ -1,4 +1,4 @@
-"""Who may operate: tokens and roles, over gRPC, over REST, and on the command line."""
+"""A registry knows operators by tokens, and refuses what their roles forbid: gRPC, REST and the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process holds leaves room for others."""
+"""The bytes that an owner holds leave room for others."""
 
 from __future__ import annotations
 
