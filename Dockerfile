@@ -58,13 +58,15 @@ USER 10001:10001
 FROM service AS gate
 LABEL org.opencontainers.image.title="AtServing gate" \
       org.opencontainers.image.description="Routes evals by app and version to the evaluators that serve them"
-ENV ATSERVING_HTTP=0.0.0.0:9090
+ENV ATSERVING_LISTEN=0.0.0.0:50051 \
+    ATSERVING_HTTP=0.0.0.0:9090
 EXPOSE 50051 9090
 ENTRYPOINT ["python", "-m", "gate"]
 
 FROM service AS registry
 LABEL org.opencontainers.image.title="AtServing registry" \
       org.opencontainers.image.description="Mirrors release config and instances from etcd, and publishes releases"
+ENV ATSERVING_LISTEN=0.0.0.0:50053
 EXPOSE 50053 50054
 ENTRYPOINT ["python", "-m", "registry"]
 

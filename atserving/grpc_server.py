@@ -117,9 +117,12 @@ class Server:
         """Let ``handler`` answer the streaming calls of a path, each in a task of its own."""
         self._streaming[path] = Streaming(handler, most_unsent)
 
-    async def start(self, listen: str) -> int:
-        """Listen on ``host:port`` (port 0: any free port) and return the port. Raises StartError."""
-        own = await listening_socket(listen)
+    async def start(self, listen: str, *, insecure: bool = False) -> int:
+        """Listen on ``host:port`` (port 0: any free port) and return the port. Raises StartError.
+
+        ``insecure``: the address need not be a loopback one.
+        """
+        own = await listening_socket(listen, insecure=insecure)
         self._server = await asyncio.get_running_loop().create_server(self.connect, sock=own)
         return int(own.getsockname()[1])
 

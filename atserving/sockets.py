@@ -14,13 +14,14 @@ _ANY = ("", "*", "[::]")
 _ANY_IPV4 = "0.0.0.0"  # noqa: S104 - an operator asks for it
 
 
-async def listening_socket(listen: str) -> socket.socket:
+async def listening_socket(listen: str, *, insecure: bool = False) -> socket.socket:
     """Return a socket that listens on ``host:port``; port 0: any free port. Raises StartError.
 
-    Without a host, and with ``[::]``, it listens on every IPv4 and IPv6 address.
+    Without a host, and with ``[::]``, it listens on every IPv4 and IPv6 address. Unless ``insecure``, the address must
+    be a loopback one: only this machine reaches those.
     """
     try:
-        return await asyncio.get_running_loop().run_in_executor(None, _socket, listen)
+        return await asyncio.get_running_loop().run_in_executor(None, _socket, listen, insecure)
     except (OSError, OverflowError) as error:
         raise StartError(f"cannot listen on {listen}: {refusal(error)}") from None
 
@@ -38,9 +39,10 @@ def refusal(error: OSError | OverflowError) -> str:
             return str(error)
 
 
-def _socket(listen: str) -> socket.socket:
+def _socket(listen: str, insecure: bool) -> socket.socket:
     host, _, port = listen.rpartition(":")
     if host in _ANY:
+        _check(listen, is_loopback=False, insecure=insecure)
         dual = socket.has_dualstack_ipv6()
         family, address = (socket.AF_INET6, ("::", int(port))) if dual else (socket.AF_INET, (_ANY_IPV4, int(port)))
         return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=dual)
@@ -51,4 +53,13 @@ def _socket(listen: str) -> socket.socket:
     except ValueError:
         family, _, _, _, found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
         name = str(found[0])
+    _check(listen, is_loopback=ipaddress.ip_address(name.partition("%")[0]).is_loopback, insecure=insecure)
     return socket.create_server((name, int(port)), family=family, backlog=_BACKLOG)
+
+
+def _check(listen: str, *, is_loopback: bool, insecure: bool) -> None:
+    if not (is_loopback or insecure):
+        raise StartError(
+            f"listening on {listen} would open this service to the network in plain text: "
+            "pass --insecure if only trusted processes reach that address"
+        )

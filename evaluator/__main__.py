@@ -78,7 +78,8 @@ def _keys(path: Path) -> QiniuConfig:
 @click.option("--app", required=True, callback=_name, help="The app to serve.")
 @click.option("--version", required=True, callback=_name, help="Its version.")
 @service.addresses_option("--registry", required=True, help="The registries; the instance uses any one of them.")
-@service.listen_option("0.0.0.0:0")
+@service.listen_option("127.0.0.1:0")
+@service.insecure_option
 @click.option(
     "--advertise",
     callback=service.host_and_port,
@@ -125,6 +126,7 @@ def main(
     version: str,
     registry: list[str],
     listen: str,
+    insecure: bool,
     advertise: str | None,
     workspace: Path | None,
     wait: float,
@@ -145,6 +147,7 @@ def main(
         version=version,
         registries=registry,
         listen=listen,
+        insecure=insecure,
         advertise=advertise,
         workspace=workspace,
         wait_s=wait,

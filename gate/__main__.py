@@ -42,6 +42,7 @@ class GateSettings:
 
     registries: list[str]
     listen: str
+    insecure: bool
     http: str
     wait_s: float
     drain_s: float
@@ -78,7 +79,7 @@ async def serve(settings: GateSettings) -> None:
     ops = OpsServer(settings.http, {"/metrics": Metrics(shadows).expose})
     try:
         await ops.start()
-        port = await server.start(settings.listen)
+        port = await server.start(settings.listen, insecure=settings.insecure)
         if not await lifecycle.unless_stopped(_wait_synced(follower, settings.wait_s), stop, following):
             return
         await server.set_serving(True)
@@ -120,7 +121,8 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
 @service.addresses_option(
     "--registry", default="127.0.0.1:50053", show_default=True, help="The registries; the gate uses any one of them."
 )
-@service.listen_option("0.0.0.0:50051")
+@service.listen_option("127.0.0.1:50051")
+@service.insecure_option
 @service.http_option("/metrics")
 @service.wait_option("Seconds to wait for a registry at start.")
 @service.seconds_option("--drain", 3.0, "Seconds to keep serving at stop, until the edge has seen it.")
@@ -148,6 +150,7 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
 def main(
     registry: list[str],
     listen: str,
+    insecure: bool,
     http: str,
     wait: float,
     drain: float,
@@ -162,7 +165,18 @@ def main(
     configure_logging("gate", log_level)
     malloc.keep_freed()
     settings = GateSettings(
-        registry, listen, http, wait, drain, grace, max_batch, max_held << 20, hold_deletions, config_cache, edge_key
+        registries=registry,
+        listen=listen,
+        insecure=insecure,
+        http=http,
+        wait_s=wait,
+        drain_s=drain,
+        grace_s=grace,
+        max_batch=max_batch,
+        max_held_bytes=max_held << 20,
+        hold_s=hold_deletions,
+        cache=config_cache,
+        edge_key=edge_key,
     )
     lifecycle.run(serve(settings))
 

@@ -41,6 +41,7 @@ class RegistrySettings:
 
     etcd: list[str]
     listen: str
+    insecure: bool
     listen_operators: str | None
     tls: Tls | None
     user: User | None = field(repr=False)
@@ -112,7 +113,9 @@ async def _start(servers: list[Server], settings: RegistrySettings) -> list[int]
     """Start the servers and return their ports. Raises StartError."""
     listens = [settings.listen, settings.listen_operators or ""]
     try:
-        return [await each.start(listen) for each, listen in zip(servers, listens, strict=False)]
+        return [
+            await each.start(listen, insecure=settings.insecure) for each, listen in zip(servers, listens, strict=False)
+        ]
     except StartError:
         await asyncio.gather(*(each.stop(0) for each in servers))
         raise
@@ -157,7 +160,8 @@ _file = click.Path(path_type=Path)
 
 @click.command(context_settings={"max_content_width": 100})
 @service.addresses_option("--etcd", required=True, help="The members of one etcd cluster.")
-@service.listen_option("0.0.0.0:50053")
+@service.listen_option("127.0.0.1:50053")
+@service.insecure_option
 @click.option(
     "--listen-operators",
     metavar="HOST:PORT",
@@ -201,6 +205,7 @@ _file = click.Path(path_type=Path)
 def main(
     etcd: list[str],
     listen: str,
+    insecure: bool,
     listen_operators: str | None,
     etcd_ca: Path | None,
     etcd_cert: Path | None,
@@ -222,6 +227,7 @@ def main(
     settings = RegistrySettings(
         etcd=etcd,
         listen=listen,
+        insecure=insecure,
         listen_operators=listen_operators,
         tls=_tls(etcd_ca, etcd_cert, etcd_key),
         user=_user(etcd_user, etcd_password),

@@ -47,6 +47,13 @@ def listen_option(default: str) -> Callable[[Any], Any]:
     )
 
 
+insecure_option = click.option(
+    "--insecure",
+    is_flag=True,
+    help="Listen in plain text on addresses that are not loopback, too: whoever reaches them is trusted.",
+)
+
+
 def host_and_port(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Check that an option is ``host:port``, for its callback."""
     if value is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 from atserving.errors import StartError
+from atserving.loopback import HOSTS
 
 _ANY = ("", "0.0.0.0", "[::]", "*")  # noqa: S104 - recognised, not bound
 
@@ -17,6 +18,10 @@ def advertised_address(advertise: str | None, listen: str, port: int, registry: 
     host, _, given = (advertise or listen).rpartition(":")
     if advertise:
         return f"{host}:{int(given) or port}"
+    if host in HOSTS and registry.rpartition(":")[0] not in HOSTS:
+        raise StartError(
+            f"no other machine reaches {host}, and the registry is at {registry}: give --listen, or --advertise"
+        )
     if host not in _ANY:
         return f"{host}:{port}"
     registry_host, _, registry_port = registry.rpartition(":")

@@ -64,6 +64,7 @@ class InstanceSettings:
     registries: Sequence[str]
     listen: str
     advertise: str | None = None
+    insecure: bool = False
     workspace: Path | None = None
     wait_s: float = 10.0
     grace_s: float = 30.0
@@ -132,7 +133,7 @@ class _Life:
         self._listener = Listener(self._links.connect, self._server.connect)
         stack.callback(self._links.abort)
         stack.callback(self._listener.close)
-        return await self._listener.start(self._settings.listen)
+        return await self._listener.start(self._settings.listen, insecure=self._settings.insecure)
 
     async def _load(self, folder: Path, stack: AsyncExitStack, http_port: int) -> tuple[NetConfig, WorkerSupervisor]:
         self._follower.on_outdated = self._mark_outdated

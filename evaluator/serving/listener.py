@@ -25,9 +25,12 @@ class Listener:
         self._other = other
         self._server: asyncio.Server | None = None
 
-    async def start(self, listen: str) -> int:
-        """Listen on ``host:port`` (port 0: any free port) and return the port. Raises StartError."""
-        own = await listening_socket(listen)
+    async def start(self, listen: str, *, insecure: bool = False) -> int:
+        """Listen on ``host:port`` (port 0: any free port) and return the port. Raises StartError.
+
+        ``insecure``: the address need not be a loopback one.
+        """
+        own = await listening_socket(listen, insecure=insecure)
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: _Unknown(self._linked, self._other), sock=own)
         return int(own.getsockname()[1])

@@ -112,7 +112,7 @@ async def test_a_bug_in_a_handler_fails_its_call_alone() -> None:
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
 async def test_a_server_of_all_addresses_takes_ipv4_and_ipv6(address: str) -> None:
     server = Server([])
-    port = await server.start("[::]:0")
+    port = await server.start("[::]:0", insecure=True)
     try:
         async with channel(f"[{address}]:{port}" if ":" in address else f"{address}:{port}") as client:
             health = health_pb2_grpc.HealthStub(client)

@@ -37,6 +37,13 @@ def programs_listen_on_declared_ports(manifests: Manifests) -> Iterator[str]:
                 yield f"{container}: --{flag} is {address}, should be {EVERYWHERE}:{number}"
 
 
+def programs_may_listen_there(manifests: Manifests) -> Iterator[str]:
+    """In plain text a program listens on loopback only, unless it is told otherwise."""
+    for container, component in _programs(manifests):
+        if component in PROGRAMS and container.flag("insecure") is None:
+            yield f"{container} does not start without --insecure, as others reach its ports"
+
+
 def declared_ports_are_listened_on(manifests: Manifests) -> Iterator[str]:
     for container, component in _programs(manifests):
         for port in container.ports:
@@ -162,6 +169,7 @@ def _address(container: Container, component: str, flag: str) -> str | None:
 
 RULES = (
     programs_listen_on_declared_ports,
+    programs_may_listen_there,
     declared_ports_are_listened_on,
     evaluators_register_their_own_address,
     labels_name_the_served_version,
