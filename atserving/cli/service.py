@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -120,9 +121,12 @@ def name_variables(command: click.Command, prefix: str = "ATSERVING") -> None:
 def run(command: click.Command, name: str) -> NoReturn:
     """Run a command as a program. Every flag may also be the variable ``ATSERVING_<FLAG>``.
 
-    An error is one line on standard error. The exit status is 2 for a wrong flag, 1 or the error's for a failed start.
+    The process, and those it starts, leave no core files. An error is one line on standard error. The exit status is 2
+    for a wrong flag, 1 or the error's for a failed start.
     """
     name_variables(command)
+    # A core file would have every secret that the process knows.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         command.main(prog_name=name, standalone_mode=False)
     except click.exceptions.Exit as stop:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -46,13 +47,21 @@ def fields(pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def text(value: Any) -> str:
-    """Return a text of the config for a table."""
-    return printable(str(value))
+    """Return a text of the config for a table, without the secrets of URIs."""
+    return printable(_SECRETS.sub(_hidden, str(value)))
 
 
 def compact(value: Any) -> str:
-    """Return a value as JSON in one line."""
-    return printable(orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode())
+    """Return a value as JSON in one line, without the secrets of URIs."""
+    return text(orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode())
+
+
+# The credentials and the query of a URI, which may be a signature.
+_SECRETS = re.compile(r"(://)([^/\s\"]*@)?([^\s\"?#]*)(\?[^\s\"#]+)?")
+
+
+def _hidden(uri: re.Match[str]) -> str:
+    return f"{uri[1]}{'***@' if uri[2] else ''}{uri[3]}{'?***' if uri[4] else ''}"
 
 
 def as_dict(message: Message) -> dict[str, Any]:
