@@ -48,6 +48,9 @@ ACCEPT_KEY = f"{PREFIX}deletions/accepted"
 HISTORY = f"{PREFIX}history/"
 """The prefix of the history of the config, which only registries read. It is no config."""
 
+OPERATORS = f"{PREFIX}operators/"
+"""The prefix of who may operate, which only registries read. It is no config of apps."""
+
 DEFAULT_KEY_HEADER = "x-serving-key"
 
 NOTE_KEY = f"{HISTORY}.note"

@@ -39,6 +39,8 @@ _JSON = ("content-type", "application/json")
 _MOST_FIELDS, _MOST_CHARS = 10, 120
 # Of a stream, this many messages wait for their reader.
 _MOST_UNSENT = 1
+# Before a stream sends a message, its caller is checked again, if that was so long ago: rights end.
+_AUTHORIZED_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Context:
     """The caller's deadline in seconds of time.monotonic()."""
     caller: str = ""
     """The name of the caller, if it is proven."""
+    peer_names: tuple[str, ...] = ()
+    """The URIs in the SAN of the peer's verified certificate; none without TLS."""
 
     def header(self, name: str) -> str | None:
         """Return a header, or None if it is missing or no ASCII."""
@@ -148,7 +152,12 @@ class _Method:
             context = Context(headers, deadline_of(headers))
             async for message in messages:
                 request = self._read(message, headers)
-                async for response in self._answer(request, self._authorized(request, context)):
+                context = self._authorized(request, context)
+                again_s = time.monotonic() + _AUTHORIZED_S
+                async for response in self._answer(request, context):
+                    if self._authorize and time.monotonic() >= again_s:
+                        self._authorized(request, context)
+                        again_s = time.monotonic() + _AUTHORIZED_S
                     yield response.SerializeToString()
                 return
         except GrpcError:

@@ -39,6 +39,15 @@ def refusal(error: OSError | OverflowError) -> str:
             return str(error)
 
 
+def is_loopback(listen: str) -> bool:
+    """Return whether ``host:port`` is an address, or the name, of this machine alone. Other names may be anything."""
+    host = listen.rpartition(":")[0]
+    try:
+        return ipaddress.ip_address(host.strip("[]").partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _socket(listen: str, insecure: bool) -> socket.socket:
     host, _, port = listen.rpartition(":")
     if host in _ANY:

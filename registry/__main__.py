@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from atserving.cli import service
 from atserving.errors import StartError
 from atserving.field_types import parse_duration
 from atserving.grpc_server import Server
+from atserving.sockets import is_loopback
 from atserving.v1 import registry_pb2
 from registry.admin.history import History, Recorder
+from registry.admin.operators import OperatorStore
 from registry.admin.service import AdminService
 from registry.admin.writes import Writer
 from registry.comparisons import Comparisons
@@ -33,6 +35,7 @@ log = structlog.get_logger()
 
 _GRACE_S = 5.0
 _MOST_REQUEST_BYTES = 4 << 20
+_OPERATORS_ADDRESS = "127.0.0.1:50054"
 
 
 @dataclass(frozen=True)
@@ -74,18 +77,21 @@ async def serve(settings: RegistrySettings) -> None:
     stop = lifecycle.stop_signal()
     following = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"]
     operating = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
+    known = Operators(settings.operators) if settings.operators else None
+    settings = replace(settings, listen_operators=_operators_address(settings))
     two_ports = bool(settings.listen_operators)
     server = Server([following] if two_ports else [following, operating], _MOST_REQUEST_BYTES)
     operators = Server([operating], _MOST_REQUEST_BYTES) if two_ports else server
     servers = [server, operators] if two_ports else [server]
-    known = Operators(settings.operators) if settings.operators else None
     connection = Connection(settings.etcd, tls=settings.tls, user=settings.user)
     async with EtcdClient(connection) as client:
         view = View(hold_s=settings.hold_s)
-        mirror = Mirror(client, view)
+        mirror = Mirror(client, view, known.roster if known else None)
         recorder = Recorder(client, settings.history_entries, settings.history_s)
         comparisons = Comparisons()
-        admin = AdminService(mirror, Writer(client, mirror, recorder), History(client), comparisons)
+        writer = Writer(client, mirror, recorder)
+        store = OperatorStore(client, writer, known)
+        admin = AdminService(mirror, writer, History(client), comparisons, store)
         registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s, view), comparisons)
         rpc.serve(server, following, registry, translate)
         rpc.serve(operators, operating, admin, translate, known.authorize if known else None)
@@ -96,17 +102,35 @@ async def serve(settings: RegistrySettings) -> None:
         log.info(
             "service starting", listen=settings.listen, port=ports[0], operators_port=ports[-1], etcd=settings.etcd
         )
-        mirroring = asyncio.create_task(mirror.run())
-        recording = asyncio.create_task(recorder.run())
+        tasks = [asyncio.create_task(mirror.run()), asyncio.create_task(recorder.run())]
+        if known:
+            tasks.append(asyncio.create_task(known.run()))
         try:
-            if await lifecycle.unless_stopped(view.synced.wait(), stop, mirroring, recording):
+            if await lifecycle.unless_stopped(view.synced.wait(), stop, *tasks):
                 await _set_serving(servers, True)
                 log.info("service ready", port=ports[0], operators_port=ports[-1])
-                await lifecycle.until_stopped(stop, mirroring, recording)
+                await lifecycle.until_stopped(stop, *tasks)
         finally:
             await _drain(servers, view)
-            await lifecycle.end([mirroring, recording])
+            await lifecycle.end(tasks)
     log.info("service stopped")
+
+
+def _operators_address(settings: RegistrySettings) -> str | None:
+    """Return the address of the API for operators; None: that of the rest. Raises StartError.
+
+    Where nobody is asked who they are, only this machine reaches it, unless somebody wants more.
+    """
+    given = settings.listen_operators
+    if settings.operators:
+        return given
+    # TLS proves who a process is, and makes nobody an operator.
+    if given and not (settings.insecure or is_loopback(given)):
+        raise StartError(
+            f"--listen-operators {given} would let whoever reaches it publish: name the operators by --operators, "
+            "or pass --insecure"
+        )
+    return given or (None if is_loopback(settings.listen) else _OPERATORS_ADDRESS)
 
 
 async def _start(servers: list[Server], settings: RegistrySettings) -> list[int]:
@@ -116,9 +140,10 @@ async def _start(servers: list[Server], settings: RegistrySettings) -> list[int]
         return [
             await each.start(listen, insecure=settings.insecure) for each, listen in zip(servers, listens, strict=False)
         ]
-    except StartError:
+    except StartError as error:
         await asyncio.gather(*(each.stop(0) for each in servers))
-        raise
+        hint = "; --listen-operators takes another address" if _OPERATORS_ADDRESS in str(error) else ""
+        raise StartError(f"{error}{hint}") from None
 
 
 async def _set_serving(servers: list[Server], serving: bool) -> None:
@@ -165,7 +190,8 @@ _file = click.Path(path_type=Path)
 @click.option(
     "--listen-operators",
     metavar="HOST:PORT",
-    help="Address of the API for operators and their tools; default: the address of --listen.",
+    help="Address of the API for operators and their tools. Default: that of --listen; 127.0.0.1:50054 if "
+    "that is not loopback and there is no --operators.",
 )
 @click.option("--etcd-ca", type=_file, metavar="FILE", help="CA certificates to trust for etcd (PEM); enables TLS.")
 @click.option("--etcd-cert", type=_file, metavar="FILE", help="Client certificate for etcd (PEM); enables TLS.")
@@ -198,7 +224,7 @@ _file = click.Path(path_type=Path)
     "--operators",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Who may operate, with the digests of their tokens; without it, everybody may.",
+    help="Who may operate, beside those in etcd, and the issuers of tokens; without it, everybody may.",
 )
 @service.hold_option
 @service.log_level_option

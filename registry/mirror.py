@@ -1,4 +1,6 @@
-"""Keeps a view equal to the keys of etcd below ``/ava/serving/``, the history left out.
+"""Keeps a view equal to the keys of etcd below ``/ava/serving/``, and a roster to its operators.
+
+The view has neither these nor the history: gates and evaluators see all of it.
 
 The mirror reads a snapshot at one revision and then watches all changes from the next revision on. After an
 interruption it begins again and applies the difference as one step, so it need not ask whether etcd has compacted the
@@ -18,9 +20,10 @@ from itertools import groupby
 
 import structlog
 
-from atserving.config import HISTORY, NOTE_KEY, PREFIX, MalformedConfig, is_access_rules, read
+from atserving.config import HISTORY, NOTE_KEY, OPERATORS, PREFIX, MalformedConfig, is_access_rules, read
 from atserving.v1 import etcd_pb2
 from registry.etcd import Compacted, EtcdClient, EtcdError
+from registry.operators import Roster
 from registry.view import Change, Delete, Put, View
 
 log = structlog.get_logger()
@@ -29,6 +32,7 @@ _PAUSE_S = (0.1, 2.0)
 _REMIND_S = 60.0
 _HISTORY_STEPS = 16
 _HISTORY, _NOTE, _INSTANCES = HISTORY.encode(), NOTE_KEY.encode(), f"{PREFIX}instance/".encode()
+_OPERATORS = OPERATORS.encode()
 
 
 class _StoreReplaced(Exception):  # noqa: N818 - control flow of this module
@@ -36,10 +40,11 @@ class _StoreReplaced(Exception):  # noqa: N818 - control flow of this module
 
 
 class Mirror:
-    """Mirrors etcd into a view."""
+    """Mirrors etcd into a view and a roster."""
 
-    def __init__(self, client: EtcdClient, view: View) -> None:
+    def __init__(self, client: EtcdClient, view: View, roster: Roster | None = None) -> None:
         self.view = view
+        self._roster = roster or Roster()
         self.reason = "no answer yet"
         """Why the watch of etcd is down; empty while it runs."""
         self._client = client
@@ -65,8 +70,10 @@ class Mirror:
         snapshot = await self._client.snapshot(PREFIX, without=HISTORY)
         puts: list[Put] = []
         for kv in snapshot.kvs:
-            puts += await self._last_good(kv)
-            puts.append(_put(kv))
+            if not kv.key.startswith(_OPERATORS):
+                puts += await self._last_good(kv)
+                puts.append(_put(kv))
+        self._roster.replace(kv for kv in snapshot.kvs if kv.key.startswith(_OPERATORS))
         self.view.replace(puts, snapshot.revision)
         revision = snapshot.revision
         async with aclosing(self._client.watch(PREFIX, revision + 1)) as responses:
@@ -81,12 +88,14 @@ class Mirror:
 
     def _apply(self, events: Sequence[etcd_pb2.Event]) -> None:
         """Apply events, those of an operator's calls apart from others."""
+        if operators := [event for event in events if event.kv.key.startswith(_OPERATORS)]:
+            self._roster.apply(operators)
         # Who empties etcd deletes the note, too.
         notes = (event for event in events if event.kv.key == _NOTE and event.type == etcd_pb2.Event.PUT)
         called = {event.kv.mod_revision for event in notes}
         for vetted, group in groupby(events, key=lambda event: event.kv.mod_revision in called):
             together = list(group)
-            changes = [_change(event) for event in together if not event.kv.key.startswith(_HISTORY)]
+            changes = [_change(event) for event in together if not event.kv.key.startswith((_HISTORY, _OPERATORS))]
             self.view.apply(changes, together[-1].kv.mod_revision, vetted=vetted)
 
     async def _last_good(self, kv: etcd_pb2.KeyValue) -> list[Put]:

@@ -22,16 +22,20 @@ import msgspec
 import orjson
 import structlog
 
-from atserving.config import ACCEPT_KEY, HISTORY, NOTE_KEY, PREFIX, MalformedConfig, app_of
+from atserving.config import ACCEPT_KEY, HISTORY, NOTE_KEY, OPERATORS, PREFIX, MalformedConfig, app_of
 from atserving.v1 import etcd_pb2
 from registry.etcd import Compacted, EtcdClient, EtcdError, EtcdRefused, LeaseNotFound, delete, put, written_at
 from registry.etcd.errors import OutOfSpace, TokenRefused
+from registry.operators.roster import without_secrets
 
 log = structlog.get_logger()
 
 SEEN_KEY = f"{HISTORY}.seen"
 
 NO_APP = "-"
+
+OPERATORS_APP = "@operators"
+"""Stands for an app in the changes of who may operate: they have a history of their own, which nothing rolls back."""
 
 _MOST_BYTES = 512 << 10
 _MOST_KEY_CHARS = 300
@@ -178,8 +182,7 @@ class Recorder:
                     # etcd has compacted it.
                     changed.setdefault(_app(key), []).append(KeyChange(key[:_MOST_KEY_CHARS], omitted=True))
                 elif before != after:
-                    change = KeyChange(key[:_MOST_KEY_CHARS], _text(before), _text(after))
-                    changed.setdefault(_app(key), []).append(change)
+                    changed.setdefault(_app(key), []).append(_changed(key, before, after))
         for number, (app, keys) in enumerate(changed.items()):
             by_key = tuple(sorted(keys, key=lambda each: each.key))
             moment_s = note.time or time.time()
@@ -251,7 +254,7 @@ class Recorder:
         for kv in snapshot.kvs:
             key = kv.key.decode(errors="backslashreplace")
             if kv.mod_revision > (seen or 0) and not key.startswith(_IGNORED):
-                change = KeyChange(key, after=_text(kv.value), omitted=True)
+                change = msgspec.structs.replace(_changed(key, None, kv.value), omitted=True)
                 written.setdefault((_app(key), kv.mod_revision), []).append(change)
         for (app, revision), keys in sorted(written.items(), key=lambda each: each[0][1]):
             await self._keep(Change(revision, app, time.time(), tuple(keys)), seen=False)
@@ -277,7 +280,17 @@ def _by_revision(events: Iterable[etcd_pb2.Event]) -> Iterator[tuple[int, list[e
     yield from by_revision.items()
 
 
+def _changed(key: str, before: bytes | None, after: bytes | None) -> KeyChange:
+    name = key[:_MOST_KEY_CHARS]
+    if not key.startswith(OPERATORS):
+        return KeyChange(name, _text(before), _text(after))
+    (old, old_malformed), (new, new_malformed) = without_secrets(key, before), without_secrets(key, after)
+    return KeyChange(name, old, new, old_malformed or new_malformed)
+
+
 def _app(key: str) -> str:
+    if key.startswith(OPERATORS):
+        return OPERATORS_APP
     with suppress(MalformedConfig):
         return app_of(key) or ""
     return ""

@@ -15,11 +15,13 @@ from atserving.errors import NotFound, Unavailable
 from atserving.misplaced_rules import apps_of
 from registry.admin import edits, load, messages, paging, whole
 from registry.admin.effects import ineffective
-from registry.admin.history import NO_APP, History
+from registry.admin.history import NO_APP, OPERATORS_APP, History
+from registry.admin.operators import self_to_proto
 from registry.admin.state import AppState
 from registry.admin.watching import changed_objects
 from registry.comparisons import Comparisons
 from registry.mirror import Mirror
+from registry.operators import Operators
 
 T = TypeVar("T", bound=Message)
 _Wrong = dict[str, tuple[dict[str, str], dict[str, str]]]
@@ -38,6 +40,10 @@ class Context(Protocol):
     def caller(self) -> str:
         """The name of the caller, if it is proven."""
 
+    @property
+    def peer_names(self) -> tuple[str, ...]:
+        """The URIs in the verified certificate of the peer."""
+
     def header(self, name: str) -> str | None:
         """Return a header, or None if it is missing."""
 
@@ -45,8 +51,9 @@ class Context(Protocol):
 class Reads:
     """The methods that change nothing. They raise ServingErrors; the history is in etcd, so EtcdErrors, too."""
 
-    def __init__(self, mirror: Mirror, history: History, comparisons: Comparisons) -> None:
+    def __init__(self, mirror: Mirror, history: History, comparisons: Comparisons, operators: Operators | None) -> None:
         self._comparisons = comparisons
+        self._operators = operators
         self._mirror = mirror
         self._view = mirror.view
         self._history = history
@@ -114,14 +121,14 @@ class Reads:
         return admin_pb2.ListInstancesResponse(instances=page.items, next_page_token=page.token)
 
     async def list_history(self, request: admin_pb2.ListHistoryRequest, _: Context) -> admin_pb2.ListHistoryResponse:
-        app = request.app if request.app == NO_APP else messages.app_from(request.app)
+        app = request.app if request.app in (NO_APP, OPERATORS_APP) else messages.app_from(request.app)
         page = paging.Page[admin_pb2.Change](request.page_size, request.page_token)
         before = messages.revision_from(page.after) if page.after else 0
         while found := await self._history.newest(app, _ENTRIES, before):
             if not all(page.add(messages.change_to(each), str(each.created)) for each in found):
                 break
             before = found[-1].created
-        if not page.items and app not in ("", NO_APP):
+        if not page.items and app not in ("", NO_APP, OPERATORS_APP):
             # An app that is gone may have a history.
             self._existing(app)
         return admin_pb2.ListHistoryResponse(changes=page.items, next_page_token=page.token)
@@ -134,7 +141,7 @@ class Reads:
         held = dict.fromkeys(self._view.holdback.held, "deleted in etcd with most others, and still in use")
         response = kinds()
         for kind, reasons in (
-            (kinds.KIND_MALFORMED, self._view.malformed),
+            (kinds.KIND_MALFORMED, self._view.malformed | self._malformed_operators(request.app)),
             (kinds.KIND_UNKNOWN_FIELDS, self._view.warnings),
             (kinds.KIND_DELETION_HELD, held),
             (kinds.KIND_INEFFECTIVE, await self._ineffective(request.app)),
@@ -143,6 +150,12 @@ class Reads:
                 if request.app == NO_APP or _app_of(key) in ("", request.app):
                     response.problems.add(kind=kind, key=key, reason=reason)
         return response
+
+    def _malformed_operators(self, app: str) -> dict[str, str]:
+        return self._operators.roster.malformed if self._operators and app == NO_APP else {}
+
+    async def get_self(self, _: admin_pb2.GetSelfRequest, context: Context) -> admin_pb2.Operator:
+        return self_to_proto(self._operators.identify(context)) if self._operators else admin_pb2.Operator()
 
     async def get_status(self, _: admin_pb2.GetStatusRequest, context: Context) -> admin_pb2.Status:
         view = self._view

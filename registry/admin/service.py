@@ -12,6 +12,7 @@ from atserving.config import MalformedConfig, Release, validate
 from atserving.errors import Aborted, InvalidArgument, NotFound
 from registry.admin import edits, messages, whole
 from registry.admin.history import History
+from registry.admin.operators import OperatorStore
 from registry.admin.reads import Context, Reads
 from registry.admin.state import AppState, access_key, worker_key
 from registry.admin.writes import ACCEPT_S, Intent, Writer
@@ -37,9 +38,17 @@ class _Write(Protocol):
 class AdminService(Reads):
     """The methods of the API, one for each rpc. They raise ServingErrors, and EtcdErrors."""
 
-    def __init__(self, mirror: Mirror, writer: Writer, history: History, comparisons: Comparisons) -> None:
-        super().__init__(mirror, history, comparisons)
+    def __init__(
+        self,
+        mirror: Mirror,
+        writer: Writer,
+        history: History,
+        comparisons: Comparisons,
+        operators: OperatorStore,
+    ) -> None:
+        super().__init__(mirror, history, comparisons, operators.known)
         self._writer = writer
+        self._store = operators
 
     async def update_app(self, request: admin_pb2.UpdateAppRequest, context: Context) -> admin_pb2.App:
         app = request.app
@@ -311,6 +320,20 @@ class AdminService(Reads):
             lambda state: edits.delete_key(state, key, what),
             lambda state: state.etag_of(key),
         )
+
+    async def list_operators(
+        self, request: admin_pb2.ListOperatorsRequest, _: Context
+    ) -> admin_pb2.ListOperatorsResponse:
+        return self._store.list(request)
+
+    async def put_operator(self, request: admin_pb2.PutOperatorRequest, context: Context) -> admin_pb2.Operator:
+        return await self._store.put(request.operator, _intent(context, "PutOperator", request, request.operator.etag))
+
+    async def delete_operator(
+        self, request: admin_pb2.DeleteOperatorRequest, context: Context
+    ) -> admin_pb2.DeleteOperatorResponse:
+        await self._store.delete(request.name, _intent(context, "DeleteOperator", request, request.etag))
+        return admin_pb2.DeleteOperatorResponse()
 
     async def accept_deletions(
         self, request: admin_pb2.AcceptDeletionsRequest, context: Context

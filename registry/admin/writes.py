@@ -95,14 +95,14 @@ class Writer:
                 return before
             is_stale = bool(intent.etag) and intent.etag != etag_of(before)
             if is_stale and not attempt:
-                raise _stale(etag_of(before), intent.etag)
+                raise stale(etag_of(before), intent.etag)
             edits = {key: value for key, value in edit(before).items() if value != _current(before, key)}
             after = _edited(before, edits)
             if not edits:
                 return after
             if is_stale:
                 # It changed between two attempts, and not by the first one, which may have taken effect.
-                raise _stale(etag_of(before), intent.etag)
+                raise stale(etag_of(before), intent.etag)
             self._check_held(edits, before)
             if not intent.force:
                 guards.check(before, after)
@@ -112,7 +112,7 @@ class Writer:
             written = await self._commit(before, revision, edits, after, intent)
             if written is not None:
                 log.info("config written", app=app, method=intent.method, revision=written, keys=len(edits))
-                await self._settled(written)
+                await self.settled(written)
                 return _at_revision(after, edits, written)
         raise Unavailable(f"the config of {app or 'all apps'} keeps changing in etcd: try again")
 
@@ -122,7 +122,7 @@ class Writer:
         words = [put(ACCEPT_KEY, Acceptance().to_json(), lease.id), put(NOTE_KEY, intent.note())]
         revision = (await self._client.txn([], words)).header.revision
         log.warning("deletions accepted", revision=revision, actor=intent.actor, reason=intent.message)
-        await self._settled(revision)
+        await self.settled(revision)
 
     async def until_recorded(self) -> None:
         """Wait until the history has all changes up to now. Raises Unavailable if that takes long."""
@@ -180,7 +180,7 @@ class Writer:
             operations = [delete(key) if value is None else put(key, value) for key, value in edits.items()]
         return await self._client.commit(unchanged, [*operations, put(NOTE_KEY, intent.note())])
 
-    async def _settled(self, revision: int) -> None:
+    async def settled(self, revision: int) -> None:
         """Wait until this registry shows the change. It is done even if that is late."""
         with suppress(TimeoutError):
             async with asyncio.timeout(_READ_YOUR_WRITES_S):
@@ -200,7 +200,8 @@ def _named(before: AppState, after: AppState, edits: Edits) -> set[str]:
     return {release_key(after.app, name) for name in names}
 
 
-def _stale(etag: str, wanted: str) -> Aborted:
+def stale(etag: str, wanted: str) -> Aborted:
+    """Return the error for a write with another etag than that of its object."""
     if etag == ABSENT:
         return Aborted(f"it is gone: you know it with the etag {wanted}")
     if wanted == ABSENT:

@@ -145,6 +145,43 @@ def test_a_port_in_use_is_reported_in_one_line(flags: list[str]) -> None:
     assert refused.stderr == f"registry: cannot listen on {address}: the address is in use\n"
 
 
+def test_without_operators_only_this_machine_reaches_their_api() -> None:
+    with socket.socket() as taken:
+        with suppress(OSError):
+            # Somebody else may have it.
+            taken.bind(("127.0.0.1", 50054))
+            taken.listen()
+        refused = start("--etcd", "127.0.0.1:1", "--listen", "0.0.0.0:0", "--insecure")
+    assert refused.returncode == 1
+    assert refused.stderr == (
+        "registry: cannot listen on 127.0.0.1:50054: the address is in use; --listen-operators takes another address\n"
+    )
+    refused = start("--etcd", "127.0.0.1:1", "--listen", "127.0.0.1:0", "--listen-operators", "0.0.0.0:0")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "name the operators by --operators, or pass --insecure" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "apart"),
+    [
+        (["--listen", "0.0.0.0:0", "--insecure", "--listen-operators", "0.0.0.0:0"], True),
+        (["--listen", "0.0.0.0:0", "--insecure", "--operators", "{}"], False),
+        (["--listen", "localhost:0"], False),
+    ],
+)
+def test_operators_may_have_the_port_of_the_others(
+    tmp_path: Path, processes: Start, flags: list[str], apart: bool
+) -> None:
+    (tmp_path / "operators").write_text("{}")
+    given = [each.replace("{}", str(tmp_path / "operators")) for each in flags]
+    registry = Registry(tmp_path, ["127.0.0.1:1"], *given)
+    processes(registry)
+    line = registry.logged(event="service starting")
+    assert (line["port"] != line["operators_port"]) is apart
+    warned = [each for each in registry.lines if "operators unknown" in each]
+    assert bool(warned) is ("--operators" not in flags)
+
+
 async def test_a_registry_waits_for_etcd_and_logs_it_once(tmp_path: Path, processes: Start) -> None:
     (member,) = cluster(tmp_path, ["one"])
     registry = Registry(tmp_path, [member.address])

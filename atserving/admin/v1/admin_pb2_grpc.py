@@ -184,6 +184,26 @@ class AdminServiceStub:
                 request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.WatchAppRequest.SerializeToString,
                 response_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.WatchAppResponse.FromString,
                 _registered_method=True)
+        self.GetSelf = channel.unary_unary(
+                '/atserving.admin.v1.AdminService/GetSelf',
+                request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.GetSelfRequest.SerializeToString,
+                response_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.Operator.FromString,
+                _registered_method=True)
+        self.ListOperators = channel.unary_unary(
+                '/atserving.admin.v1.AdminService/ListOperators',
+                request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListOperatorsRequest.SerializeToString,
+                response_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListOperatorsResponse.FromString,
+                _registered_method=True)
+        self.PutOperator = channel.unary_unary(
+                '/atserving.admin.v1.AdminService/PutOperator',
+                request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.PutOperatorRequest.SerializeToString,
+                response_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.Operator.FromString,
+                _registered_method=True)
+        self.DeleteOperator = channel.unary_unary(
+                '/atserving.admin.v1.AdminService/DeleteOperator',
+                request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.DeleteOperatorRequest.SerializeToString,
+                response_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.DeleteOperatorResponse.FromString,
+                _registered_method=True)
         self.AcceptDeletions = channel.unary_unary(
                 '/atserving.admin.v1.AdminService/AcceptDeletions',
                 request_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.AcceptDeletionsRequest.SerializeToString,
@@ -396,6 +416,34 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetSelf(self, request, context):
+        """Who asks, and what they may do; an empty name if the registry knows no operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListOperators(self, request, context):
+        """Lists the operators of etcd, and those of the file of the registry that answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutOperator(self, request, context):
+        """Adds an operator to etcd, or replaces one. Only admins may. FAILED_PRECONDITION for a name of the registry's file.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteOperator(self, request, context):
+        """Removes an operator from etcd. FAILED_PRECONDITION for the last admin.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AcceptDeletions(self, request, context):
         """Takes the deletions that are held back, and holds back none for the next minute.
         """
@@ -555,6 +603,26 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.WatchApp,
                     request_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.WatchAppRequest.FromString,
                     response_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.WatchAppResponse.SerializeToString,
+            ),
+            'GetSelf': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSelf,
+                    request_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.GetSelfRequest.FromString,
+                    response_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.Operator.SerializeToString,
+            ),
+            'ListOperators': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListOperators,
+                    request_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListOperatorsRequest.FromString,
+                    response_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.ListOperatorsResponse.SerializeToString,
+            ),
+            'PutOperator': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutOperator,
+                    request_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.PutOperatorRequest.FromString,
+                    response_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.Operator.SerializeToString,
+            ),
+            'DeleteOperator': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteOperator,
+                    request_deserializer=atserving_dot_admin_dot_v1_dot_admin__pb2.DeleteOperatorRequest.FromString,
+                    response_serializer=atserving_dot_admin_dot_v1_dot_admin__pb2.DeleteOperatorResponse.SerializeToString,
             ),
             'AcceptDeletions': grpc.unary_unary_rpc_method_handler(
                     servicer.AcceptDeletions,
@@ -1372,6 +1440,114 @@ class AdminService:
             '/atserving.admin.v1.AdminService/WatchApp',
             atserving_dot_admin_dot_v1_dot_admin__pb2.WatchAppRequest.SerializeToString,
             atserving_dot_admin_dot_v1_dot_admin__pb2.WatchAppResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSelf(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atserving.admin.v1.AdminService/GetSelf',
+            atserving_dot_admin_dot_v1_dot_admin__pb2.GetSelfRequest.SerializeToString,
+            atserving_dot_admin_dot_v1_dot_admin__pb2.Operator.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListOperators(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atserving.admin.v1.AdminService/ListOperators',
+            atserving_dot_admin_dot_v1_dot_admin__pb2.ListOperatorsRequest.SerializeToString,
+            atserving_dot_admin_dot_v1_dot_admin__pb2.ListOperatorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutOperator(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atserving.admin.v1.AdminService/PutOperator',
+            atserving_dot_admin_dot_v1_dot_admin__pb2.PutOperatorRequest.SerializeToString,
+            atserving_dot_admin_dot_v1_dot_admin__pb2.Operator.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteOperator(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/atserving.admin.v1.AdminService/DeleteOperator',
+            atserving_dot_admin_dot_v1_dot_admin__pb2.DeleteOperatorRequest.SerializeToString,
+            atserving_dot_admin_dot_v1_dot_admin__pb2.DeleteOperatorResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -96,6 +96,14 @@ class AdminServiceStub:
     """The comparisons that gates have made of versions with copies of an app's requests, with the present contents."""
     WatchApp: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchAppRequest, _admin_pb2.WatchAppResponse]
     """Streams the objects of an app: first all of them, then each change."""
+    GetSelf: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetSelfRequest, _admin_pb2.Operator]
+    """Who asks, and what they may do; an empty name if the registry knows no operators."""
+    ListOperators: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListOperatorsRequest, _admin_pb2.ListOperatorsResponse]
+    """Lists the operators of etcd, and those of the file of the registry that answers."""
+    PutOperator: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PutOperatorRequest, _admin_pb2.Operator]
+    """Adds an operator to etcd, or replaces one. Only admins may. FAILED_PRECONDITION for a name of the registry's file."""
+    DeleteOperator: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DeleteOperatorRequest, _admin_pb2.DeleteOperatorResponse]
+    """Removes an operator from etcd. FAILED_PRECONDITION for the last admin."""
     AcceptDeletions: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AcceptDeletionsRequest, _admin_pb2.AcceptDeletionsResponse]
     """Takes the deletions that are held back, and holds back none for the next minute."""
 
@@ -156,6 +164,14 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """The comparisons that gates have made of versions with copies of an app's requests, with the present contents."""
     WatchApp: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchAppRequest, _admin_pb2.WatchAppResponse]  # type: ignore[assignment]
     """Streams the objects of an app: first all of them, then each change."""
+    GetSelf: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetSelfRequest, _admin_pb2.Operator]  # type: ignore[assignment]
+    """Who asks, and what they may do; an empty name if the registry knows no operators."""
+    ListOperators: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListOperatorsRequest, _admin_pb2.ListOperatorsResponse]  # type: ignore[assignment]
+    """Lists the operators of etcd, and those of the file of the registry that answers."""
+    PutOperator: _aio.UnaryUnaryMultiCallable[_admin_pb2.PutOperatorRequest, _admin_pb2.Operator]  # type: ignore[assignment]
+    """Adds an operator to etcd, or replaces one. Only admins may. FAILED_PRECONDITION for a name of the registry's file."""
+    DeleteOperator: _aio.UnaryUnaryMultiCallable[_admin_pb2.DeleteOperatorRequest, _admin_pb2.DeleteOperatorResponse]  # type: ignore[assignment]
+    """Removes an operator from etcd. FAILED_PRECONDITION for the last admin."""
     AcceptDeletions: _aio.UnaryUnaryMultiCallable[_admin_pb2.AcceptDeletionsRequest, _admin_pb2.AcceptDeletionsResponse]  # type: ignore[assignment]
     """Takes the deletions that are held back, and holds back none for the next minute."""
 
@@ -393,6 +409,38 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_pb2.WatchAppResponse], _abc.AsyncIterator[_admin_pb2.WatchAppResponse]]:
         """Streams the objects of an app: first all of them, then each change."""
+
+    @_abc_1.abstractmethod
+    def GetSelf(
+        self,
+        request: _admin_pb2.GetSelfRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.Operator, _abc.Awaitable[_admin_pb2.Operator]]:
+        """Who asks, and what they may do; an empty name if the registry knows no operators."""
+
+    @_abc_1.abstractmethod
+    def ListOperators(
+        self,
+        request: _admin_pb2.ListOperatorsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListOperatorsResponse, _abc.Awaitable[_admin_pb2.ListOperatorsResponse]]:
+        """Lists the operators of etcd, and those of the file of the registry that answers."""
+
+    @_abc_1.abstractmethod
+    def PutOperator(
+        self,
+        request: _admin_pb2.PutOperatorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.Operator, _abc.Awaitable[_admin_pb2.Operator]]:
+        """Adds an operator to etcd, or replaces one. Only admins may. FAILED_PRECONDITION for a name of the registry's file."""
+
+    @_abc_1.abstractmethod
+    def DeleteOperator(
+        self,
+        request: _admin_pb2.DeleteOperatorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.DeleteOperatorResponse, _abc.Awaitable[_admin_pb2.DeleteOperatorResponse]]:
+        """Removes an operator from etcd. FAILED_PRECONDITION for the last admin."""
 
     @_abc_1.abstractmethod
     def AcceptDeletions(

@@ -15,6 +15,7 @@ from atserving import lifecycle
 from atserving.admin.v1 import admin_pb2
 from atserving.config import Instance, Release, instance_key, release_key
 from registry.admin.history import History, Recorder
+from registry.admin.operators import OperatorStore
 from registry.admin.service import AdminService
 from registry.admin.writes import Writer
 from registry.comparisons import Comparisons
@@ -30,6 +31,7 @@ class NoContext:
     """The context of a call without headers."""
 
     caller = ""
+    peer_names = ()
 
     def header(self, name: str) -> str | None:
         return None
@@ -104,7 +106,9 @@ async def operating(etcd: Etcd, app: str, most: int = 100, hold_s: float = 0) ->
         mirror = Mirror(client, View(hold_s=hold_s))
         recorder = Recorder(client, most, 3600)
         comparisons = Comparisons()
-        service = AdminService(mirror, Writer(client, mirror, recorder), History(client), comparisons)
+        writer = Writer(client, mirror, recorder)
+        store = OperatorStore(client, writer, None)
+        service = AdminService(mirror, writer, History(client), comparisons, store)
         tasks = [asyncio.create_task(each.run()) for each in (mirror, recorder)]
         try:
             async with asyncio.timeout(10):
