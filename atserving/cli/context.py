@@ -53,6 +53,7 @@ def set_(name: str, server: str | None, edge: str | None) -> None:
         before.edge if edge is None else edge.rstrip("/"),
         # Another registry must not get it.
         before.token if server in (None, before.server) else "",
+        before.token_command if server in (None, before.server) else (),
     )
     known.current_context = known.current_context or name
     contexts.save(known)

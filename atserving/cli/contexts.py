@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -14,6 +16,8 @@ from click.core import ParameterSource
 from atserving.errors import StartError
 
 _META = "atserving.context"
+# Somebody may have to log in with a browser.
+_COMMAND_S = 120.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -26,6 +30,8 @@ class Context(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """The URL of an Envoy."""
     token: str = ""
     """The operator's token, for these registries."""
+    token_command: tuple[str, ...] = ()
+    """In place of a token: the program that prints one, and its arguments."""
 
 
 class UnknownContext(StartError):  # noqa: N818
@@ -117,15 +123,30 @@ def chosen() -> Context:
 
 
 def token() -> str:
-    """Return the token that a command shows: that of ATSERVING_TOKEN, or of the context.
+    """Return the token that a command shows: that of ATSERVING_TOKEN, or of the context, or of its token command.
 
-    Registries that the context does not name get none of it.
+    Registries that the context does not name get none of it. Raises StartError.
     """
     if given := os.environ.get("ATSERVING_TOKEN", ""):
         return given
     running = click.get_current_context(silent=True)
     by_context = running and running.get_parameter_source("server") is ParameterSource.DEFAULT
-    return chosen().token if by_context else ""
+    if not running or not by_context:
+        return ""
+    context = chosen()
+    # A shell that completes a word runs no program.
+    return run(context.token_command) if context.token_command and not running.resilient_parsing else context.token
+
+
+def run(command: Sequence[str]) -> str:
+    """Return the token that a command prints. It may ask the user on the terminal. Raises StartError."""
+    try:
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=_COMMAND_S)
+    except (OSError, UnicodeDecodeError, subprocess.SubprocessError) as error:
+        raise StartError(f"the command that prints the token has failed: {error}") from None
+    if not (found := ended.stdout.strip()):
+        raise StartError(f"the command that prints the token prints nothing: {command[0]}")
+    return found
 
 
 class OfMesh(click.Option):

@@ -12,6 +12,8 @@ from typing import Any
 import aiohttp
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from atserving import transport
 from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
@@ -27,7 +29,12 @@ Status = grpc.StatusCode
 
 def add(file: Path, name: str, *flags: str) -> str:
     """Add an operator to a file, as an administrator does; return the token."""
-    command = [str(commands.BIN / "atserving"), "operator", "add", str(file), name, *flags]
+    return operator("add", name, "--file", str(file), *flags)
+
+
+def operator(*arguments: str) -> str:
+    """Run `atserving operator`, and return what it prints."""
+    command = [str(commands.BIN / "atserving"), "operator", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -125,6 +132,16 @@ def test_every_method_wants_to_know_who_asks(api: Api) -> None:
         assert watching.code() is Status.UNAUTHENTICATED
 
 
+def test_health_and_reflection_are_open(api: Api) -> None:
+    with grpc.insecure_channel(api.registry.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        ask = reflection_pb2.ServerReflectionRequest(list_services="")
+        answers = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([ask]), timeout=20)
+        names = [each.name for each in next(answers).list_services_response.service]
+    assert "atserving.admin.v1.AdminService" in names
+
+
 @pytest.mark.parametrize("shown", ["{}", "{}x", "Basic {}", "Bearer", "Bearer ", "Bearer {} x"])
 def test_only_a_whole_token_counts(api: Api, shown: str) -> None:
     text = shown.replace("{}", api.tokens["ada"])
@@ -146,7 +163,7 @@ async def test_the_history_says_who_it_was_and_not_who_they_say(api: Api) -> Non
 def test_the_file_is_followed(api: Api) -> None:
     token = add(api.file, "new", "--role", "admin")
     assert api.status(*READ, token=token) is Status.OK
-    again = add(api.file, "new")
+    again = operator("set", "new", "--new-token", "--file", str(api.file))
     assert api.status(*READ, token=token) is Status.UNAUTHENTICATED
     assert api.status(*READ, token=again) is Status.OK
     good = api.file.read_text()
@@ -154,7 +171,7 @@ def test_the_file_is_followed(api: Api) -> None:
     assert api.status(*READ, token=again) is Status.OK
     api.registry.logged(event="operators unchanged")
     api.file.write_text(good)
-    subprocess.run([str(commands.BIN / "atserving"), "operator", "remove", str(api.file), "new"], check=True)
+    assert operator("remove", "new", "--file", str(api.file)) == "new is removed"
     assert api.status(*READ, token=again) is Status.UNAUTHENTICATED
     # Neither the file nor the logs have a token.
     assert api.file.stat().st_mode & 0o077 == 0
@@ -168,7 +185,10 @@ def test_the_file_is_followed(api: Api) -> None:
         ("{", "Input data was truncated"),
         ('{"operators": [{"name": "a"}]}', "token_sha256"),
         ('{"operators": [{"name": "a", "token_sha256": "x", "role": "root"}]}', "token_sha256"),
-        (json.dumps({"operators": [{"name": n, "token_sha256": "0" * 64} for n in "ab"]}), "same name or token"),
+        (
+            json.dumps({"operators": [{"name": n, "token_sha256": "0" * 64} for n in "ab"]}),
+            "operators have the same token",
+        ),
         ('{"operators": [], "roles": []}', "unknown field"),
     ],
 )
@@ -200,7 +220,9 @@ def test_a_context_keeps_the_token_for_its_registries(api: Api, tmp_path: Path) 
     assert (refused.returncode, "run atserving login" in refused.stderr) == (FORBIDDEN, True)
     wrong = run(api, tmp_path, "login", text="wrong\n")
     assert (wrong.returncode, "does not know this token" in wrong.stderr) == (FORBIDDEN, True)
-    assert run(api, tmp_path, "login", text=f"{api.tokens['pat']}\n").stdout == "you are pat in here\n"
+    assert run(api, tmp_path, "login", text=f"{api.tokens['pat']}\n").stdout == (
+        "you are pat (publisher of digits, team-*) in here\n"
+    )
     file = tmp_path / ".config" / "atserving" / "config.json"
     assert file.stat().st_mode & 0o077 == 0
     assert run(api, tmp_path, "release", "list").returncode == 0
@@ -241,3 +263,28 @@ async def test_rest_wants_to_know_who_asks(api: Api) -> None:
             assert (response.status, (await response.json())["code"]) == (403, 403)
         async with session.delete(f"{url}/digits?validate_only=true", headers=bearer) as response:
             assert response.status == 404
+        await _operators_over_rest(api, session, mesh.operators_url)
+
+
+async def _operators_over_rest(api: Api, session: aiohttp.ClientSession, url: str) -> None:
+    """Operators are objects as others are."""
+
+    async def call(method: str, path: str, who: str = "ada", body: Any = None) -> tuple[int, Any]:
+        headers = {"authorization": f"Bearer {api.tokens[who]}"}
+        async with session.request(method, f"{url}{path}", json=body, headers=headers) as response:
+            return response.status, await response.json()
+
+    assert await call("GET", "/v1/self", "pat") == (
+        200,
+        {"name": "pat", "role": "ROLE_PUBLISHER", "apps": ["digits", "team-*"]},
+    )
+    zoe = {"name": "zoe", "role": "ROLE_VIEWER", "token_sha256": "0" * 64}
+    assert (await call("POST", "/v1/operators", "pat", zoe))[0] == 403
+    assert (await call("POST", "/v1/operators?validate_only=true&message=why", "pat", zoe))[0] == 200
+    status, made = await call("POST", "/v1/operators?message=why", "ada", zoe)
+    assert (status, made["has_token"], "token_sha256" in made) == (200, True, False)
+    _, listed = await call("GET", "/v1/operators?page_size=1000", "vic")
+    assert [each["name"] for each in listed["operators"]] == sorted(["zoe", *api.tokens])
+    assert (await call("DELETE", "/v1/operators/zoe", "vic"))[0] == 403
+    assert (await call("DELETE", "/v1/operators/zoe"))[0] == 200
+    assert (await call("DELETE", "/v1/operators/zoe"))[0] == 404

@@ -20,6 +20,16 @@ PHASES = {"staging": admin_pb2.PHASE_STAGING, "production": admin_pb2.PHASE_PROD
 _PHASE_NAMES: dict[int, str] = {number: name for name, number in PHASES.items()}
 
 
+ROLES = ("viewer", "publisher", "admin")
+"""The roles of operators, as the API numbers them from 1 on."""
+
+
+def role(operator: admin_pb2.Operator) -> str:
+    """Return the role of an operator, and the apps of a publisher."""
+    name = ROLES[operator.role - 1] if 0 < operator.role <= len(ROLES) else "?"
+    return text(f"{name} of {', '.join(operator.apps)}" if operator.apps else name)
+
+
 def phase(number: int) -> str:
     """Return the name of a phase."""
     return _PHASE_NAMES.get(number, "?")
