@@ -29,7 +29,8 @@ log = structlog.get_logger()
 # No algorithm with a shared secret, and none without a signature.
 _RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 _ALGORITHMS = frozenset({*_RSA, "ES256", "ES384", "ES512", "EdDSA"})
-_LEAST_RSA_BITS = 2048
+# Larger keys cost more for each token.
+_RSA_BITS = range(2048, 8193)
 
 _MOST_BYTES = 256 << 10
 _MOST_KEYS = 100
@@ -139,8 +140,8 @@ class FetchedKeys:
     def find(self, key_id: str) -> PublicKey | None:
         found = self._keys.get(key_id)
         soon_s = self._asked_s + _LEAST_S
-        if found is None and self._keys and self.due_s > soon_s:
-            # The issuer may have a new key.
+        if found is None and self.due_s > soon_s:
+            # The issuer may have a new key, or be back.
             self.due_s = soon_s
             self._wake()
         return found
@@ -181,7 +182,7 @@ def parse(text: bytes) -> Keys:
     objects = [each for each in keys if isinstance(each, dict) and isinstance(each.get("kid", ""), str)]
     usable = {each.get("kid", ""): key for each in objects if (key := _key(each))}
     if not usable:
-        raise ValueError("has no key for signatures: RSA of 2048 bits or more, EC, or Ed25519")
+        raise ValueError("has no key for signatures: RSA of 2048 to 8192 bits, EC, or Ed25519")
     return usable
 
 
@@ -195,7 +196,7 @@ def _key(fields: dict[str, Any]) -> PublicKey | None:
         # Of many kinds, for fields of wrong types.
         return None
     named = known.algorithm_name
-    if named not in _ALGORITHMS or (named in _RSA and known.key.key_size < _LEAST_RSA_BITS):
+    if named not in _ALGORITHMS or (named in _RSA and known.key.key_size not in _RSA_BITS):
         return None
     return PublicKey(known.key, (named,) if "alg" in fields or named not in _RSA else _RSA)
 

@@ -120,6 +120,8 @@ async def test_an_admin_adds_changes_and_removes_operators_of_all_registries(mes
     # The registry that took it knows it at once.
     assert mesh.who("pat", mesh.first) == "pat publisher digits team-*"
     await mesh.known("pat", "pat publisher digits team-*")
+    assert mesh.status("ListProblems", admin_pb2.ListProblemsRequest(app="-"), "ada") is Status.OK
+    assert not mesh.answer.problems
     # Without a token, it keeps the one it has.
     assert mesh.put("ada", mesh.second, name="pat", role=admin_pb2.ROLE_VIEWER) is Status.OK
     await mesh.known("pat", "pat viewer")

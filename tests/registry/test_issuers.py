@@ -8,6 +8,8 @@ import hashlib
 import hmac
 import json
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -32,6 +34,7 @@ from atserving import lifecycle, rpc
 from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
 from atserving.errors import PermissionDenied, ServingError, StartError, Unauthenticated, Unavailable
 from atserving.http2_stream import Headers
+from atserving.local.examples import ROOT
 from registry.operators import Operators
 from tests.processes import running_registry
 from tests.waiting import until, until_async
@@ -258,6 +261,21 @@ def test_keys_in_a_file_are_followed(file: Path) -> None:
         who(operators, token())
     keys.write_text("{")
     assert who(operators, token(OTHER, kid="new")) == "ada"
+
+
+def test_the_documented_file_is_right(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "operators.md").read_text()
+    block = page[page.index("    {\n") :].partition("\n\n")[0]
+    path = write(tmp_path, json.loads(block.replace('"..."', json.dumps(TOKEN_SHA256))))
+    operators = Operators(path)
+    assert ([each.name for each in operators.of_file], operators.issuers) == (["ada", "bob", "vision"], ("company",))
+
+
+def test_a_registry_without_issuers_loads_no_library_for_them() -> None:
+    command = [sys.executable, "-c", "import sys, registry.__main__; print(*sys.modules)"]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "registry.operators.known" in loaded
+    assert not {"jwt", "cryptography", "registry.operators.tokens"} & set(loaded)
 
 
 WEAK, SECRET = jwk(rsa_key(1024), "weak", "RS256"), {"kty": "oct", "kid": "rsa", "k": "c2VjcmV0", "alg": "HS256"}

@@ -278,13 +278,14 @@ async def _operators_over_rest(api: Api, session: aiohttp.ClientSession, url: st
         200,
         {"name": "pat", "role": "ROLE_PUBLISHER", "apps": ["digits", "team-*"]},
     )
-    zoe = {"name": "zoe", "role": "ROLE_VIEWER", "token_sha256": "0" * 64}
+    zoe = {"name": "zoe+x@example.com", "role": "ROLE_VIEWER", "token_sha256": "0" * 64}
     assert (await call("POST", "/v1/operators", "pat", zoe))[0] == 403
     assert (await call("POST", "/v1/operators?validate_only=true&message=why", "pat", zoe))[0] == 200
+    path = f"/v1/operators/{zoe['name']}"
     status, made = await call("POST", "/v1/operators?message=why", "ada", zoe)
     assert (status, made["has_token"], "token_sha256" in made) == (200, True, False)
     _, listed = await call("GET", "/v1/operators?page_size=1000", "vic")
-    assert [each["name"] for each in listed["operators"]] == sorted(["zoe", *api.tokens])
-    assert (await call("DELETE", "/v1/operators/zoe", "vic"))[0] == 403
-    assert (await call("DELETE", "/v1/operators/zoe"))[0] == 200
-    assert (await call("DELETE", "/v1/operators/zoe"))[0] == 404
+    assert [each["name"] for each in listed["operators"]] == sorted([zoe["name"], *api.tokens])
+    assert (await call("DELETE", path, "vic"))[0] == 403
+    assert (await call("DELETE", path))[0] == 200
+    assert (await call("DELETE", path))[0] == 404
