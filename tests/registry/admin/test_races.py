@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from atserving.admin.v1 import admin_pb2
 from atserving.config import app_routing_key, worker_keys
 from atserving.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
 from registry.admin.state import ABSENT, AppState
+from registry.admin.writes import Intent
+from registry.operators import Operators
 from tests.registry.admin.conftest import CONTEXT, Operator
 from tests.registry.admin.test_history import roll_back
 from tests.registry.admin.test_releases import delete, two_versions
@@ -36,7 +39,10 @@ async def apply(operator: Operator, values: dict[str, str], **fields: Any) -> ad
 
 def between(operator: Operator, monkeypatch: pytest.MonkeyPatch, change: Callable[[], Awaitable[object]]) -> None:
     """Let a change happen once, after the next write has read the state and before its transaction."""
-    writer: Any = operator.service._writer
+    interrupt(operator.service._writer, monkeypatch, change)
+
+
+def interrupt(writer: Any, monkeypatch: pytest.MonkeyPatch, change: Callable[[], Awaitable[object]]) -> None:
     commit = writer._commit
 
     async def commit_later(*arguments: Any) -> int | None:
@@ -145,3 +151,23 @@ async def test_an_alias_of_callers_does_not_move_to_a_version_without_instances(
     move.alias = "next"
     app = await operator.service.set_alias(move, CONTEXT)
     assert app.warnings == [f"{app_routing_key(operator.app)}: aliases.next: no instance of 'v2' is ready"]
+
+
+async def test_of_two_admins_who_remove_each_other_one_is_left(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "operators.json").write_text("{}")
+    store = operator.service._store
+    store.known = Operators(tmp_path / "operators.json")
+    for name in ("one", "two"):
+        admin = admin_pb2.Operator(name=name, role=admin_pb2.ROLE_ADMIN, certificate=f"spiffe://mesh/{name}")
+        await store.put(admin, Intent("PutOperator"))
+    interrupt(store, monkeypatch, lambda: store.delete("two", Intent("DeleteOperator")))
+    with pytest.raises(FailedPrecondition, match="'one' is the last admin"):
+        await store.delete("one", Intent("DeleteOperator"))
+    await store.put(admin, Intent("PutOperator"))
+    viewer = admin_pb2.Operator(name="three", certificate="spiffe://mesh/three")
+    interrupt(store, monkeypatch, lambda: store.put(viewer, Intent("PutOperator")))
+    await store.delete("one", Intent("DeleteOperator"))
+    with pytest.raises(FailedPrecondition, match="'two' is the last admin"):
+        await store.put(admin_pb2.Operator(name="two"), Intent("PutOperator"))
