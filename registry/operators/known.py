@@ -27,6 +27,7 @@ log = structlog.get_logger()
 _READS = ("Get", "List", "Watch")
 _OPERATORS = ("PutOperator", "DeleteOperator")
 _BEARER = "bearer "
+_ASKED = "the registry wants to know who you are: run atserving login, or set ATSERVING_TOKEN"
 _MOST_CHARS = 8 << 10
 _REMIND_S = 10.0
 _ROLES: tuple[Role, ...] = ("viewer", "publisher", "admin")
@@ -112,7 +113,7 @@ class Operators:
                 return self._of_token(shown)
             if context.peer_names:
                 return self._of_certificate(context.peer_names)
-            raise Unauthenticated("the registry wants to know who you are: run atserving login, or set ATSERVING_TOKEN")
+            raise Unauthenticated(_ASKED)
         except (Unauthenticated, PermissionDenied) as error:
             self._tell(error.message)
             raise
@@ -151,9 +152,7 @@ class Operators:
     def _of_certificate(self, names: tuple[str, ...]) -> Identity:
         found = tuple(each for name in names if (each := self.find(entries.of_certificate(name))))
         if not found:
-            raise Unauthenticated(
-                f"your certificate, of {', '.join(names)[:200]}, is no operator's: run atserving login"
-            )
+            raise Unauthenticated(f"{_ASKED}; the certificate of {', '.join(names)[:200]} is no operator's")
         return Identity(found[0].name, found)
 
     def _tell(self, reason: str) -> None:
