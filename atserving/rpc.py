@@ -10,6 +10,7 @@ import base64
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -154,11 +155,12 @@ class _Method:
                 request = self._read(message, headers)
                 context = self._authorized(request, context)
                 again_s = time.monotonic() + _AUTHORIZED_S
-                async for response in self._answer(request, context):
-                    if self._authorize and time.monotonic() >= again_s:
-                        self._authorized(request, context)
-                        again_s = time.monotonic() + _AUTHORIZED_S
-                    yield response.SerializeToString()
+                async with aclosing(self._answer(request, context)) as responses:
+                    async for response in responses:
+                        if self._authorize and time.monotonic() >= again_s:
+                            self._authorized(request, context)
+                            again_s = time.monotonic() + _AUTHORIZED_S
+                        yield response.SerializeToString()
                 return
         except GrpcError:
             raise

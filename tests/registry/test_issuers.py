@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID
 from jwt.algorithms import get_default_algorithms
+from structlog.testing import capture_logs
 
 from atserving import lifecycle, rpc
 from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
@@ -250,6 +251,17 @@ def test_a_certificate_tells_who_it_is(file: Path) -> None:
             who(operators, "", *names)
     with pytest.raises(Unauthenticated, match="wants to know who you are"):
         who(operators, "")
+
+
+def test_many_wrong_tokens_are_one_line(file: Path) -> None:
+    operators = Operators(file)
+    began_s = time.monotonic()
+    with capture_logs() as lines:
+        for number in range(200):
+            with pytest.raises(Unauthenticated):
+                who(operators, f"secret-{number}")
+    assert 1 <= len(lines) <= 1 + (time.monotonic() - began_s) // 10
+    assert (lines[0]["event"], "secret" in str(lines)) == ("operators refused", False)
 
 
 def test_keys_in_a_file_are_followed(file: Path) -> None:
