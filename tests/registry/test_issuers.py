@@ -253,6 +253,19 @@ def test_a_certificate_tells_who_it_is(file: Path) -> None:
         who(operators, "")
 
 
+def test_a_mounted_secret_is_followed(tmp_path: Path) -> None:
+    for version, name in (("v1", "root"), ("v2", "new")):
+        (tmp_path / version).mkdir()
+        write(tmp_path / version, {"operators": [{"name": name, "token_sha256": TOKEN_SHA256}]})
+    (tmp_path / "data").symlink_to("v1")
+    (tmp_path / "operators.json").symlink_to("data/operators.json")
+    operators = Operators(tmp_path / "operators.json")
+    assert who(operators, "static") == "root"
+    (tmp_path / "next").symlink_to("v2")
+    (tmp_path / "next").rename(tmp_path / "data")
+    assert who(operators, "static") == "new"
+
+
 def test_many_wrong_tokens_are_one_line(file: Path) -> None:
     operators = Operators(file)
     began_s = time.monotonic()
