@@ -32,6 +32,7 @@ class ServingError(Exception):
         version: str = "",
         fields: Mapping[str, str] | None = None,
         limit: str = "",
+        challenge: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -46,6 +47,8 @@ class ServingError(Exception):
         """The fields of the request that are wrong, and why."""
         self.limit = limit
         """The limit of the caller that is reached, as the header RateLimit-Policy has it; empty for other errors."""
+        self.challenge = challenge
+        """The schemes of credentials that would help, as the header WWW-Authenticate has them; empty: not said."""
 
     def to_proto(self) -> evaluator_pb2.Error:
         """The error as it travels from evaluator to gate."""

@@ -20,7 +20,9 @@ from atserving.held import HeldBytes
 from atserving.ops_http import OpsServer
 from atserving.telemetry import configure_logging
 from atserving.v1 import edge_pb2, serving_pb2
-from gate.callers import Callers, read_keys
+from gate.authorization import Authorization
+from gate.caller_keys import CallerKeys
+from gate.callers import BEARER, QINIU, Callers, read_keys
 from gate.connection import EvaluatorConnection
 from gate.dispatch import Dispatcher
 from gate.metrics import Metrics
@@ -52,6 +54,7 @@ class GateSettings:
     hold_s: float
     cache: Path | None = None
     edge_key: Path | None = None
+    caller_keys: Path | None = None
 
 
 async def serve(settings: GateSettings) -> None:
@@ -69,7 +72,13 @@ async def serve(settings: GateSettings) -> None:
     )
     shadows = Shadows(router, held)
     dispatcher = Dispatcher(router, follower.synced, shadows)
-    callers = Callers(read_keys(settings.edge_key) if settings.edge_key else ())
+    keys = CallerKeys(settings.caller_keys) if settings.caller_keys else None
+    if keys and not settings.edge_key:
+        raise StartError("--caller-keys needs --edge-key: without it, anybody could ask a gate who a caller is")
+    schemes = (BEARER, QINIU) if keys else (BEARER,)
+    callers = Callers(read_keys(settings.edge_key) if settings.edge_key else (), schemes)
+    if keys:
+        Authorization(keys, callers).register(server)
     ServingService(dispatcher, settings.max_batch, held, callers).register(server)
     EdgeService(dispatcher, settings.max_batch, held, callers).register(server)
     following = asyncio.create_task(follower.run())
@@ -144,6 +153,12 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
     metavar="FILE",
     help="The keys that Envoy shows, one in each line; without it, gates know no caller.",
 )
+@click.option(
+    "--caller-keys",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="The keys of callers who sign requests as for Qiniu, if Envoy asks for them; needs --edge-key.",
+)
 @service.hold_option
 @service.cache_option
 @service.log_level_option
@@ -158,6 +173,7 @@ def main(
     max_batch: int,
     max_held: int,
     edge_key: Path | None,
+    caller_keys: Path | None,
     hold_deletions: float,
     config_cache: Path | None,
     log_level: str,
@@ -177,6 +193,7 @@ def main(
         hold_s=hold_deletions,
         cache=config_cache,
         edge_key=edge_key,
+        caller_keys=caller_keys,
     )
     lifecycle.run(serve(settings))
 

@@ -22,6 +22,8 @@ class Caller:
     """The groups as Envoy passes them: names with commas or spaces between them, or a JSON list in base64."""
     proven: bool = False
     """Whether the request carries a proven identity."""
+    challenge: str = "Bearer"
+    """The schemes by which the caller can prove it."""
 
     @property
     def groups(self) -> frozenset[str]:
@@ -54,7 +56,8 @@ def admit(caller: Caller, app: str, own: AppMetadata, default: AppMetadata) -> N
     if public:
         return
     if not caller.proven:
-        raise Unauthenticated(f"app {app!r} is not public, and the request carries no credentials")
+        message = f"app {app!r} is not public, and the request carries no credentials"
+        raise Unauthenticated(message, challenge=caller.challenge)
     if not _is_named(caller, own, default):
         raise PermissionDenied(f"this caller may not use app {app!r}")
 

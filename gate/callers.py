@@ -16,28 +16,36 @@ from gate.admission import Caller
 
 UID, GROUPS, KEY = "x-serving-uid", "x-serving-groups", "x-serving-edge"
 
+BEARER, QINIU = "Bearer", "Qiniu"
+"""Schemes of the header ``authorization``."""
+
 _LEAST_KEY_CHARS = 32
-_NOBODY = Caller()
 
 
 class Callers:
     """Tells callers apart."""
 
-    def __init__(self, keys: Sequence[bytes] = ()) -> None:
-        """``keys`` are those of which Envoy shows one; without any, nobody is known."""
+    def __init__(self, keys: Sequence[bytes] = (), schemes: Sequence[str] = (BEARER,)) -> None:
+        """``keys`` are those of which Envoy shows one; without any, nobody is known.
+
+        ``schemes`` are those that a caller without credentials is told of.
+        """
         self._keys = tuple(keys)
+        self._nobody = Caller(challenge=", ".join(schemes))
 
     def of(self, headers: Headers) -> Caller:
         """Return the caller of a request."""
         if not self._keys:
-            return _NOBODY
+            return self._nobody
         uid, groups = headers.get(UID), headers.get(GROUPS)
-        if uid is None and groups is None:
-            return _NOBODY
-        shown = headers.get(KEY) or b""
-        if not any(hmac.compare_digest(shown, key) for key in self._keys):
-            return _NOBODY
+        if (uid is None and groups is None) or not self.is_edge(headers):
+            return self._nobody
         return Caller(int(uid) if uid and uid.isdigit() and len(uid) < 19 else None, groups or b"", proven=True)
+
+    def is_edge(self, headers: Headers) -> bool:
+        """Return whether a request shows one of the keys."""
+        shown = headers.get(KEY) or b""
+        return any(hmac.compare_digest(shown, key) for key in self._keys)
 
 
 def read_keys(path: Path) -> list[bytes]:

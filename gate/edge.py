@@ -23,9 +23,6 @@ from gate.responses import LargeResponse
 
 JSON = "application/json"
 BYTES = "application/octet-stream"
-CHALLENGE = "www-authenticate", "Bearer"
-"""The header of a 401."""
-
 _STREAM = b',"stream":"data:application/octet-stream;base64,'
 _NULL = b"null"
 
@@ -228,8 +225,7 @@ def write_error(error: ServingError) -> Reply:
     if error.retry_after_s is not None:
         headers["retry-after"] = retry_after(error)
     headers |= rate_limit(error)
-    if error.status == Unauthenticated.status:
-        headers[CHALLENGE[0]] = CHALLENGE[1]
+    headers |= challenge(error)
     return Reply(_error_item(error), status=error.status, headers=headers)
 
 
@@ -239,6 +235,11 @@ def rate_limit(error: ServingError) -> list[tuple[str, str]]:
         return []
     name = error.limit.partition(";")[0]
     return [("ratelimit-policy", error.limit), ("ratelimit", f"{name};r=0;t={retry_after(error)}")]
+
+
+def challenge(error: ServingError) -> list[tuple[str, str]]:
+    """Return the header of a 401: how to show who one is."""
+    return [("www-authenticate", error.challenge or "Bearer")] if error.status == Unauthenticated.status else []
 
 
 def retry_after(error: ServingError) -> str:

@@ -20,7 +20,6 @@ from atserving.errors import (
     InvalidArgument,
     ResourceExhausted,
     ServingError,
-    Unauthenticated,
     Unavailable,
 )
 from atserving.grpc_call import Call, GrpcError, parsed
@@ -240,8 +239,7 @@ def error_metadata(error: ServingError, context: CallContext) -> list[tuple[str,
     if error.retry_after_s is not None:
         trailing.append(("retry-after", edge.retry_after(error)))
     trailing += edge.rate_limit(error)
-    if error.status == Unauthenticated.status:
-        trailing.append(edge.CHALLENGE)
+    trailing += edge.challenge(error)
     return trailing
 
 

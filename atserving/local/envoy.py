@@ -14,6 +14,9 @@ from atserving.loopback import HOSTS
 
 _FOLDER = "/etc/envoy"
 
+CALLER_KEYS_FILE = "caller-keys.json"
+"""The keys of callers for the gates, in a folder of callers' files."""
+
 KEY_FILE = "edge.key"
 """The file with the key for the gates, beside Envoy's own files."""
 

@@ -140,6 +140,8 @@ class Mesh:
         # A gate drains so that its callers can go to another gate. A gate alone has nothing to drain for.
         flags = [] if len(ports.gates) > 1 else ["--drain", "0"]
         flags += ["--edge-key", str(directory / "envoy" / envoy.KEY_FILE)]
+        if self._callers and (self._callers / envoy.CALLER_KEYS_FILE).exists():
+            flags += ["--caller-keys", str(directory / "envoy" / envoy.CALLER_KEYS_FILE)]
         for number, port in enumerate(ports.gates):
             name = f"gate-{number}" if number else "gate"
             result[name] = commands.gate(self.registry, f"127.0.0.1:{port}", *flags, *self._cache(name))
