@@ -23,7 +23,7 @@ unsent=':(1F90|20FB) [0-9A-F]+:[0-9A-F]{4} [0-9A-F]{2} 0*[1-9A-F][0-9A-F]*:'
 admin 'POST /healthcheck/fail' >/dev/null || true
 sleep "$away_s"
 for ((second = 0; second < most_s; second++)); do
-    stats=$(admin 'GET /stats?filter=^(http|tcp)\.edge.*\.downstream_(rq_active|cx_tx_bytes_buffered)$') || break
+    stats=$(admin 'GET /stats?filter=^http\.edge\.downstream_(rq_active|cx_tx_bytes_buffered)$') || break
     if [[ $stats == *downstream_rq_active:* && ! $stats =~ :\ [1-9] ]]; then
         [[ $(cat /proc/net/tcp /proc/net/tcp6) =~ $unsent ]] || break
     fi

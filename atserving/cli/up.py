@@ -17,7 +17,7 @@ from atserving.local.mesh import Mesh
 _CPUS_PER_GATE = 4
 
 _HELP = """\
-The mesh serves {apps} at {url}. Try these in another terminal:
+The mesh serves {apps} at {url}{tls}. Try these in another terminal:
 
   curl -s {url}/v1/eval/digits -H 'content-type: application/octet-stream' --data-binary @examples/digits/images/7.png
   curl -s {url}/v1/eval/digits/v2 -H 'content-type: application/json' \\
@@ -50,7 +50,7 @@ Logs: {directory}/*.log. A process that dies is started again. Ctrl-C stops the 
     "--callers",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     metavar="FOLDER",
-    help="A folder with callers-jwt.yaml or callers-keys.yaml for Envoy: who a caller is.",
+    help="A folder with files of Envoy that say who a caller is; with edge-tls.yaml, the edge offers TLS, too.",
 )
 def up(port: int, gates: int, callers: Path | None) -> None:
     run_until_stopped(_up(port, gates, callers))
@@ -72,6 +72,7 @@ async def _up(port: int, gates: int, callers: Path | None) -> None:
         text = _HELP.format(
             apps=", ".join(dict.fromkeys(each.app for each in mesh.serves)),
             url=mesh.url,
+            tls=f" and {mesh.tls_url}" if mesh.has_tls else "",
             files=mesh.files_url,
             registry=mesh.registry,
             operators=mesh.operators_url,

@@ -14,6 +14,9 @@ from atserving.loopback import HOSTS
 
 _FOLDER = "/etc/envoy"
 
+TLS_FILE = "edge-tls.yaml"
+"""Names the edge's certificate. In a folder of callers' files, it makes the edge of the local mesh offer TLS, too."""
+
 CALLER_KEYS_FILE = "caller-keys.json"
 """The keys of callers for the gates, in a folder of callers' files."""
 
@@ -35,7 +38,7 @@ def lay_out(source: Path, folder: Path, callers: Path | None) -> None:
     shutil.copytree(source, folder)
     if callers:
         shutil.copytree(callers, folder, dirs_exist_ok=True)
-    for path in folder.glob("callers-*.yaml"):
+    for path in (*folder.glob("callers-*.yaml"), *folder.glob("edge-*.yaml")):
         path.write_text(path.read_text().replace(_FOLDER, str(folder)))
     key = secrets.token_urlsafe(32)
     for path, text in ((folder / "edge-key.yaml", _KEY % key), (folder / KEY_FILE, f"{key}\n")):
@@ -44,8 +47,11 @@ def lay_out(source: Path, folder: Path, callers: Path | None) -> None:
         path.write_text(text)
 
 
-def local_bootstrap(folder: Path, ports: Ports) -> str:
-    """Return the bootstrap in ``folder`` with the paths of the checkout and the ports of the local mesh."""
+def local_bootstrap(folder: Path, ports: Ports, *, tls: bool = False) -> str:
+    """Return the bootstrap in ``folder`` with the paths of the checkout and the ports of the local mesh.
+
+    ``tls``: with the port for TLS, for which there is a certificate.
+    """
     text = (folder / "envoy.yaml").read_text().replace(_FOLDER, str(folder))
     bootstrap = yaml.safe_load(text)
     # Any web page could send a POST to a port, and stop the process.
@@ -57,9 +63,11 @@ def local_bootstrap(folder: Path, ports: Ports) -> str:
         listener["enable_reuse_port"] = False
         port = {"edge": ports.edge, "ops": ports.ops, "operators": ports.operators}[listener["name"]]
         listener["address"] = _loopback(port)
-        for chain in listener["filter_chains"]:
-            for each in chain["filters"]:
-                _answer_only_loopback(each["typed_config"]["route_config"])
+        if "additional_addresses" in listener:
+            _set_tls(listener, ports.edge_tls if tls else None)
+        # All chains of a listener have the same filters.
+        for each in listener["filter_chains"][0]["filters"]:
+            _answer_only_loopback(each["typed_config"]["route_config"])
     for cluster in resources["clusters"]:
         gates = [_loopback(port) for port in ports.gates]
         upstreams = {"gate": gates, "admin": [admin], "registry": [_loopback(ports.registry)]}[cluster["name"]]
@@ -70,6 +78,17 @@ def local_bootstrap(folder: Path, ports: Ports) -> str:
 
 def _loopback(port: int) -> dict[str, Any]:
     return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
+
+
+def _set_tls(listener: dict[str, Any], port: int | None) -> None:
+    """Let the edge offer TLS on this port, or not at all."""
+    plain, tls = listener["filter_chains"]
+    if port is None:
+        del listener["additional_addresses"]
+        listener["filter_chains"] = [plain]
+    else:
+        listener["additional_addresses"] = [{"address": _loopback(port)}]
+        tls["filter_chain_match"]["destination_port"] = port
 
 
 def _answer_only_loopback(routes: dict[str, Any]) -> None:

@@ -51,6 +51,8 @@ class Mesh:
         self.serves = serves
         self.ports = Ports.free(edge_port, gates)
         self.url = f"http://127.0.0.1:{self.ports.edge}"
+        self.has_tls = bool(callers and (callers / envoy.TLS_FILE).exists())
+        self.tls_url = f"https://localhost:{self.ports.edge_tls}"
         self.operators_url = f"http://127.0.0.1:{self.ports.operators}"
         self.registry = f"127.0.0.1:{self.ports.registry}"
         self.etcd = f"127.0.0.1:{self.ports.etcd}"
@@ -68,7 +70,8 @@ class Mesh:
         check_free(self.ports.edge)
         self.directory = Path(tempfile.mkdtemp(prefix="atserving-"))
         envoy.lay_out(ROOT / "envoy", self.directory / "envoy", self._callers)
-        (self.directory / "envoy.yaml").write_text(envoy.local_bootstrap(self.directory / "envoy", self.ports))
+        bootstrap = envoy.local_bootstrap(self.directory / "envoy", self.ports, tls=self.has_tls)
+        (self.directory / "envoy.yaml").write_text(bootstrap)
         self._processes = self._group()
         try:
             self._start(*(each.name for each in self._processes if each.name != "envoy"))
@@ -188,7 +191,8 @@ class Mesh:
         while True:
             try:
                 async with session.post(url, json=request) as response:
-                    if response.status == 200:
+                    # Callers' files may ask everybody for a certificate.
+                    if response.status in (200, 401):
                         return
             except aiohttp.ClientError:
                 pass

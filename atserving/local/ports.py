@@ -20,6 +20,7 @@ class Ports:
     """The loopback ports of a mesh."""
 
     edge: int
+    edge_tls: int
     ops: int
     operators: int
     gates: tuple[int, ...]
@@ -31,8 +32,8 @@ class Ports:
     def free(edge: int = 0, gates: int = 1) -> Ports:
         """Choose unused ports. A nonzero ``edge`` stays the edge's port."""
         _chosen.add(edge)
-        first, ops, operators, registry, etcd, files, *rest = free_ports(6 + gates)
-        return Ports(edge or first, ops, operators, tuple(rest), registry, etcd, files)
+        first, tls, ops, operators, registry, etcd, files, *rest = free_ports(7 + gates)
+        return Ports(edge or first, tls, ops, operators, tuple(rest), registry, etcd, files)
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,55 +1,55 @@
-"""Envoy checks tokens and API keys, a closed app admits those whom it names, and an outsider gets nowhere."""
+"""Envoy checks tokens, API keys, certificates and signatures, and a closed app admits those whom it names."""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
-import textwrap
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import aiohttp
-import grpc
-import grpc.aio
 import jwt
 import pytest
 import pytest_asyncio
+from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from jwt.algorithms import RSAAlgorithm
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from atserving import transport
-from atserving.local import envoy, examples
-from atserving.local.examples import FOLDER, ROOT
-from atserving.local.mesh import Mesh
-from atserving.v1 import serving_pb2, serving_pb2_grpc
-from tests.processes import etcdctl
-from tests.waiting import until_async
+from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
+from atserving.local import envoy
+from atserving.v1 import evaluator_pb2, registry_pb2, registry_pb2_grpc
+from tests.e2e.callers import (
+    ACCESS_KEY,
+    API_KEY,
+    AUTHORITY,
+    BYTES,
+    CALLER_KEYS,
+    JSON,
+    OWN,
+    SECRET_KEY,
+    SEVEN,
+    TLS_ALONE,
+    TYPED_BODY,
+    TYPED_PATH,
+    Answer,
+    Authority,
+    Certificate,
+    Edge,
+    edge_for_all,
+    qiniu,
+    token,
+)
+from tests.instance import ScriptedInstance
+from tests.waiting import until, until_async
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
-SEVEN = (FOLDER / "digits" / "images" / "7.png").read_bytes()
-OWN = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 OTHER = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-API_KEY = "an-api-key-of-some-length"
-
-
-def documented(name: str) -> str:
-    """Return the file of Envoy with this name, as docs/callers.md shows it."""
-    for block in (ROOT / "docs" / "callers.md").read_text().split("\n    resources:\n")[1:]:
-        text = textwrap.dedent("    resources:\n" + block.partition("\n\n")[0])
-        if f"name: {name}\n" in text:
-            return text
-    raise AssertionError(f"docs/callers.md has no {name}")
-
-
-def token(key: Any = OWN, algorithm: str = "RS256", kid: str = "own", **claims: Any) -> str:
-    known = {"iss": "https://id.example", "aud": "serving", "uid": 42, "exp": int(time.time()) + 600}
-    payload = {name: value for name, value in {**known, **claims}.items() if value is not None}
-    return jwt.encode(payload, key, algorithm=algorithm, headers={"kid": kid})
 
 
 def forged_with_the_public_key() -> str:
@@ -68,89 +68,57 @@ def forged_with_the_public_key() -> str:
     return b".".join((head, body, signed)).decode()
 
 
-@dataclass
-class Answer:
-    """The answer to a caller, over HTTP or gRPC."""
-
-    status: int
-    message: str = ""
-    challenge: str = ""
-
-
-class Edge:
-    """Calls the app `digits` at Envoy, or at a gate directly."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
-
-    async def http(self, path: str = "/v1/eval/digits", body: bytes = SEVEN, /, **headers: str) -> Answer:
-        sent = {
-            "content-type": "application/octet-stream",
-            **{name.replace("_", "-"): each for name, each in headers.items()},
-        }
-        async with (
-            aiohttp.ClientSession() as session,
-            session.post(self.mesh.url + path, data=body, headers=sent) as response,
-        ):
-            document = await response.json(content_type=None)
-            message = document["message"] if isinstance(document, dict) else json.dumps(document)
-            return Answer(response.status, message, response.headers.get("www-authenticate", ""))
-
-    async def grpc(self, address: str = "", /, **headers: str) -> Answer:
-        request = serving_pb2.EvalRequest(app="digits", data=[serving_pb2.Resource(body=SEVEN)])
-        metadata = [(name.replace("_", "-"), value) for name, value in headers.items()]
-        async with transport.channel(address or self.mesh.url.removeprefix("http://")) as channel:
-            try:
-                await serving_pb2_grpc.ServingServiceStub(channel).Eval(request, metadata=metadata, timeout=30)
-            except grpc.aio.AioRpcError as error:
-                statuses = {grpc.StatusCode.UNAUTHENTICATED: 401, grpc.StatusCode.PERMISSION_DENIED: 403}
-                return Answer(statuses.get(error.code(), 500), error.details() or "")
-            return Answer(200)
-
-    async def gate(self, **headers: str) -> Answer:
-        return await self.grpc(f"127.0.0.1:{self.mesh.ports.gates[0]}", **headers)
-
-    async def rules(self, **rules: Any) -> None:
-        """Set who may call; wait until the gate follows."""
-        etcdctl(self.mesh.etcd, "put", "/ava/serving/app/metadata/digits", json.dumps(rules))
-        wanted = 200 if rules.get("public") else 401
-
-        async def follows() -> bool:
-            return (await self.http()).status == wanted
-
-        await until_async(follows)
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def edge(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Edge]:
-    folder: Path = tmp_path_factory.mktemp("callers")
-    public = {**json.loads(RSAAlgorithm.to_jwk(OWN.public_key())), "kid": "own", "alg": "RS256", "use": "sig"}
-    (folder / "jwks.json").write_text(json.dumps({"keys": [public]}))
-    (folder / "callers-jwt.yaml").write_text(documented("callers-jwt"))
-    keys = documented("callers-keys").replace("a long random text", API_KEY)
-    assert API_KEY in keys
-    (folder / "callers-keys.yaml").write_text(keys)
-    async with Mesh(serves=examples.DIGITS, callers=folder) as mesh:
-        yield Edge(mesh)
+    async with edge_for_all(tmp_path_factory.mktemp("callers")) as edge:
+        yield edge
 
 
-CREDENTIALS: dict[str, Callable[[], dict[str, str]]] = {
-    "a token": lambda: {"authorization": f"Bearer {token()}"},
-    "a key": lambda: {"x_api_key": API_KEY},
+MINE = AUTHORITY.caller("42", "vision")
+
+Shown = tuple[dict[str, str], Certificate | None]
+SCHEMES: dict[str, Callable[[str, str, str, bytes], Shown]] = {
+    "a token": lambda *_: ({"authorization": f"Bearer {token(groups=['vision'])}"}, None),
+    "a key": lambda *_: ({"x_api_key": API_KEY}, None),
+    "a signature": lambda *signed: ({"authorization": qiniu(*signed)}, None),
+    "a certificate": lambda *_: ({}, MINE),
 }
+"""How a caller shows that it is 42: the headers and the certificate, by path, host, content type and body."""
 
 
-@pytest.mark.parametrize("kind", CREDENTIALS)
+async def by_http(edge: Edge, kind: str, path: str = "/v1/eval/digits", body: bytes = SEVEN, of: str = BYTES) -> Answer:
+    headers, certificate = SCHEMES[kind](path, edge.host, of, body)
+    return await edge.http(path, body, certificate, content_type=of, **headers)
+
+
+async def by_grpc(edge: Edge, kind: str) -> Answer:
+    headers, certificate = SCHEMES[kind](TYPED_PATH, edge.host, "application/grpc", TYPED_BODY)
+    return await edge.grpc("", certificate, **headers)
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
 async def test_the_owner_may_use_a_closed_app(edge: Edge, kind: str) -> None:
     await edge.rules(public=False, owner={"uid": 42})
-    assert await edge.http(**CREDENTIALS[kind]()) == Answer(200)
-    assert await edge.grpc(**CREDENTIALS[kind]()) == Answer(200)
-    batch = json.dumps([{"op": "/v1/eval/digits", "data": {"uri": f"{edge.mesh.files_url}/digits/images/7.png"}}])
-    answer = await edge.http("/v1/batch", batch.encode(), content_type="application/json", **CREDENTIALS[kind]())
+    assert await by_http(edge, kind) == Answer(200)
+    assert await by_grpc(edge, kind) == Answer(200)
+    one = {"data": {"uri": f"{edge.mesh.files_url}/digits/images/7.png"}}
+    assert await by_http(edge, kind, "/v1/eval/digits?q=1", json.dumps(one).encode(), JSON) == Answer(200)
+    batch = json.dumps([{"op": "/v1/eval/digits", **one}])
+    answer = await by_http(edge, kind, "/v1/batch", batch.encode(), JSON)
     assert (answer.status, json.loads(answer.message)[0]["code"]) == (200, 0)
     await edge.rules(public=False, owner={"uid": 43})
-    assert (await edge.http(**CREDENTIALS[kind]())).status == 403
-    assert (await edge.grpc(**CREDENTIALS[kind]())).status == 403
+    assert (await by_http(edge, kind)).status == 403
+    assert (await by_grpc(edge, kind)).status == 403
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+async def test_a_group_that_is_listed_may_use_it(edge: Edge, kind: str) -> None:
+    await edge.rules(public=False, group_whitelist=["vision"])
+    # An API key has no groups.
+    expected = 403 if kind == "a key" else 200
+    assert (await by_http(edge, kind)).status == (await by_grpc(edge, kind)).status == expected
+    await edge.rules(public=False, group_whitelist=["visio", "dogs"])
+    assert (await by_http(edge, kind)).status == (await by_grpc(edge, kind)).status == 403
 
 
 @pytest.mark.parametrize(
@@ -176,34 +144,7 @@ async def test_users_and_groups_that_are_listed_may_use_it(edge: Edge, claims: d
 async def test_who_says_nothing_is_told_what_to_show(edge: Edge) -> None:
     await edge.rules(public=False, owner={"uid": 42})
     message = "app 'digits' is not public, and the request carries no credentials"
-    assert await edge.http() == Answer(401, message, "Bearer")
-    assert await edge.grpc() == Answer(401, message)
-
-
-SPOOFED = ({"x_serving_uid": "42"}, {"x_serving_uid": "42", "x_serving_edge": "none"}, {"x_serving_groups": "vision"})
-
-
-@pytest.mark.parametrize("headers", SPOOFED, ids=str)
-async def test_nobody_says_who_they_are_by_themselves(edge: Edge, headers: dict[str, str]) -> None:
-    await edge.rules(public=False, owner={"uid": 42}, group_whitelist=["vision"])
-    for call in (edge.http, edge.grpc, edge.gate):
-        assert (await call(**headers)).status == 401
-    # With credentials of their own, which are those of somebody else.
-    mine = token(uid=7, groups=["dogs"])
-    assert (await edge.http(authorization=f"Bearer {mine}", **headers)).status == 403
-    assert (await edge.grpc(authorization=f"Bearer {mine}", **headers)).status == 403
-
-
-@pytest.mark.parametrize("name", ["X-Serving-Uid", "x_serving_uid", "x-serving-uid "])
-async def test_no_spelling_of_the_header_passes(edge: Edge, name: str) -> None:
-    await edge.rules(public=False, owner={"uid": 42})
-    head = (
-        f"POST /v1/eval/digits HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/octet-stream\r\n{name}: 42\r\n"
-    )
-    with socket.create_connection(("127.0.0.1", edge.mesh.ports.edge), timeout=30) as raw:
-        raw.sendall(f"{head}{name}: 42\r\nconnection: close\r\ncontent-length: {len(SEVEN)}\r\n\r\n".encode() + SEVEN)
-        status = int(raw.makefile("rb").readline().split()[1])
-    assert status in (400, 401)
+    assert await edge.http() == await edge.grpc() == Answer(401, message, "Bearer, Qiniu")
 
 
 BAD: dict[str, tuple[Callable[[], str], str]] = {
@@ -238,7 +179,277 @@ async def test_a_wrong_key_is_refused(edge: Edge, key: str) -> None:
         assert (await call(x_api_key=key)).status == 401
 
 
+SIGNED_PATH = "/v1/eval/digits"
+SIGNED_JSON = json.dumps({"data": {"uri": "data:;base64,eA=="}}).encode()
+WRONG = "the signature does not match, or the access key is unknown"
+NOW = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+OLD, SOON = (time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time.time() + each * 1000)) for each in (-1, 1))
+
+
+def signed(edge: Edge, body: bytes = SIGNED_JSON, **changed: str) -> str:
+    whole = {"path": SIGNED_PATH, "host": edge.host, "content_type": JSON, **changed}
+    return qiniu(body=body, **whole)
+
+
+BAD_SIGNATURES: dict[str, tuple[Callable[[Edge], str], str]] = {
+    "by another key": (lambda edge: signed(edge, secret_key="another-key-of-some-length"), WRONG),
+    "of another body": (lambda edge: signed(edge, SIGNED_JSON + b" "), WRONG),
+    "of another path": (lambda edge: signed(edge, path="/v1/eval/other"), WRONG),
+    "of another query": (lambda edge: signed(edge, path=f"{SIGNED_PATH}?limit=3"), WRONG),
+    "of another host": (lambda edge: signed(edge, host="serving.example"), WRONG),
+    "of another type": (lambda edge: signed(edge, content_type=BYTES), WRONG),
+    "with a date that is not sent": (lambda edge: signed(edge, date=NOW), WRONG),
+    "of an unknown caller": (lambda edge: signed(edge).replace(ACCESS_KEY, "somebody"), WRONG),
+    "no signature": (lambda edge: f"Qiniu {ACCESS_KEY}", WRONG),
+    "an empty signature": (lambda edge: f"Qiniu {ACCESS_KEY}:", WRONG),
+    "a signature and more": (lambda edge: f"{signed(edge)}x", WRONG),
+    "nothing": (lambda edge: "Qiniu  ", WRONG),
+    "a word": (lambda edge: "QiniuStub uid=42&ut=1", "QiniuStub is not accepted from this peer"),
+    "two": (lambda edge: f"{signed(edge)}, QiniuStub uid=42&ut=1", WRONG),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SIGNATURES)
+@pytest.mark.parametrize("public", [False, True])
+async def test_a_bad_signature_is_refused(edge: Edge, kind: str, public: bool) -> None:
+    await edge.rules(public=public)
+    make, reason = BAD_SIGNATURES[kind]
+    answer = await edge.http(SIGNED_PATH, SIGNED_JSON, content_type=JSON, authorization=make(edge))
+    assert answer == Answer(401, reason, "Qiniu")
+    assert await edge.grpc(authorization=make(edge)) == Answer(401, reason, "Qiniu")
+
+
+async def test_a_large_body_is_signed_too(edge: Edge) -> None:
+    await edge.rules(public=False, owner={"uid": 42})
+    body = SIGNED_JSON[:-1] + b" " * (4 << 20) + b"}"
+    answer = await edge.http(SIGNED_PATH, body, content_type=JSON, authorization=signed(edge, body))
+    assert answer.status == 400  # It has no image. The caller is known.
+    refused = await edge.http(SIGNED_PATH, body + b" ", content_type=JSON, authorization=signed(edge, body))
+    assert refused.status == 401
+    too_large = body + b" " * (16 << 20)
+    answer = await edge.http(SIGNED_PATH, too_large, content_type=JSON, authorization=signed(edge, too_large))
+    assert answer == Answer(413, "the request's body is larger than 20 MiB")
+
+
+@pytest.mark.parametrize(("date", "status"), [(NOW, 200), (OLD, 401), (SOON, 401), ("today", 401)])
+async def test_a_signature_with_a_date_is_good_for_a_while(edge: Edge, date: str, status: int) -> None:
+    await edge.rules(public=False, owner={"uid": 42})
+    authorization = qiniu(SIGNED_PATH, edge.host, BYTES, SEVEN, date=date)
+    assert (await edge.http(authorization=authorization, x_qiniu_date=date)).status == status
+    # The date is part of what is signed.
+    assert (await edge.http(authorization=authorization, x_qiniu_date=NOW[:-2] + "0Z")).status in (401, status)
+
+
+async def test_gates_follow_the_file_of_keys(edge: Edge) -> None:
+    await edge.rules(public=False, owner={"uid": 42})
+    path = edge.mesh.directory / "envoy" / envoy.CALLER_KEYS_FILE
+
+    async def write(**file: Any) -> None:
+        path.with_suffix(".new").write_text(json.dumps(file))
+        os.replace(path.with_suffix(".new"), path)
+
+    word = {"authorization": "QiniuStub uid=42&ut=1"}
+    for call in (edge.http, edge.grpc):
+        await write(keys=[CALLER_KEYS], stub={"networks": ["127.0.0.0/8"]})
+        assert (await call(**word)).status == 200
+        assert (await call(authorization="QiniuStub uid=43")).status == 403
+        for wrong in ("QiniuStub uid=42&uid=43", "QiniuStub ut=1", "QiniuStub uid=x", "QiniuStub x"):
+            assert (await call(authorization=wrong)).status == 401
+        await write(keys=[CALLER_KEYS], stub={"networks": ["10.0.0.0/8"]})
+        assert (await call(**word)).status == 401
+        assert (await call(**word, x_forwarded_for="10.1.1.1", x_envoy_external_address="10.1.1.1")).status == 401
+        await write(keys=[CALLER_KEYS], stub={"peers": ["spiffe://company.example/caller/42"]})
+        assert (await call(**word)).status == 401
+    assert (await edge.http("/v1/eval/digits", SEVEN, MINE, authorization="QiniuStub uid=43")).status == 403
+    assert (await edge.http("/v1/eval/digits", SEVEN, MINE, **word)).status == 200
+    assert (await edge.grpc("", MINE, **word)).status == 200
+    another = AUTHORITY.caller("43")
+    assert (await edge.http("/v1/eval/digits", SEVEN, another, **word)).status == 401
+    await write(keys=[CALLER_KEYS], require_date=True)
+    assert (await edge.http(authorization=qiniu(SIGNED_PATH, edge.host, BYTES, SEVEN))).status == 401
+    await write(keys=[CALLER_KEYS])
+    assert (await edge.http(authorization=qiniu(SIGNED_PATH, edge.host, BYTES, SEVEN))).status == 200
+
+
+async def test_no_caller_is_taken_for_nobody_if_no_gate_answers(edge: Edge) -> None:
+    """An Envoy with another key than the gates' refuses who signs, and lets who shows nothing use what is public."""
+    await edge.rules(public=True)
+    path = edge.mesh.directory / "envoy" / "edge-key.yaml"
+    right = path.read_text()
+
+    async def write(text: str, status: int) -> None:
+        path.with_suffix(".new").write_text(text)
+        os.replace(path.with_suffix(".new"), path)
+
+        async def follows() -> bool:
+            return (await edge.http(authorization=qiniu(SIGNED_PATH, edge.host, BYTES, SEVEN))).status == status
+
+        await until_async(follows)
+
+    await write(right.replace(edge.edge_key, "another-key-of-more-than-32-characters"), 503)
+    try:
+        answer = Answer(503, "no gate could tell who the caller is")
+        assert await edge.http(SIGNED_PATH, SIGNED_JSON, content_type=JSON, authorization=signed(edge)) == answer
+        assert (await edge.grpc(authorization=signed(edge))).message == answer.message
+        assert (await edge.http()).status == 200
+        assert "only Envoy may ask who a caller is" in edge.mesh.log("gate")
+    finally:
+        await write(right, 200)
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+async def test_a_qiniu_uri_gets_the_callers_uid(edge: Edge, kind: str) -> None:
+    async def echo(request: evaluator_pb2.InferRequest) -> evaluator_pb2.InferResponse:
+        return evaluator_pb2.InferResponse(result_json=json.dumps([each.uri for each in request.data]))
+
+    app = f"echo-{kind.rpartition(' ')[2]}"
+    server = ScriptedInstance(echo, app, "v1", "test")
+    address = (await server.start()).address
+    instance = registry_pb2.Instance(app=app, version="v1", id="test", address=address, capacity=8)
+    release = admin_pb2.Release(app=app, version="v1", file="file:///none", phase=admin_pb2.PHASE_PRODUCTION)
+    path, body = f"/v1/eval/{app}", json.dumps({"data": {"uri": "qiniu://7@z0/bucket/key"}}).encode()
+    async with transport.channel(edge.mesh.registry) as channel:
+        operators = admin_pb2_grpc.AdminServiceStub(channel)
+        await operators.CreateRelease(admin_pb2.CreateReleaseRequest(release=release))
+        registry = registry_pb2_grpc.RegistryServiceStub(channel)
+        await registry.RegisterInstance(registry_pb2.RegisterInstanceRequest(instance=instance))
+        headers, certificate = SCHEMES[kind](path, edge.host, JSON, body)
+
+        async def serves() -> bool:
+            return (await edge.http(path, body, content_type=JSON)).status == 200
+
+        await until_async(serves)
+        assert await uris(edge, path, body) == ["qiniu://z0/bucket/key"]
+        assert await uris(edge, path, body, certificate, **headers) == ["qiniu://42@z0/bucket/key"]
+    await server.stop()
+
+
+async def uris(edge: Edge, path: str, body: bytes, certificate: Certificate | None = None, **headers: str) -> Any:
+    sent = {"content-type": JSON, **{name.replace("_", "-"): each for name, each in headers.items()}}
+    url, tls = edge.url(certificate) + path, edge.tls(certificate)
+    async with aiohttp.ClientSession() as session, session.post(url, data=body, headers=sent, ssl=tls) as response:
+        return (await response.json())["result"]
+
+
+async def test_each_scheme_is_taken_for_itself(edge: Edge) -> None:
+    await edge.rules(public=False, owner={"uid": 42})
+    mine, others = signed(edge), f"Bearer {token(uid=7)}"
+    # Of two in one header, the token alone counts.
+    for both, status in ((f"{others}, {mine}", 401), (f"{mine}, {others}", 403)):
+        answer = await edge.http(SIGNED_PATH, SIGNED_JSON, content_type=JSON, authorization=both)
+        assert answer.status == status
+    for other in ("Basic NDI6NDI=", "QiniuX a:b", "xQiniu a:b", "Bearer"):
+        assert (await edge.http(authorization=other)).challenge == "Bearer, Qiniu"
+
+
+async def test_what_the_request_shows_counts_more_than_its_connection(edge: Edge) -> None:
+    await edge.rules(public=False, owner={"uid": 42})
+    assert (await edge.http(SIGNED_PATH, SEVEN, MINE, authorization=f"Bearer {token(uid=7)}")).status == 403
+    assert (await edge.http(SIGNED_PATH, SEVEN, AUTHORITY.caller("7"), x_api_key=API_KEY)).status == 200
+    # A token without a uid does not get that of the certificate.
+    groups = f"Bearer {token(uid=None, groups=['dogs'])}"
+    assert (await edge.http(SIGNED_PATH, SEVEN, MINE, authorization=groups)).status == 403
+    # Of a key and a token, the key says the uid.
+    assert (await edge.http(x_api_key=API_KEY, authorization=f"Bearer {token(uid=7)}")).status == 200
+
+
+UNKNOWN: dict[str, Certificate] = {
+    "no certificate": TLS_ALONE,
+    "no name": AUTHORITY.certified(),
+    "the name of a host": AUTHORITY.certified(x509.DNSName("spiffe://company.example/caller/42")),
+    "a name of another domain": AUTHORITY.certified(
+        x509.UniformResourceIdentifier("spiffe://companyXexample/caller/42"),
+    ),
+    "a name with more": AUTHORITY.caller("42/admin"),
+    "no number": AUTHORITY.caller("4x2"),
+    "a group with a comma": AUTHORITY.certified(organizations=("dogs,vision", "dogs vision")),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+async def test_a_certificate_that_names_no_caller_helps_nobody(edge: Edge, kind: str) -> None:
+    await edge.rules(public=False, owner={"uid": 42}, group_whitelist=["vision"])
+    expected = 401 if kind == "no certificate" else 403
+    assert (await edge.http("/v1/eval/digits", SEVEN, UNKNOWN[kind])).status == expected
+    assert (await edge.grpc("", UNKNOWN[kind])).status == expected
+
+
+BAD_CERTIFICATES = {
+    "of another authority": Authority().caller("42"),
+    "expired": AUTHORITY.caller("42", days=-1),
+    "of a server": AUTHORITY.caller("42", usage=ExtendedKeyUsageOID.SERVER_AUTH),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CERTIFICATES)
+async def test_a_bad_certificate_ends_the_connection(edge: Edge, kind: str) -> None:
+    await edge.rules(public=True)
+    with pytest.raises((aiohttp.ClientError, ssl.SSLError, ConnectionError)):
+        await edge.http("/v1/eval/digits", SEVEN, BAD_CERTIFICATES[kind])
+    assert (await edge.grpc("", BAD_CERTIFICATES[kind])).status == 500
+
+
+async def test_a_certificate_may_be_required(edge: Edge) -> None:
+    await edge.rules(public=True)
+    path = edge.mesh.directory / "envoy" / "callers-certs.yaml"
+    optional = path.read_text()
+
+    async def write(text: str, status: int) -> None:
+        path.with_suffix(".new").write_text(text)
+        os.replace(path.with_suffix(".new"), path)
+
+        async def follows() -> bool:
+            return (await edge.http()).status == status
+
+        await until_async(follows)
+
+    await write(optional.replace("required = false", "required = true"), 401)
+    try:
+        for certificate in (None, TLS_ALONE):
+            answer = await edge.http("/v1/eval/digits", SEVEN, certificate, authorization=f"Bearer {token()}")
+            assert answer == Answer(401, "a certificate is required", "Certificate")
+            assert await edge.grpc("", certificate) == answer
+        assert (await edge.http("/v1/eval/digits", SEVEN, MINE)).status == 200
+        assert (await edge.grpc("", MINE)).status == 200
+        async with aiohttp.ClientSession() as session, session.get(f"{edge.mesh.url}/health") as response:
+            assert response.status == 200
+    finally:
+        await write(optional, 200)
+
+
+async def test_a_second_connection_of_a_session_shows_the_certificate_again(edge: Edge) -> None:
+    """A client that offers its session gets a new one, and is known by its certificate."""
+    await edge.rules(public=False, owner={"uid": 42})
+    context = edge.tls(MINE)
+    session: ssl.SSLSession | None = None
+    for _ in range(2):
+        with (
+            socket.create_connection(("127.0.0.1", edge.mesh.ports.edge_tls), timeout=30) as raw,
+            context.wrap_socket(raw, server_hostname="localhost", session=session) as tls,
+        ):
+            head = f"POST /v1/eval/digits HTTP/1.1\r\nhost: localhost\r\ncontent-type: {BYTES}\r\nconnection: close\r\n"
+            tls.sendall(f"{head}content-length: {len(SEVEN)}\r\n\r\n".encode() + SEVEN)
+            assert tls.recv(1 << 16).startswith(b"HTTP/1.1 200")
+            session = tls.session
+            assert not tls.session_reused
+
+
+async def test_the_access_log_says_who_called_from_where(edge: Edge) -> None:
+    await edge.rules(public=True)
+    await edge.http("/v1/eval/digits", SEVEN, MINE, x_reqid="the-certified")
+    await edge.http("/v1/eval/digits", SEVEN, TLS_ALONE, x_reqid="the-unknown", x_forwarded_for="10.1.1.1")
+
+    def logged(reqid: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in edge.mesh.log("envoy").splitlines() if f'"{reqid}"' in line]
+
+    await until(lambda: bool(logged("the-certified") and logged("the-unknown")))
+    for reqid, uid in (("the-certified", "42"), ("the-unknown", None)):
+        (line,) = logged(reqid)
+        assert (line["address"], line["uid"]) == ("127.0.0.1", uid)
+
+
 async def test_a_caller_has_limits(edge: Edge) -> None:
+    await edge.rules(public=False)
     await edge.rules(public=True, max_requests_per_second=0.001)
     mine = {"authorization": f"Bearer {token(uid=99)}"}
     assert (await edge.http(**mine)).status == 200
@@ -254,17 +465,13 @@ async def test_a_caller_has_limits(edge: Edge) -> None:
     assert (await edge.http(authorization=f"Bearer {token(uid=98)}")).status == 200
 
 
-async def test_a_gate_believes_only_who_knows_the_key(edge: Edge) -> None:
-    await edge.rules(public=False, owner={"uid": 42})
-    key = (edge.mesh.directory / "envoy" / envoy.KEY_FILE).read_text().strip()
-    assert await edge.gate(x_serving_uid="42", x_serving_edge=key) == Answer(200)
-    for wrong in ("", key[:-1], key + "x", "none"):
-        assert (await edge.gate(x_serving_uid="42", x_serving_edge=wrong)).status == 401
-
-
 async def test_no_secret_is_shown(edge: Edge) -> None:
-    await edge.http(authorization=f"Bearer {token()}", x_api_key=API_KEY)
-    key = (edge.mesh.directory / "envoy" / envoy.KEY_FILE).read_text().strip()
+    bearer = token()
+    await edge.http(authorization=f"Bearer {bearer}", x_api_key=API_KEY)
+    signature = qiniu(SIGNED_PATH, edge.host, BYTES, SEVEN)
+    await edge.http(authorization=signature)
+    await edge.http(authorization=f"{signature}x")
+    private = (edge.mesh.directory / "envoy" / "tls.key").read_text().splitlines()[1]
     admin = str(edge.mesh.directory / envoy.ADMIN_SOCKET)
     async with (
         aiohttp.ClientSession(connector=aiohttp.UnixConnector(admin)) as session,
@@ -273,5 +480,5 @@ async def test_no_secret_is_shown(edge: Edge) -> None:
         shown = await response.text()
     assert "x-serving-uid" in shown
     shown += "".join(path.read_text(errors="replace") for path in edge.mesh.directory.glob("*.log"))
-    for secret in (key, API_KEY):
+    for secret in (edge.edge_key, API_KEY, SECRET_KEY, private, bearer, signature):
         assert secret not in shown

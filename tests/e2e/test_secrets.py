@@ -19,7 +19,7 @@ from atserving.local import commands, examples
 from atserving.local.examples import FOLDER, ROOT
 from atserving.local.mesh import Mesh
 from registry.etcd import User
-from tests.e2e.test_callers import documented
+from tests.e2e.callers import documented
 from tests.processes import Evaluator, Process, Registry, cluster
 from tests.registry import etcd_users
 from tests.registry.test_operators import add
@@ -121,6 +121,9 @@ async def whole(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Whole
     callers.mkdir()
     keys = documented("callers-keys").replace("a long random text", marked("api key"))
     (callers / "callers-keys.yaml").write_text(keys)
+    (callers / "callers-qiniu.yaml").write_text(documented("callers-qiniu"))
+    signing = {"access_key": "caller", "secret_key": marked("secret key of a caller"), "uid": 42}
+    private(callers / "caller-keys.json", json.dumps({"keys": [signing]}))
     qiniu = {
         **{"access_key": marked("access key"), "secret_key": marked("secret key"), "buckets": ["photos"]},
         # Nobody listens there.
@@ -166,6 +169,7 @@ async def test_callers_and_their_resources(whole: Whole) -> None:
     assert await whole.ask(x_api_key=marked("api key")) == 200
     assert await whole.ask(x_api_key=marked("wrong api key")) == 401
     assert await whole.ask(authorization=f"Bearer {marked('wrong token')}") in (200, 401)
+    assert await whole.ask(authorization=f"Qiniu caller:{marked('wrong signature')}") == 401
     assert await whole.ask(x_serving_edge=marked("wrong edge key"), x_serving_uid="42") == 200
     user, query, fragment = marked("password in a uri"), marked("query of a uri"), marked("fragment of a uri")
     for uri in (

@@ -13,8 +13,8 @@ from .flags import seconds
 from .listens import serves, split_host
 from .model import Container, Document, Manifests, Workload, at, dict_at, list_at
 
-LISTENERS = {"edge": "http", "ops": "ops", "edge-tls": "https"}
-"""The bootstrap's listeners, and the names of the ports that they are declared as."""
+LISTENERS = {"edge": ("http", "https"), "ops": ("ops",)}
+"""The bootstrap's listeners, and the names that their ports are declared as, that of the first address first."""
 _HERE = "127.0.0.1"
 _BY_NAME = ("STRICT_DNS", "LOGICAL_DNS")
 
@@ -38,7 +38,7 @@ def the_edge_listens_on_declared_ports(manifests: Manifests) -> Iterator[str]:
     for workload, container in _edges(manifests):
         parts = _bootstrap(manifests, workload, container)
         listeners = [each for part in parts for each in list_at(part, "static_resources", "listeners")]
-        found = {f"{LISTENERS.get(each['name'], each['name'])} {_socket(each['address'])}" for each in listeners}
+        found = {listed for each in listeners for listed in _listed(each)}
         # Only the pod itself reaches these, and who may forward ports to it.
         found = {each for each in found if f" {_HERE}:" not in each}
         declared = {f"{each.get('name')} 0.0.0.0:{each['containerPort']}" for each in container.ports}
@@ -80,6 +80,13 @@ def gates_drain_until_the_edge_knows(manifests: Manifests) -> Iterator[str]:
     for workload, container in manifests.containers:
         if workload.component == "gate" and (drain_s := seconds(container, "gate", "drain")) <= noticed_s:
             yield f"{container} drains for {drain_s:g} s, and Envoy takes {noticed_s:g} s to notice"
+
+
+def _listed(listener: Document) -> Iterator[str]:
+    addresses = [listener["address"], *(each["address"] for each in list_at(listener, "additional_addresses"))]
+    names = LISTENERS.get(listener["name"], ())
+    for number, address in enumerate(addresses):
+        yield f"{names[number] if number < len(names) else listener['name']} {_socket(address)}"
 
 
 def _edges(manifests: Manifests) -> Iterator[tuple[Workload, Container]]:
