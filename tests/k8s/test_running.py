@@ -125,6 +125,11 @@ async def test_the_minimal_overlay_serves_and_its_envoy_stops_once_it_has_sent_e
     async with serving(mesh, releases, tmp_path) as cluster:
         url = f"http://{cluster.endpoints('envoy')[0]}:8080"
         await answered(url, "large")
+        # It has no certificate.
+        for scheme in ("https", "http"):
+            async with aiohttp.ClientSession() as session:
+                with pytest.raises(aiohttp.ClientError):
+                    await session.get(f"{scheme}://{cluster.endpoints('envoy')[0]}:8443/health", ssl=False)
         (envoy,) = cluster.pods["envoy"]
         async with (
             aiohttp.ClientSession(read_bufsize=1 << 16) as session,
