@@ -197,7 +197,7 @@ async def test_every_service_has_health_and_reflection(mesh: Mesh) -> None:
 async def test_an_unavailable_listen_address_is_one_line_on_stderr(mesh: Mesh, program: str) -> None:
     registry = "--registry" if program == "gate" else "--etcd"
     run = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", program, registry, mesh.registry, "--listen", "192.0.2.1:1"),
+        *(sys.executable, "-m", program, registry, mesh.registry, "--listen", "192.0.2.1:1", "--insecure"),
         stderr=asyncio.subprocess.PIPE,
     )
     _, errors = await run.communicate()
