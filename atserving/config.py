@@ -58,8 +58,8 @@ NOTE_KEY = f"{HISTORY}.note"
 
 MAX_WEIGHT = 1e6
 
-MUTABLE = ("phase", "desc", "weight")
-"""The fields of a published version that may change. The others are its content."""
+MUTABLE = ("phase", "desc", "weight", "signature")
+"""The fields of a published version that may change. The others are its content, which the signature covers."""
 
 # So that a value costs each of its readers a few milliseconds. etcd refuses requests above 1.5 MiB.
 _MAX_VALUE_BYTES = 1 << 20
@@ -117,6 +117,8 @@ class Release(_Value, frozen=True, kw_only=True, dict=True, eq=False):
     model_params: dict[str, Any] = {}
     use_device: Device = "CPU"
     weight: Annotated[float, Meta(ge=0, le=MAX_WEIGHT)] | None = None
+    signature: Annotated[str, Meta(max_length=200)] = ""
+    """Who vouches for the content: see :mod:`atserving.signatures`."""
 
     @property
     def key(self) -> str:

@@ -31,6 +31,7 @@ except ModuleNotFoundError as missing:
     ) from None
 
 if TYPE_CHECKING:
+    from atserving.signatures import TrustedKeys
     from evaluator.fetching.qiniu import QiniuConfig
 
 
@@ -72,6 +73,13 @@ def _keys(path: Path) -> QiniuConfig:
     from evaluator.fetching.qiniu import read_config
 
     return read_config(path)
+
+
+def _trusted(path: Path | None) -> TrustedKeys | None:
+    # Import it here: only an instance with keys needs it.
+    from atserving.signatures import TrustedKeys
+
+    return TrustedKeys(path) if path else None
 
 
 @click.command(epilog="To try a release without a mesh: evaluator check RELEASE.TAR; see evaluator check --help.")
@@ -119,6 +127,7 @@ def _keys(path: Path) -> QiniuConfig:
     metavar="MIB",
     help="The most MiB of requests and answers that the process holds; it refuses what is over it.",
 )
+@service.trusted_keys_option
 @service.cache_option
 @service.log_level_option
 def main(
@@ -136,6 +145,7 @@ def main(
     http: str,
     status_file: Path | None,
     max_held: int,
+    trusted_keys: Path | None,
     config_cache: Path | None,
     log_level: str,
 ) -> None:
@@ -158,6 +168,7 @@ def main(
         status_file=status_file,
         config_cache=config_cache,
         max_held_bytes=max_held << 20,
+        trusted_keys=_trusted(trusted_keys),
     )
     lifecycle.run(run(settings))
 

@@ -22,6 +22,7 @@ from atserving.v1 import registry_pb2
 from registry.admin.history import History, Recorder
 from registry.admin.operators import OperatorStore
 from registry.admin.service import AdminService
+from registry.admin.signed import Signatures
 from registry.admin.writes import Writer
 from registry.comparisons import Comparisons
 from registry.etcd import Connection, EtcdClient, Tls, User
@@ -53,6 +54,7 @@ class RegistrySettings:
     history_entries: int
     history_s: float
     operators: Path | None = None
+    trusted_keys: Path | None = None
 
 
 class _LeaseTtl(click.ParamType[int]):
@@ -83,13 +85,14 @@ async def serve(settings: RegistrySettings) -> None:
     server = Server([following] if two_ports else [following, operating], _MOST_REQUEST_BYTES)
     operators = Server([operating], _MOST_REQUEST_BYTES) if two_ports else server
     servers = [server, operators] if two_ports else [server]
+    signatures = Signatures(settings.trusted_keys)
     connection = Connection(settings.etcd, tls=settings.tls, user=settings.user)
     async with EtcdClient(connection) as client:
         view = View(hold_s=settings.hold_s)
         mirror = Mirror(client, view, known.roster if known else None)
         recorder = Recorder(client, settings.history_entries, settings.history_s)
         comparisons = Comparisons()
-        writer = Writer(client, mirror, recorder)
+        writer = Writer(client, mirror, recorder, signatures)
         store = OperatorStore(client, writer, known)
         admin = AdminService(mirror, writer, History(client), comparisons, store)
         registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s, view), comparisons)
@@ -226,6 +229,7 @@ _file = click.Path(path_type=Path)
     metavar="FILE",
     help="Who may operate, beside those in etcd, and the issuers of tokens; without it, everybody may.",
 )
+@service.trusted_keys_option
 @service.hold_option
 @service.log_level_option
 def main(
@@ -242,6 +246,7 @@ def main(
     history_entries: int,
     history_days: int,
     operators: Path | None,
+    trusted_keys: Path | None,
     hold_deletions: float,
     log_level: str,
 ) -> None:
@@ -262,6 +267,7 @@ def main(
         history_entries=history_entries,
         history_s=history_days * 86400,
         operators=operators,
+        trusted_keys=trusted_keys,
     )
     telemetry.configure_logging("registry", log_level)
     lifecycle.run(serve(settings))

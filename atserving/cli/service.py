@@ -95,6 +95,14 @@ hold_option = seconds_option(
 )
 
 
+trusted_keys_option = click.option(
+    "--trusted-keys",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="The public keys of who may sign releases; releases without a signature of theirs are refused.",
+)
+
+
 cache_option = click.option(
     "--config-cache",
     type=click.Path(path_type=Path, dir_okay=False),

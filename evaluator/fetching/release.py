@@ -16,11 +16,13 @@ from evaluator.net_config import SCRIPT, NetConfig
 from evaluator.options import Options
 
 if TYPE_CHECKING:
+    from atserving.signatures import TrustedKeys
     from evaluator.fetching.qiniu import QiniuConfig
 
 MAX_FILE_BYTES = 4 << 30
 """The maximum size of a tar or a custom file."""
 
+_PART_BYTES = 1 << 20
 _REQUIRED = ("deploy.prototxt", "weight.caffemodel")
 
 
@@ -29,16 +31,19 @@ async def fetch_release(
     workspace: Path,
     qiniu: QiniuConfig | None = None,
     digests: dict[str, str] | None = None,
+    *,
+    copied: bool = False,
 ) -> NetConfig:
     """Fetch a release into ``workspace``, a folder of its own, unpack it, and return the config of its net.
 
     A release with ``qiniu://`` files needs ``qiniu``. If ``digests`` is given, it gets the sha256 of each file by the
-    field that names it. Raises StartError with one line for the operator.
+    field that names it. With ``copied``, local files are copied, too, so that what was checked is what is used. Raises
+    StartError with one line for the operator.
     """
     downloads, files = workspace / "downloads", workspace / "release"
     downloads.mkdir()
     files.mkdir()
-    tar = await _fetch(release.file, downloads / "release.tar", "file", qiniu, digests)
+    tar = await _fetch(release.file, downloads / "release.tar", "file", qiniu, digests, copied)
     tar_files = await asyncio.to_thread(unpack, tar, files)
     if tar.is_relative_to(downloads):
         tar.unlink()
@@ -47,7 +52,7 @@ async def fetch_release(
             if name not in tar_files:
                 raise StartError(f"the release's tar has no {name}")
     custom_files = {
-        name: await _fetch(uri, downloads / f"custom-{number}", f"custom_files.{name}", qiniu, digests)
+        name: await _fetch(uri, downloads / f"custom-{number}", f"custom_files.{name}", qiniu, digests, copied)
         for number, (name, uri) in enumerate(release.custom_files.items())
     }
     return NetConfig(
@@ -62,13 +67,31 @@ async def fetch_release(
     )
 
 
-async def _fetch(uri: str, target: Path, field: str, qiniu: QiniuConfig | None, digests: dict[str, str] | None) -> Path:
+def check_signature(release: Release, trusted: TrustedKeys | None) -> str:
+    """Return the name of the key that has signed a release; empty if nobody needs to. Raises StartError."""
+    if not trusted:
+        return ""
+    from atserving.signatures import Untrusted
+
+    try:
+        return trusted.signer(release)
+    except Untrusted as error:
+        raise StartError(f"{release.name} {release.version} may not run, see --trusted-keys: {error}") from None
+
+
+async def _fetch(
+    uri: str, target: Path, field: str, qiniu: QiniuConfig | None, digests: dict[str, str] | None, copied: bool
+) -> Path:
     """Fetch a file and return its path: ``target``, or the file itself if it is local. ``field`` is its field."""
     bare, expected = _split_digest(uri, field)
     if bare.startswith("file://"):
         path = _local_path(bare, field)
         wanted = bool(expected) or digests is not None
-        digest = await asyncio.to_thread(_file_digest, path, bare, field) if wanted else ""
+        if copied:
+            digest = await asyncio.to_thread(_copy, path, target, bare, field)
+            path = target
+        else:
+            digest = await asyncio.to_thread(_file_digest, path, bare, field) if wanted else ""
     else:
         # Imported here: its HTTP client costs time and memory that local files don't need.
         from evaluator.fetching.download import download
@@ -113,6 +136,23 @@ def _file_digest(path: Path, uri: str, field: str) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise StartError(f"{field} {uri}: can't be read: {error.strerror}") from error
+
+
+def _copy(path: Path, target: Path, uri: str, field: str) -> str:
+    """Copy a file, and return the digest of the copy."""
+    digest = hashlib.sha256()
+    left = MAX_FILE_BYTES
+    try:
+        with path.open("rb") as source, target.open("wb") as copy:
+            while part := source.read(_PART_BYTES):
+                left -= len(part)
+                if left < 0:
+                    raise StartError(f"{field} {uri}: is larger than {MAX_FILE_BYTES} bytes")
+                digest.update(part)
+                copy.write(part)
+    except OSError as error:
+        raise StartError(f"{field} {uri}: can't be copied: {error.strerror}") from error
+    return digest.hexdigest()
 
 
 def _redacted(uri: str) -> str:

@@ -24,7 +24,7 @@ from atserving.held import HeldBytes
 from atserving.ops_http import OpsServer, Page
 from atserving.v1 import evaluator_pb2
 from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
-from evaluator.fetching.release import fetch_release
+from evaluator.fetching.release import check_signature, fetch_release
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.net_config import NetConfig
 from evaluator.serving.advertised import advertised_address
@@ -41,6 +41,7 @@ from evaluator.serving.supervisor import WorkerSupervisor
 from evaluator.serving.workspace import workspace
 
 if TYPE_CHECKING:
+    from atserving.signatures import TrustedKeys
     from evaluator.fetching.qiniu import QiniuConfig
 
 log = structlog.get_logger()
@@ -74,6 +75,7 @@ class InstanceSettings:
     status_file: Path | None = None
     config_cache: Path | None = None
     max_held_bytes: int = 256 << 20
+    trusted_keys: TrustedKeys | None = None
 
 
 async def run(settings: InstanceSettings) -> None:
@@ -139,9 +141,10 @@ class _Life:
         self._follower.on_outdated = self._mark_outdated
         release = await self._follower.release(self._settings.wait_s)
         self._digest = release.digest
-        self._log.info("release loading", http_port=http_port)
+        signed_by = check_signature(release, self._settings.trusted_keys)
+        self._log.info("release loading", http_port=http_port, signed_by=signed_by or None)
         digests: dict[str, str] = {}
-        config = await fetch_release(release, folder, self._settings.qiniu, digests)
+        config = await fetch_release(release, folder, self._settings.qiniu, digests, copied=bool(signed_by))
         self._files = hashlib.sha256(orjson.dumps(digests, option=orjson.OPT_SORT_KEYS)).hexdigest()
         # Refuse wrong limits before the worker loads the net, which may take long.
         _check_held(config, self._settings.max_held_bytes)

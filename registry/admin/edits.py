@@ -18,7 +18,7 @@ Edits = dict[str, str | None]
 
 
 def put_release(state: AppState, release: Release, given: Collection[str]) -> Edits:
-    """Publish a release. If the version exists, change its phase, desc and weight, where they are ``given``.
+    """Publish a release. If the version exists, change what may change, where it is ``given``.
 
     Raises AlreadyExists if it exists with other content, InvalidArgument, FailedPrecondition.
     """
@@ -33,7 +33,7 @@ def put_release(state: AppState, release: Release, given: Collection[str]) -> Ed
 
 
 def amend_release(state: AppState, version: str, changes: Mapping[str, Any]) -> Edits:
-    """Change some of the phase, desc and weight of a release (None: remove the field). Raises NotFound."""
+    """Change some of the phase, desc, weight and signature of a release (None: remove the field). Raises NotFound."""
     current = release_of(state, version)
     stored = _stored(state, current.key)
     if all((stored.get(name) if value is None else getattr(current, name)) == value for name, value in changes.items()):

@@ -77,7 +77,7 @@ def release_fields(message: admin_pb2.Release) -> dict[str, Any]:
     fields: dict[str, Any] = {"name": message.app, "version": message.version, "file": message.file}
     if message.phase != admin_pb2.PHASE_UNSPECIFIED:
         fields["phase"] = phase_from(message.phase, "phase")
-    for name in ("desc", "use_device"):
+    for name in ("desc", "use_device", "signature"):
         if value := getattr(message, name):
             fields[name] = value
     given = {field.name for field, _ in message.ListFields()}
@@ -129,6 +129,7 @@ def release_to(state: AppState, release: Release) -> admin_pb2.Release:
         custom_files=release.custom_files,
         use_device=release.use_device,
         weight=release.weight,
+        signature=release.signature,
         digest=release.digest,
         instances=len(state.ready(version)),
         outdated=state.outdated(version),

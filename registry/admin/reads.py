@@ -10,13 +10,14 @@ from google.protobuf.message import Message
 
 from atserving import __version__
 from atserving.admin.v1 import admin_pb2
-from atserving.config import PREFIX, MalformedConfig, app_of, is_known
+from atserving.config import PREFIX, MalformedConfig, Release, app_of, is_known
 from atserving.errors import NotFound, Unavailable
 from atserving.misplaced_rules import apps_of
 from registry.admin import edits, load, messages, paging, whole
 from registry.admin.effects import ineffective
 from registry.admin.history import NO_APP, OPERATORS_APP, History
 from registry.admin.operators import self_to_proto
+from registry.admin.signed import Signatures
 from registry.admin.state import AppState
 from registry.admin.watching import changed_objects
 from registry.comparisons import Comparisons
@@ -51,9 +52,17 @@ class Context(Protocol):
 class Reads:
     """The methods that change nothing. They raise ServingErrors; the history is in etcd, so EtcdErrors, too."""
 
-    def __init__(self, mirror: Mirror, history: History, comparisons: Comparisons, operators: Operators | None) -> None:
+    def __init__(
+        self,
+        mirror: Mirror,
+        history: History,
+        comparisons: Comparisons,
+        operators: Operators | None,
+        signatures: Signatures,
+    ) -> None:
         self._comparisons = comparisons
         self._operators = operators
+        self._signatures = signatures
         self._mirror = mirror
         self._view = mirror.view
         self._history = history
@@ -145,6 +154,7 @@ class Reads:
             (kinds.KIND_UNKNOWN_FIELDS, self._view.warnings),
             (kinds.KIND_DELETION_HELD, held),
             (kinds.KIND_INEFFECTIVE, await self._ineffective(request.app)),
+            (kinds.KIND_UNTRUSTED, await self._untrusted(request.app)),
         ):
             for key, reason in sorted(reasons.items()):
                 if request.app == NO_APP or _app_of(key) in ("", request.app):
@@ -188,6 +198,16 @@ class Reads:
             keys = [key for key in view.by_app.get(name, ()) if not key.startswith(_INSTANCES)]
             malformed, _ = self._wrong().get(name, ({}, {}))
             found |= ineffective(name, {key: view.entries[key].value for key in keys}, malformed)
+        return found
+
+    async def _untrusted(self, app: str) -> dict[str, str]:
+        found: dict[str, str] = {}
+        view = self._view
+        for turn, name in enumerate(list(view.by_app) if app == NO_APP else [app]):
+            if not turn % _TURN:
+                await asyncio.sleep(0)
+            values = [view.entries[key].value for key in view.by_app.get(name, ())]
+            found |= self._signatures.untrusted([each for each in values if isinstance(each, Release)])
         return found
 
     async def watch_app(

@@ -20,7 +20,7 @@ from registry.comparisons import Comparisons
 from registry.mirror import Mirror
 
 _APP_MASK = ("aliases", "key_header", "shadow")
-_RELEASE_MASK = ("phase", "desc", "weight")
+_RELEASE_MASK = ("phase", "desc", "weight", "signature")
 _LIMITS = ("max_requests_per_second", "max_in_flight", "max_bytes_per_minute")
 _ACCESS_MASK = ("public", "owner", "user_whitelist", "group_whitelist", *_LIMITS)
 _WORKER_MASK = ("timeout", "max_concurrent", "delay4batch")
@@ -46,7 +46,7 @@ class AdminService(Reads):
         comparisons: Comparisons,
         operators: OperatorStore,
     ) -> None:
-        super().__init__(mirror, history, comparisons, operators.known)
+        super().__init__(mirror, history, comparisons, operators.known, writer.signatures)
         self._writer = writer
         self._store = operators
 

@@ -16,6 +16,7 @@ from atserving.errors import Aborted, FailedPrecondition, InvalidArgument, Unava
 from atserving.v1 import etcd_pb2
 from registry.admin import guards
 from registry.admin.history import Recorder
+from registry.admin.signed import Signatures
 from registry.admin.state import (
     ABSENT,
     AppState,
@@ -70,10 +71,14 @@ class Intent:
 class Writer:
     """Makes changes of one app at a time."""
 
-    def __init__(self, client: EtcdClient, mirror: Mirror, recorder: Recorder) -> None:
+    def __init__(
+        self, client: EtcdClient, mirror: Mirror, recorder: Recorder, signatures: Signatures | None = None
+    ) -> None:
         self._client = client
         self._mirror = mirror
         self._recorder = recorder
+        self.signatures = signatures or Signatures(None)
+        """What it wants of releases."""
 
     async def write(
         self,
@@ -104,6 +109,7 @@ class Writer:
                 # It changed between two attempts, and not by the first one, which may have taken effect.
                 raise stale(etag_of(before), intent.etag)
             self._check_held(edits, before)
+            self.signatures.check(before, after)
             if not intent.force:
                 guards.check(before, after)
             if intent.validate_only:

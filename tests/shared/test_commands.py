@@ -21,12 +21,12 @@ PROGRAMS = [
     [ATSERVING, "worker", "set"],
 ]
 COMMANDS = [
-    *("access", "app", "config", "context", "convert", "demo", "doctor", "eval", "instance", "k8s", "login", "logout"),
-    *("operator", "ps", "release", "up", "worker"),
+    *("access", "app", "config", "context", "convert", "demo", "doctor", "eval", "instance", "k8s", "key", "login"),
+    *("logout", "operator", "ps", "release", "up", "worker"),
 ]
 OF_OPERATORS = {
-    *("access", "app", "config", "context", "doctor", "instance", "login", "logout", "operator", "ps", "release"),
-    "worker",
+    *("access", "app", "config", "context", "doctor", "instance", "key", "login", "logout", "operator", "ps"),
+    *("release", "worker"),
 }
 # Runs `atserving` as if only the packages of docker/core.txt were installed.
 WITHOUT_EXTRAS = """

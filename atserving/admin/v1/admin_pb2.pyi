@@ -284,6 +284,7 @@ class Release(_message.Message):
     OUTDATED_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     app: _builtins.str
     version: _builtins.str
     etag: _builtins.str
@@ -301,11 +302,13 @@ class Release(_message.Message):
     weight: _builtins.float
     """Scales the version's share of unversioned traffic; absent: 1; 0: no unversioned traffic."""
     digest: _builtins.str
-    """Output only: the SHA-256 of its content, which is all but the phase, desc, weight and lastmodified."""
+    """Output only: the SHA-256 of its content, which is all but the phase, desc, weight, signature and lastmodified."""
     instances: _builtins.int
     """Output only: registered instances with this content."""
     outdated: _builtins.int
     """Output only: registered instances with other content, which gates do not use. Start them again."""
+    signature: _builtins.str
+    """`<id of the key>:<base64>`, an Ed25519 signature of the content; empty: none. It may change while the content stays."""
     @_builtins.property
     def lastmodified(self) -> _timestamp_pb2.Timestamp:
         """Output only."""
@@ -352,10 +355,11 @@ class Release(_message.Message):
         outdated: _builtins.int = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        signature: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_image_width", b"_image_width", "_weight", b"_weight", "batch_size", b"batch_size", "custom_values", b"custom_values", "image_width", b"image_width", "lastmodified", b"lastmodified", "model_params", b"model_params", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_image_width", b"_image_width", "_weight", b"_weight", "aliases", b"aliases", "app", b"app", "batch_size", b"batch_size", "custom_files", b"custom_files", "custom_values", b"custom_values", "desc", b"desc", "digest", b"digest", "etag", b"etag", "file", b"file", "image_width", b"image_width", "instances", b"instances", "lastmodified", b"lastmodified", "model_params", b"model_params", "outdated", b"outdated", "phase", b"phase", "use_device", b"use_device", "version", b"version", "warnings", b"warnings", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_image_width", b"_image_width", "_weight", b"_weight", "aliases", b"aliases", "app", b"app", "batch_size", b"batch_size", "custom_files", b"custom_files", "custom_values", b"custom_values", "desc", b"desc", "digest", b"digest", "etag", b"etag", "file", b"file", "image_width", b"image_width", "instances", b"instances", "lastmodified", b"lastmodified", "model_params", b"model_params", "outdated", b"outdated", "phase", b"phase", "signature", b"signature", "use_device", b"use_device", "version", b"version", "warnings", b"warnings", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
@@ -1875,6 +1879,8 @@ class ListProblemsResponse(_message.Message):
         """The key is deleted in etcd with most others, and still in use."""
         KIND_INEFFECTIVE: ListProblemsResponse._Kind.ValueType  # 4
         """The value is well-formed, and has no effect or not all of it, such as settings of an app without a release."""
+        KIND_UNTRUSTED: ListProblemsResponse._Kind.ValueType  # 5
+        """A release without a signature of a trusted key: evaluators with the same keys do not start it."""
 
     class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
     KIND_UNSPECIFIED: ListProblemsResponse.Kind.ValueType  # 0
@@ -1886,6 +1892,8 @@ class ListProblemsResponse(_message.Message):
     """The key is deleted in etcd with most others, and still in use."""
     KIND_INEFFECTIVE: ListProblemsResponse.Kind.ValueType  # 4
     """The value is well-formed, and has no effect or not all of it, such as settings of an app without a release."""
+    KIND_UNTRUSTED: ListProblemsResponse.Kind.ValueType  # 5
+    """A release without a signature of a trusted key: evaluators with the same keys do not start it."""
 
     @_typing.final
     class Problem(_message.Message):

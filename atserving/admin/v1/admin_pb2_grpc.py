@@ -289,7 +289,7 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateRelease(self, request, context):
-        """Changes the phase, desc or weight of a release. Its content never changes.
+        """Changes the phase, desc, weight or signature of a release. Its content never changes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

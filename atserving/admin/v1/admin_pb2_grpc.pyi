@@ -64,7 +64,7 @@ class AdminServiceStub:
     the same release again changes nothing.
     """
     UpdateRelease: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UpdateReleaseRequest, _admin_pb2.Release]
-    """Changes the phase, desc or weight of a release. Its content never changes."""
+    """Changes the phase, desc, weight or signature of a release. Its content never changes."""
     DeleteRelease: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DeleteReleaseRequest, _admin_pb2.DeleteReleaseResponse]
     """Refused while the release has instances, and if the app would have no version in production any more."""
     PromoteRelease: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PromoteReleaseRequest, _admin_pb2.Release]
@@ -132,7 +132,7 @@ class AdminServiceAsyncStub(AdminServiceStub):
     the same release again changes nothing.
     """
     UpdateRelease: _aio.UnaryUnaryMultiCallable[_admin_pb2.UpdateReleaseRequest, _admin_pb2.Release]  # type: ignore[assignment]
-    """Changes the phase, desc or weight of a release. Its content never changes."""
+    """Changes the phase, desc, weight or signature of a release. Its content never changes."""
     DeleteRelease: _aio.UnaryUnaryMultiCallable[_admin_pb2.DeleteReleaseRequest, _admin_pb2.DeleteReleaseResponse]  # type: ignore[assignment]
     """Refused while the release has instances, and if the app would have no version in production any more."""
     PromoteRelease: _aio.UnaryUnaryMultiCallable[_admin_pb2.PromoteReleaseRequest, _admin_pb2.Release]  # type: ignore[assignment]
@@ -269,7 +269,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.UpdateReleaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.Release, _abc.Awaitable[_admin_pb2.Release]]:
-        """Changes the phase, desc or weight of a release. Its content never changes."""
+        """Changes the phase, desc, weight or signature of a release. Its content never changes."""
 
     @_abc_1.abstractmethod
     def DeleteRelease(

@@ -121,6 +121,7 @@ def _problems(servers: Servers) -> Iterator[Finding]:
         _KINDS.KIND_DELETION_HELD: (FAILED, "restore etcd, or run: atserving release accept-deletions"),
         _KINDS.KIND_UNKNOWN_FIELDS: (WARNING, "correct the field"),
         _KINDS.KIND_INEFFECTIVE: (WARNING, "correct or delete the key"),
+        _KINDS.KIND_UNTRUSTED: (FAILED, "sign it: atserving release put --sign-key"),
     }
     found = servers.read(lambda stub: stub.ListProblems, admin_pb2.ListProblemsRequest(app="-")).problems
     for each in found:

@@ -24,6 +24,7 @@ def instance() -> None:
 def list_(read: Read, app: str, version: str, load: bool) -> None:
     request = admin_pb2.ListInstancesRequest(app=app, version=version, load=load)
     found = [each for page in pages(read.servers, lambda stub: stub.ListInstances, request) for each in page.instances]
+    _warn_of_untrusted(read, app)
     if read.is_for_programs:
         read.print({"instances": [printing.as_dict(each) for each in found]})
         return
@@ -45,6 +46,14 @@ def list_(read: Read, app: str, version: str, load: bool) -> None:
             for each in found
         ],
     )
+
+
+def _warn_of_untrusted(read: Read, app: str) -> None:
+    """Name the releases that no evaluator starts for want of a signature."""
+    found = read.servers.read(lambda stub: stub.ListProblems, admin_pb2.ListProblemsRequest(app=app)).problems
+    for each in found:
+        if each.kind == admin_pb2.ListProblemsResponse.KIND_UNTRUSTED:
+            click.echo(printing.text(f"untrusted: {each.key}: {each.reason}"), err=True)
 
 
 def _load(each: admin_pb2.InstanceStatus) -> str:

@@ -76,18 +76,18 @@ def _hidden(uri: re.Match[str]) -> str:
 
 def as_dict(message: Message) -> dict[str, Any]:
     """Return a message as the API's JSON has it."""
-    found: dict[str, Any] = _whole(MessageToDict(message, preserving_proto_field_name=True))
+    found: dict[str, Any] = whole(MessageToDict(message, preserving_proto_field_name=True))
     return found
 
 
-def _whole(value: Any) -> Any:
+def whole(value: Any) -> Any:
     """Return a value with integers in place of whole doubles, as a Struct has only those."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, list):
-        return [_whole(each) for each in value]
+        return [whole(each) for each in value]
     if isinstance(value, dict):
-        return {name: _whole(each) for name, each in value.items()}
+        return {name: whole(each) for name, each in value.items()}
     return value
 
 

@@ -1,4 +1,4 @@
-"""``atserving release put``: publish a release from flags, or from the JSON that etcd has."""
+"""``atserving release put`` and ``sign``: publish or sign a release, from flags or from the JSON that etcd has."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from atserving.cli.ops import checking, completion, printing
 from atserving.cli.ops.client import INVALID, NOT_FOUND, REFUSED, CommandError
 from atserving.cli.ops.options import Write, flag, writing
 from atserving.cli.ops.waiting import wait_flags, wait_ready
-from atserving.config import Release
+from atserving.config import MalformedConfig, Release, validate
+from atserving.signatures import SigningKey
 
 _MOST_EXACT = 1 << 53
 _OUTPUT_ONLY = ("lastmodified",)
+_VALUES = ("custom_values", "model_params")
 
 
 def _text_of(context: click.Context, parameter: click.Parameter, value: str) -> bytes:
@@ -53,6 +55,9 @@ def _file_pairs(context: click.Context, parameter: click.Parameter, values: tupl
     return {name: uri for name, _, uri in pairs}
 
 
+_KEY = click.Path(path_type=Path, dir_okay=False)
+
+
 @click.command(
     help="Publish VERSION of APP. FILE is the URI of its tar (file://, http(s)://, qiniu://). With -f, the three are "
     "in the JSON; flags replace its fields. Before that, the files are fetched and the net is loaded here, and the "
@@ -75,6 +80,7 @@ def _file_pairs(context: click.Context, parameter: click.Parameter, values: tupl
 @flag("--custom-values", callback=_json_object, metavar="JSON|@PATH", help='A JSON object such as {"net": "classify"}.')
 @flag("--model-params", callback=_json_object, metavar="JSON|@PATH", help="A JSON object with options of the engine.")
 @flag("--custom-file", "custom_files", multiple=True, callback=_file_pairs, metavar="NAME=URI", help="Repeatable.")
+@flag("--sign-key", type=_KEY, metavar="PATH", help="Sign the release with this private key.")
 @flag("--no-check", is_flag=True, help="Publish it without fetching its files and loading its net here.")
 @wait_flags("Wait until instances are ready.")
 @writing
@@ -87,6 +93,7 @@ def put(
     wait: bool,
     instances: int | None,
     timeout: float,
+    sign_key: Path | None,
     no_check: bool,
     **flags: Any,
 ) -> None:
@@ -97,11 +104,33 @@ def put(
         raise click.UsageError(f"{', '.join('app' if each == 'name' else each for each in missing)}: missing")
     fields = {name: value for name, value in (fields | given).items() if name not in _OUTPUT_ONLY}
     known = _stored(write, release_from(fields))
-    release = release_from(checking.with_digests(fields, known, check=not no_check))
+    fields = checking.with_digests(fields, known, check=not no_check)
+    release = release_from(signed(fields, sign_key) if sign_key else fields)
     stored = write.call(lambda stub: stub.CreateRelease, admin_pb2.CreateReleaseRequest(release=release))
     write.tell(f"{stored.app} {stored.version} is published, in {printing.phase(stored.phase)}")
     if (wait or instances) and not write.validate_only:
         wait_ready(write.servers, stored.app, stored.version, instances, timeout)
+
+
+@click.command(
+    help="Sign the release of -f, whose files all have #sha256=, and print it for `release put -f`. It needs no mesh."
+)
+@flag("-f", "--file", "fields", required=True, callback=_json_file, metavar="PATH", help="A release as etcd has it.")
+@flag("--sign-key", required=True, type=_KEY, metavar="PATH", help="Your private key: see atserving key generate.")
+def sign(fields: dict[str, Any], sign_key: Path) -> None:
+    release_from(fields)
+    printing.document(signed(fields, sign_key), "json")
+
+
+def signed(fields: dict[str, Any], key: Path) -> dict[str, Any]:
+    """Return the fields of a release, as etcd has them, with a signature. Raises CommandError, StartError."""
+    # The registry stores 1.0 as 1, and the digest of the two differs.
+    exact = {name: printing.whole(value) if name in _VALUES else value for name, value in fields.items()}
+    try:
+        release = validate(Release, exact)
+    except MalformedConfig as error:
+        raise CommandError(str(error), INVALID) from None
+    return {**exact, "signature": SigningKey(key).sign(release)}
 
 
 def _stored(write: Write, release: admin_pb2.Release) -> admin_pb2.Release | None:
@@ -125,7 +154,7 @@ def release_from(fields: dict[str, Any]) -> admin_pb2.Release:
         if wanted["phase"] not in printing.PHASES:
             raise CommandError(f"phase: should be {' or '.join(printing.PHASES)}", INVALID)
         wanted["phase"] = admin_pb2.Phase.Name(printing.PHASES[wanted["phase"]])
-    for name in ("custom_values", "model_params"):
+    for name in _VALUES:
         _check_exact(wanted.get(name), name)
     message = admin_pb2.Release()
     try:

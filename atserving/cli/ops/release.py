@@ -10,7 +10,7 @@ from atserving.cli.ops.client import pages
 from atserving.cli.ops.compare import compare
 from atserving.cli.ops.history import check_defaults, defaults_flag, history, watch
 from atserving.cli.ops.options import Read, Write, flag, reading, writing
-from atserving.cli.ops.put import put
+from atserving.cli.ops.put import put, sign
 from atserving.cli.ops.waiting import wait_flags, wait_ready
 from atserving.cli.tables import styled
 
@@ -19,6 +19,7 @@ _PROBLEMS = {
     admin_pb2.ListProblemsResponse.KIND_UNKNOWN_FIELDS: "warning",
     admin_pb2.ListProblemsResponse.KIND_DELETION_HELD: "held back",
     admin_pb2.ListProblemsResponse.KIND_INEFFECTIVE: "no effect",
+    admin_pb2.ListProblemsResponse.KIND_UNTRUSTED: "untrusted",
 }
 
 
@@ -28,6 +29,7 @@ def release() -> None:
 
 
 release.add_command(put)
+release.add_command(sign)
 release.add_command(compare)
 release.add_command(history)
 release.add_command(watch)
@@ -92,7 +94,7 @@ def show(read: Read, app: str, version: str) -> None:
 
 _SHOWN = (
     *("app", "version", "phase", "desc", "weight", "aliases", "instances", "file", "custom_files", "custom_values"),
-    *("model_params", "use_device", "batch_size", "image_width", "lastmodified", "digest", "etag"),
+    *("model_params", "use_device", "batch_size", "image_width", "lastmodified", "digest", "signature", "etag"),
 )
 
 
