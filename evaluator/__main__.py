@@ -15,10 +15,12 @@ import orjson
 from atserving import lifecycle
 from atserving.cli import service
 from atserving.config import is_name
+from atserving.hosts import Hosts
 from atserving.telemetry import configure_logging
 
 try:
     from evaluator.fetching.addresses import AllowedNetwork
+    from evaluator.fetching.proxy import checked_url, read_proxy
     from evaluator.serving.instance import InstanceSettings, run
 
     # The instance imports them when it needs them.
@@ -48,6 +50,21 @@ def _networks(context: click.Context, parameter: click.Parameter, values: tuple[
         return [AllowedNetwork.parse(value) for value in values]
     except ValueError as error:
         raise click.BadParameter(str(error), ctx=context, param=parameter) from None
+
+
+def _proxy_url(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    try:
+        return checked_url(value) if value else None
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx=context, param=parameter) from None
+
+
+def _hosts(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        Hosts(values)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx=context, param=parameter) from None
+    return values
 
 
 def _json(context: click.Context, parameter: click.Parameter, value: str | None) -> Any:
@@ -113,6 +130,26 @@ def _trusted(path: Path | None) -> TrustedKeys | None:
     metavar="FILE",
     help="The app owner's keys for qiniu:// resources, and the buckets requests may read, in JSON.",
 )
+@click.option(
+    "--proxy",
+    callback=_proxy_url,
+    metavar="URL",
+    help="The HTTP proxy to fetch resources and releases through: http://host:port. The environment's are not used.",
+)
+@click.option(
+    "--proxy-auth",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="The credentials for the proxy, in one line: user:password.",
+)
+@click.option(
+    "--no-proxy",
+    "no_proxies",
+    multiple=True,
+    callback=_hosts,
+    metavar="HOST",
+    help="A host to fetch from without the proxy: a name, *.example.com, an address or a network; repeatable.",
+)
 @service.http_option("/metrics and /status")
 @click.option(
     "--status-file",
@@ -142,6 +179,9 @@ def main(
     grace: float,
     allow_networks: list[AllowedNetwork],
     qiniu: Path | None,
+    proxy: str | None,
+    proxy_auth: Path | None,
+    no_proxies: tuple[str, ...],
     http: str,
     status_file: Path | None,
     max_held: int,
@@ -151,6 +191,8 @@ def main(
 ) -> None:
     """Serve one version of one app, as one instance of the mesh."""
     configure_logging("evaluator", log_level)
+    if not proxy and (proxy_auth or no_proxies):
+        raise click.UsageError("--proxy-auth and --no-proxy go with --proxy")
     keys = _keys(qiniu) if qiniu else None
     settings = InstanceSettings(
         app=app,
@@ -164,6 +206,7 @@ def main(
         grace_s=grace,
         allow_networks=allow_networks,
         qiniu=keys,
+        proxy=read_proxy(proxy, proxy_auth, no_proxies) if proxy else None,
         http=http,
         status_file=status_file,
         config_cache=config_cache,

@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+from atserving.hosts import Address, Network
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052
 _REFUSED: tuple[Network, ...] = (
@@ -59,8 +58,8 @@ class AllowedNetwork:
 class AddressRefused(Exception):  # noqa: N818
     """The policy refuses ``host``, a name or an address."""
 
-    def __init__(self, host: str) -> None:
-        super().__init__(f"{host!r} is not a public address")
+    def __init__(self, host: str, reason: str = "is not a public address") -> None:
+        super().__init__(f"{host!r} {reason}")
         self.host = host
 
 
@@ -76,7 +75,7 @@ class AddressPolicy:
             address = ipaddress.ip_address(text.partition("%")[0])
         except ValueError:
             return False
-        return all(self._allows(each, port) for each in _with_embedded(address))
+        return all(self._allows(each, port) for each in with_embedded(address))
 
     def socket(self, info: tuple[Any, Any, int, str, tuple[Any, ...]]) -> socket.socket:
         """Create a socket for a connection to ``info``, an entry of getaddrinfo.
@@ -99,7 +98,7 @@ class AddressPolicy:
         )
 
 
-def _with_embedded(address: Address) -> Iterator[Address]:
+def with_embedded(address: Address) -> Iterator[Address]:
     """Yield the addresses that a packet to ``address`` may reach."""
     if isinstance(address, ipaddress.IPv4Address):
         yield address

@@ -14,7 +14,9 @@ from yarl import URL
 from atserving.errors import InvalidArgument, ResourceUnreachable, ServingError
 from atserving.uris import QiniuUri
 from evaluator.fetching.addresses import AddressRefused
+from evaluator.fetching.host_rules import HostRefused
 from evaluator.fetching.qiniu import QiniuConfig, checked_base, sign
+from evaluator.fetching.sessions import Sessions
 from evaluator.fetching.statuses import is_refusal
 
 _LOOKUP_S = 5.0
@@ -47,12 +49,12 @@ class Buckets:
     hour, failures are not.
     """
 
-    def __init__(self, config: QiniuConfig, session: aiohttp.ClientSession) -> None:
-        """``session`` decides which addresses may be connected to."""
+    def __init__(self, config: QiniuConfig, sessions: Sessions) -> None:
+        """``sessions`` decide which addresses may be connected to."""
         self.open = config.buckets
         """The buckets that requests may read."""
         self._config = config
-        self._session = session
+        self._sessions = sessions
         self._regions = alru_cache(maxsize=_CACHED_BUCKETS, ttl=_CACHED_S)(self._look_up)
 
     async def url(self, uri: QiniuUri, label: str) -> URL:
@@ -85,7 +87,7 @@ class Buckets:
         try:
             async with (
                 asyncio.timeout(_LOOKUP_S),
-                self._session.get(url, allow_redirects=False) as response,
+                self._sessions.of(url).get(url, allow_redirects=False) as response,
             ):
                 if is_refusal(response.status):
                     raise InvalidArgument(f"the bucket service answered {response.status}")
@@ -94,6 +96,8 @@ class Buckets:
                 return msgspec.json.decode(await _body(response), type=_QueryResponse).hosts
         except TimeoutError:
             raise ResourceUnreachable(f"the bucket service did not answer within {_LOOKUP_S:g} s") from None
+        except HostRefused:
+            raise ResourceUnreachable("the bucket service is no host that this app may fetch from") from None
         except AddressRefused:
             raise ResourceUnreachable("the bucket service has no public address") from None
         except (aiohttp.ClientError, OSError):

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import AsyncResolver
+from async_lru import alru_cache
 from yarl import URL
 
-from atserving import __version__, uris
+from atserving import hosts, uris
 from atserving.errors import InvalidArgument, ResourceUnreachable
 from atserving.uris import QiniuUri
 from evaluator.fetching.addresses import AddressPolicy, AddressRefused
-from evaluator.fetching.bounded_response import BoundedConnector
-from evaluator.fetching.statuses import is_refusal
+from evaluator.fetching.host_rules import ANY, HostRules
+from evaluator.fetching.proxy import Proxy
+from evaluator.fetching.sessions import Sessions
+from evaluator.fetching.statuses import REDIRECTS, is_refusal
 from evaluator.limits import Budget, too_large
 
 if TYPE_CHECKING:
@@ -28,24 +31,24 @@ if TYPE_CHECKING:
 _TOTAL_S = 10.0
 _CONNECT_S = 3.0
 _MAX_REDIRECTS = 3
-_REDIRECTS = (301, 302, 303, 307, 308)
 # Tiny chunks cost far more to read than their bytes.
 _MAX_CHUNKS = 1 << 16
 # yarl passes these on, and a resolver would take such a name for one that it does not know.
 _NO_HOST = re.compile(r"[\x00-\x20%\x7f]")
-_CONNECTIONS = 256
-_CONNECTIONS_PER_HOST = 16
+# How long to look a name up that the proxy is asked for, and for how long to remember it.
+_LOOKUP_S, _KNOWN_S, _MOST_KNOWN = 1.0, 10.0, 1024
 
 
 class PolicyResolver(AbstractResolver):
     """Resolves names. aiohttp connects to the returned addresses and resolves nothing a second time.
 
-    Raises AddressRefused if the policy refuses any address of the name.
+    Raises AddressRefused if the policy refuses any address of the name, or the rules refuse the name or an address.
     """
 
-    def __init__(self, policy: AddressPolicy, resolver: AbstractResolver) -> None:
+    def __init__(self, policy: AddressPolicy, resolver: AbstractResolver, rules: HostRules = ANY) -> None:
         self._policy = policy
         self._resolver = resolver
+        self._rules = rules
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -53,6 +56,7 @@ class PolicyResolver(AbstractResolver):
         results = await self._resolver.resolve(host, port, family)
         if not all(self._policy.allows(result["host"], port) for result in results):
             raise AddressRefused(host)
+        self._rules.check(host, [result["host"] for result in results])
         return results
 
     async def close(self) -> None:
@@ -68,37 +72,31 @@ class HttpFetcher:
         policy: AddressPolicy,
         qiniu: QiniuConfig | None,
         resolver: AbstractResolver | None,
+        proxy: Proxy | None = None,
+        rules: HostRules = ANY,
     ) -> None:
         """Without ``qiniu``, refuse ``qiniu://`` URIs. ``resolver`` defaults to the DNS settings of this machine."""
         self._max_bytes = max_bytes
+        self._policy, self._rules = policy, rules
         # Not in threads: lookups that get no reply would occupy all of them.
-        self._resolver = PolicyResolver(policy, resolver or AsyncResolver())
-        self._session = aiohttp.ClientSession(
-            connector=BoundedConnector(
-                max_bytes,
-                resolver=self._resolver,
-                socket_factory=policy.socket,
-                limit=_CONNECTIONS,
-                limit_per_host=_CONNECTIONS_PER_HOST,
-            ),
-            # Callers must not share cookies. A proxy from the environment would resolve names itself.
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
-            headers={"User-Agent": f"atserving/{__version__}", "Accept-Encoding": "identity"},
-        )
+        self._resolver = PolicyResolver(policy, resolver or AsyncResolver(), rules)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
+        self._sessions = Sessions(max_bytes, proxy, timeout, resolver=self._resolver, socket_factory=policy.socket)
+        self._is_checked = proxy is not None or rules != ANY
+        self._known = alru_cache(maxsize=_MOST_KNOWN, ttl=_KNOWN_S)(self._look_up)
         self._buckets: Buckets | None = None
         if qiniu:
             # Imported here: few have keys.
             from evaluator.fetching.buckets import Buckets
 
-            self._buckets = Buckets(qiniu, self._session)
+            self._buckets = Buckets(qiniu, self._sessions)
 
     async def close(self) -> None:
         """Close all connections; cancel running lookups."""
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._resolver.close)
-            stack.push_async_callback(self._session.close)
+            stack.push_async_callback(self._sessions.close)
+            stack.push_async_callback(self._known.cache_close)
             if self._buckets:
                 stack.push_async_callback(self._buckets.close)
 
@@ -132,12 +130,37 @@ class HttpFetcher:
 
     async def _follow(self, url: URL, label: str, budget: Budget) -> bytes:
         for _ in range(_MAX_REDIRECTS + 1):
-            async with self._session.get(url, allow_redirects=False) as response:
+            if self._is_checked:
+                await self._check(url)
+            async with self._sessions.of(url).get(url, allow_redirects=False) as response:
                 location = response.headers.get("Location")
-                if response.status not in _REDIRECTS or location is None:
+                if response.status not in REDIRECTS or location is None:
                     return await self._read(response, label, budget)
                 url = _http_url(str(url.join(_url(location, label))), label)
         raise InvalidArgument(f"{label} redirects more than {_MAX_REDIRECTS} times")
+
+    async def _check(self, url: URL) -> None:
+        """Check the host of a URL that no resolver of ours will see: an address, or a name that the proxy resolves.
+
+        Raises AddressRefused, InvalidURL.
+        """
+        host, port = hosts.normal(url.raw_host or ""), url.port or 0
+        if hosts.address_of(host):
+            if not self._policy.allows(host, port):
+                raise AddressRefused(host)
+            self._rules.check(host, [host])
+        elif self._sessions.is_proxied(url):
+            if hosts.ends_in_number(host):
+                raise aiohttp.InvalidURL(host)
+            await self._known(host, port)
+
+    async def _look_up(self, host: str, port: int) -> None:
+        """Check the addresses of a name as far as this machine knows them: the proxy may know others."""
+        try:
+            async with asyncio.timeout(_LOOKUP_S):
+                await self._resolver.resolve(host, port)
+        except (OSError, TimeoutError):
+            self._rules.check(host, [])
 
     async def _read(self, response: aiohttp.ClientResponse, label: str, budget: Budget) -> bytes:
         if is_refusal(response.status):
@@ -182,6 +205,10 @@ def _url(text: str, label: str) -> URL:
 def _reason(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return "unknown host"
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return f"the proxy answered {error.status}"
+    if isinstance(error, aiohttp.ClientProxyConnectionError):
+        return "cannot connect to the proxy"
     if isinstance(error, aiohttp.ClientSSLError):
         return "TLS failed"
     if isinstance(error, aiohttp.ClientConnectorError):

@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from atserving.config import Release
 from atserving.errors import StartError
+from evaluator.fetching.proxy import Proxy
 from evaluator.fetching.unpack import unpack
 from evaluator.net_config import SCRIPT, NetConfig
 from evaluator.options import Options
@@ -31,6 +32,7 @@ async def fetch_release(
     workspace: Path,
     qiniu: QiniuConfig | None = None,
     digests: dict[str, str] | None = None,
+    proxy: Proxy | None = None,
     *,
     copied: bool = False,
 ) -> NetConfig:
@@ -43,7 +45,7 @@ async def fetch_release(
     downloads, files = workspace / "downloads", workspace / "release"
     downloads.mkdir()
     files.mkdir()
-    tar = await _fetch(release.file, downloads / "release.tar", "file", qiniu, digests, copied)
+    tar = await _fetch(release.file, downloads / "release.tar", "file", qiniu, digests, proxy, copied)
     tar_files = await asyncio.to_thread(unpack, tar, files)
     if tar.is_relative_to(downloads):
         tar.unlink()
@@ -52,7 +54,7 @@ async def fetch_release(
             if name not in tar_files:
                 raise StartError(f"the release's tar has no {name}")
     custom_files = {
-        name: await _fetch(uri, downloads / f"custom-{number}", f"custom_files.{name}", qiniu, digests, copied)
+        name: await _fetch(uri, downloads / f"custom-{number}", f"custom_files.{name}", qiniu, digests, proxy, copied)
         for number, (name, uri) in enumerate(release.custom_files.items())
     }
     return NetConfig(
@@ -80,7 +82,13 @@ def check_signature(release: Release, trusted: TrustedKeys | None) -> str:
 
 
 async def _fetch(
-    uri: str, target: Path, field: str, qiniu: QiniuConfig | None, digests: dict[str, str] | None, copied: bool
+    uri: str,
+    target: Path,
+    field: str,
+    qiniu: QiniuConfig | None,
+    digests: dict[str, str] | None,
+    proxy: Proxy | None,
+    copied: bool,
 ) -> Path:
     """Fetch a file and return its path: ``target``, or the file itself if it is local. ``field`` is its field."""
     bare, expected = _split_digest(uri, field)
@@ -97,7 +105,7 @@ async def _fetch(
         from evaluator.fetching.download import download
 
         path = target
-        digest = await download(bare, target, f"{field} {_redacted(bare)}", qiniu, MAX_FILE_BYTES)
+        digest = await download(bare, target, f"{field} {_redacted(bare)}", qiniu, MAX_FILE_BYTES, proxy)
     if expected and digest != expected:
         raise StartError(f"{field} {_redacted(bare)}: its sha256 is {digest}, not {expected}")
     if digests is not None:

@@ -11,6 +11,8 @@ from atserving import lifecycle, uris
 from atserving.errors import ResourceUnreachable
 from atserving.v1 import serving_pb2
 from evaluator.fetching.addresses import AddressPolicy
+from evaluator.fetching.host_rules import ANY, HostRules
+from evaluator.fetching.proxy import Proxy
 from evaluator.limits import Budget, decode
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 # A request may fetch so many resources at a time. All requests together have so many fetches beside the first of each,
 # so that connections are left for the first.
 _AT_A_TIME, _MOST_MORE = 16, 128
+_LONGEST_FETCH_S = 15.0
 
 
 class ResourceFetcher:
@@ -37,22 +40,36 @@ class ResourceFetcher:
         policy: AddressPolicy,
         qiniu: QiniuConfig | None = None,
         resolver: AbstractResolver | None = None,
+        proxy: Proxy | None = None,
     ) -> None:
         """Without ``qiniu``, refuse ``qiniu://`` URIs. ``resolver`` defaults to the DNS settings of this machine."""
         self._max_bytes = max_bytes
-        self._settings = policy, qiniu, resolver
+        self._settings = policy, qiniu, resolver, proxy
+        self._rules = ANY
         self._http: HttpFetcher | None = None
         self._opening: asyncio.Task[HttpFetcher] | None = None
+        self._retiring: set[asyncio.Task[None]] = set()
         self._more = _MOST_MORE
 
     async def __aenter__(self) -> ResourceFetcher:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await lifecycle.end(self._retiring)
         if self._opening:
-            await asyncio.wait({self._opening})
-            if not self._opening.exception():
-                await self._opening.result().close()
+            await _close(self._opening)
+
+    def restrict(self, rules: HostRules) -> None:
+        """Let later fetches follow other rules."""
+        if rules == self._rules:
+            return
+        self._rules = rules
+        if self._opening:
+            # Its connections were made under the old rules: nobody may use them again.
+            task = asyncio.create_task(_retire(self._opening))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+        self._http = self._opening = None
 
     async def replace(self, resources: Sequence[serving_pb2.Resource], budget: Budget) -> None:
         """Replace the URIs of a request's resources by their bytes, several at a time. Raises as :meth:`fetch` does."""
@@ -86,15 +103,32 @@ class ResourceFetcher:
         if not self._http:
             self._opening = opening = self._opening or asyncio.create_task(self._open())
             try:
-                self._http = await asyncio.shield(opening)
+                http = await asyncio.shield(opening)
             except (OSError, ImportError) as error:
                 # The next request tries again: files may have been short.
                 self._opening = None
                 raise ResourceUnreachable(f"the HTTP client could not be loaded: {error}") from None
+            if self._opening is opening:
+                self._http = http
+            return await http.fetch(uri, budget)
         return await self._http.fetch(uri, budget)
 
     async def _open(self) -> HttpFetcher:
         # In a thread, so that other requests go on.
         module = await asyncio.to_thread(importlib.import_module, "evaluator.fetching.http_fetcher")
-        http: HttpFetcher = module.HttpFetcher(self._max_bytes, *self._settings)
+        http: HttpFetcher = module.HttpFetcher(self._max_bytes, *self._settings, self._rules)
         return http
+
+
+async def _retire(opening: asyncio.Task[HttpFetcher]) -> None:
+    """Close an HTTP client once its last fetch has ended."""
+    try:
+        await asyncio.sleep(_LONGEST_FETCH_S)
+    finally:
+        await _close(opening)
+
+
+async def _close(opening: asyncio.Task[HttpFetcher]) -> None:
+    await asyncio.wait({opening})
+    if not opening.exception():
+        await opening.result().close()

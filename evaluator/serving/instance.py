@@ -24,6 +24,7 @@ from atserving.held import HeldBytes
 from atserving.ops_http import OpsServer, Page
 from atserving.v1 import evaluator_pb2
 from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
+from evaluator.fetching.proxy import Proxy
 from evaluator.fetching.release import check_signature, fetch_release
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.net_config import NetConfig
@@ -76,6 +77,7 @@ class InstanceSettings:
     config_cache: Path | None = None
     max_held_bytes: int = 256 << 20
     trusted_keys: TrustedKeys | None = None
+    proxy: Proxy | None = None
 
 
 async def run(settings: InstanceSettings) -> None:
@@ -144,7 +146,9 @@ class _Life:
         signed_by = check_signature(release, self._settings.trusted_keys)
         self._log.info("release loading", http_port=http_port, signed_by=signed_by or None)
         digests: dict[str, str] = {}
-        config = await fetch_release(release, folder, self._settings.qiniu, digests, copied=bool(signed_by))
+        config = await fetch_release(
+            release, folder, self._settings.qiniu, digests, self._settings.proxy, copied=bool(signed_by)
+        )
         self._files = hashlib.sha256(orjson.dumps(digests, option=orjson.OPT_SORT_KEYS)).hexdigest()
         # Refuse wrong limits before the worker loads the net, which may take long.
         _check_held(config, self._settings.max_held_bytes)
@@ -165,7 +169,7 @@ class _Life:
         metrics.of_capacity(lambda: capacity.in_flight, lambda: capacity.limit)
         policy = AddressPolicy(settings.allow_networks)
         async with (
-            ResourceFetcher(config.limits.max_bytes, policy, settings.qiniu) as fetcher,
+            ResourceFetcher(config.limits.max_bytes, policy, settings.qiniu, proxy=settings.proxy) as fetcher,
             _background(worker.run()) as working,
         ):
             pipeline = Pipeline(

@@ -1,14 +1,19 @@
-"""A host that sends no end of something else than a resource costs little: the connection breaks off soon."""
+"""A host that sends no end of something, or sends it slowly, costs little: the connection breaks off soon."""
 
 from __future__ import annotations
 
 import asyncio
+import gzip
+import tracemalloc
+import zlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import pytest
 
-from atserving.errors import InvalidArgument, ResourceUnreachable
+from atserving.errors import InvalidArgument, ResourceUnreachable, StartError
+from evaluator.fetching import download, http_fetcher
 from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.limits import Budget
@@ -74,6 +79,133 @@ async def test_endless_response_breaks_off(kind: str) -> None:
             await fetching.fetch(f"http://127.0.0.1:{port}/x", Budget(1 << 30))
         await asyncio.wait_for(host.left.wait(), WAIT_S)
     assert host.sent < MOST_SENT
+    server.close()
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+async def test_endless_file_of_a_release_breaks_off(kind: str, tmp_path: Path) -> None:
+    host = EndlessHost(*ENDLESS[kind])
+    server = await asyncio.start_server(host, "127.0.0.1", 0)
+    uri = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"
+    with pytest.raises(StartError):
+        await asyncio.wait_for(download.download(uri, tmp_path / "x", "file", None, MAX_BYTES), WAIT_S)
+    await asyncio.wait_for(host.left.wait(), WAIT_S)
+    assert host.sent < MOST_SENT
+    server.close()
+
+
+class DrippingHost:
+    """Sends the start, and then one byte after the other until the fetcher breaks off."""
+
+    def __init__(self, start: bytes, rest: bytes) -> None:
+        self.left = asyncio.Event()
+        self._start, self._rest = start, rest
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(self._start)
+        try:
+            while True:
+                for at in range(len(self._rest)):
+                    writer.write(self._rest[at : at + 1])
+                    await writer.drain()
+                    await asyncio.sleep(0.001)
+        except OSError:
+            pass
+        finally:
+            self.left.set()
+            writer.close()
+
+
+DRIPS = {
+    "a status": (b"", b"HTTP/1.1"),
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"a: b\r\n"),
+    "interim responses": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "a chunk's size": (CHUNKED, b"0"),
+    "a chunk's extension": (CHUNKED + b"1;", b"x"),
+    "a body": (b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n", b"x"),
+    "chunks": (CHUNKED, b"1\r\na\r\n"),
+    "trailers": (CHUNKED + b"1\r\na\r\n0\r\n", b"a: b\r\n"),
+}
+
+
+@asynccontextmanager
+async def dripping(kind: str) -> AsyncIterator[str]:
+    """Yield the URL of a host that drips; in the end, the fetcher must have left it."""
+    # As large as the limits allow: so no other limit than that of time ends it.
+    host = DrippingHost(*(part.replace(b"1000000", b"%d" % MAX_BYTES) for part in DRIPS[kind]))
+    server = await asyncio.start_server(host, "127.0.0.1", 0)
+    yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"
+    await asyncio.wait_for(host.left.wait(), WAIT_S)
+    server.close()
+
+
+@pytest.mark.parametrize("kind", DRIPS)
+async def test_drips_get_no_more_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_fetcher, "_TOTAL_S", 0.05)
+    async with fetcher() as fetching, dripping(kind) as url:
+        # Eight interim responses are the most.
+        with pytest.raises(ResourceUnreachable, match=r"did not arrive within 0.05 s|could not be reached"):
+            await asyncio.wait_for(fetching.fetch(url, Budget(1 << 30)), WAIT_S)
+
+
+@pytest.mark.parametrize("kind", DRIPS)
+async def test_drips_of_a_release_get_no_more_time(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "_TOTAL_S", 0.05)
+    async with dripping(kind) as url:
+        with pytest.raises(StartError, match=r"did not arrive within 0.05 s|can't be fetched"):
+            await asyncio.wait_for(download.download(url, tmp_path / "x", "file", None, MAX_BYTES), WAIT_S)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "gzip, gzip", "gzip, deflate", "br", "zstd"])
+async def test_compressed_bomb_is_not_unpacked(encoding: str) -> None:
+    body = bytes(64 << 20)
+    for each in encoding.split(", "):
+        body = zlib.compress(body) if each == "deflate" else gzip.compress(body)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        head = f"HTTP/1.1 200 OK\r\ncontent-encoding: {encoding}\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"
+    async with fetcher() as fetching:
+        tracemalloc.start()
+        try:
+            # What nobody here can unpack is no image, and small: its host may send it as it likes.
+            with suppress(InvalidArgument, ResourceUnreachable):
+                assert len(await fetching.fetch(url, Budget(1 << 30))) <= MAX_BYTES
+            assert tracemalloc.get_traced_memory()[1] < 8 << 20
+        finally:
+            tracemalloc.stop()
+    server.close()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\npoison",
+        b"poison",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n6\r\npoison\r\n",
+    ],
+)
+async def test_what_a_host_sends_after_its_answer_is_no_answer(more: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError, asyncio.IncompleteReadError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nfair" + more)
+                await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"
+    async with fetcher() as fetching:
+        for _ in range(20):
+            with suppress(ResourceUnreachable):
+                assert await fetching.fetch(url, Budget(1 << 30)) == b"fair"
     server.close()
 
 

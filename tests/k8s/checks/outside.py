@@ -7,7 +7,8 @@ from functools import cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, collapse_addresses, ip_network
 from itertools import product
 
-from evaluator.fetching.addresses import _REFUSED, Address, AddressPolicy, Network
+from atserving.hosts import Address, Network
+from evaluator.fetching.addresses import _REFUSED, AddressPolicy
 
 from .arrows import FROM_OR_TO, is_inside, pods_of, ports_of, rules
 from .model import Document, Manifests, Workload, at, list_at, title
