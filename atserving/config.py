@@ -30,6 +30,7 @@ from atserving.field_types import (
     check_aliases,
     check_file,
     check_files,
+    check_hosts,
     check_port,
     nanoseconds_of,
     parse_duration,
@@ -214,19 +215,35 @@ class AppRouting(_Value, frozen=True, kw_only=True):
 class WorkerConfig(_Value, frozen=True, kw_only=True):
     """The settings of a version's workers: ``/ava/serving/worker/...``. The most specific key wins, field by field."""
 
-    readers = {"timeout": parse_timeout, "delay4batch": parse_duration}
+    readers = {
+        "timeout": parse_timeout,
+        "delay4batch": parse_duration,
+        "fetch_allow": check_hosts,
+        "fetch_deny": check_hosts,
+    }
 
     timeout: timedelta | None = None
     max_concurrent: Annotated[int, Meta(ge=1, le=100_000)] | None = None
     delay4batch: timedelta | None = None
+    fetch_allow: tuple[str, ...] | None = None
+    """The hosts that requests may name: see :mod:`atserving.hosts`."""
+    fetch_deny: tuple[str, ...] | None = None
+    """Those that they may not."""
 
     def over(self, general: WorkerConfig) -> WorkerConfig:
-        """Return this config, with the fields that it does not set taken from a more general one."""
+        """Return this config, with the fields that it does not set taken from a more general one.
+
+        Hosts that either denies stay denied: who denies one to all apps means all.
+        """
         own = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+        if self.fetch_deny and general.fetch_deny:
+            own["fetch_deny"] = tuple(dict.fromkeys((*self.fetch_deny, *general.fetch_deny)))
         return msgspec.structs.replace(general, **own)
 
 
-DEFAULT_WORKER = WorkerConfig(timeout=timedelta(seconds=30), max_concurrent=64, delay4batch=timedelta(0))
+DEFAULT_WORKER = WorkerConfig(
+    timeout=timedelta(seconds=30), max_concurrent=64, delay4batch=timedelta(0), fetch_allow=("*",), fetch_deny=()
+)
 
 
 class InstancePlan(_Value, frozen=True, kw_only=True):

@@ -11,10 +11,12 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from atserving import hosts
+
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z"
 """The pattern of the name of an app or a version."""
 
-_MAX_FILES, _MAX_ALIASES = 1000, 100
+_MAX_FILES, _MAX_ALIASES, _MAX_HOSTS = 1000, 100, 1000
 _MAX_DURATION_CHARS = 64
 _GO_UNITS_NS = {"ns": 1, "us": 1e3, "µs": 1e3, "ms": 1e6, "s": 1e9, "m": 60e9, "h": 3600e9}
 _GO_PART = r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h)"
@@ -103,6 +105,19 @@ def _wrong_uri(uri: str) -> str:
     if not re.search(_FILE_URI, uri):
         return "should be a file, http, https or qiniu URI"
     return "#sha256= should be followed by 64 hexadecimal digits" if _WRONG_DIGEST.search(uri) else ""
+
+
+def check_hosts(patterns: object) -> object:
+    """Check patterns of hosts, see :mod:`atserving.hosts`."""
+    if isinstance(patterns, list | tuple) and len(patterns) > _MAX_HOSTS:
+        raise ValueError(f"{len(patterns)} hosts exceed the limit of {_MAX_HOSTS}")
+    for place, each in enumerate(patterns if isinstance(patterns, list | tuple) else ()):
+        if isinstance(each, str) and each != hosts.ALL:
+            try:
+                hosts.parse(each)
+            except ValueError as error:
+                raise WrongField(f"[{place}]", str(error)) from None
+    return patterns
 
 
 def check_files(files: object) -> object:

@@ -21,9 +21,11 @@ from atserving.config import Instance, MalformedConfig, WorkerConfig, validate
 from atserving.errors import StartError
 from atserving.grpc_server import Server
 from atserving.held import HeldBytes
+from atserving.hosts import Hosts
 from atserving.ops_http import OpsServer, Page
 from atserving.v1 import evaluator_pb2
 from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
+from evaluator.fetching.host_rules import HostRules
 from evaluator.fetching.proxy import Proxy
 from evaluator.fetching.release import check_signature, fetch_release
 from evaluator.fetching.resources import ResourceFetcher
@@ -199,6 +201,9 @@ class _Life:
                     most=worker_config.max_concurrent,
                     timeout_s=worker_config.timeout.total_seconds(),
                 )
+                assert worker_config.fetch_allow is not None
+                assert worker_config.fetch_deny is not None
+                fetcher.restrict(HostRules(Hosts(worker_config.fetch_allow), Hosts(worker_config.fetch_deny)))
                 registration.renew()
 
             self._follower.on_worker = apply

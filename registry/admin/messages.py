@@ -204,6 +204,8 @@ def worker_to(state: AppState, version: str) -> admin_pb2.Worker:
         timeout=_duration(config.timeout),
         max_concurrent=config.max_concurrent,
         delay4batch=_duration(config.delay4batch),
+        fetch_allow=_hosts(config.fetch_allow),
+        fetch_deny=_hosts(config.fetch_deny),
         warnings=_warnings(state, key),
     )
 
@@ -218,12 +220,13 @@ def merged_worker(defaults: AppState, state: AppState, version: str) -> admin_pb
         (kinds.LEVEL_BUILT_IN, "", DEFAULT_WORKER),
     ]
     merged = kinds(app=state.app, version=version)
+    applied = WorkerConfig()
+    for _, _, config in levels:
+        applied = applied.over(config or WorkerConfig())
     for name in WorkerConfig.__struct_fields__:
-        level, key, value = next(
-            (level, key, value)
-            for level, key, config in levels
-            if config and (value := getattr(config, name)) is not None
-        )
+        # Hosts that several levels deny come from the most specific of them.
+        level, key = next((level, key) for level, key, config in levels if config and getattr(config, name) is not None)
+        value = getattr(applied, name)
         text = f"{value.total_seconds():g}s" if isinstance(value, timedelta) else value
         merged.settings.add(name=name, value_json=orjson.dumps(text).decode(), level=level, key=key)
     return merged
@@ -311,6 +314,8 @@ def worker_fields(message: admin_pb2.Worker) -> dict[str, Any]:
         fields[name] = _go_duration(getattr(message, name), name)
     if message.HasField("max_concurrent"):
         fields["max_concurrent"] = message.max_concurrent
+    for name in {"fetch_allow", "fetch_deny"} & given:
+        fields[name] = list(getattr(message, name).hosts)
     return fields
 
 
@@ -366,6 +371,10 @@ def _timestamp(text: str) -> Timestamp | None:
     except (ValueError, OverflowError):
         return None
     return found
+
+
+def _hosts(patterns: tuple[str, ...] | None) -> admin_pb2.Worker.Hosts | None:
+    return None if patterns is None else admin_pb2.Worker.Hosts(hosts=patterns)
 
 
 def _duration(value: timedelta | None) -> Duration | None:

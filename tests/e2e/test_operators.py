@@ -137,6 +137,8 @@ async def test_settings_over_rest(rest: Rest) -> None:
         "timeout": "LEVEL_VERSION",
         "max_concurrent": "LEVEL_VERSION",
         "delay4batch": "LEVEL_BUILT_IN",
+        "fetch_allow": "LEVEL_BUILT_IN",
+        "fetch_deny": "LEVEL_BUILT_IN",
     }
     assert (await rest.call("DELETE", path)).status == 200
 

@@ -48,6 +48,8 @@ def test_worker_settings_come_from_three_levels(cli: Cli) -> None:
         ["timeout", "90s", "version"],
         ["max_concurrent", "32", "app"],
         ["delay4batch", "0s", "built"],
+        ["fetch_allow", '["*"]', "built"],
+        ["fetch_deny", "[]", "built"],
     ]
     cli("worker", "unset", cli.app, "v1")
     cli("worker", "unset", cli.app, "--field", "max_concurrent")
@@ -55,8 +57,15 @@ def test_worker_settings_come_from_three_levels(cli: Cli) -> None:
         ["timeout", "2s"],
         ["max_concurrent", "-"],
         ["delay4batch", "-"],
+        ["fetch_allow", "-"],
+        ["fetch_deny", "-"],
     ]
     assert cli.run("worker", "unset", cli.app, "v1").status == 3
+    cli("worker", "set", cli.app, "fetch_allow=*.example.com,10.0.0.0/8", "fetch_deny=")
+    shown = dict(line.split() for line in cli("worker", "show", cli.app).splitlines())
+    assert (shown["fetch_allow"], shown["fetch_deny"]) == ("*.example.com,10.0.0.0/8", "none")
+    wrong = cli.run("worker", "set", cli.app, "fetch_deny=a.example,10.0.0.1/8")
+    assert (wrong.status, "fetch_deny[1]: 10.0.0.1/8 has host bits set" in wrong.err) == (6, True)
     wrong = cli.run("worker", "set", cli.app, "max_concurrent=0")
     assert (wrong.status, "max_concurrent: " in wrong.err) == (6, True)
     for arguments in (

@@ -515,6 +515,24 @@ class Worker(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class Hosts(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        HOSTS_FIELD_NUMBER: _builtins.int
+        @_builtins.property
+        def hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+        def __init__(
+            self,
+            *,
+            hosts: _abc.Iterable[_builtins.str] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["hosts", b"hosts"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     APP_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
@@ -522,6 +540,8 @@ class Worker(_message.Message):
     MAX_CONCURRENT_FIELD_NUMBER: _builtins.int
     DELAY4BATCH_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    FETCH_ALLOW_FIELD_NUMBER: _builtins.int
+    FETCH_DENY_FIELD_NUMBER: _builtins.int
     app: _builtins.str
     """Empty: the level of all apps."""
     version: _builtins.str
@@ -542,6 +562,14 @@ class Worker(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Output only."""
 
+    @_builtins.property
+    def fetch_allow(self) -> Global___Worker.Hosts:
+        """The hosts that requests may name: `example.com`, `*.example.com`, `*`, `10.0.0.0/8`."""
+
+    @_builtins.property
+    def fetch_deny(self) -> Global___Worker.Hosts:
+        """Those that they may not; the lists of all levels count."""
+
     def __init__(
         self,
         *,
@@ -552,10 +580,12 @@ class Worker(_message.Message):
         max_concurrent: _builtins.int | None = ...,
         delay4batch: _duration_pb2.Duration | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        fetch_allow: Global___Worker.Hosts | None = ...,
+        fetch_deny: Global___Worker.Hosts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_concurrent", b"_max_concurrent", "delay4batch", b"delay4batch", "max_concurrent", b"max_concurrent", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_concurrent", b"_max_concurrent", "delay4batch", b"delay4batch", "fetch_allow", b"fetch_allow", "fetch_deny", b"fetch_deny", "max_concurrent", b"max_concurrent", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_concurrent", b"_max_concurrent", "app", b"app", "delay4batch", b"delay4batch", "etag", b"etag", "max_concurrent", b"max_concurrent", "timeout", b"timeout", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_concurrent", b"_max_concurrent", "app", b"app", "delay4batch", b"delay4batch", "etag", b"etag", "fetch_allow", b"fetch_allow", "fetch_deny", b"fetch_deny", "max_concurrent", b"max_concurrent", "timeout", b"timeout", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_concurrent: _TypeAlias = _typing.Literal["max_concurrent"]  # noqa: Y015
     _WhichOneofArgType__max_concurrent: _TypeAlias = _typing.Literal["_max_concurrent", b"_max_concurrent"]  # noqa: Y015
@@ -1643,7 +1673,7 @@ class UpdateWorkerRequest(_message.Message):
     def worker(self) -> Global___Worker: ...
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """`timeout`, `max_concurrent`, `delay4batch`. Empty: those that `worker` sets."""
+        """`timeout`, `max_concurrent`, `delay4batch`, `fetch_allow`, `fetch_deny`. Empty: those that `worker` sets."""
 
     def __init__(
         self,

@@ -20,14 +20,20 @@ def _duration(text: str) -> Duration:
     return found
 
 
+def _hosts(text: str) -> admin_pb2.Worker.Hosts:
+    return admin_pb2.Worker.Hosts(hosts=[each for each in text.split(",") if each])
+
+
 _FIELDS: dict[str, settings.Parse] = {
     "timeout": _duration,
     "max_concurrent": settings.whole,
     "delay4batch": _duration,
+    "fetch_allow": _hosts,
+    "fetch_deny": _hosts,
 }
 
 
-@click.group(help="Show and set the timeout, capacity and batching delay of instances.")
+@click.group(help="Show and set the timeout, capacity, batching delay and fetched hosts of instances.")
 def worker() -> None:
     pass
 
@@ -66,8 +72,12 @@ def show(read: Read, app: str, version: str) -> None:
         read.print(found)
     else:
         values = printing.as_dict(found)
-        printing.rows(("SETTING", "VALUE"), [(name, str(values.get(name, "-"))) for name in _FIELDS])
+        printing.rows(("SETTING", "VALUE"), [(name, _shown(values.get(name, "-"))) for name in _FIELDS])
     printing.warn(found)
+
+
+def _shown(value: object) -> str:
+    return ",".join(value.get("hosts", ())) or "none" if isinstance(value, dict) else str(value)
 
 
 @worker.command("set", help="Set fields for all apps, for APP, or for VERSION: timeout=2s max_concurrent=32")

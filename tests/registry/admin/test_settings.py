@@ -32,6 +32,8 @@ async def update_worker(operator: Operator, version: str = "", **fields: Any) ->
     for name, value in fields.items():
         if name == "max_concurrent":
             worker.max_concurrent = value
+        elif name.startswith("fetch_"):
+            getattr(worker, name).hosts.extend(value)
         else:
             getattr(worker, name).FromMilliseconds(value)
     return await operator.service.update_worker(request, CONTEXT)
@@ -130,8 +132,21 @@ async def test_settings_merge_from_three_levels(operator: Operator) -> None:
         "timeout": ('"2s"', MERGED.LEVEL_APP),
         "max_concurrent": ("32", MERGED.LEVEL_APP),
         "delay4batch": ('"0.005s"', MERGED.LEVEL_VERSION),
+        "fetch_allow": ('["*"]', MERGED.LEVEL_BUILT_IN),
+        "fetch_deny": ("[]", MERGED.LEVEL_BUILT_IN),
     }
     assert merged.settings[0].key == worker_keys(operator.app, "v1")[1]
+
+
+async def test_hosts_denied_by_several_levels_are_all_denied(operator: Operator) -> None:
+    await operator.publish("v1")
+    await update_worker(operator, fetch_allow=["a.example"], fetch_deny=["b.example", "c.example"])
+    await update_worker(operator, "v1", fetch_allow=["*"], fetch_deny=["d.example"])
+    request = admin_pb2.GetMergedWorkerRequest(app=operator.app, version="v1")
+    merged = await operator.service.get_merged_worker(request, CONTEXT)
+    shown = {each.name: each.value_json for each in merged.settings}
+    assert shown["fetch_allow"] == '["*"]'
+    assert shown["fetch_deny"] == '["d.example","b.example","c.example"]'
 
 
 async def test_a_mask_removes_a_setting(operator: Operator) -> None:
