@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # A request may fetch so many resources at a time. All requests together have so many fetches beside the first of each,
 # so that connections are left for the first.
 _AT_A_TIME, _MOST_MORE = 16, 128
+# More than the time limit of a fetch, which is in the module that is loaded late.
 _LONGEST_FETCH_S = 15.0
 
 

@@ -203,11 +203,14 @@ class Reads:
     async def _untrusted(self, app: str) -> dict[str, str]:
         found: dict[str, str] = {}
         view = self._view
+        why = self._signatures.judge()
         for turn, name in enumerate(list(view.by_app) if app == NO_APP else [app]):
             if not turn % _TURN:
                 await asyncio.sleep(0)
-            values = [view.entries[key].value for key in view.by_app.get(name, ())]
-            found |= self._signatures.untrusted([each for each in values if isinstance(each, Release)])
+            for key in view.by_app.get(name, ()):
+                value = view.entries[key].value
+                if isinstance(value, Release) and (reason := why(value)):
+                    found[key] = reason
         return found
 
     async def watch_app(

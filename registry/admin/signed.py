@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from atserving.config import Release
@@ -40,15 +40,16 @@ class Signatures:
                 reason = f"{each.name} {each.version}: {reason}, see --trusted-keys of the registry"
                 raise InvalidArgument(f"signature: {reason}", fields={"signature": reason})
 
-    def untrusted(self, releases: Iterable[Release]) -> dict[str, str]:
-        """Return why evaluators with the same keys do not start these releases, by key."""
+    def judge(self) -> Callable[[Release], str]:
+        """Return a function that says why evaluators with the same keys do not start a release; empty: they do."""
         if not self._path:
-            return {}
+            return lambda _: ""
         try:
             keys = TrustedKeys(self._path)
         except StartError as error:
-            return {each.key: f"no signature can be checked: {error}" for each in releases}
-        return {each.key: reason for each in releases if (reason := _refusal(keys, each))}
+            reason = f"no signature can be checked: {error}"
+            return lambda _: reason
+        return lambda release: _refusal(keys, release)
 
 
 def _signed(release: Release | None) -> tuple[str, str] | None:

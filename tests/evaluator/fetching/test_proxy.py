@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,6 +26,19 @@ from tests.name_server import ScriptedNames
 
 CREDENTIALS = "me@home:se:c/ret@%41 x"
 PUBLIC = "93.184.216.34"
+FETCH = """
+import asyncio, sys, uvloop
+from evaluator.fetching.addresses import AddressPolicy
+from evaluator.fetching.proxy import Proxy
+from evaluator.fetching.resources import ResourceFetcher
+
+async def fetch():
+    for _ in range(2):
+        async with ResourceFetcher(100, AddressPolicy(), proxy=Proxy(*sys.argv[2:])) as fetcher:
+            sys.stdout.buffer.write(await fetcher.fetch(sys.argv[1]))
+
+uvloop.run(fetch())
+"""
 
 
 @pytest.fixture
@@ -149,6 +164,15 @@ async def test_https_has_a_tunnel_of_its_own_to_the_host(
             await fetcher.fetch(url)
     assert proxy.asked == [f"CONNECT good.test:{site.port}"]
     assert site.hits == []
+    # A process reads its trusted certificates once. An evaluator runs on uvloop.
+    trusting = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", FETCH, url, proxy.url, CREDENTIALS),
+        env={**os.environ, "SSL_CERT_FILE": str(certificate[0])},
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert (await trusting.communicate())[0] == bytes(10)
+    assert proxy.asked[1:] == [f"CONNECT good.test:{site.port}"] * 2
+    assert len(site.hits) == 2
 
 
 async def _certificate(folder: Path) -> tuple[Path, Path]:
