@@ -1,6 +1,7 @@
 """Bounds what a host sends in place of a resource: interim responses without end, long heads of chunks, empty lines.
 
-aiohttp bounds the time of a response and the size of its body, but parses all the rest as fast as it arrives.
+aiohttp bounds the time of a response and the size of its body, but parses all the rest as fast as it arrives. It takes
+what a host has sent before a request for the response to it, and keeps any number of idle connections.
 """
 
 from __future__ import annotations
@@ -24,15 +25,19 @@ class BoundedResponse(ResponseHandler):
         super().__init__(loop)
         self._most_bytes = max_bytes + _REST_BYTES
         self._bytes = self._heads = 0
+        self._is_final = False
 
     def set_response_params(self, **params: Any) -> None:
         """Begin a response."""
         self._bytes = self._heads = 0
+        self._is_final = False
         super().set_response_params(**params)
 
     def data_received(self, data: bytes) -> None:
         self._bytes += len(data)
-        if self._bytes > self._most_bytes:
+        # What follows a whole response, nobody has asked for.
+        is_idle = self._is_final and (self._payload is None or self._payload.is_eof())
+        if self._bytes > self._most_bytes or (data and is_idle):
             self._break_off()
         else:
             super().data_received(data)
@@ -40,6 +45,7 @@ class BoundedResponse(ResponseHandler):
     def feed_data(self, data: Any, size: int = 0) -> None:
         """Take the head of a response, or of an interim one."""
         self._heads += 1
+        self._is_final = data[0].code >= 200
         if self._heads > _MOST_HEADS:
             self._break_off()
         else:
@@ -55,5 +61,10 @@ class BoundedConnector(aiohttp.TCPConnector):
 
     def __init__(self, max_bytes: int, **options: Any) -> None:
         super().__init__(**options)
-        # aiohttp has no public way to choose the protocol.
+        # aiohttp has no public way to choose the protocol, nor to bound what is idle.
         self._factory = partial(BoundedResponse, self._loop, max_bytes)  # type: ignore[assignment] # a subclass
+
+    def _release(self, key: Any, protocol: ResponseHandler, *, should_close: bool = False) -> None:
+        """Keep a connection for the next request, unless as many are kept as may be open."""
+        is_full = sum(map(len, self._conns.values())) >= self._limit
+        super()._release(key, protocol, should_close=should_close or is_full)

@@ -16,7 +16,9 @@ from atserving.errors import InvalidArgument, ResourceUnreachable, StartError
 from evaluator.fetching import download, http_fetcher
 from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
 from evaluator.fetching.resources import ResourceFetcher
+from evaluator.fetching.sessions import CONNECTIONS
 from evaluator.limits import Budget
+from tests.waiting import until
 
 MAX_BYTES = 100_000
 # MAX_BYTES, 1 MiB of other parts, and what sockets and buffers hold.
@@ -227,4 +229,53 @@ async def test_connection_is_used_again_however_much_it_has_carried() -> None:
         for _ in range(50):
             assert len(await fetching.fetch(f"http://127.0.0.1:{port}/x", Budget(1 << 30))) == MAX_BYTES
     assert connections == 1
+    server.close()
+
+
+async def test_answer_that_comes_before_its_request_ends_the_connection() -> None:
+    ended = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nfair")
+        await fetched.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\npoison")
+        with suppress(OSError):
+            assert await reader.read() == b""
+        ended.set()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"
+    async with fetcher() as fetching:
+        for _ in range(3):
+            fetched = asyncio.Event()
+            ended.clear()
+            assert await fetching.fetch(url, Budget(1 << 30)) == b"fair"
+            fetched.set()
+            await asyncio.wait_for(ended.wait(), WAIT_S)
+    server.close()
+
+
+async def test_idle_connections_are_bounded() -> None:
+    opened = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal opened
+        opened += 1
+        with suppress(OSError, asyncio.IncompleteReadError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nfair")
+        opened -= 1
+        writer.close()
+
+    server = await asyncio.start_server(answer, "0.0.0.0", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with fetcher() as fetching:
+        # Each address is a host of its own.
+        for number in range(CONNECTIONS + 20):
+            await fetching.fetch(f"http://127.0.{number // 256}.{1 + number % 254}:{port}/x", Budget(1 << 30))
+        await until(lambda: opened <= CONNECTIONS)
+        assert opened >= CONNECTIONS // 2
     server.close()
