@@ -82,6 +82,7 @@ class HttpFetcher:
         self._resolver = PolicyResolver(policy, resolver or AsyncResolver(), rules)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S)
         self._sessions = Sessions(max_bytes, proxy, timeout, resolver=self._resolver, socket_factory=policy.socket)
+        self._proxy_host = URL(proxy.url).raw_host if proxy else None
         self._is_checked = proxy is not None or rules != ANY
         self._known = alru_cache(maxsize=_MOST_KNOWN, ttl=_KNOWN_S)(self._look_up)
         self._buckets: Buckets | None = None
@@ -116,7 +117,7 @@ class HttpFetcher:
         except aiohttp.InvalidURL:
             raise InvalidArgument(f"{label}: bad url") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise ResourceUnreachable(f"{label} could not be reached: {_reason(error)}") from None
+            raise ResourceUnreachable(f"{label} could not be reached: {_reason(error, self._proxy_host)}") from None
 
     async def _locate(self, uri: str, label: str) -> URL:
         if uris.scheme(uri) != "qiniu":
@@ -202,13 +203,13 @@ def _url(text: str, label: str) -> URL:
     return url
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, proxy_host: str | None) -> str:
+    if proxy_host and isinstance(error, aiohttp.ClientConnectorError) and error.host == proxy_host:
+        return "cannot connect to the proxy"
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return "unknown host"
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return f"the proxy answered {error.status}"
-    if isinstance(error, aiohttp.ClientProxyConnectionError):
-        return "cannot connect to the proxy"
     if isinstance(error, aiohttp.ClientSSLError):
         return "TLS failed"
     if isinstance(error, aiohttp.ClientConnectorError):

@@ -146,7 +146,7 @@ class _Life:
         release = await self._follower.release(self._settings.wait_s)
         self._digest = release.digest
         signed_by = check_signature(release, self._settings.trusted_keys)
-        self._log.info("release loading", http_port=http_port, signed_by=signed_by or None)
+        self._log.info("release loading", http_port=http_port, **({"signed_by": signed_by} if signed_by else {}))
         digests: dict[str, str] = {}
         config = await fetch_release(
             release, folder, self._settings.qiniu, digests, self._settings.proxy, copied=bool(signed_by)

@@ -145,9 +145,12 @@ async def test_wrong_credentials_blame_the_proxy(proxy: HttpProxy, names: Script
 
 
 async def test_proxy_that_is_away_is_named(names: ScriptedNames, site: Site) -> None:
-    async with fetching(HttpProxy({}, port=1), names) as fetcher:
-        with pytest.raises(ResourceUnreachable, match="cannot connect to the proxy"):
-            await fetcher.fetch(site.url("/bytes/5", "good.test"))
+    for url in ("http://127.0.0.1:1", "http://unknown.invalid:3128"):
+        policy = AddressPolicy([AllowedNetwork.parse("127.0.0.0/8")])
+        async with ResourceFetcher(MAX_BYTES, policy, resolver=names.resolver(), proxy=Proxy(url)) as fetcher:
+            for scheme in ("http", "https"):
+                with pytest.raises(ResourceUnreachable, match="could not be reached: cannot connect to the proxy"):
+                    await fetcher.fetch(site.url("/bytes/5", "good.test").replace("http", scheme, 1))
 
 
 async def test_https_has_a_tunnel_of_its_own_to_the_host(
