@@ -187,7 +187,7 @@ async def test_callers_and_their_resources(whole: Whole) -> None:
     check(whole)
 
 
-async def test_operators_and_releases(whole: Whole) -> None:
+async def test_operators_and_releases(whole: Whole, tmp_path: Path) -> None:
     marked = whole.marked
     token = marked("operator token")
     user, query = marked("password of a release"), marked("query of a release")
@@ -196,6 +196,13 @@ async def test_operators_and_releases(whole: Whole) -> None:
     custom = f"weights=https://ada:{user}@127.0.0.1:1/w?token={query}"
     assert whole.run("release", "put", "own", "v2", file, "--custom-file", custom, token=token) != 0
     assert whole.run("release", "put", "--no-check", "own", "v1", file + "2", token=token) != 0
+    key = tmp_path / "key"
+    assert whole.run("key", "generate", str(key)) == 0
+    # The lines before it have the public key, too.
+    marked.add("signing key", key.read_text().splitlines()[3])
+    signed = ("--no-check", "--sign-key", str(key))
+    assert whole.run("release", "put", "own", "v3", f"{file}#sha256={'0' * 64}", *signed, token=token) == 0
+    assert whole.run("release", "put", "own", "v4", file, *signed, token=token) != 0
     for words in (
         ("release", "list", "-o", "wide"),
         ("release", "show", "own", "v1"),
@@ -213,7 +220,9 @@ async def test_operators_and_releases(whole: Whole) -> None:
     assert whole.run("context", "list") == 0
     command = [str(commands.BIN / "atserving"), "release", "watch", "own", "--server", whole.registry.address]
     watching = Process(command, environment={"ATSERVING_TOKEN": token})
-    failing = Evaluator(whole.registry.address, "own", "v1", *DEBUG)
+    auth = private(tmp_path / "auth", f"me:{marked('password of a proxy')}")
+    proxy = ("--proxy", "http://127.0.0.1:1", "--proxy-auth", auth)
+    failing = Evaluator(whole.registry.address, "own", "v1", *DEBUG, *proxy)
     whole.own += [watching, failing]
     watching.start()
     failing.start()

@@ -164,9 +164,10 @@ def test_untrusted_releases_in_etcd_are_named(mesh: Mesh, cli: Cli) -> None:
     # The registry has read them once it lists the last.
     while cli.run("release", "show", "free", "v1").status:
         pass
-    assert problems(cli)[0] == "untrusted: /ava/serving/eval/digits/v1: it has no signature"
-    assert problems(cli)[1].startswith("untrusted: /ava/serving/eval/digits/v2: it is signed with the key ")
-    assert cli.run("ps", "digits").err.splitlines() == problems(cli)
+    first, second = named = problems(cli)
+    assert first == "untrusted: /ava/serving/eval/digits/v1: it has no signature"
+    assert second.startswith("untrusted: /ava/serving/eval/digits/v2: it is signed with the key ")
+    assert cli.run("ps", "digits").err.splitlines() == named
     doctor = cli.run("doctor").out
     assert doctor.count("sign it: atserving release put --sign-key") == 2
     # Changes of what is there already are none of the content, and put nothing new into use.
