@@ -59,6 +59,18 @@ format: $(VENV)/installed  ## Format the code and mend what can be mended
 proto: $(VENV)/installed  ## Generate stubs and Envoy's descriptor set from proto/
 	$(BIN)/python proto/generate.py
 
+.PHONY: envoy
+envoy: $(VENV)/installed  ## Generate envoy/envoy-tls.yaml from envoy/envoy.yaml
+	$(BIN)/python -m atserving.local.envoy_tls
+
+# Run it again to renew the certificates: processes that use them follow.
+CERTS ?= certs
+APPS ?= digits,digits-detect,digits-segment,digits-feature,digits-similar
+OPERATORS ?= local
+.PHONY: certs
+certs: $(VENV)/installed  ## Make a test authority and a certificate for each role in CERTS (APPS=, OPERATORS=)
+	@$(BIN)/python -m atserving.local.authority $(CERTS) --apps '$(APPS)' --operators '$(OPERATORS)'
+
 .PHONY: k8s-render
 k8s-render: $(VENV)/installed  ## Render the overlays and the example's evaluators into build/k8s/
 	mkdir -p build/k8s

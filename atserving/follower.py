@@ -16,6 +16,7 @@ from atserving.config import CLOSED, ConfigValue, MalformedConfig, is_access_rul
 from atserving.config_cache import ConfigCache
 from atserving.holdback import Holdback
 from atserving.peers import Peers
+from atserving.tls import Tls
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 
 log = structlog.get_logger()
@@ -66,12 +67,14 @@ class ConfigFollower:
         *,
         hold_s: float = 0,
         cache: Path | None = None,
+        tls: Tls | None = None,
     ) -> None:
         self.entries: dict[str, ConfigValue] = {}
         self.synced = asyncio.Event()
         """Set after the first snapshot, or by the saved config; never cleared."""
         self.last_error = "not yet tried"
         self._registries = Peers(registries)
+        self._tls = tls
         self._on_change = on_change
         self._app = app
         self._steps = 0
@@ -101,7 +104,7 @@ class ConfigFollower:
             for address in addresses:
                 began = self._steps
                 try:
-                    async with transport.channel(address) as channel:
+                    async with transport.channel(address, tls=self._tls) as channel:
                         reason = await self._follow(channel, alone=len(addresses) == 1)
                 except grpc.aio.AioRpcError as error:
                     reason = error.details() or error.code().name

@@ -115,6 +115,11 @@ class Call:
         """The headers of the request; none once it is answered."""
         return self._stream.headers
 
+    @property
+    def peer_names(self) -> tuple[str, ...]:
+        """The URIs in the verified certificate of the peer; none without TLS."""
+        return self._stream.peer_names
+
     def header(self, name: str) -> str | None:
         """Return a header, or None if it is missing or no ASCII."""
         value = self._stream.headers.get(name)

@@ -26,11 +26,16 @@ from atserving.grpc_stream import MOST_UNSENT, Handler, Streaming, StreamingCall
 from atserving.held import HeldBytes
 from atserving.http2_stream import Headers, Receiver, Stream
 from atserving.sockets import listening_socket
+from atserving.tls import Tls
+from atserving.tls_server import TlsServer, accept
 from atserving.transport import LIVE, MAX_MESSAGE_BYTES
 
 log = structlog.get_logger()
 
 _CONTENT_TYPE = b"application/grpc"
+# The services that every peer may call: grpc.health.v1.Health, grpc.reflection.v1alpha.ServerReflection.
+_OPEN = ("/grpc.health.", "/grpc.reflection.")
+_MOST_NAME_CHARS = 200
 _SHORT_BYTES = 1 << 10
 # The bound of a server that is given none.
 _MOST_HELD_BYTES = 256 << 20
@@ -81,11 +86,15 @@ class Server:
         *,
         internal: Sequence[ServiceDescriptor] = (),
         max_connections: int | None = None,
+        peers: Iterable[str] | None = None,
     ) -> None:
         """``held`` bounds the bytes of all unary calls together; with it, streaming calls have a bound, too.
 
-        Reflection does not show the ``internal`` services.
+        Reflection does not show the ``internal`` services. ``peers`` are the names in the certificates of those who may
+        call more than health and reflection; None: everybody may.
         """
+        self._peers = None if peers is None else frozenset(peers)
+        self._application = self._open if peers is None else self._open_known
         self._max_connections = max_connections
         self._most = max_receive_bytes
         self._held = held or HeldBytes(_MOST_HELD_BYTES)
@@ -94,7 +103,7 @@ class Server:
         self._unary: dict[str, Unary] = {}
         self._streaming: dict[str, Streaming] = {}
         self._connections: set[http2.Connection] = set()
-        self._server: asyncio.Server | None = None
+        self._server: asyncio.Server | TlsServer | None = None
         self._serving = self._stopping = False
         self._names = ["", *(service.full_name for service in (*services, *internal))]
         self._changed = asyncio.Event()
@@ -117,21 +126,27 @@ class Server:
         """Let ``handler`` answer the streaming calls of a path, each in a task of its own."""
         self._streaming[path] = Streaming(handler, most_unsent)
 
-    async def start(self, listen: str, *, insecure: bool = False) -> int:
+    async def start(self, listen: str, *, insecure: bool = False, tls: Tls | None = None) -> int:
         """Listen on ``host:port`` (port 0: any free port) and return the port. Raises StartError.
 
-        ``insecure``: the address need not be a loopback one.
+        ``insecure``: without TLS, too, the address need not be a loopback one.
         """
-        own = await listening_socket(listen, insecure=insecure)
-        self._server = await asyncio.get_running_loop().create_server(self.connect, sock=own)
-        return int(own.getsockname()[1])
+        own = await listening_socket(listen, insecure=insecure or tls is not None)
+        port = int(own.getsockname()[1])
+        self._server = await accept(own, self.connect, tls)
+        return port
 
     def connect(self) -> asyncio.Protocol:
         """Return the protocol of a new connection, for a listener of the caller's own."""
         if self._max_connections is not None and len(self._connections) >= self._max_connections:
             log.warning("connection refused", reason=f"this process has {self._max_connections} connections")
             return _Full()
-        return http2.Connection(self._open, self._connections)
+        return http2.Connection(self._application, self._connections)
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether the health service says that this server accepts calls."""
+        return self._serving
 
     async def set_serving(self, serving: bool) -> None:
         """Report by the health service whether this server accepts calls."""
@@ -166,6 +181,14 @@ class Server:
             if not connection.receivers():
                 connection.close()
 
+    def _open_known(self, stream: Stream) -> Receiver:
+        """Open a call of a peer with a certificate."""
+        assert self._peers is not None
+        if self._peers.isdisjoint(stream.peer_names) and not stream.path.startswith(_OPEN):
+            names = ", ".join(stream.peer_names)[:_MOST_NAME_CHARS] or "a peer without a name"
+            return _refused(stream, StatusCode.PERMISSION_DENIED, f"{names} may only ask for the health here")
+        return self._open(stream)
+
     def _open(self, stream: Stream) -> Receiver:
         if stream.method != "POST":
             stream.start(405, Headers([("allow", "POST")]), end=True)
@@ -197,7 +220,7 @@ class Server:
         except GrpcError as error:
             call.abort(error.status, str(error))
 
-    async def _watch(self, messages: AsyncIterator[bytes], _: Headers) -> AsyncIterator[bytes]:
+    async def _watch(self, messages: AsyncIterator[bytes], *_: object) -> AsyncIterator[bytes]:
         async for message in messages:
             service = parsed(health_pb2.HealthCheckRequest(), message).service
             last: bytes | None = None
@@ -214,7 +237,7 @@ class Server:
                     return
                 await changed.wait()
 
-    async def _reflect(self, messages: AsyncIterator[bytes], _: Headers) -> AsyncIterator[bytes]:
+    async def _reflect(self, messages: AsyncIterator[bytes], *_: object) -> AsyncIterator[bytes]:
         async def requests() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
             async for message in messages:
                 yield parsed(reflection_pb2.ServerReflectionRequest(), message)

@@ -35,6 +35,7 @@ from httpunk._httpunk import (
 
 from atserving.http2_stream import CANCEL, ENHANCE_YOUR_CALM, Headers, Receiver, Stream
 from atserving.peer_watch import PeerWatch
+from atserving.tls import peer_names
 
 if TYPE_CHECKING:
     from httpunk._httpunk import H2Frame
@@ -48,6 +49,8 @@ MAX_STREAMS = 2048
 """How many requests of one connection may be open. A peer with more opens another connection, or waits."""
 
 _PROTOCOL_ERROR = 1
+# The first bytes of a TLS handshake.
+_TLS_HELLO = b"\x16\x03"
 _MAX_HEADER_BYTES = 64 << 10
 _STREAM_WINDOW = 1 << 20
 _CONNECTION_WINDOW = 16 << 20
@@ -88,6 +91,8 @@ class Connection(asyncio.Protocol):
             max_concurrent_streams=MAX_STREAMS,
             auto_date_header=False,
         )
+        self.peer_names: tuple[str, ...] = ()
+        """The URIs in the peer's verified certificate; none without TLS."""
         self._application = application
         self._connections = connections
         self._loop = asyncio.get_running_loop()
@@ -105,6 +110,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports do not inherit from asyncio's.
         self._transport = cast(asyncio.Transport, transport)
+        self.peer_names = peer_names(transport)
         self._connections.add(self)
         self._watch = PeerWatch(
             self._transport.get_extra_info("socket"),
@@ -152,7 +158,8 @@ class Connection(asyncio.Protocol):
                     self._loop.call_soon(self.close)
         except H2Error as error:
             reason = error.args[0] if error.args and isinstance(error.args[0], int) else _PROTOCOL_ERROR
-            log.warning("connection refused", reason=f"HTTP/2: {error}")
+            said = "it speaks TLS, and this port plain text" if data.startswith(_TLS_HELLO) else f"HTTP/2: {error}"
+            log.warning("connection refused", reason=said)
             self.state.send_goaway(reason)
             self._write()
             self.close()

@@ -73,6 +73,11 @@ class Stream:
         self._offset = 0
         self._held = 0
 
+    @property
+    def peer_names(self) -> tuple[str, ...]:
+        """The URIs in the verified certificate of the connection's peer; none without TLS."""
+        return self._connection.peer_names
+
     def respond(self, status: int, headers: Headers, body: bytes, trailers: Headers | None = None) -> None:
         """Send a whole response."""
         self.start(status, headers)

@@ -1,4 +1,7 @@
-"""The HTTP port of a service for its operators: a few pages, such as ``/metrics`` for Prometheus."""
+"""The HTTP port of a service for its operators: a few pages, such as ``/metrics`` for Prometheus.
+
+It is plain text, and answers probes, too: those of Kubernetes ask no gRPC server over TLS.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,11 @@ Page = Callable[[str], tuple[bytes, str]]
 class OpsServer:
     """Serves the pages from its start until it is stopped, which an async context manager does, too."""
 
-    def __init__(self, listen: str, pages: Mapping[str, Page]) -> None:
-        """``pages`` are those of each path."""
+    def __init__(self, listen: str, pages: Mapping[str, Page], is_ready: Callable[[], bool]) -> None:
+        """``pages`` are those of each path. ``/live`` and ``/ready`` are answered besides."""
         self._listen = listen
         self._pages = pages
+        self._is_ready = is_ready
         self._connections = ServerConnections()
         self._only_loopback = False
         self._server: asyncio.Server | None = None
@@ -80,10 +84,14 @@ class OpsServer:
         if self._only_loopback and not is_loopback(_text(request, "host")):
             return 421, "text/plain", b"this port answers only to a loopback host\n"
         path = request.path.partition("?")[0]
+        if path == "/live":
+            return 200, "text/plain", b"live\n"
+        if path == "/ready":
+            return (200, "text/plain", b"ready\n") if self._is_ready() else (503, "text/plain", b"not ready\n")
         if page := self._pages.get(path):
             body, content_type = page(_text(request, "accept"))
             return 200, content_type, body
-        return 404, "text/plain", f"the pages are: {', '.join(self._pages)}\n".encode()
+        return 404, "text/plain", f"the pages are: {', '.join((*self._pages, '/live', '/ready'))}\n".encode()
 
 
 def _text(request: ServerRequest, name: str) -> str:

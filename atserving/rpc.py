@@ -114,7 +114,7 @@ class _Method:
     def call(self, call: Call) -> None:
         """Answer a unary call, in a task."""
         try:
-            context = Context(call.headers, call.deadline())
+            context = Context(call.headers, call.deadline(), peer_names=call.peer_names)
             request = self._read(call.message, call.headers)
             context = self._authorized(request, context)
         except GrpcError as error:
@@ -147,10 +147,12 @@ class _Method:
         else:
             call.finish(task.result().SerializeToString())
 
-    async def stream(self, messages: AsyncIterator[bytes], headers: Headers) -> AsyncIterator[bytes]:
+    async def stream(
+        self, messages: AsyncIterator[bytes], headers: Headers, peer_names: tuple[str, ...]
+    ) -> AsyncIterator[bytes]:
         """Yield the messages that answer the one message of a call."""
         try:
-            context = Context(headers, deadline_of(headers))
+            context = Context(headers, deadline_of(headers), peer_names=peer_names)
             async for message in messages:
                 request = self._read(message, headers)
                 context = self._authorized(request, context)

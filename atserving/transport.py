@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import grpc.aio
 
+from atserving.tls import REGISTRY, Tls
+
 MAX_MESSAGE_BYTES = 64 << 20
 """The size limit of one message. The edge accepts bodies up to 20 MiB; a net may return more."""
 
@@ -37,6 +39,12 @@ _OPTIONS = [
 CHANNEL_OPTIONS = [*_KEEPALIVE, *_OPTIONS]
 
 
-def channel(address: str, *, pings: bool = True) -> grpc.aio.Channel:
-    """Return a channel to ``host:port`` that reconnects quickly, and detects a dead peer between calls by pings."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS if pings else _OPTIONS)
+def channel(address: str, *, pings: bool = True, tls: Tls | None = None, role: str = REGISTRY) -> grpc.aio.Channel:
+    """Return a channel to ``host:port`` that reconnects quickly, and detects a dead peer between calls by pings.
+
+    With ``tls`` the other end should be of this role. The channel keeps the certificates of the moment.
+    """
+    options = CHANNEL_OPTIONS if pings else _OPTIONS
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, tls.credentials, options=[*options, *tls.options(role)])

@@ -17,6 +17,7 @@ from atserving.cli import service
 from atserving.config import is_name
 from atserving.hosts import Hosts
 from atserving.telemetry import configure_logging
+from atserving.tls import TlsFiles
 
 try:
     from evaluator.fetching.addresses import AllowedNetwork
@@ -150,7 +151,7 @@ def _trusted(path: Path | None) -> TrustedKeys | None:
     metavar="HOST",
     help="A host to fetch from without the proxy: a name, *.example.com, an address or a network; repeatable.",
 )
-@service.http_option("/metrics and /status")
+@service.http_option("/metrics, /status, /live and /ready")
 @click.option(
     "--status-file",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -165,6 +166,7 @@ def _trusted(path: Path | None) -> TrustedKeys | None:
     help="The most MiB of requests and answers that the process holds; it refuses what is over it.",
 )
 @service.trusted_keys_option
+@service.tls_options
 @service.cache_option
 @service.log_level_option
 def main(
@@ -186,6 +188,7 @@ def main(
     status_file: Path | None,
     max_held: int,
     trusted_keys: Path | None,
+    tls: TlsFiles | None,
     config_cache: Path | None,
     log_level: str,
 ) -> None:
@@ -212,6 +215,7 @@ def main(
         config_cache=config_cache,
         max_held_bytes=max_held << 20,
         trusted_keys=_trusted(trusted_keys),
+        tls=tls,
     )
     lifecycle.run(run(settings))
 

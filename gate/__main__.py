@@ -19,6 +19,7 @@ from atserving.grpc_server import Server
 from atserving.held import HeldBytes
 from atserving.ops_http import OpsServer
 from atserving.telemetry import configure_logging
+from atserving.tls import ENVOY, GATE, Tls, TlsFiles
 from atserving.v1 import edge_pb2, serving_pb2
 from gate.authorization import Authorization
 from gate.caller_keys import CallerKeys
@@ -55,40 +56,43 @@ class GateSettings:
     cache: Path | None = None
     edge_key: Path | None = None
     caller_keys: Path | None = None
+    tls: TlsFiles | None = None
 
 
 async def serve(settings: GateSettings) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartError."""
     stop = lifecycle.stop_signal()
+    tls = Tls(settings.tls, GATE) if settings.tls else None
     held = HeldBytes(settings.max_held_bytes)
-    router = Router(partial(EvaluatorConnection, held=held))
-    follower = ConfigFollower(settings.registries, router.apply, hold_s=settings.hold_s, cache=settings.cache)
+    router = Router(partial(EvaluatorConnection, held=held, tls=tls))
+    follower = ConfigFollower(settings.registries, router.apply, hold_s=settings.hold_s, cache=settings.cache, tls=tls)
     server = Server(
         [serving_pb2.DESCRIPTOR.services_by_name["ServingService"]],
         MAX_REQUEST_BYTES,
         held,
         internal=[edge_pb2.DESCRIPTOR.services_by_name["EdgeService"]],
         max_connections=_MOST_CONNECTIONS,
+        peers=[tls.uri(ENVOY)] if tls else None,
     )
     shadows = Shadows(router, held)
     dispatcher = Dispatcher(router, follower.synced, shadows)
     keys = CallerKeys(settings.caller_keys) if settings.caller_keys else None
-    if keys and not settings.edge_key:
-        raise StartError("--caller-keys needs --edge-key: without it, anybody could ask a gate who a caller is")
+    if keys and not (settings.edge_key or tls):
+        raise StartError("--caller-keys needs --edge-key or TLS: else anybody could ask a gate who a caller is")
     schemes = (BEARER, QINIU) if keys else (BEARER,)
-    callers = Callers(read_keys(settings.edge_key) if settings.edge_key else (), schemes)
+    callers = Callers(read_keys(settings.edge_key) if settings.edge_key else (), schemes, only_envoy=tls is not None)
     if keys:
         Authorization(keys, callers).register(server)
     ServingService(dispatcher, settings.max_batch, held, callers).register(server)
     EdgeService(dispatcher, settings.max_batch, held, callers).register(server)
     following = asyncio.create_task(follower.run())
     tending = asyncio.create_task(_tend(router))
-    reporting = asyncio.create_task(report(settings.registries, shadows))
+    reporting = asyncio.create_task(report(settings.registries, shadows, tls))
     ready = False
-    ops = OpsServer(settings.http, {"/metrics": Metrics(shadows).expose})
+    ops = OpsServer(settings.http, {"/metrics": Metrics(shadows).expose}, lambda: server.is_serving)
     try:
         await ops.start()
-        port = await server.start(settings.listen, insecure=settings.insecure)
+        port = await server.start(settings.listen, insecure=settings.insecure, tls=tls)
         if not await lifecycle.unless_stopped(_wait_synced(follower, settings.wait_s), stop, following):
             return
         await server.set_serving(True)
@@ -132,7 +136,7 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
 )
 @service.listen_option("127.0.0.1:50051")
 @service.insecure_option
-@service.http_option("/metrics")
+@service.http_option("/metrics, /live and /ready")
 @service.wait_option("Seconds to wait for a registry at start.")
 @service.seconds_option("--drain", 3.0, "Seconds to keep serving at stop, until the edge has seen it.")
 @service.seconds_option("--grace", 30.0, "Seconds for requests in flight to finish after that.")
@@ -151,14 +155,15 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
     "--edge-key",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="The keys that Envoy shows, one in each line; without it, gates know no caller.",
+    help="The keys that Envoy shows, one in each line; without it and without TLS, gates know no caller.",
 )
 @click.option(
     "--caller-keys",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="The keys of callers who sign requests as for Qiniu, if Envoy asks for them; needs --edge-key.",
+    help="The keys of callers who sign requests as for Qiniu, if Envoy asks for them; needs --edge-key or TLS.",
 )
+@service.tls_options
 @service.hold_option
 @service.cache_option
 @service.log_level_option
@@ -174,6 +179,7 @@ def main(
     max_held: int,
     edge_key: Path | None,
     caller_keys: Path | None,
+    tls: TlsFiles | None,
     hold_deletions: float,
     config_cache: Path | None,
     log_level: str,
@@ -194,6 +200,7 @@ def main(
         cache=config_cache,
         edge_key=edge_key,
         caller_keys=caller_keys,
+        tls=tls,
     )
     lifecycle.run(serve(settings))
 

@@ -1,7 +1,7 @@
 """Tells callers apart by the headers that Envoy sets, if it shows the key that gates and Envoys share.
 
 Envoy removes these headers from what callers send, and sets them by the credentials that it has checked. A caller that
-reaches a gate directly does not know the key, so its headers say nothing.
+reaches a gate directly does not know the key, so its headers say nothing. With TLS nobody but Envoy reaches a gate.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ _LEAST_KEY_CHARS = 32
 class Callers:
     """Tells callers apart."""
 
-    def __init__(self, keys: Sequence[bytes] = (), schemes: Sequence[str] = (BEARER,)) -> None:
-        """``keys`` are those of which Envoy shows one; without any, nobody is known.
+    def __init__(
+        self, keys: Sequence[bytes] = (), schemes: Sequence[str] = (BEARER,), *, only_envoy: bool = False
+    ) -> None:
+        """``keys`` are those of which Envoy shows one. Without any, nobody is known, unless ``only_envoy`` calls.
 
         ``schemes`` are those that a caller without credentials is told of.
         """
         self._keys = tuple(keys)
+        self._knows = bool(keys) or only_envoy
         self._nobody = Caller(challenge=", ".join(schemes))
 
     def of(self, headers: Headers) -> Caller:
         """Return the caller of a request."""
-        if not self._keys:
+        if not self._knows:
             return self._nobody
         uid, groups = headers.get(UID), headers.get(GROUPS)
         if (uid is None and groups is None) or not self.is_edge(headers):
@@ -43,7 +46,9 @@ class Callers:
         return Caller(int(uid) if uid and uid.isdigit() and len(uid) < 19 else None, groups or b"", proven=True)
 
     def is_edge(self, headers: Headers) -> bool:
-        """Return whether a request shows one of the keys."""
+        """Return whether a request comes from Envoy: it shows a key, or there are none and only Envoy calls."""
+        if not self._keys:
+            return self._knows
         shown = headers.get(KEY) or b""
         return any(hmac.compare_digest(shown, key) for key in self._keys)
 

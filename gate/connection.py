@@ -9,6 +9,7 @@ import random
 import time
 from collections import deque
 from contextlib import suppress
+from typing import Any
 
 import structlog
 
@@ -17,6 +18,7 @@ from atserving.config import Instance
 from atserving.deadlines import Deadlines
 from atserving.errors import Unavailable
 from atserving.held import HeldBytes
+from atserving.tls import CLOSE_S, EVALUATOR, Tls, why
 from atserving.v1 import evaluator_pb2
 from atserving.wire import Buffer
 from gate import bodies, pace, responses
@@ -53,10 +55,15 @@ class EvaluatorConnection:
     """
 
     def __init__(
-        self, instance: Instance, connect_timeout_s: float = CONNECT_TIMEOUT_S, held: HeldBytes | None = None
+        self,
+        instance: Instance,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        held: HeldBytes | None = None,
+        tls: Tls | None = None,
     ) -> None:
         """``held`` bounds the bytes of long answers that arrive."""
         self._instance = instance
+        self._tls = tls
         self._held = held or HeldBytes(_MOST_HELD_BYTES)
         self._connect_timeout_s = connect_timeout_s
         self._loop = asyncio.get_running_loop()
@@ -176,12 +183,16 @@ class EvaluatorConnection:
         """Connect and exchange frames. Return the reason of the end."""
         host, _, port = self._instance.address.rpartition(":")
         wire: InstanceLink | None = None
+        tls = self._tls
+        name = tls.uri(f"{EVALUATOR}/{self._instance.app}") if tls else None
+        secure: dict[str, Any] = {"ssl": tls.client, "ssl_shutdown_timeout": CLOSE_S} if tls else {}
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 _, wire = await self._loop.create_connection(
-                    lambda: InstanceLink(self._instance, self._replied, self._flush, self._set_away, self._quiet),
+                    lambda: InstanceLink(self._instance, self._replied, self._flush, self._set_away, self._quiet, name),
                     host.strip("[]"),
                     int(port),
+                    **secure,
                 )
                 wire.reader.admit = self._admit
                 wire.long_left = self._long_left
@@ -196,7 +207,7 @@ class EvaluatorConnection:
         except TimeoutError:
             return f"no connection within {self._connect_timeout_s:g} s"
         except OSError as error:
-            return error.strerror or str(error)
+            return why(error)
         except TransportError as error:
             return str(error)
         finally:

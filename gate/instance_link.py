@@ -9,6 +9,7 @@ from google.protobuf.message import DecodeError
 
 from atserving import link
 from atserving.config import Instance
+from atserving.tls import peer_names
 from atserving.v1 import evaluator_pb2
 from atserving.wire import Buffer
 from gate.answers import TransportError
@@ -24,8 +25,11 @@ class InstanceLink(link.Link):
         writable: Callable[[], None],
         away: Callable[[bool], None],
         quiet: Callable[[int], None],
+        name: str | None = None,
     ) -> None:
+        """``name`` is what the instance's certificate should have; None: there is no TLS."""
         super().__init__()
+        self._name = name
         self.greeted: asyncio.Future[bool] = self._loop.create_future()
         """Done once the instance has named itself: whether its net is built in; a TransportError if it is another."""
         self.ended: asyncio.Future[str] = self._loop.create_future()
@@ -41,6 +45,10 @@ class InstanceLink(link.Link):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        if self._name is not None and self._name not in (names := peer_names(transport)):
+            self._end(f"the certificate at its address is for {', '.join(names)[:200] or 'no name'}, not {self._name}")
+            self.abort()
+            return
         self.write([link.PREFACE, link.frame(link.HELLO, self._hello.SerializeToString())])
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -11,6 +11,7 @@ import grpc.aio
 
 from atserving import transport
 from atserving.peers import Peers
+from atserving.tls import Tls
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 from gate.shadow import Shadows
 
@@ -20,7 +21,7 @@ _AGAIN_S = 15.0
 _CALL_S = 2.0
 
 
-async def report(registries: Sequence[str], shadows: Shadows) -> None:
+async def report(registries: Sequence[str], shadows: Shadows, tls: Tls | None = None) -> None:
     """Report to every registry, soon after something was found and now and then, until cancelled."""
     peers = Peers(registries)
     gate = secrets.token_urlsafe(9)
@@ -33,11 +34,11 @@ async def report(registries: Sequence[str], shadows: Shadows) -> None:
         shadows.changed.clear()
         if found := [each.to_proto() for each in shadows.found()]:
             request = registry_pb2.ReportComparisonsRequest(gate=gate, comparisons=found)
-            await asyncio.gather(*(_tell(address, request) for address in await peers.resolve()))
+            await asyncio.gather(*(_tell(address, request, tls) for address in await peers.resolve()))
 
 
-async def _tell(address: str, request: registry_pb2.ReportComparisonsRequest) -> None:
+async def _tell(address: str, request: registry_pb2.ReportComparisonsRequest, tls: Tls | None) -> None:
     # It is told again.
     with suppress(grpc.aio.AioRpcError):
-        async with transport.channel(address) as channel:
+        async with transport.channel(address, tls=tls) as channel:
             await registry_pb2_grpc.RegistryServiceStub(channel).ReportComparisons(request, timeout=_CALL_S)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +16,11 @@ from atserving.cli import service
 from atserving.errors import StartError
 from atserving.field_types import parse_duration
 from atserving.grpc_server import Server
+from atserving.ops_http import OpsServer, Page
+from atserving.process_metrics import ProcessMetrics
 from atserving.sockets import is_loopback
+from atserving.tls import REGISTRY, TlsFiles
+from atserving.tls import Tls as ServiceTls
 from atserving.v1 import registry_pb2
 from registry.admin.history import History, Recorder
 from registry.admin.operators import OperatorStore
@@ -29,6 +32,7 @@ from registry.etcd import Connection, EtcdClient, Tls, User
 from registry.instances import Instances
 from registry.mirror import Mirror
 from registry.operators import Operators
+from registry.peers import Peers
 from registry.server import RegistryServicer, translate
 from registry.view import View
 
@@ -47,7 +51,7 @@ class RegistrySettings:
     listen: str
     insecure: bool
     listen_operators: str | None
-    tls: Tls | None
+    etcd_tls: Tls | None
     user: User | None = field(repr=False)
     lease_ttl_s: int
     hold_s: float
@@ -55,6 +59,8 @@ class RegistrySettings:
     history_s: float
     operators: Path | None = None
     trusted_keys: Path | None = None
+    http: str = "127.0.0.1:0"
+    tls: TlsFiles | None = None
 
 
 class _LeaseTtl(click.ParamType[int]):
@@ -86,19 +92,26 @@ async def serve(settings: RegistrySettings) -> None:
     operators = Server([operating], _MOST_REQUEST_BYTES) if two_ports else server
     servers = [server, operators] if two_ports else [server]
     signatures = Signatures(settings.trusted_keys)
-    connection = Connection(settings.etcd, tls=settings.tls, user=settings.user)
-    async with EtcdClient(connection) as client:
+    tls = ServiceTls(settings.tls, REGISTRY) if settings.tls else None
+    peers = Peers(tls) if tls else None
+    authorize = known.authorize if known else peers.operate if peers else None
+    connection = Connection(settings.etcd, tls=settings.etcd_tls, user=settings.user)
+    pages: dict[str, Page] = {"/metrics": ProcessMetrics("atserving_registry").expose}
+    async with (
+        EtcdClient(connection) as client,
+        OpsServer(settings.http, pages, lambda: server.is_serving) as ops,
+    ):
         view = View(hold_s=settings.hold_s)
         mirror = Mirror(client, view, known.roster if known else None)
         recorder = Recorder(client, settings.history_entries, settings.history_s)
         comparisons = Comparisons()
         writer = Writer(client, mirror, recorder, signatures)
         store = OperatorStore(client, writer, known)
-        admin = AdminService(mirror, writer, History(client), comparisons, store)
+        admin = AdminService(mirror, writer, History(client), comparisons, store, tls)
         registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s, view), comparisons)
-        rpc.serve(server, following, registry, translate)
-        rpc.serve(operators, operating, admin, translate, known.authorize if known else None)
-        ports = await _start(servers, settings)
+        rpc.serve(server, following, registry, translate, peers.follow if peers else None)
+        rpc.serve(operators, operating, admin, translate, authorize)
+        ports = await _start(servers, settings, tls)
         if not known:
             where = settings.listen_operators or settings.listen
             log.warning("operators unknown", reason=f"whoever reaches {where} may publish, see --operators")
@@ -111,7 +124,7 @@ async def serve(settings: RegistrySettings) -> None:
         try:
             if await lifecycle.unless_stopped(view.synced.wait(), stop, *tasks):
                 await _set_serving(servers, True)
-                log.info("service ready", port=ports[0], operators_port=ports[-1])
+                log.info("service ready", port=ports[0], operators_port=ports[-1], http_port=ops.port)
                 await lifecycle.until_stopped(stop, *tasks)
         finally:
             await _drain(servers, view)
@@ -136,12 +149,13 @@ def _operators_address(settings: RegistrySettings) -> str | None:
     return given or (None if is_loopback(settings.listen) else _OPERATORS_ADDRESS)
 
 
-async def _start(servers: list[Server], settings: RegistrySettings) -> list[int]:
+async def _start(servers: list[Server], settings: RegistrySettings, tls: ServiceTls | None) -> list[int]:
     """Start the servers and return their ports. Raises StartError."""
     listens = [settings.listen, settings.listen_operators or ""]
     try:
         return [
-            await each.start(listen, insecure=settings.insecure) for each, listen in zip(servers, listens, strict=False)
+            await each.start(listen, insecure=settings.insecure, tls=tls)
+            for each, listen in zip(servers, listens, strict=False)
         ]
     except StartError as error:
         await asyncio.gather(*(each.stop(0) for each in servers))
@@ -162,19 +176,12 @@ async def _drain(servers: list[Server], view: View) -> None:
     await asyncio.gather(*(each.stop(_GRACE_S) for each in servers))
 
 
-def _tls(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
+def _etcd_tls(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
     if ca is None and cert is None and key is None:
         return None
     if (cert is None) != (key is None):
         raise click.UsageError("--etcd-cert and --etcd-key must be given together")
-    try:
-        # Check the files here: gRPC reads them only when it connects, and its error does not name the file.
-        check = ssl.create_default_context(cafile=ca)
-        if cert and key:
-            check.load_cert_chain(cert, key)
-        return Tls(*(path.read_bytes() if path else None for path in (ca, cert, key)))
-    except (OSError, ssl.SSLError) as error:
-        raise StartError(f"can't load {', '.join(str(path) for path in (ca, cert, key) if path)}: {error}") from None
+    return Tls(ca, cert, key)
 
 
 def _user(name: str | None, password: str | None) -> User | None:
@@ -230,6 +237,8 @@ _file = click.Path(path_type=Path)
     help="Who may operate, beside those in etcd, and the issuers of tokens; without it, everybody may.",
 )
 @service.trusted_keys_option
+@service.http_option("/metrics, /live and /ready")
+@service.tls_options
 @service.hold_option
 @service.log_level_option
 def main(
@@ -247,6 +256,8 @@ def main(
     history_days: int,
     operators: Path | None,
     trusted_keys: Path | None,
+    http: str,
+    tls: TlsFiles | None,
     hold_deletions: float,
     log_level: str,
 ) -> None:
@@ -260,7 +271,7 @@ def main(
         listen=listen,
         insecure=insecure,
         listen_operators=listen_operators,
-        tls=_tls(etcd_ca, etcd_cert, etcd_key),
+        etcd_tls=_etcd_tls(etcd_ca, etcd_cert, etcd_key),
         user=_user(etcd_user, etcd_password),
         lease_ttl_s=lease_ttl,
         hold_s=hold_deletions,
@@ -268,6 +279,8 @@ def main(
         history_s=history_days * 86400,
         operators=operators,
         trusted_keys=trusted_keys,
+        http=http,
+        tls=tls,
     )
     telemetry.configure_logging("registry", log_level)
     lifecycle.run(serve(settings))

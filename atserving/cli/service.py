@@ -5,12 +5,14 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from atserving.errors import StartError
+from atserving.tls import DEFAULT_DOMAIN, TlsFiles
 
 log_level_option = click.option(
     "--log-level",
@@ -109,6 +111,48 @@ cache_option = click.option(
     metavar="FILE",
     help="A file that keeps the last config, for a start while no registry answers.",
 )
+
+
+def tls_files(cert: Path | None, key: Path | None, ca: Path | None, domain: str) -> TlsFiles | None:
+    """Return the files of TLS, or None without any. Raises UsageError if some are missing."""
+    if cert is None and key is None and ca is None:
+        return None
+    if cert is None or key is None or ca is None:
+        raise click.UsageError("--tls-cert, --tls-key and --tls-ca must be given together")
+    return TlsFiles(cert, key, ca, domain)
+
+
+def tls_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take the flags of TLS, as its argument ``tls``."""
+
+    @wraps(function)
+    def command(
+        tls_cert: Path | None, tls_key: Path | None, tls_ca: Path | None, tls_domain: str, **others: Any
+    ) -> None:
+        function(tls=tls_files(tls_cert, tls_key, tls_ca, tls_domain), **others)
+
+    for option in (
+        click.option(
+            "--tls-domain",
+            default=DEFAULT_DOMAIN,
+            show_default=True,
+            metavar="NAME",
+            help="The domain of the names in certificates, spiffe://NAME/...",
+        ),
+        click.option("--tls-ca", type=_pem, metavar="FILE", help="The authorities that sign the peers (PEM)."),
+        click.option("--tls-key", type=_pem, metavar="FILE", help="The key of --tls-cert (PEM)."),
+        click.option(
+            "--tls-cert",
+            type=_pem,
+            metavar="FILE",
+            help="The certificate of this process (PEM): with it, every port is TLS, and peers show theirs.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+_pem = click.Path(path_type=Path, dir_okay=False)
 
 
 def name_variables(command: click.Command, prefix: str = "ATSERVING") -> None:

@@ -52,8 +52,9 @@ Logs: {directory}/*.log. A process that dies is started again. Ctrl-C stops the 
     metavar="FOLDER",
     help="A folder with files of Envoy that say who a caller is; with edge-tls.yaml, the edge offers TLS, too.",
 )
-def up(port: int, gates: int, callers: Path | None) -> None:
-    run_until_stopped(_up(port, gates, callers))
+@click.option("--tls", is_flag=True, help="Let all processes speak TLS with each other, by a test authority.")
+def up(port: int, gates: int, callers: Path | None, tls: bool) -> None:
+    run_until_stopped(_up(port, gates, callers, tls))
 
 
 def tell(line: str) -> None:
@@ -66,9 +67,9 @@ def starting(serves: Sequence[Example]) -> str:
     return f"Starting etcd, registry, gate, {len(serves)} evaluators and Envoy ..."
 
 
-async def _up(port: int, gates: int, callers: Path | None) -> None:
+async def _up(port: int, gates: int, callers: Path | None, tls: bool) -> None:
     tell(starting(examples.ALL))
-    async with Mesh(port, examples.ALL, gates=gates, callers=callers, tell=tell) as mesh:
+    async with Mesh(port, examples.ALL, gates=gates, callers=callers, tls=tls, tell=tell) as mesh:
         text = _HELP.format(
             apps=", ".join(dict.fromkeys(each.app for each in mesh.serves)),
             url=mesh.url,

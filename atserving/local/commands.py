@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from atserving.loopback import HOSTS
+from atserving.tls import TlsFiles
 
 BIN = Path(sys.executable).parent
 """The programs of this Python environment: etcd, etcdctl, envoy, atserving."""
@@ -48,6 +49,23 @@ def evaluator(registry: str, app: str, version: str, *flags: str) -> list[str]:
     """Return the command of an evaluator, which listens on any free port."""
     release = ["--app", app, "--version", version]
     return [sys.executable, "-m", "evaluator", *release, "--registry", registry, "--listen", "127.0.0.1:0", *flags]
+
+
+def tls(files: TlsFiles) -> list[str]:
+    """Return the flags of a service for TLS."""
+    paths = ["--tls-cert", str(files.cert), "--tls-key", str(files.key), "--tls-ca", str(files.ca)]
+    return [*paths, "--tls-domain", files.domain]
+
+
+def etcd_tls(files: TlsFiles, client: str) -> list[str]:
+    """Return the flags of etcd for TLS. It takes certificates with the DNS name ``client`` alone."""
+    paths = ["--cert-file", str(files.cert), "--key-file", str(files.key), "--trusted-ca-file", str(files.ca)]
+    return [*paths, "--client-cert-auth", "--client-cert-allowed-hostname", client]
+
+
+def etcd_client_tls(files: TlsFiles) -> list[str]:
+    """Return the flags of a registry for TLS with etcd."""
+    return ["--etcd-cert", str(files.cert), "--etcd-key", str(files.key), "--etcd-ca", str(files.ca)]
 
 
 def envoy(config: Path, *flags: str) -> list[str]:

@@ -12,7 +12,7 @@ import yaml
 from atserving.local.ports import Ports
 from atserving.loopback import HOSTS
 
-_FOLDER = "/etc/envoy"
+_FOLDER, _TLS_FOLDER = "/etc/envoy", "/etc/mesh-tls"
 
 TLS_FILE = "edge-tls.yaml"
 """Names the edge's certificate. In a folder of callers' files, it makes the edge of the local mesh offer TLS, too."""
@@ -33,13 +33,19 @@ ADMIN_SOCKET = "envoy-admin.sock"
 """The socket of Envoy's admin interface, in the folder where Envoy runs. Only its user can connect to it."""
 
 
-def lay_out(source: Path, folder: Path, callers: Path | None) -> None:
-    """Copy the files of Envoy into a folder, those in ``callers`` over them, and make a key for it and the gates."""
+def lay_out(source: Path, folder: Path, callers: Path | None, certificates: Path | None = None) -> None:
+    """Copy the files of Envoy into a folder, those in ``callers`` over them, and make a key for it and the gates.
+
+    ``certificates`` is the folder with Envoy's own.
+    """
     shutil.copytree(source, folder)
     if callers:
         shutil.copytree(callers, folder, dirs_exist_ok=True)
     for path in (*folder.glob("callers-*.yaml"), *folder.glob("edge-*.yaml")):
         path.write_text(path.read_text().replace(_FOLDER, str(folder)))
+    if certificates:
+        for path in folder.glob("tls-*.yaml"):
+            path.write_text(path.read_text().replace(_TLS_FOLDER, str(certificates)))
     key = secrets.token_urlsafe(32)
     for path, text in ((folder / "edge-key.yaml", _KEY % key), (folder / KEY_FILE, f"{key}\n")):
         path.unlink(missing_ok=True)
@@ -47,12 +53,13 @@ def lay_out(source: Path, folder: Path, callers: Path | None) -> None:
         path.write_text(text)
 
 
-def local_bootstrap(folder: Path, ports: Ports, *, tls: bool = False) -> str:
+def local_bootstrap(folder: Path, ports: Ports, *, tls: bool = False, mesh_tls: bool = False) -> str:
     """Return the bootstrap in ``folder`` with the paths of the checkout and the ports of the local mesh.
 
-    ``tls``: with the port for TLS, for which there is a certificate.
+    ``tls``: with the port for TLS, for which there is a certificate. ``mesh_tls``: Envoy speaks TLS with gates and
+    registries.
     """
-    text = (folder / "envoy.yaml").read_text().replace(_FOLDER, str(folder))
+    text = (folder / ("envoy-tls.yaml" if mesh_tls else "envoy.yaml")).read_text().replace(_FOLDER, str(folder))
     bootstrap = yaml.safe_load(text)
     # Any web page could send a POST to a port, and stop the process.
     admin = {"pipe": {"path": ADMIN_SOCKET}}

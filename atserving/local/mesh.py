@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import aiohttp
 
@@ -18,8 +19,13 @@ from atserving.local.examples import ROOT, Example
 from atserving.local.ports import Ports, check_free
 from atserving.local.processes import ManagedProcess, ProcessGroup, State
 from atserving.local.publishing import publish, release_of, served
+from atserving.tls import ENVOY, EVALUATOR, GATE, OPERATOR, REGISTRY, Tls
+
+if TYPE_CHECKING:
+    from atserving.local.authority import Authority
 
 _POLL_S = 0.05
+_OPERATOR = "local"
 
 
 class Mesh:
@@ -40,11 +46,14 @@ class Mesh:
         start_timeout_s: float = 90.0,
         extra: Mapping[str, Sequence[str]] | None = None,
         callers: Path | None = None,
+        tls: bool = False,
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         """``extra`` has more flags for processes, by name: a test shortens a lease with it.
 
         ``callers`` is a folder with files of Envoy that say who a caller is, in place of those of the checkout.
+
+        ``tls``: all processes speak TLS with each other, by the certificates of an authority of this mesh's own.
 
         ``tell`` gets a line whenever the start waits for something else.
         """
@@ -60,6 +69,11 @@ class Mesh:
         self._start_timeout_s = start_timeout_s
         self._extra = extra or {}
         self._callers = callers
+        self._with_tls = tls
+        self.authority: Authority | None = None
+        """The authority of a mesh with TLS."""
+        self.tls: Tls | None = None
+        """The certificate of its operator, for calls of the registry."""
         self._tell = tell
         self._awaited = ""
 
@@ -69,8 +83,12 @@ class Mesh:
                 raise StartError(f"{needed.relative_to(ROOT)} is missing: run the local mesh from a checkout")
         check_free(self.ports.edge)
         self.directory = Path(tempfile.mkdtemp(prefix="atserving-"))
-        envoy.lay_out(ROOT / "envoy", self.directory / "envoy", self._callers)
-        bootstrap = envoy.local_bootstrap(self.directory / "envoy", self.ports, tls=self.has_tls)
+        if self._with_tls:
+            await asyncio.to_thread(self._certify)
+        envoy.lay_out(ROOT / "envoy", self.directory / "envoy", self._callers, self._certificates(ENVOY))
+        bootstrap = envoy.local_bootstrap(
+            self.directory / "envoy", self.ports, tls=self.has_tls, mesh_tls=self._with_tls
+        )
         (self.directory / "envoy.yaml").write_text(bootstrap)
         self._processes = self._group()
         try:
@@ -89,6 +107,25 @@ class Mesh:
     ) -> None:
         await self._processes.stop()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _certify(self) -> None:
+        # Only a mesh with TLS needs cryptography.
+        from atserving.local.authority import Authority
+
+        self.authority = Authority(self.directory / "certs")
+        self.renew_certificates()
+        self.tls = Tls(self.authority.files(f"{OPERATOR}/{_OPERATOR}"))
+
+    def renew_certificates(self) -> None:
+        """Replace the certificates of all processes of a mesh with TLS, under its authority."""
+        assert self.authority
+        self.authority.issue_all({each.app for each in self.serves}, [_OPERATOR])
+
+    def _certificates(self, role: str) -> Path | None:
+        return self.authority.files(role).cert.parent if self.authority else None
+
+    def _tls(self, role: str) -> list[str]:
+        return commands.tls(self.authority.files(role)) if self.authority else []
 
     async def watch(self) -> None:
         """Wait until every process is stopped. Raises the defect that ended the supervision of one."""
@@ -134,25 +171,34 @@ class Mesh:
         ports, directory = self.ports, self.directory
         # A socket in the folder of the mesh: there are no peers.
         peers = {"default": "unix://etcd-peers:0"}
+        scheme, etcd_flags, registry_flags = "http", ["--log-level", "warn"], self._tls(REGISTRY)
+        if self.authority:
+            own = self.authority.files(REGISTRY)
+            scheme = "https"
+            etcd_flags += commands.etcd_tls(self.authority.files("etcd"), own.dns_name(REGISTRY))
+            registry_flags += commands.etcd_client_tls(own)
         result = {
-            "etcd": commands.etcd(directory / "etcd", f"http://{self.etcd}", peers, "--log-level", "warn"),
-            "registry": commands.registry([self.etcd], self.registry),
+            "etcd": commands.etcd(directory / "etcd", f"{scheme}://{self.etcd}", peers, *etcd_flags),
+            "registry": commands.registry([self.etcd], self.registry, *registry_flags),
             "envoy": commands.envoy(directory / "envoy.yaml"),
             "files": commands.file_server(examples.FOLDER, ports.files),
         }
         # A gate drains so that its callers can go to another gate. A gate alone has nothing to drain for.
         flags = [] if len(ports.gates) > 1 else ["--drain", "0"]
-        flags += ["--edge-key", str(directory / "envoy" / envoy.KEY_FILE)]
+        if not self.authority:
+            flags += ["--edge-key", str(directory / "envoy" / envoy.KEY_FILE)]
         if self._callers and (self._callers / envoy.CALLER_KEYS_FILE).exists():
             flags += ["--caller-keys", str(directory / "envoy" / envoy.CALLER_KEYS_FILE)]
         for number, port in enumerate(ports.gates):
             name = f"gate-{number}" if number else "gate"
-            result[name] = commands.gate(self.registry, f"127.0.0.1:{port}", *flags, *self._cache(name))
+            own_flags = [*flags, *self._tls(GATE), *self._cache(name)]
+            result[name] = commands.gate(self.registry, f"127.0.0.1:{port}", *own_flags)
         workspace = ["--workspace", str(directory / "workspaces")]
         for each in self.serves:
             name = f"evaluator-{each.app}-{each.version}"
             flags = ["--wait", "60", "--allow-network", f"127.0.0.1:{ports.files}", *workspace, *self._cache(name)]
-            result[name] = commands.evaluator(self.registry, each.app, each.version, *flags)
+            own_flags = [*flags, *self._tls(f"{EVALUATOR}/{each.app}")]
+            result[name] = commands.evaluator(self.registry, each.app, each.version, *own_flags)
         return {name: [*command, *self._extra.get(name, [])] for name, command in result.items()}
 
     def _cache(self, name: str) -> list[str]:
@@ -167,8 +213,10 @@ class Mesh:
                     release_of(each.app, each.version, each.path, each.custom_values, each.phase, each.desc)
                     for each in self.serves
                 ]
-                await publish(self.registry, *releases)
-                await served(self.registry, releases, lambda names: self._await(f"instances of {', '.join(names)}"))
+                await publish(self.registry, *releases, tls=self.tls)
+                await served(
+                    self.registry, releases, lambda names: self._await(f"instances of {', '.join(names)}"), self.tls
+                )
                 self._await("Envoy and the gates")
                 self._start("envoy")
                 async with aiohttp.ClientSession() as session:

@@ -13,6 +13,7 @@ import grpc.aio
 from atserving import transport
 from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
 from atserving.errors import StartError
+from atserving.tls import Tls
 
 _RETRY_S = 0.05
 
@@ -36,9 +37,9 @@ def release_of(
     return release
 
 
-async def publish(registry: str, *releases: admin_pb2.Release) -> None:
+async def publish(registry: str, *releases: admin_pb2.Release, tls: Tls | None = None) -> None:
     """Publish releases, and try again for as long as the registry is unavailable. Raises StartError."""
-    async with transport.channel(registry) as channel:
+    async with transport.channel(registry, tls=tls) as channel:
         stub = admin_pb2_grpc.AdminServiceStub(channel)
         for release in releases:
             # They come before their instances, those in production too.
@@ -58,10 +59,15 @@ async def _published(stub: admin_pb2_grpc.AdminServiceAsyncStub, request: admin_
     return True
 
 
-async def served(registry: str, releases: Sequence[admin_pb2.Release], tell: Callable[[Sequence[str]], None]) -> None:
+async def served(
+    registry: str,
+    releases: Sequence[admin_pb2.Release],
+    tell: Callable[[Sequence[str]], None],
+    tls: Tls | None = None,
+) -> None:
     """Wait until each release has an instance. ``tell`` gets the names of those without one whenever they change."""
     told: list[str] = []
-    async with transport.channel(registry) as channel:
+    async with transport.channel(registry, tls=tls) as channel:
         stub = admin_pb2_grpc.AdminServiceStub(channel)
         while missing := await _missing(stub, releases):
             if missing != told:

@@ -23,6 +23,7 @@ from atserving.grpc_server import Server
 from atserving.held import HeldBytes
 from atserving.hosts import Hosts
 from atserving.ops_http import OpsServer, Page
+from atserving.tls import EVALUATOR, GATE, REGISTRY, Tls, TlsFiles
 from atserving.v1 import evaluator_pb2
 from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
 from evaluator.fetching.host_rules import HostRules
@@ -80,6 +81,7 @@ class InstanceSettings:
     max_held_bytes: int = 256 << 20
     trusted_keys: TrustedKeys | None = None
     proxy: Proxy | None = None
+    tls: TlsFiles | None = None
 
 
 async def run(settings: InstanceSettings) -> None:
@@ -106,12 +108,17 @@ class _Life:
         self._log = log.bind(app=settings.app, version=settings.version)
         self._metrics = Metrics()
         self._capacity = Capacity(1)
+        self._tls = tls = Tls(settings.tls, f"{EVALUATOR}/{settings.app}") if settings.tls else None
         self._follower = VersionConfigFollower(
-            settings.registries, settings.app, settings.version, settings.config_cache
+            settings.registries, settings.app, settings.version, settings.config_cache, tls
         )
         self._held = HeldBytes(settings.max_held_bytes)
         self._links = LinkServer(self._held)
-        self._server = Server([evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]], held=self._held)
+        self._server = Server(
+            [evaluator_pb2.DESCRIPTOR.services_by_name["EvaluatorService"]],
+            held=self._held,
+            peers=[tls.uri(GATE), tls.uri(REGISTRY)] if tls else None,
+        )
         self._service = EvaluatorService()
         self._service.register(self._server)
         self._stop = lifecycle.stop_signal()
@@ -123,7 +130,7 @@ class _Life:
         pages: dict[str, Page] = {"/metrics": self._metrics.expose, "/status": self._status.page}
         with workspace(settings.workspace, f"{settings.app}-{settings.version}") as folder:
             async with (
-                OpsServer(settings.http, pages) as ops,
+                OpsServer(settings.http, pages, lambda: self._server.is_serving) as ops,
                 _background(self._follower.run()) as following,
                 AsyncExitStack() as stack,
             ):
@@ -136,7 +143,7 @@ class _Life:
     async def _listen(self, stack: AsyncExitStack) -> int:
         """Listen for gates and for gRPC on one port, and return it. Raises StartError."""
         stack.push_async_callback(self._server.stop, 0)
-        self._listener = Listener(self._links.connect, self._server.connect)
+        self._listener = Listener(self._links.connect, self._server.connect, self._tls)
         stack.callback(self._links.abort)
         stack.callback(self._listener.close)
         return await self._listener.start(self._settings.listen, insecure=self._settings.insecure)
@@ -188,7 +195,7 @@ class _Life:
             self._service.serve(instance.id, pipeline, lambda: worker.is_away)
             self._links.serve(instance, pipeline, built_in=not config.script)
             registration = Registration(
-                settings.registries, lambda: msgspec.structs.replace(instance, capacity=capacity.limit)
+                settings.registries, lambda: msgspec.structs.replace(instance, capacity=capacity.limit), self._tls
             )
 
             def apply(worker_config: WorkerConfig) -> None:

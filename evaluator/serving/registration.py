@@ -13,6 +13,7 @@ import structlog
 from atserving import transport
 from atserving.config import Instance
 from atserving.peers import Peers
+from atserving.tls import Tls
 from atserving.v1 import registry_pb2, registry_pb2_grpc
 
 log = structlog.get_logger()
@@ -24,18 +25,20 @@ _RETRY_S = (0.25, 3.0)
 class Registration:
     """The registration of one instance."""
 
-    def __init__(self, registries: Sequence[str], instance: Callable[[], Instance]) -> None:
+    def __init__(self, registries: Sequence[str], instance: Callable[[], Instance], tls: Tls | None = None) -> None:
         """``instance`` returns the current entry; its capacity may change."""
         self.registered = asyncio.Event()
         """Set once a registry has accepted the instance; never cleared."""
         self._registries = Peers(registries)
+        self._tls = tls
         self._failed: set[str] = set()
         self._instance = instance
         self._renew = asyncio.Event()
         self._reported = ""
         self._deregistered = False
-        # The channel to the registry that answered last: a connection costs more than a heartbeat.
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        # The channel to the registry that answered last: a connection costs more than a heartbeat. It is made anew when
+        # the certificates have changed.
+        self._channels: dict[tuple[str, object], grpc.aio.Channel] = {}
         # A heartbeat after the deregistration would keep the instance registered until its lease expires.
         self._calling = asyncio.Lock()
 
@@ -82,11 +85,12 @@ class Registration:
         return None
 
     async def _channel(self, address: str) -> grpc.aio.Channel:
-        if address not in self._channels:
+        key = address, self._tls and self._tls.credentials
+        if key not in self._channels:
             await self._close()
             # A heartbeat that gets no answer tells enough. A registry has thousands of these.
-            self._channels[address] = transport.channel(address, pings=False)
-        return self._channels[address]
+            self._channels[key] = transport.channel(address, pings=False, tls=self._tls)
+        return self._channels[key]
 
     async def _close(self) -> None:
         while self._channels:

@@ -11,6 +11,7 @@ import structlog
 from atserving.config import DEFAULT_WORKER, ConfigValue, Release, WorkerConfig, release_key, worker_keys
 from atserving.errors import StartError
 from atserving.follower import ConfigFollower, reminding
+from atserving.tls import Tls
 
 log = structlog.get_logger()
 
@@ -18,7 +19,14 @@ log = structlog.get_logger()
 class VersionConfigFollower:
     """Follows one version of one app at any of the registries."""
 
-    def __init__(self, registries: Sequence[str], app: str, version: str, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        registries: Sequence[str],
+        app: str,
+        version: str,
+        cache: Path | None = None,
+        tls: Tls | None = None,
+    ) -> None:
         self.on_worker: Callable[[WorkerConfig], None] = lambda _: None
         """The follower calls this with the worker config after each change."""
         self.on_outdated: Callable[[bool], None] = lambda _: None
@@ -32,7 +40,7 @@ class VersionConfigFollower:
         self._loaded = ""
         self._app, self._version = app, version
         self._key = release_key(app, version)
-        self._follower = ConfigFollower(registries, self._changed, app, cache=cache)
+        self._follower = ConfigFollower(registries, self._changed, app, cache=cache, tls=tls)
         self._published = asyncio.Event()
         self._worker = self.worker
 

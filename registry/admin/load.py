@@ -10,19 +10,20 @@ import grpc.aio
 
 from atserving import transport
 from atserving.admin.v1 import admin_pb2
+from atserving.tls import EVALUATOR, Tls
 from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc
 
 # A page is answered within a second, however many instances are gone.
 _ASK_S = 1.0
 
 
-async def ask(statuses: Iterable[admin_pb2.InstanceStatus]) -> None:
+async def ask(statuses: Iterable[admin_pb2.InstanceStatus], tls: Tls | None = None) -> None:
     """Fill in the load of instances, or why there is none."""
-    await asyncio.gather(*map(_ask, statuses))
+    await asyncio.gather(*(_ask(each, tls) for each in statuses))
 
 
-async def _ask(status: admin_pb2.InstanceStatus) -> None:
-    async with transport.channel(status.address) as channel:
+async def _ask(status: admin_pb2.InstanceStatus, tls: Tls | None) -> None:
+    async with transport.channel(status.address, tls=tls, role=EVALUATOR) as channel:
         stub = evaluator_pb2_grpc.EvaluatorServiceStub(channel)
         try:
             load = await stub.GetLoad(evaluator_pb2.GetLoadRequest(id=status.id), timeout=_ASK_S)

@@ -13,6 +13,7 @@ from atserving.admin.v1 import admin_pb2
 from atserving.config import PREFIX, MalformedConfig, Release, app_of, is_known
 from atserving.errors import NotFound, Unavailable
 from atserving.misplaced_rules import apps_of
+from atserving.tls import Tls
 from registry.admin import edits, load, messages, paging, whole
 from registry.admin.effects import ineffective
 from registry.admin.history import NO_APP, OPERATORS_APP, History
@@ -59,7 +60,9 @@ class Reads:
         comparisons: Comparisons,
         operators: Operators | None,
         signatures: Signatures,
+        tls: Tls | None = None,
     ) -> None:
+        self._tls = tls
         self._comparisons = comparisons
         self._operators = operators
         self._signatures = signatures
@@ -126,7 +129,7 @@ class Reads:
         page = paging.Page[admin_pb2.InstanceStatus](request.page_size, request.page_token)
         await self._fill(page, request.app, instances)
         if request.load:
-            await load.ask(page.items)
+            await load.ask(page.items, self._tls)
         return admin_pb2.ListInstancesResponse(instances=page.items, next_page_token=page.token)
 
     async def list_history(self, request: admin_pb2.ListHistoryRequest, _: Context) -> admin_pb2.ListHistoryResponse:

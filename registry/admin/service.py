@@ -10,6 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from atserving.admin.v1 import admin_pb2
 from atserving.config import MalformedConfig, Release, validate
 from atserving.errors import Aborted, InvalidArgument, NotFound
+from atserving.tls import Tls
 from registry.admin import edits, messages, whole
 from registry.admin.history import History
 from registry.admin.operators import OperatorStore
@@ -45,8 +46,9 @@ class AdminService(Reads):
         history: History,
         comparisons: Comparisons,
         operators: OperatorStore,
+        tls: Tls | None = None,
     ) -> None:
-        super().__init__(mirror, history, comparisons, operators.known, writer.signatures)
+        super().__init__(mirror, history, comparisons, operators.known, writer.signatures, tls)
         self._writer = writer
         self._store = operators
 

@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from atserving import lifecycle
 from atserving.v1 import etcd_pb2
 from registry.etcd.errors import EtcdError, EtcdRefused, EtcdUnavailable, TokenRefused, translate
+from registry.etcd.tls import Tls
 
 TRY_TIMEOUT_S = 2.0
 """The timeout of one try at one member, in seconds."""
@@ -45,15 +46,6 @@ _Response = TypeVar("_Response", bound=Message)
 
 
 @dataclass(frozen=True)
-class Tls:
-    """TLS credentials in PEM: the certificate authority (None: the system's) and the client certificate."""
-
-    ca: bytes | None = None
-    cert: bytes | None = None
-    key: bytes | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
 class User:
     """The credentials of an etcd user."""
 
@@ -75,21 +67,24 @@ AUTHENTICATE = Method("/etcdserverpb.Auth/Authenticate", etcd_pb2.AuthenticateRe
 
 
 class _Member:
-    """One endpoint and its channel, created on first use."""
+    """One endpoint and its channel, created on first use, and again once the certificates have changed.
+
+    Calls hold the channel on which they began: a stream goes on over the old one.
+    """
 
     def __init__(self, address: str, tls: Tls | None) -> None:
         self.address = address
         self._tls = tls
         self._channel: grpc.aio.Channel | None = None
+        self._credentials: grpc.ChannelCredentials | None = None
 
     @property
     def channel(self) -> grpc.aio.Channel:
-        if self._channel is None:
-            if self._tls:
-                credentials = grpc.ssl_channel_credentials(self._tls.ca, self._tls.key, self._tls.cert)
-                self._channel = grpc.aio.secure_channel(self.address, credentials, options=_CHANNEL_OPTIONS)
-            else:
-                self._channel = grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
+        if self._tls and (credentials := self._tls.credentials) is not self._credentials:
+            self._credentials = credentials
+            self._channel = grpc.aio.secure_channel(self.address, credentials, options=_CHANNEL_OPTIONS)
+        elif self._channel is None:
+            self._channel = grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
         return self._channel
 
     async def call(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import shutil
 import subprocess
@@ -14,7 +15,9 @@ import grpc.aio
 import pytest
 
 from atserving.config import PREFIX
+from atserving.local.authority import ETCD, LOCAL, Authority
 from atserving.local.ports import free_ports
+from atserving.tls import REGISTRY, TlsFiles
 from atserving.v1 import etcd_pb2
 from registry.etcd import (
     Compacted,
@@ -235,41 +238,48 @@ def openssl(*arguments: str) -> None:
     subprocess.run(["openssl", *arguments], check=True, capture_output=True)
 
 
-class Authority:
-    """A certificate authority that issues certificates for 127.0.0.1."""
-
-    def __init__(self, directory: Path, name: str) -> None:
-        self._directory = directory
-        self.ca, self._key = directory / f"{name}-ca.pem", directory / f"{name}-ca.key"
-        output = ["-keyout", str(self._key), "-out", str(self.ca)]
-        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}", *output)
-
-    def issue(self, name: str) -> tuple[Path, Path]:
-        cert, key, request = (self._directory / f"{name}.{ending}" for ending in ("pem", "key", "csr"))
-        names = self._directory / f"{name}.ext"
-        names.write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
-        output = ["-keyout", str(key), "-out", str(request)]
-        openssl("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}", *output)
-        signed_by = ["-CA", str(self.ca), "-CAkey", str(self._key), "-CAcreateserial"]
-        output = ["-days", "2", "-extfile", str(names), "-out", str(cert)]
-        openssl("x509", "-req", "-in", str(request), *signed_by, *output)
-        return cert, key
-
-
 async def test_tls_with_a_client_certificate(tmp_path: Path, processes: Callable[[Process], Process]) -> None:
-    authority, stranger = Authority(tmp_path, "trusted"), Authority(tmp_path, "stranger")
-    cert, key = authority.issue("member")
-    own_cert, own_key = authority.issue("registry")
-    tls = ["--cert-file", str(cert), "--key-file", str(key), "--trusted-ca-file", str(authority.ca)]
-    (etcd,) = cluster(tmp_path, ["one"], "--client-cert-auth", *tls)
-    etcd.ctl_flags = ["--cacert", str(authority.ca), "--cert", str(own_cert), "--key", str(own_key)]
-    processes(etcd)
-    await etcd.ready()
-    own = (own_cert.read_bytes(), own_key.read_bytes())
-    async with EtcdClient(Connection([etcd.address], tls=Tls(authority.ca.read_bytes(), *own))) as client:
+    authority, stranger = Authority(tmp_path / "trusted"), Authority(tmp_path / "stranger")
+    own = authority.issue(REGISTRY)
+    etcd = await tls_member(tmp_path, authority.issue(ETCD, LOCAL), own, processes)
+    async with EtcdClient(Connection([etcd.address], tls=Tls(own.ca, own.cert, own.key))) as client:
         await client.put(KEY, "1")
         assert await client.get(KEY)
-    for refused in (Tls(stranger.ca.read_bytes(), *own), Tls(authority.ca.read_bytes()), None):
+    other = stranger.issue(REGISTRY)
+    for refused in (Tls(other.ca, own.cert, own.key), Tls(own.ca, other.cert, other.key), Tls(own.ca), None):
         async with EtcdClient(Connection([etcd.address], tls=refused)) as client:
             with pytest.raises(EtcdUnavailable):
                 await client.get(KEY)
+
+
+async def tls_member(folder: Path, files: TlsFiles, client: TlsFiles, processes: Callable[[Process], Process]) -> Etcd:
+    """Start etcd with TLS; etcdctl has the client's files."""
+    tls = ["--cert-file", str(files.cert), "--key-file", str(files.key), "--trusted-ca-file", str(files.ca)]
+    (etcd,) = cluster(folder, ["one"], "--client-cert-auth", *tls)
+    etcd.ctl_flags = ["--cacert", str(client.ca), "--cert", str(client.cert), "--key", str(client.key)]
+    processes(etcd)
+    await etcd.ready()
+    return etcd
+
+
+async def test_renewed_certificates_are_for_new_calls_while_a_stream_goes_on(
+    tmp_path: Path, processes: Callable[[Process], Process]
+) -> None:
+    authority = Authority(tmp_path / "authority")
+    own = authority.issue(REGISTRY)
+    etcd = await tls_member(tmp_path, authority.issue(ETCD, LOCAL), own, processes)
+    followed = Tls(own.ca, own.cert, own.key)
+    async with EtcdClient(Connection([etcd.address], tls=followed)) as client, aclosing(client.watch("/", 1)) as watch:
+        assert await anext(watch)
+        before = followed.credentials
+        authority.issue(REGISTRY)
+        await client.put(KEY, "1")
+        assert followed.credentials is not before
+        gc.collect()
+        assert (await anext(watch)).events
+        # Wrong files change nothing.
+        before = followed.credentials
+        own.key.unlink()
+        await client.put(KEY, "2")
+        assert (await anext(watch)).events
+        assert followed.credentials is before
