@@ -7,9 +7,12 @@ from collections.abc import Awaitable, Callable
 
 from atserving import link
 from atserving.config import Instance, validate
+from atserving.grpc_server import Server
 from atserving.held import HeldBytes
+from atserving.tls import Tls
 from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
 from evaluator.serving.link_server import LinkServer, Replier
+from evaluator.serving.listener import Listener
 
 Infer = Callable[[InferRequest], Awaitable[InferResponse]]
 
@@ -18,29 +21,34 @@ class ScriptedInstance:
     """Answers each call by a task of ``infer``, which is cancelled if the caller leaves or the deadline passes."""
 
     def __init__(
-        self, infer: Infer, app: str = "a", version: str = "v", name: str = "i", *, built_in: bool = False
+        self,
+        infer: Infer,
+        app: str = "a",
+        version: str = "v",
+        name: str = "i",
+        *,
+        built_in: bool = False,
+        tls: Tls | None = None,
     ) -> None:
+        self._tls = tls
         self.links = LinkServer(HeldBytes(1 << 30))
         self.flags: list[int] = []
         """The flags of all calls."""
         self._built_in = built_in
         self._infer = infer
         self._fields = {"app": app, "version": version, "id": name, "capacity": 8}
-        self._server: asyncio.Server | None = None
+        self._listener = Listener(self.links.connect, Server([]).connect, tls)
 
     async def start(self, port: int = 0) -> Instance:
         """Listen on a port of the loopback; 0: any."""
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self.links.connect, "127.0.0.1", port)
-        address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        address = f"127.0.0.1:{await self._listener.start(f'127.0.0.1:{port}')}"
         instance = validate(Instance, {**self._fields, "address": address})
         self.links.serve(instance, self, built_in=self._built_in)
         return instance
 
     async def stop(self) -> None:
         """Break off all connections, and listen no more."""
-        assert self._server
-        self._server.close()
+        self._listener.close()
         self.links.abort()
 
     def admit(self, id_: int, length: int, replier: Replier) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import click
+import msgspec
 
 from atserving.cli import contexts, tables
 from atserving.cli.contexts import Context
 
+_FILE = click.Path(dir_okay=False, resolve_path=True)
 name_argument = click.argument("name")
 
 
@@ -44,16 +46,23 @@ def use(name: str) -> None:
 @name_argument
 @click.option("--server", allow_from_autoenv=False, metavar="HOST:PORT[,...]", help="Its registries.")
 @click.option("--edge", allow_from_autoenv=False, metavar="URL", help="One of its Envoys, for `atserving eval`.")
-def set_(name: str, server: str | None, edge: str | None) -> None:
+@click.option("--tls-cert", type=_FILE, allow_from_autoenv=False, metavar="FILE", help="Your certificate (PEM).")
+@click.option("--tls-key", type=_FILE, allow_from_autoenv=False, metavar="FILE", help="Its key (PEM).")
+@click.option("--tls-ca", type=_FILE, allow_from_autoenv=False, metavar="FILE", help="The authorities to trust (PEM).")
+@click.option("--tls-domain", allow_from_autoenv=False, metavar="NAME", help="The domain of names in certificates.")
+def set_(name: str, server: str | None, edge: str | None, **tls: str | None) -> None:
     contexts.check_name(name)
     known = contexts.load()
     before = known.contexts.get(name, Context())
-    known.contexts[name] = Context(
-        before.server if server is None else server,
-        before.edge if edge is None else edge.rstrip("/"),
+    changed = {field: value for field, value in tls.items() if value is not None}
+    known.contexts[name] = msgspec.structs.replace(
+        before,
+        server=before.server if server is None else server,
+        edge=before.edge if edge is None else edge.rstrip("/"),
         # Another registry must not get it.
-        before.token if server in (None, before.server) else "",
-        before.token_command if server in (None, before.server) else (),
+        token=before.token if server in (None, before.server) else "",
+        token_command=before.token_command if server in (None, before.server) else (),
+        **changed,
     )
     known.current_context = known.current_context or name
     contexts.save(known)

@@ -6,18 +6,29 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 import msgspec
 from click.core import ParameterSource
 
 from atserving.errors import StartError
+from atserving.tls import DEFAULT_DOMAIN, TlsFiles
 
-_META = "atserving.context"
+_META, _TLS_META = "atserving.context", "atserving.tls"
 # Somebody may have to log in with a browser.
 _COMMAND_S = 120.0
+TLS_FIELDS = ("tls_cert", "tls_key", "tls_ca", "tls_domain")
+"""The fields of a context for TLS, which are flags, too."""
+_TLS_TEXTS = (
+    "Your certificate, for TLS with the registry (PEM).",
+    "Its key (PEM).",
+    "The authorities that sign the registry's certificate (PEM).",
+    "The domain of the names in certificates.",
+)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -32,6 +43,11 @@ class Context(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """The operator's token, for these registries."""
     token_command: tuple[str, ...] = ()
     """In place of a token: the program that prints one, and its arguments."""
+    tls_cert: str = ""
+    """The files for TLS with these registries: the operator's certificate, its key, the authorities, and the domain."""
+    tls_key: str = ""
+    tls_ca: str = ""
+    tls_domain: str = ""
 
 
 class UnknownContext(StartError):  # noqa: N818
@@ -147,6 +163,42 @@ def run(command: Sequence[str]) -> str:
     if not (found := ended.stdout.strip()):
         raise StartError(f"the command that prints the token prints nothing: {command[0]}")
     return found
+
+
+def _by_context(command: click.Context | None) -> bool:
+    """Return whether a command asks the registries of its context."""
+    return command is not None and command.get_parameter_source("server") in (None, ParameterSource.DEFAULT)
+
+
+def tls() -> TlsFiles | None:
+    """Return the files for TLS: those of the flags, or of the context whose registries are asked. Raises StartError."""
+    running = click.get_current_context(silent=True)
+    given: dict[str, str] = running.meta.get(_TLS_META, {}) if running else {}
+    context = chosen() if _by_context(running) else Context()
+    cert, key, ca, domain = (given.get(name) or getattr(context, name) for name in TLS_FIELDS)
+    if not (cert or key or ca):
+        return None
+    if not (cert and key and ca):
+        raise UnknownContext("--tls-cert, --tls-key and --tls-ca must be given together")
+    return TlsFiles(Path(cert), Path(key), Path(ca), domain or DEFAULT_DOMAIN)
+
+
+def _remember_tls(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    context.meta.setdefault(_TLS_META, {})[parameter.name] = value
+
+
+def tls_options(function: _Function) -> _Function:
+    """Let a command take the flags of TLS, for :func:`tls`."""
+    for name, text in zip(TLS_FIELDS, _TLS_TEXTS, strict=True):
+        option = click.option(
+            f"--{name.replace('_', '-')}",
+            expose_value=False,
+            callback=_remember_tls,
+            metavar="NAME" if name == "tls_domain" else "FILE",
+            help=f"{text} Default: the context's.",
+        )
+        function = option(function)
+    return function
 
 
 class OfMesh(click.Option):

@@ -16,6 +16,7 @@ from atserving.admin.v1.admin_pb2_grpc import AdminServiceStub
 from atserving.cli import contexts
 from atserving.cli.tables import printable
 from atserving.errors import StartError
+from atserving.tls import REGISTRY, Tls
 
 _CALL_TIMEOUT_S = 10.0
 _CONNECT_TIMEOUT_S = 3.0
@@ -60,6 +61,8 @@ class Servers:
         self.addresses = addresses
         self._timeout_s = timeout_s
         token = contexts.token() if token is None else token
+        files = contexts.tls()
+        self._tls = Tls(files) if files else None
         self._metadata = (("authorization", f"Bearer {token}"),) if token else None
 
     def read(self, method: Method[Request, Response], request: Request) -> Response:
@@ -73,10 +76,10 @@ class Servers:
     def _call(self, method: Method[Request, Response], request: Request, *, repeat: bool) -> Response:
         failure = _NO_ADDRESS
         for address in self.addresses:
-            with grpc.insecure_channel(address, options=transport.CHANNEL_OPTIONS) as channel:
+            with self._channel(address) as channel:
                 until_s = time.monotonic() + self._timeout_s
                 if not _connects(channel, min(_CONNECT_TIMEOUT_S, self._timeout_s)):
-                    failure = _unconnected(address)
+                    failure = self._unconnected(address)
                     continue
                 try:
                     return method(AdminServiceStub(channel))(
@@ -92,9 +95,9 @@ class Servers:
         """Yield the responses of the first server that sends one, until it ends the stream."""
         failure = _NO_ADDRESS
         for address in self.addresses:
-            with grpc.insecure_channel(address, options=transport.CHANNEL_OPTIONS) as channel:
+            with self._channel(address) as channel:
                 if not _connects(channel, _CONNECT_TIMEOUT_S):
-                    failure = _unconnected(address)
+                    failure = self._unconnected(address)
                     continue
                 begun = False
                 try:
@@ -107,6 +110,16 @@ class Servers:
                 if begun or failure.exit_status != UNAVAILABLE:
                     break
         raise failure
+
+    def _channel(self, address: str) -> grpc.Channel:
+        if self._tls is None:
+            return grpc.insecure_channel(address, options=transport.CHANNEL_OPTIONS)
+        options = [*transport.CHANNEL_OPTIONS, *self._tls.options(REGISTRY)]
+        return grpc.secure_channel(address, self._tls.credentials, options=options)
+
+    def _unconnected(self, address: str) -> CommandError:
+        how = f" over TLS with the certificate of {self._tls.files.dns_name(REGISTRY)}" if self._tls else ""
+        return CommandError(f"server {address}: there is no connection to it{how}", UNAVAILABLE)
 
 
 _NO_ADDRESS = CommandError("no server is named", UNAVAILABLE)
@@ -130,10 +143,6 @@ def _connects(channel: grpc.Channel, timeout_s: float) -> bool:
     finally:
         channel.unsubscribe(tell)
     return False
-
-
-def _unconnected(address: str) -> CommandError:
-    return CommandError(f"server {address}: there is no connection to it", UNAVAILABLE)
 
 
 def _failure(address: str, error: grpc.RpcError) -> CommandError:

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 from google.protobuf.message import Message
@@ -73,7 +73,7 @@ def flag(*names: str, **attributes: Any) -> Callable[[Any], Any]:
     return click.option(*names, allow_from_autoenv=False, **attributes)
 
 
-server_option = service.addresses_option(
+_server_option = service.addresses_option(
     "--server",
     "--registry",
     "server",
@@ -82,6 +82,11 @@ server_option = service.addresses_option(
     show_default=f"the context's, or {DEFAULT_SERVER}",
     help="The registries; the first that answers is used.",
 )
+
+
+def server_option(function: _Function) -> _Function:
+    """Let a command take the registries, and the files for TLS with them."""
+    return cast(_Function, contexts.tls_options(_server_option(function)))
 
 
 def _actor() -> str:
