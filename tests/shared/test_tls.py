@@ -55,7 +55,7 @@ async def status(address: str, tls: Tls | None, role: str = REGISTRY, method: st
     async with transport.channel(address, tls=tls, role=role) as channel:
         try:
             if method:
-                await channel.unary_unary(method)(b"", timeout=PATIENCE_S)
+                await channel.unary_unary(method, bytes, bytes)(b"", timeout=PATIENCE_S)
             else:
                 request = health_pb2.HealthCheckRequest(service=transport.LIVE)
                 await health_pb2_grpc.HealthStub(channel).Check(request, timeout=PATIENCE_S)
