@@ -59,6 +59,7 @@ class _Loaded(NamedTuple):
     server: ssl.SSLContext
     client: ssl.SSLContext
     credentials: grpc.ChannelCredentials
+    expires_s: int
 
 
 class Tls:
@@ -90,6 +91,11 @@ class Tls:
         """The credentials for a new channel; another object after the files have changed."""
         return self._loaded.now.credentials
 
+    @property
+    def expires_s(self) -> int:
+        """The Unix time at which the certificate expires."""
+        return self._loaded.now.expires_s
+
     def uri(self, role: str) -> str:
         """Return the name of a role."""
         return self.files.uri(role)
@@ -109,7 +115,7 @@ class Tls:
         server.set_alpn_protocols(["h2"])
         # A peer that comes again shows its certificate again.
         server.num_tickets = 0
-        server.options |= ssl.OP_NO_TICKET
+        server.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
         try:
             own = _seen_by_peers(server, client)
         except ssl.SSLError as error:
@@ -118,7 +124,7 @@ class Tls:
             ) from None
         self._check(own)
         credentials = grpc.ssl_channel_credentials(pem[files.ca], pem[files.key], pem[files.cert])
-        return _Loaded(server, client, credentials)
+        return _Loaded(server, client, credentials, ssl.cert_time_to_seconds(str(own["notAfter"])))
 
     def _context(self, protocol: ssl._SSLMethod) -> ssl.SSLContext:
         files = self.files

@@ -89,7 +89,7 @@ async def serve(settings: GateSettings) -> None:
     tending = asyncio.create_task(_tend(router))
     reporting = asyncio.create_task(report(settings.registries, shadows, tls))
     ready = False
-    ops = OpsServer(settings.http, {"/metrics": Metrics(shadows).expose}, lambda: server.is_serving)
+    ops = OpsServer(settings.http, {"/metrics": Metrics(shadows, tls).expose}, lambda: server.is_serving)
     try:
         await ops.start()
         port = await server.start(settings.listen, insecure=settings.insecure, tls=tls)

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from atserving.process_metrics import add_process
+from atserving.tls import Tls
 from gate.shadow import Shadows, upper_s
 
 # From 0.1 ms to 30 s, each 1.8 times the one before.
@@ -21,11 +22,11 @@ _LABELS = ("app", "version", "baseline")
 class Metrics(Collector):
     """The metrics of one gate; every name begins with ``atserving_gate_``."""
 
-    def __init__(self, shadows: Shadows) -> None:
+    def __init__(self, shadows: Shadows, tls: Tls | None = None) -> None:
         self._shadows = shadows
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        ProcessCollector(namespace="atserving_gate", registry=self._registry)
+        add_process(self._registry, "atserving_gate", tls)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the comparisons, for a scrape."""

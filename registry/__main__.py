@@ -96,7 +96,7 @@ async def serve(settings: RegistrySettings) -> None:
     peers = Peers(tls) if tls else None
     authorize = known.authorize if known else peers.operate if peers else None
     connection = Connection(settings.etcd, tls=settings.etcd_tls, user=settings.user)
-    pages: dict[str, Page] = {"/metrics": ProcessMetrics("atserving_registry").expose}
+    pages: dict[str, Page] = {"/metrics": ProcessMetrics("atserving_registry", tls).expose}
     async with (
         EtcdClient(connection) as client,
         OpsServer(settings.http, pages, lambda: server.is_serving) as ops,
@@ -113,8 +113,9 @@ async def serve(settings: RegistrySettings) -> None:
         rpc.serve(operators, operating, admin, translate, authorize)
         ports = await _start(servers, settings, tls)
         if not known:
+            who = "an operator or an Envoy that" if tls else "whoever"
             where = settings.listen_operators or settings.listen
-            log.warning("operators unknown", reason=f"whoever reaches {where} may publish, see --operators")
+            log.warning("operators unknown", reason=f"{who} reaches {where} may publish, see --operators")
         log.info(
             "service starting", listen=settings.listen, port=ports[0], operators_port=ports[-1], etcd=settings.etcd
         )

@@ -25,7 +25,7 @@ The mesh serves {apps} at {url}{tls}. Try these in another terminal:
   curl -s {url}/v1/batch -H 'content-type: application/json' -d '[
       {{"op": "/v1/eval/digits-detect", "data": {{"uri": "{files}/detect/images/1.png"}}}},
       {{"op": "/v1/eval/nothing", "data": {{}}}}]'
-  export ATSERVING_SERVER={registry}
+  export ATSERVING_SERVER={registry}{certificate}
   {atserving} release list
   {atserving} release split digits v1=9 v2=1
   curl -s {operators}/v1/apps/digits
@@ -57,6 +57,14 @@ def up(port: int, gates: int, callers: Path | None, tls: bool) -> None:
     run_until_stopped(_up(port, gates, callers, tls))
 
 
+def _certificate_variables(mesh: Mesh) -> str:
+    """Return the rest of a line that lets commands show a certificate."""
+    if not mesh.tls:
+        return ""
+    files = mesh.tls.files
+    return f" ATSERVING_TLS_CERT={files.cert} ATSERVING_TLS_KEY={files.key} ATSERVING_TLS_CA={files.ca}"
+
+
 def tell(line: str) -> None:
     """Print a line about the start of a mesh."""
     print(line, flush=True)
@@ -78,6 +86,7 @@ async def _up(port: int, gates: int, callers: Path | None, tls: bool) -> None:
             registry=mesh.registry,
             operators=mesh.operators_url,
             directory=mesh.directory,
+            certificate=_certificate_variables(mesh),
             atserving=".venv/bin/atserving",
         )
         print(text, flush=True)

@@ -106,9 +106,9 @@ class _Life:
         self._settings = settings
         self._status = status
         self._log = log.bind(app=settings.app, version=settings.version)
-        self._metrics = Metrics()
         self._capacity = Capacity(1)
         self._tls = tls = Tls(settings.tls, f"{EVALUATOR}/{settings.app}") if settings.tls else None
+        self._metrics = Metrics(tls)
         self._follower = VersionConfigFollower(
             settings.registries, settings.app, settings.version, settings.config_cache, tls
         )

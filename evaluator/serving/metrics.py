@@ -10,6 +10,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from atserving.process_metrics import add_process
+from atserving.tls import Tls
 from evaluator.serving.counts import Counts, Distribution
 from evaluator.serving.supervisor import WorkerSupervisor
 
@@ -22,7 +24,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 class Metrics(Collector):
     """The metrics of one instance; every name begins with ``atserving_evaluator_``."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Tls | None = None) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counts()
         self._stages = {f"{name}_ms": Distribution(_SECONDS) for name in STAGES}
@@ -33,7 +35,7 @@ class Metrics(Collector):
             registry=self._registry,
         )
         self._registry.register(self)
-        ProcessCollector(namespace="atserving_evaluator", registry=self._registry)
+        add_process(self._registry, "atserving_evaluator", tls)
 
     def observe(self, status: int, stages_ms: Mapping[str, float]) -> None:
         """Count one finished request."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +144,10 @@ async def test_probes_need_no_certificate(secured: Secured) -> None:
             async with session.get(f"http://127.0.0.1:{port}/{page}") as answer:
                 assert (answer.status, await answer.text()) == (200, text)
         async with session.get(f"http://127.0.0.1:{port}/metrics") as answer:
-            assert "atserving_registry_process_cpu_seconds_total" in await answer.text()
+            text = await answer.text()
+    assert "atserving_registry_process_cpu_seconds_total" in text
+    (expires,) = re.findall(r"^atserving_registry_certificate_expires_seconds (\S+)$", text, re.MULTILINE)
+    assert float(expires) > time.time()
 
 
 @pytest.mark.parametrize("module", ["gate", "registry", "evaluator"])

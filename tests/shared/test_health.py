@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import aiohttp
 import grpc
 import grpc.aio
 import pytest
@@ -31,6 +32,12 @@ async def health(address: str, service: str = "") -> int:
         request = health_pb2.HealthCheckRequest(service=service)
         answer = await health_pb2_grpc.HealthStub(channel).Check(request, wait_for_ready=True, timeout=30)
         return int(answer.status)
+
+
+async def page(url: str) -> tuple[int, str]:
+    """Return the status and the text of a page."""
+    async with aiohttp.ClientSession() as session, session.get(url) as response:
+        return response.status, await response.text()
 
 
 @asynccontextmanager
@@ -59,10 +66,13 @@ def service(directory: Path, name: str, *flags: str) -> tuple[Process, str]:
 async def test_a_process_that_waits_for_others_is_alive_not_ready_and_stops_on_sigterm(
     name: str, flags: list[str], tmp_path: Path
 ) -> None:
-    process, address = service(tmp_path, name, *flags)
+    (http,) = free_ports(1)
+    process, address = service(tmp_path, name, *flags, "--http", f"127.0.0.1:{http}")
     async with running(process):
         assert await health(address, transport.LIVE) == SERVING
         assert await health(address) == NOT_SERVING
+        assert await page(f"http://127.0.0.1:{http}/live") == (200, "live\n")
+        assert await page(f"http://127.0.0.1:{http}/ready") == (503, "not ready\n")
         process.send(signal.SIGTERM)
         assert await process.ended() == 0
 

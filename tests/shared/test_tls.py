@@ -259,3 +259,13 @@ async def test_a_key_is_readable_by_its_user_alone(authority: Authority) -> None
     files = authority.issue(GATE)
     assert files.key.stat().st_mode & 0o077 == 0
     assert (authority.folder / "ca.key").stat().st_mode & 0o077 == 0
+
+
+async def test_with_tls_a_server_may_listen_on_all_addresses(authority: Authority) -> None:
+    server = Server([])
+    tls = Tls(authority.issue(REGISTRY), REGISTRY)
+    port = await server.start("0.0.0.0:0", tls=tls)
+    try:
+        assert await status(f"127.0.0.1:{port}", Tls(authority.issue(GATE))) is grpc.StatusCode.OK
+    finally:
+        await server.stop(0)

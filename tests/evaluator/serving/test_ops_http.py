@@ -82,6 +82,12 @@ async def test_buckets_reach_from_half_a_millisecond_to_half_a_minute(digits: Pr
     assert (bounds[0], bounds[-2], bounds[-1]) == (0.0005, 30, float("inf"))
 
 
+async def test_probes_of_a_serving_instance_succeed(digits: Process) -> None:
+    digits.logged("address", event="service ready")
+    assert await get(digits, "/live") == (200, "text/plain", "live\n")
+    assert await get(digits, "/ready") == (200, "text/plain", "ready\n")
+
+
 async def test_metrics_count_the_restarts_of_the_worker(digits: Process) -> None:
     assert (await samples(digits))["worker_restarts_total",] == 0
     worker = (await samples(digits))["worker_process_start_time_seconds",]
