@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from atserving import __version__
+from atserving.local import envoy_tls
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,6 +102,11 @@ def test_generated_files_are_up_to_date(generated: Path) -> None:
     assert len(fresh) > 10
     stale = [str(name) for name, content in fresh.items() if (ROOT / name).read_bytes() != content]
     assert not stale, f"run `make proto`: {stale}"
+
+
+def test_the_bootstrap_with_tls_is_made_of_that_without() -> None:
+    made = envoy_tls.with_tls((ROOT / "envoy" / "envoy.yaml").read_text())
+    assert (ROOT / "envoy" / "envoy-tls.yaml").read_text() == made, "run make envoy"
 
 
 def test_no_generated_file_is_left_over(generated: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 
 from atserving.cli import service
+from atserving.config import is_name
 from atserving.errors import StartError
 from atserving.tls import DEFAULT_DOMAIN, ENVOY, EVALUATOR, GATE, OPERATOR, REGISTRY, TlsFiles
 
@@ -162,18 +163,28 @@ def _replace(folder: Path, files: dict[str, bytes]) -> None:
         shutil.rmtree(before, ignore_errors=True)
 
 
-_WORD = re.compile(r"[\s,]+")
+_BETWEEN = re.compile(r"[\s,]+")
+
+
+def _names(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    names = [each for each in _BETWEEN.split(value) if each]
+    for each in names:
+        if not is_name(each):
+            raise click.BadParameter(f"{each!r} is no name", context, parameter)
+    return names
 
 
 @click.command(help="Make a test authority in FOLDER, and a certificate for each role; again, to renew them.")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--apps", default="", metavar="APP,...", help="The apps of evaluators.")
-@click.option("--operators", default="local", show_default=True, metavar="NAME,...", help="The operators.")
+@click.option("--apps", default="", callback=_names, metavar="APP,...", help="The apps of evaluators.")
+@click.option(
+    "--operators", default="local", show_default=True, callback=_names, metavar="NAME,...", help="The operators."
+)
 @click.option("--domain", default=DEFAULT_DOMAIN, show_default=True, help="The domain of the names.")
 @click.option("--renew-authority", is_flag=True, help="Give the authority a new key; the old one stays trusted.")
-def main(folder: Path, apps: str, operators: str, domain: str, renew_authority: bool) -> None:
+def main(folder: Path, apps: list[str], operators: list[str], domain: str, renew_authority: bool) -> None:
     authority = Authority(folder, domain=domain, renew=renew_authority)
-    authority.issue_all(*(filter(None, _WORD.split(each)) for each in (apps, operators)))
+    authority.issue_all(apps, operators)
     for path in sorted(folder.glob("*/tls.crt")):
         click.echo(path.parent)
 

@@ -255,12 +255,6 @@ def test_wrong_files_end_the_start_with_their_names(authority: Authority, strang
     assert "certificate has expired" in refused(authority.issue(GATE, valid=EXPIRED))
 
 
-async def test_a_key_is_readable_by_its_user_alone(authority: Authority) -> None:
-    files = authority.issue(GATE)
-    assert files.key.stat().st_mode & 0o077 == 0
-    assert (authority.folder / "ca.key").stat().st_mode & 0o077 == 0
-
-
 async def test_with_tls_a_server_may_listen_on_all_addresses(authority: Authority) -> None:
     server = Server([])
     tls = Tls(authority.issue(REGISTRY), REGISTRY)
