@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from atserving.local import commands
 from atserving.local.authority import Authority
 from atserving.tls import ENVOY, EVALUATOR, GATE, OPERATOR, REGISTRY, Tls
 from atserving.v1 import registry_pb2, registry_pb2_grpc
-from tests.processes import Etcd, Registry
+from tests.processes import Etcd, Process, Registry
 from tests.waiting import PATIENCE_S
 
 OK, DENIED = grpc.StatusCode.OK, grpc.StatusCode.PERMISSION_DENIED
@@ -94,6 +94,25 @@ async def test_operators_and_envoys_alone_operate(secured: Secured) -> None:
     assert await secured.allowed("ListApps", admin_pb2.ListAppsRequest()) == {ENVOY, ADA}
     write = admin_pb2.UpdateAccessRequest(access=admin_pb2.Access(app="digits", public=True))
     assert await secured.allowed("UpdateAccess", write) == {ENVOY, ADA}
+
+
+async def test_with_named_operators_a_certificate_counts_as_its_entry_says(
+    secured: Secured, shared_etcd: Etcd, tmp_path: Path, processes: Callable[[Process], Process]
+) -> None:
+    entry = {"name": "ada", "certificate": f"spiffe://atserving/{ADA}", "role": "publisher", "apps": ["digits"]}
+    named = tmp_path / "operators.json"
+    named.write_text(json.dumps({"operators": [entry]}))
+    tls = commands.tls(secured.authority.files(REGISTRY))
+    registry = Registry(tmp_path, [shared_etcd.address], *tls, "--operators", str(named))
+    processes(registry)
+    registry.logged(event="service ready")
+    own = Secured(registry, secured.authority)
+    write = admin_pb2.UpdateAccessRequest(access=admin_pb2.Access(app="digits", public=True))
+    answers = {role: await own.status(role, "UpdateAccess", write) for role in ROLES}
+    assert answers.pop(ADA) is OK
+    assert set(answers.values()) == {grpc.StatusCode.UNAUTHENTICATED}
+    write.access.app = "other"
+    assert await own.status(ADA, "UpdateAccess", write) is DENIED
 
 
 def command(secured: Secured, *arguments: str, home: Path, server: bool = True) -> subprocess.CompletedProcess[str]:
