@@ -50,7 +50,9 @@ class TlsServer:
         self._loop.add_reader(listening, self._accept)
 
     def close(self) -> None:
-        """Accept no more connections."""
+        """Accept no more connections. It may be called again."""
+        if self._listening.fileno() < 0:
+            return
         if self._retry:
             self._retry.cancel()
         self._loop.remove_reader(self._listening)

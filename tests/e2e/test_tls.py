@@ -201,6 +201,14 @@ async def test_renewing_all_certificates_and_the_authority_loses_no_request(mesh
     await until_async(healthy)
 
 
+async def test_each_service_stops_as_without_tls(mesh: Mesh) -> None:
+    await mesh.stop_process("evaluator-digits-v1")
+    assert "service stopped" in mesh.log("evaluator-digits-v1")
+    for name in SERVICES:
+        assert "Traceback" not in mesh.log(name)
+        assert '"level":"error"' not in mesh.log(name)
+
+
 async def restart(mesh: Mesh, name: str, witness: str, line: str) -> None:
     """Start a process again, and wait until a process logs a line."""
     await mesh.stop_process(name)

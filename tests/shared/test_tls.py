@@ -263,3 +263,6 @@ async def test_with_tls_a_server_may_listen_on_all_addresses(authority: Authorit
         assert await status(f"127.0.0.1:{port}", Tls(authority.issue(GATE))) is grpc.StatusCode.OK
     finally:
         await server.stop(0)
+    # An instance stops in two steps.
+    await server.stop(0)
+    assert await status(f"127.0.0.1:{port}", Tls(authority.issue(GATE))) is grpc.StatusCode.UNAVAILABLE
