@@ -21,7 +21,10 @@ async def listening_socket(listen: str, *, insecure: bool = False) -> socket.soc
     be a loopback one: only this machine reaches those.
     """
     try:
-        return await asyncio.get_running_loop().run_in_executor(None, _socket, listen, insecure)
+        own = await asyncio.get_running_loop().run_in_executor(None, _socket, listen, insecure)
+        # Its connections inherit it. asyncio's own loop, unlike uvloop, leaves it out for these.
+        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return own
     except (OSError, OverflowError) as error:
         raise StartError(f"cannot listen on {listen}: {refusal(error)}") from None
 
