@@ -66,8 +66,9 @@ ENTRYPOINT ["python", "-m", "gate"]
 FROM service AS registry
 LABEL org.opencontainers.image.title="AtServing registry" \
       org.opencontainers.image.description="Mirrors release config and instances from etcd, and publishes releases"
-ENV ATSERVING_LISTEN=0.0.0.0:50053
-EXPOSE 50053 50054
+ENV ATSERVING_LISTEN=0.0.0.0:50053 \
+    ATSERVING_HTTP=0.0.0.0:9090
+EXPOSE 50053 50054 9090
 ENTRYPOINT ["python", "-m", "registry"]
 
 FROM base AS evaluator

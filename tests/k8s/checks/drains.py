@@ -14,11 +14,13 @@ from .model import Container, Document, Manifests, at, dict_at, list_at
 
 PROBES = {"startupProbe": "start-up", "livenessProbe": "liveness", "readinessProbe": "readiness"}
 
-# Probes ask the processes that answer HTTP for this path on this port. etcd's /health without parameters asks for a
-# leader, and fails while the database is full.
+# Probes ask for this path on this port; they cannot ask a gRPC server over TLS. etcd's /health without parameters asks
+# for a leader, and fails while the database is full.
 _ENVOY_LIVES = ("/live", "ops")
+_OURS = {"start-up": ("/live", "http"), "liveness": ("/live", "http"), "readiness": ("/ready", "http")}
 _ETCD_LIVES = ("/health?serializable=true&exclude=NOSPACE", "metrics")
 PATHS = {
+    **dict.fromkeys(PROGRAMS, _OURS),
     "envoy": {"start-up": _ENVOY_LIVES, "liveness": _ENVOY_LIVES, "readiness": ("/health", "http")},
     "etcd": {"start-up": _ETCD_LIVES, "liveness": _ETCD_LIVES, "readiness": ("/health", "metrics")},
 }
@@ -108,22 +110,14 @@ def pre_stop_s(container: Container) -> float:
 
 def _question(container: Container, component: str, probe: str) -> str:
     """The question that a probe of a component should ask."""
-    if component in PROGRAMS:
-        return _grpc(container.number("grpc"), "" if probe == "readiness" else "live")
     path, port = PATHS.get(component, {}).get(probe, (None, ""))
     return _get(path, container.number(port))
 
 
 def _asked(container: Container, probe: Document) -> str:
-    if grpc := probe.get("grpc"):
-        return _grpc(grpc["port"], grpc.get("service", ""))
     if get := probe.get("httpGet"):
         return _get(get.get("path"), container.number(get["port"]) or get["port"])
-    return "neither gRPC nor HTTP"
-
-
-def _grpc(port: int | None, service: str) -> str:
-    return f"gRPC health of {service!r} on port {port}"
+    return "nothing by HTTP"
 
 
 def _get(path: str | None, port: int | str | None) -> str:

@@ -10,7 +10,7 @@ from .model import Container, Manifests, at, list_at, title
 
 PORTS = {
     "gate": {"listen": "grpc", "http": "http"},
-    "registry": {"listen": "grpc", "listen-operators": "operators"},
+    "registry": {"listen": "grpc", "listen-operators": "operators", "http": "http"},
     "evaluator": {"listen": "grpc", "http": "http"},
     "etcd": {"listen-client-urls": "client", "listen-peer-urls": "peer", "listen-metrics-urls": "metrics"},
 }

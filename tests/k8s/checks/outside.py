@@ -19,7 +19,7 @@ DNS_PEER = {
     "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
 }
 """The pods that answer DNS, as every distribution of Kubernetes labels them."""
-METRICS = {"envoy": "ops", "etcd": "metrics", "gate": "http", "evaluator": "http"}
+METRICS = {"envoy": "ops", "etcd": "metrics", "gate": "http", "registry": "http", "evaluator": "http"}
 """The ports that a Prometheus in another namespace reads."""
 # Evaluators download resources on these ports.
 _WEB = (80, 443)
