@@ -1,4 +1,4 @@
-"""``atserving k8s``: prints manifests of evaluators from the template in ``k8s/evaluator/``."""
+"""``atserving k8s``: prints manifests from the templates in ``k8s/evaluator/``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ import yaml
 from atserving.config import is_name
 from atserving.errors import StartError
 from atserving.local.examples import ROOT
+from atserving.tls import EVALUATOR, OPERATOR
 
 _TEMPLATE = ("deployment.yaml", "disruption.yaml", "autoscaler.yaml")
-_GPU_PATCH = "components/gpu/evaluator.yaml"
+_GPU_PATCH, _TLS_PATCH = "components/gpu/evaluator.yaml", "components/tls/evaluator.yaml"
 # After the grace period, until the pod is killed.
 _STOP_S = 10
 
@@ -79,10 +80,25 @@ def k8s() -> None:
     pass
 
 
+class _Role(click.ParamType[str]):
+    """A role with a name: an app's evaluators, or an operator."""
+
+    name = "role"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        kind, _, name = str(value).partition("/")
+        if kind not in (EVALUATOR, OPERATOR) or not is_name(name):
+            self.fail(f"{value!r} should be {EVALUATOR}/APP or {OPERATOR}/NAME", param, ctx)
+        return str(value)
+
+
 _replicas = click.IntRange(1, 1000)
 _cpus = _Matching("quantity", _CPUS, "is not a number of CPUs such as 2 or 500m")
 _bytes = _Matching("quantity", _BYTES, "is not an amount of memory such as 512Mi or 4Gi")
 _object = _Matching("name", _DNS_LABEL, "is not a name of lower-case letters, digits and -")
+_namespace = click.option(
+    "--namespace", type=_object, default="atserving", show_default=True, help="The namespace of the mesh."
+)
 
 
 @k8s.command()
@@ -111,7 +127,8 @@ _object = _Matching("name", _DNS_LABEL, "is not a name of lower-case letters, di
     help="Seconds for requests in flight to finish after SIGTERM. Should exceed the app's timeout.",
 )
 @click.option("--qiniu", type=_object, metavar="SECRET", help="The Secret with the keys for qiniu:// in qiniu.json.")
-@click.option("--namespace", type=_object, default="atserving", show_default=True, help="The namespace of the mesh.")
+@click.option("--tls", is_flag=True, help="For a mesh with the component tls, and a Secret for the app's evaluators.")
+@_namespace
 def evaluator(
     app: str,
     version: str,
@@ -123,6 +140,7 @@ def evaluator(
     memory: str | None,
     grace: int,
     qiniu: str | None,
+    tls: bool,
     namespace: str,
 ) -> None:
     """Print the Deployment, PodDisruptionBudget and HorizontalPodAutoscaler of one version of an app.
@@ -145,15 +163,41 @@ def evaluator(
     if gpu:
         deployment = jsonpatch.apply_patch(deployment, _read(_GPU_PATCH))
         memory = memory or "8Gi"
+    if tls:
+        secret = {"SECRET": secret_of(f"{EVALUATOR}/{app}")}
+        deployment = jsonpatch.apply_patch(deployment, _filled(_read(_TLS_PATCH), secret))
     for each in (deployment, disruption, autoscaler):
         each["metadata"]["namespace"] = namespace
     autoscaler["spec"] |= {"minReplicas": replicas, "maxReplicas": most}
     pod = deployment["spec"]["template"]
     pod["spec"]["terminationGracePeriodSeconds"] = grace + _STOP_S
     _customise(pod, _image(pod, image, gpu), {"cpu": cpu, "memory": memory}, qiniu)
+    _print(deployment, disruption, autoscaler)
+
+
+@k8s.command()
+@click.argument("role", type=_Role())
+@_namespace
+def certificate(role: str, namespace: str) -> None:
+    """Print the Certificate of ROLE, from which cert-manager makes a Secret: evaluator/APP or operator/NAME.
+
+    \b
+      atserving k8s certificate evaluator/digits | kubectl apply -f -
+    """
+    names = {"NAME": secret_of(role), "ROLE": role, "KIND": role.partition("/")[0]}
+    document = _filled(_read("evaluator/certificate.yaml"), names)
+    document["metadata"]["namespace"] = namespace
+    _print(document)
+
+
+def secret_of(role: str) -> str:
+    """Return the name of the Secret with the certificate of a role."""
+    return _fitted(f"{role.replace('/', '-')}-tls", _DNS_LABEL, 63, role)
+
+
+def _print(*documents: Any) -> None:
     # The comment tells how to make the file again.
     click.echo(f"# atserving {shlex.join(sys.argv[1:])}".replace("\n", " "))
-    documents = (deployment, disruption, autoscaler)
     click.echo(yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=120), nl=False)
 
 

@@ -70,11 +70,24 @@ class Authority:
         ``names`` are DNS names and addresses beside those of the role. The folder is named after the role.
         """
         files = self.files(role)
+        self.sign(files.cert.parent, role, [files.uri(role)], [files.dns_name(role), *names], valid=valid)
+        return files
+
+    def sign(
+        self,
+        folder: Path,
+        title: str,
+        uris: Sequence[str],
+        names: Sequence[str],
+        *,
+        valid: timedelta = timedelta(days=_DAYS),
+    ) -> None:
+        """Write a certificate with these URIs, DNS names and addresses, its key and the authorities into a folder."""
         key = ec.generate_private_key(ec.SECP256R1())
-        alternatives: list[x509.GeneralName] = [x509.UniformResourceIdentifier(files.uri(role))]
-        alternatives += [_general(each) for each in (files.dns_name(role), *names)]
+        alternatives: list[x509.GeneralName] = [x509.UniformResourceIdentifier(each) for each in uris]
+        alternatives += [_general(each) for each in names]
         cert = self._signed(
-            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, role[:64])]),
+            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, title[:64])]),
             self._trusted[0].subject,
             key,
             valid,
@@ -83,8 +96,7 @@ class Authority:
             x509.SubjectAlternativeName(alternatives),
         )
         ca = b"".join(map(_pem, self._trusted))
-        _replace(files.cert.parent, {"tls.crt": _pem(cert), "tls.key": _pem_of(key), "ca.crt": ca})
-        return files
+        _replace(folder, {"tls.crt": _pem(cert), "tls.key": _pem_of(key), "ca.crt": ca})
 
     def issue_all(self, apps: Iterable[str], operators: Iterable[str]) -> None:
         """Issue a certificate for each role of a mesh on this machine, anew if there is one."""

@@ -1,34 +1,25 @@
-"""Certificates for a mesh with TLS."""
+"""A stand-in for cert-manager: makes the Secrets that Certificates ask for, under one authority."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
-import pytest
+from atserving.local.authority import Authority
+from tests.k8s.checks.model import Document, at, list_at
 
 
-class Authority:
-    """Signs certificates, as the playbook does with openssl. Skips the test where openssl is not installed."""
+class CertManager:
+    """Makes Secrets as folders, whose files are replaced as a kubelet does it."""
 
-    def __init__(self, folder: Path) -> None:
-        if not shutil.which("openssl"):
-            pytest.skip("openssl, which makes the keys, is not installed")
-        self.certificate, self._key = folder / "ca.crt", folder / "ca.key"
-        self._folder = folder
-        self._make("etcd-authority", self.certificate, self._key)
+    def __init__(self, folder: Path, documents: list[Document]) -> None:
+        """``documents`` has the Certificates, among others."""
+        self._authority = Authority(folder)
+        self._specs = [each["spec"] for each in documents if each["kind"] == "Certificate"]
 
-    def certified(self, name: str, names: list[str]) -> dict[str, bytes]:
-        """Return the files of a Secret: a certificate for these names, its key, and the authority's certificate."""
-        certificate, key = self._folder / f"{name}.crt", self._folder / f"{name}.key"
-        named = ["-addext", f"subjectAltName={','.join(names)}"] if names else []
-        signer = ["-CA", str(self.certificate), "-CAkey", str(self._key)]
-        self._make(name, certificate, key, *signer, "-addext", "basicConstraints=critical,CA:FALSE", *named)
-        files = {"tls.crt": certificate, "tls.key": key, "ca.crt": self.certificate}
-        return {file: path.read_bytes() for file, path in files.items()}
-
-    def _make(self, name: str, certificate: Path, key: Path, *flags: str) -> None:
-        new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"]
-        command = [*new, "-keyout", str(key), "-out", str(certificate), *flags]
-        subprocess.run(command, check=True, capture_output=True)
+    def issue(self) -> dict[str, Path]:
+        """Make all Secrets, anew if there are some, and return them by name. Only the authority has its own."""
+        leaves = [each for each in self._specs if not at(each, "isCA")]
+        for spec in leaves:
+            folder = self._authority.folder / spec["secretName"]
+            self._authority.sign(folder, spec["secretName"], list_at(spec, "uris"), list_at(spec, "dnsNames"))
+        return {spec["secretName"]: self._authority.folder / spec["secretName"] for spec in leaves}

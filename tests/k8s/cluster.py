@@ -39,11 +39,13 @@ typed_dns_resolver_config:
     dns_resolver_options: {{no_default_search_domain: true}}
 """
 
+_BOOTSTRAPS = {"envoy.yaml", "envoy-tls.yaml"}
+
 WORKLOADS = ("StatefulSet", "Deployment")
 
 Document = dict[str, Any]
-Secrets = Mapping[str, Mapping[str, bytes]]
-"""Their files, by their names."""
+Secrets = Mapping[str, Path]
+"""The folders with their files, by their names. Whoever replaces a file there replaces it in the pods."""
 
 
 class Cluster:
@@ -192,12 +194,13 @@ class Cluster:
     def _value(self, reference: Document) -> str:
         return str(self.documents["ConfigMap", reference["name"]]["data"][reference["key"]])
 
-    def _files(self, volume: Document) -> Mapping[str, bytes]:
+    def _files(self, volume: Document) -> Mapping[str, bytes] | Path:
         match volume:
             case {"configMap": {"name": name}}:
                 files = config_map_files(self.documents["ConfigMap", name])
-                if "envoy.yaml" in files:
-                    files["envoy.yaml"] += _RESOLVER.format(address=self._names.address, port=self._names.port).encode()
+                resolver = _RESOLVER.format(address=self._names.address, port=self._names.port).encode()
+                for bootstrap in files.keys() & _BOOTSTRAPS:
+                    files[bootstrap] += resolver
                 return files
             case {"secret": {"secretName": name}}:
                 return self._secrets[name]

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 from atserving.cli.k8s import k8s
 
+from . import cert_manager
 from .checks import check
 from .checks.model import Document, title
 
@@ -65,14 +66,19 @@ def kustomize(folder: Path) -> list[Document]:
 
 def evaluator(*arguments: str) -> list[Document]:
     """Return what ``atserving k8s evaluator`` prints."""
-    return read(_printed(arguments))
+    return read(_printed(("evaluator", *arguments)))
 
 
-def with_component(base: Path, component: Path, more: list[Document], folder: Path) -> list[Document]:
-    """Return what a base and more documents become with a component. Writes a kustomization into ``folder``."""
+def certificate(role: str) -> list[Document]:
+    """Return what ``atserving k8s certificate`` prints."""
+    return read(_printed(("certificate", role)))
+
+
+def with_components(base: Path, used: list[Path], more: list[Document], folder: Path) -> list[Document]:
+    """Return what a base and more documents become with components. Writes a kustomization into ``folder``."""
     (folder / "more.yaml").write_text(yaml.safe_dump_all(more))
-    below, used = (os.path.relpath(each, folder.resolve()) for each in (base, component))
-    kustomization = {"resources": [below, *(["more.yaml"] if more else [])], "components": [used]}
+    below, *parts = (os.path.relpath(each, folder.resolve()) for each in (base, *used))
+    kustomization = {"resources": [below, *(["more.yaml"] if more else [])], "components": parts}
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
     return kustomize(folder)
 
@@ -104,7 +110,7 @@ def _rendered(folder: Path) -> str:
 @functools.cache
 def _printed(arguments: tuple[str, ...]) -> str:
     # In this process: a new one takes half a second to import all that the command needs.
-    run = CliRunner().invoke(k8s, ["evaluator", *arguments])
+    run = CliRunner().invoke(k8s, arguments)
     assert run.exit_code == 0, run.output
     return run.stdout
 
@@ -112,8 +118,10 @@ def _printed(arguments: tuple[str, ...]) -> str:
 @functools.cache
 def _refused(document: str, version: str) -> str | None:
     # Most documents are the same in all overlays.
+    if (read := json.loads(document)).get("apiVersion") == cert_manager.API:
+        return cert_manager.refused(read)
     try:
-        kubernetes_validate.validate(json.loads(document), version, strict=True)
+        kubernetes_validate.validate(read, version, strict=True)
     except kubernetes_validate.ValidationError as error:
         return f"{'.'.join(str(each) for each in error.absolute_path)}: {error.message}"
     except kubernetes_validate.SchemaNotFoundError as error:

@@ -26,8 +26,8 @@ from tests.k8s.mount_namespace import in_namespace
 from tests.k8s.probes import passes
 
 Files = Mapping[str, bytes]
-Volumes = Callable[[dict[str, Any]], Files]
-"""Returns the files of a volume of a pod's spec, by name."""
+Volumes = Callable[[dict[str, Any]], Files | Path]
+"""Returns the files of a volume of a pod's spec, by name, or the folder that the pod shares with others."""
 
 
 class PodError(AssertionError):
@@ -249,16 +249,22 @@ class Pod:
         """Write the files of the volumes. Return the local path of each path in the container."""
         by_name = {each["name"]: each for each in self._spec.get("volumes", [])}
         paths = {"/dev/termination-log": self._folder / "termination-log"}
+        files: dict[str, Files] = {}
         for mount in self._container.get("volumeMounts", []):
-            paths[mount["mountPath"]] = self._folder / mount["mountPath"].lstrip("/")
+            path = mount["mountPath"]
+            found = volumes(by_name.get(mount["name"], {"name": mount["name"]}))
+            paths[path] = found if isinstance(found, Path) else self._folder / path.lstrip("/")
+            files |= {} if isinstance(found, Path) else {path: found}
         paths["/dev/termination-log"].touch()
         self._paths, self._writable = paths, [paths["/dev/termination-log"]]
         for mount in self._container.get("volumeMounts", []):
+            if mount["mountPath"] not in files:
+                continue
             here = paths[mount["mountPath"]]
             here.mkdir(parents=True)
             if not mount.get("readOnly"):
                 self._writable.append(here)
-            for name, content in volumes(by_name.get(mount["name"], {"name": mount["name"]})).items():
+            for name, content in files[mount["mountPath"]].items():
                 (here / name).write_bytes(self._file(content))
         return paths
 

@@ -16,6 +16,24 @@ from .manifests import VERSIONS, read, wrong
 
 FOLDER = Path(__file__).parent / "broken"
 GOOD = read((FOLDER / "good.yaml").read_text())
+(TLS,) = read((FOLDER / "good-tls.yaml").read_text())
+
+
+def changed(documents: list[Document], change: dict[str, Any]) -> list[Document]:
+    """Return what documents become if some are removed, patched (RFC 6902) or added."""
+    by_title = {title(each): copy.deepcopy(each) for each in documents}
+    for name in change.get("remove", []):
+        del by_title[name]
+    for name, patch in change.get("patch", {}).items():
+        by_title[name] = jsonpatch.apply_patch(by_title[name], patch)
+    return [*by_title.values(), *change.get("add", [])]
+
+
+GOOD_WITH_TLS = changed(GOOD, TLS)
+
+
+WITH_TLS = ("secured", "certified")
+"""The files with mistakes in the good mesh with TLS."""
 
 
 @dataclass(frozen=True)
@@ -35,27 +53,23 @@ class Mistake:
         return lines
 
     def mesh(self) -> list[Document]:
-        """Return the good mesh with the mistake in it."""
+        """Return the good mesh, or that with TLS, with the mistake in it."""
         assert self.change.keys() <= {"mistake", "refused", "remove", "patch", "add"}
-        documents = {title(each): copy.deepcopy(each) for each in GOOD}
-        for name in self.change.get("remove", []):
-            del documents[name]
-        for name, patch in self.change.get("patch", {}).items():
-            documents[name] = jsonpatch.apply_patch(documents[name], patch)
-        return [*documents.values(), *self.change.get("add", [])]
+        return changed(GOOD_WITH_TLS if self.file in WITH_TLS else GOOD, self.change)
 
 
 MISTAKES = [
     Mistake(path.stem, change)
     for path in sorted(FOLDER.glob("*.yaml"))
-    if path.stem != "good"
+    if path.stem not in ("good", "good-tls")
     for change in read(path.read_text())
 ]
 
 
 @pytest.mark.parametrize("evaluators", [True, False], ids=["with evaluators", "without"])
-def test_the_good_mesh_is_not_refused(evaluators: bool) -> None:
-    assert wrong([each for each in GOOD if evaluators or title(each) != "Deployment/digits-v1"]) == []
+@pytest.mark.parametrize("good", [GOOD, GOOD_WITH_TLS], ids=["in plain text", "with TLS"])
+def test_the_good_mesh_is_not_refused(good: list[Document], evaluators: bool) -> None:
+    assert wrong([each for each in good if evaluators or title(each) != "Deployment/digits-v1"]) == []
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=str)

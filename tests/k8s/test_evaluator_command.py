@@ -1,4 +1,4 @@
-"""`atserving k8s evaluator` prints the manifests of one version, or refuses its arguments with one line."""
+"""`atserving k8s` prints the manifests of a version, and Certificates, or refuses its arguments with one line."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ import pytest
 import yaml
 
 from atserving.cli import main
-from tests.k8s.manifests import read
+from atserving.cli.k8s import secret_of
+from tests.k8s.manifests import read, validate
 
 BIN = Path(sys.executable).parent
 LABELS = ("atserving/app", "atserving/version")
 COMMAND = ("atserving", "k8s", "evaluator")
+CERTIFICATE = ("atserving", "k8s", "certificate")
 # Versions that some parser of YAML takes for a number, a truth or nothing.
 VERSIONS = ("7104e36", "1e3", "0o17", "1.e5", "12e5", "y", "null", "0x1f", "1_000", "on", "201811091530")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, command: tuple[str, ...] = COMMAND) -> subprocess.CompletedProcess[str]:
     """Run the command in this process. A new process takes half a second to import all that it needs."""
     output, errors = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(errors):
-        patch.setattr(sys, "argv", [*COMMAND, *arguments])
+        patch.setattr(sys, "argv", [*command, *arguments])
         with pytest.raises(SystemExit) as stopped:
             main.main()
     return subprocess.CompletedProcess(arguments, int(stopped.value.code or 0), output.getvalue(), errors.getvalue())
@@ -87,6 +89,48 @@ def test_a_gpu_sets_image_resources_and_toleration() -> None:
     assert toleration["key"] == "nvidia.com/gpu"
     for image in ("own/gpu:7", f"own/gpu:7@sha256:{'0' * 64}"):
         assert container(printed("digits", "v1", "--gpu", "--image", image))["image"] == image
+
+
+def test_tls_takes_the_place_of_consent_to_plain_text() -> None:
+    manifests = printed("digits", "v1", "--tls", "--qiniu", "digits-keys")
+    values = {each["name"]: each.get("value") for each in container(manifests)["env"]}
+    assert {name: value for name, value in values.items() if name.startswith("ATSERVING_")} == {
+        "ATSERVING_TLS_CERT": "/etc/mesh-tls/tls.crt",
+        "ATSERVING_TLS_KEY": "/etc/mesh-tls/tls.key",
+        "ATSERVING_TLS_CA": "/etc/mesh-tls/ca.crt",
+    }
+    template = manifests["Deployment"]["spec"]["template"]
+    assert {"name": "mesh-tls", "secret": {"secretName": "evaluator-digits-tls"}} in template["spec"]["volumes"]
+    annotations = template["metadata"]["annotations"]
+    assert annotations["atserving/secrets-from-outside"] == "digits-keys"
+    assert annotations["atserving/secrets-from-outside.tls"] == "evaluator-digits-tls"
+
+
+@pytest.mark.parametrize("app", ["digits", "Digits", "a.b", "a_b", "x" * 63])
+def test_a_certificate_is_for_the_evaluators_of_one_app_alone(app: str) -> None:
+    (certificate,) = read(run(f"evaluator/{app}", "--namespace", "nets", command=CERTIFICATE).stdout)
+    volumes = printed(app, "v1", "--tls")["Deployment"]["spec"]["template"]["spec"]["volumes"]
+    (secret,) = [each["secret"]["secretName"] for each in volumes if "secret" in each]
+    assert certificate["spec"]["secretName"] == secret
+    assert certificate["spec"]["uris"] == [f"spiffe://atserving/evaluator/{app}"]
+    assert certificate["spec"]["dnsNames"] == ["evaluator.atserving"]
+    assert certificate["metadata"]["namespace"] == "nets"
+    assert validate([certificate]) == []
+
+
+def test_apps_of_similar_names_have_secrets_of_their_own() -> None:
+    apps = ["a-b", "a.b", "a_b", "A-b", "a-b-tls", "a"]
+    assert len({secret_of(f"evaluator/{app}") for app in apps}) == len(apps)
+
+
+@pytest.mark.parametrize(
+    "role", ["gate", "registry", "evaluator", "evaluator/", "evaluator/a b", "evaluator/a/b", "x/y"]
+)
+def test_a_certificate_of_another_role_is_refused_with_one_line(role: str) -> None:
+    refused = run(role, command=CERTIFICATE)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert f"{role!r} should be evaluator/APP or operator/NAME" in refused.stderr
+    assert refused.stderr.count("\n") == 1
 
 
 def test_the_installed_command_prints_the_same() -> None:

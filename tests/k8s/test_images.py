@@ -235,7 +235,7 @@ def test_an_image_runs_its_entry_point_and_the_command(image: Image) -> None:
 
 @replayed
 def test_the_command_fills_the_template_that_is_installed(replay: Replay) -> None:
-    arguments = ["k8s", "evaluator", "digits", "v1", "--gpu"]
+    arguments = ["k8s", "evaluator", "digits", "v1", "--gpu", "--tls"]
     expected = subprocess.run([_BIN / "atserving", *arguments], capture_output=True, text=True, check=True).stdout
     with replay.image("gate") as image:
         assert image.run(*arguments, entrypoint=["atserving"]).stderr.startswith("atserving: k8s needs the package ")

@@ -9,24 +9,33 @@ import pytest
 from .checks.model import Document, title
 from .manifests import (
     K8S,
+    certificate,
     components,
     evaluator,
     kustomizations,
     kustomize,
     read,
     uses,
-    with_component,
+    with_components,
     wrong,
 )
 
 EVALUATORS = ("", "--replicas 3", "--replicas 1", "--gpu", "--qiniu digits-keys", "--cpu 500m --memory 3Gi")
 """Flags of evaluators that are checked beside each kustomization."""
+BASE, DEMO = K8S / "base", K8S / "overlays" / "demo"
+TLS, CERT_MANAGER = K8S / "components" / "tls", K8S / "components" / "cert-manager"
 
 
 def assert_passes(documents: list[Document]) -> None:
     """Check the documents of one mesh."""
     messages = wrong(documents)
     assert not messages, "\n".join(messages)
+
+
+def evaluator_for(folder: Path, *used: Path, flags: str = "") -> list[Document]:
+    """Return an evaluator beside a kustomization with these components."""
+    tls = TLS in used or uses(folder, TLS)
+    return evaluator("faces", "v1", *flags.split(), *(["--tls"] if tls else []))
 
 
 def _name(folder: Path) -> str:
@@ -43,7 +52,7 @@ def test_a_kustomization_passes(folder: Path) -> None:
 @pytest.mark.parametrize("folder", kustomizations(), ids=_name)
 @pytest.mark.parametrize("flags", EVALUATORS, ids=lambda flags: flags or "plain")
 def test_an_evaluator_passes_beside_it(folder: Path, flags: str) -> None:
-    assert_passes(kustomize(folder) + evaluator("faces", "v1", *flags.split()))
+    assert_passes(kustomize(folder) + evaluator_for(folder, flags=flags))
 
 
 def test_versions_pass_side_by_side() -> None:
@@ -54,12 +63,20 @@ def test_versions_pass_side_by_side() -> None:
 
 @pytest.mark.parametrize(
     ("folder", "component"),
-    [(folder, each) for folder in kustomizations() for each in components() if not uses(folder, each)],
+    # The demo's own evaluator is printed without TLS.
+    [
+        (folder, each)
+        for folder in kustomizations()
+        for each in components()
+        if not uses(folder, each) and (folder, each) != (DEMO, TLS)
+    ],
     ids=_name,
 )
 def test_a_component_passes_with_and_without_an_evaluator(folder: Path, component: Path, tmp_path: Path) -> None:
-    more = evaluator("faces", "v1")
-    documents = with_component(folder, component, more, tmp_path)
+    more = evaluator_for(folder, component)
+    if component == CERT_MANAGER:
+        more += certificate("evaluator/faces")
+    documents = with_components(folder, [component], more, tmp_path)
     assert_passes(documents)
     titles = [title(each) for each in more]
     without = [each for each in documents if title(each) not in titles]
@@ -69,7 +86,18 @@ def test_a_component_passes_with_and_without_an_evaluator(folder: Path, componen
 
 @pytest.mark.parametrize("component", components(), ids=_name)
 def test_a_component_renders_before_there_are_evaluators(component: Path, tmp_path: Path) -> None:
-    assert_passes(with_component(K8S / "base", component, [], tmp_path))
+    assert_passes(with_components(BASE, [component], [], tmp_path))
+
+
+def test_all_components_pass_together(tmp_path: Path) -> None:
+    more = [*evaluator("faces", "v1", "--tls"), *evaluator("faces", "v2", "--tls"), *certificate("evaluator/faces")]
+    assert_passes(with_components(BASE, components(), [*more, *certificate("operator/ada")], tmp_path))
+
+
+def test_an_evaluator_printed_without_tls_is_refused_in_a_mesh_with_it(tmp_path: Path) -> None:
+    messages = wrong(with_components(BASE, [TLS], evaluator("faces", "v1"), tmp_path))
+    assert "Deployment/faces-v1: container 'evaluator' has --insecure, in a mesh with TLS" in messages
+    assert "Deployment/faces-v1: container 'evaluator' has no --tls-cert, in a mesh with TLS" in messages
 
 
 def test_no_kustomization_is_left_out() -> None:

@@ -7,23 +7,29 @@ import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
 import pytest
 
 from atserving import __version__
+from atserving.cli.k8s import secret_of
 from atserving.local import examples
+from atserving.local.authority import Authority
 from tests.evaluator.digits import digits_tar
-from tests.k8s.authority import Authority
-from tests.k8s.callers import BYTES, SEVEN, answered, load
+from tests.k8s.authority import CertManager
+from tests.k8s.callers import BYTES, PATIENCE_S, SEVEN, answered, load
 from tests.k8s.checks.model import Manifests
-from tests.k8s.cluster import AWAY_S, Cluster, Document, Secrets, free_network, running
-from tests.k8s.manifests import K8S, evaluator, kustomizations, kustomize
+from tests.k8s.checks.secured import role_of
+from tests.k8s.cluster import AWAY_S, WORKLOADS, Cluster, Document, Secrets, free_network, running
+from tests.k8s.manifests import K8S, certificate, evaluator, kustomizations, kustomize, with_components
 
 BIN = Path(sys.executable).parent
 DIGITS = examples.DIGITS[0].path.as_uri()
+PRODUCTION = K8S / "overlays" / "production"
+POLL_S = 0.05
 
 # A net that takes longer than a gate drains.
 SLOW = b"""
@@ -53,19 +59,24 @@ async def serving(
     secrets: Secrets | None = None,
     network: str | None = None,
 ) -> AsyncIterator[Cluster]:
-    """Run a mesh and its evaluators, and publish their releases, by app, once the registries are ready."""
+    """Run a mesh and its evaluators, and publish their releases, by app, once the registries are ready.
+
+    The operator of a mesh with TLS shows the Secret ``operator-ada-tls``.
+    """
     async with running(documents, folder, secrets, network) as cluster:
         await cluster.wait_ready("registry")
-        registry = f"{cluster.endpoints('registry')[0]}:50054"
         for app, release in releases.items():
-            await publish(app, release, registry)
+            await publish(app, release, cluster, (secrets or {}).get("operator-ada-tls"))
         await cluster.wait_ready()
         yield cluster
 
 
-async def publish(app: str, release: str, registry: str) -> None:
+async def publish(app: str, release: str, cluster: Cluster, certificate: Path | None = None) -> None:
     """Publish a release, as through `kubectl port-forward`."""
-    flags = ["--phase", "production", "--registry", registry]
+    flags = ["--phase", "production", "--registry", f"{cluster.endpoints('registry')[0]}:50054"]
+    if certificate:
+        files = {"--tls-cert": "tls.crt", "--tls-key": "tls.key", "--tls-ca": "ca.crt"}
+        flags += [word for flag, name in files.items() for word in (flag, str(certificate / name))]
     command = [str(BIN / "atserving"), "release", "put", "--no-check", app, "v1", release, *flags]
     done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -142,19 +153,93 @@ async def test_the_minimal_overlay_serves_and_its_envoy_stops_once_it_has_sent_e
         await stopping
 
 
-async def test_the_production_overlay_serves_over_tls(tmp_path: Path) -> None:
+async def test_certificates_of_cert_manager_secure_every_connection_and_are_renewed(tmp_path: Path) -> None:
     network = free_network()
-    authority = Authority(tmp_path)
+    more = [*evaluator("digits", "v1", "--replicas", "1", "--tls"), *certificate("evaluator/digits")]
+    components = [K8S / "components" / each for each in ("cert-manager", "operators")]
+    mesh = with_components(PRODUCTION, components, [*more, *certificate("operator/ada")], tmp_path)
+    manager = CertManager(tmp_path / "mesh", mesh)
     addresses = [f"{network}.{number}" for number in range(1, 40)]
-    members = [f"DNS:etcd-{number}.etcd" for number in range(3)]
-    secrets = {
-        "edge-tls": authority.certified("edge", [f"IP:{each}" for each in addresses]),
-        # A member sees connections from 127.0.0.1, whatever the pod's address is.
-        "etcd-tls": authority.certified("etcd", [*members, "IP:127.0.0.1"]),
-        "etcd-client-tls": authority.certified("registry", []),
-    }
-    mesh = [*kustomize(K8S / "overlays" / "production"), *evaluator("digits", "v1", "--replicas", "1")]
-    tls = ssl.create_default_context(cadata=authority.certificate.read_text())
+    edge = Authority(tmp_path / "edge").issue("edge", addresses)
+    secrets = {**manager.issue(), "edge-tls": edge.cert.parent}
+    callers = ssl.create_default_context(cafile=str(edge.ca))
     async with serving(mesh, {"digits": DIGITS}, tmp_path, secrets, network) as cluster:
         for envoy in cluster.endpoints("envoy"):
-            await answered(f"https://{envoy}:8443", tls=tls)
+            await answered(f"https://{envoy}:8443", tls=callers)
+        assert await instances_with_load(cluster) == 1
+        ports = secured_ports(cluster)
+        assert {each.shows for each in ports} == {"gate-tls", "registry-tls", "evaluator-digits-tls", "etcd-tls"}
+        await asyncio.gather(*(refuses(each, None) for each in ports))
+        of_etcd = [each for each in ports if each.shows == "etcd-tls"]
+        await asyncio.gather(*(refuses(each, secrets["evaluator-digits-tls"]) for each in of_etcd))
+        await asyncio.gather(*(shows(each, secrets) for each in ports))
+        manager.issue()
+        await asyncio.gather(*(shows(each, secrets) for each in ports))
+        # Everybody goes on, over old connections and new ones.
+        await publish("digits", DIGITS, cluster, secrets["operator-ada-tls"])
+        assert await instances_with_load(cluster) == 1
+        for envoy in cluster.endpoints("envoy"):
+            await answered(f"https://{envoy}:8443", tls=callers)
+
+
+async def instances_with_load(cluster: Cluster) -> int:
+    """Return how many instances tell their load: Envoy asks a registry for it, which asks each instance."""
+    url = f"http://{cluster.endpoints('envoy')[0]}:9903/v1/apps/digits/instances?load=true"
+    async with aiohttp.ClientSession() as session, session.get(url) as response:
+        assert response.status == 200, await response.text()
+        return sum("load" in each for each in (await response.json())["instances"])
+
+
+@dataclass(frozen=True)
+class Port:
+    """A port for other pods, and the Secrets that its pod and a caller show there."""
+
+    ip: str
+    number: int
+    shows: str
+    takes: str
+
+
+CALLERS = {"grpc": "registry-tls", "operators": "envoy-tls", "client": "registry-tls", "peer": "etcd-tls"}
+"""The ports for other pods, and a Secret that lets a caller in."""
+
+
+def secured_ports(cluster: Cluster) -> list[Port]:
+    containers = Manifests([each for (kind, _), each in cluster.documents.items() if kind in WORKLOADS]).containers
+    return [
+        Port(pod.ip, number, secret_of(role_of(workload, container)), caller)
+        for workload, container in containers
+        for name, caller in CALLERS.items()
+        if workload.component != "envoy" and (number := container.number(name))
+        for pod in cluster.pods[workload.name]
+    ]
+
+
+def context(secret: Path | None) -> ssl.SSLContext:
+    """Return the context of a caller with the certificate in a Secret, or without one."""
+    found = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    found.check_hostname, found.verify_mode = False, ssl.CERT_NONE
+    if secret:
+        found.load_cert_chain(secret / "tls.crt", secret / "tls.key")
+    return found
+
+
+async def refuses(port: Port, secret: Path | None) -> None:
+    """Check that a port ends a connection with a certificate, or without one."""
+    async with asyncio.timeout(PATIENCE_S):
+        with suppress(OSError):
+            reader, writer = await asyncio.open_connection(port.ip, port.number, ssl=context(secret))
+            with closing(writer):
+                assert not await reader.read(), f"{port} answers"
+
+
+async def shows(port: Port, secrets: Secrets) -> None:
+    """Wait until a port shows the certificate that is in its Secret now."""
+    wanted = ssl.PEM_cert_to_DER_cert((secrets[port.shows] / "tls.crt").read_text())
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            _, writer = await asyncio.open_connection(port.ip, port.number, ssl=context(secrets[port.takes]))
+            with closing(writer):
+                if writer.get_extra_info("ssl_object").getpeercert(binary_form=True) == wanted:
+                    return
+            await asyncio.sleep(POLL_S)

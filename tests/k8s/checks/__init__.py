@@ -10,6 +10,8 @@ A file answers one question about the manifests:
 - ``drains``: do probes, hooks and grace periods let pods be replaced without losing requests?
 - ``scales``: how many pods run, and how many survive a node drain?
 - ``edge``: does Envoy's bootstrap fit the pod and the mesh?
+- ``secured``: is every connection between pods TLS, or none, and does each end know itself and the other?
+- ``certified``: does cert-manager make each Secret of TLS, with the names of the role whose it is?
 
 A message says what an operator can change: ``Deployment/gate: container 'gate' has no memory limit``.
 """
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from . import belongs, confined, drains, edge, finds, listens, outside, reaches, scales
+from . import belongs, certified, confined, drains, edge, finds, listens, outside, reaches, scales, secured
 from .model import Document, Manifests
 
 Rule = Callable[[Manifests], Iterator[str]]
@@ -33,6 +35,8 @@ RULES: tuple[Rule, ...] = (
     *drains.RULES,
     *scales.RULES,
     *edge.RULES,
+    *secured.RULES,
+    *certified.RULES,
 )
 
 

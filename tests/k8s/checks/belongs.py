@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from .model import COMPONENT, COMPONENTS, Document, Manifests, at, dict_at, title
 
 KINDS = (
+    "Certificate",
     "ConfigMap",
     "Deployment",
     "HorizontalPodAutoscaler",
+    "Issuer",
     "Namespace",
     "NetworkPolicy",
     "PodDisruptionBudget",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from .flags import PROGRAMS, value_of
-from .model import Container, Manifests, at, list_at, title
+from .model import Container, Document, Manifests, at, list_at, title
 
 PORTS = {
     "gate": {"listen": "grpc", "http": "http"},
@@ -40,8 +40,8 @@ def programs_listen_on_declared_ports(manifests: Manifests) -> Iterator[str]:
 def programs_may_listen_there(manifests: Manifests) -> Iterator[str]:
     """In plain text a program listens on loopback only, unless it is told otherwise."""
     for container, component in _programs(manifests):
-        if component in PROGRAMS and container.flag("insecure") is None:
-            yield f"{container} does not start without --insecure, as others reach its ports"
+        if component in PROGRAMS and container.flag("insecure") is None and container.flag("tls-cert") is None:
+            yield f"{container} does not start without --insecure or --tls-cert, as others reach its ports"
 
 
 def declared_ports_are_listened_on(manifests: Manifests) -> Iterator[str]:
@@ -89,9 +89,8 @@ def service_ports_are_listened_on(manifests: Manifests) -> Iterator[str]:
 
 def grpc_services_are_headless(manifests: Manifests) -> Iterator[str]:
     """A gRPC connection lasts: behind one address for all pods, a caller would stay with the first pod it met."""
-    for service in manifests.of("Service"):
-        grpc = any(each.component in PROGRAMS for each in manifests.behind(service))
-        if grpc and at(service, "spec", "clusterIP") != "None":
+    for service in grpc_services(manifests):
+        if at(service, "spec", "clusterIP") != "None":
             yield f"{title(service)}: should be headless, with clusterIP: None"
 
 
@@ -124,6 +123,13 @@ def stateful_pods_have_names(manifests: Manifests) -> Iterator[str]:
                 yield f"{workload}: Service {name} names its pods, and is not headless"
             elif not at(service, "spec", "publishNotReadyAddresses"):
                 yield f"{workload}: Service {name} names its pods, and needs publishNotReadyAddresses: true"
+
+
+def grpc_services(manifests: Manifests) -> Iterator[Document]:
+    """Yield the Services that lead to the mesh's own programs."""
+    for service in manifests.of("Service"):
+        if any(each.component in PROGRAMS for each in manifests.behind(service)):
+            yield service
 
 
 def split_host(manifests: Manifests, host: str) -> tuple[str | None, str] | None:
