@@ -136,12 +136,12 @@ async def serve(settings: RegistrySettings) -> None:
 def _operators_address(settings: RegistrySettings) -> str | None:
     """Return the address of the API for operators; None: that of the rest. Raises StartError.
 
-    Where nobody is asked who they are, only this machine reaches it, unless somebody wants more.
+    Where nobody is asked who they are, only this machine reaches it, unless somebody wants more. With TLS it takes the
+    certificates of operators and Envoys alone.
     """
     given = settings.listen_operators
-    if settings.operators:
+    if settings.operators or settings.tls:
         return given
-    # TLS proves who a process is, and makes nobody an operator.
     if given and not (settings.insecure or is_loopback(given)):
         raise StartError(
             f"--listen-operators {given} would let whoever reaches it publish: name the operators by --operators, "
@@ -202,7 +202,7 @@ _file = click.Path(path_type=Path)
     "--listen-operators",
     metavar="HOST:PORT",
     help="Address of the API for operators and their tools. Default: that of --listen; 127.0.0.1:50054 if "
-    "that is not loopback and there is no --operators.",
+    "that is not loopback, and there is neither --operators nor TLS.",
 )
 @click.option("--etcd-ca", type=_file, metavar="FILE", help="CA certificates to trust for etcd (PEM); enables TLS.")
 @click.option("--etcd-cert", type=_file, metavar="FILE", help="Client certificate for etcd (PEM); enables TLS.")

@@ -23,6 +23,8 @@ from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
 from atserving.cli import service
 from atserving.config import Release, release_key
 from atserving.follower import ConfigFollower
+from atserving.local import commands
+from atserving.local.authority import Authority
 from atserving.local.examples import ROOT
 from atserving.local.ports import free_ports
 from atserving.v1 import registry_pb2, registry_pb2_grpc
@@ -180,6 +182,16 @@ def test_operators_may_have_the_port_of_the_others(
     assert (line["port"] != line["operators_port"]) is apart
     warned = [each for each in registry.lines if "operators unknown" in each]
     assert bool(warned) is ("--operators" not in flags)
+
+
+def test_with_tls_operators_may_be_anywhere_without_consent_to_plain_text(tmp_path: Path, processes: Start) -> None:
+    certificate = commands.tls(Authority(tmp_path / "certs").issue("registry"))
+    listen = ["--listen", "0.0.0.0:0", "--listen-operators", "0.0.0.0:0"]
+    registry = Registry(tmp_path, ["127.0.0.1:1"], *listen, *certificate)
+    processes(registry)
+    registry.logged(event="service starting")
+    (warned,) = [each for each in registry.lines if "operators unknown" in each]
+    assert "an operator or an Envoy that reaches 0.0.0.0:0 may publish" in warned
 
 
 async def test_a_registry_waits_for_etcd_and_logs_it_once(tmp_path: Path, processes: Start) -> None:
