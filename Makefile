@@ -67,9 +67,10 @@ envoy: $(VENV)/installed  ## Generate envoy/envoy-tls.yaml from envoy/envoy.yaml
 CERTS ?= certs
 APPS ?= digits,digits-detect,digits-segment,digits-feature,digits-similar
 OPERATORS ?= local
+ETCD ?=
 .PHONY: certs
-certs: $(VENV)/installed  ## Make a test authority and a certificate for each role in CERTS (APPS=, OPERATORS=)
-	@$(BIN)/python -m atserving.local.authority $(CERTS) --apps '$(APPS)' --operators '$(OPERATORS)'
+certs: $(VENV)/installed  ## Make a test authority and a certificate for each role in CERTS (APPS=, OPERATORS=, ETCD=)
+	@$(BIN)/python -m atserving.local.authority $(CERTS) --apps '$(APPS)' --operators '$(OPERATORS)' --etcd '$(ETCD)'
 
 .PHONY: k8s-render
 k8s-render: $(VENV)/installed  ## Render the overlays and the example's evaluators into build/k8s/
@@ -79,6 +80,8 @@ k8s-render: $(VENV)/installed  ## Render the overlays and the example's evaluato
 	done
 	$(BIN)/atserving k8s evaluator digits v1 > build/k8s/digits-v1.yaml
 	$(BIN)/atserving k8s evaluator digits v1 --gpu > build/k8s/digits-v1-gpu.yaml
+	$(BIN)/atserving k8s evaluator digits v1 --tls > build/k8s/digits-v1-tls.yaml
+	$(BIN)/atserving k8s certificate evaluator/digits > build/k8s/digits-certificate.yaml
 
 .PHONY: k8s-test
 k8s-test: $(VENV)/installed  ## Run the playbook on the cluster that KUBECONFIG names (IMAGE_PREFIX=, IMAGE_TAG=)

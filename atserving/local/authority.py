@@ -98,13 +98,16 @@ class Authority:
         ca = b"".join(map(_pem, self._trusted))
         _replace(folder, {"tls.crt": _pem(cert), "tls.key": _pem_of(key), "ca.crt": ca})
 
-    def issue_all(self, apps: Iterable[str], operators: Iterable[str]) -> None:
-        """Issue a certificate for each role of a mesh on this machine, anew if there is one."""
+    def issue_all(self, apps: Iterable[str], operators: Iterable[str], etcd: Iterable[str] = ()) -> None:
+        """Issue a certificate for each role of a mesh, anew if there is one.
+
+        ``etcd`` are the names of etcd's members on other machines than this one.
+        """
         roles = [ENVOY, GATE, REGISTRY]
         roles += [f"{EVALUATOR}/{each}" for each in apps] + [f"{OPERATOR}/{each}" for each in operators]
         for role in roles:
             self.issue(role)
-        self.issue(ETCD, LOCAL)
+        self.issue(ETCD, [*LOCAL, *etcd])
 
     def files(self, role: str) -> TlsFiles:
         """Return the files of a role."""
@@ -192,11 +195,14 @@ def _names(context: click.Context, parameter: click.Parameter, value: str) -> li
 @click.option(
     "--operators", default="local", show_default=True, callback=_names, metavar="NAME,...", help="The operators."
 )
+@click.option("--etcd", default="", callback=_names, metavar="HOST,...", help="The members of etcd elsewhere.")
 @click.option("--domain", default=DEFAULT_DOMAIN, show_default=True, help="The domain of the names.")
 @click.option("--renew-authority", is_flag=True, help="Give the authority a new key; the old one stays trusted.")
-def main(folder: Path, apps: list[str], operators: list[str], domain: str, renew_authority: bool) -> None:
+def main(
+    folder: Path, apps: list[str], operators: list[str], etcd: list[str], domain: str, renew_authority: bool
+) -> None:
     authority = Authority(folder, domain=domain, renew=renew_authority)
-    authority.issue_all(apps, operators)
+    authority.issue_all(apps, operators, etcd)
     for path in sorted(folder.glob("*/tls.crt")):
         click.echo(path.parent)
 

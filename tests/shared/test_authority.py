@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cryptography import x509
+
 from atserving.local.authority import Authority
 from atserving.tls import EVALUATOR, GATE, Tls
 
@@ -45,6 +47,13 @@ def test_other_domains_and_wrong_names(tmp_path: Path) -> None:
     Tls(Authority(tmp_path, domain="mesh.example").files(GATE), GATE)
     done = run(tmp_path, "--apps", "a/b")
     assert (done.returncode, "'a/b' is no name" in done.stderr) == (2, True)
+
+
+def test_etcd_has_the_names_of_its_members(tmp_path: Path) -> None:
+    assert run(tmp_path, "--etcd", "etcd-0.etcd,etcd-1.etcd").returncode == 0
+    certificate = x509.load_pem_x509_certificate((tmp_path / "etcd" / "tls.crt").read_bytes())
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["etcd.atserving", "localhost", "etcd-0.etcd", "etcd-1.etcd"]
 
 
 def test_keys_are_for_their_user_alone(tmp_path: Path) -> None:
