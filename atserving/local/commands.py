@@ -60,6 +60,8 @@ def tls(files: TlsFiles) -> list[str]:
 def etcd_tls(files: TlsFiles, client: str) -> list[str]:
     """Return the flags of etcd for TLS. It takes certificates with the DNS name ``client`` alone."""
     paths = ["--cert-file", str(files.cert), "--key-file", str(files.key), "--trusted-ca-file", str(files.ca)]
+    # Its gateway would call it with its own certificate, again and again.
+    paths += ["--enable-grpc-gateway=false"]
     return [*paths, "--client-cert-auth", "--client-cert-allowed-hostname", client]
 
 
