@@ -279,7 +279,7 @@ def test_the_evaluator_runs_a_net(replay: Replay) -> None:
 def test_the_registry_serves(replay: Replay) -> None:
     with (
         replay.image("registry") as image,
-        image.popen("--etcd", "127.0.0.1:1", "--listen", "127.0.0.1:0") as process,
+        image.popen("--etcd", "127.0.0.1:1", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0") as process,
     ):
         try:
             assert process.stderr
