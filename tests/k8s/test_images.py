@@ -36,7 +36,11 @@ STAGES = read((ROOT / "Dockerfile").read_text())
 CONTEXT = Context(ROOT)
 IMAGES = ("gate", "registry", "evaluator", "evaluator-gpu")
 # Each file of pins: the Python that it is for, and the extras of setup.cfg that it must satisfy.
-PINS = {"core": ("3.11", []), "cpu": ("3.11", ["evaluator", "cpu"]), "gpu": ("3.12", ["evaluator", "gpu"])}
+PINS = {
+    "core": ("3.11", ["oidc", "signatures"]),
+    "cpu": ("3.11", ["evaluator", "cpu", "signatures"]),
+    "gpu": ("3.12", ["evaluator", "gpu", "signatures"]),
+}
 FILES = {"LICENSE", "README.md", "pyproject.toml", "setup.cfg"}
 FOLDERS = {"docker", "atserving", "evaluator", "gate", "k8s", "registry"}
 
