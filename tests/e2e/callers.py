@@ -65,6 +65,22 @@ def token(key: Any = OWN, algorithm: str = "RS256", kid: str = "own", **claims: 
     return jwt.encode(payload, key, algorithm=algorithm, headers={"kid": kid})
 
 
+def forged_with_the_public_key() -> str:
+    """As if a server took the algorithm from the token: signed with HMAC, and the public key as its secret."""
+    public = OWN.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    head, body = (
+        jwt.utils.base64url_encode(json.dumps(each).encode())
+        for each in (
+            {"alg": "HS256", "typ": "JWT", "kid": "own"},
+            {"iss": "https://id.example", "aud": "serving", "uid": 42, "exp": int(time.time()) + 600},
+        )
+    )
+    signed = jwt.utils.base64url_encode(
+        jwt.algorithms.HMACAlgorithm(jwt.algorithms.HMACAlgorithm.SHA256).sign(head + b"." + body, public)
+    )
+    return b".".join((head, body, signed)).decode()
+
+
 def qiniu(
     path: str,
     host: str,

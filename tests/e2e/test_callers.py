@@ -12,11 +12,9 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import aiohttp
-import jwt
 import pytest
 import pytest_asyncio
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
@@ -31,7 +29,6 @@ from tests.e2e.callers import (
     BYTES,
     CALLER_KEYS,
     JSON,
-    OWN,
     SECRET_KEY,
     SEVEN,
     TLS_ALONE,
@@ -42,6 +39,7 @@ from tests.e2e.callers import (
     Certificate,
     Edge,
     edge_for_all,
+    forged_with_the_public_key,
     qiniu,
     token,
 )
@@ -51,22 +49,6 @@ from tests.waiting import until, until_async
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 OTHER = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-
-
-def forged_with_the_public_key() -> str:
-    """As if a server took the algorithm from the token: signed with HMAC, and the public key as its secret."""
-    public = OWN.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    head, body = (
-        jwt.utils.base64url_encode(json.dumps(each).encode())
-        for each in (
-            {"alg": "HS256", "typ": "JWT", "kid": "own"},
-            {"iss": "https://id.example", "aud": "serving", "uid": 42, "exp": int(time.time()) + 600},
-        )
-    )
-    signed = jwt.utils.base64url_encode(
-        jwt.algorithms.HMACAlgorithm(jwt.algorithms.HMACAlgorithm.SHA256).sign(head + b"." + body, public)
-    )
-    return b".".join((head, body, signed)).decode()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
