@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from atserving.errors import PayloadTooLarge, ResourceExhausted, ServingError, Unavailable
 from atserving.held import HeldBytes
@@ -114,6 +115,12 @@ class _Batch:
             return task
         if self._is_full:
             return _too_large()
+        turns = self._dispatcher.turns
+        if not turns.is_free():
+            turn = asyncio.get_running_loop().create_future()
+            # Others of the app do not wait behind its batches.
+            turns.wait(f"{self._dispatcher.owner(task)}/", partial(_give, turn))
+            await turn
         self._running += 1
         try:
             answer = await self._dispatcher.eval(task, self._call)
@@ -154,6 +161,12 @@ class _Batch:
     def _wake(self) -> None:
         if self._waiting:
             self._waiting.popleft().set_result(None)
+
+
+def _give(turn: asyncio.Future[None]) -> None:
+    # The caller may have gone.
+    if not turn.done():
+        turn.set_result(None)
 
 
 def _holds_too_much() -> Unavailable:

@@ -31,6 +31,7 @@ from gate.limits import CallerLimits
 from gate.responses import Response
 from gate.router import Route, Router
 from gate.shadow import Shadows
+from gate.turns import Turns
 
 log = structlog.get_logger()
 
@@ -95,6 +96,12 @@ class Dispatcher:
         self._synced = synced
         self._requests = RequestLog("gate")
         self._limits = CallerLimits()
+        self.turns = Turns()
+        """The turns of apps, if the gate has more to do than it can at once."""
+
+    def owner(self, task: Task) -> str:
+        """Return whose turn a task waits for: its app's, or that of all requests for apps that do not exist."""
+        return task.app if self._router.has(task.app) else ""
 
     async def eval(self, task: Task, call: CallContext) -> EvalResult:
         """Return the result of a task, and log one line for it, unless it may try again. Raises a ServingError."""

@@ -68,6 +68,43 @@ def log_rejected(context: CallContext, error: ServingError) -> None:
     )
 
 
+def _begin(
+    dispatcher: Dispatcher,
+    task: Task,
+    call: Call,
+    context: CallContext,
+    answer: Callable[[EvalResult], None],
+    fail: Callable[[ServingError], None],
+) -> None:
+    """Evaluate the task of a call, at once or when it is its app's turn."""
+    turns = dispatcher.turns
+    if turns.is_free():
+        _run(call, context, dispatcher.eval(task, context), answer, fail)
+        return
+    owner = dispatcher.owner(task)
+    if turns.refuses(owner):
+        error = ResourceExhausted(f"too many requests to app {task.app[:80]!r} wait in this gate", retry_after_s=1.0)
+        log_rejected(context, error)
+        fail(error)
+        return
+    # The task goes with its caller.
+    kept = [task]
+    call.on_gone = kept.clear
+    turns.wait(owner, partial(_take_turn, dispatcher, kept, call, context, answer, fail))
+
+
+def _take_turn(
+    dispatcher: Dispatcher,
+    kept: list[Task],
+    call: Call,
+    context: CallContext,
+    answer: Callable[[EvalResult], None],
+    fail: Callable[[ServingError], None],
+) -> None:
+    if kept:
+        _run(call, context, dispatcher.eval(kept[0], context), answer, fail)
+
+
 def _run(
     call: Call,
     context: CallContext,
@@ -131,8 +168,8 @@ class ServingService:
         except ServingError as error:
             self._reject(call, context, error)
             return
-        work = self._dispatcher.eval(task, context)
-        _run(call, context, work, partial(self._answer, call, context), partial(_abort, call, context))
+        answer, fail = partial(self._answer, call, context), partial(_abort, call, context)
+        _begin(self._dispatcher, task, call, context, answer, fail)
 
     def _full(self, call: Call) -> None:
         self._reject(call, read_call(call, None, self._callers), _holds_too_much())
@@ -285,8 +322,7 @@ class EdgeService:
             log_rejected(context, error)
             reply(edge.write_error(error))
             return
-        work = self._dispatcher.eval(task, context)
-        _run(call, context, work, lambda result: reply(edge.write_answer(result)), _failing(reply))
+        _begin(self._dispatcher, task, call, context, lambda result: reply(edge.write_answer(result)), _failing(reply))
 
     def batch(self, call: Call) -> None:
         context = read_call(call, None, self._callers)

@@ -1,0 +1,91 @@
+"""Gives each app its turn while a gate has more requests than it can pass on in one step of its loop.
+
+A few requests of each step go at once, in the order of their arrival. The others wait, those of each app in a queue of
+their own, and the apps take turns: one request each. So an app that floods a gate waits for itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+AT_ONCE = 32
+"""How many requests one step passes on: about 2 ms of work."""
+
+MOST_WAITING = 1024
+"""How many requests of an app may wait. More are refused at once, which costs less."""
+
+
+class Turns:
+    """The requests that wait for their turn, by whose they are."""
+
+    def __init__(self, step: Callable[[], float] | None = None) -> None:
+        """``step`` returns another number in each step of the loop, such as the time at which the step began."""
+        self._loop = asyncio.get_running_loop()
+        # uvloop reads the clock once in a step.
+        self._step = step or self._loop.time
+        self._last = 0.0
+        self._count = 0
+        self._waiting: dict[str, deque[Callable[[], None]]] = {}
+        self._order: deque[str] = deque()
+        self._goes_on = False
+        self.waited = self.refused = 0
+        """How many requests have had to wait, and how many were too many to wait."""
+
+    def __len__(self) -> int:
+        """Return how many requests wait."""
+        return sum(map(len, self._waiting.values()))
+
+    def is_free(self) -> bool:
+        """Return whether a request may go at once, and count it."""
+        if self._order:
+            return False
+        step = self._step()
+        if step != self._last:
+            self._last, self._count = step, 0
+        self._count += 1
+        return self._count <= AT_ONCE
+
+    def refuses(self, owner: str) -> bool:
+        """Return whether as many requests of an owner wait as may, and count one that is refused for it."""
+        waiting = self._waiting.get(owner)
+        if waiting is None or len(waiting) < MOST_WAITING:
+            return False
+        self.refused += 1
+        return True
+
+    def wait(self, owner: str, begin: Callable[[], None]) -> None:
+        """Call ``begin`` when it is the owner's turn."""
+        self.waited += 1
+        waiting = self._waiting.get(owner)
+        if waiting is None:
+            waiting = self._waiting[owner] = deque()
+            self._order.append(owner)
+        waiting.append(begin)
+        self._go_on_soon()
+
+    def _go_on_soon(self) -> None:
+        if not self._goes_on:
+            self._goes_on = True
+            self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        """Begin some requests, one of each owner after another."""
+        self._goes_on = False
+        try:
+            for _ in range(AT_ONCE):
+                if not self._order:
+                    return
+                owner = self._order.popleft()
+                waiting = self._waiting[owner]
+                begin = waiting.popleft()
+                if waiting:
+                    self._order.append(owner)
+                else:
+                    del self._waiting[owner]
+                begin()
+        finally:
+            if self._order:
+                # What has arrived meanwhile finds its place first.
+                self._go_on_soon()

@@ -1,0 +1,193 @@
+"""Apps take turns while a gate has more requests than it passes on in one step, so a flood waits for itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc.aio
+import pytest
+from msgspec.structs import replace
+
+from atserving.config import Release, release_key
+from atserving.counting import MAX_REQUEST_BYTES
+from atserving.grpc_server import Server
+from atserving.transport import channel
+from atserving.v1 import serving_pb2
+from gate import turns
+from gate.admission import Caller
+from gate.batch import run_batch
+from gate.callers import Callers
+from gate.dispatch import CallContext
+from gate.server import ServingService
+from gate.turns import AT_ONCE, Turns
+from tests.gate.test_dispatch import Evaluator, Mesh, running_mesh, task
+from tests.shared.scripted_server import failure
+from tests.waiting import until
+
+FLOOD = 600
+
+
+@pytest.fixture
+async def mesh() -> AsyncIterator[Mesh]:
+    async with running_mesh() as mesh:
+        # All that comes is of one step, as in a gate that is never done.
+        mesh.dispatcher.turns = Turns(step=lambda: 1.0)
+        mesh.put(release_key("other", "v1"), Release(name="other", version="v1", file="file:///x", phase="production"))
+        yield mesh
+
+
+@pytest.fixture
+async def client(mesh: Mesh) -> AsyncIterator[grpc.aio.Channel]:
+    server = Server([], MAX_REQUEST_BYTES, mesh.held)
+    ServingService(mesh.dispatcher, 1000, mesh.held, Callers()).register(server)
+    port = await server.start("127.0.0.1:0")
+    async with channel(f"127.0.0.1:{port}") as client:
+        yield client
+    await server.stop(0)
+
+
+def asked(client: grpc.aio.Channel, app: str) -> asyncio.Future[bytes]:
+    request = serving_pb2.EvalRequest(app=app, data=[serving_pb2.Resource(body=b"image")])
+    call = client.unary_unary("/atserving.v1.ServingService/Eval", None, None)(request.SerializeToString())
+    return asyncio.ensure_future(call)
+
+
+async def test_apps_take_turns_one_request_each() -> None:
+    waiting, order = Turns(step=lambda: 1.0), ""
+    for _ in range(AT_ONCE):
+        assert waiting.is_free()
+
+    def begin(name: str) -> None:
+        nonlocal order
+        order += name
+
+    for name in "aaaabbc":
+        assert not waiting.is_free()
+        waiting.wait(name, lambda name=name: begin(name))  # type: ignore[misc] # the name of this turn
+    assert len(waiting) == 7
+    await until(lambda: not len(waiting))
+    assert order == "abcabaa"
+
+
+async def test_each_step_begins_only_some() -> None:
+    step = 1.0
+    waiting = Turns(step=lambda: step)
+    begun: list[int] = []
+    for number in range(3 * AT_ONCE):
+        waiting.wait("a", lambda number=number: begun.append(number))  # type: ignore[misc] # the number of this turn
+    await asyncio.sleep(0)
+    assert begun == list(range(AT_ONCE))
+    step = 2.0
+    assert not waiting.is_free(), "others came first"
+    await until(lambda: len(begun) == 3 * AT_ONCE)
+    assert [waiting.is_free() for _ in range(AT_ONCE + 1)] == [True] * AT_ONCE + [False]
+    step = 3.0
+    assert waiting.is_free(), "a new step"
+
+
+async def test_a_turn_that_fails_does_not_hold_up_the_others() -> None:
+    waiting, begun = Turns(step=lambda: 1.0), asyncio.Event()
+    told: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    waiting.wait("a", lambda: 1 // 0)  # type: ignore[arg-type] # it fails
+    waiting.wait("a", begun.set)
+    await begun.wait()
+    assert [type(each["exception"]) for each in told] == [ZeroDivisionError]
+
+
+async def test_a_request_passes_a_flood_for_another_app(mesh: Mesh, client: grpc.aio.Channel) -> None:
+    """All come over one connection, as from Envoy, and the flood is first."""
+    hold = asyncio.Event()
+    flooded = Evaluator("a", hold=hold)
+    before: list[int] = []
+    await mesh.add(flooded)
+    widen(mesh, 2 * FLOOD)
+    await mesh.add(Evaluator("b", on_request=lambda: before.append(in_flight(mesh, "app"))), app="other")
+    # The links are open.
+    await asked(client, "other")
+    before.clear()
+    flood = [asked(client, "app") for _ in range(FLOOD)]
+    await asked(client, "other")
+    # Some went at once, and some in each of the few steps until the evaluator has the request.
+    assert len(before) == 1
+    assert before[0] < FLOOD / 2
+    hold.set()
+    await asyncio.gather(*flood, return_exceptions=True)
+    assert len(mesh.dispatcher.turns) == 0
+
+
+def widen(mesh: Mesh, capacity: int) -> None:
+    """Let the only instance of the app take more requests."""
+    (endpoint,) = mesh.router._endpoints["app", "v1"].values()
+    mesh.put(endpoint.instance.key, replace(endpoint.instance, capacity=capacity))
+
+
+def in_flight(mesh: Mesh, app: str) -> int:
+    pool = mesh.router._endpoints[app, "v1"]
+    return sum(each.in_flight for each in pool.values())
+
+
+async def test_few_tasks_of_batches_begin_in_a_step(mesh: Mesh) -> None:
+    """The answers of all that run come at once, and all could go on in one step."""
+    hold = asyncio.Event()
+    evaluator = Evaluator("a", hold=hold)
+    await mesh.add(evaluator)
+    widen(mesh, 2 * FLOOD)
+    call = CallContext("batch", Caller())
+    batches = [asyncio.create_task(run_batch(mesh.dispatcher, [task()] * 100, call, 32, mesh.held)) for _ in range(16)]
+    (endpoint,) = mesh.router._endpoints["app", "v1"].values()
+    most = 0
+
+    async def watch() -> None:
+        nonlocal most
+        last = endpoint.requests
+        while True:
+            await asyncio.sleep(0)
+            most, last = max(most, endpoint.requests - last), endpoint.requests
+
+    watching = asyncio.create_task(watch())
+    await until(lambda: evaluator.in_flight == 16 * 32)
+    hold.set()
+    results = [each for batch in batches for each in await batch]
+    watching.cancel()
+    assert len(results) == 1600
+    assert not [each for each in results if isinstance(each, Exception)]
+    assert 0 < most <= AT_ONCE
+
+
+async def test_an_app_with_too_many_waiting_is_refused(
+    mesh: Mesh, client: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "MOST_WAITING", 10)
+    monkeypatch.setattr(turns, "AT_ONCE", 0)
+    flood = [asked(client, "app") for _ in range(10)]
+    await until(lambda: len(mesh.dispatcher.turns) == 10)
+    error = await failure(asked(client, "app"))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert error.details() == "too many requests to app 'app' wait in this gate"
+    assert dict(error.trailing_metadata())["retry-after"] == "1"
+    # Another app has its own places; those of apps that do not exist have theirs together.
+    others = [asked(client, name) for name in ("other", *(f"unknown-{number}" for number in range(10)))]
+    await until(lambda: len(mesh.dispatcher.turns) == 21)
+    assert "too many" in (await failure(asked(client, "unknown-10"))).details()
+    assert mesh.dispatcher.turns.refused == 2
+    monkeypatch.setattr(turns, "AT_ONCE", 32)
+    details = [(await failure(each)).details() for each in (*flood, *others)]
+    assert details[0] == details[9] == "no instance of app 'app' is ready"
+    assert details[11] == "unknown app 'unknown-0'"
+
+
+async def test_a_caller_who_leaves_takes_the_request_along(
+    mesh: Mesh, client: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "AT_ONCE", 0)
+    evaluator = Evaluator("a")
+    await mesh.add(evaluator)
+    leaving, staying = asked(client, "app"), asked(client, "app")
+    await until(lambda: len(mesh.dispatcher.turns) == 2)
+    leaving.cancel()
+    await until(lambda: mesh.held._calls == 1)
+    monkeypatch.setattr(turns, "AT_ONCE", 32)
+    await staying
+    assert len(evaluator.received) == 1
