@@ -27,6 +27,7 @@ from gate.callers import BEARER, QINIU, Callers, read_keys
 from gate.connection import EvaluatorConnection
 from gate.dispatch import Dispatcher
 from gate.metrics import Metrics
+from gate.rate_limit_service import RateLimitService
 from gate.reporting import report
 from gate.router import Router
 from gate.server import EdgeService, ServingService
@@ -57,6 +58,8 @@ class GateSettings:
     edge_key: Path | None = None
     caller_keys: Path | None = None
     tls: TlsFiles | None = None
+    rate_limit_service: str | None = None
+    rate_limit_timeout_s: float = 0.02
 
 
 async def serve(settings: GateSettings) -> None:
@@ -75,7 +78,10 @@ async def serve(settings: GateSettings) -> None:
         peers=[tls.uri(ENVOY)] if tls else None,
     )
     shadows = Shadows(router, held)
-    dispatcher = Dispatcher(router, follower.synced, shadows)
+    rate_limits: RateLimitService | None = None
+    if settings.rate_limit_service:
+        rate_limits = RateLimitService(settings.rate_limit_service, settings.rate_limit_timeout_s)
+    dispatcher = Dispatcher(router, follower.synced, shadows, rate_limits)
     keys = CallerKeys(settings.caller_keys) if settings.caller_keys else None
     if keys and not (settings.edge_key or tls):
         raise StartError("--caller-keys needs --edge-key or TLS: else anybody could ask a gate who a caller is")
@@ -89,12 +95,15 @@ async def serve(settings: GateSettings) -> None:
     tending = asyncio.create_task(_tend(router))
     reporting = asyncio.create_task(report(settings.registries, shadows, tls))
     ready = False
-    ops = OpsServer(settings.http, {"/metrics": Metrics(shadows, tls).expose}, lambda: server.is_serving)
+    metrics = Metrics(shadows, dispatcher.turns, rate_limits, tls)
+    ops = OpsServer(settings.http, {"/metrics": metrics.expose}, lambda: server.is_serving)
     try:
         await ops.start()
         port = await server.start(settings.listen, insecure=settings.insecure, tls=tls)
         if not await lifecycle.unless_stopped(_wait_synced(follower, settings.wait_s), stop, following):
             return
+        if rate_limits:
+            await rate_limits.check()
         await server.set_serving(True)
         ready = True
         log.info("service ready", port=port, http_port=ops.port)
@@ -107,6 +116,8 @@ async def serve(settings: GateSettings) -> None:
         await server.stop(settings.grace_s)
         await lifecycle.end([following, tending, reporting])
         await ops.stop()
+        if rate_limits:
+            await rate_limits.close()
         if ready:
             log.info("service stopped")
 
@@ -164,6 +175,20 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
     help="The keys of callers who sign requests as for Qiniu, if Envoy asks for them; needs --edge-key or TLS.",
 )
 @service.tls_options
+@click.option(
+    "--rate-limit-service",
+    callback=service.host_and_port,
+    metavar="HOST:PORT",
+    help="A service of Envoy's rate limit protocol, which counts what callers ask over all gates.",
+)
+@click.option(
+    "--rate-limit-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=0.02,
+    show_default=True,
+    metavar="SECONDS",
+    help="Seconds that a request waits for it; after that the gate's own limits decide.",
+)
 @service.hold_option
 @service.cache_option
 @service.log_level_option
@@ -180,6 +205,8 @@ def main(
     edge_key: Path | None,
     caller_keys: Path | None,
     tls: TlsFiles | None,
+    rate_limit_service: str | None,
+    rate_limit_timeout: float,
     hold_deletions: float,
     config_cache: Path | None,
     log_level: str,
@@ -201,6 +228,8 @@ def main(
         edge_key=edge_key,
         caller_keys=caller_keys,
         tls=tls,
+        rate_limit_service=rate_limit_service,
+        rate_limit_timeout_s=rate_limit_timeout,
     )
     lifecycle.run(serve(settings))
 

@@ -27,7 +27,8 @@ from gate.attempts import Attempts
 from gate.bodies import Body
 from gate.connection import EvaluatorConnection
 from gate.endpoint import Kind
-from gate.limits import CallerLimits
+from gate.limits import CallerLimits, Limits, Use
+from gate.rate_limit_service import RateLimitService
 from gate.responses import Response
 from gate.router import Route, Router
 from gate.shadow import Shadows
@@ -89,13 +90,23 @@ class EvalResult:
 class Dispatcher:
     """Evaluates tasks on the instances of the router."""
 
-    def __init__(self, router: Router[EvaluatorConnection], synced: asyncio.Event, shadows: Shadows) -> None:
-        """``synced`` is set once the router has a config; before that, tasks wait for it."""
+    def __init__(
+        self,
+        router: Router[EvaluatorConnection],
+        synced: asyncio.Event,
+        shadows: Shadows,
+        rate_limits: RateLimitService | None = None,
+    ) -> None:
+        """``synced`` is set once the router has a config; before that, tasks wait for it.
+
+        ``rate_limits`` counts over all gates.
+        """
         self._router = router
         self._shadows = shadows
         self._synced = synced
         self._requests = RequestLog("gate")
         self._limits = CallerLimits()
+        self._rate_limits = rate_limits
         self.turns = Turns()
         """The turns of apps, if the gate has more to do than it can at once."""
 
@@ -150,13 +161,15 @@ class Dispatcher:
         if call.deadline is not None:
             deadline = min(deadline, call.deadline)
         limits = route.limits
-        use = self._limits.enter(route.app, call.caller.uid, limits, task.size) if limits else None
+        use = await self._enter(task, call, limits) if limits else None
         try:
             result = EvalResult(*await Attempts(self._router, task, call, route, kind, key, deadline).run())
         except ResourceExhausted:
             if use and limits and call.batched:
                 # The batch tries again.
                 self._limits.refund(use, limits, task.size)
+                if self._rate_limits:
+                    self._rate_limits.give_back(limits, use, task.size)
             raise
         except TimeoutError as late:
             after_s = round(time.monotonic() - call.started, 3)
@@ -169,6 +182,18 @@ class Dispatcher:
         if route.shadow:
             self._shadows.consider(task, call, route, kind.fetches, result, time.monotonic() - began_s)
         return result
+
+    async def _enter(self, task: Task, call: CallContext, limits: Limits) -> Use:
+        """Count a request in flight, here and at the rate limit service. Raises ResourceExhausted."""
+        use = self._limits.enter(task.app, call.caller.uid, limits, task.size)
+        if self._rate_limits:
+            try:
+                await self._rate_limits.count(task.app, call.caller.uid, limits, use, task.size)
+            except BaseException:
+                # It costs this gate's own limit, so a flood asks the service no more often than the limit allows.
+                use.in_flight -= 1
+                raise
+        return use
 
     async def _wait_synced(self, call: CallContext) -> None:
         """Wait for the first config, which a restarted gate has within milliseconds. Raises Unavailable.

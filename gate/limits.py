@@ -1,6 +1,7 @@
 """How much each caller may ask of an app: requests a second, requests in flight, and bytes a minute.
 
-The counts are those of this gate. Callers without an identity count as one.
+The counts are those of this gate; ``gate.rate_limit_service`` counts over all gates. Callers without an identity count
+as one.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from atserving.config import AppMetadata
@@ -36,6 +38,17 @@ class Limits(NamedTuple):
         return found if any(found) else None
 
 
+@dataclass(slots=True)
+class Window:
+    """The present window of one limit at a rate limit service, as far as this gate knows it."""
+
+    ends_s: float = 0.0
+    full_until_s: float = 0.0
+    """The service has refused a request, and would refuse others until then."""
+    unused: int = 0
+    """What the service has counted for requests that are tried again."""
+
+
 class Use:
     """The use that one caller makes of one app.
 
@@ -43,11 +56,17 @@ class Use:
     taken is paid, and lets it be ahead by what may come at once.
     """
 
-    __slots__ = ("bytes_paid_s", "in_flight", "requests_paid_s")
+    __slots__ = ("bytes_paid_s", "in_flight", "limits", "requests_paid_s", "windows")
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.in_flight = 0
+        self.begin(limits)
+
+    def begin(self, limits: Limits) -> None:
+        """Follow these limits, and forget what is owed by others."""
+        self.limits = limits
         self.requests_paid_s = self.bytes_paid_s = 0.0
+        self.windows: dict[str, Window] | None = None
 
 
 class CallerLimits:
@@ -69,7 +88,9 @@ class CallerLimits:
         """
         use = self._uses.get((app, uid))
         if use is None:
-            use = self._uses[app, uid] = self._new()
+            use = self._uses[app, uid] = self._new(limits)
+        elif use.limits != limits:
+            use.begin(limits)
         now_s = self._clock()
         if limits.in_flight and use.in_flight >= limits.in_flight:
             message = f"this caller has {use.in_flight} requests to app {app!r} in flight, which is its limit"
@@ -99,7 +120,7 @@ class CallerLimits:
         if limits.bytes_per_minute:
             use.bytes_paid_s -= min(size() / limits.bytes_per_minute, 1.0) * _MINUTE_S
 
-    def _new(self) -> Use:
+    def _new(self, limits: Limits) -> Use:
         """Return a new use, after others were forgotten that are paid, if there are many."""
         if len(self._uses) >= self._most:
             now_s = self._clock()
@@ -110,7 +131,7 @@ class CallerLimits:
             }
             # So that this is rare, however many callers there are at a time.
             self._most = max(_FEW, 2 * len(self._uses))
-        return Use()
+        return Use(limits)
 
 
 def _paid(paid_s: float, now_s: float, cost_s: float, ahead_s: float) -> float:

@@ -1,4 +1,4 @@
-"""The metrics of a gate, in the Prometheus format: what it has found of shadowed versions, and its process."""
+"""The metrics of a gate, in the Prometheus format: shadowed versions, requests that wait, rate limits, its process."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from atserving.process_metrics import add_process
 from atserving.tls import Tls
+from gate.rate_limit_service import RateLimitService
 from gate.shadow import Shadows, upper_s
+from gate.turns import Turns
 
 # From 0.1 ms to 30 s, each 1.8 times the one before.
 _BOUNDS = {number: str(round(upper_s(number), 6)) for number in range(0, 133, 6)}
@@ -22,14 +24,45 @@ _LABELS = ("app", "version", "baseline")
 class Metrics(Collector):
     """The metrics of one gate; every name begins with ``atserving_gate_``."""
 
-    def __init__(self, shadows: Shadows, tls: Tls | None = None) -> None:
+    def __init__(
+        self,
+        shadows: Shadows,
+        turns: Turns,
+        rate_limits: RateLimitService | None = None,
+        tls: Tls | None = None,
+    ) -> None:
         self._shadows = shadows
+        self._turns = turns
+        self._rate_limits = rate_limits
         self._registry = CollectorRegistry()
         self._registry.register(self)
         add_process(self._registry, "atserving_gate", tls)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the comparisons, for a scrape."""
+        """Yield all but the metrics of the process, for a scrape."""
+        turns = CounterMetricFamily(
+            "atserving_gate_turns",
+            "Requests that had to wait until it was their app's turn, or that were too many to wait.",
+            labels=["outcome"],
+        )
+        turns.add_metric(["waited"], self._turns.waited)
+        turns.add_metric(["refused"], self._turns.refused)
+        yield turns
+        yield GaugeMetricFamily(
+            "atserving_gate_requests_waiting", "Requests that wait until it is their app's turn.", len(self._turns)
+        )
+        if self._rate_limits:
+            questions = CounterMetricFamily(
+                "atserving_gate_rate_limit_questions",
+                "Requests for which the rate limit service was asked, or was not, as it is away.",
+                labels=["outcome"],
+            )
+            for outcome in ("allowed", "refused", "failed", "skipped"):
+                questions.add_metric([outcome], self._rate_limits.asked[outcome])
+            yield questions
+        yield from self._comparisons()
+
+    def _comparisons(self) -> Iterator[Metric]:
         copies = CounterMetricFamily(
             "atserving_gate_shadow_copies",
             "Copies of requests to a version in staging, by how its answer compares with the caller's.",

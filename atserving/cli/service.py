@@ -61,7 +61,7 @@ def host_and_port(context: click.Context, parameter: click.Parameter, value: str
     """Check that an option is ``host:port``, for its callback."""
     if value is not None:
         host, _, port = value.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or "/" in host or not port.isdigit():
             raise click.BadParameter(f"{value!r} is not host:port", context, parameter)
     return value
 

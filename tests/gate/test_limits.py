@@ -68,6 +68,12 @@ def test_no_more_comes_in_any_time_than_the_rate_allows(clock: Clock) -> None:
     assert 7 * 50 <= let_in <= 7 * 51
 
 
+def test_a_higher_limit_counts_at_once(clock: Clock) -> None:
+    callers = CallerLimits(clock)
+    assert taken(callers, Limits(0.001), 2) == 1
+    assert taken(callers, Limits(10), 20) == 10
+
+
 def test_a_refusal_says_when_to_come_again(clock: Clock) -> None:
     callers = CallerLimits(clock)
     assert taken(callers, Limits(4), 4) == 4

@@ -36,7 +36,7 @@ def samples(metrics: Metrics, accept: str = "") -> dict[tuple[str, ...], float]:
 @pytest.mark.parametrize("accept", ["", OPENMETRICS])
 async def test_comparisons_are_metrics(accept: str) -> None:
     async with running_mesh() as mesh:
-        metrics = Metrics(mesh.shadows)
+        metrics = Metrics(mesh.shadows, mesh.dispatcher.turns)
         assert samples(metrics, accept) == {}
         await mesh.add(Evaluator("a"))
         copies = Evaluator("a")
