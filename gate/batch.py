@@ -119,7 +119,7 @@ class _Batch:
         if not turns.is_free():
             turn = asyncio.get_running_loop().create_future()
             # Others of the app do not wait behind its batches.
-            turns.wait(f"{self._dispatcher.owner(task)}/", partial(_give, turn))
+            turns.wait(f"{self._dispatcher.owner(task, self._call)}/", partial(_give, turn))
             await turn
         self._running += 1
         try:

@@ -110,9 +110,12 @@ class Dispatcher:
         self.turns = Turns()
         """The turns of apps, if the gate has more to do than it can at once."""
 
-    def owner(self, task: Task) -> str:
-        """Return whose turn a task waits for: its app's, or that of all requests for apps that do not exist."""
-        return task.app if self._router.has(task.app) else ""
+    def owner(self, task: Task, call: CallContext) -> str:
+        """Return whose turn a task waits for: its app's, or that of all that will be refused, for any app."""
+        try:
+            return self._admit(task, call).app
+        except ServingError:
+            return ""
 
     async def eval(self, task: Task, call: CallContext) -> EvalResult:
         """Return the result of a task, and log one line for it, unless it may try again. Raises a ServingError."""

@@ -225,10 +225,6 @@ class Router(Generic[ConnectionT]):
             split = self._splits[app] = Split(app, weights)
         return split
 
-    def has(self, app: str) -> bool:
-        """Return whether an app exists."""
-        return app in self._releases
-
     def digest(self, app: str, version: str) -> str:
         """Return the digest of a version's content; empty for an unknown version."""
         release = self._releases.get(app, {}).get(version)

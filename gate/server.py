@@ -81,7 +81,7 @@ def _begin(
     if turns.is_free():
         _run(call, context, dispatcher.eval(task, context), answer, fail)
         return
-    owner = dispatcher.owner(task)
+    owner = dispatcher.owner(task, context)
     if turns.refuses(owner):
         error = ResourceExhausted(f"too many requests to app {task.app[:80]!r} wait in this gate", retry_after_s=1.0)
         log_rejected(context, error)

@@ -9,7 +9,7 @@ import grpc.aio
 import pytest
 from msgspec.structs import replace
 
-from atserving.config import Release, release_key
+from atserving.config import AppMetadata, Release, release_key
 from atserving.counting import MAX_REQUEST_BYTES
 from atserving.grpc_server import Server
 from atserving.transport import channel
@@ -20,7 +20,7 @@ from gate.batch import run_batch
 from gate.callers import Callers
 from gate.dispatch import CallContext
 from gate.server import ServingService
-from gate.turns import AT_ONCE, Turns
+from gate.turns import AT_ONCE, NEXT, Turns
 from tests.gate.test_dispatch import Evaluator, Mesh, running_mesh, task
 from tests.shared.scripted_server import failure
 from tests.waiting import until
@@ -77,7 +77,7 @@ async def test_each_step_begins_only_some() -> None:
     for number in range(3 * AT_ONCE):
         waiting.wait("a", lambda number=number: begun.append(number))  # type: ignore[misc] # the number of this turn
     await asyncio.sleep(0)
-    assert begun == list(range(AT_ONCE))
+    assert begun == list(range(NEXT))
     step = 2.0
     assert not waiting.is_free(), "others came first"
     await until(lambda: len(begun) == 3 * AT_ONCE)
@@ -161,33 +161,39 @@ async def test_an_app_with_too_many_waiting_is_refused(
 ) -> None:
     monkeypatch.setattr(turns, "MOST_WAITING", 10)
     monkeypatch.setattr(turns, "AT_ONCE", 0)
+    monkeypatch.setattr(turns, "NEXT", 0)
     flood = [asked(client, "app") for _ in range(10)]
     await until(lambda: len(mesh.dispatcher.turns) == 10)
     error = await failure(asked(client, "app"))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert error.details() == "too many requests to app 'app' wait in this gate"
     assert dict(error.trailing_metadata())["retry-after"] == "1"
-    # Another app has its own places; those of apps that do not exist have theirs together.
-    others = [asked(client, name) for name in ("other", *(f"unknown-{number}" for number in range(10)))]
+    # Another app has its own places; what will be refused in any case has places together.
+    mesh.put("/ava/serving/app/metadata/closed", AppMetadata(public=False))
+    mesh.put(release_key("closed", "v1"), Release(name="closed", version="v1", file="file:///x", phase="production"))
+    others = [asked(client, name) for name in ("other", "closed", *(f"unknown-{number}" for number in range(9)))]
     await until(lambda: len(mesh.dispatcher.turns) == 21)
-    assert "too many" in (await failure(asked(client, "unknown-10"))).details()
-    assert mesh.dispatcher.turns.refused == 2
-    monkeypatch.setattr(turns, "AT_ONCE", 32)
+    for name in ("unknown-9", "closed"):
+        assert "too many" in (await failure(asked(client, name))).details()
+    assert mesh.dispatcher.turns.refused == 3
+    monkeypatch.setattr(turns, "NEXT", NEXT)
     details = [(await failure(each)).details() for each in (*flood, *others)]
     assert details[0] == details[9] == "no instance of app 'app' is ready"
-    assert details[11] == "unknown app 'unknown-0'"
+    assert "'closed' is not public" in details[11]
+    assert details[12] == "unknown app 'unknown-0'"
 
 
 async def test_a_caller_who_leaves_takes_the_request_along(
     mesh: Mesh, client: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turns, "AT_ONCE", 0)
+    monkeypatch.setattr(turns, "NEXT", 0)
     evaluator = Evaluator("a")
     await mesh.add(evaluator)
     leaving, staying = asked(client, "app"), asked(client, "app")
     await until(lambda: len(mesh.dispatcher.turns) == 2)
     leaving.cancel()
     await until(lambda: mesh.held._calls == 1)
-    monkeypatch.setattr(turns, "AT_ONCE", 32)
+    monkeypatch.setattr(turns, "NEXT", NEXT)
     await staying
     assert len(evaluator.received) == 1
