@@ -113,6 +113,10 @@ bench-converter: $(VENV)/installed  ## Measure the converter: time, memory, and 
 bench-registry: $(VENV)/installed  ## Measure a registry and a gate of a large mesh (JSON=file)
 	$(BIN)/python -m bench.registry $(if $(JSON),--json $(JSON))
 
+.PHONY: bench-flood
+bench-flood: $(VENV)/installed  ## Measure what a flood for one app costs a lone caller of another, at a gate
+	$(BIN)/python -m bench.flood
+
 # ONLY="'*frozen*'": some scenarios. SCALE=0.5: shorter ones. POD_LIMITS=1: Envoy and gates at their pods' memory limits.
 # MARKDOWN=1: print the table of docs/reliability.md.
 RELIABILITY_FLAGS = $(if $(ONLY),--only $(ONLY)) $(if $(SCALE),--scale $(SCALE)) $(if $(POD_LIMITS),--pod-limits) \
