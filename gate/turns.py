@@ -23,13 +23,10 @@ MOST_WAITING = 1024
 class Turns:
     """The requests that wait for their turn, by whose they are."""
 
-    def __init__(self, step: Callable[[], float] | None = None) -> None:
-        """``step`` returns another number in each step of the loop, such as the time at which the step began."""
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        # uvloop reads the clock once in a step.
-        self._step = step or self._loop.time
-        self._last = 0.0
         self._count = 0
+        self._next_step = self._begin_step
         self._waiting: dict[str, deque[Callable[[], None]]] = {}
         self._order: deque[str] = deque()
         self._goes_on = False
@@ -44,11 +41,13 @@ class Turns:
         """Return whether a request may go at once, and count it."""
         if self._order:
             return False
-        step = self._step()
-        if step != self._last:
-            self._last, self._count = step, 0
+        if not self._count:
+            self._loop.call_soon(self._next_step)
         self._count += 1
         return self._count <= AT_ONCE
+
+    def _begin_step(self) -> None:
+        self._count = 0
 
     def refuses(self, owner: str) -> bool:
         """Return whether as many requests of an owner wait as may, and count one that is refused for it."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc.aio
 import pytest
@@ -21,18 +24,20 @@ from gate.callers import Callers
 from gate.dispatch import CallContext
 from gate.server import ServingService
 from gate.turns import AT_ONCE, NEXT, Turns
+from reliability.frames import DATA, HEADERS, frame, http2_headers, http2_start
 from tests.gate.test_dispatch import Evaluator, Mesh, running_mesh, task
-from tests.shared.scripted_server import failure
+from tests.processes import Gate, running_registry
+from tests.shared.scripted_server import count_frames, failure
 from tests.waiting import until
 
 FLOOD = 600
 
 
 @pytest.fixture
-async def mesh() -> AsyncIterator[Mesh]:
+async def mesh(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Mesh]:
+    # All have to wait, as in a gate that is never done.
+    monkeypatch.setattr(turns, "AT_ONCE", 0)
     async with running_mesh() as mesh:
-        # All that comes is of one step, as in a gate that is never done.
-        mesh.dispatcher.turns = Turns(step=lambda: 1.0)
         mesh.put(release_key("other", "v1"), Release(name="other", version="v1", file="file:///x", phase="production"))
         yield mesh
 
@@ -54,9 +59,8 @@ def asked(client: grpc.aio.Channel, app: str) -> asyncio.Future[bytes]:
 
 
 async def test_apps_take_turns_one_request_each() -> None:
-    waiting, order = Turns(step=lambda: 1.0), ""
-    for _ in range(AT_ONCE):
-        assert waiting.is_free()
+    waiting, order = Turns(), ""
+    assert [waiting.is_free() for _ in range(AT_ONCE + 1)] == [True] * AT_ONCE + [False]
 
     def begin(name: str) -> None:
         nonlocal order
@@ -71,23 +75,21 @@ async def test_apps_take_turns_one_request_each() -> None:
 
 
 async def test_each_step_begins_only_some() -> None:
-    step = 1.0
-    waiting = Turns(step=lambda: step)
+    waiting = Turns()
     begun: list[int] = []
     for number in range(3 * AT_ONCE):
         waiting.wait("a", lambda number=number: begun.append(number))  # type: ignore[misc] # the number of this turn
     await asyncio.sleep(0)
     assert begun == list(range(NEXT))
-    step = 2.0
     assert not waiting.is_free(), "others came first"
     await until(lambda: len(begun) == 3 * AT_ONCE)
-    assert [waiting.is_free() for _ in range(AT_ONCE + 1)] == [True] * AT_ONCE + [False]
-    step = 3.0
-    assert waiting.is_free(), "a new step"
+    for _ in range(2):
+        assert [waiting.is_free() for _ in range(AT_ONCE + 1)] == [True] * AT_ONCE + [False]
+        await asyncio.sleep(0)
 
 
 async def test_a_turn_that_fails_does_not_hold_up_the_others() -> None:
-    waiting, begun = Turns(step=lambda: 1.0), asyncio.Event()
+    waiting, begun = Turns(), asyncio.Event()
     told: list[dict[str, object]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
     waiting.wait("a", lambda: 1 // 0)  # type: ignore[arg-type] # it fails
@@ -128,6 +130,48 @@ def in_flight(mesh: Mesh, app: str) -> int:
     return sum(each.in_flight for each in pool.values())
 
 
+async def test_a_gate_that_has_fallen_behind_lets_apps_take_turns(tmp_path: Path) -> None:
+    """All requests lie ready when the process goes on, so it reads them in one step of its own loop."""
+    with running_registry(tmp_path) as registry:
+        for app in ("app", "other"):
+            registry.publish(app)
+        gate = Gate([registry.address])
+        try:
+            gate.start()
+            await asyncio.to_thread(gate.logged, event="service ready")
+            host, _, port = gate.address.partition(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(http2_start() + raw_request("app", 1))
+            await count_frames(reader, HEADERS, 1)
+            gate.freeze()
+            # So many fit into what the kernel keeps for it.
+            apps = ["app"] * 200 + ["other"]
+            writer.write(b"".join(raw_request(app, 3 + 2 * number) for number, app in enumerate(apps)))
+            await writer.drain()
+            gate.send(signal.SIGCONT)
+            await count_frames(reader, HEADERS, len(apps))
+            writer.close()
+            await until(lambda: len(finished(gate)) == len(apps) + 1)
+            order = finished(gate)
+        finally:
+            gate.kill()
+    # None has an instance, so each is at its end when it is its turn.
+    assert order.index("other") <= 2 * AT_ONCE
+
+
+def finished(gate: Gate) -> list[str]:
+    """Return the apps of the requests that a gate has finished, in order."""
+    return [json.loads(line)["app"] for line in gate.lines if "request finished" in line]
+
+
+def raw_request(app: str, stream: int) -> bytes:
+    """Return the frames of an eval."""
+    request = serving_pb2.EvalRequest(app=app, data=[serving_pb2.Resource(body=b"image")]).SerializeToString()
+    headers = http2_headers("/atserving.v1.ServingService/Eval", "application/grpc")
+    message = b"\0" + len(request).to_bytes(4) + request
+    return frame(HEADERS, 4, stream, headers) + frame(DATA, 1, stream, message)
+
+
 async def test_few_tasks_of_batches_begin_in_a_step(mesh: Mesh) -> None:
     """The answers of all that run come at once, and all could go on in one step."""
     hold = asyncio.Event()
@@ -160,7 +204,6 @@ async def test_an_app_with_too_many_waiting_is_refused(
     mesh: Mesh, client: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turns, "MOST_WAITING", 10)
-    monkeypatch.setattr(turns, "AT_ONCE", 0)
     monkeypatch.setattr(turns, "NEXT", 0)
     flood = [asked(client, "app") for _ in range(10)]
     await until(lambda: len(mesh.dispatcher.turns) == 10)
@@ -186,7 +229,6 @@ async def test_an_app_with_too_many_waiting_is_refused(
 async def test_a_caller_who_leaves_takes_the_request_along(
     mesh: Mesh, client: grpc.aio.Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns, "AT_ONCE", 0)
     monkeypatch.setattr(turns, "NEXT", 0)
     evaluator = Evaluator("a")
     await mesh.add(evaluator)
