@@ -60,7 +60,8 @@ class RateLimitService:
         """``timeout_s`` is how long a request waits for the answer."""
         self._address = address
         self._timeout_s = timeout_s
-        self._channel = channel(address)
+        # Servers in Go break off a connection with pings more often than once in five minutes.
+        self._channel = channel(address, pings=False)
         # Answers in bytes: grpc.aio would make None of a malformed one.
         self._should_limit = self._channel.unary_unary(METHOD, RateLimitRequest.SerializeToString, None)
         self._failures = 0
