@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 import orjson
@@ -229,6 +229,8 @@ class WorkerConfig(_Value, frozen=True, kw_only=True):
     """The hosts that requests may name: see :mod:`atserving.hosts`."""
     fetch_deny: tuple[str, ...] | None = None
     """Those that they may not."""
+    scripts: Literal["allow", "forbid"] | None = None
+    """Whether a release with a ``net.py`` may run."""
 
     def over(self, general: WorkerConfig) -> WorkerConfig:
         """Return this config, with the fields that it does not set taken from a more general one.
@@ -242,7 +244,12 @@ class WorkerConfig(_Value, frozen=True, kw_only=True):
 
 
 DEFAULT_WORKER = WorkerConfig(
-    timeout=timedelta(seconds=30), max_concurrent=64, delay4batch=timedelta(0), fetch_allow=("*",), fetch_deny=()
+    timeout=timedelta(seconds=30),
+    max_concurrent=64,
+    delay4batch=timedelta(0),
+    fetch_allow=("*",),
+    fetch_deny=(),
+    scripts="allow",
 )
 
 

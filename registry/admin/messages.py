@@ -206,6 +206,7 @@ def worker_to(state: AppState, version: str) -> admin_pb2.Worker:
         delay4batch=_duration(config.delay4batch),
         fetch_allow=_hosts(config.fetch_allow),
         fetch_deny=_hosts(config.fetch_deny),
+        scripts=config.scripts,
         warnings=_warnings(state, key),
     )
 
@@ -316,6 +317,8 @@ def worker_fields(message: admin_pb2.Worker) -> dict[str, Any]:
         fields["max_concurrent"] = message.max_concurrent
     for name in {"fetch_allow", "fetch_deny"} & given:
         fields[name] = list(getattr(message, name).hosts)
+    if message.HasField("scripts"):
+        fields["scripts"] = message.scripts
     return fields
 
 

@@ -50,6 +50,7 @@ def test_worker_settings_come_from_three_levels(cli: Cli) -> None:
         ["delay4batch", "0s", "built"],
         ["fetch_allow", '["*"]', "built"],
         ["fetch_deny", "[]", "built"],
+        ["scripts", "allow", "built"],
     ]
     cli("worker", "unset", cli.app, "v1")
     cli("worker", "unset", cli.app, "--field", "max_concurrent")
@@ -59,6 +60,7 @@ def test_worker_settings_come_from_three_levels(cli: Cli) -> None:
         ["delay4batch", "-"],
         ["fetch_allow", "-"],
         ["fetch_deny", "-"],
+        ["scripts", "-"],
     ]
     assert cli.run("worker", "unset", cli.app, "v1").status == 3
     cli("worker", "set", cli.app, "fetch_allow=*.example.com,10.0.0.0/8", "fetch_deny=")
@@ -68,6 +70,8 @@ def test_worker_settings_come_from_three_levels(cli: Cli) -> None:
     assert (wrong.status, "fetch_deny[1]: 10.0.0.1/8 has host bits set" in wrong.err) == (6, True)
     wrong = cli.run("worker", "set", cli.app, "max_concurrent=0")
     assert (wrong.status, "max_concurrent: " in wrong.err) == (6, True)
+    wrong = cli.run("worker", "set", cli.app, "scripts=never")
+    assert (wrong.status, "scripts: " in wrong.err) == (6, True)
     for arguments in (
         ["timeout=x"],
         ["max_concurrent=99999999999"],

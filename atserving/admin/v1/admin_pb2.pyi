@@ -542,6 +542,7 @@ class Worker(_message.Message):
     WARNINGS_FIELD_NUMBER: _builtins.int
     FETCH_ALLOW_FIELD_NUMBER: _builtins.int
     FETCH_DENY_FIELD_NUMBER: _builtins.int
+    SCRIPTS_FIELD_NUMBER: _builtins.int
     app: _builtins.str
     """Empty: the level of all apps."""
     version: _builtins.str
@@ -550,6 +551,8 @@ class Worker(_message.Message):
     """Empty if the level has no settings."""
     max_concurrent: _builtins.int
     """The most requests in flight of an instance, running and queued."""
+    scripts: _builtins.str
+    """"allow" or "forbid": whether a release with a net.py may run."""
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
         """The deadline of a request."""
@@ -582,14 +585,20 @@ class Worker(_message.Message):
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         fetch_allow: Global___Worker.Hosts | None = ...,
         fetch_deny: Global___Worker.Hosts | None = ...,
+        scripts: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_concurrent", b"_max_concurrent", "delay4batch", b"delay4batch", "fetch_allow", b"fetch_allow", "fetch_deny", b"fetch_deny", "max_concurrent", b"max_concurrent", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_concurrent", b"_max_concurrent", "_scripts", b"_scripts", "delay4batch", b"delay4batch", "fetch_allow", b"fetch_allow", "fetch_deny", b"fetch_deny", "max_concurrent", b"max_concurrent", "scripts", b"scripts", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_concurrent", b"_max_concurrent", "app", b"app", "delay4batch", b"delay4batch", "etag", b"etag", "fetch_allow", b"fetch_allow", "fetch_deny", b"fetch_deny", "max_concurrent", b"max_concurrent", "timeout", b"timeout", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_concurrent", b"_max_concurrent", "_scripts", b"_scripts", "app", b"app", "delay4batch", b"delay4batch", "etag", b"etag", "fetch_allow", b"fetch_allow", "fetch_deny", b"fetch_deny", "max_concurrent", b"max_concurrent", "scripts", b"scripts", "timeout", b"timeout", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_concurrent: _TypeAlias = _typing.Literal["max_concurrent"]  # noqa: Y015
     _WhichOneofArgType__max_concurrent: _TypeAlias = _typing.Literal["_max_concurrent", b"_max_concurrent"]  # noqa: Y015
+    _WhichOneofReturnType__scripts: _TypeAlias = _typing.Literal["scripts"]  # noqa: Y015
+    _WhichOneofArgType__scripts: _TypeAlias = _typing.Literal["_scripts", b"_scripts"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_concurrent) -> _WhichOneofReturnType__max_concurrent | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scripts) -> _WhichOneofReturnType__scripts | None: ...
 
 Global___Worker: _TypeAlias = Worker  # noqa: Y015
 
@@ -1673,7 +1682,7 @@ class UpdateWorkerRequest(_message.Message):
     def worker(self) -> Global___Worker: ...
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """`timeout`, `max_concurrent`, `delay4batch`, `fetch_allow`, `fetch_deny`. Empty: those that `worker` sets."""
+        """`timeout`, `max_concurrent`, `delay4batch`, `fetch_allow`, `fetch_deny`, `scripts`. Empty: those that `worker` sets."""
 
     def __init__(
         self,

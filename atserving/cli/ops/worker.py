@@ -30,10 +30,11 @@ _FIELDS: dict[str, settings.Parse] = {
     "delay4batch": _duration,
     "fetch_allow": _hosts,
     "fetch_deny": _hosts,
+    "scripts": str,
 }
 
 
-@click.group(help="Show and set the timeout, capacity, batching delay and fetched hosts of instances.")
+@click.group(help="Show and set the timeout, capacity and hosts of instances, and whether scripts may run.")
 def worker() -> None:
     pass
 

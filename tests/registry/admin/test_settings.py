@@ -30,8 +30,8 @@ async def update_worker(operator: Operator, version: str = "", **fields: Any) ->
     request = admin_pb2.UpdateWorkerRequest(worker=admin_pb2.Worker(app=operator.app, version=version))
     worker = request.worker
     for name, value in fields.items():
-        if name == "max_concurrent":
-            worker.max_concurrent = value
+        if name in ("max_concurrent", "scripts"):
+            setattr(worker, name, value)
         elif name.startswith("fetch_"):
             getattr(worker, name).hosts.extend(value)
         else:
@@ -124,8 +124,12 @@ async def test_settings_merge_from_three_levels(operator: Operator) -> None:
     await operator.publish("v1")
     await update_worker(operator, timeout=2000, max_concurrent=32)
     await update_worker(operator, "v1", delay4batch=5)
+    await update_worker(operator, "v1", scripts="forbid")
     assert await stored(operator, worker_keys(operator.app, "v1")[1]) == {"timeout": "2s", "max_concurrent": 32}
-    assert await stored(operator, worker_keys(operator.app, "v1")[0]) == {"delay4batch": "5ms"}
+    assert await stored(operator, worker_keys(operator.app, "v1")[0]) == {
+        "delay4batch": "5ms",
+        "scripts": "forbid",
+    }
     request = admin_pb2.GetMergedWorkerRequest(app=operator.app, version="v1")
     merged = await operator.service.get_merged_worker(request, CONTEXT)
     assert {each.name: (each.value_json, each.level) for each in merged.settings} == {
@@ -134,6 +138,7 @@ async def test_settings_merge_from_three_levels(operator: Operator) -> None:
         "delay4batch": ('"0.005s"', MERGED.LEVEL_VERSION),
         "fetch_allow": ('["*"]', MERGED.LEVEL_BUILT_IN),
         "fetch_deny": ("[]", MERGED.LEVEL_BUILT_IN),
+        "scripts": ('"forbid"', MERGED.LEVEL_VERSION),
     }
     assert merged.settings[0].key == worker_keys(operator.app, "v1")[1]
 
