@@ -22,6 +22,8 @@ from atserving.tls import TlsFiles
 try:
     from evaluator.fetching.addresses import AllowedNetwork
     from evaluator.fetching.proxy import checked_url, read_proxy
+    from evaluator.sandbox.decision import Mode, SandboxSettings
+    from evaluator.sandbox.enter import protect_front
     from evaluator.serving.instance import InstanceSettings, run
 
     # The instance imports them when it needs them.
@@ -100,6 +102,13 @@ def _trusted(path: Path | None) -> TrustedKeys | None:
     return TrustedKeys(path) if path else None
 
 
+_network_option = click.option(
+    "--allow-script-network",
+    is_flag=True,
+    help="Give the network to a net.py whose model_params.network is true.",
+)
+
+
 @click.command(epilog="To try a release without a mesh: evaluator check RELEASE.TAR; see evaluator check --help.")
 @click.option("--app", required=True, callback=_name, help="The app to serve.")
 @click.option("--version", required=True, callback=_name, help="Its version.")
@@ -167,6 +176,44 @@ def _trusted(path: Path | None) -> TrustedKeys | None:
 )
 @service.trusted_keys_option
 @service.tls_options
+@click.option(
+    "--local-files",
+    "local_files",
+    multiple=True,
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    metavar="DIR",
+    help="A folder whose files a release may name by file://; repeatable. The default is all folders.",
+)
+@click.option(
+    "--sandbox",
+    type=click.Choice([each.value for each in Mode]),
+    default=Mode.AUTO.value,
+    show_default=True,
+    help="How a net is confined: as far as this host can; a net.py fully, or not at all; or without, to debug.",
+)
+@click.option(
+    "--scripts",
+    type=click.Choice(["allow", "forbid"]),
+    default="allow",
+    show_default=True,
+    help="Whether a release with a net.py may start.",
+)
+@_network_option
+@click.option(
+    "--script-processes",
+    type=click.IntRange(16),
+    default=SandboxSettings.processes,
+    metavar="N",
+    help="The most processes and threads of a net.py.  [default: 256, and 16 for each CPU]",
+)
+@click.option(
+    "--script-file",
+    type=click.IntRange(1),
+    default=SandboxSettings.file_bytes >> 20,
+    show_default=True,
+    metavar="MIB",
+    help="The most MiB of a file that a net.py writes.",
+)
 @service.cache_option
 @service.log_level_option
 def main(
@@ -189,6 +236,12 @@ def main(
     max_held: int,
     trusted_keys: Path | None,
     tls: TlsFiles | None,
+    local_files: tuple[Path, ...],
+    sandbox: str,
+    scripts: str,
+    allow_script_network: bool,
+    script_processes: int,
+    script_file: int,
     config_cache: Path | None,
     log_level: str,
 ) -> None:
@@ -196,6 +249,8 @@ def main(
     configure_logging("evaluator", log_level)
     if not proxy and (proxy_auth or no_proxies):
         raise click.UsageError("--proxy-auth and --no-proxy go with --proxy")
+    if sandbox != Mode.OFF:
+        protect_front()
     keys = _keys(qiniu) if qiniu else None
     settings = InstanceSettings(
         app=app,
@@ -216,6 +271,11 @@ def main(
         max_held_bytes=max_held << 20,
         trusted_keys=_trusted(trusted_keys),
         tls=tls,
+        local_files=local_files,
+        own_files=[each for each in (qiniu, proxy_auth, trusted_keys, config_cache, tls and tls.key) if each],
+        sandbox=SandboxSettings(
+            Mode(sandbox), allow_script_network, scripts == "allow", script_processes, script_file << 20
+        ),
     )
     lifecycle.run(run(settings))
 
@@ -245,6 +305,7 @@ def main(
     metavar="NAME=PATH",
     help="One of the release's custom_files; repeatable.",
 )
+@_network_option
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def check_release(
     tar: Path,
@@ -258,6 +319,7 @@ def check_release(
     params: Any,
     model_params: Any,
     custom_files: dict[str, str],
+    allow_script_network: bool,
     as_json: bool,
 ) -> None:
     """Check a release without a mesh: load it, run it on images, and report its results, speed and memory.
@@ -276,7 +338,7 @@ def check_release(
     values = (custom_values or {}) | ({"net": net} if net else {})
     fields = {"custom_values": values, "use_device": use_device, "image_width": image_width, "batch_size": batch_size}
     fields |= {"model_params": model_params or {}, "custom_files": custom_files}
-    report = asyncio.run(check.check(check.CheckOptions(tar, fields, images, group, params)))
+    report = asyncio.run(check.check(check.CheckOptions(tar, fields, images, group, params, allow_script_network)))
     click.echo(report.to_json() if as_json else report.to_text())
 
 

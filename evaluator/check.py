@@ -22,6 +22,7 @@ from atserving.config import MalformedConfig, Release, validate
 from atserving.errors import DeadlineExceeded, ServingError, StartError
 from atserving.v1 import evaluator_pb2, serving_pb2
 from evaluator.fetching.release import fetch_release
+from evaluator.sandbox.decision import SandboxSettings
 from evaluator.serving.supervisor import WorkerSupervisor
 from evaluator.serving.workspace import workspace
 from evaluator.worker.plan import Plan
@@ -40,6 +41,8 @@ class CheckOptions:
     images: Sequence[Path] = ()
     group: bool = False
     params: Any = None
+    network: bool = False
+    """Whether a script that asks for the network gets it."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ async def check(options: CheckOptions) -> Report:
         release = _release(options)
         began_s = time.perf_counter()
         config = await fetch_release(release, folder)
-        worker = WorkerSupervisor(config)
+        worker = WorkerSupervisor(config, sandbox=SandboxSettings(network=options.network))
         try:
             await worker.start()
             load_s = time.perf_counter() - began_s

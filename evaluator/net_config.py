@@ -32,7 +32,7 @@ class NetConfig:
     custom_values: Options = field(default_factory=lambda: Options("custom_values", {}))
     model_params: Options = field(default_factory=lambda: Options("model_params", {}))
     workspace: Path | None = None
-    """A folder of this instance alone; None for a net outside an instance, which writes no files."""
+    """A folder for the files of this instance's worker; None for a net outside an instance, which writes none."""
     image_width: int | None = None
     batch_size: int | None = None
     use_device: str = "CPU"

@@ -63,6 +63,7 @@ def _read_the_rest(config: NetConfig) -> None:
     assert config.limits
     for name in ("engines", "memory_mib"):
         config.model_params.optional_positive_int(name)
+    config.model_params.boolean("network", False)
     for name in ("script_timeout_s", "init_timeout_s"):
         config.model_params.positive_number(name, 1.0)
 

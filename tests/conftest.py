@@ -22,6 +22,7 @@ _SLOW = (
     "evaluator/images/test_hostile_images.py",
     "evaluator/nets/test_models.py",
     "evaluator/nets/test_served.py",
+    "evaluator/sandbox",
     "evaluator/serving/test_ops_http.py",
     "evaluator/serving/test_registration.py",
     "evaluator/serving/test_serving.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
@@ -24,6 +25,7 @@ MAX_FILE_BYTES = 4 << 30
 """The maximum size of a tar or a custom file."""
 
 _PART_BYTES = 1 << 20
+_KERNEL = ("/proc", "/sys", "/dev")
 _REQUIRED = ("deploy.prototxt", "weight.caffemodel")
 
 
@@ -42,9 +44,9 @@ async def fetch_release(
     field that names it. With ``copied``, local files are copied, too, so that what was checked is what is used. Raises
     StartError with one line for the operator.
     """
-    downloads, files = workspace / "downloads", workspace / "release"
-    downloads.mkdir()
-    files.mkdir()
+    downloads, files, scratch = workspace / "downloads", workspace / "release", workspace / "scratch"
+    for folder in (downloads, files, scratch):
+        folder.mkdir()
     tar = await _fetch(release.file, downloads / "release.tar", "file", qiniu, digests, proxy, copied)
     tar_files = await asyncio.to_thread(unpack, tar, files)
     if tar.is_relative_to(downloads):
@@ -62,7 +64,7 @@ async def fetch_release(
         custom_files=custom_files,
         custom_values=Options("custom_values", release.custom_values),
         model_params=Options("model_params", release.model_params),
-        workspace=workspace,
+        workspace=scratch,
         image_width=release.image_width,
         batch_size=release.batch_size,
         use_device=release.use_device,
@@ -79,6 +81,23 @@ def check_signature(release: Release, trusted: TrustedKeys | None) -> str:
         return trusted.signer(release)
     except Untrusted as error:
         raise StartError(f"{release.name} {release.version} may not run, see --trusted-keys: {error}") from None
+
+
+def check_local_files(release: Release, folders: Sequence[Path], own: Sequence[Path]) -> None:
+    """Raise StartError if a release names a local file that its net, which may show it to callers, must not have.
+
+    Such are the kernel's, the evaluator's ``own``, and those outside of ``folders``, if there are some.
+    """
+    uris = {"file": release.file, **{f"custom_files.{name}": uri for name, uri in release.custom_files.items()}}
+    for field, uri in uris.items():
+        bare, _ = _split_digest(uri, field)
+        if not bare.startswith("file://"):
+            continue
+        path = _local_path(bare, field).resolve()
+        if any(path.is_relative_to(folder) for folder in _KERNEL) or path in {each.resolve() for each in own}:
+            raise StartError(f"{field} {bare}: is no file for releases")
+        if folders and not any(path.is_relative_to(folder.resolve()) for folder in folders):
+            raise StartError(f"{field} {bare}: is in no folder of --local-files")
 
 
 async def _fetch(

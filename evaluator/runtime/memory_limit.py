@@ -15,10 +15,12 @@ from google.protobuf.message import DecodeError
 
 from atserving.errors import Unavailable
 from evaluator.net_config import NetConfig
-from evaluator.runtime import memory
+from evaluator.runtime import cpus, memory
 
 # With less than this to take, a worker answers nothing.
 _LEAST_BYTES = 64 << 20
+# The stacks of the threads that libraries make for each CPU while a net is loaded: mapped, and hardly taken.
+_STACKS_BYTES = 32 << 20
 _OWN = Path("/proc/self/status")
 _PROTOBUF_TEXT = "alloc failed"
 _ORT_TEXTS = ("Failed to allocate memory", "bad_alloc")
@@ -27,21 +29,36 @@ _ORT_TEXTS = ("Failed to allocate memory", "bad_alloc")
 def chosen_bytes(config: NetConfig, spare_bytes: int) -> float:
     """Return how much the process may take: ``model_params.memory_mib``, or its pod's limit less ``spare_bytes``.
 
-    From a small pod it gets half. Infinite if there is neither, and for a GPU, as CUDA maps far more memory than it
-    takes. Raises StartError.
+    From a small pod it gets half. If there is neither, a script gets what the machine has left, and a built-in net is
+    not bounded. Infinite for a GPU, too, as CUDA maps far more memory than it takes. Raises StartError.
     """
     chosen_mib = config.model_params.optional_positive_int("memory_mib")
-    if chosen_mib:
-        return chosen_mib << 20
-    limit = memory.limit_bytes() if config.use_device == "CPU" else math.inf
+    return chosen_mib << 20 if chosen_mib else _left_bytes(config, spare_bytes)
+
+
+def bound_load(config: NetConfig, spare_bytes: int) -> None:
+    """Let the load of a script map twice what the pod or the machine has left; ``memory_mib`` is for its requests.
+
+    Libraries map more than they take, while a net is loaded above all.
+    """
+    bound(2 * _left_bytes(config, spare_bytes) + _STACKS_BYTES * cpus.available(), for_good=True)
+
+
+def _left_bytes(config: NetConfig, spare_bytes: int) -> float:
+    if config.use_device != "CPU":
+        return math.inf
+    limit = memory.limit_bytes()
+    if config.script and math.isinf(limit):
+        return memory.available_bytes()
     return max(limit - spare_bytes, limit / 2)
 
 
-def bound(most_bytes: float) -> None:
+def bound(most_bytes: float, *, for_good: bool = False) -> None:
     """Let this process take up to ``most_bytes``. Call this when it has its threads and has loaded its net.
 
     The kernel counts what is mapped (RLIMIT_DATA), which is more than what is taken: stacks, for one. So the limit is
-    what is mapped now and what may still be taken. Files that are only read do not count.
+    what is mapped now and what may still be taken. Files that are only read do not count. ``for_good``: the process
+    can't lift the limit.
     """
     if math.isinf(most_bytes):
         return
@@ -49,7 +66,8 @@ def bound(most_bytes: float) -> None:
     mapped, taken = (int(sizes[name].split()[0]) * 1024 for name in ("VmData", "RssAnon"))
     most = mapped + max(int(most_bytes) - taken, _LEAST_BYTES)
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most if for_good else hard))
 
 
 def exhausted() -> Unavailable:

@@ -7,7 +7,7 @@ import hashlib
 import secrets
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,9 +28,10 @@ from atserving.v1 import evaluator_pb2
 from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
 from evaluator.fetching.host_rules import HostRules
 from evaluator.fetching.proxy import Proxy
-from evaluator.fetching.release import check_signature, fetch_release
+from evaluator.fetching.release import check_local_files, check_signature, fetch_release
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.net_config import NetConfig
+from evaluator.sandbox.decision import Sandbox, SandboxSettings
 from evaluator.serving.advertised import advertised_address
 from evaluator.serving.capacity import Capacity
 from evaluator.serving.link_server import LinkServer
@@ -82,6 +83,11 @@ class InstanceSettings:
     trusted_keys: TrustedKeys | None = None
     proxy: Proxy | None = None
     tls: TlsFiles | None = None
+    sandbox: SandboxSettings = field(default_factory=SandboxSettings)
+    local_files: Sequence[Path] = ()
+    """The folders that ``file://`` of a release may name; none: all."""
+    own_files: Sequence[Path] = ()
+    """Files of the evaluator itself, which no release may name."""
 
 
 async def run(settings: InstanceSettings) -> None:
@@ -123,6 +129,7 @@ class _Life:
         self._service.register(self._server)
         self._stop = lifecycle.stop_signal()
         self._digest = self._files = ""
+        self._worker_changed = asyncio.Event()
 
     async def run(self) -> None:
         settings = self._settings
@@ -154,6 +161,7 @@ class _Life:
         self._digest = release.digest
         signed_by = check_signature(release, self._settings.trusted_keys)
         self._log.info("release loading", http_port=http_port, **({"signed_by": signed_by} if signed_by else {}))
+        check_local_files(release, self._settings.local_files, self._settings.own_files)
         digests: dict[str, str] = {}
         config = await fetch_release(
             release, folder, self._settings.qiniu, digests, self._settings.proxy, copied=bool(signed_by)
@@ -161,7 +169,10 @@ class _Life:
         self._files = hashlib.sha256(orjson.dumps(digests, option=orjson.OPT_SORT_KEYS)).hexdigest()
         # Refuse wrong limits before the worker loads the net, which may take long.
         _check_held(config, self._settings.max_held_bytes)
-        worker = WorkerSupervisor(config, self._settings.max_held_bytes + _FRONT_BYTES)
+        self._check_scripts(config)
+        worker = WorkerSupervisor(config, self._settings.max_held_bytes + _FRONT_BYTES, self._settings.sandbox)
+        self._status.sandbox = worker.sandbox
+        _log_sandbox(self._log, worker.sandbox)
         stack.push_async_callback(worker.close)
         await worker.start()
         self._status.device, self._status.plan = config.use_device, worker.plan
@@ -201,6 +212,7 @@ class _Life:
             def apply(worker_config: WorkerConfig) -> None:
                 assert worker_config.max_concurrent is not None
                 assert worker_config.delay4batch is not None
+                self._worker_changed.set()
                 capacity.limit = worker_config.max_concurrent
                 assert worker_config.timeout is not None
                 worker.configure(
@@ -217,15 +229,30 @@ class _Life:
             # Not only with the next heartbeat: callers may need it.
             self._follower.instance_key, self._follower.on_unregistered = instance.key, registration.renew
             apply(self._follower.worker)
-            async with _background(registration.run()) as registering:
+            async with (
+                _background(registration.run()) as registering,
+                _background(self._until_forbidden(config)) as allowed,
+            ):
                 try:
                     async with _background(self._announce(registration.registered, instance)):
-                        await lifecycle.until_stopped(self._stop, working, registering, following)
+                        await lifecycle.until_stopped(self._stop, working, registering, following, allowed)
                 finally:
                     # Drain also after the worker failed for good, so that gates send callers elsewhere first.
                     self._follower.on_worker = lambda _: None
                     worker.configure(delay_s=0)
                     await self._drain(registration)
+
+    def _check_scripts(self, config: NetConfig) -> None:
+        """Raise StartError if the release is a script and the worker config forbids those."""
+        if config.script and self._follower.worker.scripts == "forbid":
+            raise StartError(f"the release has a net.py, and the worker config of {self._settings.app} forbids scripts")
+
+    async def _until_forbidden(self, config: NetConfig) -> None:
+        """Wait until the worker config forbids the script that runs. Raises StartError then."""
+        while True:
+            await self._worker_changed.wait()
+            self._worker_changed.clear()
+            self._check_scripts(config)
 
     def _loaded(self, config: NetConfig, worker: WorkerSupervisor) -> dict[str, Any]:
         return {"digest": self._digest, "files": self._files, "plan": _plan(config, worker)}
@@ -259,6 +286,14 @@ class _Life:
         self._listener.close()
         await asyncio.gather(self._server.stop(stop_s), self._links.stop(stop_s))
         self._log.info("service stopped")
+
+
+def _log_sandbox(logger: structlog.stdlib.BoundLogger, sandbox: Sandbox) -> None:
+    fields = {"mode": sandbox.mode, "network": sandbox.network, "holds": sandbox.holds}
+    if sandbox.missing:
+        logger.warning("sandbox incomplete", **fields, reason="; ".join(sandbox.missing))
+    else:
+        logger.info("sandbox ready", **fields)
 
 
 def _check_held(config: NetConfig, max_held_bytes: int) -> None:

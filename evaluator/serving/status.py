@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 import structlog
 
+from evaluator.sandbox.decision import Sandbox
 from evaluator.worker.plan import Plan
 
 log = structlog.get_logger()
@@ -40,6 +41,7 @@ class Status:
     address: str = ""
     device: str = ""
     plan: Plan | None = None
+    sandbox: Sandbox | None = None
     outdated: bool = False
     """Whether the release has other content now than the instance has loaded."""
     changed_s: float = field(default_factory=time.time)
@@ -76,6 +78,16 @@ class Status:
                 "device": self.device,
                 "outdated": self.outdated,
                 "plan": asdict(self.plan) if self.plan else None,
+                "sandbox": _sandbox(self.sandbox) if self.sandbox else None,
             },
             option=orjson.OPT_APPEND_NEWLINE,
         )
+
+
+def _sandbox(sandbox: Sandbox) -> dict[str, Any]:
+    return {
+        "mode": sandbox.mode,
+        "network": sandbox.network,
+        "holds": sandbox.holds,
+        "missing": sandbox.missing,
+    }

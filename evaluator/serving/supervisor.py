@@ -18,6 +18,8 @@ from atserving import lifecycle, link
 from atserving.errors import DeadlineExceeded, Internal, ServingError, StartError, Unavailable
 from atserving.v1 import evaluator_pb2
 from evaluator.net_config import NetConfig
+from evaluator.sandbox import decision
+from evaluator.sandbox.decision import SandboxSettings
 from evaluator.serving import blame, patience
 from evaluator.serving.calls import Outcome, SupervisedCall, Taker, either
 from evaluator.serving.patience import Patience, Standstill
@@ -56,11 +58,13 @@ class WorkerSupervisor:
        refuses new ones, so that gates ask other instances. Calls whose gate has no other stay.
     """
 
-    def __init__(self, config: NetConfig, spare_bytes: int = 0) -> None:
-        """Start nothing yet. Raises StartError if ``model_params`` are wrong.
+    def __init__(self, config: NetConfig, spare_bytes: int = 0, sandbox: SandboxSettings | None = None) -> None:
+        """Start nothing yet. Raises StartError if ``model_params`` are wrong, or a script may not run.
 
         The process leaves ``spare_bytes`` of the pod's memory to others.
         """
+        self.sandbox = decision.of_release(config, sandbox or SandboxSettings())
+        """What the process may do."""
         self._spare_bytes = spare_bytes
         self.plan = Plan(1, 0, 1)
         self.on_batch: Callable[[int], None] = lambda _: None
@@ -253,7 +257,7 @@ class WorkerSupervisor:
 
     async def _begin(self) -> WorkerProcess:
         self._progress.clear()
-        process = WorkerProcess(self._progress, self._take_reply, self._flush_soon)
+        process = WorkerProcess(self._progress, self._take_reply, self._flush_soon, self.sandbox)
         # A suspect runs alone, so its engine must not wait for a full batch.
         delay_s = 0 if self._suspects else self._delay_s
         start = {

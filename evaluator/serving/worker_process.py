@@ -14,13 +14,20 @@ from contextlib import suppress
 from typing import Any
 
 import orjson
+import structlog
 
 from atserving import link
 from atserving.errors import StartError
 from atserving.frame_protocol import FrameProtocol
+from evaluator.sandbox.decision import Sandbox
+from evaluator.serving.task_count import TaskCount
+from evaluator.serving.worker_output import WorkerOutput
 from evaluator.worker.progress import Progress
 
+log = structlog.get_logger()
+
 _SOCKET_BYTES = 4 << 20
+_COUNT_S = 0.1
 # The last frames of an ended worker arrive at once; its children may keep its end of the socket open.
 _LAST_FRAMES_S = 0.2
 
@@ -30,9 +37,14 @@ Replied = Callable[[link.Reply], None]
 class WorkerProcess(FrameProtocol):
     """A worker process. ``ended`` is done once the process has ended; it never restarts."""
 
-    def __init__(self, progress: Progress, replied: Replied, writable: Callable[[], None]) -> None:
+    def __init__(self, progress: Progress, replied: Replied, writable: Callable[[], None], sandbox: Sandbox) -> None:
         """Start nothing yet. ``replied`` is called with each reply, ``writable`` when the process reads again."""
         super().__init__()
+        self._sandbox = sandbox
+        self._count = TaskCount(sandbox.processes)
+        self._counting: asyncio.TimerHandle | None = None
+        self._killed_for = ""
+        self._output: WorkerOutput | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._progress = progress
         self._replied = replied
@@ -56,14 +68,21 @@ class WorkerProcess(FrameProtocol):
         ours, theirs = socket.socketpair()
         for each in (ours, theirs):
             each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
-        await asyncio.to_thread(self._spawn, [theirs.fileno(), self._progress.descriptor])
+        self._output = WorkerOutput()
+        try:
+            await asyncio.to_thread(self._spawn, [theirs.fileno(), self._progress.descriptor], self._output.end)
+        finally:
+            theirs.close()
+            os.close(self._output.end)
         assert self._popen
-        theirs.close()
+        self._output.follow()
         loop = asyncio.get_running_loop()
         ours.setblocking(False)
         await loop.create_unix_connection(lambda: self, sock=ours)
         self._pidfd = os.pidfd_open(self._popen.pid)
         loop.add_reader(self._pidfd, self._exited)
+        if self._sandbox.processes:
+            self._count_tasks()
         self.write([link.frame(link.START, orjson.dumps(start))])
         try:
             async with asyncio.timeout(timeout_s):
@@ -71,27 +90,44 @@ class WorkerProcess(FrameProtocol):
         except TimeoutError:
             raise StartError(f"net_init did not return within {timeout_s:g} s (model_params.init_timeout_s)") from None
 
-    def _spawn(self, descriptors: list[int]) -> None:
+    def _spawn(self, descriptors: list[int], output: int) -> None:
         tethered, self._tether = os.pipe()
+        policy = os.memfd_create("policy")
         try:
+            os.write(policy, orjson.dumps(self._sandbox.policy))
+            os.lseek(policy, 0, os.SEEK_SET)
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "evaluator.worker.main", *map(str, descriptors)],
+                [sys.executable, "-m", "evaluator.worker", *map(str, descriptors)],
                 pass_fds=[*descriptors, tethered],
-                stdin=subprocess.DEVNULL,
-                # The output of a script must not look like output of this process.
-                stdout=2,
+                stdin=policy,
+                env=self._sandbox.environment,
+                stdout=output,
+                stderr=output,
                 # A session of its own keeps the terminal's signals away, and lets one signal kill its children too.
                 start_new_session=True,
             )
             _kill_on_close(tethered, self._popen.pid)
         finally:
             os.close(tethered)
+            os.close(policy)
+
+    def _count_tasks(self) -> None:
+        """End the process if it has too many processes and threads. Repeat this until it has ended."""
+        if self._popen is None or self.ended.done():
+            return
+        if self._count.is_over(self._popen.pid):
+            self._killed_for = f"it has more than {self._sandbox.processes} processes and threads"
+            log.error("worker killed", reason=self._killed_for)
+            self.kill()
+            return
+        self._counting = asyncio.get_running_loop().call_later(_COUNT_S, self._count_tasks)
 
     async def _said(self) -> dict[str, Any]:
         ends: list[asyncio.Future[Any]] = [self._started, self.ended]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not self._started.done():
-            raise StartError("the net's process ended while the net was loaded")
+            why = f": {self._killed_for}" if self._killed_for else ""
+            raise StartError(f"the net's process ended while the net was loaded{why}")
         said = self._started.result()
         if error := said.get("error"):
             raise StartError(str(error))
@@ -142,7 +178,16 @@ class WorkerProcess(FrameProtocol):
 
     async def gone(self) -> int | None:
         """Wait for the end of a process that was killed or ends itself; return its status as subprocess does."""
-        return await asyncio.to_thread(self._popen.wait) if self._popen else None
+        return await asyncio.to_thread(self._wait, self._popen) if self._popen else None
+
+    @staticmethod
+    def _wait(popen: subprocess.Popen[bytes]) -> int:
+        status = popen.wait()
+        # The first process of a container is left with the children of a script whose parents have died.
+        with suppress(ChildProcessError):
+            while True:
+                os.waitpid(-popen.pid, 0)
+        return status
 
     def _kill_group(self) -> None:
         # Nobody else gets its id before it is waited for.
@@ -154,6 +199,10 @@ class WorkerProcess(FrameProtocol):
             self._tether = None
 
     def _end(self) -> None:
+        if self._output:
+            self._output.close()
+        if self._counting:
+            self._counting.cancel()
         if not self.ended.done():
             self.ended.set_result(None)
             if self.transport:

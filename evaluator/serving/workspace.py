@@ -9,6 +9,7 @@ import fcntl
 import os
 import shutil
 import stat
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -75,10 +76,18 @@ def _remove(folder: Path) -> None:
     with suppress(OSError):
         for each in os.scandir(folder):
             if each.is_dir(follow_symlinks=False):
-                shutil.rmtree(each.path, ignore_errors=True)
+                _remove_tree(each.path)
             elif each.name != _LOCK:
                 os.unlink(each.path)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_tree(folder: str) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except RecursionError:
+        # A script has nested folders deeper than Python follows them.
+        subprocess.run(["rm", "-rf", "--", folder], check=False)
 
 
 def _open_lock(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""The worker process, which runs a release's net: ``python -m evaluator.worker.main <socket> <progress memory>``.
+"""The worker process, which runs a release's net: ``python -m evaluator.worker <socket> <progress memory>``.
 
 Its main thread is an engine, and a script's only one. The plan may add threads to run batches or to prepare requests.
 When the front ends, the kernel kills the worker's process group, with all children of a script.
@@ -67,6 +67,8 @@ class Worker:
         config = NetConfig.from_cfg(start["cfg"])
         try:
             most_bytes = memory_limit.chosen_bytes(config, start["spare_bytes"])
+            if config.script:
+                memory_limit.bound_load(config, start["spare_bytes"])
             runner, plan = load(config, Plan(**start["plan"]) if start["plan"] else None)
         except StartError as error:
             self._send([link.frame(link.START, orjson.dumps({"error": str(error)}))])
@@ -90,7 +92,7 @@ class Worker:
             threading.Thread(target=self._read, args=(batcher,), name="reader", daemon=True).start()
         for number in range(1, plan.engines + plan.preparers):
             threading.Thread(target=self._work, args=(batcher, number, plan), daemon=True).start()
-        memory_limit.bound(most_bytes)
+        memory_limit.bound(most_bytes, for_good=bool(config.script))
         self._work(batcher, 0, plan)
 
     @staticmethod
@@ -334,7 +336,3 @@ def main() -> None:
     # The worker's threads use all CPUs; threads of OpenCV would compete with them.
     cv2.setNumThreads(1)
     Worker(connection, progress).run()
-
-
-if __name__ == "__main__":
-    main()

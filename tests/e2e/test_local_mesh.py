@@ -36,7 +36,8 @@ def marked(mark: str) -> list[int]:
     ("command", "line"), [("up", "Logs: "), ("up", "Waiting for instances of "), ("demo", "Ready after ")]
 )
 async def test_no_process_outlives_a_command_that_is_killed(command: str, line: str, tmp_path: Path) -> None:
-    mark = f"ATSERVING_TEST_MARK={secrets.token_hex(8)}"
+    # Workers inherit few variables.
+    mark = f"LC_TEST_MARK={secrets.token_hex(8)}"
     name, _, value = mark.partition("=")
     flags = ["--port", "0"] if command == "up" else ["--out", str(tmp_path / "drawn")]
     running = await asyncio.create_subprocess_exec(

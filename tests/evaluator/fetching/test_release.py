@@ -82,7 +82,7 @@ async def test_a_remote_tar_and_custom_files_are_downloaded(host: str, tar: Path
     cfg = local.to_cfg()
     assert set(cfg["tar_files"]) == set(MEMBERS)
     assert contents(cfg["custom_files"]) == {"tags": TAR, "more": TAR}
-    assert cfg["custom_values"] == {"threshold": 0.5, "workspace": str(workspace)}
+    assert cfg["custom_values"] == {"threshold": 0.5, "workspace": str(workspace / "scratch")}
     assert (cfg["image_width"], cfg["batch_size"], cfg["use_device"]) == (None, None, "CPU")
 
 

@@ -110,7 +110,7 @@ def instances(registry: Registry, tmp_path: Path) -> Iterator[Instances]:
     registry.publish("app", file=digits_tar(tmp_path / "release.tar", **{"net.py": script}), phase="production")
     gate = Gate([registry.address])
     with ExitStack() as stack:
-        a, b = (stack.enter_context(evaluator(registry, "app")) for _ in range(2))
+        a, b = (stack.enter_context(evaluator(registry, "app", "v1", "--sandbox=off")) for _ in range(2))
         gate.start()
         stack.callback(gate.kill)
         yield Instances(tmp_path, a, b, gate)

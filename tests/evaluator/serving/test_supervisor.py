@@ -365,16 +365,18 @@ def check_that_loads_forever(folder: Path, expression: str) -> Iterator[tuple[su
 
     ``cfg`` is a name in the expression.
     """
-    value = folder / "value"
     script = "import os, time\nfrom pathlib import Path\ndef net_init(cfg):\n"
-    script += (
-        f"    Path('{value}').write_text({expression})\n    time.sleep(1000)\ndef net_inference(model, args): ...\n"
-    )
+    script += f"    Path('value').write_text({expression})\n    time.sleep(1000)\ndef net_inference(model, args): ...\n"
     digits_tar(folder / "release.tar", **{"net.py": script.encode()})
     command = [sys.executable, "-m", "evaluator", "check", str(folder / "release.tar")]
-    with subprocess.Popen(bound_to_parent(command), cwd=ROOT, stderr=subprocess.DEVNULL) as check:
-        wait_for(lambda: value.exists() and value.read_text())
-        yield check, value.read_text()
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    with subprocess.Popen(bound_to_parent(command), cwd=ROOT, stderr=subprocess.DEVNULL, env=environment) as check:
+
+        def values() -> list[str]:
+            return [value for path in folder.glob("*/scratch/value") if (value := path.read_text())]
+
+        wait_for(values)
+        yield check, values()[0]
 
 
 def test_worker_that_still_loads_ends_with_its_evaluator(tmp_path: Path) -> None:

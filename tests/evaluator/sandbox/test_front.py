@@ -1,0 +1,143 @@
+"""A front stays whole beside a hostile net.py, and leaves nothing of it behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+import pytest
+
+from atserving.local import commands, proc
+from atserving.local.examples import ROOT
+from tests.evaluator.calling import ask, connected
+from tests.evaluator.sandbox.attacks import Hostile, hostile, publish, request
+from tests.processes import Process, Registry
+from tests.waiting import until
+
+
+async def status(process: Process) -> dict[str, Any]:
+    port = process.logged("http_port")["http_port"]
+    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/status") as response:
+        return dict(orjson.loads(await response.read()))
+
+
+SUBREAPER = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+async def test_front_that_is_the_first_process_is_left_with_no_dead_children(
+    registry: Registry, tmp_path: Path
+) -> None:
+    publish(registry, "orphans", tmp_path)
+    command = commands.evaluator(registry.address, "orphans", "v1")
+    process = Process([sys.executable, "-c", SUBREAPER, *command])
+    process.start()
+    try:
+        process.logged("address", app="orphans")
+        code = """
+        for _ in range(5):
+            if not os.fork():
+                if not os.fork(): time.sleep(1000)
+                os._exit(0)
+        os._exit(1)
+        """
+        async with connected(process) as connection:
+            await ask(connection, request(code))
+        assert await Hostile(process).run("found = 1") == {"found": 1}
+        await until(lambda: [each.state for each in proc.every_process() if each.parent == process.pid].count("Z") == 0)
+    finally:
+        process.kill()
+
+
+@pytest.fixture
+def workspaces() -> Iterator[Path]:
+    """A folder whose removal takes no Python: pytest would fail to remove deep ones."""
+    folder = Path(tempfile.mkdtemp())
+    yield folder
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+async def test_folders_of_a_script_that_are_very_deep_are_removed(
+    registry: Registry, tmp_path: Path, workspaces: Path
+) -> None:
+    publish(registry, "deep", tmp_path)
+    with hostile(registry, "deep", "--workspace", str(workspaces)) as one:
+        code = """
+        for _ in range(1200):
+            os.mkdir("x")
+            os.chdir("x")
+        os.chdir(os.environ["HOME"])
+        """
+        assert await one.run(code) == {"found": None}
+        one.process.terminate()
+        assert await asyncio.to_thread(one.process.wait) == 0
+    assert os.listdir(workspaces) == []
+
+
+async def test_script_that_prints_without_end_neither_floods_the_log_nor_stops_the_front(
+    registry: Registry, tmp_path: Path
+) -> None:
+    publish(registry, "loud", tmp_path)
+    with hostile(registry, "loud") as one:
+        code = """
+        os.truncate(2, 0) if os.path.isfile("/proc/self/fd/2") else None
+        os.write(2, b"part of a line ")
+        os.write(2, b"and its end\\n")
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            os.write(1, b"x" * 100 + b"\\n")
+        """
+        ran = asyncio.create_task(one.run(code))
+        while not ran.done():
+            # The front answers meanwhile.
+            await status(one.process)
+            await asyncio.sleep(0.05)
+        assert await ran == {"found": None}
+        text = one.process.log_text()
+        assert "\npart of a line and its end\n" in text
+        assert one.process.logged(event="service ready")
+        # A script is held up once the pipe is full.
+        assert len(text) < 20 << 20
+
+
+# Run a command, or read another process, as root without its rights: in a container, for example.
+WITHOUT_RIGHTS = """
+import os, sys
+from pathlib import Path
+from evaluator.sandbox import enter, system
+
+system.prctl(system.PR_SET_NO_NEW_PRIVS, 1)
+enter._drop_capabilities()
+if sys.argv[1].isdigit():
+    Path(f"/proc/{sys.argv[1]}/environ").read_bytes()
+else:
+    os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("mode", "readable"), [("auto", False), ("off", True)])
+def test_process_of_the_same_user_can_not_read_a_front(
+    registry: Registry, tmp_path: Path, mode: str, readable: bool
+) -> None:
+    publish(registry, f"read-{mode}", tmp_path)
+    front = commands.evaluator(registry.address, f"read-{mode}", "v1", f"--sandbox={mode}")
+    process = Process([sys.executable, "-c", WITHOUT_RIGHTS, *front])
+    process.start()
+    try:
+        process.logged("address", app=f"read-{mode}")
+        command = [sys.executable, "-c", WITHOUT_RIGHTS, str(process.pid)]
+        read = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (read.returncode == 0, "PermissionError" in read.stderr) == (readable, not readable)
+    finally:
+        process.kill()
