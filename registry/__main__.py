@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 import structlog
+from click.core import ParameterSource
 
 from atserving import lifecycle, rpc, telemetry
 from atserving.admin.v1 import admin_pb2
@@ -185,10 +186,27 @@ def _etcd_tls(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | Non
     return Tls(ca, cert, key)
 
 
-def _user(name: str | None, password: str | None) -> User | None:
+def _user(name: str | None, password: str | None, file: Path | None) -> User | None:
+    if password is not None and file is not None:
+        raise click.UsageError("ATSERVING_ETCD_PASSWORD and --etcd-password-file exclude each other")
+    if file:
+        try:
+            password = file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "is no text"
+            raise StartError(f"--etcd-password-file {file}: {reason}") from None
     if (name is None) != (password is None):
-        raise click.UsageError("--etcd-user and --etcd-password must be given together")
+        raise click.UsageError("--etcd-user and ATSERVING_ETCD_PASSWORD or --etcd-password-file go together")
     return User(name, password) if name is not None and password is not None else None
+
+
+def _only_by_variable(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if parameter.name and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE:
+        raise click.UsageError(
+            "a password among the flags is visible to everybody on this machine: use the variable "
+            "ATSERVING_ETCD_PASSWORD, or --etcd-password-file"
+        )
+    return value
 
 
 _file = click.Path(path_type=Path)
@@ -208,7 +226,14 @@ _file = click.Path(path_type=Path)
 @click.option("--etcd-cert", type=_file, metavar="FILE", help="Client certificate for etcd (PEM); enables TLS.")
 @click.option("--etcd-key", type=_file, metavar="FILE", help="Key of the client certificate (PEM).")
 @click.option("--etcd-user", metavar="NAME", help="User name for etcd.")
-@click.option("--etcd-password", metavar="TEXT", show_envvar=True, help="Password for etcd; prefer the variable.")
+@click.option(
+    "--etcd-password",
+    callback=_only_by_variable,
+    metavar="TEXT",
+    show_envvar=True,
+    help="Password for etcd, by the variable alone: everybody on the machine sees flags.",
+)
+@click.option("--etcd-password-file", type=_file, metavar="FILE", help="A file with the password for etcd.")
 @click.option(
     "--lease-ttl",
     type=_LeaseTtl(),
@@ -252,6 +277,7 @@ def main(
     etcd_key: Path | None,
     etcd_user: str | None,
     etcd_password: str | None,
+    etcd_password_file: Path | None,
     lease_ttl: int,
     history_entries: int,
     history_days: int,
@@ -273,7 +299,7 @@ def main(
         insecure=insecure,
         listen_operators=listen_operators,
         etcd_tls=_etcd_tls(etcd_ca, etcd_cert, etcd_key),
-        user=_user(etcd_user, etcd_password),
+        user=_user(etcd_user, etcd_password, etcd_password_file),
         lease_ttl_s=lease_ttl,
         hold_s=hold_deletions,
         history_entries=history_entries,

@@ -124,7 +124,12 @@ def test_help_names_every_flag(run: Callable[..., Ended]) -> None:
         (["--etcd", "h:1", "--lease-ttl", "soon"], "'soon' should be nanoseconds or a duration"),
         (["--etcd", "h:1", "--lease-ttl", "10ms"], "'10ms' should be whole seconds"),
         (["--etcd", "h:1", "--etcd-cert", "x.pem"], "--etcd-cert and --etcd-key must be given together"),
-        (["--etcd", "h:1", "--etcd-user", "x"], "--etcd-user and --etcd-password must be given together"),
+        (
+            ["--etcd", "h:1", "--etcd-user", "x"],
+            "ATSERVING_ETCD_PASSWORD or --etcd-password-file go together",
+        ),
+        (["--etcd", "h:1", "--etcd-user", "x", "--etcd-password", "y"], "is visible to everybody on this machine"),
+        (["--etcd", "h:1", "--etcd-user", "x", "--etcd-password-file", "/no/file"], "/no/file: No such file"),
         (["--etcd", "h:1", "--etcd-ca", "/no/such.pem"], "can't load /no/such.pem"),
         (["--etcd", "h:1", "--etcd-ca", "setup.cfg"], "can't load setup.cfg"),
     ],
@@ -305,7 +310,7 @@ async def test_a_follower_fails_over_between_registries(
     assert not deleted
 
 
-async def test_the_password_is_read_from_its_variable_and_never_logged(
+async def test_the_password_is_read_from_its_variable_or_file_and_never_logged(
     tmp_path: Path, etcd: Etcd, processes: Start
 ) -> None:
     enable_rights(etcd)
@@ -313,6 +318,11 @@ async def test_the_password_is_read_from_its_variable_and_never_logged(
     registry = Registry(tmp_path, [etcd.address], *flags, ATSERVING_ETCD_PASSWORD=USER.password)
     processes(registry)
     await until_async(lambda: serving(registry.address))
+    file = tmp_path / "password"
+    file.write_text(f"{USER.password}\n")
+    other = Registry(tmp_path, [etcd.address], *flags, "--etcd-password-file", str(file))
+    processes(other)
+    await until_async(lambda: serving(other.address))
     wrong = Registry(tmp_path, [etcd.address], *flags, ATSERVING_ETCD_PASSWORD="not-the-password")
     processes(wrong)
     await until(lambda: "invalid user ID or password" in wrong.log_text())
