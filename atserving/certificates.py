@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import structlog
 
 from atserving.errors import StartError
+from atserving.followed_files import FollowedFiles
 
 log = structlog.get_logger()
 
@@ -23,32 +24,18 @@ class Certificates(Generic[T]):
 
     def __init__(self, files: Sequence[Path], load: Callable[[], T]) -> None:
         """``load`` reads the files. Raises StartError, as it does."""
-        self._files = files
+        self._files = FollowedFiles(*files)
         self._load = load
-        self._seen = self._stamps()
         self._value = load()
 
     @property
     def now(self) -> T:
         """The value of the last right files."""
-        # Before they are read: files that change meanwhile are read again.
-        if (stamps := self._stamps()) != self._seen:
-            self._seen = stamps
-            names = [str(each) for each in self._files]
+        if self._files.changed():
+            names = [str(each) for each in self._files.paths]
             try:
                 self._value = self._load()
                 log.info("certificates changed", files=names)
             except StartError as error:
                 log.error("certificates unchanged", files=names, reason=str(error))
         return self._value
-
-    def _stamps(self) -> list[tuple[int, int, int]]:
-        return [_stamp(each) for each in self._files]
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    try:
-        found = path.stat()
-    except OSError:
-        return 0, 0, 0
-    return found.st_ino, found.st_mtime_ns, found.st_size

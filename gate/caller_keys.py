@@ -10,6 +10,7 @@ import msgspec
 import structlog
 
 from atserving.errors import StartError
+from atserving.followed_files import FollowedFiles
 
 log = structlog.get_logger()
 
@@ -45,7 +46,7 @@ class CallerKeys:
     def __init__(self, path: Path) -> None:
         """Read the file. Raises StartError."""
         self._path = path
-        self._seen = self._stamp()
+        self._file = FollowedFiles(path)
         self._take(self._read())
 
     def key(self, access_key: str) -> Key | None:
@@ -68,10 +69,8 @@ class CallerKeys:
 
     def follow(self) -> None:
         """Read the file again if it has changed. One that is wrong changes nothing."""
-        stamp = self._stamp()
-        if stamp == self._seen:
+        if not self._file.changed():
             return
-        self._seen = stamp
         try:
             self._take(self._read())
             log.info("caller keys changed", count=len(self._keys))
@@ -83,13 +82,6 @@ class CallerKeys:
         self._keys = {each.access_key: each for each in file.keys}
         self._peers = frozenset(file.stub.peers)
         self.require_date = file.require_date
-
-    def _stamp(self) -> tuple[int, int, int]:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return (0, 0, 0)
-        return found.st_ino, found.st_mtime_ns, found.st_size
 
     def _read(self) -> tuple[_File, tuple[Network, ...]]:
         try:

@@ -21,8 +21,8 @@ import structlog
 
 from atserving import __version__
 from atserving.errors import StartError
+from atserving.followed_files import FollowedFiles
 from registry.operators.entries import Issuer
-from registry.operators.files import FollowedFile
 
 log = structlog.get_logger()
 
@@ -92,7 +92,7 @@ class FileKeys:
     def __init__(self, issuer: Issuer, path: Path) -> None:
         """Raises StartError."""
         self._issuer = issuer
-        self._file = FollowedFile(path)
+        self._file = FollowedFiles(path)
         self._keys = self._read()
 
     def find(self, key_id: str) -> PublicKey | None:
@@ -109,12 +109,12 @@ class FileKeys:
 
     def _read(self) -> Keys:
         try:
-            return parse(self._file.path.read_bytes())
+            return parse(self._file.paths[0].read_bytes())
         except OSError as error:
             reason = error.strerror
         except ValueError as error:
             reason = str(error)
-        raise StartError(f"issuer {self._issuer.name!r}: jwks: {self._file.path}: {reason}")
+        raise StartError(f"issuer {self._issuer.name!r}: jwks: {self._file.paths[0]}: {reason}")
 
 
 class FetchedKeys:

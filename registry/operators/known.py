@@ -14,9 +14,9 @@ import structlog
 from google.protobuf.message import Message
 
 from atserving.errors import PermissionDenied, StartError, Unauthenticated
+from atserving.followed_files import FollowedFiles
 from registry.operators import entries
 from registry.operators.entries import Key, Operator, OperatorFile, Role
-from registry.operators.files import FollowedFile
 from registry.operators.roster import Roster
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Operators:
         """Read the file. Raises StartError."""
         self.roster = Roster()
         """Those of etcd. The mirror fills it."""
-        self._file = FollowedFile(path)
+        self._file = FollowedFiles(path)
         self._wake = asyncio.Event()
         self._tokens: Tokens | None = None
         self._refused = 0
@@ -174,7 +174,7 @@ class Operators:
             log.error("operators unchanged", reason=str(error))
 
     def _take(self) -> None:
-        found = entries.read_file(self._file.path)
+        found = entries.read_file(self._file.paths[0])
         self._tokens = self._tokens_of(found)
         self._found = found
         self._by_key = {each.key: each for each in found.operators}
@@ -189,12 +189,12 @@ class Operators:
             from registry.operators.tokens import Tokens
         except ModuleNotFoundError as error:
             raise StartError(
-                f"{self._file.path}: issuers need the package {error.name}: pip install 'atserving[oidc]'"
+                f"{self._file.paths[0]}: issuers need the package {error.name}: pip install 'atserving[oidc]'"
             ) from None
         try:
-            return Tokens(found.issuers, self._file.path.parent, self._wake.set, self._tokens)
+            return Tokens(found.issuers, self._file.paths[0].parent, self._wake.set, self._tokens)
         except StartError as error:
-            raise StartError(f"{self._file.path}: {error}") from None
+            raise StartError(f"{self._file.paths[0]}: {error}") from None
 
 
 def _app_of(request: Message) -> str:
