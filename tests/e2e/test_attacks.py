@@ -6,6 +6,8 @@ An attack has to fail for its own reason: a refusal for another one would hide a
 from __future__ import annotations
 
 import asyncio
+import base64
+import errno
 import json
 import re
 import ssl
@@ -30,9 +32,13 @@ from atserving.admin.v1 import admin_pb2
 from atserving.local import commands, examples
 from atserving.local.authority import Authority
 from atserving.local.mesh import Mesh
+from atserving.local.publishing import file_uri
 from atserving.tls import ENVOY, EVALUATOR, GATE, OPERATOR, REGISTRY, Tls, TlsFiles
 from atserving.v1 import edge_pb2, evaluator_pb2, registry_pb2, serving_pb2
 from tests.e2e.callers import API_KEY, OWN, SEVEN, documented, forged_with_the_public_key, token
+from tests.evaluator.digits import digits_tar
+from tests.evaluator.sandbox.attacks import SCRIPT
+from tests.processes import Evaluator
 from tests.registry.test_operators import add
 from tests.signing import Signer, trusted
 from tests.waiting import PATIENCE_S, until_async
@@ -54,6 +60,8 @@ class Target:
     mesh: Mesh
     pat: str
     """The token of a publisher of `faces`."""
+    signer: Signer
+    """May sign releases of `faces`."""
     folder: Path
 
     @property
@@ -78,6 +86,13 @@ class Target:
         url = f"{self.mesh.url}/v1/eval/digits"
         async with aiohttp.ClientSession() as session, session.post(url, data=body, headers=sent) as got:
             return f"{got.status} {(await got.json(content_type=None)).get('message', '')}"
+
+    async def script(self, code: str) -> str:
+        """Let the script of `faces` run code, by a request to the edge; return the status and what came of it."""
+        body = {"data": {"uri": f"data:;base64,{base64.b64encode(SEVEN).decode()}"}, "params": {"code": code}}
+        url = f"{self.mesh.url}/v1/eval/faces/v1"
+        async with aiohttp.ClientSession() as session, session.post(url, json=body) as got:
+            return f"{got.status} {(await got.json()).get('result')}"
 
     async def call(self, path: str, request: Message, role: str = "", at: str = "", **headers: str) -> str:
         """Call a method with the certificate of a role, or in plain text; return the status and the reason."""
@@ -136,10 +151,11 @@ async def target(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Targ
     known = json.loads(operators.read_text())
     known["operators"].append({"name": "local", "role": "admin", "certificate": f"spiffe://atserving/{LOCAL}"})
     operators.write_text(json.dumps(known))
-    keys = trusted(folder / "keys.json", Signer(folder, "signer").entry("faces"), required=["faces"])
+    signer = Signer(folder, "signer")
+    keys = trusted(folder / "keys.json", signer.entry("faces"), required=["faces"])
     extra = {"registry": ["--operators", str(operators), "--trusted-keys", str(keys)]}
     async with Mesh(serves=examples.DIGITS[:1], callers=callers, tls=True, extra=extra) as mesh:
-        target = Target(mesh, pat, folder)
+        target = Target(mesh, pat, signer, folder)
         target.authority.issue(FACES)
         access = admin_pb2.Access(app="digits", public=False, owner=admin_pb2.Access.Owner(uid=42))
         request = admin_pb2.UpdateAccessRequest(access=access)
@@ -324,6 +340,52 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
 async def test_an_attack_is_refused_for_its_own_reason(target: Target, name: str) -> None:
     attack, reason = ATTACKS[name]
     assert re.match(reason, await attack(target), re.DOTALL)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def scripted(target: Target) -> AsyncIterator[Target]:
+    """Publish a hostile script for `faces`, signed by somebody who may, and serve it."""
+    tar = Path(digits_tar(target.folder / "faces.tar", **{"net.py": SCRIPT}).removeprefix("file://"))
+    fields = {"name": "faces", "version": "v1", "file": file_uri(tar)}
+    signature = target.signer.signed(**fields)["signature"]
+    release = admin_pb2.Release(
+        app="faces", version="v1", file=fields["file"], signature=signature, phase=admin_pb2.PHASE_PRODUCTION
+    )
+    token = {"authorization": f"Bearer {target.pat}"}
+    request = admin_pb2.CreateReleaseRequest(release=release, force=True)
+    assert await target.call(f"{OPERATING}CreateRelease", request, ENVOY, **token) == "OK"
+    flags = [*commands.tls(target.authority.files(FACES)), "--trusted-keys", str(target.folder / "keys.json")]
+    process = Evaluator(target.mesh.registry, "faces", "v1", "--sandbox=require", *flags)
+    process.start()
+    try:
+        await asyncio.to_thread(process.wait_serving)
+        await until_async(lambda: answers(target))
+        yield target
+    finally:
+        process.kill()
+
+
+async def answers(target: Target) -> bool:
+    return await target.script("found = 1") == "200 {'found': 1}"
+
+
+SCRIPTED = {
+    "the environment of its evaluator": ("os.open(f'/proc/{FRONT}/environ', os.O_RDONLY)", errno.EACCES),
+    "the memory of its evaluator": ("os.open(f'/proc/{FRONT}/mem', os.O_RDONLY)", errno.EACCES),
+    "the key of its evaluator": ("os.open(KEY, os.O_RDONLY)", errno.EACCES),
+    "the registry": ("socket.create_connection(('127.0.0.1', REGISTRY))", errno.EACCES),
+    "the users of the machine": ("os.open('/etc/shadow', os.O_RDONLY)", errno.EACCES),
+    "a file of the machine": ("open('/tmp/planted', 'w')", errno.EACCES),
+    "the life of its evaluator": ("os.kill(FRONT, signal.SIGKILL)", errno.EPERM),
+}
+
+
+@pytest.mark.parametrize("wanted", SCRIPTED)
+async def test_a_script_does_not_get(scripted: Target, wanted: str) -> None:
+    code, reason = SCRIPTED[wanted]
+    code = code.replace("REGISTRY", str(scripted.mesh.ports.registry))
+    code = code.replace("KEY", repr(str(scripted.authority.files(FACES).key)))
+    assert await scripted.script(code) == f"200 {{'refused': {reason}}}"
 
 
 async def test_the_mesh_has_served_on_and_let_nothing_in(target: Target) -> None:
