@@ -78,9 +78,9 @@ async def answer(port: int, request: Request) -> int | None:
 async def test_no_port_takes_a_request_of_a_web_page(mesh: Mesh) -> None:
     ports = listeners(mesh)
     counts = {name: [each for each, _ in ports].count(name) for name, _ in ports}
-    # Envoy: the edge and its metrics. A gate, and an evaluator: the port of those who call it, and the operators'.
+    # Envoy: the edge, its metrics, and the operators' API. The services: a port for callers, and one for their pages.
     evaluators = {f"evaluator-{each.app}-{each.version}": 2 for each in mesh.serves}
-    assert counts == {"etcd": 1, "registry": 1, "gate": 2, "envoy": 3, "files": 1, **evaluators}
+    assert counts == {"etcd": 1, "registry": 2, "gate": 2, "envoy": 3, "files": 1, **evaluators}
     for name, port in ports:
         for request in (*FOREIGN_ORIGIN, *REBOUND):
             status = await answer(port, request)
