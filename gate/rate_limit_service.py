@@ -83,10 +83,10 @@ class RateLimitService:
 
     async def count(self, app: str, uid: int | None, limits: Limits, use: Use, size: Callable[[], int]) -> None:
         """Count a request of a caller, and its bytes; ``size`` returns them. Raises ResourceExhausted."""
-        if use.windows is None:
-            use.windows = {}
+        # Those of these limits: a change of them begins others, also while the service is asked.
+        windows = use.windows = {} if use.windows is None else use.windows
         for quota in _quotas(limits, size):
-            window = use.windows.setdefault(quota.kind, Window())
+            window = windows.setdefault(quota.kind, Window())
             now_s = time.monotonic()
             if window.full_until_s > now_s:
                 raise _over(app, quota, window.ends_s - now_s)

@@ -22,6 +22,7 @@ from gate.rate_limit_service import RateLimitService, in_unit
 from tests.gate.rate_limit_server import RateLimitServer, running_server
 from tests.gate.test_dispatch import FULL, Evaluator, Mesh, running_mesh, task
 from tests.processes import Gate, running_registry
+from tests.waiting import until
 
 METADATA = "/ava/serving/app/metadata/app"
 ADA, PAT = Caller(1, proven=True), Caller(2, proven=True)
@@ -246,6 +247,18 @@ async def test_a_service_that_answers_wrongly_is_as_good_as_away(
     (lost,) = (each for each in logs if each["event"] == "rate limit service lost")
     assert lost["reason"] == reason
     assert service_of(mesh).asked == {"failed": 2}
+
+
+async def test_a_change_while_the_service_is_asked_harms_no_request(mesh: Mesh, server: RateLimitServer) -> None:
+    limit(mesh, max_requests_per_second=100, max_bytes_per_minute=100_000)
+    server.answers.clear()
+    first = asyncio.create_task(let_in(mesh, 1))
+    await until(lambda: server.requests)
+    # The next request forgets what the old limits knew, and the first has not asked for its bytes.
+    limit(mesh, max_requests_per_second=100, max_bytes_per_minute=100_000, max_in_flight=1)
+    assert await let_in(mesh, 1) == 0
+    server.answers.set()
+    assert await first == 1
 
 
 async def test_an_endless_window_of_a_service_ends(mesh: Mesh, server: RateLimitServer) -> None:
