@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import socket
@@ -124,6 +125,14 @@ async def test_users_and_groups_that_are_listed_may_use_it(edge: Edge, claims: d
     assert (await edge.http(authorization=f"Bearer {token(**claims)}")).status == status
 
 
+async def test_a_group_of_a_certificate_stands_for_no_list(edge: Edge) -> None:
+    """Envoy passes a list of a token as JSON in base64, and a certificate may name a group that looks like one."""
+    await edge.rules(public=False, group_whitelist=["vision"])
+    named = base64.urlsafe_b64encode(b'["vision"]').decode().rstrip("=")
+    answer = await edge.http("/v1/eval/digits", SEVEN, AUTHORITY.caller("8", named))
+    assert answer.status == 403
+
+
 async def test_who_says_nothing_is_told_what_to_show(edge: Edge) -> None:
     await edge.rules(public=False, owner={"uid": 42})
     message = "app 'digits' is not public, and the request carries no credentials"
@@ -138,6 +147,7 @@ BAD: dict[str, tuple[Callable[[], str], str]] = {
     "not signed": (lambda: token(None, "none"), "Jwt is not in the form of Header.Payload.Signature"),
     "signed with the public key": (forged_with_the_public_key, "Jwks doesn't have key to match kid or alg from Jwt"),
     "for another service": (lambda: token(aud="other"), "Audiences in Jwt are not allowed"),
+    "without an end": (lambda: token(exp=None), "Jwt verification fails"),
     "of another issuer": (lambda: token(iss="https://else.example"), "Jwt issuer is not configured"),
     "no token": (lambda: "abc", "Jwt is not in the form of Header.Payload.Signature"),
 }
