@@ -59,6 +59,15 @@ def documented(name: str) -> str:
     raise AssertionError(f"docs/callers.md has no {name}")
 
 
+REMOTE = (ROOT / "docs" / "callers.md").read_text().partition("in place of `local_jwks`:\n\n")[2].partition("\n\n")[0]
+"""Where the filter of tokens gets keys from a URL, as docs/callers.md shows it."""
+
+
+def public_key(key: rsa.RSAPrivateKey, kid: str) -> dict[str, Any]:
+    """Return a public key as an issuer shows it."""
+    return {**json.loads(RSAAlgorithm.to_jwk(key.public_key())), "kid": kid, "alg": "RS256", "use": "sig"}
+
+
 def token(key: Any = OWN, algorithm: str = "RS256", kid: str = "own", **claims: Any) -> str:
     known = {"iss": "https://id.example", "aud": "serving", "uid": 42, "exp": int(time.time()) + 600}
     payload = {name: value for name, value in {**known, **claims}.items() if value is not None}
@@ -260,8 +269,7 @@ TLS_ALONE = Certificate(b"", b"")
 @asynccontextmanager
 async def edge_for_all(folder: Path, *, tokens: bool = True) -> AsyncIterator[Edge]:
     """Run a mesh whose edge knows callers by all schemes, or all but tokens. Its files of callers are in ``folder``."""
-    public = {**json.loads(RSAAlgorithm.to_jwk(OWN.public_key())), "kid": "own", "alg": "RS256", "use": "sig"}
-    (folder / "jwks.json").write_text(json.dumps({"keys": [public]}))
+    (folder / "jwks.json").write_text(json.dumps({"keys": [public_key(OWN, "own")]}))
     for name in ("callers-jwt", "callers-keys", "callers-qiniu", "callers-certs", "edge-tls", "edge-clients"):
         (folder / f"{name}.yaml").write_text(documented(name))
     if not tokens:

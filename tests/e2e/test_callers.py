@@ -6,15 +6,19 @@ import asyncio
 import base64
 import json
 import os
+import re
 import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 import pytest_asyncio
+from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
@@ -30,6 +34,8 @@ from tests.e2e.callers import (
     BYTES,
     CALLER_KEYS,
     JSON,
+    OWN,
+    REMOTE,
     SECRET_KEY,
     SEVEN,
     TLS_ALONE,
@@ -39,8 +45,10 @@ from tests.e2e.callers import (
     Authority,
     Certificate,
     Edge,
+    documented,
     edge_for_all,
     forged_with_the_public_key,
+    public_key,
     qiniu,
     token,
 )
@@ -163,6 +171,87 @@ async def test_a_bad_token_is_refused_with_its_reason(edge: Edge, kind: str, pub
         assert answer.status == 401
         assert answer.message.startswith(reason)
     assert (await edge.http(authorization=f"Bearer {make()}")).challenge.startswith("Bearer")
+
+
+async def test_the_keys_of_tokens_may_come_from_a_url(edge: Edge) -> None:
+    """Envoy takes them from a host with the right certificate alone."""
+    await edge.rules(public=False, owner={"uid": 42})
+    folder = edge.mesh.directory / "envoy"
+    files = {folder / name: (folder / name).read_text() for name in ("callers-jwt.yaml", "callers-hosts.yaml")}
+
+    async def status(key: rsa.RSAPrivateKey, kid: str) -> int:
+        return (await edge.http(authorization=f"Bearer {token(key, kid=kid)}")).status
+
+    def write(path: Path, text: str) -> None:
+        (folder / "new").write_text(text)
+        os.replace(folder / "new", path)
+
+    asked = 0
+
+    async def keys(_: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        return web.json_response({"keys": [public_key(OTHER, "other")]})
+
+    @asynccontextmanager
+    async def running(name: str, port: int) -> AsyncIterator[int]:
+        app = web.Application()
+        app.router.add_get("/jwks.json", keys)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        certificate = AUTHORITY.certified(x509.DNSName(name))
+        path = folder / f"{name}.pem"
+        path.write_bytes(certificate.certificate + certificate.key)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(path)
+        try:
+            await web.TCPSite(runner, "127.0.0.1", port, ssl_context=context).start()
+            yield runner.addresses[0][1]
+        finally:
+            await runner.cleanup()
+
+    jwt, hosts = files
+    hosts_text = (
+        documented("issuer")
+        .replace("address: id.example", "address: 127.0.0.1")
+        .replace("/etc/ssl/certs/ca-certificates.crt", str(folder / "callers.crt"))
+    )
+    jwt_text = files[jwt].replace(f"local_jwks: {{filename: {folder}/jwks.json}}", REMOTE.strip())
+    assert jwt_text != files[jwt]
+    try:
+        async with running("else.example", 0) as port:
+            write(hosts, hosts_text.replace("port_value: 443", f"port_value: {port}"))
+            write(jwt, jwt_text)
+
+            async def is_refused() -> bool:
+                assert await status(OTHER, "other") == 401
+                url = f"http://127.0.0.1:{edge.mesh.ports.ops}/metrics"
+                async with aiohttp.ClientSession() as session, session.get(url) as response:
+                    found = re.search(r'ssl_fail_verify_san{envoy_cluster_name="issuer"} (\d+)', await response.text())
+                    return found is not None and int(found[1]) > 0
+
+            await until_async(is_refused)
+            answer = await edge.http(authorization=f"Bearer {token(OTHER, kid='other')}")
+            assert answer == Answer(401, "Jwks remote fetch is failed", answer.challenge)
+            assert not asked
+        async with running("id.example", port):
+
+            async def is_known() -> bool:
+                return await status(OTHER, "other") == 200
+
+            await until_async(is_known)
+            assert asked
+            assert await status(OWN, "own") == 401
+        # For the next five minutes.
+        assert await status(OTHER, "other") == 200
+    finally:
+        for path, text in files.items():
+            write(path, text)
+
+        async def is_back() -> bool:
+            return await status(OWN, "own") == 200
+
+        await until_async(is_back)
 
 
 @pytest.mark.parametrize("key", ["another-key-of-some-length", "", API_KEY[:-1], API_KEY.upper()])
