@@ -73,6 +73,8 @@ def etcd_client_tls(files: TlsFiles) -> list[str]:
 def envoy(config: Path, *flags: str) -> list[str]:
     """Return the command of the edge, with one worker thread."""
     options = ["--use-dynamic-base-id", "--concurrency", "1", "--log-level", "warning"]
+    # A misspelt condition of a callers' file would let everybody pass.
+    options.append("--reject-unknown-dynamic-fields")
     return [str(BIN / "envoy"), "-c", str(config), *options, *flags]
 
 

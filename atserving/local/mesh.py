@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from atserving.local.authority import Authority
 
 _POLL_S = 0.05
+# What Envoy logs of a file that is wrong; one that names no certificate is none.
+_REJECTED = re.compile(r"Filesystem config update (?:rejected|failure): (?!Missing SDS resources)(.+)")
 _OPERATOR = "local"
 
 
@@ -244,6 +247,9 @@ class Mesh:
                         return
             except aiohttp.ClientError:
                 pass
+            if self._callers and (rejected := _REJECTED.search(self.log("envoy"))):
+                reason = rejected[1].replace(str(self.directory / "envoy"), str(self._callers))
+                raise StartError(f"--callers {self._callers}: Envoy rejects a file: {reason}")
             await asyncio.sleep(_POLL_S)
 
     def _complaint(self) -> str:

@@ -17,6 +17,7 @@ from atserving.errors import StartError
 from atserving.local import commands, examples, proc
 from atserving.local.child import bound_to_parent
 from atserving.local.mesh import Mesh
+from tests.e2e.callers import documented
 from tests.waiting import until
 
 DIGITS_V1 = examples.DIGITS[:1]
@@ -96,6 +97,25 @@ async def test_a_mesh_that_does_not_start_reports_the_last_log_line_of_a_process
     assert f"(logs: {mesh.directory}/*.log)" in str(failed.value)
     assert "--no-such-flag" in (mesh.directory / "files.log").read_text()
     assert not mesh.pids()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("", "", "Invalid path: {folder}/jwks.json"),
+        ("audiences: [serving]", "audience: [serving]", "Protobuf message .* has unknown fields"),
+    ],
+    ids=["missing", "misspelt"],
+)
+async def test_a_wrong_file_of_callers_is_reported_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, reason: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (folder := tmp_path / "callers").mkdir()
+    (folder / "callers-jwt.yaml").write_text(documented("callers-jwt").replace(old, new))
+    expected = f"--callers {folder}: Envoy rejects a file: {reason.format(folder=folder)}"
+    with pytest.raises(StartError, match=expected):
+        await Mesh(serves=DIGITS_V1, callers=folder).__aenter__()
 
 
 async def test_a_port_in_use_is_reported_before_anything_starts() -> None:
