@@ -186,6 +186,12 @@ async def test_the_keys_of_tokens_may_come_from_a_url(edge: Edge) -> None:
         (folder / "new").write_text(text)
         os.replace(folder / "new", path)
 
+    async def counted(name: str) -> bool:
+        url = f"http://127.0.0.1:{edge.mesh.ports.ops}/metrics"
+        async with aiohttp.ClientSession() as session, session.get(url) as response:
+            found = re.search(rf"{re.escape(name)} (\d+)", await response.text())
+            return found is not None and int(found[1]) > 0
+
     asked = 0
 
     async def keys(_: web.Request) -> web.Response:
@@ -225,10 +231,7 @@ async def test_the_keys_of_tokens_may_come_from_a_url(edge: Edge) -> None:
 
             async def is_refused() -> bool:
                 assert await status(OTHER, "other") == 401
-                url = f"http://127.0.0.1:{edge.mesh.ports.ops}/metrics"
-                async with aiohttp.ClientSession() as session, session.get(url) as response:
-                    found = re.search(r'ssl_fail_verify_san{envoy_cluster_name="issuer"} (\d+)', await response.text())
-                    return found is not None and int(found[1]) > 0
+                return await counted('ssl_fail_verify_san{envoy_cluster_name="issuer"}')
 
             await until_async(is_refused)
             answer = await edge.http(authorization=f"Bearer {token(OTHER, kid='other')}")
@@ -242,7 +245,14 @@ async def test_the_keys_of_tokens_may_come_from_a_url(edge: Edge) -> None:
             await until_async(is_known)
             assert asked
             assert await status(OWN, "own") == 401
-        # For the next five minutes.
+            # From its start on, Envoy asks by itself.
+            write(jwt, jwt_text.replace("cache_duration: 300s", "cache_duration: 1s"))
+            edge.mesh.kill_process("envoy")
+            asked = 0
+            await until(lambda: asked)
+            await until_async(is_known, aiohttp.ClientError)
+
+        await until_async(lambda: counted('jwks_fetch_failed{envoy_http_conn_manager_prefix="edge"}'))
         assert await status(OTHER, "other") == 200
     finally:
         for path, text in files.items():
