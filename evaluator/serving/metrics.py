@@ -10,9 +10,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from atserving.counts import Counts, Distribution
 from atserving.process_metrics import add_process
 from atserving.tls import Tls
-from evaluator.serving.counts import Counts, Distribution
 from evaluator.serving.supervisor import WorkerSupervisor
 
 STAGES = ("fetch", "decode", "queue", "forward", "postprocess", "total")

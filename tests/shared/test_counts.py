@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from evaluator.serving.counts import Counts, Distribution
+from atserving.counts import Counts, Distribution
 
 BOUNDS = (0.0005, 0.1, 1.0, 30.0)
 VALUES = st.lists(st.one_of(st.sampled_from(BOUNDS), st.floats(0, 100)), max_size=20)

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
-from prometheus_client.samples import Sample
+from prometheus_client.samples import Exemplar, Sample
 from prometheus_client.utils import floatToGoString
 
 
@@ -50,9 +50,16 @@ class Distribution:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def add_to(self, family: HistogramMetricFamily, labels: Mapping[str, str]) -> None:
-        """Add the histogram to a family, for a scrape."""
-        family.add_metric(list(labels.values()), list(self._buckets()), self._sum)
+    def add_to(
+        self, family: HistogramMetricFamily, labels: Mapping[str, str], exemplar: Exemplar | None = None
+    ) -> None:
+        """Add the histogram to a family, for a scrape; ``exemplar`` is one of its values."""
+        buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = list(self._buckets())
+        if exemplar:
+            at = bisect_left(self._bounds, exemplar.value)
+            name, count, *_ = buckets[at]
+            buckets[at] = (name, count, exemplar)
+        family.add_metric(list(labels.values()), buckets, self._sum)
         family.samples.append(Sample(f"{family.name}_created", dict(labels), self._created_s))
 
     def _buckets(self) -> Iterable[tuple[str, float]]:
