@@ -31,6 +31,8 @@ class ConfigCache:
     def __init__(self, path: Path, app: str) -> None:
         self._path = path
         self._app = app
+        self.saved_s = 0.0
+        """When the config was saved that was loaded last, in seconds since the epoch."""
 
     def load(self) -> registry_pb2.WatchResponse | None:
         """Return the saved config as a snapshot; None if there is none that can be read."""
@@ -44,6 +46,7 @@ class ConfigCache:
         if saved.app != self._app:
             log.warning("config cache unusable", path=str(self._path), reason=f"it is of app {saved.app!r}")
             return None
+        self.saved_s = saved.saved_s
         age_s = max(0, round(time.time() - saved.saved_s))
         log.warning("config cache used", path=str(self._path), age_s=age_s, keys=len(saved.entries))
         entries = [registry_pb2.Entry(key=key, value_json=value) for key, value in saved.entries.items()]

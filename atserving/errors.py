@@ -33,6 +33,7 @@ class ServingError(Exception):
         fields: Mapping[str, str] | None = None,
         limit: str = "",
         challenge: str = "",
+        refusal: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -49,6 +50,8 @@ class ServingError(Exception):
         """The limit of the caller that is reached, as the header RateLimit-Policy has it; empty for other errors."""
         self.challenge = challenge
         """The schemes of credentials that would help, as the header WWW-Authenticate has them; empty: not said."""
+        self.refusal = refusal
+        """Why the gate refused it, where the class does not say it; for its metrics."""
 
     def to_proto(self) -> evaluator_pb2.Error:
         """The error as it travels from evaluator to gate."""

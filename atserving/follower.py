@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -73,6 +74,11 @@ class ConfigFollower:
         self.synced = asyncio.Event()
         """Set after the first snapshot, or by the saved config; never cleared."""
         self.last_error = "not yet tried"
+        self.revision = 0
+        """The etcd revision of the config; 0: there is none, or it is a saved one."""
+        self.is_following = False
+        """Whether a registry tells of each change."""
+        self._followed_s = time.time()
         self._registries = Peers(registries)
         self._tls = tls
         self._on_change = on_change
@@ -82,6 +88,11 @@ class ConfigFollower:
         self._to_save = asyncio.Event()
         self._hold_s = hold_s
         self._holdback = Holdback(hold_s, self._take_held)
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the follower last followed a registry, or since the saved config was; 0 while it does."""
+        return 0.0 if self.is_following else max(0.0, time.time() - self._followed_s)
 
     async def run(self) -> None:
         """Follow until cancelled, one registry after the other, with a pause after each round."""
@@ -94,7 +105,7 @@ class ConfigFollower:
                 await asyncio.gather(saving, return_exceptions=True)
 
     async def _rounds(self) -> None:
-        saved = self._cache.load() if self._cache and self._hold_s else None
+        saved = self._load(self._cache) if self._cache and self._hold_s else None
         if saved:
             # So that a first snapshot that lacks most releases is held back, too.
             self._apply(saved)
@@ -110,16 +121,25 @@ class ConfigFollower:
                     reason = error.details() or error.code().name
                 except TimeoutError:
                     reason = "does not answer"
+                finally:
+                    if self.is_following:
+                        self.is_following, self._followed_s = False, time.time()
                 self.last_error = f"registry {address}: {reason}"
                 if self._steps > began:
                     log.warning("registry lost", reason=self.last_error)
             if unread and not self.synced.is_set():
-                if saved is None and (saved := unread.load()):
+                if saved is None and (saved := self._load(unread)):
                     self._apply(saved)
                 if saved:
                     self.synced.set()
             unread = None
             await asyncio.sleep(random.uniform(*_PAUSE_S))  # noqa: S311 - spreads reconnects
+
+    def _load(self, cache: ConfigCache) -> registry_pb2.WatchResponse | None:
+        saved = cache.load()
+        if saved and not self._steps:
+            self._followed_s = cache.saved_s
+        return saved
 
     async def _save(self, cache: ConfigCache) -> None:
         """Save the config after changes."""
@@ -143,6 +163,7 @@ class ConfigFollower:
             step.MergeFrom(response)
             if not response.more:
                 self._apply(step)
+                self.revision, self.is_following = step.revision, True
                 self._steps += 1
                 self._to_save.set()
                 self.synced.set()

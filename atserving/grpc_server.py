@@ -103,6 +103,8 @@ class Server:
         self._unary: dict[str, Unary] = {}
         self._streaming: dict[str, Streaming] = {}
         self._connections: set[http2.Connection] = set()
+        self.refused_connections = 0
+        """How many connections were one too many."""
         self._server: asyncio.Server | TlsServer | None = None
         self._serving = self._stopping = False
         self._names = ["", *(service.full_name for service in (*services, *internal))]
@@ -139,9 +141,15 @@ class Server:
     def connect(self) -> asyncio.Protocol:
         """Return the protocol of a new connection, for a listener of the caller's own."""
         if self._max_connections is not None and len(self._connections) >= self._max_connections:
+            self.refused_connections += 1
             log.warning("connection refused", reason=f"this process has {self._max_connections} connections")
             return _Full()
         return http2.Connection(self._application, self._connections)
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._connections)
 
     @property
     def is_serving(self) -> bool:

@@ -18,14 +18,15 @@ class HeldBytes:
         self.held = 0
         self.reclaim: Callable[[], None] = lambda: None
         """Called before a refusal: gives back what is held no more, but still counts."""
-        self._most = most
+        self.most = most
+        """The most bytes that may be held."""
         self._calls = 0
         self._most_large = most - most // 4
         self._owned: Counter[str] = Counter()
 
     def take(self, count: int, *, large: bool) -> bool:
         """Count more bytes, and return True; return False if there is no room for them."""
-        most = self._most_large if large else self._most
+        most = self._most_large if large else self.most
         if self.held + count > most:
             self.reclaim()
             if self.held + count > most:

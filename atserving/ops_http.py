@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
 from httpunk.asyncio import H1ServerProtocol, ServerConnections
@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 _STOP_S = 0.5
 
-Page = Callable[[str], tuple[bytes, str]]
+Page = Callable[[str], tuple[bytes, str] | Awaitable[tuple[bytes, str]]]
 """Returns the body and the content type of a page, in a format of the caller's Accept header."""
 
 
@@ -72,12 +72,12 @@ class OpsServer:
     async def _answer(self, request: ServerRequest) -> None:
         status, content_type, body = 500, "text/plain", b"failed, see the log\n"
         try:
-            status, content_type, body = self._page(request)
+            status, content_type, body = await self._page(request)
         except Exception:
             log.exception("request failed", path=request.path)
         await request.respond(status, headers={"content-type": content_type}, body=body)
 
-    def _page(self, request: ServerRequest) -> tuple[int, str, bytes]:
+    async def _page(self, request: ServerRequest) -> tuple[int, str, bytes]:
         """Return the status, the content type and the body of a page."""
         if request.method not in ("GET", "HEAD"):
             return 405, "text/plain", b"GET a page\n"
@@ -89,7 +89,8 @@ class OpsServer:
         if path == "/ready":
             return (200, "text/plain", b"ready\n") if self._is_ready() else (503, "text/plain", b"not ready\n")
         if page := self._pages.get(path):
-            body, content_type = page(_text(request, "accept"))
+            found = page(_text(request, "accept"))
+            body, content_type = await found if isinstance(found, Awaitable) else found
             return 200, content_type, body
         return 404, "text/plain", f"the pages are: {', '.join((*self._pages, '/live', '/ready'))}\n".encode()
 

@@ -29,9 +29,11 @@ from gate.dispatch import Dispatcher
 from gate.metrics import Metrics
 from gate.rate_limit_service import RateLimitService
 from gate.reporting import report
+from gate.request_metrics import RequestMetrics
 from gate.router import Router
 from gate.server import EdgeService, ServingService
 from gate.shadow import Shadows
+from gate.state_metrics import StateMetrics
 
 log = structlog.get_logger()
 
@@ -88,15 +90,16 @@ async def serve(settings: GateSettings) -> None:
     schemes = (BEARER, QINIU) if keys else (BEARER,)
     callers = Callers(read_keys(settings.edge_key) if settings.edge_key else (), schemes, only_envoy=tls is not None)
     if keys:
-        Authorization(keys, callers).register(server)
+        Authorization(keys, callers, dispatcher.counts).register(server)
     ServingService(dispatcher, settings.max_batch, held, callers).register(server)
     EdgeService(dispatcher, settings.max_batch, held, callers).register(server)
     following = asyncio.create_task(follower.run())
     tending = asyncio.create_task(_tend(router))
     reporting = asyncio.create_task(report(settings.registries, shadows, tls))
     ready = False
-    metrics = Metrics(shadows, dispatcher.turns, rate_limits, tls)
-    ops = OpsServer(settings.http, {"/metrics": metrics.expose}, lambda: server.is_serving)
+    collectors = (RequestMetrics(dispatcher.counts, router), StateMetrics(server, follower, held))
+    metrics = Metrics(shadows, dispatcher.turns, rate_limits, tls, collectors)
+    ops = OpsServer(settings.http, {"/metrics": metrics.page}, lambda: server.is_serving)
     try:
         await ops.start()
         port = await server.start(settings.listen, insecure=settings.insecure, tls=tls)

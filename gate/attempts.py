@@ -19,6 +19,7 @@ from gate.router import Route, Router
 
 if TYPE_CHECKING:
     from gate.dispatch import CallContext, Task
+    from gate.request_counts import AppCounts
 
 log = structlog.get_logger()
 
@@ -41,8 +42,10 @@ class Attempts:
     """
 
     __slots__ = (
+        "_app_counts",
         "_broken_s",
         "_call",
+        "_cause",
         "_deadline_s",
         "_handed_back",
         "_key",
@@ -66,6 +69,7 @@ class Attempts:
         kind: Kind,
         key: bytes,
         deadline_s: float,
+        counts: AppCounts,
     ) -> None:
         self._router = router
         self._task = task
@@ -74,6 +78,9 @@ class Attempts:
         self._kind = kind
         self._key = key
         self._deadline_s = deadline_s
+        self._app_counts = counts
+        # Why there is one more attempt.
+        self._cause = ""
         self._tried: list[Endpoint[EvaluatorConnection]] = []
         self._turn = ""
         self._handed_back: list[Endpoint[EvaluatorConnection]] = []
@@ -98,7 +105,7 @@ class Attempts:
                 continue
             if endpoint.opened is None:
                 self._router.warm(endpoint)
-            self._tried.append(endpoint)
+            self._picked(endpoint)
             self._turn = self._turn or endpoint.instance.version
             try:
                 with endpoint.hold(self._kind):
@@ -115,9 +122,18 @@ class Attempts:
             if (error := error_of(response)) is None:
                 if self._refusal:
                     self._served_by(endpoint.instance.version)
+                if self._route.split:
+                    self._app_counts.of(endpoint.instance.version).by_turn += 1
                 return response, endpoint.instance.version
             self._refused(endpoint, error)
         raise TimeoutError
+
+    def _picked(self, endpoint: Endpoint[EvaluatorConnection]) -> None:
+        self._tried.append(endpoint)
+        self._app_counts.of(endpoint.instance.version).picks += 1
+        if self._cause:
+            self._app_counts.retries[self._cause] += 1
+            self._cause = ""
 
     def _ask(self, endpoint: Endpoint[EvaluatorConnection], *, hedges: bool) -> Answer:
         call, connection = self._call, endpoint.connection
@@ -143,6 +159,7 @@ class Attempts:
             return
         # If the ready instances refused because they are full, that is the reason to give.
         if isinstance(self._refusal, ResourceExhausted):
+            self._refusal.refusal = "full"
             raise self._refusal from None
         if isinstance(none_free, ResourceExhausted):
             raise none_free from None
@@ -158,6 +175,7 @@ class Attempts:
             log.warning("instance lost", reqid=self._call.reqid, instance=endpoint.instance.id, reason=str(error))
         self._broken_s = self._broken_s or time.monotonic()
         self._lost += error.reached
+        self._cause = "lost" if error.reached else "unreachable"
         if self._lost == MAX_LOST:
             raise Unavailable(
                 f"{self._lost} instances of app {self._task.app!r} were lost under this request",
@@ -172,9 +190,11 @@ class Attempts:
             raise refusal
         if refusal.retry_after_s and refusal.status == Unavailable.status and not self._stays:
             self._handed_back.append(endpoint)
+            self._cause = "away"
             return
         self._refusal = refusal
         is_full = refusal.status == ResourceExhausted.status
+        self._cause = "full" if is_full else "refused"
         self._router.refused(endpoint, self._kind, refusal.retry_after_s or 0.0 if is_full else 0.0)
 
     def _served_by(self, version: str) -> None:
@@ -195,7 +215,8 @@ class Attempts:
                 first = slow.answer
                 continue
             return endpoint, first
-        self._tried.append(other)
+        self._cause = "hedge"
+        self._picked(other)
         log.info("request hedged", reqid=self._call.reqid, instance=endpoint.instance.id, other=other.instance.id)
         running = {first: endpoint}
         try:

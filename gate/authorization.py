@@ -17,6 +17,7 @@ from atserving.v1 import authorization_pb2 as messages
 from gate.caller_keys import CallerKeys
 from gate.callers import GROUPS, QINIU, UID, Callers
 from gate.qiniu_sign import sign
+from gate.request_counts import RequestCounts, refusal_of
 
 log = structlog.get_logger()
 
@@ -42,9 +43,10 @@ class _Refused(Unauthenticated):
 class Authorization:
     """Tells callers apart by Qiniu's signatures, and by the word of peers that may say who calls."""
 
-    def __init__(self, keys: CallerKeys, callers: Callers) -> None:
-        """``callers`` knows whether it is Envoy that asks."""
+    def __init__(self, keys: CallerKeys, callers: Callers, counts: RequestCounts) -> None:
+        """``callers`` knows whether it is Envoy that asks. ``counts`` has the requests that Envoy refuses for it."""
         self._keys = keys
+        self._counts = counts
         self._callers = callers
 
     def register(self, server: Server) -> None:
@@ -69,6 +71,7 @@ class Authorization:
         except _Refused as refusal:
             reqid = attributes.request.http.headers.get("x-reqid", "")
             log.info("request rejected", reqid=reqid, code=refusal.status, reason=refusal.why)
+            self._counts.refused("", refusal.status, refusal_of(refusal))
             response = _denied(refusal)
         call.finish(response.SerializeToString())
 

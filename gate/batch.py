@@ -13,7 +13,8 @@ from functools import partial
 from atserving.errors import PayloadTooLarge, ResourceExhausted, ServingError, Unavailable
 from atserving.held import HeldBytes
 from gate import responses
-from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
+from gate.dispatch import CallContext, Dispatcher, End, EvalResult, Task
+from gate.request_counts import refusal_of
 
 _PAUSE_S = (0.005, 0.02)
 # From so many batches on, they try less often.
@@ -75,7 +76,9 @@ class _Batch:
     async def run(self, concurrency: int) -> list[EvalResult | ServingError]:
         size = len(self._tasks) * _TASK_BYTES
         if not self._held.take(size, large=True):
-            raise _holds_too_much()
+            error = _holds_too_much()
+            self._dispatcher.rejected(self._call, error)
+            raise error
         _Batch.alive += 1
         try:
             async with asyncio.TaskGroup() as group:
@@ -98,7 +101,7 @@ class _Batch:
                     continue
                 task = self._tasks[index]
                 assert isinstance(task, Task)
-                self._dispatcher.finished(task, self._call, "", outcome.code, outcome.message)
+                self._dispatcher.finished(task, self._call, End.of(outcome))
             else:
                 self._got_on_s = time.monotonic()
             self._outcomes[index] = outcome
@@ -112,6 +115,7 @@ class _Batch:
 
     async def _outcome(self, task: Task | ServingError) -> EvalResult | ServingError:
         if isinstance(task, ServingError):
+            self._dispatcher.counts.refused("", task.status, refusal_of(task))
             return task
         if self._is_full:
             return _too_large()
@@ -170,7 +174,7 @@ def _give(turn: asyncio.Future[None]) -> None:
 
 
 def _holds_too_much() -> Unavailable:
-    return Unavailable("the gate holds as many bytes as it may", retry_after_s=1.0)
+    return Unavailable("the gate holds as many bytes as it may", retry_after_s=1.0, refusal="memory")
 
 
 def _too_large() -> PayloadTooLarge:

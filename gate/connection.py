@@ -223,7 +223,9 @@ class EvaluatorConnection:
             return False
         if not self._held.take(length, large=True):
             self._abandon(id_)
-            answer.set_exception(Unavailable("the gate holds as many bytes as it may", retry_after_s=1.0))
+            answer.set_exception(
+                Unavailable("the gate holds as many bytes as it may", retry_after_s=1.0, refusal="memory")
+            )
             return False
         answer.held = length
         # The time that it needs to arrive tells of the link.

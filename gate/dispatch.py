@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import structlog
 
@@ -29,6 +30,7 @@ from gate.connection import EvaluatorConnection
 from gate.endpoint import Kind
 from gate.limits import CallerLimits, Limits, Use
 from gate.rate_limit_service import RateLimitService
+from gate.request_counts import LEFT, RequestCounts, refusal_of
 from gate.responses import Response
 from gate.router import Route, Router
 from gate.shadow import Shadows
@@ -87,6 +89,26 @@ class EvalResult:
     version: str
 
 
+class End(NamedTuple):
+    """The end of an eval, as the log and the metrics have it."""
+
+    version: str
+    """The version that was asked last; empty if none was."""
+    status: int = 200
+    code: int = 0
+    reason: str = ""
+    refusal: str = ""
+
+    @staticmethod
+    def of(error: ServingError) -> End:
+        """Return the end of an eval that failed."""
+        return End(error.version, error.status, error.code, error.message, refusal_of(error))
+
+
+_LEFT = End("", LEFT, LEFT, "the caller has gone")
+_UNEXPECTED = End("", Internal.status, Internal.status, "unexpected")
+
+
 class Dispatcher:
     """Evaluates tasks on the instances of the router."""
 
@@ -107,6 +129,8 @@ class Dispatcher:
         self._requests = RequestLog("gate")
         self._limits = CallerLimits()
         self._rate_limits = rate_limits
+        self.counts = RequestCounts(router.versions)
+        """The counts of all requests, for metrics."""
         self.turns = Turns()
         """The turns of apps, if the gate has more to do than it can at once."""
 
@@ -119,39 +143,61 @@ class Dispatcher:
 
     async def eval(self, task: Task, call: CallContext) -> EvalResult:
         """Return the result of a task, and log one line for it, unless it may try again. Raises a ServingError."""
-        answer: EvalResult | None = None
-        code, reason = 0, ""
+        end = _UNEXPECTED
         waits = False
         try:
             answer = await self._eval(task, call)
+            end = End(answer.version)
             return answer
         except ServingError as error:
-            code, reason = error.code, error.message
+            end = End.of(error)
             waits = call.batched and isinstance(error, ResourceExhausted)
             raise
         except asyncio.CancelledError:
-            code, reason = 499, "the caller has gone"
+            end = _LEFT
             raise
         except Exception:
-            code, reason = 500, "unexpected"
             log.exception("request failed", reqid=call.reqid)
             raise Internal("the gate failed on this request") from None
         finally:
             if not waits:
-                self.finished(task, call, answer.version if answer else "", code, reason)
+                self.finished(task, call, end)
 
-    def finished(self, task: Task, call: CallContext, version: str, code: int, reason: str) -> None:
-        """Log the end of a task. A batch does it for a task that found no place until the batch gave it up."""
+    def finished(self, task: Task, call: CallContext, end: End) -> None:
+        """Log and count the end of a task. A batch does it for one that found no place until the batch gave it up."""
+        seconds = time.monotonic() - call.started
         fields = {
             "reqid": call.reqid,
             "app": task.app[:_MOST_NAME_CHARS],
-            "version": version or task.version[:_MOST_NAME_CHARS],
-            "code": code,
-            "reason": reason[:_MOST_REASON_CHARS],
+            "version": end.version or task.version[:_MOST_NAME_CHARS],
+            "code": end.code,
+            "reason": end.reason[:_MOST_REASON_CHARS],
             "traceparent": call.traceparent,
-            "total_ms": round((time.monotonic() - call.started) * 1e3, 2),
+            "total_ms": round(seconds * 1e3, 2),
         }
         self._requests.write("info", "request finished", fields)
+        counts = self.counts.of(task.app)
+        counts.count(end.version or self._asked(task), end.status)
+        if end.refusal:
+            counts.refusals[end.refusal] += 1
+        else:
+            counts.took(seconds, call.traceparent)
+
+    def rejected(self, call: CallContext, error: ServingError, app: str = "") -> None:
+        """Log and count a request that is rejected before it becomes an eval."""
+        log.info(
+            "request rejected", reqid=call.reqid, code=error.code, reason=error.message, traceparent=call.traceparent
+        )
+        self.counts.refused(app, error.status, refusal_of(error))
+
+    def _asked(self, task: Task) -> str:
+        """Return the version that a task names, for its counts; empty if it names none, or none that exists."""
+        if not task.version or not config.is_name(task.version) or not self._router.versions(task.app):
+            return ""
+        try:
+            return self._router.route(task.app, task.version).version
+        except NotFound:
+            return ""
 
     async def _eval(self, task: Task, call: CallContext) -> EvalResult:
         if not self._synced.is_set():
@@ -165,8 +211,10 @@ class Dispatcher:
             deadline = min(deadline, call.deadline)
         limits = route.limits
         use = await self._enter(task, call, limits) if limits else None
+        counts = self.counts.of(route.app)
+        counts.in_flight += 1
         try:
-            result = EvalResult(*await Attempts(self._router, task, call, route, kind, key, deadline).run())
+            result = EvalResult(*await Attempts(self._router, task, call, route, kind, key, deadline, counts).run())
         except ResourceExhausted:
             if use and limits and call.batched:
                 # The batch tries again.
@@ -180,6 +228,7 @@ class Dispatcher:
                 f"app {task.app!r} did not answer within {after_s} s", version="".join(late.args)
             ) from None
         finally:
+            counts.in_flight -= 1
             if use:
                 use.in_flight -= 1
         if route.shadow:
@@ -211,7 +260,7 @@ class Dispatcher:
         except TimeoutError:
             if call.deadline is not None and call.deadline <= time.monotonic():
                 raise DeadlineExceeded("the deadline passed before this gate had a config") from None
-            raise Unavailable("this gate has no config yet") from None
+            raise Unavailable("this gate has no config yet", refusal="starting") from None
 
     def _admit(self, task: Task, call: CallContext) -> Route:
         """Return the route of a task that its caller may take. Raises a ServingError."""

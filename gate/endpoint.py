@@ -37,6 +37,10 @@ class Kind(NamedTuple):
 ALONE = Kind()
 """A request with all that the net needs."""
 
+STATES = ("connected", "connecting", "away", "full", "unused", "outdated", "left")
+"""The states of instances, as metrics have them. Those without requests for their version are unused; one that left the
+registry is a last resort."""
+
 
 @dataclass(eq=False, slots=True)
 class Endpoint(Generic[ConnectionT]):
@@ -86,6 +90,16 @@ class Endpoint(Generic[ConnectionT]):
     def is_up(self) -> bool:
         """Whether it is connected."""
         return self.opened is not None and self.opened.is_up
+
+    def state(self, now_s: float) -> str:
+        """Return which of the first five of ``STATES`` a registered instance is in."""
+        if self.opened is None:
+            return "unused"
+        if not self.opened.is_up:
+            return "connecting"
+        if self.opened.is_away:
+            return "away"
+        return "connected" if self.room() and self.full_until <= now_s else "full"
 
     def room(self, kind: Kind = ALONE) -> int:
         """Return how many more requests of a kind this gate can send it."""

@@ -1,9 +1,10 @@
-"""The metrics of a gate, in the Prometheus format: shadowed versions, requests that wait, rate limits, its process."""
+"""The metrics of a gate, in the Prometheus format."""
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -30,16 +31,20 @@ class Metrics(Collector):
         turns: Turns,
         rate_limits: RateLimitService | None = None,
         tls: Tls | None = None,
+        others: Iterable[Collector] = (),
     ) -> None:
+        """``others`` have the metrics that are not of turns, rate limits, shadows or the process."""
         self._shadows = shadows
         self._turns = turns
         self._rate_limits = rate_limits
+        self._writing = asyncio.Lock()
         self._registry = CollectorRegistry()
-        self._registry.register(self)
+        for each in (*others, self):
+            self._registry.register(each)
         add_process(self._registry, "atserving_gate", tls)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield all but the metrics of the process, for a scrape."""
+        """Yield the metrics of turns, rate limits and shadows, for a scrape."""
         turns = CounterMetricFamily(
             "atserving_gate_turns",
             "Requests that had to wait until it was their app's turn, or that were too many to wait.",
@@ -85,10 +90,31 @@ class Metrics(Collector):
             seconds.add_metric([*labels, "baseline"], list(_buckets(found.baseline_times)), found.baseline_seconds)
         yield from (copies, slower, seconds)
 
-    def expose(self, accept: str) -> tuple[bytes, str]:
-        """Return the text and its content type, in the format of the scraper's Accept header."""
+    async def page(self, accept: str) -> tuple[bytes, str]:
+        """Return the text and its content type, in the format of the scraper's Accept header.
+
+        With many apps this takes a while, in which requests go on: each family is a step of its own, and a thread
+        writes the text.
+        """
         encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        families = []
+        # One at a time: the families of many apps take memory.
+        async with self._writing:
+            for family in self._registry.collect():
+                families.append(family)
+                await asyncio.sleep(0)
+            return await asyncio.to_thread(encode, _Collected(families)), content_type
+
+
+class _Collected(CollectorRegistry):
+    """The families of one scrape."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        super().__init__()
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._families
 
 
 def _buckets(times: Counter[int]) -> Iterator[tuple[str, float]]:

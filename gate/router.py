@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Generic
@@ -230,6 +231,23 @@ class Router(Generic[ConnectionT]):
         release = self._releases.get(app, {}).get(version)
         return release.digest if release else ""
 
+    def versions(self, app: str) -> Collection[str]:
+        """Return the versions of an app; none for an unknown one."""
+        return self._releases.get(app, {}).keys()
+
+    def shares(self, app: str) -> dict[str, float]:
+        """Return the share of each version in the app's last split; none if no request without a version has come."""
+        split = self._splits.get(app)
+        return split.shares() if split else {}
+
+    def states(self, app: str, version: str) -> Counter[str]:
+        """Return how many instances of a version are in which state, of ``gate.endpoint.STATES``."""
+        key, now_s = (app, version), self._clock()
+        states = Counter(each.state(now_s) for each in self._endpoints.get(key, {}).values())
+        states["outdated"] = len(self._outdated.get(key, ()))
+        states["left"] = len(self._left.get(key, ()))
+        return states
+
     def rules(self, app: str) -> tuple[AppMetadata, AppMetadata]:
         """Return the access rules of an app, which need not exist, and the default ones."""
         return self._metadata(config.app_metadata_key(app), app), self._metadata(config.DEFAULT_APP_METADATA_KEY, "")
@@ -357,16 +375,16 @@ class Router(Generic[ConnectionT]):
     ) -> ServingError:
         if not versions:
             why = " with a weight above 0" if route.split and route.split.weights else ""
-            return Unavailable(f"app {route.app!r} has no version in production{why}")
+            return Unavailable(f"app {route.app!r} has no version in production{why}", refusal="unready")
         one = len(versions) == 1 and versions != route.versions
         what = f"app {route.app!r}"
         if route.version or one:
             what = f"version {versions[0]!r} of {what}" + (", which has this key," if one else "")
         if any(self._room(each, kind) == 0 for each in ready):
-            return ResourceExhausted(f"every instance of {what} is full", retry_after_s=1.0)
+            return ResourceExhausted(f"every instance of {what} is full", retry_after_s=1.0, refusal="full")
         outdated = sum(len(self._outdated.get((route.app, version), ())) for version in versions)
         why = f"; {outdated} have loaded other content than the release has now" if outdated else ""
-        return Unavailable(f"no instance of {what} is ready{why}")
+        return Unavailable(f"no instance of {what} is ready{why}", refusal="unready")
 
     def failed(self, endpoint: Endpoint[ConnectionT]) -> None:
         """Eject an endpoint whose transport failed; drop it if it had left the registry."""

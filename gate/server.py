@@ -34,6 +34,7 @@ from gate.batch import run_batch
 from gate.bodies import Body
 from gate.callers import Callers
 from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
+from gate.request_counts import LEFT
 from gate.responses import LargeResponse
 
 log = structlog.get_logger()
@@ -61,13 +62,6 @@ def read_call(call: Call, deadline: float | None, callers: Callers) -> CallConte
     )
 
 
-def log_rejected(context: CallContext, error: ServingError) -> None:
-    """Log a request that is rejected before it becomes an eval. The dispatcher logs evals."""
-    log.info(
-        "request rejected", reqid=context.reqid, code=error.code, reason=error.message, traceparent=context.traceparent
-    )
-
-
 def _begin(
     dispatcher: Dispatcher,
     task: Task,
@@ -83,18 +77,21 @@ def _begin(
         return
     owner = dispatcher.owner(task, context)
     if turns.refuses(owner):
-        error = ResourceExhausted(f"too many requests to app {task.app[:80]!r} wait in this gate", retry_after_s=1.0)
-        log_rejected(context, error)
+        error = ResourceExhausted(
+            f"too many requests to app {task.app[:80]!r} wait in this gate", retry_after_s=1.0, refusal="turns"
+        )
+        dispatcher.rejected(context, error, task.app)
         fail(error)
         return
     # The task goes with its caller.
     kept = [task]
     call.on_gone = kept.clear
-    turns.wait(owner, partial(_take_turn, dispatcher, kept, call, context, answer, fail))
+    turns.wait(owner, partial(_take_turn, dispatcher, owner, kept, call, context, answer, fail))
 
 
 def _take_turn(
     dispatcher: Dispatcher,
+    owner: str,
     kept: list[Task],
     call: Call,
     context: CallContext,
@@ -103,6 +100,8 @@ def _take_turn(
 ) -> None:
     if kept:
         _run(call, context, dispatcher.eval(kept[0], context), answer, fail)
+    else:
+        dispatcher.counts.of(owner).count("", LEFT)
 
 
 def _run(
@@ -149,6 +148,7 @@ class ServingService:
         server.unary("/atserving.v1.ServingService/Batch", self.batch, self._full)
 
     def eval(self, call: Call) -> None:
+        app = ""
         try:
             context = read_call(call, call.deadline(), self._callers)
             is_large = call.size >= LARGE_BYTES
@@ -158,15 +158,16 @@ class ServingService:
                 check_repeated(message, MAX_GROUP, _DATA)
                 task = task_of(parsed(serving_pb2.EvalRequest(), message))
             if is_large:
-                _count_for(task.app, call)
+                app = task.app
+                _count_for(app, call)
         except GrpcError as error:
-            call.abort(error.status, str(error))
+            _refuse_message(self._dispatcher, call, error)
             return
         except TooMany:
             self._reject(call, context, edge.too_many_resources())
             return
         except ServingError as error:
-            self._reject(call, context, error)
+            self._reject(call, context, error, app)
             return
         answer, fail = partial(self._answer, call, context), partial(_abort, call, context)
         _begin(self._dispatcher, task, call, context, answer, fail)
@@ -174,9 +175,8 @@ class ServingService:
     def _full(self, call: Call) -> None:
         self._reject(call, read_call(call, None, self._callers), _holds_too_much())
 
-    @staticmethod
-    def _reject(call: Call, context: CallContext, error: ServingError) -> None:
-        log_rejected(context, error)
+    def _reject(self, call: Call, context: CallContext, error: ServingError, app: str = "") -> None:
+        self._dispatcher.rejected(context, error, app)
         _abort(call, context, error)
 
     @staticmethod
@@ -194,7 +194,7 @@ class ServingService:
             tasks = [task_of(each) for each in request.tasks]
             _count_batch(tasks, call)
         except GrpcError as error:
-            call.abort(error.status, str(error))
+            _refuse_message(self._dispatcher, call, error)
             return
         except TooMany:
             most = f"{self._max_batch} tasks, or {self._max_batch * MAX_GROUP} resources"
@@ -226,14 +226,17 @@ def _batch(
 
 
 def _holds_too_much() -> Unavailable:
-    return Unavailable("the gate holds as many bytes of requests and answers as it may", retry_after_s=1.0)
+    return Unavailable(
+        "the gate holds as many bytes of requests and answers as it may", retry_after_s=1.0, refusal="memory"
+    )
 
 
 def _count_for(app: str, call: Call) -> None:
     """Count a large call as one of its app. Raises ResourceExhausted: a slow app leaves room to the others."""
     if not call.belong_to(app):
         whose = f"the large requests of app {app[:80]!r}" if app else "large batches of several apps"
-        raise ResourceExhausted(f"{whose} hold as many bytes in this gate as they may", retry_after_s=1.0)
+        message = f"{whose} hold as many bytes in this gate as they may"
+        raise ResourceExhausted(message, retry_after_s=1.0, refusal="memory")
 
 
 def _count_batch(tasks: Sequence[Task | ServingError], call: Call) -> None:
@@ -303,23 +306,25 @@ class EdgeService:
 
     def _full(self, call: Call) -> None:
         context, error = read_call(call, None, self._callers), _holds_too_much()
-        log_rejected(context, error)
+        self._dispatcher.rejected(context, error)
         _reply(call, context, edge.write_error(error))
 
     def eval(self, call: Call) -> None:
         # Envoy sends the deadline of no HTTP caller.
         context = read_call(call, None, self._callers)
         reply = partial(_reply, call, context)
+        app = ""
         try:
             is_large = call.size >= LARGE_BYTES
             task = (_large_eval(call) if is_large else None) or _edge_eval(call)
             if is_large:
-                _count_for(task.app, call)
+                app = task.app
+                _count_for(app, call)
         except (GrpcError, TooMany) as error:
-            _refuse_message(call, error)
+            _refuse_message(self._dispatcher, call, error)
             return
         except ServingError as error:
-            log_rejected(context, error)
+            self._dispatcher.rejected(context, error, app)
             reply(edge.write_error(error))
             return
         _begin(self._dispatcher, task, call, context, lambda result: reply(edge.write_answer(result)), _failing(reply))
@@ -334,18 +339,19 @@ class EdgeService:
             tasks = edge.read_batch(request.content_type, request.data, self._max_batch)
             _count_batch(tasks, call)
         except (GrpcError, TooMany) as error:
-            _refuse_message(call, error)
+            _refuse_message(self._dispatcher, call, error)
             return
         except ServingError as error:
-            log_rejected(context, error)
+            self._dispatcher.rejected(context, error)
             reply(edge.write_error(error))
             return
         work = _batch(self._dispatcher, tasks, context, self._held)
         _run(call, context, work, lambda results: reply(edge.write_batch(results)), _failing(reply))
 
 
-def _refuse_message(call: Call, error: GrpcError | TooMany) -> None:
+def _refuse_message(dispatcher: Dispatcher, call: Call, error: GrpcError | TooMany) -> None:
     """Refuse a message that Envoy would not send."""
+    dispatcher.counts.refused("", InvalidArgument.status, "malformed")
     if isinstance(error, GrpcError):
         call.abort(error.status, str(error))
     else:

@@ -88,6 +88,12 @@ class Split:
         credits_[chosen] -= self._price
         return chosen
 
+    def shares(self) -> dict[str, float]:
+        """Return the share of each version that should get requests."""
+        found: Sequence[float] = self._capacities if self._by_capacity and any(self._capacities) else self._weights
+        whole = sum(found)
+        return {version: each / whole for version, each in zip(self.versions, found, strict=True)}
+
     def due(self, rooms: Sequence[Collection[object]]) -> int:
         """Return the index of the version with room whose next request is due first; it takes no turn."""
         ready = [index for index in self._present if rooms[index]]

@@ -20,9 +20,9 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 OF_V2 = {"app": "app", "version": "v2", "baseline": "v1"}
 
 
-def samples(metrics: Metrics, accept: str = "") -> dict[tuple[str, ...], float]:
+async def samples(metrics: Metrics, accept: str = "") -> dict[tuple[str, ...], float]:
     """Return the values by name and by the labels that come after the three versions have."""
-    text, content_type = metrics.expose(accept)
+    text, content_type = await metrics.page(accept)
     read = parse_openmetrics if "openmetrics" in content_type else text_string_to_metric_families
     found: dict[tuple[str, ...], float] = {}
     for family in read(text.decode()):
@@ -37,7 +37,7 @@ def samples(metrics: Metrics, accept: str = "") -> dict[tuple[str, ...], float]:
 async def test_comparisons_are_metrics(accept: str) -> None:
     async with running_mesh() as mesh:
         metrics = Metrics(mesh.shadows, mesh.dispatcher.turns)
-        assert samples(metrics, accept) == {}
+        assert await samples(metrics, accept) == {}
         await mesh.add(Evaluator("a"))
         copies = Evaluator("a")
         await mesh.add(copies, "v2")
@@ -45,7 +45,7 @@ async def test_comparisons_are_metrics(accept: str) -> None:
         await compared(mesh, (1, 0, 0, 0))
         copies.name = "b"
         await compared(mesh, (1, 1, 0, 0))
-        found = samples(metrics, accept)
+        found = await samples(metrics, accept)
         outcomes = ("equal", "different", "failed", "dropped")
         assert [found["copies_total", each] for each in outcomes] == [1, 1, 0, 0]
         assert found["slower_total",] <= 2

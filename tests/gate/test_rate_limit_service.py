@@ -200,7 +200,7 @@ async def test_limits_of_the_gate_go_on_without_the_service(
     assert service.asked == {"failed": 5, "skipped": 15}
     limit(mesh, max_requests_per_second=0.001)
     assert await let_in(mesh, 5, PAT) == 1
-    text, _ = Metrics(mesh.shadows, mesh.dispatcher.turns, service).expose("")
+    text, _ = await Metrics(mesh.shadows, mesh.dispatcher.turns, service).page("")
     assert b'atserving_gate_rate_limit_questions_total{outcome="failed"} 5.0' in text
     await server.start()
     service._paused_until_s = 0.0

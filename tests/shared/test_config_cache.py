@@ -52,6 +52,17 @@ async def test_a_follower_without_a_registry_begins_with_the_saved_config(tmp_pa
         assert one.entries == ENTRIES
 
 
+async def test_the_age_of_a_saved_config_is_since_it_was_saved(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    ConfigCache(path, "").save(ENTRIES)
+    saved = orjson.loads(path.read_bytes())
+    path.write_bytes(orjson.dumps({**saved, "saved_s": saved["saved_s"] - 1000}))
+    async with following(path) as one, asyncio.timeout(60):
+        await one.synced.wait()
+        assert one.age_s >= 1000
+        assert (one.revision, one.is_following) == (0, False)
+
+
 async def tries(one: ConfigFollower) -> None:
     """Wait until a follower has tried its registry, and whatever it does then."""
     await until(lambda: one.last_error != "not yet tried")

@@ -1,0 +1,197 @@
+"""Counts a gate's requests by app and version, in plain numbers; ``gate.request_metrics`` shows them at a scrape.
+
+Only apps that the config has get counts of their own, so made-up names cannot grow them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+
+from prometheus_client.samples import Exemplar
+
+from atserving.counts import Distribution
+from atserving.errors import (
+    InvalidArgument,
+    NotFound,
+    PayloadTooLarge,
+    PermissionDenied,
+    ServingError,
+    Unauthenticated,
+    UnsupportedMediaType,
+)
+
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""The upper bounds of the buckets of latencies."""
+
+GONE_S = 600.0
+"""How long the counts of an app or version stay after the config has lost it."""
+
+MOST_APPS = 1000
+"""How many apps have counts of their own. Those beyond count as one, with the unknown ones."""
+
+REFUSALS = (
+    "unknown",
+    "unauthenticated",
+    "denied",
+    "malformed",
+    "limit",
+    "turns",
+    "full",
+    "unready",
+    "memory",
+    "starting",
+)
+"""Why a gate refuses requests."""
+
+RETRIES = ("unreachable", "lost", "full", "away", "refused", "hedge")
+"""Why a gate asks one more instance for a request."""
+
+LEFT = 499
+"""The code of a request whose caller has left."""
+
+_BY_STATUS = {
+    NotFound.status: "unknown",
+    Unauthenticated.status: "unauthenticated",
+    PermissionDenied.status: "denied",
+    InvalidArgument.status: "malformed",
+    PayloadTooLarge.status: "malformed",
+    UnsupportedMediaType.status: "malformed",
+}
+_EXEMPLAR_S = 60.0
+_SWEEP_S = 60.0
+
+
+def refusal_of(error: ServingError) -> str:
+    """Return why the gate has refused a request; empty if an instance, or the loss of instances, is the reason."""
+    if error.refusal or error.version:
+        return error.refusal
+    return "limit" if error.limit else _BY_STATUS.get(error.status, "")
+
+
+class VersionCounts:
+    """The counts of one version of an app."""
+
+    __slots__ = ("by_turn", "codes", "known_s", "picks")
+
+    def __init__(self, known_s: float) -> None:
+        self.codes: dict[int, int] = {}
+        """Requests by their HTTP status."""
+        self.picks = 0
+        """How often one of its instances was asked."""
+        self.by_turn = 0
+        """Requests without a version that it has answered."""
+        self.known_s = known_s
+
+
+class AppCounts:
+    """The counts of one app, or of all unknown ones."""
+
+    __slots__ = (
+        "_at_s",
+        "_slowest_s",
+        "_traceparent",
+        "in_flight",
+        "known_s",
+        "refusals",
+        "retries",
+        "times",
+        "versions",
+    )
+
+    def __init__(self, known_s: float) -> None:
+        self.in_flight = 0
+        """Requests that the gate has admitted, and that have no answer yet."""
+        self.versions: dict[str, VersionCounts] = {}
+        """By version; empty for requests that no version has had."""
+        self.refusals: Counter[str] = Counter()
+        self.retries: Counter[str] = Counter()
+        self.times = Distribution(SECONDS)
+        """The seconds of requests that were not refused."""
+        self.known_s = known_s
+        """When the config was last seen to have the app."""
+        self._slowest_s = self._at_s = 0.0
+        self._traceparent = ""
+
+    def of(self, version: str) -> VersionCounts:
+        """Return the counts of a version."""
+        counts = self.versions.get(version)
+        if counts is None:
+            counts = self.versions[version] = VersionCounts(self.known_s)
+        return counts
+
+    def count(self, version: str, status: int) -> None:
+        """Count a request at its end."""
+        codes = self.of(version).codes
+        codes[status] = codes.get(status, 0) + 1
+
+    def took(self, seconds: float, traceparent: str | None) -> None:
+        """Count the time of a request, and keep the trace of the slowest."""
+        self.times.observe(seconds)
+        if seconds > self._slowest_s and traceparent:
+            self._slowest_s, self._traceparent, self._at_s = seconds, traceparent, time.time()
+
+    def exemplar(self) -> Exemplar | None:
+        """Return the slowest request of the last minute that has a trace, about."""
+        if not self._slowest_s:
+            return None
+        if time.time() - self._at_s > _EXEMPLAR_S:
+            self._slowest_s = 0.0
+            return None
+        return Exemplar({"trace_id": self._traceparent[3:35]}, self._slowest_s, self._at_s)
+
+
+class RequestCounts:
+    """The counts of all requests."""
+
+    def __init__(self, versions: Callable[[str], Collection[str]], clock: Callable[[], float] = time.monotonic) -> None:
+        """``versions`` returns those of an app that the config has."""
+        self._versions = versions
+        self._clock = clock
+        self._unknown = AppCounts(clock())
+        self._apps: dict[str, AppCounts] = {}
+        self._swept_s = clock()
+
+    def of(self, app: str) -> AppCounts:
+        """Return the counts of an app."""
+        return self._apps.get(app) or self._new(app)
+
+    def _new(self, app: str) -> AppCounts:
+        if not self._versions(app):
+            return self._unknown
+        now_s = self._clock()
+        if len(self._apps) >= MOST_APPS and now_s - self._swept_s >= _SWEEP_S:
+            self._swept_s = now_s
+            self._forget(now_s, 0.0)
+        if len(self._apps) >= MOST_APPS:
+            return self._unknown
+        counts = self._apps[app] = AppCounts(now_s)
+        return counts
+
+    def refused(self, app: str, status: int, reason: str) -> None:
+        """Count a request that was refused before it became an eval."""
+        counts = self.of(app)
+        counts.count("", status)
+        if reason:
+            counts.refusals[reason] += 1
+
+    def all(self) -> list[tuple[str, AppCounts]]:
+        """Return the counts of each app; those of the unknown ones have an empty name."""
+        self._forget(self._clock(), GONE_S)
+        return [("", self._unknown), *self._apps.items()]
+
+    def _forget(self, now_s: float, after_s: float) -> None:
+        """Drop what the config has not had for so long."""
+        for app, counts in list(self._apps.items()):
+            known = self._versions(app)
+            if known:
+                counts.known_s = now_s
+            elif now_s - counts.known_s >= after_s:
+                del self._apps[app]
+                continue
+            for version, each in list(counts.versions.items()):
+                if not version or version in known:
+                    each.known_s = now_s
+                elif now_s - each.known_s >= after_s:
+                    del counts.versions[version]
