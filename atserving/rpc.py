@@ -70,12 +70,22 @@ Authorize = Callable[[str, Message, Context], str]
 """Returns who makes a call of a method, empty if nobody knows. Raises ServingErrors for what they may not do."""
 
 
+Observe = Callable[[str, int, float | None], None]
+"""Takes each call that has ended: the method, the HTTP status, and its seconds; None: it was a stream.
+
+499: its caller has left.
+"""
+
+_LEFT = 499
+
+
 def serve(
     server: Server,
     service: ServiceDescriptor,
     servicer: object,
     translate: Translate = lambda _: None,
     authorize: Authorize | None = None,
+    observe: Observe = lambda *_: None,
 ) -> None:
     """Answer the calls of a service by a servicer, which has a method in snake case for each of the service's.
 
@@ -85,7 +95,7 @@ def serve(
     for method in service.methods:
         answer = getattr(servicer, re.sub(r"(?<!^)(?=[A-Z])", "_", method.name).lower())
         path = f"/{service.full_name}/{method.name}"
-        one = _Method(path, method, answer, translate, authorize)
+        one = _Method(path, method, answer, translate, authorize, observe)
         if method.server_streaming:
             server.stream(path, one.stream, _MOST_UNSENT)
         else:
@@ -102,6 +112,7 @@ class _Method:
         answer: Callable[..., Any],
         translate: Translate,
         authorize: Authorize | None,
+        observe: Observe,
     ) -> None:
         self._path = path
         self._name = method.name
@@ -110,23 +121,27 @@ class _Method:
         self._rest = RestPaths(method)
         self._answer = answer
         self._translate = translate
+        self._observe = observe
 
     def call(self, call: Call) -> None:
         """Answer a unary call, in a task."""
+        began_s = time.monotonic()
         try:
             context = Context(call.headers, call.deadline(), peer_names=call.peer_names)
             request = self._read(call.message, call.headers)
             context = self._authorized(request, context)
         except GrpcError as error:
             call.abort(error.status, str(error))
+            self._end(InvalidArgument.status, began_s)
             return
         except ServingError as error:
             _abort(call, call.headers, error)
+            self._end(error.status, began_s)
             return
         task = asyncio.get_running_loop().create_task(self._within(self._answer(request, context), context))
         # Its caller has left.
         call.on_gone = partial(_cancel, task)
-        task.add_done_callback(partial(self._finish, call))
+        task.add_done_callback(partial(self._finish, call, began_s))
 
     @staticmethod
     async def _within(work: Awaitable[Message], context: Context) -> Message:
@@ -138,19 +153,27 @@ class _Method:
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed") from None
 
-    def _finish(self, call: Call, task: asyncio.Task[Message]) -> None:
+    def _finish(self, call: Call, began_s: float, task: asyncio.Task[Message]) -> None:
         headers = call.headers
+        status = 200
         if task.cancelled():
-            return
-        if error := task.exception():
-            _abort(call, headers, self._error(error, headers))
+            status = _LEFT
+        elif failure := task.exception():
+            error = self._error(failure, headers)
+            status = error.status
+            _abort(call, headers, error)
         else:
             call.finish(task.result().SerializeToString())
+        self._end(status, began_s)
+
+    def _end(self, status: int, began_s: float) -> None:
+        self._observe(self._name, status, time.monotonic() - began_s)
 
     async def stream(
         self, messages: AsyncIterator[bytes], headers: Headers, peer_names: tuple[str, ...]
     ) -> AsyncIterator[bytes]:
         """Yield the messages that answer the one message of a call."""
+        status = _LEFT
         try:
             context = Context(headers, deadline_of(headers), peer_names=peer_names)
             async for message in messages:
@@ -163,11 +186,17 @@ class _Method:
                             self._authorized(request, context)
                             again_s = time.monotonic() + _AUTHORIZED_S
                         yield response.SerializeToString()
-                return
+                break
+            status = 200
         except GrpcError:
+            status = InvalidArgument.status
             raise
-        except Exception as error:
-            raise _stream_error(self._error(error, headers), headers) from None
+        except Exception as failure:
+            error = self._error(failure, headers)
+            status = error.status
+            raise _stream_error(error, headers) from None
+        finally:
+            self._observe(self._name, status, None)
 
     def _read(self, message: Any, headers: Headers) -> Message:
         try:

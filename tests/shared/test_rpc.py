@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,11 +92,11 @@ class Servicer:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[tuple[Servicer, Server, str]]:
+async def serving(observe: rpc.Observe = lambda *_: None) -> AsyncIterator[tuple[Servicer, Server, str]]:
     """Yield a servicer, its server and its address."""
     servicer, server = Servicer(), Server([SERVICE], 1 << 20)
     known = Unavailable("the library failed")
-    rpc.serve(server, SERVICE, servicer, lambda error: known if isinstance(error, _Unknown) else None)
+    rpc.serve(server, SERVICE, servicer, lambda error: known if isinstance(error, _Unknown) else None, observe=observe)
     port = await server.start("127.0.0.1:0")
     try:
         yield servicer, server, f"127.0.0.1:{port}"
@@ -191,6 +191,38 @@ async def test_a_stream_ends_with_its_error() -> None:
         assert [each.revision for each in responses] == [0, 1, 2]
         error = await failed(call.read())
         assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "the end")
+
+
+async def test_calls_are_observed_as_they_end() -> None:
+    ended: list[tuple[str, int, float | None]] = []
+    async with serving(lambda *one: ended.append(one)) as (servicer, _, address), channel(address) as client:
+        stub = registry_pb2_grpc.RegistryServiceStub(client)
+        await stub.RegisterInstance(request_for("a"), timeout=WAIT_S)
+        for app in ("stale", "busy", "unknown"):
+            await failed(stub.RegisterInstance(request_for(app), timeout=WAIT_S))
+        await failed(method(client, PATH)(b"\xff", timeout=WAIT_S))
+        call = stub.RegisterInstance(request_for("slow"), timeout=WAIT_S)
+        await until(lambda: "slow" in servicer.began)
+        call.cancel()
+        await until(lambda: len(ended) == 6)
+        assert [one[:2] for one in ended] == [("RegisterInstance", code) for code in (200, 409, 503, 500, 400, 499)]
+        assert all(seconds is not None and 0 <= seconds < WAIT_S for _, _, seconds in ended)
+
+
+async def test_streams_are_observed_as_they_end() -> None:
+    ended: list[tuple[str, int, float | None]] = []
+    async with serving(lambda *one: ended.append(one)) as (_, _, address), channel(address) as client:
+        stub = registry_pb2_grpc.RegistryServiceStub(client)
+        for app in ("refused", "fails"):
+            call = stub.Watch(registry_pb2.WatchRequest(app=app), timeout=WAIT_S)
+            with suppress(grpc.aio.AioRpcError):
+                while await call.read():
+                    pass
+        call = stub.Watch(registry_pb2.WatchRequest(app="large"), timeout=WAIT_S)
+        await call.read()
+        call.cancel()
+        await until(lambda: len(ended) == 3)
+    assert ended == [("Watch", status, None) for status in (400, 503, 499)]
 
 
 async def test_a_stream_waits_for_its_reader() -> None:
