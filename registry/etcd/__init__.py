@@ -5,10 +5,14 @@ The client rotates through the members of one cluster when one fails. It never r
 
 from registry.etcd.client import EtcdClient, Lease, Snapshot, delete, delete_below, put, unwritten_since, written_at
 from registry.etcd.connection import Connection, User
-from registry.etcd.errors import Compacted, EtcdError, EtcdRefused, EtcdUnavailable, LeaseNotFound
+from registry.etcd.counts import OK, CallCounts
+from registry.etcd.errors import KINDS, Compacted, EtcdError, EtcdRefused, EtcdUnavailable, LeaseNotFound
 from registry.etcd.tls import Tls
 
 __all__ = [
+    "KINDS",
+    "OK",
+    "CallCounts",
     "Compacted",
     "Connection",
     "EtcdClient",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -89,6 +89,7 @@ class EtcdClient:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self.counts = connection.counts
         self._renewals = Renewals(connection)
 
     async def __aenter__(self) -> EtcdClient:
@@ -198,7 +199,8 @@ class EtcdClient:
     async def keep_alive(self, lease: int) -> int:
         """Renew a lease and return its time to live in seconds. Raises LeaseNotFound."""
         try:
-            return await self._renewals.renew(lease)
+            with self.counts.counted(KEEP_ALIVE.name):
+                return await self._renewals.renew(lease)
         except EtcdUnavailable:
             # The stream is at one member. Try all.
             pass
@@ -215,12 +217,17 @@ class EtcdClient:
             return
 
     async def watch(
-        self, prefix: str, start_revision: int, *, before: bool = False
+        self,
+        prefix: str,
+        start_revision: int,
+        *,
+        before: bool = False,
+        is_at: Callable[[int], None] = lambda _: None,
     ) -> AsyncGenerator[etcd_pb2.WatchResponse, None]:
         """Yield the changes below ``prefix`` from ``start_revision`` on, in order, without end. Raises Compacted.
 
         With ``before``, the events have the earlier values. The first response carries no events; its header holds the
-        current revision of the store.
+        current revision of the store. Between two responses, ``is_at`` takes it every few seconds.
         """
         create = etcd_pb2.WatchCreateRequest(
             key=prefix.encode(), range_end=_end(prefix), start_revision=start_revision, prev_kv=before
@@ -228,15 +235,22 @@ class EtcdClient:
         # The user may read this key. A serializable read needs no quorum, so it tests this member alone.
         probe = etcd_pb2.RangeRequest(key=prefix.encode(), keys_only=True, serializable=True)
         request = etcd_pb2.WatchRequest(create_request=create)
-        async with aclosing(self._connection.follow(_WATCH, request, (_RANGE, probe))) as responses:
-            async for response in responses:
-                if response.compact_revision:
-                    raise Compacted(f"compacted at revision {response.compact_revision}")
-                if response.canceled:
-                    # etcd 3.5 also answers "permission denied" if the token has expired.
-                    self._connection.forget_token()
-                    raise refusal(response.cancel_reason or "etcd cancelled the watch")
-                yield response
+        following = self._connection.follow(
+            _WATCH, request, (_RANGE, probe), lambda response: is_at(response.header.revision)
+        )
+        # A watch counts once it has begun, and again when it breaks.
+        with self.counts.counted(_WATCH.name):
+            async with aclosing(following) as responses:
+                async for response in responses:
+                    if response.compact_revision:
+                        raise Compacted(f"compacted at revision {response.compact_revision}")
+                    if response.canceled:
+                        # etcd 3.5 also answers "permission denied" if the token has expired.
+                        self._connection.forget_token()
+                        raise refusal(response.cancel_reason or "etcd cancelled the watch")
+                    if response.created:
+                        self.counts.count(_WATCH.name)
+                    yield response
 
 
 def _raw(text: str | bytes) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 
 from atserving import lifecycle
 from atserving.v1 import etcd_pb2
+from registry.etcd.counts import CallCounts
 from registry.etcd.errors import EtcdError, EtcdRefused, EtcdUnavailable, TokenRefused, translate
 from registry.etcd.tls import Tls
 
@@ -61,6 +62,11 @@ class Method(Generic[_Response]):
     response: type[_Response]
     stream: bool = False
     """Whether the method is a bidirectional stream. A call on it exchanges one request for one response."""
+
+    @property
+    def name(self) -> str:
+        """The last part of the full name."""
+        return self.path.rpartition("/")[2]
 
 
 AUTHENTICATE = Method("/etcdserverpb.Auth/Authenticate", etcd_pb2.AuthenticateResponse)
@@ -140,6 +146,7 @@ class Connection:
         user: User | None = None,
         try_timeout_s: float = TRY_TIMEOUT_S,
     ) -> None:
+        self.counts = CallCounts()
         self._members = [_Member(address, tls) for address in endpoints]
         self._turn = 0
         self._timeout_s = try_timeout_s
@@ -179,11 +186,16 @@ class Connection:
             raise
 
     async def follow(
-        self, method: Method[_Response], request: Message, probe: tuple[Method[Any], Message]
+        self,
+        method: Method[_Response],
+        request: Message,
+        probe: tuple[Method[Any], Message],
+        probed: Callable[[Any], None],
     ) -> AsyncGenerator[_Response, None]:
         """Open a stream with one request and yield its responses. Raises EtcdUnavailable, EtcdRefused.
 
-        While the stream is silent, ``probe`` is sent to its member every few seconds to detect a frozen one.
+        While the stream is silent, ``probe`` is sent to its member every few seconds to detect a frozen one;
+        ``probed`` takes the responses.
         """
         member = self._members[self._turn]
         try:
@@ -191,7 +203,7 @@ class Connection:
             try:
                 await call.write(request)
                 while True:
-                    yield await self._next(member, method, call, probe)
+                    yield await self._next(member, method, call, probe, probed)
             except grpc.aio.AioRpcError as error:
                 raise self._failure(member, error) from None
             finally:
@@ -222,11 +234,12 @@ class Connection:
         method: Method[_Response],
         call: grpc.aio.StreamStreamCall[Message, _Response],
         probe: tuple[Method[Any], Message],
+        probed: Callable[[Any], None],
     ) -> _Response:
         reading = asyncio.ensure_future(call.read())
         try:
             while not (await asyncio.wait({reading}, timeout=_PROBE_S))[0]:
-                await self._try(member, *probe)
+                probed(await self._try(member, *probe))
         finally:
             if not reading.done():
                 await lifecycle.end([reading])
@@ -243,10 +256,11 @@ class Connection:
 
     async def _call(self, member: _Member, method: Method[_Response], request: Message) -> _Response:
         metadata = await self._metadata(member)
-        try:
-            return await member.call(method, request, metadata, self._timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise self._failure(member, error) from None
+        with self.counts.counted(method.name):
+            try:
+                return await member.call(method, request, metadata, self._timeout_s)
+            except grpc.aio.AioRpcError as error:
+                raise self._failure(member, error) from None
 
     def _failure(self, member: _Member, error: grpc.aio.AioRpcError) -> EtcdError:
         failure = translate(member.address, error)
@@ -256,7 +270,8 @@ class Connection:
 
     def _rotate_from(self, member: _Member) -> None:
         # If several calls fail at one member, only the first of them moves to the next member.
-        if self._members[self._turn] is member:
+        if self._members[self._turn] is member and len(self._members) > 1:
+            self.counts.switches += 1
             self._turn = (self._turn + 1) % len(self._members)
 
     def forget_token(self) -> None:
@@ -275,11 +290,12 @@ class Connection:
 
     async def _authenticate(self, member: _Member, user: User) -> str:
         request = etcd_pb2.AuthenticateRequest(name=user.name, password=user.password)
-        try:
-            return (await member.call(AUTHENTICATE, request, (), self._timeout_s)).token
-        except grpc.aio.AioRpcError as error:
-            failure = translate(member.address, error)
-            # No token is needed. If an operator enables authentication later, etcd refuses calls without a token.
-            if isinstance(failure, EtcdRefused) and "authentication is not enabled" in str(failure):
-                return ""
-            raise failure from None
+        with self.counts.counted(AUTHENTICATE.name):
+            try:
+                return (await member.call(AUTHENTICATE, request, (), self._timeout_s)).token
+            except grpc.aio.AioRpcError as error:
+                failure = translate(member.address, error)
+                # No token is needed. If an operator enables authentication later, etcd refuses calls without a token.
+                if isinstance(failure, EtcdRefused) and "authentication is not enabled" in str(failure):
+                    return ""
+                raise failure from None

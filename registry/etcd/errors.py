@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import grpc
 import grpc.aio
 
@@ -9,29 +11,54 @@ import grpc.aio
 class EtcdError(Exception):
     """A call to etcd failed. The message says why and contains no secret."""
 
+    kind: ClassVar[str] = "unavailable"
+    """Names the class in metrics."""
+
 
 class EtcdUnavailable(EtcdError):  # noqa: N818 - named like a gRPC status
     """No usable answer. A write may have taken effect: read again before you write again."""
 
 
+class EtcdTimeout(EtcdUnavailable):
+    """No answer in time."""
+
+    kind = "timeout"
+
+
 class EtcdRefused(EtcdError):  # noqa: N818
     """etcd refused the call and wrote nothing."""
+
+    kind = "refused"
 
 
 class Compacted(EtcdRefused):
     """etcd has compacted the requested revision away."""
 
+    kind = "compacted"
+
 
 class LeaseNotFound(EtcdRefused):
     """The lease has expired or was revoked."""
+
+    kind = "lease_gone"
 
 
 class OutOfSpace(EtcdRefused):
     """The database has no space left for writes; reads and deletions go on."""
 
+    kind = "out_of_space"
+
 
 class TokenRefused(EtcdRefused):
     """The token has expired, or permissions changed after it was issued: authenticate again and retry the call."""
+
+    kind = "token_refused"
+
+
+_ALL = (EtcdUnavailable, EtcdTimeout, EtcdRefused, Compacted, LeaseNotFound, OutOfSpace, TokenRefused)
+
+KINDS = tuple(each.kind for each in _ALL)
+"""The kinds of all errors."""
 
 
 # etcd's messages (api/v3rpc/rpctypes/error.go), used as status details and as reasons of cancelled watches.
@@ -74,7 +101,7 @@ def translate(address: str, error: grpc.aio.AioRpcError) -> EtcdError:
     if error.code() in _REFUSALS or any(phrase in details for phrase, _ in _BY_MESSAGE):
         return refusal(details or error.code().name)
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return EtcdUnavailable(f"{address}: does not answer")
+        return EtcdTimeout(f"{address}: does not answer")
     # grpcio wraps the cause of a failed connection: "failed to connect to all addresses; last error: ...".
     cause = details.rpartition("last error: ")[2] or error.code().name
     return EtcdUnavailable(f"{address}: {cause}")

@@ -10,7 +10,7 @@ import grpc.aio
 from atserving import lifecycle
 from atserving.v1 import etcd_pb2
 from registry.etcd.connection import TRY_TIMEOUT_S, Connection, Method
-from registry.etcd.errors import EtcdError, EtcdUnavailable, LeaseNotFound
+from registry.etcd.errors import EtcdError, EtcdTimeout, EtcdUnavailable, LeaseNotFound
 
 _GATHER_S = 0.05
 
@@ -38,10 +38,10 @@ class Renewals:
             async with asyncio.timeout(TRY_TIMEOUT_S):
                 ttl_s = await asyncio.shield(renewed)
         except TimeoutError:
-            self._fail(EtcdUnavailable("etcd does not renew leases in time"))
+            self._fail(EtcdTimeout("etcd does not renew leases in time"))
             if self._task:
                 self._task.cancel()
-            raise EtcdUnavailable("etcd does not renew leases in time") from None
+            raise EtcdTimeout("etcd does not renew leases in time") from None
         if ttl_s <= 0:
             raise LeaseNotFound("the lease has expired")
         return ttl_s

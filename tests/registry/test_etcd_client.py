@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import itertools
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import grpc
@@ -33,7 +34,7 @@ from registry.etcd import (
 )
 from tests.processes import Etcd, Process, cluster
 from tests.registry.etcd_users import USER, enable_rights
-from tests.waiting import until_async
+from tests.waiting import until, until_async
 
 KEY = f"{PREFIX}worker/default"
 _numbers = itertools.count()
@@ -283,3 +284,47 @@ async def test_renewed_certificates_are_for_new_calls_while_a_stream_goes_on(
         await client.put(KEY, "2")
         assert (await anext(watch)).events
         assert followed.credentials is before
+
+
+async def test_a_silent_watch_tells_the_revision_of_etcd(etcd: Etcd) -> None:
+    heard: list[int] = []
+    async with (
+        EtcdClient(Connection([etcd.address])) as client,
+        aclosing(client.watch(PREFIX, 1, is_at=heard.append)) as responses,
+    ):
+        await anext(responses)
+        waiting = asyncio.ensure_future(anext(responses))
+        elsewhere = await client.put("/elsewhere", "1")
+        await until(lambda: elsewhere in heard)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+
+
+async def test_calls_to_etcd_are_counted_by_the_kind_of_their_error(etcd: Etcd) -> None:
+    gone = f"127.0.0.1:{free_ports(1)[0]}"
+    async with EtcdClient(Connection([gone, etcd.address])) as client:
+        assert await client.get("/k") is None
+        first = await client.put("/k", "1")
+        tries = client.counts.tries
+        assert (tries["Range", "unavailable"], tries["Range", "ok"], tries["Put", "ok"]) == (1, 1, 1)
+        assert client.counts.switches == 1
+        second = await client.put("/k", "2")
+        etcd.ctl("compact", str(second))
+        with pytest.raises(Compacted):
+            await client.get("/k", first)
+        watch = client.watch("/k", first)
+        await anext(watch)
+        with pytest.raises(Compacted):
+            await anext(watch)
+        assert tries["Range", "compacted"] == tries["Watch", "compacted"] == 1
+        with pytest.raises(LeaseNotFound):
+            await client.keep_alive(12345)
+        assert tries["LeaseKeepAlive", "lease_gone"] == 1
+        etcd.freeze()
+
+        async def times_out() -> bool:
+            with suppress(EtcdUnavailable):
+                await client.put("/k", "3")
+            return tries["Put", "timeout"] > 0
+
+        await until_async(times_out)
