@@ -17,8 +17,7 @@ from atserving.cli import service
 from atserving.errors import StartError
 from atserving.field_types import parse_duration
 from atserving.grpc_server import Server
-from atserving.ops_http import OpsServer, Page
-from atserving.process_metrics import ProcessMetrics
+from atserving.ops_http import OpsServer
 from atserving.sockets import is_loopback
 from atserving.tls import REGISTRY, TlsFiles
 from atserving.tls import Tls as ServiceTls
@@ -31,6 +30,7 @@ from registry.admin.writes import Writer
 from registry.comparisons import Comparisons
 from registry.etcd import Connection, EtcdClient, Tls, User
 from registry.instances import Instances
+from registry.metrics import Calls, Metrics
 from registry.mirror import Mirror
 from registry.operators import Operators
 from registry.peers import Peers
@@ -96,22 +96,21 @@ async def serve(settings: RegistrySettings) -> None:
     tls = ServiceTls(settings.tls, REGISTRY) if settings.tls else None
     peers = Peers(tls) if tls else None
     authorize = known.authorize if known else peers.operate if peers else None
-    connection = Connection(settings.etcd, tls=settings.etcd_tls, user=settings.user)
-    pages: dict[str, Page] = {"/metrics": ProcessMetrics("atserving_registry", tls).expose}
-    async with (
-        EtcdClient(connection) as client,
-        OpsServer(settings.http, pages, lambda: server.is_serving) as ops,
-    ):
-        view = View(hold_s=settings.hold_s)
-        mirror = Mirror(client, view, known.roster if known else None)
-        recorder = Recorder(client, settings.history_entries, settings.history_s)
+    client = EtcdClient(Connection(settings.etcd, tls=settings.etcd_tls, user=settings.user))
+    view = View(hold_s=settings.hold_s)
+    mirror = Mirror(client, view, known.roster if known else None)
+    recorder = Recorder(client, settings.history_entries, settings.history_s)
+    instances = Instances(client, settings.lease_ttl_s, view)
+    calls = Calls()
+    metrics = Metrics(mirror, instances, recorder, client.counts, calls, operating.methods_by_name.keys(), tls)
+    async with client, OpsServer(settings.http, {"/metrics": metrics.expose}, lambda: server.is_serving) as ops:
         comparisons = Comparisons()
         writer = Writer(client, mirror, recorder, signatures)
         store = OperatorStore(client, writer, known)
         admin = AdminService(mirror, writer, History(client), comparisons, store, tls)
-        registry = RegistryServicer(mirror, Instances(client, settings.lease_ttl_s, view), comparisons)
-        rpc.serve(server, following, registry, translate, peers.follow if peers else None)
-        rpc.serve(operators, operating, admin, translate, authorize)
+        registry = RegistryServicer(mirror, instances, comparisons)
+        rpc.serve(server, following, registry, translate, peers.follow if peers else None, calls.observe)
+        rpc.serve(operators, operating, admin, translate, authorize, calls.observe)
         ports = await _start(servers, settings, tls)
         if not known:
             who = "an operator or an Envoy that" if tls else "whoever"

@@ -5,6 +5,7 @@ A registry keeps no state of an instance. The key in etcd holds its lease, so ea
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import suppress
 
 import structlog
@@ -30,6 +31,8 @@ class Instances:
         self._client = client
         self._ttl_s = ttl_s
         self._view = view
+        self.counts: Counter[str] = Counter()
+        """How many instances were ``registered``, ``renewed`` and ``deregistered`` here."""
 
     async def register(self, instance: Instance) -> int:
         """Register an instance or renew its lease; return the lease's time to live in seconds.
@@ -38,6 +41,7 @@ class Instances:
         of it, Unavailable if other writers win every attempt, EtcdError.
         """
         if ttl_s := await self._renewed_as_known(instance):
+            self.counts["renewed"] += 1
             return ttl_s
         for _ in range(_ATTEMPTS):
             release, stored = await self._client.get_all(release_key(instance.app, instance.version), instance.key)
@@ -46,9 +50,11 @@ class Instances:
             beside = await self._beside(instance, release)
             lease = await self._renewed(stored) if stored and stored.lease else None
             if lease and stored and _matches(stored, instance):
+                self.counts["renewed"] += 1
                 return lease.ttl_s
             lease = lease or await self._client.grant(self._ttl_s)
             if await self._put(instance, release, stored, lease, beside):
+                self.counts["registered"] += 1
                 log.info(
                     "instance registered",
                     instance=instance.id,
@@ -133,6 +139,7 @@ class Instances:
             if stored is None:
                 return
             if await self._client.commit([written_at(key, stored.mod_revision)], [delete(key)]):
+                self.counts["deregistered"] += 1
                 log.info("instance deregistered", instance=id_, app=app, version=version)
                 if stored.lease:
                     await self._client.revoke(stored.lease)

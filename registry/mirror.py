@@ -47,6 +47,11 @@ class Mirror:
         self._roster = roster or Roster()
         self.reason = "no answer yet"
         """Why the watch of etcd is down; empty while it runs."""
+        self.etcd_revision = 0
+        """The revision of etcd, as far as it is known."""
+        self.snapshots = self.steps = self.events = 0
+        """How many snapshots, steps and events of etcd the view has taken."""
+        self._current_s = time.monotonic()
         self._client = client
         self._log_again_at = 0.0
 
@@ -66,6 +71,16 @@ class Mirror:
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - spreads reconnects
             pause_s = min(pause_s * 2, _PAUSE_S[1])
 
+    @property
+    def lag_s(self) -> float:
+        """The seconds since the last proof that the view is current: a snapshot, or a sign of life of the watch."""
+        return time.monotonic() - self._current_s
+
+    @property
+    def malformed(self) -> int:
+        """The number of keys with a malformed value."""
+        return len(self.view.malformed) + len(self._roster.malformed)
+
     async def _watch(self) -> None:
         snapshot = await self._client.snapshot(PREFIX, without=HISTORY)
         puts: list[Put] = []
@@ -75,8 +90,10 @@ class Mirror:
                 puts.append(_put(kv))
         self._roster.replace(kv for kv in snapshot.kvs if kv.key.startswith(_OPERATORS))
         self.view.replace(puts, snapshot.revision)
+        self.snapshots += 1
+        self._is_at(snapshot.revision)
         revision = snapshot.revision
-        async with aclosing(self._client.watch(PREFIX, revision + 1)) as responses:
+        async with aclosing(self._client.watch(PREFIX, revision + 1, is_at=self._is_at)) as responses:
             async for response in responses:
                 if response.header.cluster_id != snapshot.cluster_id or response.header.revision < revision:
                     raise _StoreReplaced("etcd is another store or an earlier state of this one")
@@ -85,6 +102,12 @@ class Mirror:
                     self._apply(response.events)
                     # The header's revision may be ahead of the events still to come.
                     revision = response.events[-1].kv.mod_revision
+                self._is_at(response.header.revision)
+
+    def _is_at(self, revision: int) -> None:
+        """Take a proof that the view is current, and the revision of etcd."""
+        self.etcd_revision = revision
+        self._current_s = time.monotonic()
 
     def _apply(self, events: Sequence[etcd_pb2.Event]) -> None:
         """Apply events, those of an operator's calls apart from others."""
@@ -97,6 +120,8 @@ class Mirror:
             together = list(group)
             changes = [_change(event) for event in together if not event.kv.key.startswith((_HISTORY, _OPERATORS))]
             self.view.apply(changes, together[-1].kv.mod_revision, vetted=vetted)
+            self.steps += 1
+        self.events += len(events)
 
     async def _last_good(self, kv: etcd_pb2.KeyValue) -> list[Put]:
         """Return the last good value of a malformed key, if etcd still has it.

@@ -22,6 +22,7 @@ import structlog
 from atserving import misplaced_rules
 from atserving.config import CLOSED, ConfigValue, MalformedConfig, app_of, is_access_rules, read
 from atserving.holdback import Holdback
+from registry.inventory import Inventory
 
 log = structlog.get_logger()
 
@@ -87,6 +88,7 @@ class View:
         self.entries: dict[str, Entry] = {}
         self.by_app: dict[str, set[str]] = {}
         """The keys of the entries by their app; those of the defaults by an empty name."""
+        self.inventory = Inventory()
         self.malformed: dict[str, str] = {}
         """Keys with a malformed value, and the reason."""
         self.malformed_at: dict[str, int] = {}
@@ -101,6 +103,8 @@ class View:
         """Whether the watch of the store is down."""
         self._queue_deltas = queue_deltas
         self.subscriptions: set[Subscription] = set()
+        self.fell_behind = 0
+        """How often a subscriber was so slow that it receives a new snapshot."""
         self.closed = False
         """Whether the subscriptions have ended."""
         self._step = asyncio.Event()
@@ -196,12 +200,16 @@ class View:
             self.warnings[put.key] = warning
 
     def _enter(self, key: str, entry: Entry) -> None:
+        self.inventory.change(self.entries.get(key), entry)
         self.entries[key] = entry
         if (app := _app(key)) is not None:
             self.by_app.setdefault(app, set()).add(key)
 
     def _remove(self, key: str) -> None:
-        if self.entries.pop(key, None) and (app := _app(key)) is not None:
+        if not (entry := self.entries.pop(key, None)):
+            return
+        self.inventory.change(entry, None)
+        if (app := _app(key)) is not None:
             keys = self.by_app[app]
             keys.discard(key)
             if not keys:
@@ -261,6 +269,11 @@ class Subscription:
         self._behind = True
         self._changed = asyncio.Event()
 
+    @property
+    def kind(self) -> str:
+        """Who follows: only operators hear of rewritten keys, and only gates need all apps."""
+        return "operator" if self._rewritten else "evaluator" if self._app else "gate"
+
     def __enter__(self) -> Subscription:
         self._view.subscriptions.add(self)
         return self
@@ -276,6 +289,7 @@ class Subscription:
         if len(self._pending) >= self._limit:
             self._pending.clear()
             self._behind = True
+            self._view.fell_behind += 1
         else:
             self._pending.append(relevant)
         self.wake()

@@ -114,6 +114,10 @@ class Recorder:
         self._age_s = age_s
         self.revision = 0
         """The last revision that was recorded, here or elsewhere."""
+        self.written = 0
+        """How many entries this recorder has written."""
+        self.entry_s: float | None = None
+        """When the last entry was written here, in seconds since 1970."""
         self._step = asyncio.Event()
         self._saved_s = 0.0
 
@@ -210,6 +214,8 @@ class Recorder:
         except EtcdRefused as error:
             log.warning("history incomplete", reason=f"etcd refuses change {change.revision}: {error}"[:300])
             return
+        self.written += 1
+        self.entry_s = time.time()
         await self._prune(change.app)
 
     async def _commit(self, key: str, operations: Sequence[etcd_pb2.RequestOp]) -> int | None:

@@ -116,6 +116,9 @@ async def test_every_subscriber_ends_with_the_state_of_the_store(steps: list[tup
         }
         assert follower.state == expected
     assert {key for key, put in store.stored.items() if put.value not in GOOD[key]} == view.malformed.keys()
+    assert view.inventory.size == sum(len(each.value_json.encode()) for each in view.entries.values())
+    published = {("a", "1", 0): KEYS[0], ("b", "1", 0): KEYS[1]}
+    assert {*view.inventory.instances()} == {one for one, key in published.items() if key in view.entries}
 
 
 def _outage(store: Store, transactions: list[tuple[str, list[tuple[str, bytes | None]]]]) -> list[Put]:
