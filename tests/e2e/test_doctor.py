@@ -88,7 +88,7 @@ async def test_what_can_not_be_reached(mesh: Mesh) -> None:
     status, findings = await doctor(mesh, "--server", f"127.0.0.1:1,{mesh.registry}", "--edge", "http://127.0.0.1:1")
     assert status == 1
     failed = said(findings, "failed")
-    assert failed["registry 127.0.0.1:1"] == "there is no connection to it"
+    assert failed["registry 127.0.0.1:1"].startswith("there is no connection to it in plain text")
     assert "refused" in failed["edge http://127.0.0.1:1"]
     # Another server than an Envoy, and no URL.
     for edge, what in ((f"http://{mesh.registry}", "no answer: "), ("file:///etc/passwd", "no URL of HTTP")):

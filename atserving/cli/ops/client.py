@@ -118,7 +118,10 @@ class Servers:
         return grpc.secure_channel(address, self._tls.credentials, options=options)
 
     def _unconnected(self, address: str) -> CommandError:
-        how = f" over TLS with the certificate of {self._tls.files.dns_name(REGISTRY)}" if self._tls else ""
+        if self._tls:
+            how = f" over TLS with the certificate of {self._tls.files.dns_name(REGISTRY)}"
+        else:
+            how = " in plain text: is it running? One with TLS takes --tls-cert, --tls-key and --tls-ca"
         return CommandError(f"server {address}: there is no connection to it{how}", UNAVAILABLE)
 
 
