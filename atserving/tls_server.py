@@ -72,10 +72,16 @@ class TlsServer:
                 self._retry = self._loop.call_later(_RETRY_S, self._accept_again)
                 return
             if len(self._handshakes) >= _MOST_HANDSHAKES:
-                next(iter(self._handshakes)).cancel()
+                # It leaves at once: the task ends in a later turn, and the next connections need room in this one.
+                oldest = next(iter(self._handshakes))
+                del self._handshakes[oldest]
+                oldest.cancel()
             task = self._loop.create_task(self._shake(accepted, f"{address[0]}:{address[1]}"))
             self._handshakes[task] = None
-            task.add_done_callback(self._handshakes.pop)
+            task.add_done_callback(self._shaken)
+
+    def _shaken(self, task: asyncio.Task[None]) -> None:
+        self._handshakes.pop(task, None)
 
     def _accept_again(self) -> None:
         self._loop.add_reader(self._listening, self._accept)

@@ -17,7 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
-from atserving import transport
+from atserving import tls_server, transport
 from atserving.errors import StartError
 from atserving.grpc_server import Server
 from atserving.local.authority import Authority
@@ -169,6 +169,23 @@ async def test_peers_that_only_connect_lock_nobody_out(authority: Authority) -> 
         idle = [socket.create_connection((host, int(port))) for _ in range(600)]
         try:
             assert await status(address, Tls(authority.issue(GATE))) is grpc.StatusCode.OK
+        finally:
+            for each in idle:
+                each.close()
+
+
+async def test_of_too_many_unfinished_handshakes_the_oldest_lose_their_connections(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tls_server, "HANDSHAKE_S", 3600.0)
+    async with serving(Tls(authority.issue(REGISTRY))) as address, asyncio.timeout(PATIENCE_S):
+        host, _, port = address.rpartition(":")
+        # All at once, before the server accepts any.
+        idle = [socket.create_connection((host, int(port))) for _ in range(600)]
+        try:
+            for each in idle[:88]:
+                each.setblocking(False)
+                assert await asyncio.get_running_loop().sock_recv(each, 1) == b""
         finally:
             for each in idle:
                 each.close()
