@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -93,11 +94,19 @@ def save(contexts: Contexts) -> None:
     write_private(file, contexts)
 
 
-def write_private(file: Path, value: object) -> None:
-    """Replace a file by a value as JSON, which nobody else can read. Raises StartError."""
+def write_private(file: Path, value: object, *, keep_readers: bool = False) -> None:
+    """Replace a file by a value as JSON, which nobody else can read. Raises StartError.
+
+    With ``keep_readers`` the owner and the mode stay those that the file has: a service may read it as another user.
+    """
     try:
         with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.name}.", delete=False) as new:
             new.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+            if keep_readers and file.exists():
+                before = file.stat()
+                if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(new.fileno(), before.st_uid, before.st_gid)
+                os.fchmod(new.fileno(), stat.S_IMODE(before.st_mode))
         Path(new.name).replace(file)
     except OSError as error:
         raise StartError(f"can't write {file}: {error.strerror}") from None

@@ -4,7 +4,7 @@ An operator is an entry of the file of ``--operators``, or of etcd. A token, a c
 the file names shows who calls. The file comes first: no entry of etcd changes what it says.
 """
 
-from registry.operators.entries import Operator
+from atserving.operators import Operator
 from registry.operators.known import Identity, Operators
 from registry.operators.roster import Roster
 

@@ -22,7 +22,7 @@ import structlog
 from atserving import __version__
 from atserving.errors import StartError
 from atserving.followed_files import FollowedFiles
-from registry.operators.entries import Issuer
+from atserving.operators import Issuer
 
 log = structlog.get_logger()
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 from google.protobuf.message import Message
 
+from atserving import operators as entries
 from atserving.errors import PermissionDenied, StartError, Unauthenticated
 from atserving.followed_files import FollowedFiles
-from registry.operators import entries
-from registry.operators.entries import Key, Operator, OperatorFile, Role
+from atserving.operators import Key, Operator, OperatorFile, Role
 from registry.operators.roster import Roster
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import msgspec
 import structlog
 
 from atserving.config import OPERATORS, MalformedConfig, check_cost
+from atserving.operators import Key, Operator
 from atserving.v1 import etcd_pb2
-from registry.operators.entries import Key, Operator
 
 log = structlog.get_logger()
 

@@ -15,7 +15,7 @@ from typing import Any
 import jwt
 
 from atserving.errors import Unauthenticated, Unavailable
-from registry.operators.entries import Issuer
+from atserving.operators import Issuer
 from registry.operators.keys import KeySource, source_of
 
 _LEEWAY_S = 30

@@ -180,6 +180,38 @@ def test_the_file_is_followed(api: Api) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("add", "a b"), "name"),
+        (("add", "bob", "--role", "publisher", "--app", "te am"), "apps"),
+        (("add", "bob", "--issuer", "company", "--subject", "bob@example.com"), "there is no issuer 'company'"),
+        (("set", "ada", "--certificate", "no URI"), "certificate"),
+    ],
+)
+def test_commands_write_no_file_that_registries_refuse(tmp_path: Path, arguments: tuple[str, ...], reason: str) -> None:
+    path = tmp_path / "operators.json"
+    add(path, "ada", "--role", "admin")
+    before = path.read_text()
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        operator(*arguments, "--file", str(path))
+    assert (refused.value.stdout, reason in refused.value.stderr) == ("", True)
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_who_can_read_the_file_can_read_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "operators.json"
+    add(path, "ada", "--role", "admin")
+    path.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(path, 1, 1)
+    before = path.stat()
+    add(path, "rescue", "--role", "admin")
+    after = path.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("{", "Input data was truncated"),

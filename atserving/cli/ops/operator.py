@@ -12,6 +12,7 @@ from typing import Any
 import click
 import orjson
 
+from atserving import operators
 from atserving.admin.v1 import admin_pb2
 from atserving.cli import contexts
 from atserving.cli.ops import printing
@@ -216,5 +217,7 @@ def _in_file(entry: _Entry) -> _Entry:
 
 
 def _save(write: Write, file: Path, known: _Entry) -> None:
+    """Write a file, if registries will take it. Raises StartError."""
+    operators.parse_file(file, orjson.dumps(known))
     if not write.validate_only:
-        contexts.write_private(file, known)
+        contexts.write_private(file, known, keep_readers=True)

@@ -1,4 +1,4 @@
-"""The entries of the file of operators, and the file itself."""
+"""Who may operate: the entries of the file of operators and of etcd, and the file itself."""
 
 from __future__ import annotations
 
@@ -123,9 +123,16 @@ def of_group(issuer: str, group: str) -> Key:
 def read_file(path: Path) -> OperatorFile:
     """Read the file of operators. Raises StartError."""
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=OperatorFile)
+        text = path.read_bytes()
     except OSError as error:
         raise StartError(f"can't read {path} for --operators: {error.strerror}") from None
+    return parse_file(path, text)
+
+
+def parse_file(path: Path, text: bytes) -> OperatorFile:
+    """Read what a file of operators has, or is to have. Raises StartError."""
+    try:
+        found = msgspec.json.decode(text, type=OperatorFile)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StartError(f"{path}: {error}") from None
     _check_unique(path, "operators have the same name", (each.name for each in found.operators))
