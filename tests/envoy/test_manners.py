@@ -64,6 +64,28 @@ async def test_http_1_0_with_a_host_is_served(edge: Edge) -> None:
 
 
 @pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        # No registry runs here.
+        *[(host, 503) for host in ("localhost", "LOCALHOST:9903", "127.0.0.1:9903", "10.1.2.3", "[::1]:9903", "[::1]")],
+        *[(host, 421) for host in ("attacker.test", "attacker.test:9903", "127.0.0.1.attacker.test", "localhost.test")],
+        *[(host, 421) for host in ("", "xlocalhost", "127.0.0.1:9903.test")],
+    ],
+)
+async def test_the_api_for_operators_does_not_answer_to_the_name_of_a_web_page(
+    edge: Edge, host: str, status: int
+) -> None:
+    request = f"GET /v1/apps HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", edge.ports.operators)
+    writer.write(request.encode())
+    async with asyncio.timeout(PATIENCE_S):
+        answer = await reader.read()
+    writer.close()
+    assert int(answer.split()[1]) == status
+    assert orjson.loads(answer.partition(b"\r\n\r\n")[2])["code"] == status
+
+
+@pytest.mark.parametrize(
     "content_type", ["application/octet\xff-stream", "\xff", "application/grpc-web", "application/grpc-web+proto"]
 )
 async def test_a_content_type_that_is_none_is_a_415(edge: Edge, content_type: str) -> None:
