@@ -37,7 +37,7 @@ from atserving.tls import ENVOY, EVALUATOR, GATE, OPERATOR, REGISTRY, Tls, TlsFi
 from atserving.v1 import edge_pb2, evaluator_pb2, registry_pb2, serving_pb2
 from tests.e2e.callers import API_KEY, OWN, SEVEN, documented, forged_with_the_public_key, token
 from tests.evaluator.digits import digits_tar
-from tests.evaluator.sandbox.attacks import SCRIPT
+from tests.evaluator.sandbox.attacks import SCRIPT, require_sandbox
 from tests.processes import Evaluator
 from tests.registry.test_operators import add
 from tests.signing import Signer, trusted
@@ -345,6 +345,7 @@ async def test_an_attack_is_refused_for_its_own_reason(target: Target, name: str
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def scripted(target: Target) -> AsyncIterator[Target]:
     """Publish a hostile script for `faces`, signed by somebody who may, and serve it."""
+    require_sandbox()
     tar = Path(digits_tar(target.folder / "faces.tar", **{"net.py": SCRIPT}).removeprefix("file://"))
     fields = {"name": "faces", "version": "v1", "file": file_uri(tar)}
     signature = target.signer.signed(**fields)["signature"]

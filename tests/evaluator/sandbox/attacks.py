@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pytest
 
 from atserving.local import commands
 from atserving.v1.evaluator_pb2 import InferRequest
+from evaluator.sandbox import landlock, seccomp
 from tests.evaluator.calling import DIGIT, ask, connected
 from tests.evaluator.digits import digits_tar
 from tests.processes import Process, Registry
@@ -46,6 +48,13 @@ def net_inference(model, args):
         rets.append({"code": 0, "message": "", "result": result})
     return rets
 """
+
+
+def require_sandbox() -> None:
+    """Skip a test on a kernel that can't confine a script fully."""
+    version = landlock.version()
+    if version < 6 or not seccomp.is_available():
+        pytest.skip(f"this kernel confines no script fully: Landlock {version}, it takes 6 (Linux 6.12), and seccomp")
 
 
 @dataclass(frozen=True)

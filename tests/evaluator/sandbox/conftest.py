@@ -11,7 +11,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from tests.evaluator.sandbox.attacks import Hostile, hostile, publish
+from tests.evaluator.sandbox.attacks import Hostile, hostile, publish, require_sandbox
 from tests.processes import Registry
 
 SECRET = "the-marked-secret"
@@ -53,3 +53,8 @@ def host(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             stack.enter_context(hostile(registry, app, *flags, **environment)) for app in ("hostile", "other")
         )
         yield Host(first, second, registry, folder)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def sandbox() -> None:
+    require_sandbox()
