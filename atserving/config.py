@@ -119,7 +119,7 @@ class Release(_Value, frozen=True, kw_only=True, dict=True, eq=False):
     use_device: Device = "CPU"
     weight: Annotated[float, Meta(ge=0, le=MAX_WEIGHT)] | None = None
     signature: Annotated[str, Meta(max_length=200)] = ""
-    """Who vouches for the content: see :mod:`atserving.signatures`."""
+    """The signature of the content: see :mod:`atserving.signatures`."""
 
     @property
     def key(self) -> str:

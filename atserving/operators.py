@@ -1,4 +1,4 @@
-"""Who may operate: the entries of the file of operators and of etcd, and the file itself."""
+"""The operators: the entries of the file of operators and of etcd, and the file itself."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Operator(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def key(self) -> Key:
-        """What tells who it is."""
+        """The proof that tells this operator apart."""
         if self.token_sha256:
             return of_token(self.token_sha256)
         if self.certificate:

@@ -1,7 +1,7 @@
 """Mutual TLS between the processes of the mesh: the files, the names in certificates, and what each end makes of both.
 
-The name of a process is a URI in its certificate, as SPIFFE has it: ``spiffe://<domain>/<role>``. Whoever serves tells
-its peers apart by it. gRPC's own client compares no URIs, so those who serve such clients also have the DNS name
+The name of a process is a URI in its certificate, as SPIFFE has it: ``spiffe://<domain>/<role>``. Servers tell
+their peers apart by it. gRPC's own client compares no URIs, so those who serve such clients also have the DNS name
 ``<role>.<domain>``, which no other role has.
 """
 
@@ -54,7 +54,7 @@ class TlsFiles:
 
 
 class _Loaded(NamedTuple):
-    """What the files say."""
+    """The contexts and credentials made of the files."""
 
     server: ssl.SSLContext
     client: ssl.SSLContext

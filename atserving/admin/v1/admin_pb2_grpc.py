@@ -417,7 +417,7 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetSelf(self, request, context):
-        """Who asks, and what they may do; an empty name if the registry knows no operators.
+        """Return the caller and what they may do; an empty name if the registry knows no operators.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -97,7 +97,7 @@ class AdminServiceStub:
     WatchApp: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchAppRequest, _admin_pb2.WatchAppResponse]
     """Streams the objects of an app: first all of them, then each change."""
     GetSelf: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetSelfRequest, _admin_pb2.Operator]
-    """Who asks, and what they may do; an empty name if the registry knows no operators."""
+    """Return the caller and what they may do; an empty name if the registry knows no operators."""
     ListOperators: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListOperatorsRequest, _admin_pb2.ListOperatorsResponse]
     """Lists the operators of etcd, and those of the file of the registry that answers."""
     PutOperator: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PutOperatorRequest, _admin_pb2.Operator]
@@ -165,7 +165,7 @@ class AdminServiceAsyncStub(AdminServiceStub):
     WatchApp: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchAppRequest, _admin_pb2.WatchAppResponse]  # type: ignore[assignment]
     """Streams the objects of an app: first all of them, then each change."""
     GetSelf: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetSelfRequest, _admin_pb2.Operator]  # type: ignore[assignment]
-    """Who asks, and what they may do; an empty name if the registry knows no operators."""
+    """Return the caller and what they may do; an empty name if the registry knows no operators."""
     ListOperators: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListOperatorsRequest, _admin_pb2.ListOperatorsResponse]  # type: ignore[assignment]
     """Lists the operators of etcd, and those of the file of the registry that answers."""
     PutOperator: _aio.UnaryUnaryMultiCallable[_admin_pb2.PutOperatorRequest, _admin_pb2.Operator]  # type: ignore[assignment]
@@ -416,7 +416,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.GetSelfRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.Operator, _abc.Awaitable[_admin_pb2.Operator]]:
-        """Who asks, and what they may do; an empty name if the registry knows no operators."""
+        """Return the caller and what they may do; an empty name if the registry knows no operators."""
 
     @_abc_1.abstractmethod
     def ListOperators(
