@@ -12,12 +12,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import aiohttp
+import orjson
 
 from atserving.errors import StartError
 from atserving.local import commands, envoy, examples
 from atserving.local.child import ChildProcess
 from atserving.local.examples import ROOT, Example
-from atserving.local.ports import Ports, check_free
+from atserving.local.ports import Ports, check_free, free_ports
 from atserving.local.processes import ManagedProcess, ProcessGroup, State
 from atserving.local.publishing import publish, release_of, served
 from atserving.tls import ENVOY, EVALUATOR, GATE, OPERATOR, REGISTRY, Tls
@@ -26,9 +27,13 @@ if TYPE_CHECKING:
     from atserving.local.authority import Authority
 
 _POLL_S = 0.05
+_WITH_HTTP = ("registry", "gate", "evaluator")
 # What Envoy logs of a file that is wrong; one that names no certificate is none.
 _REJECTED = re.compile(r"Filesystem config update (?:rejected|failure): (?!Missing SDS resources)(.+)")
 _OPERATOR = "local"
+
+TARGETS_FILE = "targets.json"
+"""The file in the folder of a mesh with the addresses of all ``/metrics``, as Prometheus' file_sd_configs read them."""
 
 
 class Mesh:
@@ -79,6 +84,8 @@ class Mesh:
         """The certificate of its operator, for calls of the registry."""
         self._tell = tell
         self._awaited = ""
+        # The port of --http of each process that has one.
+        self._http: dict[str, int] = {}
 
     async def __aenter__(self) -> Mesh:
         for needed in (ROOT / "envoy" / "envoy.yaml", *(each.path for each in self.serves)):
@@ -94,6 +101,7 @@ class Mesh:
         )
         (self.directory / "envoy.yaml").write_text(bootstrap)
         self._processes = self._group()
+        (self.directory / TARGETS_FILE).write_bytes(orjson.dumps(self.targets(), option=orjson.OPT_INDENT_2))
         try:
             self._start(*(each.name for each in self._processes if each.name != "envoy"))
             await self._wait_ready()
@@ -129,6 +137,17 @@ class Mesh:
 
     def _tls(self, role: str) -> list[str]:
         return commands.tls(self.authority.files(role)) if self.authority else []
+
+    def targets(self) -> list[dict[str, object]]:
+        """Return the addresses of all ``/metrics``, with the labels ``job`` (gate, evaluator, ...) and ``process``."""
+        ports = {**self._http, "envoy": self.ports.ops}
+        if not self.authority:
+            # With TLS it answers only to its registries.
+            ports["etcd"] = self.ports.etcd
+        return [
+            {"targets": [f"127.0.0.1:{port}"], "labels": {"job": name.partition("-")[0], "process": name}}
+            for name, port in ports.items()
+        ]
 
     async def watch(self) -> None:
         """Wait until every process is stopped. Raises the defect that ended the supervision of one."""
@@ -202,6 +221,10 @@ class Mesh:
             flags = ["--wait", "60", "--allow-network", f"127.0.0.1:{ports.files}", *workspace, *self._cache(name)]
             own_flags = [*flags, *self._tls(f"{EVALUATOR}/{each.app}")]
             result[name] = commands.evaluator(self.registry, each.app, each.version, *own_flags)
+        with_http = [name for name in result if name.partition("-")[0] in _WITH_HTTP]
+        self._http = dict(zip(with_http, free_ports(len(with_http)), strict=True))
+        for name, port in self._http.items():
+            result[name] += ["--http", f"127.0.0.1:{port}"]
         return {name: [*command, *self._extra.get(name, [])] for name, command in result.items()}
 
     def _cache(self, name: str) -> list[str]:
