@@ -10,6 +10,23 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.samples import Exemplar, Sample
 from prometheus_client.utils import floatToGoString
 
+from atserving.telemetry import trace_context
+
+_MOST_S = 30.0
+
+EXEMPLAR_S = 60.0
+"""How long the trace of a greatest value is shown."""
+
+
+def latency_bounds(least_s: float) -> tuple[float, ...]:
+    """Return the upper bounds of the buckets of a latency, from ``least_s`` to 30 s.
+
+    By these, Prometheus is at most 22 % off the 99th percentile of nine in ten common distributions. With the steps 1,
+    2 and 5 alone it would be 63 %.
+    """
+    bounds = (round(step * 10.0**exponent, 5) for exponent in range(-4, 2) for step in (1, 1.5, 2, 3, 5, 7))
+    return tuple(each for each in bounds if least_s <= each <= _MOST_S)
+
 
 class Counts:
     """A counter for each value of a label."""
@@ -44,18 +61,33 @@ class Distribution:
         self._counts = [0] * len(self._names)
         self._sum = 0.0
         self._created_s = time.time()
+        self._greatest = self._traced_s = 0.0
+        self._trace_id = ""
 
     def observe(self, value: float) -> None:
         """Count a value."""
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def add_to(
-        self, family: HistogramMetricFamily, labels: Mapping[str, str], exemplar: Exemplar | None = None
-    ) -> None:
-        """Add the histogram to a family, for a scrape; ``exemplar`` is one of its values."""
+    def trace(self, value: float, traceparent: str | bytes | None) -> None:
+        """Keep the trace of a value that was counted, if it is the greatest of about a minute."""
+        if value > self._greatest and traceparent:
+            text = traceparent if isinstance(traceparent, str) else traceparent.decode(errors="replace")
+            if trace_context(text):
+                self._greatest, self._traced_s, self._trace_id = value, time.time(), text[3:35]
+
+    def _exemplar(self) -> Exemplar | None:
+        if not self._greatest:
+            return None
+        if time.time() - self._traced_s > EXEMPLAR_S:
+            self._greatest = 0.0
+            return None
+        return Exemplar({"trace_id": self._trace_id}, self._greatest, self._traced_s)
+
+    def add_to(self, family: HistogramMetricFamily, labels: Mapping[str, str]) -> None:
+        """Add the histogram to a family, for a scrape, with the trace of one of its values if there is one."""
         buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = list(self._buckets())
-        if exemplar:
+        if exemplar := self._exemplar():
             at = bisect_left(self._bounds, exemplar.value)
             name, count, *_ = buckets[at]
             buckets[at] = (name, count, exemplar)
