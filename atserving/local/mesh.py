@@ -18,6 +18,7 @@ from atserving.errors import StartError
 from atserving.local import commands, envoy, examples
 from atserving.local.child import ChildProcess
 from atserving.local.examples import ROOT, Example
+from atserving.local.folders import PREFIX, TARGETS_FILE
 from atserving.local.ports import Ports, check_free, free_ports
 from atserving.local.processes import ManagedProcess, ProcessGroup, State
 from atserving.local.publishing import publish, release_of, served
@@ -31,9 +32,6 @@ _WITH_HTTP = ("registry", "gate", "evaluator")
 # What Envoy logs of a file that is wrong; one that names no certificate is none.
 _REJECTED = re.compile(r"Filesystem config update (?:rejected|failure): (?!Missing SDS resources)(.+)")
 _OPERATOR = "local"
-
-TARGETS_FILE = "targets.json"
-"""The file in the folder of a mesh with the addresses of all ``/metrics``, as Prometheus' file_sd_configs read them."""
 
 
 class Mesh:
@@ -92,7 +90,7 @@ class Mesh:
             if not needed.exists():
                 raise StartError(f"{needed.relative_to(ROOT)} is missing: run the local mesh from a checkout")
         check_free(self.ports.edge)
-        self.directory = Path(tempfile.mkdtemp(prefix="atserving-"))
+        self.directory = Path(tempfile.mkdtemp(prefix=PREFIX))
         if self._with_tls:
             await asyncio.to_thread(self._certify)
         envoy.lay_out(ROOT / "envoy", self.directory / "envoy", self._callers, self._certificates(ENVOY))

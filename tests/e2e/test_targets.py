@@ -6,7 +6,8 @@ import aiohttp
 import orjson
 import pytest
 
-from atserving.local.mesh import TARGETS_FILE, Mesh
+from atserving.local.folders import TARGETS_FILE
+from atserving.local.mesh import Mesh
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
