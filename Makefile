@@ -76,6 +76,15 @@ proto: $(VENV)/installed  ## Generate stubs and Envoy's descriptor set from prot
 envoy: $(VENV)/installed  ## Generate envoy/envoy-tls.yaml from envoy/envoy.yaml
 	$(BIN)/python -m atserving.local.envoy_tls
 
+# RUNBOOKS=https://...: the address of docs/alerts.md, as alerts name it.
+RULE := k8s/components/monitoring-operator/rules.yaml
+.PHONY: rules
+rules:  ## Generate the rules for the Prometheus operator from monitoring/rules.yaml (RUNBOOKS=)
+	$(if $(RUNBOOKS),sed -i 's|\(runbook_url:\) [^\#]*|\1 $(RUNBOOKS)|' monitoring/rules.yaml)
+	printf '%s\n' '# Made from monitoring/rules.yaml: make rules' 'apiVersion: monitoring.coreos.com/v1' 'kind: PrometheusRule' \
+		'metadata:' '  name: atserving' 'spec:' > $(RULE)
+	sed -n -e '/^groups:/,$$ s/^./  &/' -e '/^  *groups:/,$$ p' monitoring/rules.yaml >> $(RULE)
+
 # Run it again to renew the certificates: processes that use them follow.
 CERTS ?= certs
 APPS ?= digits,digits-detect,digits-segment,digits-feature,digits-similar

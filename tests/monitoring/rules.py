@@ -16,6 +16,9 @@ FOLDER = ROOT / "monitoring"
 RULES = FOLDER / "rules.yaml"
 TESTS = FOLDER / "rules_test.yaml"
 
+JOBS = {"gate", "evaluator", "registry", "envoy", "etcd"}
+"""The values of the label job."""
+
 _NOT_NAMES = re.compile(r"\b(?:by|on|ignoring|group_left|group_right) \([^)]*\)|\[[^]]*\]|\"[^\"]*\"|#.*")
 _NAME = re.compile(r"(?<![\w:])(?:(?:atserving|envoy|etcd|process)_[a-z0-9_]+|up)(?![\w:])")
 _SELECTOR = re.compile(r"([a-z_:]*)\{([^}]*)\}")

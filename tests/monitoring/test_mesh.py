@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import subprocess
 from collections.abc import AsyncIterator, Mapping
 
 import aiohttp
@@ -10,9 +12,9 @@ import pytest
 import pytest_asyncio
 
 from atserving.local.examples import FOLDER
-from atserving.local.mesh import Mesh
+from atserving.local.mesh import PROMETHEUS_FILE, Mesh
 from tests.monitoring.rules import RULES, Rule, rules
-from tests.prometheus import Prometheus, shortened
+from tests.prometheus import Prometheus, program, shortened
 from tests.waiting import until_async
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -79,6 +81,13 @@ async def test_a_rule_reads_metrics_and_labels_that_processes_have(prometheus: P
     if names:
         assert not rule.labels_in_texts() - seen - ON_KUBERNETES
         assert not rule.grouped_by() - seen - ON_KUBERNETES
+
+
+async def test_the_config_for_a_prometheus_beside_the_mesh_is_valid(mesh: Mesh) -> None:
+    command = [program("promtool"), "check", "config", str(mesh.directory / PROMETHEUS_FILE)]
+    run = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"SUCCESS: {len(rules())} rules found" in run.stdout
 
 
 async def test_a_healthy_mesh_has_no_alert(prometheus: Prometheus) -> None:
