@@ -1,0 +1,81 @@
+"""promtool accepts the rules and their unit tests; each alert has a test, a severity, and a runbook in the docs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.monitoring.rules import ROOT, RULES, TESTS, Rule, alerts, expectations, rules
+from tests.prometheus import program, shortened
+from tests.test_docs import anchors
+
+RUNBOOKS = ROOT / "docs" / "alerts.md"
+
+every_alert = pytest.mark.parametrize("alert", alerts(), ids=lambda each: each.name)
+
+
+def promtool(*arguments: str | Path) -> None:
+    run = subprocess.run([program("promtool"), *arguments], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_promtool_accepts_the_rules() -> None:
+    promtool("check", "rules", "--lint=all", "--lint-fatal", RULES)
+
+
+def test_alerts_fire_when_they_should() -> None:
+    promtool("test", "rules", TESTS)
+
+
+def test_promtool_accepts_the_shortened_rules(tmp_path: Path) -> None:
+    text = shortened(RULES.read_text())
+    assert "[5000ms]" in text
+    assert "0.5 * sum_over_time" in text
+    (tmp_path / "rules.yaml").write_text(text)
+    promtool("check", "rules", tmp_path / "rules.yaml")
+
+
+def test_a_name_is_one_rules() -> None:
+    named = [(each.name, *sorted(each.labels.items())) for each in rules()]
+    assert len(named) == len(set(named))
+
+
+@every_alert
+def test_an_alert_is_tested_to_fire_and_not_to_fire(alert: Rule) -> None:
+    own = [each for each in expectations() if each.alert == alert.name]
+    assert any(each.fires for each in own), "no test expects it to fire"
+    assert any(not each.fires for each in own), "no test expects it not to fire"
+
+
+@every_alert
+def test_the_texts_of_an_alert_use_labels_that_it_has(alert: Rule) -> None:
+    used = alert.labels_in_texts() - {"namespace", "pod", "instance"}
+    for each in (each for each in expectations() if each.alert == alert.name):
+        assert not [labels for labels in each.fires if not used <= labels.keys()]
+
+
+@every_alert
+def test_an_alert_has_a_severity_and_a_runbook(alert: Rule) -> None:
+    assert alert.labels["severity"] in ("page", "ticket")
+    page, _, anchor = alert.annotations["runbook_url"].partition("#")
+    assert page.endswith("/alerts.md")
+    assert anchor == alert.name.lower()
+    assert anchor in anchors(RUNBOOKS)
+
+
+def test_all_runbooks_are_on_one_page() -> None:
+    assert len({each.annotations["runbook_url"].partition("#")[0] for each in alerts()}) == 1
+
+
+def test_a_runbook_is_there_for_alerts_only() -> None:
+    headings = re.findall(r"^### (.+)$", RUNBOOKS.read_text(), re.MULTILINE)
+    assert sorted(headings) == sorted(each.name for each in alerts())
+
+
+def test_the_tests_are_of_alerts() -> None:
+    assert {each.alert for each in expectations()} == {each.name for each in alerts()}
+    assert all(each.get("name") for each in yaml.safe_load(TESTS.read_text())["tests"])
