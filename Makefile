@@ -109,6 +109,16 @@ k8s-render: $(VENV)/installed  ## Render the overlays and the example's evaluato
 k8s-test: $(VENV)/installed  ## Run the playbook on the cluster that KUBECONFIG names (IMAGE_PREFIX=, IMAGE_TAG=)
 	IMAGE_PREFIX=$(IMAGE_PREFIX) IMAGE_TAG=$(IMAGE_TAG) $(BIN)/python -m pytest -v tests/k8s/test_cluster.py
 
+.PHONY: boards
+boards: $(VENV)/installed  ## Generate Grafana's boards in monitoring/boards/
+	$(BIN)/python -m monitoring.grafana
+
+# BOARDS='app mesh': some of them. SECONDS: how long to measure.
+.PHONY: board-pictures
+board-pictures: SECONDS := 90
+board-pictures: $(VENV)/installed prometheus  ## Draw the boards of a mesh with load into docs/ (BOARDS=, SECONDS=)
+	$(BIN)/python -m monitoring.pictures --seconds $(SECONDS) $(BOARDS)
+
 # FULL=1: all that there is to measure, for longer. JSON=file: write the figures to a file too.
 BENCH_FLAGS = $(if $(FULL),--full) $(if $(JSON),--json $(JSON))
 .PHONY: bench

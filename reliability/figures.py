@@ -15,6 +15,7 @@ from pathlib import Path
 
 import aiohttp
 import orjson
+from prometheus_client.parser import text_string_to_metric_families
 
 from atserving.config import PREFIX, instance_key
 from atserving.local.foreground import run_until_stopped
@@ -35,7 +36,6 @@ _PLACES, _SETTLE_S = 128, 4.0
 _ASKERS, _ASK_S = 32, 3.0
 _KILLS = 5
 _PATIENCE_S = 60.0
-_REFUSALS = 'requests_total{status="429"}'
 _OCTETS = {"content-type": "application/octet-stream"}
 _JSON = {"content-type": "application/json"}
 _SLEEP = orjson.dumps({"data": {"uri": "data:a;base64,AA=="}, "params": {"do": "sleep", "s": 20}})
@@ -63,12 +63,12 @@ async def _refusals(mesh: Mesh, session: aiohttp.ClientSession) -> list[tuple[st
     """Fill both instances of an app, and ask for more with 32 callers; then ask for an app that is not there."""
     filling: list[asyncio.Task[int]] = []
     try:
-        while free := _PLACES - await _metric(mesh, session, "requests_held"):
+        while free := _PLACES - await _metric(mesh, session, "requests_in_flight"):
             filling += [asyncio.create_task(_status(mesh, session, "drill")) for _ in range(int(free))]
             await asyncio.sleep(_SETTLE_S)
-        earlier = await _metric(mesh, session, _REFUSALS)
+        earlier = await _metric(mesh, session, "requests_total", code="429")
         answers, cost = await _asked(mesh, session, "drill", 429)
-        refusals = await _metric(mesh, session, _REFUSALS) - earlier
+        refusals = await _metric(mesh, session, "requests_total", code="429") - earlier
     finally:
         for task in filling:
             task.cancel()
@@ -107,16 +107,20 @@ async def _status(mesh: Mesh, session: aiohttp.ClientSession, app: str) -> int:
         return response.status
 
 
-async def _metric(mesh: Mesh, session: aiohttp.ClientSession, name: str) -> float:
-    """Return the sum of a metric over the instances of the drill's net."""
+async def _metric(mesh: Mesh, session: aiohttp.ClientSession, name: str, **labels: str) -> float:
+    """Return the sum of a metric over the instances of the drill's net, of the samples with some labels."""
     found = 0.0
     for part in mesh.of_kind("front"):
         if part.name.startswith("drill"):
             port = re.findall(r'"http_port": ?(\d+)', part.log())[-1]
             async with session.get(f"http://127.0.0.1:{port}/metrics") as response:
                 text = await response.text()
-            value = re.search(rf"^atserving_evaluator_{re.escape(name)} (\S+)$", text, re.MULTILINE)
-            found += float(value[1]) if value else 0.0
+            found += sum(
+                sample.value
+                for family in text_string_to_metric_families(text)
+                for sample in family.samples
+                if sample.name == f"atserving_evaluator_{name}" and labels.items() <= sample.labels.items()
+            )
     return found
 
 

@@ -114,7 +114,7 @@ class _Life:
         self._log = log.bind(app=settings.app, version=settings.version)
         self._capacity = Capacity(1)
         self._tls = tls = Tls(settings.tls, f"{EVALUATOR}/{settings.app}") if settings.tls else None
-        self._metrics = Metrics(tls)
+        self._metrics = Metrics(settings.app, settings.version, tls)
         self._follower = VersionConfigFollower(
             settings.registries, settings.app, settings.version, settings.config_cache, tls
         )

@@ -21,11 +21,24 @@ _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class Metrics(Collector):
-    """The metrics of one instance; every name begins with ``atserving_evaluator_``."""
+class _Labelled(CollectorRegistry):
+    """A registry whose metrics all have some labels."""
 
-    def __init__(self, tls: Tls | None = None) -> None:
-        self._registry = CollectorRegistry()
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        super().__init__()
+        self._labels = labels
+
+    def collect(self) -> Iterator[Metric]:
+        for family in super().collect():
+            family.samples = [each._replace(labels={**self._labels, **each.labels}) for each in family.samples]
+            yield family
+
+
+class Metrics(Collector):
+    """The metrics of one instance; every name begins with ``atserving_evaluator_``, each with the app and version."""
+
+    def __init__(self, app: str, version: str, tls: Tls | None = None) -> None:
+        self._registry = _Labelled({"app": app, "version": version})
         self._requests = Counts()
         self._stages = {f"{name}_ms": Distribution(_SECONDS) for name in STAGES}
         self._batches = Distribution(_SIZES)
@@ -48,7 +61,7 @@ class Metrics(Collector):
         yield self._requests.family(
             "atserving_evaluator_requests",
             "Requests, by the HTTP status of their outcome; 499: the caller has gone.",
-            "status",
+            "code",
         )
         stages = HistogramMetricFamily(
             "atserving_evaluator_stage_seconds", "The seconds of each stage of a request.", labels=["stage"]
@@ -71,7 +84,7 @@ class Metrics(Collector):
 
     def of_capacity(self, in_flight: Callable[[], float], limit: Callable[[], float]) -> None:
         """Show the requests in flight, and their limit."""
-        self._gauge("requests_held", "Requests in flight, from their arrival to their reply.", in_flight)
+        self._gauge("requests_in_flight", "Requests in flight, from their arrival to their reply.", in_flight)
         self._gauge("max_concurrent", "The limit of requests in flight.", limit)
 
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:

@@ -60,7 +60,7 @@ def test_a_version_has_a_deployment_a_budget_and_an_autoscaler_of_one_name() -> 
     assert {"--app=digits", "--version=201811091530"} <= set(container(manifests)["args"])
     assert "replicas" not in manifests["Deployment"]["spec"], "the autoscaler sets them"
     metrics = {each["type"]: each for each in manifests["HorizontalPodAutoscaler"]["spec"]["metrics"]}
-    assert metrics["Pods"]["pods"]["metric"]["name"] == "atserving_evaluator_requests_held"
+    assert metrics["Pods"]["pods"]["metric"]["name"] == "atserving_evaluator_requests_in_flight"
     assert metrics["Resource"]["resource"]["name"] == "cpu"
 
 

@@ -34,7 +34,7 @@ def pipeline(
         worker=WorkerSupervisor(config),
         fetcher=cast(Any, fetcher),
         capacity=Capacity(capacity),
-        metrics=Metrics(),
+        metrics=Metrics("app", "v1"),
         held=held,
     )
 

@@ -145,7 +145,7 @@ async def test_cancelled_calls_keep_no_bodies_while_the_worker_reads_nothing(reg
 
 
 async def has_in_flight(process: Process, count: int) -> bool:
-    return (await samples(process))["requests_held",] == count
+    return (await samples(process))["requests_in_flight",] == count
 
 
 class Taker:

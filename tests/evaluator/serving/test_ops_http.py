@@ -39,13 +39,14 @@ async def get(process: Process, path: str, **headers: str) -> tuple[int, str, st
 
 
 async def samples(process: Process) -> dict[tuple[str, ...], float]:
-    """Return the metrics by name and the values of their labels."""
+    """Return the metrics by name and the values of their labels, without the app and version that all have."""
     _, _, text = await get(process, "/metrics")
-    return {
-        (sample.name.removeprefix("atserving_evaluator_"), *sample.labels.values()): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
+    found: dict[tuple[str, ...], float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            own = [value for name, value in sample.labels.items() if name not in ("app", "version")]
+            found[sample.name.removeprefix("atserving_evaluator_"), *own] = sample.value
+    return found
 
 
 def worker_pid(process: Process) -> int:
@@ -70,10 +71,19 @@ async def test_metrics_count_requests_by_code_and_measure_their_stages(digits: P
     }
     assert 0 < metrics["stage_seconds_sum", "forward"] < metrics["stage_seconds_sum", "total"]
     assert (metrics["batch_size_count",], metrics["batch_size_sum",]) == (3, 3)
-    assert (metrics["requests_held",], metrics["queue_length",], metrics["max_concurrent",]) == (0, 0, 64)
+    assert (metrics["requests_in_flight",], metrics["queue_length",], metrics["max_concurrent",]) == (0, 0, 64)
     # The memory of the front process and of the worker process.
     assert metrics["process_resident_memory_bytes",] > 1e6
     assert metrics["worker_process_resident_memory_bytes",] > 1e6
+
+
+async def test_every_metric_has_the_app_and_the_version(digits: Process) -> None:
+    await infer(digits, DIGIT)
+    _, _, text = await get(digits, "/metrics")
+    for family in text_string_to_metric_families(text):
+        assert family.samples, family.name
+        for sample in family.samples:
+            assert (sample.labels["app"], sample.labels["version"]) == ("ops", "v1"), sample.name
 
 
 async def test_buckets_reach_from_half_a_millisecond_to_half_a_minute(digits: Process) -> None:
