@@ -77,7 +77,7 @@ def alerts() -> list[Rule]:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a test expects of an alert at a time."""
+    """The alerts of one name that a test expects at a time."""
 
     alert: str
     fires: tuple[Mapping[str, str], ...]

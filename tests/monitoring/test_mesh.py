@@ -26,7 +26,7 @@ ELSEWHERE = {
     # Until the code that counts them is there.
     "log lines": ".*log_lines_dropped_total",
 }
-"""What only some meshes have, with the beginnings of its metrics."""
+"""Parts that only some meshes have, with the beginnings of their metrics."""
 
 ON_KUBERNETES = {"namespace", "pod"}
 """The labels that Prometheus adds there."""
