@@ -46,7 +46,7 @@ class Prometheus(Process):
         directory: Path,
         targets: Sequence[Mapping[str, object]] | Path,
         rules: Path | None = None,
-        interval: str = "250ms",
+        interval: str = "500ms",
     ) -> None:
         """Write its config into ``directory``.
 
