@@ -43,6 +43,19 @@ test: $(VENV)/installed  ## Run the test suite in WORKERS (4) processes
 test-fast: $(VENV)/installed  ## Run the quick tests, in under a minute
 	$(PYTEST) -q -m 'not slow'
 
+# For the tests of what monitoring/ has. Debian's package is unpacked, not installed: nothing starts, and root is not needed.
+# Without the lists of apt, or with old ones, these are fetched into build/ too.
+PROMETHEUS := build/prometheus
+APT := apt-get -q -o Dir::State::Lists=$(CURDIR)/build/apt/lists -o Dir::Cache=$(CURDIR)/build/apt/cache
+.PHONY: prometheus
+prometheus: export PATH := $(PATH):$(CURDIR)/$(PROMETHEUS)/usr/bin
+prometheus:  ## Unpack Debian's Prometheus into build/prometheus/ for the tests, unless PATH has it
+	@command -v prometheus >/dev/null && command -v promtool >/dev/null && exit; set -e; \
+	rm -rf $(PROMETHEUS); mkdir -p $(PROMETHEUS) build/apt/lists/partial build/apt/cache/archives/partial; cd $(PROMETHEUS); \
+	apt-get -q download prometheus || { $(APT) update && $(APT) download prometheus; }; \
+	dpkg -x prometheus_*.deb . && rm prometheus_*.deb
+	@promtool --version | head -1
+
 .PHONY: lint
 lint: $(VENV)/installed  ## Check format, lint, import contracts and types
 	$(BIN)/ruff format --check .
@@ -62,6 +75,15 @@ proto: $(VENV)/installed  ## Generate stubs and Envoy's descriptor set from prot
 .PHONY: envoy
 envoy: $(VENV)/installed  ## Generate envoy/envoy-tls.yaml from envoy/envoy.yaml
 	$(BIN)/python -m atserving.local.envoy_tls
+
+# RUNBOOKS=https://...: the address of docs/alerts.md, as alerts name it.
+RULE := k8s/components/monitoring-operator/rules.yaml
+.PHONY: rules
+rules:  ## Generate the rules for the Prometheus operator from monitoring/rules.yaml (RUNBOOKS=)
+	$(if $(RUNBOOKS),sed -i 's|\(runbook_url:\) [^\#]*|\1 $(RUNBOOKS)|' monitoring/rules.yaml)
+	printf '%s\n' '# Made from monitoring/rules.yaml: make rules' 'apiVersion: monitoring.coreos.com/v1' 'kind: PrometheusRule' \
+		'metadata:' '  name: atserving' 'spec:' > $(RULE)
+	sed -n -e '/^groups:/,$$ s/^./  &/' -e '/^  *groups:/,$$ p' monitoring/rules.yaml >> $(RULE)
 
 # Run it again to renew the certificates: processes that use them follow.
 CERTS ?= certs
@@ -86,6 +108,16 @@ k8s-render: $(VENV)/installed  ## Render the overlays and the example's evaluato
 .PHONY: k8s-test
 k8s-test: $(VENV)/installed  ## Run the playbook on the cluster that KUBECONFIG names (IMAGE_PREFIX=, IMAGE_TAG=)
 	IMAGE_PREFIX=$(IMAGE_PREFIX) IMAGE_TAG=$(IMAGE_TAG) $(BIN)/python -m pytest -v tests/k8s/test_cluster.py
+
+.PHONY: boards
+boards: $(VENV)/installed  ## Generate Grafana's boards in monitoring/boards/
+	$(BIN)/python -m monitoring.grafana
+
+# BOARDS='app mesh': some of them. SECONDS: how long to measure.
+.PHONY: board-pictures
+board-pictures: SECONDS := 90
+board-pictures: $(VENV)/installed prometheus  ## Draw the boards of a mesh with load into docs/ (BOARDS=, SECONDS=)
+	$(BIN)/python -m monitoring.pictures --seconds $(SECONDS) $(BOARDS)
 
 # FULL=1: all that there is to measure, for longer. JSON=file: write the figures to a file too.
 BENCH_FLAGS = $(if $(FULL),--full) $(if $(JSON),--json $(JSON))

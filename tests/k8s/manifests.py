@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from atserving.cli.k8s import k8s
 
-from . import cert_manager
+from . import cert_manager, prometheus_operator
 from .checks import check
 from .checks.model import Document, title
 
@@ -118,8 +118,12 @@ def _printed(arguments: tuple[str, ...]) -> str:
 @functools.cache
 def _refused(document: str, version: str) -> str | None:
     # Most documents are the same in all overlays.
-    if (read := json.loads(document)).get("apiVersion") == cert_manager.API:
-        return cert_manager.refused(read)
+    read = json.loads(document)
+    match read.get("apiVersion"):
+        case cert_manager.API:
+            return cert_manager.refused(read)
+        case prometheus_operator.API:
+            return prometheus_operator.refused(read)
     try:
         kubernetes_validate.validate(read, version, strict=True)
     except kubernetes_validate.ValidationError as error:
