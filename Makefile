@@ -43,6 +43,19 @@ test: $(VENV)/installed  ## Run the test suite in WORKERS (4) processes
 test-fast: $(VENV)/installed  ## Run the quick tests, in under a minute
 	$(PYTEST) -q -m 'not slow'
 
+# For the tests of what monitoring/ has. Debian's package is unpacked, not installed: nothing starts, and root is not needed.
+# Without the lists of apt, or with old ones, these are fetched into build/ too.
+PROMETHEUS := build/prometheus
+APT := apt-get -q -o Dir::State::Lists=$(CURDIR)/build/apt/lists -o Dir::Cache=$(CURDIR)/build/apt/cache
+.PHONY: prometheus
+prometheus: export PATH := $(PATH):$(CURDIR)/$(PROMETHEUS)/usr/bin
+prometheus:  ## Unpack Debian's Prometheus into build/prometheus/ for the tests, unless PATH has it
+	@command -v prometheus >/dev/null && command -v promtool >/dev/null && exit; set -e; \
+	rm -rf $(PROMETHEUS); mkdir -p $(PROMETHEUS) build/apt/lists/partial build/apt/cache/archives/partial; cd $(PROMETHEUS); \
+	apt-get -q download prometheus || { $(APT) update && $(APT) download prometheus; }; \
+	dpkg -x prometheus_*.deb . && rm prometheus_*.deb
+	@promtool --version | head -1
+
 .PHONY: lint
 lint: $(VENV)/installed  ## Check format, lint, import contracts and types
 	$(BIN)/ruff format --check .

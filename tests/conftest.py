@@ -33,6 +33,7 @@ _SLOW = (
     "gate/test_memory.py",
     "k8s",
     "local",
+    "monitoring",
     "registry",
     "reliability/test_scenarios.py",
     "shared/test_commands.py",
