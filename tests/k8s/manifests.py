@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from atserving.cli.k8s import k8s
 
-from . import cert_manager
+from . import cert_manager, keda
 from .checks import check
 from .checks.model import Document, title
 
@@ -120,6 +120,8 @@ def _refused(document: str, version: str) -> str | None:
     # Most documents are the same in all overlays.
     if (read := json.loads(document)).get("apiVersion") == cert_manager.API:
         return cert_manager.refused(read)
+    if read.get("apiVersion") == keda.API:
+        return keda.refused(read)
     try:
         kubernetes_validate.validate(read, version, strict=True)
     except kubernetes_validate.ValidationError as error:

@@ -15,6 +15,7 @@ KINDS = (
     "Namespace",
     "NetworkPolicy",
     "PodDisruptionBudget",
+    "ScaledObject",
     "Secret",
     "Service",
     "ServiceAccount",
