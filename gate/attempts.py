@@ -185,7 +185,7 @@ class Attempts:
 
     async def _wait_for_instance(self, unready: ServingError) -> None:
         """Wait until an instance may be ready. Raises ``unready`` if the request is not to wait, or not any more."""
-        route, size, waiting = self._route, self._task.size(), self._router.waiting
+        route, waiting = self._route, self._router.waiting
         wanted = [self._app_counts.of(version) for version in route.versions]
         if self._wait_until_s is None:
             for each in wanted:
@@ -193,6 +193,7 @@ class Attempts:
             self._wait_until_s = min(self._call.started + route.wait_s, self._deadline_s)
         if not wanted or not route.wait_s:
             raise unready from None
+        size = self._task.size()
         if time.monotonic() < self._wait_until_s and not waiting.has_room(route.app, size):
             raise _because(unready, "too many requests wait for one") from None
         for each in wanted:
