@@ -138,7 +138,7 @@ class Attempts:
 
     def _picked(self, endpoint: Endpoint[EvaluatorConnection]) -> None:
         self._tried.append(endpoint)
-        self._app_counts.of(endpoint.instance.version).picks += 1
+        self._app_counts.picked(endpoint.instance.version, endpoint.instance.id)
         if self._cause:
             self._app_counts.retries[self._cause] += 1
             self._cause = ""

@@ -129,7 +129,7 @@ class Dispatcher:
         self._requests = RequestLog("gate")
         self._limits = CallerLimits()
         self._rate_limits = rate_limits
-        self.counts = RequestCounts(router.versions)
+        self.counts = RequestCounts(router.versions, router.instances)
         """The counts of all requests, for metrics."""
         self.turns = Turns()
         """The turns of apps, if the gate has more to do than it can at once."""

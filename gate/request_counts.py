@@ -9,9 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection
 
-from prometheus_client.samples import Exemplar
-
-from atserving.counts import Distribution
+from atserving.counts import Distribution, latency_bounds
 from atserving.errors import (
     InvalidArgument,
     NotFound,
@@ -22,7 +20,7 @@ from atserving.errors import (
     UnsupportedMediaType,
 )
 
-SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+SECONDS = latency_bounds(0.001)
 """The upper bounds of the buckets of latencies."""
 
 GONE_S = 600.0
@@ -30,6 +28,9 @@ GONE_S = 600.0
 
 MOST_APPS = 1000
 """How many apps have counts of their own. Those beyond count as one, with the unknown ones."""
+
+MOST_INSTANCES = 4000
+"""How many instances have counts of their own. Those beyond count as one of their version, without a name."""
 
 REFUSALS = (
     "unknown",
@@ -59,7 +60,6 @@ _BY_STATUS = {
     PayloadTooLarge.status: "malformed",
     UnsupportedMediaType.status: "malformed",
 }
-_EXEMPLAR_S = 60.0
 _SWEEP_S = 60.0
 
 
@@ -73,13 +73,15 @@ def refusal_of(error: ServingError) -> str:
 class VersionCounts:
     """The counts of one version of an app."""
 
-    __slots__ = ("by_turn", "codes", "known_s", "picks", "waiting", "without_instance")
+    __slots__ = ("by_turn", "codes", "instances_s", "known_s", "picks", "waiting", "without_instance")
 
     def __init__(self, known_s: float) -> None:
         self.codes: dict[int, int] = {}
         """Requests by their HTTP status."""
-        self.picks = 0
-        """How often one of its instances was asked."""
+        self.picks: dict[str, int] = {}
+        """How often each of its instances was asked, by its id; empty for all beyond MOST_INSTANCES."""
+        self.instances_s: dict[str, float] = {}
+        """When each of those was last seen to be registered."""
         self.by_turn = 0
         """Requests without a version that it has answered."""
         self.without_instance = self.waiting = 0
@@ -87,13 +89,20 @@ class VersionCounts:
         self.known_s = known_s
 
 
+class _Room:
+    """How many more instances may have counts of their own."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+
 class AppCounts:
     """The counts of one app, or of all unknown ones."""
 
     __slots__ = (
-        "_at_s",
-        "_slowest_s",
-        "_traceparent",
+        "_room",
         "in_flight",
         "known_s",
         "refusals",
@@ -102,7 +111,8 @@ class AppCounts:
         "versions",
     )
 
-    def __init__(self, known_s: float) -> None:
+    def __init__(self, known_s: float, room: _Room) -> None:
+        self._room = room
         self.in_flight = 0
         """Requests that the gate has admitted, and that have no answer yet."""
         self.versions: dict[str, VersionCounts] = {}
@@ -113,8 +123,6 @@ class AppCounts:
         """The seconds of requests that were not refused."""
         self.known_s = known_s
         """When the config was last seen to have the app."""
-        self._slowest_s = self._at_s = 0.0
-        self._traceparent = ""
 
     def of(self, version: str) -> VersionCounts:
         """Return the counts of a version."""
@@ -128,30 +136,64 @@ class AppCounts:
         codes = self.of(version).codes
         codes[status] = codes.get(status, 0) + 1
 
+    def picked(self, version: str, instance: str) -> None:
+        """Count an attempt at an instance."""
+        picks = self.of(version).picks
+        if instance not in picks:
+            instance = self._admitted(instance)
+        picks[instance] = picks.get(instance, 0) + 1
+
+    def _admitted(self, instance: str) -> str:
+        """Return the name by which a new instance counts."""
+        if not self._room.left:
+            return ""
+        self._room.left -= 1
+        return instance
+
+    def forget_instances(self, version: str, registered: Collection[str], now_s: float, after_s: float) -> None:
+        """Drop the counts of a version's instances that have not been registered for so long."""
+        counts = self.versions[version]
+        for each in list(counts.picks):
+            if not each or each in registered:
+                counts.instances_s[each] = now_s
+            elif now_s - counts.instances_s.setdefault(each, now_s) >= after_s:
+                del counts.picks[each], counts.instances_s[each]
+                self._room.left += 1
+
+    def forget(self, version: str) -> None:
+        """Drop the counts of a version."""
+        self._room.left += sum(map(bool, self.versions.pop(version).picks))
+
     def took(self, seconds: float, traceparent: str | None) -> None:
         """Count the time of a request, and keep the trace of the slowest."""
         self.times.observe(seconds)
-        if seconds > self._slowest_s and traceparent:
-            self._slowest_s, self._traceparent, self._at_s = seconds, traceparent, time.time()
+        self.times.trace(seconds, traceparent)
 
-    def exemplar(self) -> Exemplar | None:
-        """Return the slowest request of the last minute that has a trace, about."""
-        if not self._slowest_s:
-            return None
-        if time.time() - self._at_s > _EXEMPLAR_S:
-            self._slowest_s = 0.0
-            return None
-        return Exemplar({"trace_id": self._traceparent[3:35]}, self._slowest_s, self._at_s)
+
+class _UnknownCounts(AppCounts):
+    """The counts of all apps without counts of their own, and of all their versions together."""
+
+    __slots__ = ()
+
+    def of(self, version: str) -> VersionCounts:
+        return super().of("")
 
 
 class RequestCounts:
     """The counts of all requests."""
 
-    def __init__(self, versions: Callable[[str], Collection[str]], clock: Callable[[], float] = time.monotonic) -> None:
-        """``versions`` returns those of an app that the config has."""
+    def __init__(
+        self,
+        versions: Callable[[str], Collection[str]],
+        instances: Callable[[str, str], Collection[str]] = lambda _, __: (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``versions`` returns those of an app that the config has, ``instances`` the ids of a version's instances."""
         self._versions = versions
+        self._instances = instances
         self._clock = clock
-        self._unknown = AppCounts(clock())
+        self._room = _Room(MOST_INSTANCES)
+        self._unknown = _UnknownCounts(clock(), _Room(0))
         self._apps: dict[str, AppCounts] = {}
         self._swept_s = clock()
 
@@ -168,7 +210,7 @@ class RequestCounts:
             self._forget(now_s, 0.0)
         if len(self._apps) >= MOST_APPS:
             return self._unknown
-        counts = self._apps[app] = AppCounts(now_s)
+        counts = self._apps[app] = AppCounts(now_s, self._room)
         return counts
 
     def refused(self, app: str, status: int, reason: str) -> None:
@@ -190,10 +232,15 @@ class RequestCounts:
             if known:
                 counts.known_s = now_s
             elif now_s - counts.known_s >= after_s:
+                for version in list(counts.versions):
+                    counts.forget(version)
                 del self._apps[app]
                 continue
             for version, each in list(counts.versions.items()):
                 if not version or version in known:
                     each.known_s = now_s
                 elif now_s - each.known_s >= after_s:
-                    del counts.versions[version]
+                    counts.forget(version)
+                    continue
+                if each.picks:
+                    counts.forget_instances(version, self._instances(app, version), now_s, after_s)

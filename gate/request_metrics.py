@@ -57,7 +57,7 @@ def _of_versions(apps: list[tuple[str, AppCounts]]) -> Iterator[Metric]:
         labels=[*_VERSION, "code"],
     )
     attempts = CounterMetricFamily(
-        "atserving_gate_attempts", "How often an instance of a version was asked for a request.", labels=_VERSION
+        "atserving_gate_attempts", "How often an instance was asked for a request.", labels=[*_VERSION, "instance"]
     )
     given = CounterMetricFamily(
         "atserving_gate_split_requests", "Requests without a version that a version has answered.", labels=_VERSION
@@ -74,8 +74,9 @@ def _of_versions(apps: list[tuple[str, AppCounts]]) -> Iterator[Metric]:
         for version, each in counts.versions.items():
             for code, count in each.codes.items():
                 requests.add_metric([app, version, str(code)], count)
-            if version:
-                attempts.add_metric([app, version], each.picks)
+            for instance, count in each.picks.items():
+                attempts.add_metric([app, version, instance], count)
+            if version or each.by_turn:
                 given.add_metric([app, version], each.by_turn)
                 unserved.add_metric([app, version], each.without_instance)
                 waiting.add_metric([app, version], each.waiting)
@@ -95,7 +96,7 @@ def _of_apps(apps: list[tuple[str, AppCounts]]) -> Iterator[Metric]:
     )
     for app, counts in apps:
         if app:
-            counts.times.add_to(seconds, {"app": app}, counts.exemplar())
+            counts.times.add_to(seconds, {"app": app})
             in_flight.add_metric([app], counts.in_flight)
         # Those of an app appear with their first; one series of each is there from the start.
         for reason in REFUSALS if not app else counts.refusals:

@@ -248,6 +248,10 @@ class Router(Generic[ConnectionT]):
         """Return the versions of an app; none for an unknown one."""
         return self._releases.get(app, {}).keys()
 
+    def instances(self, app: str, version: str) -> Collection[str]:
+        """Return the ids of a version's registered instances."""
+        return self._endpoints.get((app, version), {}).keys() | self._outdated.get((app, version), {}).keys()
+
     def shares(self, app: str) -> dict[str, float]:
         """Return the share of each version in the app's last split; none if no request without a version has come."""
         split = self._splits.get(app)

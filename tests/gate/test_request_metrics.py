@@ -33,9 +33,10 @@ from gate.request_counts import REFUSALS, RETRIES, SECONDS, RequestCounts
 from gate.request_metrics import RequestMetrics
 from gate.router import EJECT_S
 from gate.server import EdgeService, ServingService
-from tests.gate.scrapes import OPENMETRICS, Scrape
+from tests.gate.scrapes import Scrape
 from tests.gate.test_away import AWAY, set_away
 from tests.gate.test_dispatch import DRAINING, FULL, Evaluator, Mesh, running_mesh, task
+from tests.metric_text import OPENMETRICS
 from tests.waiting import until, until_async
 
 BAD_IMAGE = evaluator_pb2.Error(code=-3, status=400, message="bad image")
@@ -135,8 +136,7 @@ async def test_the_slowest_request_shows_its_trace_to_openmetrics(mesh: Mesh) ->
         (first,) = (sample for sample in buckets if sample.exemplar)
         assert exemplar.value <= float(first.labels["le"])
         assert first.value == 1
-    counts = mesh.dispatcher.counts.of("app")
-    counts._at_s -= 61
+    mesh.dispatcher.counts.of("app").times._traced_s -= 61
     buckets = (await scrape(mesh, OPENMETRICS)).labelled("request_seconds_bucket", app="app")
     assert not any(sample.exemplar for sample in buckets)
 
@@ -467,6 +467,70 @@ async def test_apps_above_the_bound_count_as_one_until_others_are_gone(monkeypat
     now_s = 60.0
     counts.of("app2").count("v1", 200)
     assert [app for app, _ in counts.all()] == ["", "app1", "app2"]
+
+
+async def test_the_versions_of_apps_above_the_bound_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_counts, "MOST_APPS", 0)
+    counts = RequestCounts(lambda _: {"v1"}, lambda _, __: {"a"})
+    for number in range(3):
+        counts.of("app").count(f"v{number}", 200)
+        counts.of("app").picked(f"v{number}", f"a{number}")
+    ((_, unknown),) = counts.all()
+    assert {name: (each.codes, each.picks) for name, each in unknown.versions.items()} == {"": ({200: 3}, {"": 3})}
+
+
+async def test_attempts_count_by_instance(mesh: Mesh) -> None:
+    first = Evaluator("a", FULL, hold=asyncio.Event())
+    await mesh.add(first)
+    asking = asyncio.create_task(ask(mesh))
+    await first.entered.wait()
+    await mesh.add(Evaluator("b"))
+    assert first.hold
+    first.hold.set()
+    await asking
+    assert (await scrape(mesh)).by("instance", "attempts_total", app="app", version="v1") == {"a": 1, "b": 1}
+
+
+async def test_instances_that_are_gone_drop_out_after_a_while() -> None:
+    now_s, registered = 0.0, {"a", "b"}
+    counts = RequestCounts(lambda _: {"v1"}, lambda _, __: registered, clock=lambda: now_s)
+
+    def shown() -> dict[str, int]:
+        return dict(counts.all())["app"].versions["v1"].picks
+
+    for each in ("a", "a", "b"):
+        counts.of("app").picked("v1", each)
+    assert shown() == {"a": 2, "b": 1}
+    registered.remove("a")
+    now_s = request_counts.GONE_S - 1
+    assert shown() == {"a": 2, "b": 1}
+    now_s += 1
+    assert shown() == {"b": 1}
+
+
+async def test_instances_above_the_bound_count_as_one_of_their_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_counts, "MOST_INSTANCES", 3)
+    now_s, versions, registered = 0.0, {"v1", "v2"}, {str(number) for number in range(9)}
+    counts = RequestCounts(lambda app: versions if app == "app" else (), lambda _, __: registered, lambda: now_s)
+
+    def ask_all() -> dict[str, dict[str, int]]:
+        for version in ("v1", "v2"):
+            for number in (1, 2):
+                counts.of("app").picked(version, str(number))
+        return {version: dict(each.picks) for version, each in dict(counts.all())["app"].versions.items()}
+
+    assert ask_all() == {"v1": {"1": 1, "2": 1}, "v2": {"1": 1, "": 1}}
+    # The places of instances and versions that are gone go to others.
+    registered.remove("1")
+    now_s += request_counts.GONE_S
+    ask_all()
+    registered.add("1")
+    assert ask_all() == {"v1": {"2": 3, "1": 1}, "v2": {"": 3, "1": 1}}
+    versions.remove("v1")
+    now_s += request_counts.GONE_S
+    assert ask_all() == {"v2": {"": 4, "1": 2}}
+    counts.of("app").picked("v2", "2")
+    assert counts.of("app").versions["v2"].picks == {"": 4, "1": 2, "2": 1}
 
 
 async def test_requests_that_envoy_refuses_for_their_signature_count(mesh: Mesh, tmp_path: Path) -> None:
