@@ -76,6 +76,15 @@ proto: $(VENV)/installed  ## Generate stubs and Envoy's descriptor set from prot
 envoy: $(VENV)/installed  ## Generate envoy/envoy-tls.yaml from envoy/envoy.yaml
 	$(BIN)/python -m atserving.local.envoy_tls
 
+# RUNBOOKS=https://...: the address of docs/alerts.md, as alerts name it.
+RULE := k8s/components/monitoring-operator/rules.yaml
+.PHONY: rules
+rules:  ## Generate the rules for the Prometheus operator from monitoring/rules.yaml (RUNBOOKS=)
+	$(if $(RUNBOOKS),sed -i 's|\(runbook_url:\) [^\#]*|\1 $(RUNBOOKS)|' monitoring/rules.yaml)
+	printf '%s\n' '# Made from monitoring/rules.yaml: make rules' 'apiVersion: monitoring.coreos.com/v1' 'kind: PrometheusRule' \
+		'metadata:' '  name: atserving' 'spec:' > $(RULE)
+	sed -n -e '/^groups:/,$$ s/^./  &/' -e '/^  *groups:/,$$ p' monitoring/rules.yaml >> $(RULE)
+
 # Run it again to renew the certificates: processes that use them follow.
 CERTS ?= certs
 APPS ?= digits,digits-detect,digits-segment,digits-feature,digits-similar
@@ -99,6 +108,16 @@ k8s-render: $(VENV)/installed  ## Render the overlays and the example's evaluato
 .PHONY: k8s-test
 k8s-test: $(VENV)/installed  ## Run the playbook on the cluster that KUBECONFIG names (IMAGE_PREFIX=, IMAGE_TAG=)
 	IMAGE_PREFIX=$(IMAGE_PREFIX) IMAGE_TAG=$(IMAGE_TAG) $(BIN)/python -m pytest -v tests/k8s/test_cluster.py
+
+.PHONY: boards
+boards: $(VENV)/installed  ## Generate Grafana's boards in monitoring/boards/
+	$(BIN)/python -m monitoring.grafana
+
+# BOARDS='app mesh': some of them. SECONDS: how long to measure.
+.PHONY: board-pictures
+board-pictures: SECONDS := 90
+board-pictures: $(VENV)/installed prometheus  ## Draw the boards of a mesh with load into docs/ (BOARDS=, SECONDS=)
+	$(BIN)/python -m monitoring.pictures --seconds $(SECONDS) $(BOARDS)
 
 # FULL=1: all that there is to measure, for longer. JSON=file: write the figures to a file too.
 BENCH_FLAGS = $(if $(FULL),--full) $(if $(JSON),--json $(JSON))

@@ -9,9 +9,15 @@ from atserving.tls import Tls
 
 
 def add_process(registry: CollectorRegistry, prefix: str, tls: Tls | None) -> None:
-    """Add the metrics of this process, and with TLS when its certificate expires."""
+    """Add the metrics of this process, and with TLS when its certificate begins and expires."""
     ProcessCollector(namespace=prefix, registry=registry)
     if tls:
+        begins = Gauge(
+            f"{prefix}_certificate_begins_seconds",
+            "The Unix time from which on the certificate of the process is valid.",
+            registry=registry,
+        )
+        begins.set_function(lambda: tls.begins_s)
         expires = Gauge(
             f"{prefix}_certificate_expires_seconds",
             "The Unix time at which the certificate of the process expires.",

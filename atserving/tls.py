@@ -59,6 +59,7 @@ class _Loaded(NamedTuple):
     server: ssl.SSLContext
     client: ssl.SSLContext
     credentials: grpc.ChannelCredentials
+    begins_s: int
     expires_s: int
 
 
@@ -90,6 +91,11 @@ class Tls:
     def credentials(self) -> grpc.ChannelCredentials:
         """The credentials for a new channel; another object after the files have changed."""
         return self._loaded.now.credentials
+
+    @property
+    def begins_s(self) -> int:
+        """The Unix time from which on the certificate is valid."""
+        return self._loaded.now.begins_s
 
     @property
     def expires_s(self) -> int:
@@ -124,7 +130,8 @@ class Tls:
             ) from None
         self._check(own)
         credentials = grpc.ssl_channel_credentials(pem[files.ca], pem[files.key], pem[files.cert])
-        return _Loaded(server, client, credentials, ssl.cert_time_to_seconds(str(own["notAfter"])))
+        begins_s, expires_s = (ssl.cert_time_to_seconds(str(own[each])) for each in ("notBefore", "notAfter"))
+        return _Loaded(server, client, credentials, begins_s, expires_s)
 
     def _context(self, protocol: ssl._SSLMethod) -> ssl.SSLContext:
         files = self.files

@@ -27,6 +27,7 @@ class Inventory:
         self.gone = 0
         """Instances that have left since the start: deregistered, or their leases expired."""
         self._published: Counter[_Version] = Counter()
+        self._production: Counter[_Version] = Counter()
         self._instances: Counter[_Version] = Counter()
 
     def change(self, before: Entry | None, after: Entry | None) -> None:
@@ -50,14 +51,20 @@ class Inventory:
         if others:
             yield "", "", self._instances.total() - sum(self._instances[each] for each in shown)
 
+    def production(self, most: int = MOST_VERSIONS) -> Iterator[tuple[str, str]]:
+        """Yield the app and the version of each release that gets requests without a version; ``most`` at most."""
+        return islice(iter(self._production), most)
+
     def _add(self, entry: Entry, number: int) -> None:
         text = entry.value_json
         self.size += number * (len(text) if text.isascii() else len(text.encode()))
         match entry.value:
             case Instance(app=app, version=version):
                 _add(self._instances, (app, version), number)
-            case Release(name=app, version=version):
+            case Release(name=app, version=version, phase=phase, weight=weight):
                 _add(self._published, (app, version), number)
+                if phase == "production" and weight != 0:
+                    _add(self._production, (app, version), number)
 
 
 def _add(counter: Counter[_Version], version: _Version, number: int) -> None:

@@ -116,6 +116,14 @@ class Metrics(Collector):
         for app, version, number in self._view.inventory.instances():
             instances.add_metric([app, version], number)
         yield instances
+        production = GaugeMetricFamily(
+            f"{_PREFIX}_in_production",
+            "1 for each version that gets requests without a version: in production, and not of weight 0.",
+            labels=["app", "version"],
+        )
+        for app, version in self._view.inventory.production():
+            production.add_metric([app, version], 1)
+        yield production
         yield _counter(
             "instances_gone",
             "Instances that left etcd: deregistered at any registry, or their leases expired.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from tests.processes import Process
 from tests.waiting import until_async
 
 _UNPACKED = Path(__file__).resolve().parents[1] / "build" / "prometheus" / "usr" / "bin"
+_UNITS_MS = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
 def program(name: str) -> str:
@@ -132,3 +134,16 @@ class Prometheus(Process):
             return bool(targets) and all(each["health"] == "up" for each in targets)
 
         await until_async(up, what="all targets are up")
+
+
+def shortened(rules: str, factor: int = 60) -> str:
+    """Return the text of rules with all their times divided, so that an hour passes in a minute."""
+
+    def divided(time: re.Match[str]) -> str:
+        milliseconds = int(time[2]) * _UNITS_MS[time[3]] // factor
+        return f"{time[1]}{max(milliseconds, 1)}ms"
+
+    rules = re.sub(r"(\[|\bfor: |\binterval: |\boffset )(\d+)([smhd])\b", divided, rules)
+    # What depends on the intervals: the counts of a window, and a least rate.
+    rules = re.sub(r"\b(\d+) \* sum_over_time", lambda found: f"{int(found[1]) / factor:g} * sum_over_time", rules)
+    return re.sub(r"\b10 / (\d+)", lambda found: f"10 / {int(found[1]) / factor:g}", rules)

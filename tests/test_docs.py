@@ -28,7 +28,7 @@ PAGES = sorted(
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
-FOLDERS = "atserving|gate|evaluator|registry|proto|envoy|k8s|docker|examples|bench|reliability|docs|tests"
+FOLDERS = "atserving|gate|evaluator|registry|proto|envoy|k8s|docker|examples|bench|reliability|monitoring|docs|tests"
 # A file in a folder of ours, such as `gate/router.py`, or a folder with its slash, such as `evaluator/serving/`.
 NAMED = re.compile(rf"(?<![\w./@-])((?:{FOLDERS})/(?:[\w*.-]+/)*(?:[\w*-]+\.[a-z0-9]+(?:\.[a-z0-9]+)*)?)(?![\w<$/])")
 

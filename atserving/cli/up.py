@@ -32,6 +32,7 @@ The mesh serves {apps} at {url}{tls}. Try these in another terminal:
 
 Operators' API: {operators}, and {registry} as gRPC.
 
+Metrics: prometheus --config.file {directory}/prometheus.yml
 Logs: {directory}/*.log. A process that dies is started again. Ctrl-C stops the mesh."""
 
 

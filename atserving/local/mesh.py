@@ -36,6 +36,10 @@ TARGETS_FILE = "targets.json"
 """The file in the folder of a mesh with the addresses of all ``/metrics``, as Prometheus' file_sd_configs read them."""
 
 
+PROMETHEUS_FILE = "prometheus.yml"
+"""The file beside it with the config of a Prometheus that watches the mesh."""
+
+
 class Mesh:
     """A mesh that serves example releases. Its directory holds its config, its data and its logs.
 
@@ -102,6 +106,8 @@ class Mesh:
         (self.directory / "envoy.yaml").write_text(bootstrap)
         self._processes = self._group()
         (self.directory / TARGETS_FILE).write_bytes(orjson.dumps(self.targets(), option=orjson.OPT_INDENT_2))
+        # YAML takes JSON, too.
+        (self.directory / PROMETHEUS_FILE).write_bytes(orjson.dumps(_prometheus(), option=orjson.OPT_INDENT_2))
         try:
             self._start(*(each.name for each in self._processes if each.name != "envoy"))
             await self._wait_ready()
@@ -280,6 +286,15 @@ class Mesh:
         down = [each for each in self._processes if each.state is not State.STOPPED and not each.is_settled]
         lines = [f"{each.name}: {_last_line(each.log_text())}" for each in down]
         return "; ".join(lines) or "every process runs, but not every release answers"
+
+
+def _prometheus() -> dict[str, object]:
+    """Return the config of a Prometheus that scrapes the mesh, and has its rules."""
+    return {
+        "global": {"scrape_interval": "5s"},
+        "rule_files": [str(ROOT / "monitoring" / "rules.yaml")],
+        "scrape_configs": [{"job_name": "mesh", "file_sd_configs": [{"files": [TARGETS_FILE]}]}],
+    }
 
 
 def _last_line(text: str) -> str:

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from atserving.cli.k8s import k8s
 
-from . import cert_manager, keda
+from . import cert_manager, keda, prometheus_operator
 from .checks import check
 from .checks.model import Document, title
 
@@ -118,10 +118,14 @@ def _printed(arguments: tuple[str, ...]) -> str:
 @functools.cache
 def _refused(document: str, version: str) -> str | None:
     # Most documents are the same in all overlays.
-    if (read := json.loads(document)).get("apiVersion") == cert_manager.API:
-        return cert_manager.refused(read)
-    if read.get("apiVersion") == keda.API:
-        return keda.refused(read)
+    read = json.loads(document)
+    match read.get("apiVersion"):
+        case cert_manager.API:
+            return cert_manager.refused(read)
+        case keda.API:
+            return keda.refused(read)
+        case prometheus_operator.API:
+            return prometheus_operator.refused(read)
     try:
         kubernetes_validate.validate(read, version, strict=True)
     except kubernetes_validate.ValidationError as error:

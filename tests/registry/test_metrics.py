@@ -178,7 +178,9 @@ async def test_instances_and_their_leases_are_counted(registry: Registry, api: A
     with pytest.raises(grpc.aio.AioRpcError):
         await api.register("leased")
     await api.publish("leased")
-    assert (await scraper.scrape())["instances", "leased", "1"] == 0
+    found = await scraper.scrape()
+    assert found["instances", "leased", "1"] == 0
+    assert ("in_production", "leased", "1") not in found
     await api.register("leased")
     await api.register("leased", id="j", address="10.0.0.2:1")
     await api.register("leased")
@@ -302,6 +304,21 @@ def test_instances_without_a_release_are_counted() -> None:
     assert (list(inventory.instances()), inventory.gone) == ([("b", "v1", 2)], 0)
     view.replace([entry(f"{PREFIX}instance/b/v1/j")], 3)
     assert (list(inventory.instances()), inventory.gone) == ([("b", "v1", 1)], 1)
+
+
+def test_versions_in_production_are_those_that_get_requests_without_a_version() -> None:
+    view = View()
+
+    def release(version: str, fields: str) -> Put:
+        return Put(f"{PREFIX}eval/a/{version}", b'{"file": "file:///m.tar"%s}' % fields.encode(), 1)
+
+    phase = ', "phase": "production"'
+    view.replace([release("staged", ""), release("v1", phase), release("none", phase + ', "weight": 0')], 1)
+    assert list(view.inventory.production()) == [("a", "v1")]
+    view.apply([release("v1", ', "phase": "staging"'), release("none", phase + ', "weight": 2')], 2)
+    assert list(view.inventory.production()) == [("a", "none")]
+    view.apply([Delete(f"{PREFIX}eval/a/none")], 3)
+    assert list(view.inventory.production()) == []
 
 
 async def test_a_follower_that_falls_behind_is_counted() -> None:

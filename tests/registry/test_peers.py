@@ -166,8 +166,10 @@ async def test_probes_need_no_certificate(secured: Secured) -> None:
         async with session.get(f"http://127.0.0.1:{port}/metrics") as answer:
             text = await answer.text()
     assert "atserving_registry_process_cpu_seconds_total" in text
-    (expires,) = re.findall(r"^atserving_registry_certificate_expires_seconds (\S+)$", text, re.MULTILINE)
-    assert float(expires) > time.time()
+    times = re.findall(r"^atserving_registry_certificate_(begins|expires)_seconds (\S+)$", text, re.MULTILINE)
+    assert [name for name, _ in times] == ["begins", "expires"]
+    begins, expires = (float(value) for _, value in times)
+    assert begins < time.time() < expires
 
 
 @pytest.mark.parametrize("module", ["gate", "registry", "evaluator"])

@@ -12,6 +12,7 @@ A file answers one question about the manifests:
 - ``edge``: does Envoy's bootstrap fit the pod and the mesh?
 - ``secured``: is every connection between pods TLS, or none, and does each end know itself and the other?
 - ``certified``: does cert-manager make each Secret of TLS, with the names of the role whose it is?
+- ``monitored``: does Prometheus find the metrics of every pod?
 
 A message says what an operator can change: ``Deployment/gate: container 'gate' has no memory limit``.
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from . import belongs, certified, confined, drains, edge, finds, listens, outside, reaches, scales, secured
+from . import belongs, certified, confined, drains, edge, finds, listens, monitored, outside, reaches, scales, secured
 from .model import Document, Manifests
 
 Rule = Callable[[Manifests], Iterator[str]]
@@ -37,6 +38,7 @@ RULES: tuple[Rule, ...] = (
     *edge.RULES,
     *secured.RULES,
     *certified.RULES,
+    *monitored.RULES,
 )
 
 

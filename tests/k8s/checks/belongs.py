@@ -15,6 +15,8 @@ KINDS = (
     "Namespace",
     "NetworkPolicy",
     "PodDisruptionBudget",
+    "PodMonitor",
+    "PrometheusRule",
     "ScaledObject",
     "Secret",
     "Service",

@@ -1,0 +1,1 @@
+"""Grafana's boards as code: `make boards` writes them to monitoring/boards/."""
