@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,6 +23,8 @@ from atserving.local.mesh import Mesh
 from atserving.tls import ENVOY, EVALUATOR, GATE, OPERATOR, REGISTRY, Tls
 from atserving.v1 import evaluator_pb2, evaluator_pb2_grpc, serving_pb2, serving_pb2_grpc
 from tests.e2e.client import Client, image, padded
+from tests.monitoring.rules import alerts
+from tests.prometheus import Prometheus
 from tests.waiting import PATIENCE_S, until, until_async
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
@@ -150,6 +153,17 @@ async def test_doctor_and_ps_work_over_tls(mesh: Mesh) -> None:
     (instance,) = json.loads(listed.stdout)["instances"]
     assert "unreachable" not in instance
     assert "load" in instance
+
+
+async def test_alerts_of_certificates_read_those_of_every_process(mesh: Mesh, tmp_path: Path) -> None:
+    async with Prometheus(tmp_path, mesh.targets()) as prometheus:
+        await prometheus.until_all_up()
+        for alert in (each for each in alerts() if "Certificate" in each.name):
+            assert await prometheus.query(alert.expression) == []
+            # As if those of a few months ended soon.
+            sooner = re.sub(r"< [\d.]+ \*", "< 1000 *", alert.expression)
+            jobs = {each.labels["job"] for each in await prometheus.query(sooner)}
+            assert jobs == {"gate", "evaluator", "registry", "envoy"}
 
 
 async def test_operators_reach_the_registry_through_envoy(mesh: Mesh) -> None:

@@ -20,6 +20,12 @@ def test_the_operator_gets_the_same_rules() -> None:
     assert rule["spec"] == yaml.safe_load(RULES.read_text()), "run make rules"
 
 
+def test_grafana_gets_every_board() -> None:
+    kustomization = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
+    maps = {each["name"]: each["files"] for each in kustomization["configMapGenerator"]}
+    assert maps == {f"board-{each.stem}": [f"boards/{each.name}"] for each in (FOLDER / "boards").glob("*.json")}
+
+
 async def test_a_prometheus_without_the_operator_gives_pods_the_labels_that_the_rules_use(tmp_path: Path) -> None:
     (scrape,) = yaml.safe_load((FOLDER / "prometheus-kubernetes.yaml").read_text())["scrape_configs"]
 

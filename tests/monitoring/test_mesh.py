@@ -25,7 +25,6 @@ ELSEWHERE = {
     "a rate limit service": "atserving_gate_rate_limit_",
     # Until the code that counts them is there.
     "log lines": ".*log_lines_dropped_total",
-    "labels of the evaluator": "atserving_evaluator_(requests_in_flight|max_concurrent|worker_restarts_total)",
 }
 """What only some meshes have, with the beginnings of its metrics."""
 
