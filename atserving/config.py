@@ -218,6 +218,7 @@ class WorkerConfig(_Value, frozen=True, kw_only=True):
     readers = {
         "timeout": parse_timeout,
         "delay4batch": parse_duration,
+        "wait_for_instance": parse_duration,
         "fetch_allow": check_hosts,
         "fetch_deny": check_hosts,
     }
@@ -225,6 +226,8 @@ class WorkerConfig(_Value, frozen=True, kw_only=True):
     timeout: timedelta | None = None
     max_concurrent: Annotated[int, Meta(ge=1, le=100_000)] | None = None
     delay4batch: timedelta | None = None
+    wait_for_instance: timedelta | None = None
+    """How long a gate holds a request for a version without a ready instance."""
     fetch_allow: tuple[str, ...] | None = None
     """The hosts that requests may name: see :mod:`atserving.hosts`."""
     fetch_deny: tuple[str, ...] | None = None
@@ -247,6 +250,7 @@ DEFAULT_WORKER = WorkerConfig(
     timeout=timedelta(seconds=30),
     max_concurrent=64,
     delay4batch=timedelta(0),
+    wait_for_instance=timedelta(0),
     fetch_allow=("*",),
     fetch_deny=(),
     scripts="allow",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -29,6 +30,10 @@ request that crashes instances must not reach all of them."""
 
 # How long a request waits for links that broke, and how often it looks: a gate that stood still has lost all at once.
 _RECONNECT_S, _RECONNECT_STEP_S = 1.0, 0.1
+
+# How often a request looks that waits for an instance: for instances that are registered and not reached, and, once it
+# has waited, for room in them.
+_UNREACHED_STEP_S, _FULL_STEP_S = 1.0, (0.05, 0.15)
 
 
 class Attempts:
@@ -58,6 +63,7 @@ class Attempts:
         "_task",
         "_tried",
         "_turn",
+        "_wait_until_s",
     )
 
     def __init__(
@@ -88,6 +94,8 @@ class Attempts:
         self._lost = 0
         self._broken_s: float | None = None
         self._refusal: ServingError | None = None
+        # None unless it has found no ready instance.
+        self._wait_until_s: float | None = None
 
     async def run(self) -> tuple[Response, str]:
         """Return a response and the version that gave it. Raises a ServingError.
@@ -157,6 +165,12 @@ class Attempts:
             self._handed_back.clear()
             self._stays = True
             return
+        is_full = isinstance(self._refusal, ResourceExhausted) or isinstance(none_free, ResourceExhausted)
+        if is_full and self._wait_until_s is not None and time.monotonic() < self._wait_until_s:
+            # Those that waited for an instance all come to it at once.
+            await asyncio.sleep(random.uniform(*_FULL_STEP_S))  # noqa: S311 - they take turns
+            self._begin_again()
+            return
         # If the ready instances refused because they are full, that is the reason to give.
         if isinstance(self._refusal, ResourceExhausted):
             self._refusal.refusal = "full"
@@ -164,9 +178,42 @@ class Attempts:
         if isinstance(none_free, ResourceExhausted):
             raise none_free from None
         if self._broken_s is None or time.monotonic() - self._broken_s > _RECONNECT_S:
-            raise none_free from None
+            await self._wait_for_instance(none_free)
+            return
         await asyncio.sleep(_RECONNECT_STEP_S)
         self._tried.clear()
+
+    async def _wait_for_instance(self, unready: ServingError) -> None:
+        """Wait until an instance may be ready. Raises ``unready`` if the request is not to wait, or not any more."""
+        route, waiting = self._route, self._router.waiting
+        wanted = [self._app_counts.of(version) for version in route.versions]
+        if self._wait_until_s is None:
+            for each in wanted:
+                each.without_instance += 1
+            self._wait_until_s = min(self._call.started + route.wait_s, self._deadline_s)
+        if not wanted or not route.wait_s:
+            raise unready from None
+        size = self._task.size()
+        if time.monotonic() < self._wait_until_s and not waiting.has_room(route.app, size):
+            raise _because(unready, "too many requests wait for one") from None
+        for each in wanted:
+            each.waiting += 1
+        try:
+            left_s = self._wait_until_s - time.monotonic()
+            await waiting.wait(route.app, size, min(left_s, _UNREACHED_STEP_S) if self._tried else left_s)
+        finally:
+            for each in wanted:
+                each.waiting -= 1
+        if time.monotonic() >= self._wait_until_s:
+            waited_s = round(time.monotonic() - self._call.started, 1)
+            raise _because(unready, f"the request has waited {waited_s} s") from None
+        self._begin_again()
+
+    def _begin_again(self) -> None:
+        """Forget which instances were asked, and that they are full; the config may have changed. Raises NotFound."""
+        self._tried.clear()
+        self._refusal = None
+        self._route = self._router.route(self._task.app, self._task.version)
 
     def _failed(self, endpoint: Endpoint[EvaluatorConnection], error: TransportError) -> None:
         """Take note of an instance that could not be reached, or was lost. Raises Unavailable after too many."""
@@ -254,3 +301,8 @@ class Attempts:
             self._refused(endpoint, error)
             return False
         return True
+
+
+def _because(unready: ServingError, why: str) -> Unavailable:
+    """Return the error of a request that found no ready instance, with a further reason."""
+    return Unavailable(f"{unready.message}; {why}", retry_after_s=unready.retry_after_s, refusal=unready.refusal)

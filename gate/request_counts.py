@@ -73,7 +73,7 @@ def refusal_of(error: ServingError) -> str:
 class VersionCounts:
     """The counts of one version of an app."""
 
-    __slots__ = ("by_turn", "codes", "instances_s", "known_s", "picks")
+    __slots__ = ("by_turn", "codes", "instances_s", "known_s", "picks", "waiting", "without_instance")
 
     def __init__(self, known_s: float) -> None:
         self.codes: dict[int, int] = {}
@@ -84,6 +84,8 @@ class VersionCounts:
         """When each of those was last seen to be registered."""
         self.by_turn = 0
         """Requests without a version that it has answered."""
+        self.without_instance = self.waiting = 0
+        """Requests that found no ready instance of it, and those that wait for one now."""
         self.known_s = known_s
 
 

@@ -62,6 +62,14 @@ def _of_versions(apps: list[tuple[str, AppCounts]]) -> Iterator[Metric]:
     given = CounterMetricFamily(
         "atserving_gate_split_requests", "Requests without a version that a version has answered.", labels=_VERSION
     )
+    unserved = CounterMetricFamily(
+        "atserving_gate_requests_without_instance",
+        "Requests that found no ready instance of a version that may serve them.",
+        labels=_VERSION,
+    )
+    waiting = GaugeMetricFamily(
+        "atserving_gate_requests_waiting_for_instance", "Requests that wait for one.", labels=_VERSION
+    )
     for app, counts in apps:
         for version, each in counts.versions.items():
             for code, count in each.codes.items():
@@ -70,7 +78,9 @@ def _of_versions(apps: list[tuple[str, AppCounts]]) -> Iterator[Metric]:
                 attempts.add_metric([app, version, instance], count)
             if version or each.by_turn:
                 given.add_metric([app, version], each.by_turn)
-    yield from (requests, attempts, given)
+                unserved.add_metric([app, version], each.without_instance)
+                waiting.add_metric([app, version], each.waiting)
+    yield from (requests, attempts, given, unserved, waiting)
 
 
 def _of_apps(apps: list[tuple[str, AppCounts]]) -> Iterator[Metric]:

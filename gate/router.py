@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Generic
 
 import structlog
@@ -30,6 +31,7 @@ from gate.endpoint import ALONE, ConnectionT, Endpoint, Kind
 from gate.limits import Limits
 from gate.split import Split
 from gate.usage import Usage
+from gate.waiting import Waiting
 
 log = structlog.get_logger()
 
@@ -39,6 +41,9 @@ up, it does so."""
 
 EJECT_S = 1.0
 """How long the router ejects an instance after its transport failed, unless the version has no other."""
+
+_RETRY_UNREADY_S = 5.0
+"""When to ask again for a version without a ready instance: a net takes seconds to load."""
 
 # The least and the most that a refusal counts.
 _FULL_S = (0.02, 1.0)
@@ -67,6 +72,8 @@ class Route:
     """The version that gets copies of these requests; None if none does."""
     timeout_s: float
     """The bound of one eval; for an unversioned request, the longest of the versions in production."""
+    wait_s: float
+    """How long a request waits for an instance while none is ready; for an unversioned one, as ``timeout_s``."""
     metadata: AppMetadata
     """The app's own access rules; empty if it has none."""
     default_metadata: AppMetadata
@@ -111,6 +118,8 @@ class Router(Generic[ConnectionT]):
         # Resolved from the releases and settings; valid until the config changes.
         self._routes: dict[tuple[str, str], Route] = {}
         self._dropped: list[Endpoint[ConnectionT]] = []
+        self.waiting = Waiting()
+        """The requests that wait for an instance. A step of the config wakes them."""
 
     def apply(self, upserts: Mapping[str, ConfigValue], deletes: Set[str]) -> None:
         """Apply one step of the config, as :class:`atserving.follower.ConfigFollower` reports it."""
@@ -128,6 +137,8 @@ class Router(Generic[ConnectionT]):
                 self._misplaced[key] = misplaced_rules.apps_of(key)
             elif not isinstance(value, Acceptance):
                 self._settings[key] = value
+        if self.waiting:
+            self.waiting.wake([*upserts, *deletes])
 
     def _delete(self, key: str) -> None:
         self._settings.pop(key, None)
@@ -206,6 +217,7 @@ class Router(Generic[ConnectionT]):
         split = None if version else self._split(app, releases)
         named = (version,) if version else tuple(split.weights if split else ())
         own, default = self.rules(app)
+        workers = [self._worker(app, each) for each in named or [""]]
         return Route(
             app,
             version,
@@ -213,7 +225,8 @@ class Router(Generic[ConnectionT]):
             split,
             routing.key_header or config.DEFAULT_KEY_HEADER,
             _shadow(routing, releases) if split else None,
-            max(self._timeout_s(app, each) for each in named or [""]),
+            max(_seconds(each.timeout) for each in workers),
+            max(_seconds(each.wait_for_instance) for each in workers),
             own,
             default,
             Limits.of(own, default),
@@ -262,14 +275,13 @@ class Router(Generic[ConnectionT]):
         value = self._settings.get(key)
         return value if isinstance(value, AppMetadata) else _NO_METADATA
 
-    def _timeout_s(self, app: str, version: str) -> float:
+    def _worker(self, app: str, version: str) -> WorkerConfig:
         merged = config.DEFAULT_WORKER
         for key in reversed(config.worker_keys(app, version)):
             value = self._settings.get(key)
             if isinstance(value, WorkerConfig):
                 merged = value.over(merged)
-        assert merged.timeout is not None, "the default has a timeout"
-        return merged.timeout.total_seconds()
+        return merged
 
     def pick(
         self,
@@ -388,7 +400,7 @@ class Router(Generic[ConnectionT]):
             return ResourceExhausted(f"every instance of {what} is full", retry_after_s=1.0, refusal="full")
         outdated = sum(len(self._outdated.get((route.app, version), ())) for version in versions)
         why = f"; {outdated} have loaded other content than the release has now" if outdated else ""
-        return Unavailable(f"no instance of {what} is ready{why}", refusal="unready")
+        return Unavailable(f"no instance of {what} is ready{why}", retry_after_s=_RETRY_UNREADY_S, refusal="unready")
 
     def failed(self, endpoint: Endpoint[ConnectionT]) -> None:
         """Eject an endpoint whose transport failed; drop it if it had left the registry."""
@@ -435,6 +447,11 @@ class Router(Generic[ConnectionT]):
         idle = [each for each in self._dropped if each.is_idle]
         self._dropped = [each for each in self._dropped if not each.is_idle]
         return idle
+
+
+def _seconds(duration: timedelta | None) -> float:
+    assert duration is not None, "the default config has all durations"
+    return duration.total_seconds()
 
 
 def _shadow(routing: AppRouting, releases: Mapping[str, Release]) -> Shadow | None:

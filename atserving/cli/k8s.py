@@ -20,7 +20,9 @@ from atserving.errors import StartError
 from atserving.local.examples import ROOT
 from atserving.tls import EVALUATOR, OPERATOR
 
-_TEMPLATE = ("deployment.yaml", "disruption.yaml", "autoscaler.yaml")
+_TEMPLATE = ("deployment.yaml", "disruption.yaml")
+_ADAPTER, _KEDA = "prometheus-adapter", "keda"
+_PROMETHEUS = "http://prometheus.monitoring:9090"
 _GPU_PATCH, _TLS_PATCH = "components/gpu/evaluator.yaml", "components/tls/evaluator.yaml"
 # After the grace period, until the pod is killed.
 _STOP_S = 10
@@ -92,6 +94,8 @@ class _Role(click.ParamType[str]):
         return str(value)
 
 
+_URL = re.compile(r"https?://[\w.-]+(:\d+)?(/[\w./-]*)?", re.A)
+
 _replicas = click.IntRange(1, 1000)
 _cpus = _Matching("quantity", _CPUS, "is not a number of CPUs such as 2 or 500m")
 _bytes = _Matching("quantity", _BYTES, "is not an amount of memory such as 512Mi or 4Gi")
@@ -104,9 +108,30 @@ _namespace = click.option(
 @k8s.command()
 @click.argument("app", type=_Name())
 @click.argument("version", type=_Name())
-@click.option("--replicas", type=_replicas, default=2, show_default=True, help="The minimum number of instances.")
 @click.option(
-    "--max-replicas", type=_replicas, help="The maximum number of instances.  [default: four times --replicas]"
+    "--replicas",
+    type=click.IntRange(0, 1000),
+    default=2,
+    show_default=True,
+    help="The minimum number of instances; 0 with --autoscaler keda.",
+)
+@click.option(
+    "--max-replicas",
+    type=_replicas,
+    help="The maximum number of instances.  [default: four times --replicas, at least 1]",
+)
+@click.option(
+    "--autoscaler",
+    type=click.Choice([_ADAPTER, _KEDA]),
+    default=_ADAPTER,
+    show_default=True,
+    help="Scale by a HorizontalPodAutoscaler with metrics of prometheus-adapter, or by a ScaledObject of KEDA.",
+)
+@click.option(
+    "--prometheus",
+    type=_Matching("url", _URL, "is not a URL such as http://prometheus.monitoring:9090"),
+    metavar="URL",
+    help=f"The Prometheus that KEDA asks.  [default: {_PROMETHEUS}]",
 )
 @click.option("--gpu", is_flag=True, help="Give each instance a GPU, and use the image for GPUs.")
 @click.option(
@@ -134,6 +159,8 @@ def evaluator(
     version: str,
     replicas: int,
     max_replicas: int | None,
+    autoscaler: str,
+    prometheus: str | None,
     gpu: bool,
     image: str | None,
     cpu: str | None,
@@ -143,14 +170,21 @@ def evaluator(
     tls: bool,
     namespace: str,
 ) -> None:
-    """Print the Deployment, PodDisruptionBudget and HorizontalPodAutoscaler of one version of an app.
+    """Print the Deployment, PodDisruptionBudget and autoscaler of one version of an app.
 
     \b
       atserving k8s evaluator digits v1 | kubectl apply -f -
     """
-    most = 4 * replicas if max_replicas is None else max_replicas
+    most = max(4 * replicas, 1) if max_replicas is None else max_replicas
     if most < replicas:
         raise click.UsageError(f"--max-replicas {most} is less than --replicas {replicas}")
+    if autoscaler != _KEDA:
+        if not replicas:
+            raise click.UsageError(
+                "--replicas 0 needs --autoscaler keda: no other autoscaler starts the first instance"
+            )
+        if prometheus:
+            raise click.UsageError("--prometheus needs --autoscaler keda")
     names = {
         "NAME": _fitted(f"{app}-{version}", _OBJECT_NAME, 46, f"{app}/{version}", unambiguous="-" not in version),
         "APP": app,
@@ -158,21 +192,45 @@ def evaluator(
         "APP_LABEL": _fitted(app, _LABEL, 63, app),
         "VERSION_LABEL": _fitted(version, _LABEL, 63, version),
         "GRACE": str(grace),
+        "NAMESPACE": namespace,
+        "PROMETHEUS": prometheus or _PROMETHEUS,
     }
-    deployment, disruption, autoscaler = (_filled(_read(f"evaluator/{each}"), names) for each in _TEMPLATE)
+    deployment, disruption = (_filled(_read(f"evaluator/{each}"), names) for each in _TEMPLATE)
+    scaler = (_keda if autoscaler == _KEDA else _horizontal)(names, replicas, most)
     if gpu:
         deployment = jsonpatch.apply_patch(deployment, _read(_GPU_PATCH))
         memory = memory or "8Gi"
     if tls:
         secret = {"SECRET": secret_of(f"{EVALUATOR}/{app}")}
         deployment = jsonpatch.apply_patch(deployment, _filled(_read(_TLS_PATCH), secret))
-    for each in (deployment, disruption, autoscaler):
+    for each in (deployment, disruption, scaler):
         each["metadata"]["namespace"] = namespace
-    autoscaler["spec"] |= {"minReplicas": replicas, "maxReplicas": most}
     pod = deployment["spec"]["template"]
     pod["spec"]["terminationGracePeriodSeconds"] = grace + _STOP_S
     _customise(pod, _image(pod, image, gpu), {"cpu": cpu, "memory": memory}, qiniu)
-    _print(deployment, disruption, autoscaler)
+    _print(deployment, disruption, scaler)
+
+
+def _horizontal(names: dict[str, str], least: int, most: int) -> Any:
+    """Return a HorizontalPodAutoscaler."""
+    scaler = _filled(_read("evaluator/autoscaler.yaml"), names)
+    scaler["spec"] |= {"minReplicas": least, "maxReplicas": most}
+    return scaler
+
+
+def _keda(names: dict[str, str], least: int, most: int) -> Any:
+    """Return a ScaledObject."""
+    scaler = _filled(_read("evaluator/scaledobject.yaml"), names)
+    spec = scaler["spec"]
+    spec |= {"minReplicaCount": least, "maxReplicaCount": most}
+    triggers = {each.get("name", each["type"]): each for each in spec["triggers"]}
+    if least:
+        del triggers["demand"]
+    else:
+        # No instance, no metrics: that is no failure.
+        triggers["load"]["metadata"]["ignoreNullValues"] = "true"
+    spec["triggers"] = list(triggers.values())
+    return scaler
 
 
 @k8s.command()

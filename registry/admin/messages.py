@@ -204,6 +204,7 @@ def worker_to(state: AppState, version: str) -> admin_pb2.Worker:
         timeout=_duration(config.timeout),
         max_concurrent=config.max_concurrent,
         delay4batch=_duration(config.delay4batch),
+        wait_for_instance=_duration(config.wait_for_instance),
         fetch_allow=_hosts(config.fetch_allow),
         fetch_deny=_hosts(config.fetch_deny),
         scripts=config.scripts,
@@ -311,7 +312,7 @@ def worker_fields(message: admin_pb2.Worker) -> dict[str, Any]:
     """Return the fields of worker settings for etcd, those that the message sets."""
     fields: dict[str, Any] = {}
     given = {field.name for field, _ in message.ListFields()}
-    for name in {"timeout", "delay4batch"} & given:
+    for name in {"timeout", "delay4batch", "wait_for_instance"} & given:
         fields[name] = _go_duration(getattr(message, name), name)
     if message.HasField("max_concurrent"):
         fields["max_concurrent"] = message.max_concurrent

@@ -24,7 +24,7 @@ _APP_MASK = ("aliases", "key_header", "shadow")
 _RELEASE_MASK = ("phase", "desc", "weight", "signature")
 _LIMITS = ("max_requests_per_second", "max_in_flight", "max_bytes_per_minute")
 _ACCESS_MASK = ("public", "owner", "user_whitelist", "group_whitelist", *_LIMITS)
-_WORKER_MASK = ("timeout", "max_concurrent", "delay4batch", "fetch_allow", "fetch_deny", "scripts")
+_WORKER_MASK = ("timeout", "max_concurrent", "delay4batch", "wait_for_instance", "fetch_allow", "fetch_deny", "scripts")
 
 
 class _Write(Protocol):

@@ -51,6 +51,26 @@ async def test_a_healthy_mesh(mesh: Mesh) -> None:
     assert (fine["apps"], fine["instances"]) == ("1 looked at", "2 looked at")
 
 
+async def test_a_version_in_staging_that_has_scaled_to_zero_is_no_fault(mesh: Mesh) -> None:
+    hold = '{"wait_for_instance": "60s", "timeout": "90s"}'
+    etcdctl(mesh.etcd, "put", "/ava/serving/worker/app/digits/release/v9", hold)
+    etcdctl(mesh.etcd, "put", "/ava/serving/eval/digits/v9", '{"file": "file:///x"}')
+
+    async def listed() -> bool:
+        command = [str(commands.BIN / "atserving"), "release", "list", "--server", mesh.registry]
+        run = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=True)
+        rows = [line.split() for line in run.stdout.splitlines()]
+        return ["digits", "v9", "staging", "-", "0"] in [row[:5] for row in rows]
+
+    try:
+        await until_async(listed)
+        status, findings = await doctor(mesh)
+        assert (status, {each["state"] for each in findings}) == (0, {"ok"})
+    finally:
+        for key in ("eval/digits/v9", "worker/app/digits/release/v9"):
+            etcdctl(mesh.etcd, "del", f"/ava/serving/{key}")
+
+
 async def test_what_is_wrong_is_said_with_what_to_do(mesh: Mesh) -> None:
     etcdctl(mesh.etcd, "put", "/ava/serving/worker/app/digits/default", "{")
     etcdctl(mesh.etcd, "put", "/ava/serving/worker/app/none/default", "{}")

@@ -20,7 +20,7 @@ from click.testing import CliRunner
 
 from atserving.cli.k8s import k8s
 
-from . import cert_manager, prometheus_operator
+from . import cert_manager, keda, prometheus_operator
 from .checks import check
 from .checks.model import Document, title
 
@@ -122,6 +122,8 @@ def _refused(document: str, version: str) -> str | None:
     match read.get("apiVersion"):
         case cert_manager.API:
             return cert_manager.refused(read)
+        case keda.API:
+            return keda.refused(read)
         case prometheus_operator.API:
             return prometheus_operator.refused(read)
     try:

@@ -60,7 +60,7 @@ def test_a_version_has_a_deployment_a_budget_and_an_autoscaler_of_one_name() -> 
     assert {"--app=digits", "--version=201811091530"} <= set(container(manifests)["args"])
     assert "replicas" not in manifests["Deployment"]["spec"], "the autoscaler sets them"
     metrics = {each["type"]: each for each in manifests["HorizontalPodAutoscaler"]["spec"]["metrics"]}
-    assert metrics["Pods"]["pods"]["metric"]["name"] == "atserving_evaluator_requests_in_flight"
+    assert metrics["Pods"]["pods"]["metric"]["name"] == "atserving_evaluator_load"
     assert metrics["Resource"]["resource"]["name"] == "cpu"
 
 
@@ -76,6 +76,44 @@ def test_flags_set_image_resources_replicas_and_keys() -> None:
     pod = manifests["Deployment"]["spec"]["template"]["spec"]
     assert {"name": "qiniu", "secret": {"secretName": "digits-keys"}} in pod["volumes"]
     assert manifests["HorizontalPodAutoscaler"]["spec"]["maxReplicas"] == 2
+
+
+def triggers(manifests: dict[str, Any]) -> dict[str, Any]:
+    return {each.get("name", each["type"]): each for each in manifests["ScaledObject"]["spec"]["triggers"]}
+
+
+def test_keda_scales_in_place_of_the_adapter() -> None:
+    manifests = printed("Digits", "v.1", "--autoscaler", "keda", "--replicas", "3", "--namespace", "nets")
+    assert set(manifests) == {"Deployment", "PodDisruptionBudget", "ScaledObject"}
+    scaler, name = manifests["ScaledObject"], manifests["Deployment"]["metadata"]["name"]
+    assert (scaler["metadata"]["name"], scaler["metadata"]["namespace"]) == (name, "nets")
+    assert scaler["metadata"]["labels"] == manifests["PodDisruptionBudget"]["metadata"]["labels"]
+    assert scaler["spec"]["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}
+    assert (scaler["spec"]["minReplicaCount"], scaler["spec"]["maxReplicaCount"]) == (3, 12)
+    made = triggers(manifests)
+    assert made.keys() == {"load", "cpu"}
+    # Names of the mesh, not of Kubernetes.
+    assert 'namespace="nets",app="Digits",version="v.1"' in made["load"]["metadata"]["query"]
+    assert made["load"]["metadata"]["ignoreNullValues"] == "false", "a lost Prometheus would stop instances"
+    assert made["load"]["metadata"]["serverAddress"] == "http://prometheus.monitoring:9090"
+    assert validate([scaler]) == []
+
+
+def test_keda_scales_to_zero_by_demand() -> None:
+    manifests = printed("digits", "v1", "--autoscaler=keda", "--replicas=0", "--prometheus=https://p.example/api")
+    spec = manifests["ScaledObject"]["spec"]
+    assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (0, 1)
+    made = triggers(manifests)
+    assert made.keys() == {"load", "cpu", "demand"}
+    assert made["load"]["metadata"]["ignoreNullValues"] == "true", "no instance is no failure"
+    assert {each["metadata"].get("serverAddress") for each in made.values()} == {None, "https://p.example/api"}
+    assert "replicas" not in manifests["Deployment"]["spec"]
+
+
+def test_both_autoscalers_behave_alike() -> None:
+    keda = printed("digits", "v1", "--autoscaler", "keda")["ScaledObject"]["spec"]
+    other = printed("digits", "v1")["HorizontalPodAutoscaler"]["spec"]
+    assert keda["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] == other["behavior"]
 
 
 def test_a_gpu_sets_image_resources_and_toleration() -> None:
@@ -192,7 +230,11 @@ def test_names_that_kubernetes_refuses_get_unique_others() -> None:
     [
         (["a b", "v1"], "'a b' should match"),
         (["digits", "$(reboot)"], "'$(reboot)' should match"),
-        (["digits", "v1", "--replicas", "0"], "--replicas"),
+        (["digits", "v1", "--replicas", "-1"], "--replicas"),
+        (["digits", "v1", "--replicas", "0"], "--replicas 0 needs --autoscaler keda"),
+        (["digits", "v1", "--autoscaler", "vpa"], "'vpa' is not one of 'prometheus-adapter', 'keda'"),
+        (["digits", "v1", "--prometheus", "http://p:9090"], "--prometheus needs --autoscaler keda"),
+        (["digits", "v1", "--autoscaler", "keda", "--prometheus", "p:9090"], "'p:9090' is not a URL"),
         (["digits", "v1", "--replicas", "3", "--max-replicas", "2"], "--max-replicas 2 is less than --replicas 3"),
         (["digits", "v1", "--image", "evaluator"], "'evaluator' has no tag, or a tag that moves"),
         (["digits", "v1", "--image", "evaluator:latest"], "'evaluator:latest' has no tag, or a tag that moves"),

@@ -20,7 +20,16 @@ from .manifests import (
     wrong,
 )
 
-EVALUATORS = ("", "--replicas 3", "--replicas 1", "--gpu", "--qiniu digits-keys", "--cpu 500m --memory 3Gi")
+EVALUATORS = (
+    "",
+    "--replicas 3",
+    "--replicas 1",
+    "--gpu",
+    "--qiniu digits-keys",
+    "--cpu 500m --memory 3Gi",
+    "--autoscaler keda",
+    "--autoscaler keda --replicas 0",
+)
 """Flags of evaluators that are checked beside each kustomization."""
 BASE, DEMO = K8S / "base", K8S / "overlays" / "demo"
 TLS, CERT_MANAGER = K8S / "components" / "tls", K8S / "components" / "cert-manager"

@@ -543,6 +543,7 @@ class Worker(_message.Message):
     FETCH_ALLOW_FIELD_NUMBER: _builtins.int
     FETCH_DENY_FIELD_NUMBER: _builtins.int
     SCRIPTS_FIELD_NUMBER: _builtins.int
+    WAIT_FOR_INSTANCE_FIELD_NUMBER: _builtins.int
     app: _builtins.str
     """Empty: the level of all apps."""
     version: _builtins.str
@@ -573,6 +574,10 @@ class Worker(_message.Message):
     def fetch_deny(self) -> Global___Worker.Hosts:
         """Those that they may not; the lists of all levels count."""
 
+    @_builtins.property
+    def wait_for_instance(self) -> _duration_pb2.Duration:
+        """How long a gate holds a request for a version without a ready instance."""
+
     def __init__(
         self,
         *,
@@ -586,10 +591,11 @@ class Worker(_message.Message):
         fetch_allow: Global___Worker.Hosts | None = ...,
         fetch_deny: Global___Worker.Hosts | None = ...,
         scripts: _builtins.str | None = ...,
+        wait_for_instance: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_concurrent", b"_max_concurrent", "_scripts", b"_scripts", "delay4batch", b"delay4batch", "fetch_allow", b"fetch_allow", "fetch_deny", b"fetch_deny", "max_concurrent", b"max_concurrent", "scripts", b"scripts", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_concurrent", b"_max_concurrent", "_scripts", b"_scripts", "delay4batch", b"delay4batch", "fetch_allow", b"fetch_allow", "fetch_deny", b"fetch_deny", "max_concurrent", b"max_concurrent", "scripts", b"scripts", "timeout", b"timeout", "wait_for_instance", b"wait_for_instance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_concurrent", b"_max_concurrent", "_scripts", b"_scripts", "app", b"app", "delay4batch", b"delay4batch", "etag", b"etag", "fetch_allow", b"fetch_allow", "fetch_deny", b"fetch_deny", "max_concurrent", b"max_concurrent", "scripts", b"scripts", "timeout", b"timeout", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_concurrent", b"_max_concurrent", "_scripts", b"_scripts", "app", b"app", "delay4batch", b"delay4batch", "etag", b"etag", "fetch_allow", b"fetch_allow", "fetch_deny", b"fetch_deny", "max_concurrent", b"max_concurrent", "scripts", b"scripts", "timeout", b"timeout", "version", b"version", "wait_for_instance", b"wait_for_instance", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_concurrent: _TypeAlias = _typing.Literal["max_concurrent"]  # noqa: Y015
     _WhichOneofArgType__max_concurrent: _TypeAlias = _typing.Literal["_max_concurrent", b"_max_concurrent"]  # noqa: Y015
@@ -1682,7 +1688,9 @@ class UpdateWorkerRequest(_message.Message):
     def worker(self) -> Global___Worker: ...
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """`timeout`, `max_concurrent`, `delay4batch`, `fetch_allow`, `fetch_deny`, `scripts`. Empty: those that `worker` sets."""
+        """`timeout`, `max_concurrent`, `delay4batch`, `wait_for_instance`, `fetch_allow`,
+        `fetch_deny`, `scripts`. Empty: those that `worker` sets.
+        """
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ _FIELDS: dict[str, settings.Parse] = {
     "timeout": _duration,
     "max_concurrent": settings.whole,
     "delay4batch": _duration,
+    "wait_for_instance": _duration,
     "fetch_allow": _hosts,
     "fetch_deny": _hosts,
     "scripts": str,

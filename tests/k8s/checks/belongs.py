@@ -17,6 +17,7 @@ KINDS = (
     "PodDisruptionBudget",
     "PodMonitor",
     "PrometheusRule",
+    "ScaledObject",
     "Secret",
     "Service",
     "ServiceAccount",

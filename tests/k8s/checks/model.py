@@ -194,14 +194,20 @@ class Manifests:
             return []
         return self.selected({"matchLabels": selector})
 
+    def all_scalers(self) -> list[Document]:
+        """Return the HorizontalPodAutoscalers and KEDA's ScaledObjects."""
+        return [*self.of("HorizontalPodAutoscaler"), *self.of("ScaledObject")]
+
     def scalers(self, workload: Workload) -> list[Document]:
-        """Return the HorizontalPodAutoscalers of a workload."""
+        """Return the autoscalers of a workload."""
         wanted = (workload.kind, workload.name)
-        scalers = self.of("HorizontalPodAutoscaler")
-        return [each for each in scalers if wanted == (at(each, *_TARGET, "kind"), at(each, *_TARGET, "name"))]
+        return [
+            each for each in self.all_scalers() if wanted == (at(each, *_TARGET, "kind"), at(each, *_TARGET, "name"))
+        ]
 
     def replicas(self, workload: Workload) -> int:
         """Return the least number of pods that a workload runs."""
         for scaler in self.scalers(workload):
-            return int(at(scaler, "spec", "minReplicas", default=1))
+            least = "minReplicas" if scaler["kind"] == "HorizontalPodAutoscaler" else "minReplicaCount"
+            return int(at(scaler, "spec", least, default=1))
         return int(at(workload.document, "spec", "replicas", default=1))

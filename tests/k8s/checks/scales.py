@@ -23,7 +23,7 @@ def resources_are_bounded(manifests: Manifests) -> Iterator[str]:
 
 
 def scalers_have_targets(manifests: Manifests) -> Iterator[str]:
-    for scaler in manifests.of("HorizontalPodAutoscaler"):
+    for scaler in manifests.all_scalers():
         target = dict_at(scaler, "spec", "scaleTargetRef")
         document = manifests.find(target.get("kind", ""), target.get("name", ""))
         if not document or document["apiVersion"] != target.get("apiVersion"):

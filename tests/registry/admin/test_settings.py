@@ -125,10 +125,12 @@ async def test_settings_merge_from_three_levels(operator: Operator) -> None:
     await update_worker(operator, timeout=2000, max_concurrent=32)
     await update_worker(operator, "v1", delay4batch=5)
     await update_worker(operator, "v1", scripts="forbid")
+    await update_worker(operator, "v1", wait_for_instance=20_000)
     assert await stored(operator, worker_keys(operator.app, "v1")[1]) == {"timeout": "2s", "max_concurrent": 32}
     assert await stored(operator, worker_keys(operator.app, "v1")[0]) == {
         "delay4batch": "5ms",
         "scripts": "forbid",
+        "wait_for_instance": "20s",
     }
     request = admin_pb2.GetMergedWorkerRequest(app=operator.app, version="v1")
     merged = await operator.service.get_merged_worker(request, CONTEXT)
@@ -136,6 +138,7 @@ async def test_settings_merge_from_three_levels(operator: Operator) -> None:
         "timeout": ('"2s"', MERGED.LEVEL_APP),
         "max_concurrent": ("32", MERGED.LEVEL_APP),
         "delay4batch": ('"0.005s"', MERGED.LEVEL_VERSION),
+        "wait_for_instance": ('"20s"', MERGED.LEVEL_VERSION),
         "fetch_allow": ('["*"]', MERGED.LEVEL_BUILT_IN),
         "fetch_deny": ("[]", MERGED.LEVEL_BUILT_IN),
         "scripts": ('"forbid"', MERGED.LEVEL_VERSION),
@@ -168,7 +171,15 @@ async def test_a_mask_removes_a_setting(operator: Operator) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("timeout", 0), ("timeout", -5), ("max_concurrent", 0), ("delay4batch", 10**8)]
+    ("name", "value"),
+    [
+        ("timeout", 0),
+        ("timeout", -5),
+        ("max_concurrent", 0),
+        ("delay4batch", 10**8),
+        ("wait_for_instance", -5),
+        ("wait_for_instance", 10**8),
+    ],
 )
 async def test_a_wrong_setting_is_named(operator: Operator, name: str, value: int) -> None:
     with pytest.raises(InvalidArgument) as caught:
