@@ -17,7 +17,8 @@ import pytest_asyncio
 from prometheus_client import Metric
 
 from atserving.errors import ServingError
-from atserving.local.mesh import TARGETS_FILE, Mesh
+from atserving.local.folders import TARGETS_FILE
+from atserving.local.mesh import Mesh
 from atserving.transport import channel
 from atserving.v1 import evaluator_pb2
 from tests.e2e.client import IMAGES, JSON, Client
