@@ -22,11 +22,11 @@ PROGRAMS = [
 ]
 COMMANDS = [
     *("access", "app", "config", "context", "convert", "demo", "doctor", "eval", "instance", "k8s", "key", "login"),
-    *("logout", "operator", "ps", "release", "up", "worker"),
+    *("logout", "logs", "operator", "ps", "release", "top", "up", "worker"),
 ]
 OF_OPERATORS = {
-    *("access", "app", "config", "context", "doctor", "instance", "key", "login", "logout", "operator", "ps"),
-    *("release", "worker"),
+    *("access", "app", "config", "context", "doctor", "instance", "key", "login", "logout", "logs", "operator", "ps"),
+    *("release", "top", "worker"),
 }
 # Runs `atserving` as if only the packages of docker/core.txt were installed.
 WITHOUT_EXTRAS = """
