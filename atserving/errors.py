@@ -51,7 +51,7 @@ class ServingError(Exception):
         self.challenge = challenge
         """The schemes of credentials that would help, as the header WWW-Authenticate has them; empty: not said."""
         self.refusal = refusal
-        """Why the gate refused it, where the class does not say it; for its metrics."""
+        """Why the gate or the instance refused it, where the class does not say it; for its metrics."""
 
     def to_proto(self) -> evaluator_pb2.Error:
         """The error as it travels from evaluator to gate."""

@@ -9,9 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection
 
-from prometheus_client.samples import Exemplar
-
-from atserving.counts import Distribution
+from atserving.counts import Distribution, latency_bounds
 from atserving.errors import (
     InvalidArgument,
     NotFound,
@@ -22,7 +20,7 @@ from atserving.errors import (
     UnsupportedMediaType,
 )
 
-SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+SECONDS = latency_bounds(0.001)
 """The upper bounds of the buckets of latencies."""
 
 GONE_S = 600.0
@@ -62,7 +60,6 @@ _BY_STATUS = {
     PayloadTooLarge.status: "malformed",
     UnsupportedMediaType.status: "malformed",
 }
-_EXEMPLAR_S = 60.0
 _SWEEP_S = 60.0
 
 
@@ -103,10 +100,7 @@ class AppCounts:
     """The counts of one app, or of all unknown ones."""
 
     __slots__ = (
-        "_at_s",
         "_room",
-        "_slowest_s",
-        "_traceparent",
         "in_flight",
         "known_s",
         "refusals",
@@ -127,8 +121,6 @@ class AppCounts:
         """The seconds of requests that were not refused."""
         self.known_s = known_s
         """When the config was last seen to have the app."""
-        self._slowest_s = self._at_s = 0.0
-        self._traceparent = ""
 
     def of(self, version: str) -> VersionCounts:
         """Return the counts of a version."""
@@ -173,17 +165,7 @@ class AppCounts:
     def took(self, seconds: float, traceparent: str | None) -> None:
         """Count the time of a request, and keep the trace of the slowest."""
         self.times.observe(seconds)
-        if seconds > self._slowest_s and traceparent:
-            self._slowest_s, self._traceparent, self._at_s = seconds, traceparent, time.time()
-
-    def exemplar(self) -> Exemplar | None:
-        """Return the slowest request of the last minute that has a trace, about."""
-        if not self._slowest_s:
-            return None
-        if time.time() - self._at_s > _EXEMPLAR_S:
-            self._slowest_s = 0.0
-            return None
-        return Exemplar({"trace_id": self._traceparent[3:35]}, self._slowest_s, self._at_s)
+        self.times.trace(seconds, traceparent)
 
 
 class _UnknownCounts(AppCounts):

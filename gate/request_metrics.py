@@ -86,7 +86,7 @@ def _of_apps(apps: list[tuple[str, AppCounts]]) -> Iterator[Metric]:
     )
     for app, counts in apps:
         if app:
-            counts.times.add_to(seconds, {"app": app}, counts.exemplar())
+            counts.times.add_to(seconds, {"app": app})
             in_flight.add_metric([app], counts.in_flight)
         # Those of an app appear with their first; one series of each is there from the start.
         for reason in REFUSALS if not app else counts.refusals:

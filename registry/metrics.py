@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from atserving.counts import Distribution
+from atserving.counts import Distribution, latency_bounds
 from atserving.errors import PermissionDenied, Unauthenticated
 from atserving.process_metrics import add_process
 from atserving.tls import Tls
@@ -20,7 +20,7 @@ from registry.instances import Instances
 from registry.mirror import Mirror
 
 _PREFIX = "atserving_registry"
-_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_SECONDS = latency_bounds(0.001)
 _REFUSALS = (Unauthenticated.status, PermissionDenied.status)
 _HEARTBEATS = ("RegisterInstance", "DeregisterInstance")
 _LEFT = 499

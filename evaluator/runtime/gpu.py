@@ -128,6 +128,21 @@ def count() -> int:
     return number.value
 
 
+def uuid(index: int) -> str:
+    """Return the UUID of a GPU, in hexadecimal, by CUDA's index; with MIG, that of the part that CUDA uses.
+
+    Empty if the driver does not tell it.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ""
+    handle, found = ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(handle), index) or driver.cuDeviceGetUuid_v2(found, handle):
+        return ""
+    return bytes(found).hex()
+
+
 def halved(model: onnx.ModelProto) -> onnx.ModelProto:
     """Convert a model to float16 inside, with float32 inputs and outputs; the given model must not be used again.
 

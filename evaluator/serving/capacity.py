@@ -14,6 +14,9 @@ from contextlib import asynccontextmanager
 from atserving.errors import ResourceExhausted, Unavailable
 from evaluator.limits import most_batched
 
+REFUSALS = ("full", "batches", "fetching", "host", "memory", "away", "leaving")
+"""Why an instance refuses requests."""
+
 _LEAST_RETRY_AFTER_S = 0.05
 
 
@@ -54,15 +57,16 @@ class Capacity:
     def check(self, *, batched: bool = False) -> None:
         """Raise what :meth:`enter` would raise now."""
         if self._draining:
-            raise Unavailable("the instance is draining", refused=True)
+            raise _leaving()
         if self.in_flight >= self._most(batched):
             which = "its limit for tasks of batches" if batched else "its limit"
-            raise self.full(f"the instance has {self.in_flight} requests in flight, which is {which}")
+            refusal = "full" if self.in_flight >= self.limit else "batches"
+            raise self.full(f"the instance has {self.in_flight} requests in flight, which is {which}", refusal)
 
-    def full(self, message: str) -> ResourceExhausted:
-        """Return the refusal of a request, with the time after which there may be room for it."""
+    def full(self, message: str, refusal: str) -> ResourceExhausted:
+        """Return the refusal of a request for one of REFUSALS, with the time after which there may be room for it."""
         wait_s = max(self.in_flight * self._each_s, _LEAST_RETRY_AFTER_S)
-        return ResourceExhausted(message, retry_after_s=wait_s, refused=True)
+        return ResourceExhausted(message, retry_after_s=wait_s, refused=True, refusal=refusal)
 
     @asynccontextmanager
     async def fetch(self, hosts: Collection[str], *, batched: bool = False) -> AsyncIterator[None]:
@@ -71,12 +75,14 @@ class Capacity:
         Requests to one host have at most half of the places. Raises as :meth:`enter` does.
         """
         if self._draining:
-            raise Unavailable("the instance is draining", refused=True)
+            raise _leaving()
         if self.fetching >= self._most(batched):
-            raise self.full(f"the instance fetches the resources of {self.fetching} requests, which is its limit")
+            raise self.full(
+                f"the instance fetches the resources of {self.fetching} requests, which is its limit", "fetching"
+            )
         most = max((self._by_host[each] for each in hosts), default=0)
         if most >= max(self.limit // 2, 1):
-            raise self.full(f"the instance fetches the resources of {most} requests from this host")
+            raise self.full(f"the instance fetches the resources of {most} requests from this host", "host")
         self.fetching += 1
         self._by_host.update(hosts)
         self._empty.clear()
@@ -131,3 +137,7 @@ class Capacity:
     async def drained(self) -> None:
         """Return once no request is in flight."""
         await self._empty.wait()
+
+
+def _leaving() -> Unavailable:
+    return Unavailable("the instance is draining", refused=True, refusal="leaving")

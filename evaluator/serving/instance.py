@@ -34,6 +34,7 @@ from evaluator.net_config import NetConfig
 from evaluator.sandbox.decision import Sandbox, SandboxSettings
 from evaluator.serving.advertised import advertised_address
 from evaluator.serving.capacity import Capacity
+from evaluator.serving.gpu_state import GpuReader
 from evaluator.serving.link_server import LinkServer
 from evaluator.serving.listener import Listener
 from evaluator.serving.metrics import Metrics
@@ -134,7 +135,7 @@ class _Life:
     async def run(self) -> None:
         settings = self._settings
         self._log.debug("service starting", registries=settings.registries)
-        pages: dict[str, Page] = {"/metrics": self._metrics.expose, "/status": self._status.page}
+        pages: dict[str, Page] = {"/metrics": self._metrics.page, "/status": self._status.page}
         with workspace(settings.workspace, f"{settings.app}-{settings.version}") as folder:
             async with (
                 OpsServer(settings.http, pages, lambda: self._server.is_serving) as ops,
@@ -185,8 +186,10 @@ class _Life:
         settings, capacity, metrics = self._settings, self._capacity, self._metrics
         malloc.keep_freed()
         metrics.of_worker(worker)
+        if worker.gpu:
+            metrics.of_gpu(GpuReader(worker.gpu))
         worker.on_away = self._links.set_away
-        metrics.of_capacity(lambda: capacity.in_flight, lambda: capacity.limit)
+        metrics.of_capacity(capacity, self._held, lambda: len(self._links.links))
         policy = AddressPolicy(settings.allow_networks)
         async with (
             ResourceFetcher(config.limits.max_bytes, policy, settings.qiniu, proxy=settings.proxy) as fetcher,

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from atserving.counts import Counts, Distribution
+from atserving.counts import Counts, Distribution, latency_bounds
+from atserving.held import HeldBytes
 from atserving.process_metrics import add_process
 from atserving.tls import Tls
+from evaluator.serving.capacity import REFUSALS, Capacity
+from evaluator.serving.gpu_state import GpuReader, GpuState
 from evaluator.serving.supervisor import WorkerSupervisor
 
 STAGES = ("fetch", "decode", "queue", "forward", "postprocess", "total")
 
-_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_PREFIX = "atserving_evaluator"
+_SECONDS = latency_bounds(0.0005)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -40,57 +45,99 @@ class Metrics(Collector):
     def __init__(self, app: str, version: str, tls: Tls | None = None) -> None:
         self._registry = _Labelled({"app": app, "version": version})
         self._requests = Counts()
+        self._refusals: Counter[str] = Counter()
         self._stages = {f"{name}_ms": Distribution(_SECONDS) for name in STAGES}
+        self._total = self._stages["total_ms"]
         self._batches = Distribution(_SIZES)
-        self._restarts = Counter(
-            "atserving_evaluator_worker_restarts",
-            "How often the net's process died and was started again.",
-            registry=self._registry,
-        )
+        self._restarts = 0
+        self._gpu: GpuReader | None = None
+        self._gpu_state: GpuState | None = None
         self._registry.register(self)
-        add_process(self._registry, "atserving_evaluator", tls)
+        add_process(self._registry, _PREFIX, tls)
 
-    def observe(self, status: int, stages_ms: Mapping[str, float]) -> None:
-        """Count one finished request."""
+    def observe(
+        self, status: int, stages_ms: Mapping[str, float], refusal: str = "", traceparent: bytes | None = None
+    ) -> None:
+        """Count one finished request; ``refusal`` is why it was refused, if it was."""
         self._requests.add(status)
+        if refusal:
+            self._refusals[refusal] += 1
         for name, milliseconds in stages_ms.items():
             self._stages[name].observe(milliseconds / 1000)
+        if traceparent:
+            self._total.trace(stages_ms["total_ms"] / 1000, traceparent)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the counts of requests, for a scrape."""
         yield self._requests.family(
-            "atserving_evaluator_requests",
-            "Requests, by the HTTP status of their outcome; 499: the caller has gone.",
-            "code",
+            f"{_PREFIX}_requests", "Requests, by the HTTP status of their outcome; 499: the caller has gone.", "code"
         )
+        refusals = CounterMetricFamily(
+            f"{_PREFIX}_refusals", "Requests that the instance has refused, by the reason.", labels=["reason"]
+        )
+        for reason in REFUSALS:
+            refusals.add_metric([reason], self._refusals[reason])
+        yield refusals
         stages = HistogramMetricFamily(
-            "atserving_evaluator_stage_seconds", "The seconds of each stage of a request.", labels=["stage"]
+            f"{_PREFIX}_stage_seconds", "The seconds of each stage of a request.", labels=["stage"]
         )
         for name, distribution in self._stages.items():
             distribution.add_to(stages, {"stage": name.removesuffix("_ms")})
         yield stages
-        batches = HistogramMetricFamily("atserving_evaluator_batch_size", "Requests in a batch that ran.")
+        batches = HistogramMetricFamily(f"{_PREFIX}_batch_size", "Requests in a batch that ran.")
         self._batches.add_to(batches, {})
         yield batches
+        yield CounterMetricFamily(
+            f"{_PREFIX}_worker_restarts", "How often the net's process died and was started again.", self._restarts
+        )
+        if self._gpu_state:
+            yield from _of_gpu(self._gpu_state)
 
     def of_worker(self, worker: WorkerSupervisor) -> None:
         """Count the worker's batches and restarts, and show its memory and CPU next to those of this process."""
         worker.on_batch = self._batches.observe
-        worker.on_restart = self._restarts.inc
+        worker.on_restart = self._restarted
         self._gauge("queue_length", "Requests in flight that wait for a thread of the worker.", lambda: worker.queued)
-        ProcessCollector(
-            namespace="atserving_evaluator_worker", pid=lambda: worker.pid or "none", registry=self._registry
-        )
+        self._gauge("worker_away", "1 while the worker restarts or stands still.", lambda: worker.is_away)
+        ProcessCollector(namespace=f"{_PREFIX}_worker", pid=lambda: worker.pid or "none", registry=self._registry)
 
-    def of_capacity(self, in_flight: Callable[[], float], limit: Callable[[], float]) -> None:
-        """Show the requests in flight, and their limit."""
-        self._gauge("requests_in_flight", "Requests in flight, from their arrival to their reply.", in_flight)
-        self._gauge("max_concurrent", "The limit of requests in flight.", limit)
+    def of_gpu(self, reader: GpuReader) -> None:
+        """Show the state of the GPU that the worker uses."""
+        self._gpu = reader
+
+    def _restarted(self) -> None:
+        self._restarts += 1
+
+    def of_capacity(self, capacity: Capacity, held: HeldBytes, connections: Callable[[], int]) -> None:
+        """Show the requests in flight and the bytes held, with their limits, and the connections of gates."""
+        for name, text, value in (
+            ("requests_in_flight", "Requests in flight, without those that fetch.", lambda: capacity.in_flight),
+            ("requests_fetching", "Requests whose resources the instance fetches.", lambda: capacity.fetching),
+            ("max_concurrent", "The limit of requests in flight, and of those that fetch.", lambda: capacity.limit),
+            ("held_bytes", "Bytes of requests and answers that the instance holds.", lambda: held.held),
+            ("max_held_bytes", "The most that it may hold.", lambda: held.most),
+            ("connections", "Links of gates.", connections),
+        ):
+            self._gauge(name, text, value)
 
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
-        Gauge(f"atserving_evaluator_{name}", text, registry=self._registry).set_function(value)
+        Gauge(f"{_PREFIX}_{name}", text, registry=self._registry).set_function(value)
 
-    def expose(self, accept: str) -> tuple[bytes, str]:
+    async def page(self, accept: str) -> tuple[bytes, str]:
         """Return the text and its content type, in the format of the scraper's Accept header."""
+        if self._gpu:
+            self._gpu_state = await self._gpu.state()
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
+
+
+def _of_gpu(state: GpuState) -> Iterator[Metric]:
+    for name, text, value in (
+        ("memory_used_bytes", "Memory of the GPU in use, by whatever process.", state.used_bytes),
+        ("memory_total_bytes", "Memory of the GPU.", state.total_bytes),
+        ("utilisation_ratio", "The share of time in which the GPU was at work.", state.utilisation),
+    ):
+        if value is not None:
+            family = GaugeMetricFamily(f"{_PREFIX}_gpu_{name}", text, labels=["gpu"])
+            family.add_metric([state.gpu], value)
+            yield family

@@ -72,7 +72,7 @@ class Pipeline:
     def take(self, count: int, *, large: bool) -> None:
         """Count more bytes of a request. Raises ResourceExhausted if there is no room for them."""
         if not self.held.take(count, large=large):
-            raise self.capacity.full("the instance holds as many bytes of requests and answers as it can")
+            raise self.capacity.full("the instance holds as many bytes of requests and answers as it can", "memory")
 
     def begin(self, call: link.Call, replier: Replier, held: int | None = None) -> Request:
         """Begin a call. It replies once, perhaps at once, unless it is abandoned; it is counted and logged once.
@@ -203,7 +203,7 @@ class Request:
             error = _error(reply.response) if reply.outcome == link.ERROR else None
             held = len(reply.response) if len(reply.response) >= LARGE_BYTES else 0
             if held and not self._replier.hold(held):
-                raise Unavailable("the instance holds as many bytes of unread answers as it can")
+                raise Unavailable("the instance holds as many bytes of unread answers as it can", refusal="memory")
         except Exception as failure:
             self._fail(failure)
             return
@@ -255,7 +255,7 @@ class Request:
         else:
             self._replier.reply(reply._replace(id=self._id), held)
         ms["total_ms"] = round((time.monotonic() - self._began_s) * 1000, 3)
-        pipeline.metrics.observe(status, ms)
+        pipeline.metrics.observe(status, ms, error.refusal if error else "", self._traceparent)
         line: dict[str, object] = {"reqid": self._reqid, "code": code}
         if error:
             line["reason"] = error.message

@@ -20,7 +20,7 @@ from atserving.v1 import evaluator_pb2
 from evaluator.net_config import NetConfig
 from evaluator.sandbox import decision
 from evaluator.sandbox.decision import SandboxSettings
-from evaluator.serving import blame, patience
+from evaluator.serving import blame, gpu_state, patience
 from evaluator.serving.calls import Outcome, SupervisedCall, Taker, either
 from evaluator.serving.patience import Patience, Standstill
 from evaluator.serving.window import Window
@@ -67,6 +67,8 @@ class WorkerSupervisor:
         """What the process may do."""
         self._spare_bytes = spare_bytes
         self.plan = Plan(1, 0, 1)
+        self.gpu = ""
+        """The UUID of the GPU that the process uses; empty without one."""
         self.on_batch: Callable[[int], None] = lambda _: None
         """The supervisor calls this with the size of each batch that ran."""
         self.on_restart: Callable[[], None] = lambda: None
@@ -269,6 +271,7 @@ class WorkerSupervisor:
         try:
             started = await process.start(start, self._init_timeout_s)
             self.plan = Plan(**started["plan"])
+            self.gpu = gpu_state.checked(started["gpu"])
             prepare_s, infer_s = started["longest_s"]
             self._patience.learn_prepare(float(prepare_s))
             self._patience.learn_infer(float(infer_s))
@@ -408,8 +411,10 @@ class WorkerSupervisor:
 
 
 def _is_away() -> Unavailable:
-    return Unavailable("the net's process restarts, or stands still", refused=True, retry_after_s=_AWAY_RETRY_S)
+    return Unavailable(
+        "the net's process restarts, or stands still", refused=True, retry_after_s=_AWAY_RETRY_S, refusal="away"
+    )
 
 
 def _stopped() -> Unavailable:
-    return Unavailable("the instance has stopped", refused=True)
+    return Unavailable("the instance has stopped", refused=True, refusal="leaving")

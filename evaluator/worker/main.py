@@ -31,7 +31,8 @@ from atserving.telemetry import configure_logging
 from atserving.v1 import evaluator_pb2
 from evaluator import nets, scripting
 from evaluator.net_config import DEFAULT_NET, NetConfig
-from evaluator.runtime import engine, memory, memory_limit
+from evaluator.runtime import engine, gpu, memory, memory_limit
+from evaluator.runtime.device import Device
 from evaluator.worker import channel, planning, request_codec, script
 from evaluator.worker.batcher import Batcher, ItemResult
 from evaluator.worker.net_runner import NetRunner, Prepared, Result
@@ -78,7 +79,8 @@ class Worker:
         malloc.keep_freed()
         # The supervisor needs the longest calls to detect a stuck one.
         longest_s = [runner.longest_prepare_s, runner.longest_infer_s]
-        self._send([link.frame(link.START, orjson.dumps({"plan": plan, "longest_s": longest_s}))])
+        started = {"plan": plan, "longest_s": longest_s, "gpu": _gpu(config)}
+        self._send([link.frame(link.START, orjson.dumps(started))])
         self._serve(runner, plan, start["delay_s"], config, most_bytes)
 
     def _serve(self, runner: NetRunner, plan: Plan, delay_s: float, config: NetConfig, most_bytes: float) -> None:
@@ -263,6 +265,12 @@ def load(config: NetConfig, known: Plan | None) -> tuple[NetRunner, Plan]:
     for path in folder.iterdir():
         path.unlink()
     return planning.for_script(NetRunner(load_script, config), folder)
+
+
+def _gpu(config: NetConfig) -> str:
+    """Return the UUID of the GPU that the release names; empty for a CPU."""
+    device = Device(config.use_device)
+    return "" if device.is_cpu else gpu.uuid(device.index)
 
 
 def _request_folder(config: NetConfig) -> Path | None:

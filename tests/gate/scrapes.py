@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import urllib.request
 
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
-from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+from tests.metric_text import families
+
 PREFIX = "atserving_gate_"
 
 
@@ -17,8 +16,7 @@ class Scrape:
     """The samples of one page."""
 
     def __init__(self, text: str, content_type: str) -> None:
-        read = parse_openmetrics if "openmetrics" in content_type else text_string_to_metric_families
-        self.samples: list[Sample] = [sample for family in read(text) for sample in family.samples]
+        self.samples: list[Sample] = [sample for family in families(text, content_type) for sample in family.samples]
 
     def value(self, name: str, **labels: str) -> float:
         """Return the sum of the samples with these labels, among others; 0 without any."""

@@ -33,9 +33,10 @@ from gate.request_counts import REFUSALS, RETRIES, SECONDS, RequestCounts
 from gate.request_metrics import RequestMetrics
 from gate.router import EJECT_S
 from gate.server import EdgeService, ServingService
-from tests.gate.scrapes import OPENMETRICS, Scrape
+from tests.gate.scrapes import Scrape
 from tests.gate.test_away import AWAY, set_away
 from tests.gate.test_dispatch import DRAINING, FULL, Evaluator, Mesh, running_mesh, task
+from tests.metric_text import OPENMETRICS
 from tests.waiting import until, until_async
 
 BAD_IMAGE = evaluator_pb2.Error(code=-3, status=400, message="bad image")
@@ -135,8 +136,7 @@ async def test_the_slowest_request_shows_its_trace_to_openmetrics(mesh: Mesh) ->
         (first,) = (sample for sample in buckets if sample.exemplar)
         assert exemplar.value <= float(first.labels["le"])
         assert first.value == 1
-    counts = mesh.dispatcher.counts.of("app")
-    counts._at_s -= 61
+    mesh.dispatcher.counts.of("app").times._traced_s -= 61
     buckets = (await scrape(mesh, OPENMETRICS)).labelled("request_seconds_bucket", app="app")
     assert not any(sample.exemplar for sample in buckets)
 
