@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from monitoring.grafana.panels import Panel, Query, board, heat, lines, number, quantiles, ratio, variable
+from monitoring.grafana.panels import Panel, Query, board, heat, lines, number, p99, quantiles, ratio, variable
 
 _OWN = "atserving_evaluator_"
 _STAGE = _OWN + "stage_seconds"
@@ -56,7 +56,7 @@ def _now() -> list[Panel]:
         number(
             "p99",
             "99 % of the requests take less inside the instance.",
-            f'histogram_quantile(0.99, sum by (le) (rate({_STAGE}_bucket{{INSTANCE, stage="total"}}[RATE])))',
+            p99(_STAGE + '_bucket{INSTANCE, stage="total"}'),
             unit="s",
             limits=[(1, "orange"), (5, "red")],
             width=4,
@@ -100,7 +100,8 @@ def _requests() -> list[Panel]:
         ),
         lines(
             "Refusals by reason",
-            "Requests that the instance did not take. Gates ask another instance then.",
+            "Requests that the instance did not take; gates ask another one. full: its capacity. fetching, host: the"
+            " hosts of resources are slow. away: the worker.",
             Query(f"sum by (reason) (rate({_OWN}refusals_total{{INSTANCE}}[RATE])) > 0", "{{reason}}"),
             unit="reqps",
             stack=True,
@@ -146,6 +147,11 @@ def _load() -> list[Panel]:
             Query(f"{_OWN}max_concurrent{{INSTANCE}}", "{{instance}} capacity"),
         ),
         lines(
+            "Requests that fetch",
+            "Those whose resources are on their way. It grows when a host of resources is slow.",
+            Query(f"{_OWN}requests_fetching{{INSTANCE}}", "{{instance}}"),
+        ),
+        lines(
             "Queue",
             "Requests without a thread or engine working on them.",
             Query(f"{_OWN}queue_length{{INSTANCE}}", "{{instance}}"),
@@ -158,6 +164,21 @@ def _load() -> list[Panel]:
                 f" / sum by (instance) (rate({_OWN}batch_size_count{{INSTANCE}}[RATE]))",
                 "{{instance}}",
             ),
+        ),
+        lines(
+            "Held bytes against the most",
+            "At 100 % the front refuses requests: they or their answers are large, or gates read too slowly.",
+            Query(f"{_OWN}held_bytes{{INSTANCE}} / {_OWN}max_held_bytes{{INSTANCE}}", "{{instance}}"),
+            unit="percentunit",
+            top=1,
+            limit=0.9,
+        ),
+        lines(
+            "Worker away, and gates connected",
+            "1: the worker restarts, or stands still. An instance without connections is not reached by gates, or its"
+            " version had no request lately.",
+            Query(f"{_OWN}worker_away{{INSTANCE}}", "{{instance}} away"),
+            Query(f"{_OWN}connections{{INSTANCE}}", "{{instance}} gates"),
         ),
     ]
 

@@ -84,7 +84,8 @@ def _mirror() -> list[Panel]:
         ),
         lines(
             "Revisions",
-            "The mirror follows etcd. The gates follow the mirror. Keys of others in the same etcd raise etcd's alone.",
+            "The mirror follows etcd; keys of others in the same etcd raise etcd's alone. A gate stays at the last"
+            " change that concerns it.",
             Query(f"max({_OWN}mirror_etcd_revision{{MESH}})", "etcd"),
             Query(f"{_OWN}mirror_revision{{MESH}}", "mirror {{instance}}"),
             Query("min(atserving_gate_config_revision{MESH})", "slowest gate"),
