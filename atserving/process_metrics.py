@@ -9,7 +9,7 @@ from atserving.tls import Tls
 
 
 def add_process(registry: CollectorRegistry, prefix: str, tls: Tls | None) -> None:
-    """Add the metrics of this process, and with TLS when its certificate begins and expires."""
+    """Add the metrics of this process, and with TLS when its certificate expires."""
     ProcessCollector(namespace=prefix, registry=registry)
     if tls:
         begins = Gauge(

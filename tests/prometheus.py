@@ -46,7 +46,7 @@ class Prometheus(Process):
         directory: Path,
         targets: Sequence[Mapping[str, object]] | Path,
         rules: Path | None = None,
-        interval: str = "250ms",
+        interval: str = "500ms",
     ) -> None:
         """Write its config into ``directory``.
 
@@ -144,6 +144,6 @@ def shortened(rules: str, factor: int = 60) -> str:
         return f"{time[1]}{max(milliseconds, 1)}ms"
 
     rules = re.sub(r"(\[|\bfor: |\binterval: |\boffset )(\d+)([smhd])\b", divided, rules)
-    # What depends on the intervals: the counts of a window, and a least rate.
+    # The counts of a window, and a least rate, depend on the intervals.
     rules = re.sub(r"\b(\d+) \* sum_over_time", lambda found: f"{int(found[1]) / factor:g} * sum_over_time", rules)
     return re.sub(r"\b10 / (\d+)", lambda found: f"10 / {int(found[1]) / factor:g}", rules)

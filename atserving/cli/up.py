@@ -31,8 +31,8 @@ The mesh serves {apps} at {url}{tls}. Try these in another terminal:
   curl -s {operators}/v1/apps/digits
 
 Operators' API: {operators}, and {registry} as gRPC.
-
 Metrics: prometheus --config.file {directory}/prometheus.yml
+
 Logs: {directory}/*.log. A process that dies is started again. Ctrl-C stops the mesh."""
 
 

@@ -14,7 +14,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "monitoring"
 RULES = FOLDER / "rules.yaml"
-TESTS = FOLDER / "rules_test.yaml"
+TESTS = (FOLDER / "rules_test.yaml", FOLDER / "budgets_test.yaml")
 
 JOBS = {"gate", "evaluator", "registry", "envoy", "etcd"}
 """The values of the label job."""
@@ -77,7 +77,7 @@ def alerts() -> list[Rule]:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a test expects of an alert at a time."""
+    """The alerts of one name that a test expects at a time."""
 
     alert: str
     fires: tuple[Mapping[str, str], ...]
@@ -85,12 +85,17 @@ class Expectation:
 
 
 @cache
+def unit_tests() -> tuple[dict[str, Any], ...]:
+    """Return all unit tests, as promtool reads them."""
+    return tuple(each for file in TESTS for each in yaml.safe_load(file.read_text())["tests"])
+
+
+@cache
 def expectations() -> tuple[Expectation, ...]:
     """Return all expectations of alerts in the unit tests."""
 
     def read() -> Iterator[Expectation]:
-        tests: list[dict[str, Any]] = yaml.safe_load(TESTS.read_text())["tests"]
-        for check in (check for each in tests for check in each["promql_expr_test"]):
+        for check in (check for each in unit_tests() for check in each["promql_expr_test"]):
             if found := re.match(r'ALERTS\{alertname="(\w+)", alertstate="firing"\}', check["expr"]):
                 samples = (each["labels"] for each in check.get("exp_samples", []))
                 labels = (dict(re.findall(r'(\w+)="([^"]*)"', each)) for each in samples)

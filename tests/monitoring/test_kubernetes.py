@@ -1,4 +1,4 @@
-"""What is for Kubernetes has the same rules, and gives the same labels."""
+"""The files for Kubernetes have the same rules and boards, and give the same labels."""
 
 from __future__ import annotations
 

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from tests.processes import running_registry
-from tests.prometheus import Prometheus
+from tests.prometheus import Prometheus, program
+
+
+def test_a_test_without_its_program_is_skipped_with_the_remedy() -> None:
+    with pytest.raises(pytest.skip.Exception, match="`make prometheus`"):
+        program("promtool-of-nobody")
 
 
 async def test_it_scrapes_targets_and_answers_queries(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import orjson
 import pytest
 import yaml
 
-from tests.monitoring.rules import FOLDER, JOBS, ROOT, RULES, TESTS, Rule, alerts, expectations, rules
+from tests.monitoring.rules import FOLDER, JOBS, ROOT, RULES, TESTS, Rule, alerts, expectations, rules, unit_tests
 from tests.prometheus import program, shortened
 from tests.test_docs import anchors
 
@@ -29,8 +29,9 @@ def test_promtool_accepts_the_rules() -> None:
     promtool("check", "rules", "--lint=all", "--lint-fatal", RULES)
 
 
-def test_alerts_fire_when_they_should() -> None:
-    promtool("test", "rules", TESTS)
+@pytest.mark.parametrize("tests", TESTS, ids=lambda each: each.name)
+def test_alerts_fire_when_they_should(tests: Path) -> None:
+    promtool("test", "rules", tests)
 
 
 def test_promtool_accepts_the_shortened_rules(tmp_path: Path) -> None:
@@ -126,4 +127,4 @@ def test_a_runbook_is_there_for_alerts_only() -> None:
 
 def test_the_tests_are_of_alerts() -> None:
     assert {each.alert for each in expectations()} == {each.name for each in alerts()}
-    assert all(each.get("name") for each in yaml.safe_load(TESTS.read_text())["tests"])
+    assert all(each["name"] for each in unit_tests())
