@@ -269,4 +269,6 @@ def _spell(value: float, unit: str) -> str:
         return "0" + _SCALES[unit][-1][2] if unit not in ("s", "reqps") else "0"
     _, divisor, name = next(scale for scale in _SCALES[unit] if abs(value) >= scale[0])
     scaled = value / divisor
+    if name == " %" and scaled < 0.01:
+        return "< 0.01 %"
     return f"{scaled:.0f}{name}" if abs(scaled) >= 100 or unit == "none" else f"{scaled:.3g}{name}"

@@ -143,8 +143,8 @@ def _load() -> list[Panel]:
         lines(
             "In flight and capacity",
             "The lower line reaches the upper: the instance is full.",
-            Query(f"{_OWN}requests_in_flight{{INSTANCE}}", "{{instance}} in flight"),
-            Query(f"{_OWN}max_concurrent{{INSTANCE}}", "{{instance}} capacity"),
+            Query(f"{_OWN}requests_in_flight{{INSTANCE}}", "in flight {{instance}}"),
+            Query(f"{_OWN}max_concurrent{{INSTANCE}}", "capacity {{instance}}"),
         ),
         lines(
             "Requests that fetch",
@@ -177,8 +177,8 @@ def _load() -> list[Panel]:
             "Worker away, and gates connected",
             "1: the worker restarts, or stands still. An instance without connections is not reached by gates, or its"
             " version had no request lately.",
-            Query(f"{_OWN}worker_away{{INSTANCE}}", "{{instance}} away"),
-            Query(f"{_OWN}connections{{INSTANCE}}", "{{instance}} gates"),
+            Query(f"{_OWN}worker_away{{INSTANCE}}", "away {{instance}}"),
+            Query(f"{_OWN}connections{{INSTANCE}}", "gates {{instance}}"),
         ),
     ]
 
@@ -190,7 +190,7 @@ def _processes() -> list[Panel]:
             "CPU",
             "Cores in use. The worker near its limit is the net at work; the front near 1 is many small requests.",
             *(
-                Query(f"rate({_OWN}{part}process_cpu_seconds_total{{INSTANCE}}[RATE])", f"{{{{instance}}}} {name}")
+                Query(f"rate({_OWN}{part}process_cpu_seconds_total{{INSTANCE}}[RATE])", f"{name} {{{{instance}}}}")
                 for name, part in both
             ),
         ),
@@ -198,7 +198,7 @@ def _processes() -> list[Panel]:
             "Memory",
             "A worker that grows without end is killed at its limit, and restarts.",
             *(
-                Query(f"{_OWN}{part}process_resident_memory_bytes{{INSTANCE}}", f"{{{{instance}}}} {name}")
+                Query(f"{_OWN}{part}process_resident_memory_bytes{{INSTANCE}}", f"{name} {{{{instance}}}}")
                 for name, part in both
             ),
             unit="bytes",
@@ -216,7 +216,7 @@ def _gpu() -> list[Panel]:
         lines(
             "GPU utilisation",
             "Only with a GPU. Near 100 % it is the limit. Low under load: decoding or fetching is.",
-            Query(f"{_OWN}gpu_utilisation_ratio{{INSTANCE}}", "{{instance}} GPU {{gpu}}"),
+            Query(f"{_OWN}gpu_utilisation_ratio{{INSTANCE}}", "GPU {{gpu}} {{instance}}"),
             unit="percentunit",
             top=1,
             width=12,
@@ -226,7 +226,7 @@ def _gpu() -> list[Panel]:
             "Only with a GPU. Near 100 % larger batches or images may fail.",
             Query(
                 f"{_OWN}gpu_memory_used_bytes{{INSTANCE}} / {_OWN}gpu_memory_total_bytes{{INSTANCE}}",
-                "{{instance}} GPU {{gpu}}",
+                "GPU {{gpu}} {{instance}}",
             ),
             unit="percentunit",
             top=1,
