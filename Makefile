@@ -117,7 +117,7 @@ boards: $(VENV)/installed  ## Generate Grafana's boards in monitoring/boards/
 .PHONY: board-pictures
 board-pictures: SECONDS := 90
 board-pictures: $(VENV)/installed prometheus  ## Draw the boards of a mesh with load into docs/ (BOARDS=, SECONDS=)
-	$(BIN)/python -m monitoring.pictures --seconds $(SECONDS) $(BOARDS)
+	$(BIN)/python -m monitoring.pictures --seconds $(SECONDS) $(if $(BOARDS),--boards $(BOARDS))
 
 # ONLY='etcd malformed': some faults; the page stays as it is then.
 .PHONY: game-day

@@ -157,10 +157,11 @@ async def _run(chosen: Sequence[Fault], folder: Path) -> list[Outcome]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=[], help="the names of some faults; the page stays as it is then")
+    names = [each.name for each in FAULTS]
+    parser.add_argument("--only", nargs="+", choices=names, help="some of the faults; the page stays as it is then")
     parser.add_argument("--folder", type=Path, default=PAGE.parent, help="where the pictures go")
     arguments = parser.parse_args()
-    chosen = [each for each in FAULTS if not arguments.only or each.name in arguments.only]
+    chosen = [each for each in FAULTS if each.name in (arguments.only or names)]
     outcomes = asyncio.run(_run(chosen, arguments.folder))
     print(f"\n{table(outcomes)}")
     if not arguments.only and arguments.folder == PAGE.parent:

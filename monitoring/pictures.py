@@ -102,7 +102,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=90, help="how long to measure")
     parser.add_argument("--folder", type=Path, default=_DOCS, help="where the pictures go")
-    parser.add_argument("boards", nargs="*", default=board_files.NAMES, help="which boards; all by default")
+    parser.add_argument(
+        "--boards", nargs="+", choices=board_files.NAMES, default=board_files.NAMES, help="some of them"
+    )
     arguments = parser.parse_args()
     asyncio.run(_run(arguments.folder, arguments.seconds, arguments.boards))
 

@@ -23,6 +23,7 @@ from monitoring.grafana.panels import (
 _REQUESTS = "atserving_gate_requests_total"
 _SECONDS = "atserving_gate_request_seconds_bucket{APPS}"
 _EXPIRES = '{MESH, __name__=~"atserving_(gate|evaluator|registry)_certificate_expires_seconds"}'
+_ENVOY_EXPIRES = '{MESH, __name__=~"envoy_(cluster|listener)_ssl_certificate_expiration_unix_time_seconds"}'
 # Those of the port of callers, of several listeners.
 _EDGE = '{MESH, job="envoy", envoy_http_conn_manager_prefix="edge"}'
 _GATES = '{MESH, job="envoy", envoy_cluster_name="gate"}'
@@ -325,6 +326,7 @@ def _certificates() -> list[Panel]:
             "Certificates' time left",
             "Only with TLS. A certificate that is renewed jumps up; one that falls below 3 days was not.",
             Query(f"min by (job, instance) ({_EXPIRES}) - time()", "{{job}} {{instance}}"),
+            Query(f"min by (job, instance) ({_ENVOY_EXPIRES}) - time()", "{{job}} {{instance}}"),
             unit="s",
             width=12,
         ),
