@@ -117,7 +117,12 @@ boards: $(VENV)/installed  ## Generate Grafana's boards in monitoring/boards/
 .PHONY: board-pictures
 board-pictures: SECONDS := 90
 board-pictures: $(VENV)/installed prometheus  ## Draw the boards of a mesh with load into docs/ (BOARDS=, SECONDS=)
-	$(BIN)/python -m monitoring.pictures --seconds $(SECONDS) $(BOARDS)
+	$(BIN)/python -m monitoring.pictures --seconds $(SECONDS) $(if $(BOARDS),--boards $(BOARDS))
+
+# ONLY='etcd malformed': some faults; the page stays as it is then.
+.PHONY: game-day
+game-day: $(VENV)/installed prometheus  ## Break a mesh, and write into docs/game-day.md which alerts tell (ONLY=)
+	$(BIN)/python -m monitoring.game_day $(if $(ONLY),--only $(ONLY))
 
 # FULL=1: all that there is to measure, for longer. JSON=file: write the figures to a file too.
 BENCH_FLAGS = $(if $(FULL),--full) $(if $(JSON),--json $(JSON))

@@ -7,7 +7,7 @@ import asyncio
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,34 +41,24 @@ async def data_of(prometheus: Prometheus, panel: Panel, values: Mapping[str, str
 
 def _series(legend: str, series: Mapping[str, Any], begin: float) -> Series:
     labels = series["metric"]
-    name = re.sub(r"\{\{(\w+)\}\}", lambda label: labels.get(label[1], ""), legend).strip()
+    name = re.sub(r"\{\{(\w+)\}\}", lambda label: labels.get(label[1], ""), legend).strip() or "(none)"
     known = {round(float(at) - begin): float(value) for at, value in series["values"]}
     # A second without a sample is a gap, not a line across it.
     times = range(min(known), max(known) + 1)
     return Series(name, labels, list(times), [known.get(at, float("nan")) for at in times])
 
 
-async def alerts(prometheus: Prometheus, begin: float, end: float) -> list[Mark]:
-    """Return when alerts fired."""
+async def alerts(prometheus: Prometheus, begin: float, end: float, names: str = ".+") -> list[Mark]:
+    """Return when alerts fired whose names match."""
     span = {"start": str(begin), "end": str(end), "step": "1"}
-    answer = await prometheus.get("query_range", query='ALERTS{alertstate="firing"}', **span)
-    return [
-        (float(each["values"][0][0]) - begin, float(each["values"][-1][0]) - begin, each["metric"]["alertname"])
-        for each in answer["result"]
-    ]
+    query = f'max by (alertname) (ALERTS{{alertstate="firing", alertname=~"{names}"}})'
+    answer = await prometheus.get("query_range", query=query, **span)
+    return [(float(each["values"][0][0]) - begin, float(each["values"][-1][0]) - begin) for each in answer["result"]]
 
 
-async def draw(
-    prometheus: Prometheus,
-    board: str,
-    path: Path,
-    begin: float,
-    end: float,
-    shown: Callable[[Panel], bool] = lambda _: True,
-) -> None:
-    """Draw a board, or those of its panels that are to be shown."""
-    panels = [each for each in board_files.panels(board) if shown(each)]
-    data = [(each, await data_of(prometheus, each, values_of(board), begin, end)) for each in panels]
+async def _draw(prometheus: Prometheus, board: str, path: Path, begin: float, end: float) -> None:
+    values = values_of(board)
+    data = [(each, await data_of(prometheus, each, values, begin, end)) for each in board_files.panels(board)]
     await asyncio.to_thread(picture, path, data, end - begin, await alerts(prometheus, begin, end))
 
 
@@ -92,7 +82,7 @@ async def _run(folder: Path, seconds: float, boards: Sequence[str]) -> None:
                 await _story(mesh, load, seconds)
                 end = time.time()
                 for board in boards:
-                    await draw(prometheus, board, folder / f"board-{board}.png", begin, end)
+                    await _draw(prometheus, board, folder / f"board-{board}.png", begin, end)
                     print(folder / f"board-{board}.png", flush=True)
 
 
@@ -112,7 +102,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=90, help="how long to measure")
     parser.add_argument("--folder", type=Path, default=_DOCS, help="where the pictures go")
-    parser.add_argument("boards", nargs="*", default=board_files.NAMES, help="which boards; all by default")
+    parser.add_argument(
+        "--boards", nargs="+", choices=board_files.NAMES, default=board_files.NAMES, help="some of them"
+    )
     arguments = parser.parse_args()
     asyncio.run(_run(arguments.folder, arguments.seconds, arguments.boards))
 

@@ -77,17 +77,27 @@ class Traffic:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(_TIMEOUT_S)
         )
-        self._sending = [asyncio.create_task(self._send_all(each)) for each in self._callers]
+        self._sending = {each: asyncio.create_task(self._send_all(each)) for each in self._callers}
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        tasks = [*self._sending, *self._tasks]
+        tasks = [*self._sending.values(), *self._tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._session.close()
+
+    def add(self, caller: Caller) -> None:
+        """Let one caller more begin."""
+        self._sending[caller] = asyncio.create_task(self._send_all(caller))
+
+    async def remove(self, caller: Caller) -> None:
+        """Let a caller send no more."""
+        task = self._sending.pop(caller)
+        task.cancel()
+        await asyncio.wait({task})
 
     async def _send_all(self, caller: Caller) -> None:
         while True:

@@ -11,6 +11,7 @@ from monitoring.grafana.panels import (
     heat,
     lines,
     number,
+    p99,
     quantiles,
     ratio,
     to_instance,
@@ -61,7 +62,7 @@ def _now() -> list[Panel]:
         number(
             "p99",
             "99 % of the app's requests take less at the gates, those of all versions.",
-            f"histogram_quantile(0.99, sum by (le) (rate({_SECONDS}[RATE])))",
+            p99(_SECONDS),
             unit="s",
             limits=[(1, "orange"), (5, "red")],
             width=4,

@@ -33,7 +33,7 @@ _INK, _FAINT, _PAPER = "#24292f", "#6e7781", "#eef0f2"
 _DPI = 100
 _COLUMN_PX, _UNIT_PX, _GAP_PX = 52, 30, 8
 _LEGEND_ROWS, _LEGEND_PX = 3, 17
-_MOST_COLORS = 128
+_COLORS_OF_FILE = 256
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Series:
 
 Data = Mapping[str, Sequence[Series]]
 """The series of each query of a panel, by its ref."""
-Mark = tuple[float, float, str]
-"""From when to when something was the case, and what."""
+Mark = tuple[float, float]
+"""From when to when an alert fired: a red band. Twice the same: a dotted line."""
 
 
 def picture(path: Path, panels: Sequence[tuple[Panel, Data]], seconds: float, marks: Sequence[Mark] = ()) -> None:
@@ -66,8 +66,9 @@ def picture(path: Path, panels: Sequence[tuple[Panel, Data]], seconds: float, ma
             canvas.draw(panel, data, marks)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
-    # A palette halves the file.
-    Image.open(buffer).convert("RGB").quantize(_MOST_COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
+    # A palette makes the file a third. Without k-means thin lines get the colours of others.
+    drawn = Image.open(buffer).convert("RGB")
+    drawn.quantize(_COLORS_OF_FILE, kmeans=2, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 class _Canvas:
@@ -161,12 +162,13 @@ class _Canvas:
 
     def _lines(self, panel: Panel, data: Data, marks: Sequence[Mark], x: float, y: float, w: float, h: float) -> None:
         series = [each for all_of_it in data.values() for each in all_of_it]
-        series.sort(key=lambda each: -_peak(each) if len(series) > len(_COLORS) else 0)
+        if len(series) > 2 * _LEGEND_ROWS:
+            series.sort(key=_peak, reverse=True)
         legend_px = min(max((len(series) + 1) // 2, 1), _LEGEND_ROWS) * _LEGEND_PX
         axes = self._axes(x + 46, y, w - 46, h - 20 - legend_px)
         if panel.stacked and series:
-            filled = [np.nan_to_num(each.values) for each in _aligned(series)]
-            axes.stackplot(_aligned(series)[0].times, *filled, colors=_COLORS, alpha=0.75, linewidth=0)
+            areas = _aligned(series)
+            axes.stackplot(areas[0].times, *(each.values for each in areas), colors=_COLORS, alpha=0.75, linewidth=0)
         else:
             for number, each in enumerate(series):
                 dash = _DASHES[number // len(_COLORS) % len(_DASHES)]
@@ -174,8 +176,11 @@ class _Canvas:
         peak = max((_peak(each) for each in series), default=0)
         if panel.limits:
             axes.axhline(panel.limits[0][0], color=_STATES["red"], linestyle=(0, (5, 3)), linewidth=0.9)
-        for begin, end, _ in marks:
-            axes.axvspan(begin, end, color=_STATES["red"], alpha=0.10, linewidth=0)
+        for begin, end in marks:
+            if begin < end:
+                axes.axvspan(begin, end, color=_STATES["red"], alpha=0.10, linewidth=0)
+            else:
+                axes.axvline(begin, color=_INK, linestyle=(0, (1, 2)), linewidth=1.2)
         if panel.stacked and series:
             peak = max(sum(values) for values in zip(*(each.values for each in _aligned(series)), strict=True))
         axes.set_ylim(0, panel.top or 1.1 * peak or 1)
@@ -212,7 +217,7 @@ class _Canvas:
             line.axis("off")
             last = next((value for value in reversed(each.values) if not math.isnan(value)), math.nan)
             value = "" if math.isnan(last) else "  " + _spell(last, unit)
-            most = max(int((half - 24) / 7) - len(value), 6)
+            most = max(int((half - 24) / 6.2) - len(value), 6)
             name = each.name if len(each.name) <= most else each.name[: most - 1] + "…"
             self._text(at_x + 21, at_y, name + value, size=8)
         if len(series) > fitting:
@@ -220,12 +225,12 @@ class _Canvas:
 
 
 def _aligned(series: Sequence[Series]) -> list[Series]:
-    """Return series with the same times, 0 where they had none."""
+    """Return series with the same times, 0 where they had no value."""
     times = sorted({time for each in series for time in each.times})
     result = []
     for each in series:
-        known = dict(zip(each.times, each.values, strict=True))
-        result.append(Series(each.name, each.labels, times, [known.get(time, 0.0) for time in times]))
+        known = dict(zip(each.times, np.nan_to_num(each.values), strict=True))
+        result.append(Series(each.name, each.labels, times, [float(known.get(time, 0)) for time in times]))
     return result
 
 
@@ -264,4 +269,6 @@ def _spell(value: float, unit: str) -> str:
         return "0" + _SCALES[unit][-1][2] if unit not in ("s", "reqps") else "0"
     _, divisor, name = next(scale for scale in _SCALES[unit] if abs(value) >= scale[0])
     scaled = value / divisor
+    if name == " %" and scaled < 0.01:
+        return "< 0.01 %"
     return f"{scaled:.0f}{name}" if abs(scaled) >= 100 or unit == "none" else f"{scaled:.3g}{name}"

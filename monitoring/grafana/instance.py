@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from monitoring.grafana.panels import Panel, Query, board, heat, lines, number, quantiles, ratio, variable
+from monitoring.grafana.panels import Panel, Query, board, heat, lines, number, p99, quantiles, ratio, variable
 
 _OWN = "atserving_evaluator_"
 _STAGE = _OWN + "stage_seconds"
@@ -56,7 +56,7 @@ def _now() -> list[Panel]:
         number(
             "p99",
             "99 % of the requests take less inside the instance.",
-            f'histogram_quantile(0.99, sum by (le) (rate({_STAGE}_bucket{{INSTANCE, stage="total"}}[RATE])))',
+            p99(_STAGE + '_bucket{INSTANCE, stage="total"}'),
             unit="s",
             limits=[(1, "orange"), (5, "red")],
             width=4,
@@ -100,7 +100,8 @@ def _requests() -> list[Panel]:
         ),
         lines(
             "Refusals by reason",
-            "Requests that the instance did not take. Gates ask another instance then.",
+            "Requests that the instance did not take; gates ask another one. full: its capacity. fetching, host: the"
+            " hosts of resources are slow. away: the worker.",
             Query(f"sum by (reason) (rate({_OWN}refusals_total{{INSTANCE}}[RATE])) > 0", "{{reason}}"),
             unit="reqps",
             stack=True,
@@ -142,8 +143,13 @@ def _load() -> list[Panel]:
         lines(
             "In flight and capacity",
             "The lower line reaches the upper: the instance is full.",
-            Query(f"{_OWN}requests_in_flight{{INSTANCE}}", "{{instance}} in flight"),
-            Query(f"{_OWN}max_concurrent{{INSTANCE}}", "{{instance}} capacity"),
+            Query(f"{_OWN}requests_in_flight{{INSTANCE}}", "in flight {{instance}}"),
+            Query(f"{_OWN}max_concurrent{{INSTANCE}}", "capacity {{instance}}"),
+        ),
+        lines(
+            "Requests that fetch",
+            "Those whose resources are on their way. It grows when a host of resources is slow.",
+            Query(f"{_OWN}requests_fetching{{INSTANCE}}", "{{instance}}"),
         ),
         lines(
             "Queue",
@@ -159,6 +165,21 @@ def _load() -> list[Panel]:
                 "{{instance}}",
             ),
         ),
+        lines(
+            "Held bytes against the most",
+            "At 100 % the front refuses requests: they or their answers are large, or gates read too slowly.",
+            Query(f"{_OWN}held_bytes{{INSTANCE}} / {_OWN}max_held_bytes{{INSTANCE}}", "{{instance}}"),
+            unit="percentunit",
+            top=1,
+            limit=0.9,
+        ),
+        lines(
+            "Worker away, and gates connected",
+            "1: the worker restarts, or stands still. An instance without connections is not reached by gates, or its"
+            " version had no request lately.",
+            Query(f"{_OWN}worker_away{{INSTANCE}}", "away {{instance}}"),
+            Query(f"{_OWN}connections{{INSTANCE}}", "gates {{instance}}"),
+        ),
     ]
 
 
@@ -169,7 +190,7 @@ def _processes() -> list[Panel]:
             "CPU",
             "Cores in use. The worker near its limit is the net at work; the front near 1 is many small requests.",
             *(
-                Query(f"rate({_OWN}{part}process_cpu_seconds_total{{INSTANCE}}[RATE])", f"{{{{instance}}}} {name}")
+                Query(f"rate({_OWN}{part}process_cpu_seconds_total{{INSTANCE}}[RATE])", f"{name} {{{{instance}}}}")
                 for name, part in both
             ),
         ),
@@ -177,7 +198,7 @@ def _processes() -> list[Panel]:
             "Memory",
             "A worker that grows without end is killed at its limit, and restarts.",
             *(
-                Query(f"{_OWN}{part}process_resident_memory_bytes{{INSTANCE}}", f"{{{{instance}}}} {name}")
+                Query(f"{_OWN}{part}process_resident_memory_bytes{{INSTANCE}}", f"{name} {{{{instance}}}}")
                 for name, part in both
             ),
             unit="bytes",
@@ -195,7 +216,7 @@ def _gpu() -> list[Panel]:
         lines(
             "GPU utilisation",
             "Only with a GPU. Near 100 % it is the limit. Low under load: decoding or fetching is.",
-            Query(f"{_OWN}gpu_utilisation_ratio{{INSTANCE}}", "{{instance}} GPU {{gpu}}"),
+            Query(f"{_OWN}gpu_utilisation_ratio{{INSTANCE}}", "GPU {{gpu}} {{instance}}"),
             unit="percentunit",
             top=1,
             width=12,
@@ -205,7 +226,7 @@ def _gpu() -> list[Panel]:
             "Only with a GPU. Near 100 % larger batches or images may fail.",
             Query(
                 f"{_OWN}gpu_memory_used_bytes{{INSTANCE}} / {_OWN}gpu_memory_total_bytes{{INSTANCE}}",
-                "{{instance}} GPU {{gpu}}",
+                "GPU {{gpu}} {{instance}}",
             ),
             unit="percentunit",
             top=1,

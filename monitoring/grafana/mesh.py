@@ -11,6 +11,7 @@ from monitoring.grafana.panels import (
     heat,
     lines,
     number,
+    p99,
     quantiles,
     ratio,
     rows,
@@ -20,8 +21,9 @@ from monitoring.grafana.panels import (
 )
 
 _REQUESTS = "atserving_gate_requests_total"
-_SECONDS = "atserving_gate_request_seconds_bucket{APP}"
+_SECONDS = "atserving_gate_request_seconds_bucket{APPS}"
 _EXPIRES = '{MESH, __name__=~"atserving_(gate|evaluator|registry)_certificate_expires_seconds"}'
+_ENVOY_EXPIRES = '{MESH, __name__=~"envoy_(cluster|listener)_ssl_certificate_expiration_unix_time_seconds"}'
 # Those of the port of callers, of several listeners.
 _EDGE = '{MESH, job="envoy", envoy_http_conn_manager_prefix="edge"}'
 _GATES = '{MESH, job="envoy", envoy_cluster_name="gate"}'
@@ -45,7 +47,7 @@ def make() -> Dashboard:
 
 def _now() -> list[Panel]:
     alerts = 'count(ALERTS{MESH, alertname=~"AtServing.+", alertstate="firing"}) or vector(0)'
-    errors = ratio(_REQUESTS + '{APP, code=~"5..", code!="502"}', _REQUESTS + "{APP}")
+    errors = ratio(_REQUESTS + '{APPS, code=~"5..", code!="502"}', _REQUESTS + "{APPS}")
     return [
         number(
             "Alerts",
@@ -56,7 +58,7 @@ def _now() -> list[Panel]:
         number(
             "Requests",
             "Requests a second, tasks of batches included. A sudden fall means that callers or Envoy fail.",
-            f"sum(rate({_REQUESTS}{{APP}}[RATE]))",
+            f"sum(rate({_REQUESTS}{{APPS}}[RATE]))",
             unit="reqps",
         ),
         number(
@@ -69,11 +71,11 @@ def _now() -> list[Panel]:
         number(
             "p99",
             "99 % of the requests take less, from their arrival at a gate to their outcome.",
-            f"histogram_quantile(0.99, sum by (le) (rate({_SECONDS}[RATE])))",
+            p99(_SECONDS),
             unit="s",
             limits=[(1, "orange"), (5, "red")],
         ),
-        number("In flight", "Requests without an answer yet.", "sum(atserving_gate_requests_in_flight{APP})"),
+        number("In flight", "Requests without an answer yet.", "sum(atserving_gate_requests_in_flight{APPS})"),
         number(
             "Gates down",
             "Gates that Prometheus does not reach.",
@@ -89,22 +91,22 @@ def _now() -> list[Panel]:
         number(
             "Versions unserved",
             "Versions in production without a registered instance.",
-            "count(max by (app, version) (atserving_registry_instances{APP}) == 0"
-            " and on (app, version) atserving_registry_in_production{APP}) or vector(0)",
+            "count(max by (namespace, app, version) (atserving_registry_instances{APPS}) == 0"
+            " and on (namespace, app, version) atserving_registry_in_production{APPS}) or vector(0)",
             limits=[(1, "red")],
         ),
     ]
 
 
 def _apps() -> list[Panel]:
-    by_app = "sum by (app) (rate(" + _REQUESTS + "{APP}[RATE]))"
-    p99 = f"histogram_quantile(0.99, sum by (app, le) (rate({_SECONDS}[RATE])))"
+    by_app = "sum by (app) (rate(" + _REQUESTS + "{APPS}[RATE]))"
+    slow = f"histogram_quantile(0.99, sum by (app, le) (rate({_SECONDS}[RATE])))"
     utilisation = (
-        "sum by (app) (atserving_evaluator_requests_in_flight{APP})"
-        " / sum by (app) (atserving_evaluator_max_concurrent{APP})"
+        "sum by (app) (atserving_evaluator_requests_in_flight{APPS})"
+        " / sum by (app) (atserving_evaluator_max_concurrent{APPS})"
     )
-    errors = _REQUESTS + '{APP, code=~"5..", code!="502"}'
-    failed = f"(sum by (app) (rate({errors}[RATE])) or 0 * {by_app}) / {by_app}"
+    errors = _REQUESTS + '{APPS, code=~"5..", code!="502"}'
+    failed = f"(sum by (app) (rate({errors}[RATE])) or 0 * {by_app}) / ({by_app} > 0)"
     return [
         rows(
             "Apps",
@@ -113,10 +115,10 @@ def _apps() -> list[Panel]:
             [
                 ("requests/s", "reqps", by_app),
                 ("errors", "percentunit", failed),
-                ("p50", "s", p99.replace("0.99", "0.5")),
-                ("p99", "s", p99),
-                ("in flight", "short", "sum by (app) (atserving_gate_requests_in_flight{APP})"),
-                ("refused/s", "reqps", "sum by (app) (rate(atserving_gate_refusals_total{APP}[RATE]))"),
+                ("p50", "s", slow.replace("0.99", "0.5") + " > 0"),
+                ("p99", "s", slow + " > 0"),
+                ("in flight", "short", "sum by (app) (atserving_gate_requests_in_flight{APPS})"),
+                ("refused/s", "reqps", "sum by (app) (rate(atserving_gate_refusals_total{APPS}[RATE]))"),
                 ("instances full", "percentunit", utilisation),
             ],
             to_row(),
@@ -133,7 +135,7 @@ def _apps() -> list[Panel]:
             "Outcomes other than 200. 500: the net fails. 503: no instance is ready. 504: the deadline passed."
             " 429: all is full, or a caller is above its limit. 4xx: callers. 499: the caller has left.",
             Query(
-                f'topk(10, sum by (app, code) (rate({_REQUESTS}{{APP, code!="200"}}[RATE])) > 0)', "{{app}} {{code}}"
+                f'topk(10, sum by (app, code) (rate({_REQUESTS}{{APPS, code!="200"}}[RATE])) > 0)', "{{app}} {{code}}"
             ),
             unit="reqps",
             link=to_app(),
@@ -142,7 +144,7 @@ def _apps() -> list[Panel]:
             "Refusals by reason",
             "Requests that the gates refuse at once. full: start more instances. turns: start more gates."
             " unready: nothing serves the app. memory: gates hold too many bytes.",
-            Query("sum by (reason) (rate(atserving_gate_refusals_total{APP}[RATE])) > 0", "{{reason}}"),
+            Query("sum by (reason) (rate(atserving_gate_refusals_total{APPS}[RATE])) > 0", "{{reason}}"),
             unit="reqps",
             stack=True,
         ),
@@ -155,7 +157,7 @@ def _apps() -> list[Panel]:
         lines(
             "p99 by app",
             "The ten slowest apps. The dashed line is the usual objective of 1 s.",
-            Query(f"topk(10, {p99})", "{{app}}", exemplars=True),
+            Query(f"topk(10, {slow})", "{{app}}", exemplars=True),
             unit="s",
             limit=1,
             link=to_app(),
@@ -173,25 +175,25 @@ def _gates() -> list[Panel]:
         lines(
             "Requests by gate",
             "All gates should get alike. One with less is new, or Envoy considers it unhealthy.",
-            Query("sum by (instance) (rate(atserving_gate_requests_total{APP}[RATE]))", "{{instance}}"),
+            Query("sum by (instance) (rate(atserving_gate_requests_total{APPS}[RATE]))", "{{instance}}"),
             unit="reqps",
         ),
         lines(
             "In flight by gate",
             "Requests without an answer yet. It grows when instances slow down.",
-            Query("sum by (instance) (atserving_gate_requests_in_flight{APP})", "{{instance}}"),
+            Query("sum by (instance) (atserving_gate_requests_in_flight{APPS})", "{{instance}}"),
         ),
         lines(
             "Waiting",
             "turn: the gates have more than they can pass on. instance: no instance of the version is ready yet.",
             Query("sum(atserving_gate_requests_waiting{MESH})", "for their turn"),
-            Query("sum(atserving_gate_requests_waiting_for_instance{APP})", "for an instance"),
+            Query("sum(atserving_gate_requests_waiting_for_instance{APPS})", "for an instance"),
             Query("sum(rate(atserving_gate_turns_total{MESH, outcome='refused'}[RATE]))", "refused a second"),
         ),
         lines(
             "Retries by cause",
             "Attempts beyond the first. lost, unreachable: instances or their network break. full: they are busy.",
-            Query("sum by (cause) (rate(atserving_gate_retries_total{APP}[RATE])) > 0", "{{cause}}"),
+            Query("sum by (cause) (rate(atserving_gate_retries_total{APPS}[RATE])) > 0", "{{cause}}"),
             unit="reqps",
             stack=True,
         ),
@@ -252,14 +254,14 @@ def _instances() -> list[Panel]:
         lines(
             "Instances by state",
             "As the gates see them, the most of any gate. away, connecting, outdated for long: the instance is broken.",
-            Query("sum by (state) (max by (app, version, state) (atserving_gate_instances{APP})) > 0", "{{state}}"),
+            Query("sum by (state) (max by (app, version, state) (atserving_gate_instances{APPS})) > 0", "{{state}}"),
         ),
         lines(
             "In flight against capacity",
             "The ten fullest versions. At 100 % callers get a 429: start more instances.",
             Query(
-                "topk(10, sum by (app, version) (atserving_evaluator_requests_in_flight{APP})"
-                " / sum by (app, version) (atserving_evaluator_max_concurrent{APP}))",
+                "topk(10, sum by (app, version) (atserving_evaluator_requests_in_flight{APPS})"
+                " / sum by (app, version) (atserving_evaluator_max_concurrent{APPS}))",
                 "{{app}} {{version}}",
             ),
             unit="percentunit",
@@ -271,7 +273,7 @@ def _instances() -> list[Panel]:
             "Worker restarts in 15 minutes",
             "Any is a crash of a net or script, a hang, or too much memory.",
             Query(
-                "sum by (app, version) (increase(atserving_evaluator_worker_restarts_total{APP}[15m])) > 0",
+                "sum by (app, version) (increase(atserving_evaluator_worker_restarts_total{APPS}[15m])) > 0",
                 "{{app}} {{version}}",
             ),
             link=to_app(),
@@ -324,6 +326,7 @@ def _certificates() -> list[Panel]:
             "Certificates' time left",
             "Only with TLS. A certificate that is renewed jumps up; one that falls below 3 days was not.",
             Query(f"min by (job, instance) ({_EXPIRES}) - time()", "{{job}} {{instance}}"),
+            Query(f"min by (job, instance) ({_ENVOY_EXPIRES}) - time()", "{{job}} {{instance}}"),
             unit="s",
             width=12,
         ),

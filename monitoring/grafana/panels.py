@@ -8,6 +8,7 @@ An expression has the name of a selector in capitals in place of the labels that
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,10 +26,11 @@ SOURCE = models.DataSourceRef(type_val="prometheus", uid="$datasource")
 
 _TAG = "atserving"
 _MESH = 'namespace=~"$namespace"'
-_APP = f'{_MESH}, app=~"$app"'
+_APP = f'{_MESH}, app="$app"'
 _VERSION = f'{_APP}, version=~"$version"'
 _SELECTORS = {
     "{MESH": "{" + _MESH,
+    "{APPS": "{" + _MESH + ', app=~"$app"',
     "{APP": "{" + _APP,
     "{VERSION": "{" + _VERSION,
     "{INSTANCE": "{" + _VERSION + ', instance=~"$instance"',
@@ -196,7 +198,7 @@ def board(
         .time("now-1h", "now")
         .refresh("30s")
         .tooltip(models.DashboardCursorSync.CROSSHAIR)
-        .link(_boards())
+        .links(list(_boards([each.build().name for each in variables])))
         .annotation(_alerts())
         .variables([_datasource(), _namespace(), *variables])
     )
@@ -236,15 +238,18 @@ def _namespace() -> build.QueryVariable:
     return variable("namespace", "Namespace", "The mesh's namespace on Kubernetes", values, several=True)
 
 
-def _boards() -> build.DashboardLink:
-    return (
-        build.DashboardLink("AtServing")
-        .type(models.DashboardLinkType.DASHBOARDS)
-        .tags([_TAG])
-        .as_dropdown(False)
-        .keep_time(True)
-        .include_vars(True)
-    )
+def _boards(own: Sequence[str]) -> list[build.DashboardLink]:
+    """Return links to all boards, with the choices of this one that they have, too."""
+    links = []
+    for name in ("mesh", "app", "instance", "registry"):
+        kept = ["datasource", "namespace"]
+        if name in ("app", "instance"):
+            # On the board of the mesh the choice may be all apps.
+            kept += [each for each in ("app", "version") if each in own and "version" in own]
+        choices = "&".join(f"${{{each}:queryparam}}" for each in kept)
+        link = build.DashboardLink(name).type(models.DashboardLinkType.LINK).url(f"/d/atserving-{name}?{choices}")
+        links.append(link.keep_time(True))
+    return links
 
 
 class _Alerts(models.AnnotationQuery):
@@ -289,7 +294,7 @@ def _targets(queries: Sequence[Query]) -> list[prometheus.Dataquery]:
     return [
         prometheus.Dataquery()
         .expr(_filled(each.expression))
-        .legend_format(each.legend or "__auto")
+        .legend_format(each.legend.replace("{{instance}}", "{{pod}} {{instance}}") or "__auto")
         .ref_id(chr(ord("A") + number_))
         .range()
         .exemplar(each.exemplars)
@@ -298,6 +303,8 @@ def _targets(queries: Sequence[Query]) -> list[prometheus.Dataquery]:
 
 
 def _filled(expression: str) -> str:
+    """Return an expression with its selectors. What keeps the instance keeps its pod, too: that names it to people."""
+    expression = re.sub(r"\bby \(([^)]*)\binstance\b", r"by (\1pod, instance", expression)
     for name, labels in _SELECTORS.items():
         expression = expression.replace(name, labels)
     return expression
@@ -307,11 +314,20 @@ def quantiles(buckets: str, by: str = "", legend: str = "") -> list[Query]:
     """Return the queries of three quantiles of a histogram. ``buckets`` are its series, ``by`` more labels to keep."""
     kept = f"le, {by}" if by else "le"
     return [
-        Query(f"histogram_quantile({q}, sum by ({kept}) (rate({buckets}[RATE])))", f"{legend}{name}", exemplars=True)
+        Query(
+            f"histogram_quantile({q}, sum by ({kept}) (rate({buckets}[RATE])))",
+            f"{legend}{name}",
+            exemplars=name == "p99",
+        )
         for name, q in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
     ]
 
 
 def ratio(part: str, whole: str) -> str:
-    """Return the share of one rate in another; 0 where there is no part."""
-    return f"(sum(rate({part}[RATE])) or vector(0)) / sum(rate({whole}[RATE]))"
+    """Return the share of one rate in another; 0 where there is no part, none where there is no whole."""
+    return f"(sum(rate({part}[RATE])) or vector(0)) / (sum(rate({whole}[RATE])) > 0)"
+
+
+def p99(buckets: str) -> str:
+    """Return the 99 % quantile of a histogram's series; none without observations."""
+    return f"histogram_quantile(0.99, sum by (le) (rate({buckets}[RATE]))) > 0"

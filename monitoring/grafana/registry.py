@@ -84,7 +84,8 @@ def _mirror() -> list[Panel]:
         ),
         lines(
             "Revisions",
-            "The mirror follows etcd. The gates follow the mirror. Keys of others in the same etcd raise etcd's alone.",
+            "The mirror follows etcd; keys of others in the same etcd raise etcd's alone. A gate stays at the last"
+            " change that concerns it.",
             Query(f"max({_OWN}mirror_etcd_revision{{MESH}})", "etcd"),
             Query(f"{_OWN}mirror_revision{{MESH}}", "mirror {{instance}}"),
             Query("min(atserving_gate_config_revision{MESH})", "slowest gate"),
@@ -93,8 +94,8 @@ def _mirror() -> list[Panel]:
         lines(
             "Events and snapshots",
             "Snapshots again and again: the watch breaks, or followers are too slow.",
-            Query(f"sum by (instance) (rate({_OWN}mirror_events_total{{MESH}}[RATE]))", "{{instance}} events a second"),
-            Query(f"sum by (instance) (increase({_OWN}mirror_snapshots_total{{MESH}}[15m]))", "{{instance}} snapshots"),
+            Query(f"sum by (instance) (rate({_OWN}mirror_events_total{{MESH}}[RATE]))", "events a second {{instance}}"),
+            Query(f"sum by (instance) (increase({_OWN}mirror_snapshots_total{{MESH}}[15m]))", "snapshots {{instance}}"),
         ),
         lines(
             "Followers",
@@ -205,20 +206,20 @@ def _etcd() -> list[Panel]:
             "Moves to another member",
             "After a failure. Many: the members or their network are unstable.",
             Query(
-                f"sum by (instance) (increase({_OWN}etcd_switches_total{{MESH}}[15m]))", "{{instance}} in 15 minutes"
+                f"sum by (instance) (increase({_OWN}etcd_switches_total{{MESH}}[15m]))", "in 15 minutes {{instance}}"
             ),
         ),
         lines(
             "Size of the database",
             "Compaction keeps it small. At the quota nothing can be written.",
-            Query(f"etcd_mvcc_db_total_size_in_bytes{_ETCD}", "{{instance}} size"),
-            Query(f"etcd_mvcc_db_total_size_in_use_in_bytes{_ETCD}", "{{instance}} in use"),
+            Query(f"etcd_mvcc_db_total_size_in_bytes{_ETCD}", "size {{instance}}"),
+            Query(f"etcd_mvcc_db_total_size_in_use_in_bytes{_ETCD}", "in use {{instance}}"),
             unit="bytes",
         ),
         lines(
             "Changes of the leader",
             "Several in an hour: slow disks or network.",
-            Query(f"increase(etcd_server_leader_changes_seen_total{_ETCD}[1h])", "{{instance}} in 1 hour"),
+            Query(f"increase(etcd_server_leader_changes_seen_total{_ETCD}[1h])", "in 1 hour {{instance}}"),
         ),
         lines(
             "p99 of fsync",

@@ -106,3 +106,11 @@ def test_latency_shows_traces() -> None:
             if any(each.get("exemplar") for each in panel.get("targets", []))
         ]
         assert len(with_exemplars) >= 2
+
+
+def test_runbooks_name_panels_that_are_there() -> None:
+    page = " ".join((board_files.FOLDER.parents[1] / "docs" / "alerts.md").read_text().split())
+    named = re.findall(r"\*(\w+): ([^*]+)\*", page)
+    assert len(named) > 30
+    titles = {name: {each.title for each in board_files.panels(name)} for name in board_files.NAMES}
+    assert not [f"{name}: {title}" for name, title in named if title not in titles[name]]
