@@ -262,7 +262,7 @@ _file = click.Path(path_type=Path)
     help="Who may operate, beside those in etcd, and the issuers of tokens; without it, everybody may.",
 )
 @service.trusted_keys_option
-@service.http_option("/metrics, /live and /ready")
+@service.http_option("/metrics, /live, /ready and /log")
 @service.tls_options
 @service.hold_option
 @service.log_level_option
@@ -308,7 +308,7 @@ def main(
         http=http,
         tls=tls,
     )
-    telemetry.configure_logging("registry", log_level)
+    telemetry.configure_logging("registry", log_level, threaded=True)
     lifecycle.run(serve(settings))
 
 
