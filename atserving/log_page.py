@@ -44,9 +44,8 @@ def change(query: str, peer: str) -> None:
                 raise SettingError(f"{name[:40]!r} is no setting; {_HINT}")
     telemetry.apply(LogSettings(**wanted))
     # Whatever the level: the next reader of the log has to know why lines are missing.
-    telemetry.write_always(
-        "log settings changed", {**_names(telemetry.settings()), "before": _names(before), "address": peer}
-    )
+    now = _names(telemetry.settings())
+    telemetry.write_always("log settings changed", {"now": now, "before": _names(before), "address": peer})
 
 
 def _number(name: str, text: str, most: float) -> float:

@@ -149,9 +149,9 @@ def write_lines(lines: bytes) -> None:
     _write(lines)
 
 
-def write_always(event: str, fields: Mapping[str, Any]) -> bytes:
-    """Write a line whatever the level, and return it."""
-    line = _line(_service, "info", event, fields)
+def write_always(event: str, fields: Mapping[str, Any], level: str = "info") -> bytes:
+    """Write a line, from any thread and whatever the process logs; return it."""
+    line = _line(_service, level, event, fields)
     _write(line)
     return line
 
