@@ -23,8 +23,6 @@ ELSEWHERE = {
     "a GPU": "atserving_evaluator_gpu_",
     "TLS": ".*certificate",
     "a rate limit service": "atserving_gate_rate_limit_",
-    # Until the code that counts them is there.
-    "log lines": ".*log_lines_dropped_total",
 }
 """Parts that only some meshes have, with the beginnings of their metrics."""
 
