@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -163,7 +164,7 @@ class _Exporter(SpanExporter):
         try:
             result = self._exporter.export(spans)
         except Exception as error:
-            self._reasons.last = str(error)
+            self._reasons.add(str(error))
             result = SpanExportResult.FAILURE
         if result is SpanExportResult.SUCCESS:
             self.exported += len(spans)
@@ -180,7 +181,7 @@ class _Exporter(SpanExporter):
         self._lost += count
         if time.monotonic() - self._logged_s >= LOG_S:
             self._logged_s = time.monotonic()
-            self._log.warning("collector lost", reason=self._reasons.last, spans=self._lost)
+            self._log.warning("collector lost", reason=str(self._reasons), spans=self._lost)
             self._lost = 0
 
     def shutdown(self) -> None:
@@ -188,17 +189,27 @@ class _Exporter(SpanExporter):
 
 
 class _Reasons(logging.Handler):
-    """Keeps what OpenTelemetry last logged, in place of its own lines."""
+    """Keeps what OpenTelemetry last logged, in place of its own lines.
+
+    Its last line tells that it has given up, and the one before why.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.last = ""
+        self._last: deque[str] = deque(maxlen=2)
         logger = logging.getLogger("opentelemetry")
         logger.handlers = [self]
         logger.propagate = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.last = record.getMessage()[:500]
+        self.add(record.getMessage())
+
+    def add(self, reason: str) -> None:
+        """Add a reason."""
+        self._last.append(reason[:300])
+
+    def __str__(self) -> str:
+        return " ".join(self._last)
 
 
 def _otlp() -> SpanExporter:

@@ -149,7 +149,7 @@ class Attempts:
             self._task.request,
             self._deadline_s,
             call.reqid,
-            (record and record.traceparent) or call.traceparent,
+            record.traceparent(call.traceparent) if record else call.traceparent,
             self._task.body,
             stays=self._stays or connection.is_away,
             hedges=hedges,

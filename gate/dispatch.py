@@ -193,7 +193,7 @@ class Dispatcher:
         else:
             counts.took(seconds, call.traceparent)
         if call.record:
-            call.record.export(call, app, version, end)
+            call.record.finished(call, seconds, app, version, end)
 
     def rejected(self, call: CallContext, error: ServingError, app: str = "") -> None:
         """Log and count a request that is rejected before it becomes an eval."""
@@ -202,13 +202,15 @@ class Dispatcher:
         )
         self.counts.refused(app, error.status, refusal_of(error))
         if call.record:
-            call.record.export(call, app[:_MOST_NAME_CHARS], "", End.of(error))
+            seconds = time.monotonic() - call.started
+            call.record.finished(call, seconds, app[:_MOST_NAME_CHARS], "", End.of(error))
 
     @staticmethod
     def batch_finished(call: CallContext, batch: asyncio.Task[Any]) -> None:
         """Export the span of a batch that has ended; one that was rejected has exported it."""
         if call.record and (batch.cancelled() or not batch.exception()):
-            call.record.export(call, "", "", _LEFT if batch.cancelled() else End(""))
+            seconds = time.monotonic() - call.started
+            call.record.finished(call, seconds, "", "", _LEFT if batch.cancelled() else End(""))
 
     def _asked(self, task: Task) -> str:
         """Return the version that a task names, for its counts; empty if it names none, or none that exists."""

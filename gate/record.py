@@ -37,13 +37,14 @@ class Attempt:
 
     __slots__ = ("began_s", "cause", "ended_s", "fetch_us", "instance", "outcome", "reply", "span_id", "tried")
 
-    def __init__(self, instance: Instance, cause: str, tried: int, span_id: int) -> None:
+    def __init__(self, instance: Instance, cause: str, tried: int) -> None:
         self.instance = instance
         self.cause = cause
         """Why there is one more attempt; empty for the first."""
         self.tried = tried
         """How many instances had been asked before."""
-        self.span_id = span_id
+        self.span_id = 0
+        """0: it has none yet."""
         self.began_s = time.monotonic()
         self.ended_s = 0.0
         self.outcome = ""
@@ -57,16 +58,7 @@ class Record:
 
     __slots__ = ("attempts", "is_task", "is_timed", "name", "state", "trace", "tracer", "turn_s")
 
-    def __init__(
-        self,
-        name: str,
-        tracer: Tracer | None,
-        trace: Trace | None,
-        state: str,
-        *,
-        is_timed: bool = False,
-        is_task: bool = False,
-    ) -> None:
+    def __init__(self, name: str, tracer: Tracer | None, trace: Trace | None, state: str) -> None:
         """``tracer`` and ``trace`` are None if the gate traces nothing."""
         self.name = name
         """The name of its span."""
@@ -74,31 +66,40 @@ class Record:
         self.trace = trace
         self.state = state
         """The ``tracestate`` to pass on; empty for none."""
-        self.is_timed = is_timed
+        self.is_timed = False
         """Whether the caller asks for ``server-timing``."""
-        self.is_task = is_task
+        self.is_task = False
+        """Whether it is a task of a batch."""
         self.turn_s = 0.0
         """When its app had its turn, if it had to wait for that."""
         self.attempts: list[Attempt] = []
 
     def task(self) -> Record:
         """Return the record of a task of a batch."""
-        if not self.tracer or not self.trace:
-            return Record("eval", None, None, self.state, is_task=True)
-        return Record("eval", self.tracer, self.trace.beneath(self.tracer.new_id()), self.state, is_task=True)
-
-    @property
-    def traceparent(self) -> str | None:
-        """The ``traceparent`` that names the present attempt as the parent; None without a trace of the gate's own."""
-        return self.trace.traceparent(self.attempts[-1].span_id) if self.trace else None
+        trace = self.trace.beneath(self.tracer.new_id()) if self.tracer and self.trace else None
+        record = Record("eval", self.tracer, trace, self.state)
+        record.is_task = True
+        return record
 
     def ask(self, instance: Instance, cause: str, tried: int) -> None:
         """Take note of an attempt that begins."""
-        attempt = Attempt(instance, cause, tried, self.tracer.new_id() if self.tracer else 0)
+        attempt = Attempt(instance, cause, tried)
         if len(self.attempts) < MOST_ATTEMPTS:
             self.attempts.append(attempt)
         else:
             self.attempts[-1] = attempt
+
+    def traceparent(self, otherwise: str | None) -> str | None:
+        """Return the ``traceparent`` for the present attempt.
+
+        It names the attempt as the parent if the trace is sampled. Others are rarely exported, so they do with the one
+        of the request, ``otherwise``.
+        """
+        if not self.tracer or not self.trace or not self.trace.is_sampled:
+            return otherwise
+        attempt = self.attempts[-1]
+        attempt.span_id = self.tracer.new_id()
+        return self.trace.traceparent(attempt.span_id)
 
     def answered(self, instance: Instance, response: Response) -> None:
         """Take note of the answer of an instance that is no refusal."""
@@ -110,7 +111,7 @@ class Record:
         self._end(instance, outcome)
 
     def _end(self, instance: Instance, outcome: str) -> Attempt | None:
-        for attempt in reversed(self.attempts):
+        for attempt in self.attempts[::-1]:
             if attempt.instance is instance and not attempt.outcome:
                 attempt.outcome = outcome
                 attempt.ended_s = time.monotonic()
@@ -131,12 +132,15 @@ class Record:
         entries.append(("total", total_ms))
         return ", ".join(f"{name};dur={round(ms, 3)}" for name, ms in entries)
 
-    def export(self, call: CallContext, app: str, version: str, end: End) -> None:
-        """Export the spans of a request that ends now, if they are wanted."""
+    def finished(self, call: CallContext, seconds: float, app: str, version: str, end: End) -> None:
+        """Export the spans of a request that has ended ``seconds`` after its start, if they are wanted."""
         tracer, trace = self.tracer, self.trace
-        now_s = time.monotonic()
-        if not tracer or not trace or not tracer.keeps(trace, now_s - call.started, end.status):
-            return
+        if tracer and trace and tracer.keeps(trace, seconds, end.status):
+            self._export(tracer, trace, call, call.started + seconds, app, version, end)
+
+    def _export(
+        self, tracer: Tracer, trace: Trace, call: CallContext, now_s: float, app: str, version: str, end: End
+    ) -> None:
         parent_id = int(trace.parent_id, 16) if trace.parent_id else 0
         spans = [
             Span(
@@ -153,7 +157,7 @@ class Record:
         ]
         if self.turn_s:
             spans.append(Span("wait for turn", tracer.new_id(), trace.span_id, call.started, self.turn_s))
-        spans += [_span(each, trace.span_id, now_s) for each in self.attempts]
+        spans += [_span(each, each.span_id or tracer.new_id(), trace.span_id, now_s) for each in self.attempts]
         tracer.export(trace, spans)
 
 
@@ -168,8 +172,13 @@ def begin(headers: Headers, traceparent: str | None, tracer: Tracer | None, name
         state = _state(states)
     if tracer:
         trace = tracer.begin(traceparent, state)
-        return Record(name, tracer, trace, trace.state, is_timed=is_timed)
-    return Record(name, None, None, state, is_timed=is_timed) if is_timed or state else None
+        record = Record(name, tracer, trace, trace.state)
+    elif is_timed or state:
+        record = Record(name, None, None, state)
+    else:
+        return None
+    record.is_timed = is_timed
+    return record
 
 
 def _state(states: Sequence[bytes]) -> str:
@@ -195,7 +204,7 @@ def _attributes(app: str, version: str, reqid: str, end: End) -> dict[str, Attri
     return attributes
 
 
-def _span(attempt: Attempt, parent_id: int, now_s: float) -> Span:
+def _span(attempt: Attempt, span_id: int, parent_id: int, now_s: float) -> Span:
     outcome = attempt.outcome or "abandoned"
     instance = attempt.instance
     attributes: dict[str, Attribute] = {
@@ -213,7 +222,7 @@ def _span(attempt: Attempt, parent_id: int, now_s: float) -> Span:
         attributes["error.type"] = outcome
     return Span(
         "attempt",
-        attempt.span_id,
+        span_id,
         parent_id,
         attempt.began_s,
         attempt.ended_s or now_s,

@@ -35,7 +35,7 @@ from gate.batch import run_batch
 from gate.bodies import Body
 from gate.callers import Callers
 from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
-from gate.record import begin
+from gate.record import TIMING, begin
 from gate.request_counts import LEFT
 from gate.responses import LargeResponse
 
@@ -57,7 +57,8 @@ def read_call(
 ) -> CallContext:
     """Read a call's headers. An invalid request id gives way to the edge's own. ``name`` is that of its span."""
     traceparent = call.header("traceparent")
-    record = begin(call.headers, traceparent, tracer, name)
+    wanted = tracer or traceparent or call.headers.get(TIMING)
+    record = begin(call.headers, traceparent, tracer, name) if wanted else None
     return CallContext(
         reqid=request_id(call.header("x-reqid"), call.header("x-request-id")),
         caller=callers.of(call.headers),

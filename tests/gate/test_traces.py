@@ -223,10 +223,10 @@ async def test_only_slow_and_failed_ones_of_the_others_are_exported(traced: Trac
     assert all(each.attributes["atserving.tail"] is True for each in spans)
     failed = named(spans, "eval")[0]
     assert (failed.is_error, failed.error, failed.attributes["error.type"]) == (True, "the net failed", "500")
-    # The instance finds its own spans beneath those of the gate in any case.
-    attempts = {each.span_id for each in named(spans, "attempt")}
-    assert attempts <= {each[36:52] for each in instance.traceparents}
+    # The instance finds its own spans beneath the one of the request.
+    assert {each.span_id for each in named(spans, "eval")} <= {each[36:52] for each in instance.traceparents}
     assert all(each.endswith("-00") for each in instance.traceparents)
+    assert {each.parent_id for each in named(spans, "attempt")} == {each.span_id for each in named(spans, "eval")}
 
 
 async def test_a_refused_request_has_a_span_with_the_reason(traced: Traced, receiver: OtlpReceiver) -> None:
