@@ -120,6 +120,11 @@ class Call:
         """The URIs in the verified certificate of the peer; none without TLS."""
         return self._stream.peer_names
 
+    @property
+    def peer_address(self) -> str:
+        """The address of the peer; empty if it is not known."""
+        return self._stream.peer_address
+
     def header(self, name: str) -> str | None:
         """Return a header, or None if it is missing or no ASCII."""
         value = self._stream.headers.get(name)

@@ -22,8 +22,8 @@ MOST_UNSENT = 64
 _MESSAGE_BYTES = 64
 _TASK_BYTES = 4 << 10
 
-Handler = Callable[[AsyncIterator[bytes], Headers, tuple[str, ...]], AsyncIterator[bytes]]
-"""Answers the messages of a call, which has headers and the names of its peer, by messages. Raises GrpcError."""
+Handler = Callable[[AsyncIterator[bytes], Headers, tuple[str, ...], str], AsyncIterator[bytes]]
+"""Answers the messages of a call, which has headers, and names and an address of its peer. Raises GrpcError."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,9 @@ class StreamingCall:
 
     async def _run(self) -> None:
         try:
-            async for message in self._method.handler(self._requests(), self._stream.headers, self._stream.peer_names):
+            stream = self._stream
+            answer = self._method.handler(self._requests(), stream.headers, stream.peer_names, stream.peer_address)
+            async for message in answer:
                 self._start()
                 self._stream.send(HEAD.pack(0, len(message)) + message)
                 while self._stream.unsent > self._method.most_unsent:

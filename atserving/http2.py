@@ -107,6 +107,12 @@ class Connection(asyncio.Protocol):
         self._second = self._resets = 0
         self._handshake: asyncio.TimerHandle | None = None
 
+    @property
+    def peer_address(self) -> str:
+        """The address of the peer, without its port; empty if it is not known."""
+        found = self._transport.get_extra_info("peername") if self._transport else None
+        return str(found[0]) if found else ""
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports do not inherit from asyncio's.
         self._transport = cast(asyncio.Transport, transport)

@@ -78,6 +78,11 @@ class Stream:
         """The URIs in the verified certificate of the connection's peer; none without TLS."""
         return self._connection.peer_names
 
+    @property
+    def peer_address(self) -> str:
+        """The address of the connection's peer; empty if it is not known."""
+        return self._connection.peer_address
+
     def respond(self, status: int, headers: Headers, body: bytes, trailers: Headers | None = None) -> None:
         """Send a whole response."""
         self.start(status, headers)

@@ -13,6 +13,7 @@ import structlog
 from httpunk.asyncio import H1ServerProtocol, ServerConnections
 from httpunk.h1.server import ServerRequest
 
+from atserving import log_page
 from atserving.errors import StartError
 from atserving.loopback import is_loopback
 from atserving.sockets import refusal
@@ -29,7 +30,7 @@ class OpsServer:
     """Serves the pages from its start until it is stopped, which an async context manager does, too."""
 
     def __init__(self, listen: str, pages: Mapping[str, Page], is_ready: Callable[[], bool]) -> None:
-        """``pages`` are those of each path. ``/live`` and ``/ready`` are answered besides."""
+        """``pages`` are those of each path. ``/live``, ``/ready`` and ``/log`` are answered besides."""
         self._listen = listen
         self._pages = pages
         self._is_ready = is_ready
@@ -42,8 +43,12 @@ class OpsServer:
         """Raises StartError if the address is not available."""
 
         class Connection(H1ServerProtocol):
-            async def handle(_, request: ServerRequest) -> None:  # noqa: N805 - self is the server
-                await self._answer(request)
+            def connection_made(connection, transport: asyncio.BaseTransport) -> None:  # noqa: N805 - self is the server
+                connection.peer = str((transport.get_extra_info("peername") or ("",))[0])
+                super().connection_made(transport)  # type: ignore[no-untyped-call]
+
+            async def handle(connection, request: ServerRequest) -> None:  # noqa: N805
+                await self._answer(request, connection.peer)
 
         host, _, wanted = self._listen.rpartition(":")
         loop = asyncio.get_running_loop()
@@ -69,21 +74,23 @@ class OpsServer:
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
-    async def _answer(self, request: ServerRequest) -> None:
+    async def _answer(self, request: ServerRequest, peer: str) -> None:
         status, content_type, body = 500, "text/plain", b"failed, see the log\n"
         try:
-            status, content_type, body = await self._page(request)
+            status, content_type, body = await self._page(request, peer)
         except Exception:
             log.exception("request failed", path=request.path)
         await request.respond(status, headers={"content-type": content_type}, body=body)
 
-    async def _page(self, request: ServerRequest) -> tuple[int, str, bytes]:
+    async def _page(self, request: ServerRequest, peer: str) -> tuple[int, str, bytes]:
         """Return the status, the content type and the body of a page."""
-        if request.method not in ("GET", "HEAD"):
+        path, _, query = request.path.partition("?")
+        if request.method not in ("GET", "HEAD") and (path, request.method) != ("/log", "PUT"):
             return 405, "text/plain", b"GET a page\n"
-        if self._only_loopback and not is_loopback(_text(request, "host")):
-            return 421, "text/plain", b"this port answers only to a loopback host\n"
-        path = request.path.partition("?")[0]
+        if (self._only_loopback or path == "/log") and not is_loopback(_text(request, "host")):
+            return 421, "text/plain", b"this answers only to a loopback host\n"
+        if path == "/log":
+            return _log(request, query, peer)
         if path == "/live":
             return 200, "text/plain", b"live\n"
         if path == "/ready":
@@ -92,7 +99,22 @@ class OpsServer:
             found = page(_text(request, "accept"))
             body, content_type = await found if isinstance(found, Awaitable) else found
             return 200, content_type, body
-        return 404, "text/plain", f"the pages are: {', '.join((*self._pages, '/live', '/ready'))}\n".encode()
+        return 404, "text/plain", f"the pages are: {', '.join((*self._pages, '/live', '/ready', '/log'))}\n".encode()
+
+
+def _log(request: ServerRequest, query: str, peer: str) -> tuple[int, str, bytes]:
+    """Show or change what the process logs, to this machine's programs alone."""
+    address = ipaddress.ip_address(peer.partition("%")[0] or "::")
+    if not (getattr(address, "ipv4_mapped", None) or address).is_loopback:
+        return 403, "text/plain", b"this answers only on a loopback address: use kubectl port-forward\n"
+    if request.headers.get("origin") is not None:
+        return 403, "text/plain", b"this answers no web page\n"
+    if request.method == "PUT":
+        try:
+            log_page.change(query, peer)
+        except log_page.SettingError as error:
+            return 400, "text/plain", f"{error}\n".encode()
+    return 200, "application/json", log_page.shown()
 
 
 def _text(request: ServerRequest, name: str) -> str:

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -55,6 +55,10 @@ class Context:
     """The name of the caller, if it is proven."""
     peer_names: tuple[str, ...] = ()
     """The URIs in the SAN of the peer's verified certificate; none without TLS."""
+    peer_address: str = ""
+    """The address of the peer."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Notes on the call for its end, by who authorizes it and by the servicer."""
 
     def header(self, name: str) -> str | None:
         """Return a header, or None if it is missing or no ASCII."""
@@ -76,6 +80,9 @@ Observe = Callable[[str, int, float | None], None]
 499: its caller has left.
 """
 
+Audit = Callable[[str, Message | None, Context, int, str], None]
+"""Takes each call that has ended: the method, request (None: malformed), context, HTTP status, reason of a failure."""
+
 _LEFT = 499
 
 
@@ -86,6 +93,7 @@ def serve(
     translate: Translate = lambda _: None,
     authorize: Authorize | None = None,
     observe: Observe = lambda *_: None,
+    audit: Audit = lambda *_: None,
 ) -> None:
     """Answer the calls of a service by a servicer, which has a method in snake case for each of the service's.
 
@@ -95,7 +103,7 @@ def serve(
     for method in service.methods:
         answer = getattr(servicer, re.sub(r"(?<!^)(?=[A-Z])", "_", method.name).lower())
         path = f"/{service.full_name}/{method.name}"
-        one = _Method(path, method, answer, translate, authorize, observe)
+        one = _Method(path, method, answer, translate, authorize, observe, audit)
         if method.server_streaming:
             server.stream(path, one.stream, _MOST_UNSENT)
         else:
@@ -113,6 +121,7 @@ class _Method:
         translate: Translate,
         authorize: Authorize | None,
         observe: Observe,
+        audit: Audit,
     ) -> None:
         self._path = path
         self._name = method.name
@@ -122,26 +131,29 @@ class _Method:
         self._answer = answer
         self._translate = translate
         self._observe = observe
+        self._audit = audit
 
     def call(self, call: Call) -> None:
         """Answer a unary call, in a task."""
         began_s = time.monotonic()
+        context = Context(call.headers, peer_names=call.peer_names, peer_address=call.peer_address)
+        request: Message | None = None
         try:
-            context = Context(call.headers, call.deadline(), peer_names=call.peer_names)
+            context = replace(context, deadline=call.deadline())
             request = self._read(call.message, call.headers)
             context = self._authorized(request, context)
         except GrpcError as error:
             call.abort(error.status, str(error))
-            self._end(InvalidArgument.status, began_s)
+            self._end(request, context, InvalidArgument.status, str(error), began_s)
             return
         except ServingError as error:
             _abort(call, call.headers, error)
-            self._end(error.status, began_s)
+            self._end(request, context, error.status, error.message, began_s)
             return
         task = asyncio.get_running_loop().create_task(self._within(self._answer(request, context), context))
         # Its caller has left.
         call.on_gone = partial(_cancel, task)
-        task.add_done_callback(partial(self._finish, call, began_s))
+        task.add_done_callback(partial(self._finish, call, request, context, began_s))
 
     @staticmethod
     async def _within(work: Awaitable[Message], context: Context) -> Message:
@@ -153,29 +165,34 @@ class _Method:
         except TimeoutError:
             raise DeadlineExceeded("the deadline passed") from None
 
-    def _finish(self, call: Call, began_s: float, task: asyncio.Task[Message]) -> None:
+    def _finish(
+        self, call: Call, request: Message, context: Context, began_s: float, task: asyncio.Task[Message]
+    ) -> None:
         headers = call.headers
-        status = 200
+        status, reason = 200, ""
         if task.cancelled():
-            status = _LEFT
+            status, reason = _LEFT, "the caller has gone"
         elif failure := task.exception():
             error = self._error(failure, headers)
-            status = error.status
+            status, reason = error.status, error.message
             _abort(call, headers, error)
         else:
             call.finish(task.result().SerializeToString())
-        self._end(status, began_s)
+        self._end(request, context, status, reason, began_s)
 
-    def _end(self, status: int, began_s: float) -> None:
+    def _end(self, request: Message | None, context: Context, status: int, reason: str, began_s: float) -> None:
         self._observe(self._name, status, time.monotonic() - began_s)
+        self._audit(self._name, request, context, status, reason)
 
     async def stream(
-        self, messages: AsyncIterator[bytes], headers: Headers, peer_names: tuple[str, ...]
+        self, messages: AsyncIterator[bytes], headers: Headers, peer_names: tuple[str, ...], peer_address: str
     ) -> AsyncIterator[bytes]:
         """Yield the messages that answer the one message of a call."""
-        status = _LEFT
+        status, reason = _LEFT, ""
+        request: Message | None = None
+        context = Context(headers, peer_names=peer_names, peer_address=peer_address)
         try:
-            context = Context(headers, deadline_of(headers), peer_names=peer_names)
+            context = replace(context, deadline=deadline_of(headers))
             async for message in messages:
                 request = self._read(message, headers)
                 context = self._authorized(request, context)
@@ -193,10 +210,11 @@ class _Method:
             raise
         except Exception as failure:
             error = self._error(failure, headers)
-            status = error.status
+            status, reason = error.status, error.message
             raise _stream_error(error, headers) from None
         finally:
             self._observe(self._name, status, None)
+            self._audit(self._name, request, context, status, reason)
 
     def _read(self, message: Any, headers: Headers) -> Message:
         try:

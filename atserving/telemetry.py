@@ -2,97 +2,238 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
+import io
 import json
 import logging
 import re
 import secrets
 import sys
-from collections.abc import Mapping
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 import structlog
 
-_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-_number = logging.INFO
+from atserving.log_writer import MOST_BYTES, LogWriter, write_stderr
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+"""The levels of ``--log-level``, and their numbers."""
+
+SLOW_S = 1.0
+"""From so many seconds on a request is slow, unless the process is told otherwise."""
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _REQID = re.compile(r"[\x21-\x7e]{1,128}")
 
+# The rest is for lines that are rare and worth more.
+_MOST_BYTES_OF_REQUESTS = MOST_BYTES // 4 * 3
+# Failures and slow requests that get a line whatever the share, in one second.
+_MOST_ALWAYS = 500
+_MILLION = 1_000_000
+_UUID_CHARS = 36
 
-def configure_logging(service: str, level: str = "info") -> None:
+
+@dataclass(frozen=True)
+class LogSettings:
+    """What a process logs."""
+
+    level: str = "info"
+    """The least severe level."""
+    requests: float = 1.0
+    """The share of the successful requests that get a line."""
+    slow_s: float = SLOW_S
+    """From so many seconds on a request is slow, and always gets a line."""
+
+
+_settings = LogSettings()
+_number = logging.INFO
+_wanted = _MILLION
+_service = ""
+_writer: LogWriter | None = None
+_followers: list[Callable[[LogSettings], None]] = []
+
+
+class _BoundLogger(structlog.make_filtering_bound_logger(logging.INFO)):  # type: ignore[misc]
+    """The class of all loggers. Its base has the methods that write, and does nothing in the others."""
+
+
+class _Lines:
+    """Takes the rendered lines of structlog."""
+
+    def msg(self, line: bytes) -> None:
+        _write(line + b"\n")
+
+    debug = info = warning = error = critical = exception = log = msg
+
+
+class _Text(io.RawIOBase):
+    """Standard error of a process with a thread that writes: whole lines take the way of all others."""
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return 2
+
+    def write(self, data: Any) -> int:
+        _write(bytes(data))
+        return len(data)
+
+
+def configure_logging(
+    service: str, level: str = "info", *, requests: float = 1.0, slow_s: float = SLOW_S, threaded: bool = False
+) -> None:
     """Log JSON lines to standard error, each with the field ``service``.
 
-    The standard library's loggers write plain lines, from the level warning up.
+    ``threaded``: a thread writes them, and all other text on ``sys.stderr``. The standard library's loggers write plain
+    lines, from the level warning up.
     """
-    global _number
-    number = _number = logging.getLevelNamesMapping()[level.upper()]
-    logging.basicConfig(stream=sys.stderr, level=max(number, logging.WARNING), format="%(name)s: %(message)s")
+    global _service, _writer
+    _service = service
+    if threaded and _writer is None:
+        _writer = LogWriter(write_stderr, _dropped)
+        sys.stderr = io.TextIOWrapper(_Text(), "utf-8", "backslashreplace", line_buffering=True)
+        atexit.register(_end)
+    logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(serializer=_dumps),
+            structlog.processors.JSONRenderer(serializer=dumps),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.BytesLoggerFactory(file=sys.stderr.buffer),
+        wrapper_class=_BoundLogger,
+        logger_factory=lambda *_: _Lines(),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=service)
+    apply(LogSettings(level, requests, slow_s))
+
+
+def settings() -> LogSettings:
+    """Return what the process logs at present."""
+    return _settings
+
+
+def apply(wanted: LogSettings) -> None:
+    """Log what is wanted from now on: all loggers of the process follow at once."""
+    global _settings, _number, _wanted
+    _settings = wanted
+    _number = LEVELS[wanted.level]
+    _wanted = round(wanted.requests * _MILLION)
+    # Loggers are bound once. A test of the level in each call would cost those that write nothing, too.
+    _BoundLogger.__bases__ = (structlog.make_filtering_bound_logger(_number),)
+    logging.getLogger().setLevel(max(_number, logging.WARNING))
+    for each in _followers:
+        each(wanted)
+
+
+def follow(follower: Callable[[LogSettings], None]) -> None:
+    """Call ``follower`` with all later settings."""
+    _followers.append(follower)
+
+
+def lines_dropped() -> int:
+    """Return how many lines were dropped because nobody took them."""
+    return _writer.dropped if _writer else 0
+
+
+def write_lines(lines: bytes) -> None:
+    """Write whole lines, of whatever form."""
+    _write(lines)
+
+
+def write_always(event: str, fields: Mapping[str, Any], level: str = "info") -> bytes:
+    """Write a line, from any thread and whatever the process logs; return it."""
+    line = _line(_service, level, event, fields)
+    _write(line)
+    return line
 
 
 class RequestLog:
-    """Writes the one line of each request, in the form of the other lines but away from the request's path.
-
-    The lines of one turn of the event loop leave in one write; those of a process that ends normally are never lost.
-    """
+    """Writes the one line of each request, in the form of the other lines but with less work."""
 
     def __init__(self, service: str, **fields: Any) -> None:
         """Each line has the field ``service``, and ``fields``."""
         self._service = service
         self._fields = fields
-        self._lines: list[bytes] = []
-        # The loop that will write the lines.
-        self._loop: asyncio.AbstractEventLoop | None = None
-        atexit.register(self.flush)
+        self._second = self._always = 0
+
+    def wants(self, reqid: str, code: int, seconds: float) -> bool:
+        """Return whether a request gets its line: a failed or slow one does, of the others a share.
+
+        The id decides, so every process with the same share chooses the same requests. Of an id that Envoy has made,
+        Envoy chooses the same ones. In a flood of failures, the share decides about them, too.
+        """
+        if _number > logging.INFO:
+            return False
+        if _wanted >= _MILLION:
+            return True
+        if (code or seconds >= _settings.slow_s) and self._has_room():
+            return True
+        return _part(reqid) < _wanted
+
+    def _has_room(self) -> bool:
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._always = second, 0
+        self._always += 1
+        return self._always <= _MOST_ALWAYS
 
     def write(self, level: str, event: str, fields: Mapping[str, Any]) -> None:
         """Write a line if the process logs this level."""
-        if _LEVELS[level] < _number:
-            return
-        line = {
-            **self._fields,
-            **fields,
-            "event": event,
-            "service": self._service,
-            "level": level,
-            "timestamp": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
-        }
-        self._lines.append(_dumps(line) + b"\n")
+        if LEVELS[level] >= _number:
+            _write(_line(self._service, level, event, {**self._fields, **fields}), _MOST_BYTES_OF_REQUESTS)
+
+
+def _part(reqid: str) -> int:
+    if len(reqid) == _UUID_CHARS:
         try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            self.flush()
-            return
-        if self._loop is not loop:
-            self._loop = loop
-            loop.call_soon(self.flush)
-
-    def flush(self) -> None:
-        """Write the lines that wait."""
-        self._loop = None
-        if self._lines:
-            lines, self._lines = self._lines, []
-            sys.stderr.buffer.write(b"".join(lines))
-            sys.stderr.buffer.flush()
+            return int(reqid[:8], 16) % _MILLION
+        except ValueError:
+            pass
+    return zlib.crc32(reqid.encode()) % _MILLION
 
 
-def _dumps(value: Any, **_: Any) -> bytes:
+def _line(service: str, level: str, event: str, fields: Mapping[str, Any]) -> bytes:
+    line = {
+        **fields,
+        "event": event,
+        "service": service,
+        "level": level,
+        "timestamp": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+    }
+    return dumps(line) + b"\n"
+
+
+def _write(lines: bytes, most: int = MOST_BYTES) -> None:
+    if _writer:
+        _writer.write(lines, most)
+    else:
+        sys.stderr.buffer.write(lines)
+        sys.stderr.buffer.flush()
+
+
+def _dropped(count: int) -> bytes:
+    return _line(_service, "warning", "log lines dropped", {"count": count})
+
+
+def _end() -> None:
+    """Write the lines that wait. The process is about to end."""
+    assert _writer
+    _writer.flush()
+    assert sys.__stderr__
+    sys.stderr = sys.__stderr__
+
+
+def dumps(value: Any, **_: Any) -> bytes:
+    """Return JSON. Never fails."""
     try:
         return orjson.dumps(value, default=str)
     except TypeError:
@@ -108,3 +249,8 @@ def request_id(*given: str | None) -> str:
 def trace_context(given: str | None) -> str | None:
     """Return the caller's W3C ``traceparent``, or None if it is missing or malformed."""
     return given if given and _TRACEPARENT.fullmatch(given) else None
+
+
+def trace_id(traceparent: str | None) -> str | None:
+    """Return the id of the trace in a ``traceparent``, or None."""
+    return traceparent[3:35] if traceparent else None

@@ -21,13 +21,11 @@ from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, Metric
 
+from atserving import telemetry
 from atserving.errors import StartError
 
 if TYPE_CHECKING:
     from atserving.otlp import SpanSink
-
-SLOW_S = 1.0
-"""From so many seconds on a request is slow, unless the process is told otherwise."""
 
 TAIL_RATE = 20.0
 """How many traces a second a process exports because they are slow or failed, though they are not sampled."""
@@ -160,6 +158,10 @@ class Tracer:
     def _decides(self, trace_id: str) -> bool:
         return int(trace_id[16:], 16) < self._below
 
+    def settle(self, settings: telemetry.LogSettings) -> None:
+        """Take over from when on a request is slow."""
+        self._slow_s = settings.slow_s
+
     def new_id(self) -> int:
         """Return the id of one more span."""
         return next(self._ids)
@@ -222,12 +224,12 @@ class _Bucket:
 
 
 def from_environment(
-    service: str, attributes: Mapping[str, str] | None = None, *, slow_s: float = SLOW_S
+    service: str, attributes: Mapping[str, str] | None = None, *, slow_s: float | None = None
 ) -> Tracer | None:
     """Return the tracer that the variables ``OTEL_*`` ask for, or None if they ask for none. Raises StartError.
 
     ``service`` is the name of the service, and ``attributes`` are those of its resource, as long as the variables say
-    nothing else. A request that takes ``slow_s`` seconds is slow.
+    nothing else. A request that takes ``slow_s`` seconds is slow; None: as ``--slow`` says at the time.
     """
     if not is_wanted():
         return None
@@ -239,7 +241,12 @@ def from_environment(
             f"the variables OTEL_* ask for traces, but {error.name} is missing: pip install 'atserving[tracing]', "
             "or set OTEL_TRACES_EXPORTER=none"
         ) from None
-    return Tracer(otlp.sink(service, attributes or {}), slow_s, follows=follows, share=share)
+    sink = otlp.sink(service, attributes or {})
+    if slow_s is not None:
+        return Tracer(sink, slow_s, follows=follows, share=share)
+    tracer = Tracer(sink, telemetry.settings().slow_s, follows=follows, share=share)
+    telemetry.follow(tracer.settle)
+    return tracer
 
 
 def is_wanted() -> bool:

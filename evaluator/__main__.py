@@ -160,7 +160,7 @@ _network_option = click.option(
     metavar="HOST",
     help="A host to fetch from without the proxy: a name, *.example.com, an address or a network; repeatable.",
 )
-@service.http_option("/metrics, /status, /live and /ready")
+@service.http_option("/metrics, /status, /live, /ready and /log")
 @click.option(
     "--status-file",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -216,6 +216,8 @@ _network_option = click.option(
 )
 @service.cache_option
 @service.log_level_option
+@service.log_requests_option
+@service.slow_option
 def main(
     app: str,
     version: str,
@@ -244,9 +246,11 @@ def main(
     script_file: int,
     config_cache: Path | None,
     log_level: str,
+    log_requests: float,
+    slow: float,
 ) -> None:
     """Serve one version of one app, as one instance of the mesh."""
-    configure_logging("evaluator", log_level)
+    configure_logging("evaluator", log_level, requests=log_requests, slow_s=slow, threaded=True)
     if not proxy and (proxy_auth or no_proxies):
         raise click.UsageError("--proxy-auth and --no-proxy go with --proxy")
     if sandbox != Mode.OFF:

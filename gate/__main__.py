@@ -153,7 +153,7 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
 )
 @service.listen_option("127.0.0.1:50051")
 @service.insecure_option
-@service.http_option("/metrics, /live and /ready")
+@service.http_option("/metrics, /live, /ready and /log")
 @service.wait_option("Seconds to wait for a registry at start.")
 @service.seconds_option("--drain", 3.0, "Seconds to keep serving at stop, until the edge has seen it.")
 @service.seconds_option("--grace", 30.0, "Seconds for requests in flight to finish after that.")
@@ -198,6 +198,8 @@ async def _tend(router: Router[EvaluatorConnection]) -> None:
 @service.hold_option
 @service.cache_option
 @service.log_level_option
+@service.log_requests_option
+@service.slow_option
 def main(
     registry: list[str],
     listen: str,
@@ -216,8 +218,10 @@ def main(
     hold_deletions: float,
     config_cache: Path | None,
     log_level: str,
+    log_requests: float,
+    slow: float,
 ) -> None:
-    configure_logging("gate", log_level)
+    configure_logging("gate", log_level, requests=log_requests, slow_s=slow, threaded=True)
     malloc.keep_freed()
     settings = GateSettings(
         registries=registry,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from atserving.errors import ResourceExhausted, ServingError, Unavailable
+from atserving.telemetry import trace_id
 from atserving.v1 import evaluator_pb2
 from gate.answers import Answer, Slow, TransportError
 from gate.connection import EvaluatorConnection
@@ -177,11 +178,15 @@ class Attempts:
         await asyncio.sleep(_RECONNECT_STEP_S)
         self._tried.clear()
 
+    def _ids(self) -> dict[str, str | None]:
+        """Return the fields by which a line is found with the others of its request."""
+        return {"reqid": self._call.reqid, "trace_id": trace_id(self._call.traceparent)}
+
     def _failed(self, endpoint: Endpoint[EvaluatorConnection], error: TransportError) -> None:
         """Take note of an instance that could not be reached, or was lost. Raises Unavailable after too many."""
         self._router.failed(endpoint)
         if self._broken_s is None or error.reached:
-            log.warning("instance lost", reqid=self._call.reqid, instance=endpoint.instance.id, reason=str(error))
+            log.warning("instance lost", **self._ids(), instance=endpoint.instance.id, reason=str(error))
         self._broken_s = self._broken_s or time.monotonic()
         self._lost += error.reached
         self._cause = "lost" if error.reached else "unreachable"
@@ -236,7 +241,7 @@ class Attempts:
             return endpoint, first
         self._cause = "hedge"
         self._picked(other)
-        log.info("request hedged", reqid=self._call.reqid, instance=endpoint.instance.id, other=other.instance.id)
+        log.info("request hedged", **self._ids(), instance=endpoint.instance.id, other=other.instance.id)
         running = {first: endpoint}
         try:
             try:

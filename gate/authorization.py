@@ -13,6 +13,7 @@ from grpc import StatusCode
 from atserving.errors import Unauthenticated
 from atserving.grpc_call import Call, GrpcError, parsed
 from atserving.grpc_server import Server
+from atserving.telemetry import RequestLog
 from atserving.v1 import authorization_pb2 as messages
 from gate.caller_keys import CallerKeys
 from gate.callers import GROUPS, QINIU, UID, Callers
@@ -48,6 +49,7 @@ class Authorization:
         self._keys = keys
         self._counts = counts
         self._callers = callers
+        self._lines = RequestLog("gate")
 
     def register(self, server: Server) -> None:
         """Answer the service's calls on a server."""
@@ -56,7 +58,7 @@ class Authorization:
     def check(self, call: Call) -> None:
         if not self._callers.is_edge(call.headers):
             reason = "only Envoy may ask who a caller is, and this one shows no key of --edge-key"
-            log.info("request rejected", reqid="", code=Unauthenticated.status, reason=reason)
+            self._rejected("", Unauthenticated.status, reason)
             call.abort(StatusCode.UNAUTHENTICATED, reason)
             return
         try:
@@ -70,10 +72,14 @@ class Authorization:
             response = _admitted(uid, groups)
         except _Refused as refusal:
             reqid = attributes.request.http.headers.get("x-reqid", "")
-            log.info("request rejected", reqid=reqid, code=refusal.status, reason=refusal.why)
+            self._rejected(reqid, refusal.status, refusal.why)
             self._counts.refused("", refusal.status, refusal_of(refusal))
             response = _denied(refusal)
         call.finish(response.SerializeToString())
+
+    def _rejected(self, reqid: str, code: int, reason: str) -> None:
+        if self._lines.wants(reqid, code, 0.0):
+            self._lines.write("info", "request rejected", {"reqid": reqid, "code": code, "reason": reason})
 
     def _caller(self, attributes: messages.AttributeContext) -> tuple[int, tuple[str, ...]]:
         """Return the uid and the groups of a caller. Raises _Refused."""

@@ -21,7 +21,7 @@ from atserving.errors import (
     Unavailable,
 )
 from atserving.http2_stream import Headers
-from atserving.telemetry import RequestLog
+from atserving.telemetry import RequestLog, trace_id
 from atserving.tracing import Tracer
 from atserving.v1 import evaluator_pb2
 from gate.admission import Caller, admit
@@ -164,7 +164,7 @@ class Dispatcher:
             end = _LEFT
             raise
         except Exception:
-            log.exception("request failed", reqid=call.reqid)
+            log.exception("request failed", reqid=call.reqid, trace_id=trace_id(call.traceparent))
             raise Internal("the gate failed on this request") from None
         finally:
             if not waits:
@@ -173,19 +173,18 @@ class Dispatcher:
     def finished(self, task: Task, call: CallContext, end: End) -> None:
         """Log and count the end of a task. A batch does it for one that found no place until the batch gave it up."""
         seconds = time.monotonic() - call.started
-        app, version = task.app[:_MOST_NAME_CHARS], end.version or task.version[:_MOST_NAME_CHARS]
-        fields = {
-            "reqid": call.reqid,
-            "app": app,
-            "version": version,
-            "code": end.code,
-            "reason": end.reason[:_MOST_REASON_CHARS],
-            "traceparent": call.traceparent,
-            "total_ms": round(seconds * 1e3, 2),
-        }
-        if call.traceparent:
-            fields["trace_id"] = call.traceparent[3:35]
-        self._requests.write("info", "request finished", fields)
+        if self._requests.wants(call.reqid, end.code, seconds):
+            fields = {
+                "reqid": call.reqid,
+                "app": task.app[:_MOST_NAME_CHARS],
+                "version": end.version or task.version[:_MOST_NAME_CHARS],
+                "code": end.code,
+                "reason": end.reason[:_MOST_REASON_CHARS],
+                "traceparent": call.traceparent,
+                "trace_id": trace_id(call.traceparent),
+                "total_ms": round(seconds * 1e3, 2),
+            }
+            self._requests.write("info", "request finished", fields)
         counts = self.counts.of(task.app)
         counts.count(end.version or self._asked(task), end.status)
         if end.refusal:
@@ -193,13 +192,20 @@ class Dispatcher:
         else:
             counts.took(seconds, call.traceparent)
         if call.record:
-            call.record.finished(call, seconds, app, version, end)
+            version = end.version or task.version[:_MOST_NAME_CHARS]
+            call.record.finished(call, seconds, task.app[:_MOST_NAME_CHARS], version, end)
 
     def rejected(self, call: CallContext, error: ServingError, app: str = "") -> None:
         """Log and count a request that is rejected before it becomes an eval."""
-        log.info(
-            "request rejected", reqid=call.reqid, code=error.code, reason=error.message, traceparent=call.traceparent
-        )
+        if self._requests.wants(call.reqid, error.code, 0.0):
+            fields = {
+                "reqid": call.reqid,
+                "code": error.code,
+                "reason": error.message[:_MOST_REASON_CHARS],
+                "traceparent": call.traceparent,
+                "trace_id": trace_id(call.traceparent),
+            }
+            self._requests.write("info", "request rejected", fields)
         self.counts.refused(app, error.status, refusal_of(error))
         if call.record:
             seconds = time.monotonic() - call.started

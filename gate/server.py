@@ -26,7 +26,7 @@ from atserving.grpc_call import Call, GrpcError, parsed
 from atserving.grpc_server import Server
 from atserving.grpc_status import grpc_status
 from atserving.held import HeldBytes
-from atserving.telemetry import request_id, trace_context
+from atserving.telemetry import request_id, trace_context, trace_id
 from atserving.tracing import Tracer
 from atserving.v1 import edge_pb2, evaluator_pb2, serving_pb2
 from atserving.wire import LARGE_BYTES, Buffer, cut_tail
@@ -135,7 +135,7 @@ def _run(
             else:
                 raise error
         except Exception:
-            log.exception("request failed", reqid=context.reqid)
+            log.exception("request failed", reqid=context.reqid, trace_id=trace_id(context.traceparent))
             fail(Internal("the gate failed on this request"))
 
     running = Running(work, done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,7 @@ from registry.admin.operators import OperatorStore
 from registry.admin.service import AdminService
 from registry.admin.signed import Signatures
 from registry.admin.writes import Writer
+from registry.audit import Audit
 from registry.comparisons import Comparisons
 from registry.etcd import Connection, EtcdClient, Tls, User
 from registry.instances import Instances
@@ -62,6 +64,7 @@ class RegistrySettings:
     trusted_keys: Path | None = None
     http: str = "127.0.0.1:0"
     tls: TlsFiles | None = None
+    audit_log: Path | None = None
 
 
 class _LeaseTtl(click.ParamType[int]):
@@ -96,6 +99,10 @@ async def serve(settings: RegistrySettings) -> None:
     tls = ServiceTls(settings.tls, REGISTRY) if settings.tls else None
     peers = Peers(tls) if tls else None
     authorize = known.authorize if known else peers.operate if peers else None
+    audit = Audit(settings.audit_log)
+    if settings.audit_log:
+        # Rotators send it once they have moved the file, which is noticed anyway.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: None)
     client = EtcdClient(Connection(settings.etcd, tls=settings.etcd_tls, user=settings.user))
     view = View(hold_s=settings.hold_s)
     mirror = Mirror(client, view, known.roster if known else None)
@@ -110,7 +117,7 @@ async def serve(settings: RegistrySettings) -> None:
         admin = AdminService(mirror, writer, History(client), comparisons, store, tls)
         registry = RegistryServicer(mirror, instances, comparisons)
         rpc.serve(server, following, registry, translate, peers.follow if peers else None, calls.observe)
-        rpc.serve(operators, operating, admin, translate, authorize, calls.observe)
+        rpc.serve(operators, operating, admin, translate, authorize, calls.observe, audit.ended)
         ports = await _start(servers, settings, tls)
         if not known:
             who = "an operator or an Envoy that" if tls else "whoever"
@@ -130,6 +137,7 @@ async def serve(settings: RegistrySettings) -> None:
         finally:
             await _drain(servers, view)
             await lifecycle.end(tasks)
+            audit.turn()
     log.info("service stopped")
 
 
@@ -261,8 +269,14 @@ _file = click.Path(path_type=Path)
     metavar="FILE",
     help="Who may operate, beside those in etcd, and the issuers of tokens; without it, everybody may.",
 )
+@click.option(
+    "--audit-log",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="A file that gets the lines of operators' calls which write or are refused, beside the log.",
+)
 @service.trusted_keys_option
-@service.http_option("/metrics, /live and /ready")
+@service.http_option("/metrics, /live, /ready and /log")
 @service.tls_options
 @service.hold_option
 @service.log_level_option
@@ -281,6 +295,7 @@ def main(
     history_entries: int,
     history_days: int,
     operators: Path | None,
+    audit_log: Path | None,
     trusted_keys: Path | None,
     http: str,
     tls: TlsFiles | None,
@@ -307,8 +322,9 @@ def main(
         trusted_keys=trusted_keys,
         http=http,
         tls=tls,
+        audit_log=audit_log,
     )
-    telemetry.configure_logging("registry", log_level)
+    telemetry.configure_logging("registry", log_level, threaded=True)
     lifecycle.run(serve(settings))
 
 

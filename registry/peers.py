@@ -39,7 +39,9 @@ class Peers:
         """
         for each in context.peer_names:
             if each.startswith(self._operator):
-                return each.removeprefix(self._operator)
+                name = each.removeprefix(self._operator)
+                context.notes.update(operator=name, known_by="certificate")
+                return name
         if self._tls.uri(ENVOY) not in context.peer_names:
             raise PermissionDenied(f"{_named(context)} may not operate, only {OPERATOR}/... and {ENVOY} may")
         return ""

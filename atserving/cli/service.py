@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from atserving.errors import StartError
+from atserving.telemetry import SLOW_S
 from atserving.tls import DEFAULT_DOMAIN, TlsFiles
 
 log_level_option = click.option(
@@ -20,6 +22,24 @@ log_level_option = click.option(
     default="info",
     show_default=True,
     help="The least severe level to log.",
+)
+
+
+def _number(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    # Click takes nan for a number of any range.
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number", context, parameter)
+    return value
+
+
+log_requests_option = click.option(
+    "--log-requests",
+    type=click.FloatRange(0, 1),
+    callback=_number,
+    default=1.0,
+    show_default=True,
+    metavar="SHARE",
+    help="The share of the successful requests that get a log line, 0 to 1; failed and slow ones always do.",
 )
 
 
@@ -83,6 +103,17 @@ def seconds_option(name: str, default: float, text: str) -> Callable[[Any], Any]
     return click.option(
         name, type=click.FloatRange(0), default=default, show_default=True, metavar="SECONDS", help=text
     )
+
+
+slow_option = click.option(
+    "--slow",
+    type=click.FloatRange(0),
+    callback=_number,
+    default=SLOW_S,
+    show_default=True,
+    metavar="SECONDS",
+    help="A request that takes so long is slow, and always logged.",
+)
 
 
 def wait_option(text: str) -> Callable[[Any], Any]:

@@ -16,7 +16,7 @@ import msgspec
 import orjson
 import structlog
 
-from atserving import lifecycle, malloc
+from atserving import lifecycle, malloc, telemetry
 from atserving.config import Instance, MalformedConfig, WorkerConfig, validate
 from atserving.errors import StartError
 from atserving.grpc_server import Server
@@ -174,6 +174,7 @@ class _Life:
         self._status.sandbox = worker.sandbox
         _log_sandbox(self._log, worker.sandbox)
         stack.push_async_callback(worker.close)
+        telemetry.follow(lambda _: worker.tell_settings())
         await worker.start()
         self._status.device, self._status.plan = config.use_device, worker.plan
         self._log.info("net loaded", device=config.use_device, **asdict(worker.plan))

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from atserving import link, uris
 from atserving.errors import DeadlineExceeded, Internal, InvalidArgument, ServingError, Unavailable
 from atserving.held import LARGE_BYTES, HeldBytes
-from atserving.telemetry import RequestLog, request_id
+from atserving.telemetry import RequestLog, request_id, trace_context, trace_id
 from atserving.v1 import evaluator_pb2
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.limits import Budget, Limits, check_request
@@ -234,7 +234,7 @@ class Request:
 
     def _fail(self, error: Exception) -> None:
         if not isinstance(error, ServingError):
-            self._pipeline.log.error("request failed", reqid=self._reqid, exc_info=error)
+            self._pipeline.log.error("request failed", **self._ids(), exc_info=error)
             error = Internal("the evaluator failed")
         response = evaluator_pb2.InferResponse(error=error.to_proto()).SerializeToString()
         self._end(link.Reply(self._id, link.ERROR, 0, 0, 0, 0, 0, 0, response), error)
@@ -257,15 +257,26 @@ class Request:
             if fetch_ms := ms.get("fetch_ms"):
                 reply = link.with_fetch(reply, round(fetch_ms * 1000))
             self._replier.reply(reply._replace(id=self._id), held)
-        ms["total_ms"] = round((time.monotonic() - self._began_s) * 1000, 3)
+        seconds = time.monotonic() - self._began_s
+        ms["total_ms"] = round(seconds * 1000, 3)
         pipeline.metrics.observe(status, ms)
-        line: dict[str, object] = {"reqid": self._reqid, "code": code}
-        if error:
-            line["reason"] = error.message
-        line.update(ms)
+        if pipeline.lines.wants(self._reqid, code, seconds):
+            line: dict[str, object] = {"reqid": self._reqid, "code": code}
+            if error:
+                line["reason"] = error.message
+            line.update(ms)
+            if self._traceparent:
+                line.update(self._ids())
+            pipeline.lines.write("info", "request finished", line)
+
+    def _ids(self) -> dict[str, object]:
+        """Return the fields by which a line is found with the others of its request."""
+        ids: dict[str, object] = {"reqid": self._reqid}
         if self._traceparent:
-            line["traceparent"] = self._traceparent.decode(errors="replace")[:_MAX_TRACE_CHARS]
-        pipeline.lines.write("info", "request finished", line)
+            traceparent = self._traceparent.decode(errors="replace")
+            ids["traceparent"] = traceparent[:_MAX_TRACE_CHARS]
+            ids["trace_id"] = trace_id(trace_context(traceparent))
+        return ids
 
 
 def fetches(request: evaluator_pb2.InferRequest) -> bool:

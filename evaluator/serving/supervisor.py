@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 import orjson
 import structlog
 
-from atserving import lifecycle, link
+from atserving import lifecycle, link, telemetry
 from atserving.errors import DeadlineExceeded, Internal, ServingError, StartError, Unavailable
 from atserving.v1 import evaluator_pb2
 from evaluator.net_config import NetConfig
@@ -129,8 +129,12 @@ class WorkerSupervisor:
         ``timeout_s`` is the app's timeout.
         """
         self._delay_s, self._most, self._timeout_s = delay_s, most, timeout_s
+        self.tell_settings()
+
+    def tell_settings(self) -> None:
+        """Tell the process what it is to follow, if there is one: the next one learns it at its start."""
         if self._process:
-            settings = {"delay_s": delay_s, "most": most}
+            settings = {"delay_s": self._delay_s, "most": self._most, "log_level": telemetry.settings().level}
             self._process.write([link.frame(link.SETTINGS, orjson.dumps(settings))])
 
     def submit(
@@ -265,6 +269,7 @@ class WorkerSupervisor:
             "plan": self.plan if self._started else None,
             "delay_s": delay_s,
             "spare_bytes": self._spare_bytes,
+            "log_level": telemetry.settings().level,
         }
         try:
             started = await process.start(start, self._init_timeout_s)
@@ -294,7 +299,7 @@ class WorkerSupervisor:
                     return
             self._suspects.popleft()
         self._come_back()
-        self.configure(delay_s=self._delay_s, most=self._most, timeout_s=self._timeout_s)
+        self.tell_settings()
         self._flush_soon()
         await process.ended
 

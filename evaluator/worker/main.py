@@ -27,7 +27,7 @@ import structlog
 from atserving import link, malloc, wire
 from atserving.errors import ServingError, StartError
 from atserving.frames import START_BYTES
-from atserving.telemetry import configure_logging
+from atserving.telemetry import LogSettings, apply, configure_logging
 from atserving.v1 import evaluator_pb2
 from evaluator import nets, scripting
 from evaluator.net_config import DEFAULT_NET, NetConfig
@@ -64,6 +64,7 @@ class Worker:
             start = orjson.loads(frames[0].payload)
         except (EOFError, OSError):
             return
+        apply(LogSettings(start["log_level"]))
         config = NetConfig.from_cfg(start["cfg"])
         try:
             most_bytes = memory_limit.chosen_bytes(config, start["spare_bytes"])
@@ -135,7 +136,9 @@ class Worker:
             if kind == link.CANCEL:
                 batcher.cancel(link.read_ids(data, start, end))
             elif kind == link.SETTINGS:
-                batcher.configure(**orjson.loads(data[start:end]))
+                settings = orjson.loads(data[start:end])
+                apply(LogSettings(settings.pop("log_level")))
+                batcher.configure(**settings)
             elif kind == channel.SKIPPED:
                 self._refuse(link.read_call(data, start, end))
         if items:

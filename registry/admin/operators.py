@@ -116,8 +116,10 @@ class OperatorStore:
             if intent.validate_only or stored.has(name, wanted):
                 return wanted, stored.revision(name)
             tried = [wanted]
+            intent.notes.update(revision_before=stored.at, keys=[OPERATORS + name])
             written = await self._commit(stored, {name, admin or name}, name, wanted, intent)
             if written is not None:
+                intent.notes["revision"] = written
                 log.info("config written", app=OPERATORS_APP, method=intent.method, revision=written, keys=1)
                 await self._writer.settled(written)
                 return wanted, written

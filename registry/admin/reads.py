@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
@@ -45,6 +45,10 @@ class Context(Protocol):
     @property
     def peer_names(self) -> tuple[str, ...]:
         """The URIs in the verified certificate of the peer."""
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """Notes on the call, for the audit log."""
 
     def header(self, name: str) -> str | None:
         """Return a header, or None if it is missing."""

@@ -361,7 +361,7 @@ def _intent(context: Context, method: str, request: _Write, etag: str) -> Intent
     _check_texts(request)
     # A proven name counts more than what the client says.
     actor, proven = context.caller or request.actor, bool(context.caller)
-    return Intent(method, etag, request.validate_only, request.force, request.message, actor, proven)
+    return Intent(method, etag, request.validate_only, request.force, request.message, actor, proven, context.notes)
 
 
 def _check_texts(request: _Write) -> None:

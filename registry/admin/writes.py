@@ -6,7 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import orjson
 import structlog
@@ -59,6 +60,8 @@ class Intent:
     actor: str = ""
     proven: bool = False
     """Whether somebody has checked that the actor is who it says."""
+    notes: dict[str, Any] = field(default_factory=dict, compare=False)
+    """Notes on what became of it, for the audit log."""
 
     def note(self) -> str:
         """Return what the recorder takes into the history."""
@@ -115,8 +118,10 @@ class Writer:
             if intent.validate_only:
                 return after
             tried = edits
+            intent.notes.update(revision_before=revision, keys=sorted(edits))
             written = await self._commit(before, revision, edits, after, intent)
             if written is not None:
+                intent.notes["revision"] = written
                 log.info("config written", app=app, method=intent.method, revision=written, keys=len(edits))
                 await self.settled(written)
                 return _at_revision(after, edits, written)
@@ -127,6 +132,7 @@ class Writer:
         lease = await self._client.grant(ACCEPT_S)
         words = [put(ACCEPT_KEY, Acceptance().to_json(), lease.id), put(NOTE_KEY, intent.note())]
         revision = (await self._client.txn([], words)).header.revision
+        intent.notes["revision"] = revision
         log.warning("deletions accepted", revision=revision, actor=intent.actor, reason=intent.message)
         await self.settled(revision)
 

@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 from google.protobuf.message import Message
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-_READS = ("Get", "List", "Watch")
+READS = ("Get", "List", "Watch")
+"""What the methods that change nothing begin with."""
+
 _OPERATORS = ("PutOperator", "DeleteOperator")
 _BEARER = "bearer "
 _ASKED = "the registry wants to know who you are: run atserving login, or set ATSERVING_TOKEN"
@@ -40,6 +42,10 @@ class Shown(Protocol):
     def peer_names(self) -> tuple[str, ...]:
         """The URIs in the verified certificate of the peer."""
 
+    @property
+    def notes(self) -> dict[str, Any]:
+        """Notes on the call, for the audit log."""
+
     def header(self, name: str) -> str | None:
         """Return a header, or None if it is missing."""
 
@@ -50,6 +56,8 @@ class Identity:
 
     name: str
     entries: tuple[Operator, ...]
+    known_by: str
+    """The kind of proof: a token, a certificate, or an issuer and its name."""
 
     @property
     def role(self) -> Role:
@@ -98,8 +106,9 @@ class Operators:
     def authorize(self, method: str, request: Message, context: Shown) -> str:
         """Return the name of the operator who makes a call. Raises Unauthenticated, PermissionDenied, Unavailable."""
         who = self.identify(context)
-        changes = not method.startswith(_READS) and not getattr(request, "validate_only", False)
-        app = _app_of(request)
+        context.notes.update(operator=who.name, role=who.role, known_by=who.known_by)
+        changes = not method.startswith(READS) and not getattr(request, "validate_only", False)
+        app = app_of(request)
         if changes and not who.may_change(app):
             whose = f"app {app[:80]!r}" if app else "who may operate" if method in _OPERATORS else "what all apps share"
             raise PermissionDenied(f"{who.name} is {who.role}, and may not change {whose}")
@@ -136,7 +145,7 @@ class Operators:
         # How long a look-up by the digest takes tells nothing of the tokens.
         digest = hashlib.sha256(token.encode()).hexdigest()
         if found := self.find(entries.of_token(digest)):
-            return Identity(found.name, (found,))
+            return Identity(found.name, (found,), "token")
         bearer = self._tokens.read(token) if self._tokens and token.count(".") == 2 else None
         if bearer is None:
             raise Unauthenticated("the registry does not know this token")
@@ -147,13 +156,13 @@ class Operators:
         allowing = tuple(each for each in (own, *groups) if each)
         if not allowing:
             raise PermissionDenied(f"{name} is no operator here: neither you nor a group of yours is one")
-        return Identity(name, allowing)
+        return Identity(name, allowing, f"issuer {bearer.issuer}")
 
     def _of_certificate(self, names: tuple[str, ...]) -> Identity:
         found = tuple(each for name in names if (each := self.find(entries.of_certificate(name))))
         if not found:
             raise Unauthenticated(f"{_ASKED}; the certificate of {', '.join(names)[:200]} is no operator's")
-        return Identity(found[0].name, found)
+        return Identity(found[0].name, found, "certificate")
 
     def _tell(self, reason: str) -> None:
         """Log refusals, every ten seconds at most. The reasons have no part of a token."""
@@ -197,7 +206,7 @@ class Operators:
             raise StartError(f"{self._file.paths[0]}: {error}") from None
 
 
-def _app_of(request: Message) -> str:
+def app_of(request: Message) -> str:
     """Return the app that a request is about; empty if it is about the defaults, or about none."""
     for name in ("app", "release", "access", "worker"):
         if name in request.DESCRIPTOR.fields_by_name:

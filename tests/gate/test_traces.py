@@ -415,10 +415,11 @@ def test_a_gate_with_a_wrong_variable_does_not_start(monkeypatch: pytest.MonkeyP
 async def test_a_gate_that_stops_exports_what_waits(
     receiver: OtlpReceiver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name, value in receiver.environment(OTEL_BSP_SCHEDULE_DELAY="3600000").items():
+    variables = {"OTEL_BSP_SCHEDULE_DELAY": "3600000", "OTEL_TRACES_SAMPLER": "always_off"}
+    for name, value in receiver.environment(**variables).items():
         monkeypatch.setenv(name, value)
     with running_registry(tmp_path) as registry:
-        gate = Gate([registry.address])
+        gate = Gate([registry.address], "--slow", "0")
         gate.start()
         try:
             assert await gate.status("unknown") is grpc.StatusCode.NOT_FOUND
@@ -428,7 +429,7 @@ async def test_a_gate_that_stops_exports_what_waits(
         finally:
             gate.kill()
     (span,) = [span for span in receiver.spans if span.service == "atserving-gate"]
-    assert span.attributes["http.response.status_code"] == 404
+    assert (span.attributes["http.response.status_code"], span.attributes["atserving.tail"]) == (404, True)
 
 
 async def timing(traced: Traced, **headers: str) -> dict[str, float]:

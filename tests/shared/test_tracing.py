@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.core import Metric
 
-from atserving import tracing
+from atserving import telemetry, tracing
 from atserving.errors import StartError
 from atserving.local.ports import free_ports
 from atserving.tracing import Event, Kind, Link, Span, Trace, Tracer
@@ -30,7 +30,7 @@ def receiver() -> Iterator[OtlpReceiver]:
         yield receiver
 
 
-def make(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], slow_s: float = 1.0) -> Tracer:
+def make(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], slow_s: float | None = 1.0) -> Tracer:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     tracer = tracing.from_environment("atserving-test", {"atserving.app": "digits"}, slow_s=slow_s)
@@ -216,6 +216,21 @@ async def test_slow_and_failed_requests_are_kept_at_a_bounded_rate(
     assert kept <= 2 * tracing.TAIL_RATE
     assert counts(tracer.families("x"))["limited"] == 1000 - kept
     assert all(tracer.keeps(tracer.begin(SAMPLED), 0.0) for _ in range(1000))
+    await tracer.close()
+
+
+async def test_from_when_on_a_request_is_slow_changes_at_run_time(
+    receiver: OtlpReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracer = make(monkeypatch, receiver.environment(), slow_s=None)
+    trace = tracer.begin(UNSAMPLED)
+    before = telemetry.settings()
+    try:
+        for slow_s in (0.5, 2.0):
+            telemetry.apply(telemetry.LogSettings(slow_s=slow_s))
+            assert [tracer.keeps(trace, seconds) for seconds in (slow_s - 0.1, slow_s)] == [False, True]
+    finally:
+        telemetry.apply(before)
     await tracer.close()
 
 

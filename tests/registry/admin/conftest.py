@@ -7,6 +7,7 @@ import itertools
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import pytest
@@ -32,6 +33,10 @@ class NoContext:
 
     caller = ""
     peer_names = ()
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        return {}
 
     def header(self, name: str) -> str | None:
         return None
