@@ -123,7 +123,7 @@ class SpanSink:
                 for each in span.links
             ],
             _KINDS[span.kind],
-            status=_NO_ERROR if span.error is None else Status(StatusCode.ERROR, span.error),
+            status=_NO_ERROR if span.error is None else Status(StatusCode.ERROR, _text(span.error)),
             start_time=_ns(span.start_s, epoch_ns),
             end_time=_ns(span.end_s, epoch_ns),
             instrumentation_scope=_SCOPE,
@@ -283,6 +283,11 @@ def _positive(name: str, value: str) -> float:
 def _number(name: str, default: int) -> int:
     value = variable(name)
     return max(1, int(_positive(name, value))) if value else default
+
+
+def _text(value: str) -> str:
+    """Return a text that protobuf takes: one that it refuses would cost the other spans of its message."""
+    return value.encode(errors="replace").decode()
 
 
 def _ns(at_s: float, epoch_ns: int) -> int:

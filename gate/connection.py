@@ -249,7 +249,7 @@ class EvaluatorConnection:
             if reply.outcome == link.RESULT and not (answer.held or answer.flags & link.FETCH):
                 self._pace.learn(time.monotonic() - answer.sent_s)
             if answer.attempt:
-                answer.attempt.reply = reply
+                answer.attempt.stages = reply[2:7]
             answer.set_result(responses.read(reply.response))
 
     def _abandon(self, id_: int) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from atserving import link, tracing
+from atserving import tracing
 from atserving.config import Instance
 from atserving.http2_stream import Headers
 from atserving.tracing import Attribute, Kind, Span, Trace, Tracer
@@ -29,13 +29,14 @@ MOST_ATTEMPTS = 32
 _ANSWERS = ("ok", "error")
 # Statuses from here on are failures of the server, as OpenTelemetry has it.
 _FAILED = 500
+_MOST_REASON_CHARS = 1000
 _STATE = re.compile(rf"[\x20-\x7e]{{1,{tracing.MAX_STATE_CHARS}}}")
 
 
 class Attempt:
     """One attempt: a call of one instance."""
 
-    __slots__ = ("began_s", "cause", "ended_s", "fetch_us", "instance", "outcome", "reply", "span_id", "tried")
+    __slots__ = ("began_s", "cause", "ended_s", "fetch_us", "instance", "outcome", "span_id", "stages", "tried")
 
     def __init__(self, instance: Instance, cause: str, tried: int) -> None:
         self.instance = instance
@@ -49,7 +50,9 @@ class Attempt:
         self.ended_s = 0.0
         self.outcome = ""
         """``ok``, ``error``, ``timeout``, or why there was another attempt; empty while it lasts."""
-        self.reply: link.Reply | None = None
+        self.stages: tuple[int, ...] = ()
+        """The microseconds of decode, queue, forward and postprocess, and the size of the batch; empty without a reply.
+        """
         self.fetch_us = 0
 
 
@@ -152,7 +155,7 @@ class Record:
                 _attributes(app, version, call.reqid, end),
                 Kind.INTERNAL if self.is_task else Kind.SERVER,
                 is_remote=not self.is_task,
-                error=end.reason if end.status >= _FAILED else None,
+                error=end.reason[:_MOST_REASON_CHARS] if end.status >= _FAILED else None,
             )
         ]
         if self.turn_s:
@@ -200,7 +203,7 @@ def _attributes(app: str, version: str, reqid: str, end: End) -> dict[str, Attri
     if end.status >= _FAILED:
         attributes["error.type"] = str(end.status)
     elif end.reason:
-        attributes["atserving.reason"] = end.reason
+        attributes["atserving.reason"] = end.reason[:_MOST_REASON_CHARS]
     return attributes
 
 
@@ -234,11 +237,11 @@ def _span(attempt: Attempt, span_id: int, parent_id: int, now_s: float) -> Span:
 
 def _stages(attempt: Attempt) -> list[tuple[str, float]]:
     """Return the milliseconds of the stages of an attempt; of one without an answer, how long the instance had it."""
-    reply = attempt.reply
-    if reply is None or attempt.outcome not in _ANSWERS:
+    if not attempt.stages or attempt.outcome not in _ANSWERS:
         return [("instance", ((attempt.ended_s or time.monotonic()) - attempt.began_s) * 1e3)]
-    stages = [("fetch", attempt.fetch_us), ("decode", reply.decode_us)]
-    if reply.batch_size:
-        stages += [("queue", reply.queue_us), ("forward", reply.forward_us), ("post", reply.postprocess_us)]
+    decode_us, queue_us, forward_us, postprocess_us, batch_size = attempt.stages
+    stages = [("fetch", attempt.fetch_us), ("decode", decode_us)]
+    if batch_size:
+        stages += [("queue", queue_us), ("forward", forward_us), ("post", postprocess_us)]
     # A stage that a request did not reach is left out.
-    return [(name, us / 1e3) for name, us in stages if us or (reply.batch_size and name != "fetch")]
+    return [(name, us / 1e3) for name, us in stages if us or (batch_size and name != "fetch")]

@@ -10,7 +10,7 @@ import pytest
 from atserving import transport
 from atserving.local.mesh import Mesh
 from atserving.v1 import serving_pb2, serving_pb2_grpc
-from tests.e2e.client import UNUSED_PORT, Client, data_uri, image
+from tests.e2e.client import UNUSED_PORT, Client, data_uri, image, padded
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
@@ -40,6 +40,13 @@ async def test_a_resource_that_an_instance_fetches_is_a_stage(client: Client) ->
     found = read(answer.headers["server-timing"])
     assert list(found) == ["gate", "fetch", "decode", "queue", "forward", "post", "total"]
     assert found["fetch"] > 0
+
+
+async def test_a_large_request_with_a_trace_has_it_too(client: Client) -> None:
+    trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "vendor=value"}
+    answer = await client.bytes("/v1/eval/digits", padded(image("7.png"), 1 << 20), **ASK, **trace)
+    assert (answer.status, answer.best) == (200, "seven")
+    assert "forward" in read(answer.headers["server-timing"])
 
 
 async def test_errors_say_how_far_they_came(client: Client) -> None:

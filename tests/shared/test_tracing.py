@@ -101,6 +101,19 @@ async def test_a_span_arrives_with_everything_it_has(
     assert counts(tracer.families("x")) == {"exported": 2, "failed": 0, "dropped": 0, "limited": 0}
 
 
+async def test_text_that_is_not_utf8_costs_no_other_span(
+    receiver: OtlpReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracer = make(monkeypatch, receiver.environment())
+    trace = tracer.begin(SAMPLED)
+    wrong = span(tracer, trace)
+    wrong.attributes, wrong.error = {"atserving.app": "\ud800", "atserving.reqid": "r"}, "bad \ud800"
+    tracer.export(trace, [wrong, span(tracer, trace, "other")])
+    await tracer.close()
+    assert [(each.name, each.error) for each in receiver.spans] == [("eval", "bad ?"), ("other", "")]
+    assert receiver.spans[0].attributes["atserving.reqid"] == "r"
+
+
 async def test_the_variables_name_the_service(receiver: OtlpReceiver, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"OTEL_SERVICE_NAME": "mine", "OTEL_RESOURCE_ATTRIBUTES": "service.instance.id=one,atserving.app=other"}
     tracer = make(monkeypatch, receiver.environment(**names))
