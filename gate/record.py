@@ -167,7 +167,7 @@ class Record:
 def begin(headers: Headers, traceparent: str | None, tracer: Tracer | None, name: str) -> Record | None:
     """Return the record of a request with these headers, or None if nobody wants one.
 
-    ``traceparent`` is its header, well-formed or not.
+    ``traceparent`` is its header; without a tracer, None if that is malformed.
     """
     is_timed = headers.get(TIMING) == b"1"
     state = ""

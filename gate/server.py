@@ -57,12 +57,14 @@ def read_call(
 ) -> CallContext:
     """Read a call's headers. An invalid request id gives way to the edge's own. ``name`` is that of its span."""
     traceparent = call.header("traceparent")
+    if tracer is None:
+        traceparent = trace_context(traceparent)
     wanted = tracer or traceparent or call.headers.get(TIMING)
     record = begin(call.headers, traceparent, tracer, name) if wanted else None
     return CallContext(
         reqid=request_id(call.header("x-reqid"), call.header("x-request-id")),
         caller=callers.of(call.headers),
-        traceparent=record.trace.traceparent() if record and record.trace else trace_context(traceparent),
+        traceparent=record.trace.traceparent() if record and record.trace else traceparent,
         deadline=deadline,
         started=time.monotonic(),
         headers=call.headers,

@@ -199,7 +199,7 @@ async def test_without_tracing_the_headers_pass_through_unchanged(traced: Traced
     instance = await traced.add(Evaluator("a"))
     await traced.eval(UNSAMPLED, tracestate="one=1")
     await traced.eval(None, tracestate="one=1")
-    await traced.eval("malformed")
+    await traced.eval("malformed", tracestate="one=1")
     await traced.batch(1, tracestate="one=1")
     assert instance.traceparents == [UNSAMPLED, "", "", SAMPLED]
     assert instance.states == ["one=1", "", "", "one=1"]
@@ -333,6 +333,16 @@ async def test_the_tasks_of_a_batch_are_beneath_its_span(traced: Traced, receive
     assert sorted(each.parent_id for each in attempts) == sorted(each.span_id for each in tasks)
     assert sorted(instance.traceparents) == sorted(f"00-{TRACE_ID}-{each.span_id}-01" for each in attempts)
     assert all(batch.start_ns <= each.end_ns <= batch.end_ns for each in spans)
+
+
+async def test_a_caller_who_leaves_ends_the_span_of_a_batch(traced: Traced, receiver: OtlpReceiver) -> None:
+    hung = Evaluator("a", hold=asyncio.Event())
+    await traced.add(hung)
+    asking = asyncio.create_task(traced.batch(2))
+    await hung.entered.wait()
+    asking.cancel()
+    spans = await receiver.traced(TRACE_ID, "batch", "eval", "eval")
+    assert {each.attributes["http.response.status_code"] for each in spans if each.name != "attempt"} == {499}
 
 
 async def test_a_malformed_batch_has_one_span(traced: Traced, receiver: OtlpReceiver) -> None:
