@@ -12,8 +12,9 @@ from contextlib import suppress
 MOST_BYTES = 4 << 20
 """The most bytes of lines that wait. What is over it is dropped and counted."""
 
-# Between two writes: many lines leave in one, and the thread wakes at most so often.
-_PAUSE_S = 0.02
+# Between two writes: many lines leave in one, and the thread wakes at most so often. Each time costs as much as some
+# lines, so a shorter pause would cost slow traffic.
+_PAUSE_S = 0.05
 _CHUNK_BYTES = 1 << 16
 _RETRY_S = 1.0
 _BLOCKED_MS = 1000
@@ -48,9 +49,11 @@ class LogWriter:
         # A signal handler or a finalizer may log while its thread has the lock.
         self._lock = threading.RLock()
         self._written = threading.Condition(self._lock)
-        self._wake = threading.Semaphore(0)
-        self._waits = self._hopeless = False
-        self._ending = threading.Event()
+        # Plain locks: the other kinds of threading are written in Python, and cost several times as much.
+        self._wake, self._end = threading.Lock(), threading.Lock()
+        self._wake.acquire()
+        self._end.acquire()
+        self._waits = self._ending = self._hopeless = False
         self._thread: threading.Thread | None = None
 
     def write(self, lines: bytes, most: int = MOST_BYTES) -> None:
@@ -75,7 +78,9 @@ class LogWriter:
     def flush(self) -> None:
         """Wait until all lines are written, as long as there is progress. The process is about to end."""
         with self._written:
-            self._ending.set()
+            if not self._ending:
+                self._ending = True
+                self._end.release()
             while self._bytes and not self._hopeless:
                 before = self._bytes
                 # Each write notifies it.
@@ -100,7 +105,7 @@ class LogWriter:
                 self._wake.acquire()
                 continue
             self._write_all(b"".join(lines))
-            self._ending.wait(_PAUSE_S)
+            self._pause(_PAUSE_S)
 
     def _write_all(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -109,19 +114,25 @@ class LogWriter:
                 count = self._write(rest[:_CHUNK_BYTES])
             except OSError as error:
                 self._failed(error)
-                if self._ending.is_set():
+                if self._ending:
                     self._note(0, hopeless=True)
                     time.sleep(_RETRY_S)
-                self._ending.wait(_RETRY_S)
+                self._pause(_RETRY_S)
                 continue
             rest = rest[count:]
             self._note(count)
 
+    def _pause(self, seconds: float) -> None:
+        """Wait, but not at the end of the process."""
+        if not self._ending and self._end.acquire(timeout=seconds):
+            self._end.release()
+
     def _note(self, count: int, *, hopeless: bool = False) -> None:
-        with self._written:
+        with self._lock:
             self._bytes -= count
-            self._hopeless = hopeless
-            self._written.notify_all()
+            if self._ending:
+                self._hopeless = hopeless
+                self._written.notify_all()
 
 
 def write_stderr(data: memoryview) -> int:
