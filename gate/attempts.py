@@ -129,10 +129,8 @@ class Attempts:
                     self._served_by(endpoint.instance.version)
                 if self._route.split:
                     self._app_counts.of(endpoint.instance.version).by_turn += 1
-                if self._record:
-                    self._record.answered(endpoint.instance, response)
                 return response, endpoint.instance.version
-            self._refused(endpoint, response, error)
+            self._refused(endpoint, error)
         raise TimeoutError
 
     def _picked(self, endpoint: Endpoint[EvaluatorConnection]) -> None:
@@ -198,13 +196,11 @@ class Attempts:
                 version=endpoint.instance.version,
             ) from None
 
-    def _refused(self, endpoint: Endpoint[EvaluatorConnection], response: Response, error: evaluator_pb2.Error) -> None:
+    def _refused(self, endpoint: Endpoint[EvaluatorConnection], error: evaluator_pb2.Error) -> None:
         """Take note of an instance that refused the request. Raises any other error of its."""
         refusal = ServingError.from_proto(error)
         refusal.version = endpoint.instance.version
         if not refusal.refused:
-            if self._record:
-                self._record.answered(endpoint.instance, response)
             raise refusal
         if refusal.retry_after_s and refusal.status == Unavailable.status and not self._stays:
             self._handed_back.append(endpoint)
@@ -274,7 +270,7 @@ class Attempts:
         if isinstance(failure, TransportError):
             self._failed(endpoint, failure)
             return False
-        if failure is None and (error := error_of(response := answer.result())) and error.refused:
-            self._refused(endpoint, response, error)
+        if failure is None and (error := error_of(answer.result())) and error.refused:
+            self._refused(endpoint, error)
             return False
         return True

@@ -248,9 +248,10 @@ class EvaluatorConnection:
             self._held.give(answer.held)
             if reply.outcome == link.RESULT and not (answer.held or answer.flags & link.FETCH):
                 self._pace.learn(time.monotonic() - answer.sent_s)
+            response = responses.read(reply.response)
             if answer.attempt:
-                answer.attempt.stages = reply[2:7]
-            answer.set_result(responses.read(reply.response))
+                answer.attempt.replied(reply, response)
+            answer.set_result(response)
 
     def _abandon(self, id_: int) -> None:
         answer = self._pending.pop(id_, None)

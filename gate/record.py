@@ -11,11 +11,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from atserving import tracing
+from atserving import link, tracing
 from atserving.config import Instance
 from atserving.http2_stream import Headers
 from atserving.tracing import Attribute, Kind, Span, Trace, Tracer
-from gate.responses import Response, error_of
+from gate.responses import Response
 
 if TYPE_CHECKING:
     from gate.dispatch import CallContext, End
@@ -54,6 +54,13 @@ class Attempt:
         """The microseconds of decode, queue, forward and postprocess, and the size of the batch; empty without a reply.
         """
         self.fetch_us = 0
+
+    def replied(self, reply: link.Reply, response: Response) -> None:
+        """Take note of the reply, which may be a refusal."""
+        self.ended_s = time.monotonic()
+        self.outcome = "error" if reply.outcome else "ok"
+        self.stages = reply[2:7]
+        self.fetch_us = response.fetch_us
 
 
 class Record:
@@ -104,22 +111,13 @@ class Record:
         attempt.span_id = self.tracer.new_id()
         return self.trace.traceparent(attempt.span_id)
 
-    def answered(self, instance: Instance, response: Response) -> None:
-        """Take note of the answer of an instance that is no refusal."""
-        if attempt := self._end(instance, "error" if error_of(response) else "ok"):
-            attempt.fetch_us = response.fetch_us
-
     def failed(self, instance: Instance, outcome: str) -> None:
-        """Take note of an attempt without such an answer."""
-        self._end(instance, outcome)
-
-    def _end(self, instance: Instance, outcome: str) -> Attempt | None:
+        """Take note of an attempt whose answer does not count: a refusal, or none at all."""
         for attempt in self.attempts[::-1]:
-            if attempt.instance is instance and not attempt.outcome:
+            if attempt.instance is instance:
                 attempt.outcome = outcome
-                attempt.ended_s = time.monotonic()
-                return attempt
-        return None
+                attempt.ended_s = attempt.ended_s or time.monotonic()
+                return
 
     def timing(self, started_s: float) -> str:
         """Return the ``server-timing`` of a request that ends now (W3C Server Timing), in milliseconds."""
