@@ -124,8 +124,10 @@ class StreamingCall:
     async def _run(self) -> None:
         try:
             stream = self._stream
-            answer = self._method.handler(self._requests(), stream.headers, stream.peer_names, stream.peer_address)
-            async for message in answer:
+            # In no variable: the traceback of a cancellation would keep it from ending.
+            async for message in self._method.handler(
+                self._requests(), stream.headers, stream.peer_names, stream.peer_address
+            ):
                 self._start()
                 self._stream.send(HEAD.pack(0, len(message)) + message)
                 while self._stream.unsent > self._method.most_unsent:

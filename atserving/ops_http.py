@@ -88,7 +88,8 @@ class OpsServer:
         if request.method not in ("GET", "HEAD") and (path, request.method) != ("/log", "PUT"):
             return 405, "text/plain", b"GET a page\n"
         if (self._only_loopback or path == "/log") and not is_loopback(_text(request, "host")):
-            return 421, "text/plain", b"this answers only to a loopback host\n"
+            what = "port" if self._only_loopback else "page"
+            return 421, "text/plain", f"this {what} answers only to a loopback host\n".encode()
         if path == "/log":
             return _log(request, query, peer)
         if path == "/live":
@@ -106,9 +107,9 @@ def _log(request: ServerRequest, query: str, peer: str) -> tuple[int, str, bytes
     """Show or change what the process logs, to this machine's programs alone."""
     address = ipaddress.ip_address(peer.partition("%")[0] or "::")
     if not (getattr(address, "ipv4_mapped", None) or address).is_loopback:
-        return 403, "text/plain", b"this answers only on a loopback address: use kubectl port-forward\n"
+        return 403, "text/plain", b"this page answers only on a loopback address: use kubectl port-forward\n"
     if request.headers.get("origin") is not None:
-        return 403, "text/plain", b"this answers no web page\n"
+        return 403, "text/plain", b"this page answers no web page\n"
     if request.method == "PUT":
         try:
             log_page.change(query, peer)

@@ -30,8 +30,8 @@ SLOW_S = 1.0
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _REQID = re.compile(r"[\x21-\x7e]{1,128}")
 
-# The rest is for lines that are rare and worth more.
-_MOST_BYTES_OF_REQUESTS = MOST_BYTES // 4 * 3
+# Of lines of requests and of workers. The rest is for those that are rare and worth more.
+_MOST_BYTES_OF_MANY = MOST_BYTES // 4 * 3
 # Failures and slow requests that get a line whatever the share, in one second.
 _MOST_ALWAYS = 500
 _MILLION = 1_000_000
@@ -144,9 +144,9 @@ def lines_dropped() -> int:
     return _writer.dropped if _writer else 0
 
 
-def write_lines(lines: bytes) -> None:
-    """Write whole lines, of whatever form."""
-    _write(lines)
+def write_worker_lines(lines: bytes) -> None:
+    """Write whole lines of a worker: they leave room for those of the process itself, as those of requests do."""
+    _write(lines, _MOST_BYTES_OF_MANY)
 
 
 def write_always(event: str, fields: Mapping[str, Any], level: str = "info") -> bytes:
@@ -189,7 +189,7 @@ class RequestLog:
     def write(self, level: str, event: str, fields: Mapping[str, Any]) -> None:
         """Write a line if the process logs this level."""
         if LEVELS[level] >= _number:
-            _write(_line(self._service, level, event, {**self._fields, **fields}), _MOST_BYTES_OF_REQUESTS)
+            _write(_line(self._service, level, event, {**self._fields, **fields}), _MOST_BYTES_OF_MANY)
 
 
 def _part(reqid: str) -> int:

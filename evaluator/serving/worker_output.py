@@ -9,7 +9,7 @@ import asyncio
 import os
 from contextlib import suppress
 
-from atserving.telemetry import write_lines
+from atserving.telemetry import write_worker_lines
 
 _READ_BYTES = 1 << 16
 # After each read: a script that prints without end waits, and neither fills a disk soon nor keeps this process busy.
@@ -48,7 +48,7 @@ class WorkerOutput:
                 self._take(data)
         os.close(self._read)
         if self._rest:
-            write_lines(self._rest + b"\n")
+            write_worker_lines(self._rest + b"\n")
 
     def _copy(self) -> None:
         loop = asyncio.get_running_loop()
@@ -62,10 +62,10 @@ class WorkerOutput:
         """Write the whole lines: other lines of this process must not come into one."""
         lines, newline, rest = data.rpartition(b"\n")
         if newline:
-            write_lines(self._rest + lines + newline)
+            write_worker_lines(self._rest + lines + newline)
             self._rest = rest
         else:
             self._rest += rest
         if len(self._rest) >= _READ_BYTES:
-            write_lines(self._rest + b"\n")
+            write_worker_lines(self._rest + b"\n")
             self._rest = b""

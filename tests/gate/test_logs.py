@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
@@ -197,3 +198,30 @@ async def test_level_share_and_slowness_change_at_run_time(pair: tuple[Gate, Eva
     for process in pair:
         await until(partial(logs_all, process, ids))
         assert "silent" not in finished(process)
+
+
+def own_address() -> str:
+    """Return the address of this machine in a network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # No packet leaves.
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("this machine has no address but loopback ones")
+        return str(probe.getsockname()[0])
+
+
+async def test_others_than_this_machine_change_and_see_nothing(registry: Registry) -> None:
+    address = own_address()
+    with gate(registry, "--http", "0.0.0.0:0") as asked:
+        port = asked.logged(event="service ready")["http_port"]
+        async with aiohttp.ClientSession(headers={"host": "localhost"}) as session:
+            for host, status in ((address, 403), ("127.0.0.1", 200)):
+                async with session.put(f"http://{host}:{port}/log?level=info") as answer:
+                    assert answer.status == status
+                async with session.get(f"http://{host}:{port}/log") as answer:
+                    assert answer.status == status
+            # All other pages are for scrapers elsewhere, too.
+            async with session.get(f"http://{address}:{port}/metrics") as answer:
+                assert answer.status == 200
+                assert "atserving_gate_log_lines_dropped_total 0.0" in await answer.text()

@@ -218,7 +218,7 @@ def test_groups_add_up_and_a_member_has_a_name_of_its_own(file: Path) -> None:
     # Who has the name of an operator with a token is not that operator.
     assert who(operators, token(sub="root", groups=["staff"])) == "company/root"
     ada = operators.identify(context(token(groups=["vision"])))
-    assert (ada.name, ada.role) == ("ada", "admin")
+    assert (ada.name, ada.role, ada.known_by) == ("ada", "admin", "issuer company")
     for groups in ([], None, {"vision": True}, [["vision"]]):
         with pytest.raises(PermissionDenied, match="company/eve is no operator here"):
             who(operators, token(sub="eve", groups=groups))
@@ -240,6 +240,7 @@ def test_a_certificate_tells_who_it_is(file: Path) -> None:
     update = admin_pb2.UpdateAccessRequest(access=admin_pb2.Access(app="digits"))
     robot = context("", "spiffe://atserving/operator/robot")
     assert operators.authorize("UpdateAccess", update, robot) == "robot"
+    assert robot.notes == {"operator": "robot", "role": "publisher", "known_by": "certificate"}
     with pytest.raises(PermissionDenied):
         operators.authorize("UpdateAccess", admin_pb2.UpdateAccessRequest(access=admin_pb2.Access(app="x")), robot)
     for names in (
