@@ -86,6 +86,7 @@ _TCP_NOTSENT_LOWAT = 25
 # Until a peer has named itself, its frames are short, and come soon.
 _MOST_HELLO_BYTES = 4096
 _HELLO_S = 10.0
+_MOST_U32 = (1 << 32) - 1
 _CALL = struct.Struct(HEAD.format + CALL_HEAD.format[1:])
 _REPLY = struct.Struct(HEAD.format + REPLY_HEAD.format[1:])
 
@@ -173,6 +174,15 @@ def reply_head(
         batch_size,
         leads,
     )
+
+
+def with_fetch(reply: Reply, fetch_us: int) -> Reply:
+    """Return a reply whose response says how long the instance has fetched. A long one is not copied for it."""
+    if len(reply.response) >= LONG_BYTES:
+        return reply
+    # Fields of a message may come in any order.
+    fetch = evaluator_pb2.InferResponse(fetch_us=min(fetch_us, _MOST_U32)).SerializeToString()
+    return reply._replace(response=b"".join((reply.response, fetch)))
 
 
 def read_reply(data: Buffer, start: int, end: int) -> Reply:

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import structlog
 
-from atserving import lifecycle, malloc
+from atserving import lifecycle, malloc, tracing
 from atserving.cli import service
 from atserving.counting import MAX_REQUEST_BYTES
 from atserving.errors import StartError
@@ -71,6 +71,7 @@ async def serve(settings: GateSettings) -> None:
     held = HeldBytes(settings.max_held_bytes)
     router = Router(partial(EvaluatorConnection, held=held, tls=tls))
     follower = ConfigFollower(settings.registries, router.apply, hold_s=settings.hold_s, cache=settings.cache, tls=tls)
+    tracer = tracing.from_environment("atserving-gate")
     server = Server(
         [serving_pb2.DESCRIPTOR.services_by_name["ServingService"]],
         MAX_REQUEST_BYTES,
@@ -83,7 +84,7 @@ async def serve(settings: GateSettings) -> None:
     rate_limits: RateLimitService | None = None
     if settings.rate_limit_service:
         rate_limits = RateLimitService(settings.rate_limit_service, settings.rate_limit_timeout_s)
-    dispatcher = Dispatcher(router, follower.synced, shadows, rate_limits)
+    dispatcher = Dispatcher(router, follower.synced, shadows, rate_limits, tracer)
     keys = CallerKeys(settings.caller_keys) if settings.caller_keys else None
     if keys and not (settings.edge_key or tls):
         raise StartError("--caller-keys needs --edge-key or TLS: else anybody could ask a gate who a caller is")
@@ -97,7 +98,7 @@ async def serve(settings: GateSettings) -> None:
     tending = asyncio.create_task(_tend(router))
     reporting = asyncio.create_task(report(settings.registries, shadows, tls))
     ready = False
-    collectors = (RequestMetrics(dispatcher.counts, router), StateMetrics(server, follower, held))
+    collectors = (RequestMetrics(dispatcher.counts, router), StateMetrics(server, follower, held, tracer))
     metrics = Metrics(shadows, dispatcher.turns, rate_limits, tls, collectors)
     ops = OpsServer(settings.http, {"/metrics": metrics.page}, lambda: server.is_serving)
     try:
@@ -121,6 +122,8 @@ async def serve(settings: GateSettings) -> None:
         await ops.stop()
         if rate_limits:
             await rate_limits.close()
+        if tracer:
+            await tracer.close()
         if ready:
             log.info("service stopped")
 

@@ -57,6 +57,7 @@ class Attempts:
         "_key",
         "_kind",
         "_lost",
+        "_record",
         "_refusal",
         "_route",
         "_router",
@@ -86,6 +87,7 @@ class Attempts:
         self._key = key
         self._deadline_s = deadline_s
         self._app_counts = counts
+        self._record = call.record
         # Why there is one more attempt.
         self._cause = ""
         self._tried: list[Endpoint[EvaluatorConnection]] = []
@@ -127,6 +129,8 @@ class Attempts:
                 self._failed(endpoint, broken)
                 continue
             except TimeoutError:
+                if self._record:
+                    self._record.failed(endpoint.instance, "timeout")
                 raise TimeoutError(endpoint.instance.version) from None
             if (error := error_of(response)) is None:
                 if self._refusal:
@@ -140,22 +144,25 @@ class Attempts:
     def _picked(self, endpoint: Endpoint[EvaluatorConnection]) -> None:
         self._tried.append(endpoint)
         self._app_counts.picked(endpoint.instance.version, endpoint.instance.id)
+        if self._record:
+            self._record.ask(endpoint.instance, self._cause, len(self._tried) - 1)
         if self._cause:
             self._app_counts.retries[self._cause] += 1
             self._cause = ""
 
     def _ask(self, endpoint: Endpoint[EvaluatorConnection], *, hedges: bool) -> Answer:
-        call, connection = self._call, endpoint.connection
+        call, connection, record = self._call, endpoint.connection, self._record
         return connection.ask(
             self._task.request,
             self._deadline_s,
             call.reqid,
-            call.traceparent,
+            record.traceparent(call.traceparent) if record else call.traceparent,
             self._task.body,
             stays=self._stays or connection.is_away,
             hedges=hedges,
             batched=self._kind.batched,
             fetches=self._kind.fetches,
+            attempt=record.attempts[-1] if record else None,
         )
 
     async def _try_again(self, none_free: ServingError) -> None:
@@ -228,6 +235,8 @@ class Attempts:
         self._broken_s = self._broken_s or time.monotonic()
         self._lost += error.reached
         self._cause = "lost" if error.reached else "unreachable"
+        if self._record:
+            self._record.failed(endpoint.instance, self._cause)
         if self._lost == MAX_LOST:
             raise Unavailable(
                 f"{self._lost} instances of app {self._task.app!r} were lost under this request",
@@ -242,12 +251,18 @@ class Attempts:
             raise refusal
         if refusal.retry_after_s and refusal.status == Unavailable.status and not self._stays:
             self._handed_back.append(endpoint)
-            self._cause = "away"
+            self._turned_away(endpoint, "away")
             return
         self._refusal = refusal
         is_full = refusal.status == ResourceExhausted.status
-        self._cause = "full" if is_full else "refused"
+        self._turned_away(endpoint, "full" if is_full else "refused")
         self._router.refused(endpoint, self._kind, refusal.retry_after_s or 0.0 if is_full else 0.0)
+
+    def _turned_away(self, endpoint: Endpoint[EvaluatorConnection], cause: str) -> None:
+        """Keep why an instance did not take the request."""
+        self._cause = cause
+        if self._record:
+            self._record.failed(endpoint.instance, cause)
 
     def _served_by(self, version: str) -> None:
         """Give the turn back to the version that had it, if another one serves because its instances are full."""

@@ -64,8 +64,12 @@ class _Batch:
         self._held = held
         self._bytes = 0
         self._is_full = False
-        self._call = replace(call, batched=True)
+        record = call.record
+        # What nobody exports or passes on needs no record.
+        kept = record if record and (record.trace or record.state) else None
+        self._call = replace(call, batched=True, record=kept)
         self._tasks = tasks
+        self._calls: dict[int, CallContext] = {}
         self._outcomes: list[EvalResult | ServingError | None] = [None] * len(tasks)
         self._left = deque(range(len(tasks)))
         self._running = 0
@@ -92,7 +96,8 @@ class _Batch:
     async def _work(self) -> None:
         while self._left:
             index = self._left.popleft()
-            outcome = await self._outcome(self._tasks[index])
+            call = self._call_of(index)
+            outcome = await self._outcome(self._tasks[index], call)
             if isinstance(outcome, ResourceExhausted):
                 if self._running or self._tries or time.monotonic() - self._got_on_s < _PATIENCE_S:
                     # Behind those of other apps, which may have room.
@@ -101,10 +106,11 @@ class _Batch:
                     continue
                 task = self._tasks[index]
                 assert isinstance(task, Task)
-                self._dispatcher.finished(task, self._call, End.of(outcome))
+                self._dispatcher.finished(task, call, End.of(outcome))
             else:
                 self._got_on_s = time.monotonic()
             self._outcomes[index] = outcome
+            self._calls.pop(index, None)
             self._wake()
             if isinstance(outcome, ServingError):
                 # A task that fails at once waits for nothing, and there may be a thousand in each of many batches.
@@ -113,7 +119,19 @@ class _Batch:
         while self._waiting:
             self._wake()
 
-    async def _outcome(self, task: Task | ServingError) -> EvalResult | ServingError:
+    def _call_of(self, index: int) -> CallContext:
+        """Return the context of a task, which is that of the batch unless each has a record."""
+        batch = self._call.record
+        if batch is None:
+            return self._call
+        call = self._calls.get(index)
+        if call is None:
+            record = batch.task()
+            traceparent = record.trace.traceparent() if record.trace else self._call.traceparent
+            call = self._calls[index] = replace(self._call, record=record, traceparent=traceparent)
+        return call
+
+    async def _outcome(self, task: Task | ServingError, call: CallContext) -> EvalResult | ServingError:
         if isinstance(task, ServingError):
             self._dispatcher.counts.refused("", task.status, refusal_of(task))
             return task
@@ -123,11 +141,11 @@ class _Batch:
         if not turns.is_free():
             turn = asyncio.get_running_loop().create_future()
             # Others of the app do not wait behind its batches.
-            turns.wait(f"{self._dispatcher.owner(task, self._call)}/", partial(_give, turn))
+            turns.wait(f"{self._dispatcher.owner(task, call)}/", partial(_give, turn))
             await turn
         self._running += 1
         try:
-            answer = await self._dispatcher.eval(task, self._call)
+            answer = await self._dispatcher.eval(task, call)
         except ServingError as error:
             # Its frames would keep what they have worked with until the batch is answered.
             error.__context__ = None

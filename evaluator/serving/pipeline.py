@@ -184,6 +184,7 @@ class Request:
             self._ms["fetch_ms"] = round((self._entered_s - self._began_s) * 1000, 3)
             self._submit(request.SerializeToString())
         except Exception as error:
+            self._ms.setdefault("fetch_ms", round((time.monotonic() - self._began_s) * 1000, 3))
             self._fail(error)
 
     def _submit(self, serialized: link.Buffer) -> None:
@@ -253,6 +254,8 @@ class Request:
         if reply is None:
             code = status = _CALLER_GONE
         else:
+            if fetch_ms := ms.get("fetch_ms"):
+                reply = link.with_fetch(reply, round(fetch_ms * 1000))
             self._replier.reply(reply._replace(id=self._id), held)
         seconds = time.monotonic() - self._began_s
         ms["total_ms"] = round(seconds * 1000, 3)
