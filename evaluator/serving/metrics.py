@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from atserving.counts import Counts, Distribution
 from atserving.process_metrics import add_process
 from atserving.tls import Tls
+from atserving.tracing import Tracer
 from evaluator.serving.supervisor import WorkerSupervisor
 
 STAGES = ("fetch", "decode", "queue", "forward", "postprocess", "total")
@@ -24,7 +25,8 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 class Metrics(Collector):
     """The metrics of one instance; every name begins with ``atserving_evaluator_``."""
 
-    def __init__(self, tls: Tls | None = None) -> None:
+    def __init__(self, tls: Tls | None = None, tracer: Tracer | None = None) -> None:
+        self._tracer = tracer
         self._registry = CollectorRegistry()
         self._requests = Counts()
         self._stages = {f"{name}_ms": Distribution(_SECONDS) for name in STAGES}
@@ -59,6 +61,8 @@ class Metrics(Collector):
         batches = HistogramMetricFamily("atserving_evaluator_batch_size", "Requests in a batch that ran.")
         self._batches.add_to(batches, {})
         yield batches
+        if self._tracer:
+            yield from self._tracer.families("atserving_evaluator")
 
     def of_worker(self, worker: WorkerSupervisor) -> None:
         """Count the worker's batches and restarts, and show its memory and CPU next to those of this process."""
