@@ -34,7 +34,7 @@ MAGIC = b"ATSL"
 PREFACE = MAGIC + bytes([PROTOCOL])
 """The first bytes in both directions. The first four tell a link from HTTP/2 on the same port."""
 
-HELLO, CALL, CANCEL, REPLY, ALIVE, START, SETTINGS, AWAY = range(1, 9)
+HELLO, CALL, CANCEL, REPLY, ALIVE, START, SETTINGS, AWAY, TIMES = range(1, 10)
 """The kinds of frames.
 
 - HELLO: a ``Hello`` message. The gate names the instance that it wants; the instance answers with itself, or with a
@@ -44,6 +44,8 @@ HELLO, CALL, CANCEL, REPLY, ALIVE, START, SETTINGS, AWAY = range(1, 9)
 - REPLY: :data:`REPLY_HEAD` and a serialized ``InferResponse``. Each call gets one reply.
 - ALIVE: empty; both ends send it regularly.
 - START, SETTINGS: JSON, only between an instance and its worker (:mod:`evaluator.worker.channel`).
+- TIMES: when a worker did the work of the replies that follow (:mod:`evaluator.serving.report`); only to an instance
+  that traces requests.
 - AWAY: one byte. 1: the instance's worker is dead or stands still, so the gate should ask others first, and the
   instance refuses calls without :data:`STAY`. 0: it serves again. A gate hears of it before any such refusal.
 """

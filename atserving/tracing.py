@@ -41,6 +41,7 @@ _IDS = r"[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"
 _TRACEPARENT = re.compile(rf"00-{_IDS}|(?!00|ff)[0-9a-f]{{2}}-{_IDS}(?:-.*)?", re.ASCII | re.DOTALL)
 _NO_TRACE, _NO_SPAN = 32 * "0", 16 * "0"
 _SAMPLED = frozenset("13579bdf")
+_UNSAMPLED = frozenset(b"02468ace")
 
 # The name of each sampler: whether it takes over the decision of a parent, and the share of the other traces.
 _SAMPLERS: dict[str, tuple[bool, float | None]] = {
@@ -174,6 +175,19 @@ class Tracer:
         if trace.is_sampled:
             return True
         return (seconds >= self._slow_s or status >= 500) and self._tail.take()
+
+    def skips(self, traceparent: bytes, seconds: float, status: int = 200) -> bool:
+        """Return whether nobody wants the spans of a request that has ended, as far as its ``traceparent`` tells.
+
+        A process that needs no ids before the end of a request asks this first: it costs far less than :meth:`begin`.
+        """
+        return (
+            self._follows
+            and len(traceparent) == 55
+            and traceparent[54] in _UNSAMPLED
+            and seconds < self._slow_s
+            and status < 500
+        )
 
     def export(self, trace: Trace, spans: Sequence[Span]) -> None:
         """Export the spans of one request, without ever blocking. Those without the sampled flag are marked as tail."""

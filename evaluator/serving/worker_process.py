@@ -32,13 +32,20 @@ _COUNT_S = 0.1
 _LAST_FRAMES_S = 0.2
 
 Replied = Callable[[link.Reply], None]
+Timed = Callable[[link.Buffer, int, int], None]
 
 
 class WorkerProcess(FrameProtocol):
     """A worker process. ``ended`` is done once the process has ended; it never restarts."""
 
-    def __init__(self, progress: Progress, replied: Replied, writable: Callable[[], None], sandbox: Sandbox) -> None:
-        """Start nothing yet. ``replied`` is called with each reply, ``writable`` when the process reads again."""
+    def __init__(
+        self, progress: Progress, replied: Replied, timed: Timed, writable: Callable[[], None], sandbox: Sandbox
+    ) -> None:
+        """Start nothing yet.
+
+        ``replied`` is called with each reply, ``timed`` with the times of those to follow, if the process tells them,
+        ``writable`` when the process reads again.
+        """
         super().__init__()
         self._sandbox = sandbox
         self._count = TaskCount(sandbox.processes)
@@ -48,6 +55,7 @@ class WorkerProcess(FrameProtocol):
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._progress = progress
         self._replied = replied
+        self._timed = timed
         self._writable = writable
         self._started: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._popen: subprocess.Popen[bytes] | None = None
@@ -141,6 +149,8 @@ class WorkerProcess(FrameProtocol):
     def frame_received(self, kind: int, data: link.Buffer, start: int, end: int) -> None:
         if kind == link.REPLY:
             self._replied(link.read_reply(data, start, end))
+        elif kind == link.TIMES:
+            self._timed(data, start, end)
         elif kind == link.START and not self._started.done():
             try:
                 self._started.set_result(dict(orjson.loads(data[start:end])))

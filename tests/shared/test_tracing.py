@@ -114,6 +114,32 @@ async def test_text_that_is_not_utf8_costs_no_other_span(
     assert receiver.spans[0].attributes["atserving.reqid"] == "r"
 
 
+@pytest.mark.parametrize(
+    ("sampler", "given", "seconds", "status", "skipped"),
+    [
+        ("parentbased_always_on", UNSAMPLED, 0.1, 404, True),
+        ("parentbased_always_on", UNSAMPLED[:-1] + "2", 0.1, 200, True),
+        ("parentbased_always_on", SAMPLED, 0.1, 200, False),
+        ("parentbased_always_on", "", 0.1, 200, False),
+        ("parentbased_always_on", UNSAMPLED + "-more", 0.1, 200, False),
+        ("parentbased_always_on", UNSAMPLED, 1.0, 200, False),
+        ("parentbased_always_on", UNSAMPLED, 0.1, 500, False),
+        ("always_on", UNSAMPLED, 0.1, 200, False),
+    ],
+)
+def test_only_what_is_surely_not_wanted_is_skipped(
+    receiver: OtlpReceiver,
+    monkeypatch: pytest.MonkeyPatch,
+    sampler: str,
+    given: str,
+    seconds: float,
+    status: int,
+    skipped: bool,
+) -> None:
+    tracer = make(monkeypatch, receiver.environment(OTEL_TRACES_SAMPLER=sampler))
+    assert tracer.skips(given.encode(), seconds, status) is skipped
+
+
 async def test_the_variables_name_the_service(receiver: OtlpReceiver, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"OTEL_SERVICE_NAME": "mine", "OTEL_RESOURCE_ATTRIBUTES": "service.instance.id=one,atserving.app=other"}
     tracer = make(monkeypatch, receiver.environment(**names))
