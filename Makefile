@@ -60,8 +60,9 @@ proto: $(VENV)/installed  ## Generate stubs and Envoy's descriptor set from prot
 	$(BIN)/python proto/generate.py
 
 .PHONY: envoy
-envoy: $(VENV)/installed  ## Generate envoy/envoy-tls.yaml from envoy/envoy.yaml
+envoy: $(VENV)/installed  ## Generate Envoy's bootstraps for TLS and for tracing from envoy/envoy.yaml
 	$(BIN)/python -m atserving.local.envoy_tls
+	$(BIN)/python -m atserving.local.envoy_tracing --kubernetes
 
 # Run it again to renew the certificates: processes that use them follow.
 CERTS ?= certs
@@ -81,6 +82,7 @@ k8s-render: $(VENV)/installed  ## Render the overlays and the example's evaluato
 	$(BIN)/atserving k8s evaluator digits v1 > build/k8s/digits-v1.yaml
 	$(BIN)/atserving k8s evaluator digits v1 --gpu > build/k8s/digits-v1-gpu.yaml
 	$(BIN)/atserving k8s evaluator digits v1 --tls > build/k8s/digits-v1-tls.yaml
+	$(BIN)/atserving k8s evaluator digits v1 --tracing > build/k8s/digits-v1-tracing.yaml
 	$(BIN)/atserving k8s certificate evaluator/digits > build/k8s/digits-certificate.yaml
 
 .PHONY: k8s-test

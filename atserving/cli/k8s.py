@@ -22,6 +22,7 @@ from atserving.tls import EVALUATOR, OPERATOR
 
 _TEMPLATE = ("deployment.yaml", "disruption.yaml", "autoscaler.yaml")
 _GPU_PATCH, _TLS_PATCH = "components/gpu/evaluator.yaml", "components/tls/evaluator.yaml"
+_TRACING_PATCH = "components/tracing/pods.yaml"
 # After the grace period, until the pod is killed.
 _STOP_S = 10
 
@@ -128,6 +129,7 @@ _namespace = click.option(
 )
 @click.option("--qiniu", type=_object, metavar="SECRET", help="The Secret with the keys for qiniu:// in qiniu.json.")
 @click.option("--tls", is_flag=True, help="For a mesh with the component tls, and a Secret for the app's evaluators.")
+@click.option("--tracing", is_flag=True, help="For a mesh with the component tracing: export spans.")
 @_namespace
 def evaluator(
     app: str,
@@ -141,6 +143,7 @@ def evaluator(
     grace: int,
     qiniu: str | None,
     tls: bool,
+    tracing: bool,
     namespace: str,
 ) -> None:
     """Print the Deployment, PodDisruptionBudget and HorizontalPodAutoscaler of one version of an app.
@@ -166,6 +169,8 @@ def evaluator(
     if tls:
         secret = {"SECRET": secret_of(f"{EVALUATOR}/{app}")}
         deployment = jsonpatch.apply_patch(deployment, _filled(_read(_TLS_PATCH), secret))
+    if tracing:
+        deployment = jsonpatch.apply_patch(deployment, _read(_TRACING_PATCH))
     for each in (deployment, disruption, autoscaler):
         each["metadata"]["namespace"] = namespace
     autoscaler["spec"] |= {"minReplicas": replicas, "maxReplicas": most}
