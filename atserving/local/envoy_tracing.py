@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
+from atserving import tracing
 from atserving.errors import StartError
 from atserving.local.examples import ROOT
 
@@ -78,14 +79,14 @@ class Export:
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Export | None:
         """Read the settings, None if they switch tracing off. Raises StartError."""
-        if not _is_on(environ):
+        if not tracing.is_wanted(environ):
             return None
         protocol = _otlp(environ, "PROTOCOL") or "grpc"
         if protocol not in _PORTS:
-            raise StartError(f"OTEL_EXPORTER_OTLP_PROTOCOL {protocol!r} should be one of {', '.join(_PORTS)}")
+            raise StartError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}, should be one of {', '.join(_PORTS)}")
         http = protocol != "grpc"
         certificate, key = _otlp(environ, "CLIENT_CERTIFICATE"), _otlp(environ, "CLIENT_KEY")
-        share, honours_parent = _sampler(environ)
+        honours_parent, share = tracing.sampler(environ)
         return cls(
             service=environ.get("OTEL_SERVICE_NAME") or "atserving-envoy",
             url=_url(environ, http),
@@ -213,25 +214,15 @@ def _tls(export: Export, host: str) -> dict[str, Any]:
     return {"name": "envoy.transport_sockets.tls", "typed_config": config}
 
 
-def _is_on(environ: Mapping[str, str]) -> bool:
-    """Whether these variables switch tracing on."""
-    if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return False
-    exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
-    if exporter not in ("", "otlp", "none"):
-        raise StartError(f"OTEL_TRACES_EXPORTER {exporter!r} should be otlp or none")
-    return exporter == "otlp" or (not exporter and bool(_otlp(environ, "ENDPOINT")))
-
-
 def _otlp(environ: Mapping[str, str], name: str) -> str:
     """Return a setting of the exporter of traces, from its own variable or from that for all exporters."""
-    own = environ.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}", "").strip()
-    return own or environ.get(f"OTEL_EXPORTER_OTLP_{name}", "").strip()
+    own = tracing.variable(f"OTEL_EXPORTER_OTLP_TRACES_{name}", environ)
+    return own or tracing.variable(f"OTEL_EXPORTER_OTLP_{name}", environ)
 
 
 def _url(environ: Mapping[str, str], http: bool) -> str:
-    own = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "").strip()
-    url = own or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip()
+    own = tracing.variable("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", environ)
+    url = _otlp(environ, "ENDPOINT")
     url = url or f"http://localhost:{_PORTS['http/protobuf' if http else 'grpc']}"
     try:
         parts = urlsplit(url)
@@ -239,7 +230,7 @@ def _url(environ: Mapping[str, str], http: bool) -> str:
     except ValueError:
         valid = False
     if not valid:
-        raise StartError(f"OTEL_EXPORTER_OTLP_ENDPOINT {url!r} should be http://HOST:PORT or https://HOST:PORT")
+        raise StartError(f"OTEL_EXPORTER_OTLP_ENDPOINT is {url!r}, should be http://HOST:PORT or https://HOST:PORT")
     return url if own or not http else f"{url.rstrip('/')}/v1/traces"
 
 
@@ -251,28 +242,10 @@ def _headers(text: str) -> dict[str, str]:
     return {unquote(name.strip()).lower(): unquote(value.strip()) for name, _, value in pairs}
 
 
-def _sampler(environ: Mapping[str, str]) -> tuple[float, bool]:
-    """Return the share of requests to sample, and whether the caller's flag comes first."""
-    name = environ.get("OTEL_TRACES_SAMPLER", "").strip() or "parentbased_always_on"
-    root = name.removeprefix("parentbased_")
-    share = {"always_on": 1.0, "always_off": 0.0}.get(root)
-    if share is None and root != "traceidratio":
-        raise StartError(f"OTEL_TRACES_SAMPLER {name!r} is unknown")
-    if share is None:
-        text = environ.get("OTEL_TRACES_SAMPLER_ARG", "").strip() or "1"
-        try:
-            share = float(text)
-        except ValueError:
-            share = -1.0
-        if not 0 <= share <= 1:
-            raise StartError(f"OTEL_TRACES_SAMPLER_ARG {text!r} should be a number from 0 to 1")
-    return share, root != name
-
-
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:
-    text = environ.get(name, "").strip() or str(default)
+    text = tracing.variable(name, environ) or str(default)
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 31):
-        raise StartError(f"{name} {text!r} should be a positive number")
+        raise StartError(f"{name} is {text!r}, should be a whole number above 0")
     return int(text)
 
 
