@@ -119,6 +119,11 @@ bench-registry: $(VENV)/installed  ## Measure a registry and a gate of a large m
 bench-flood: $(VENV)/installed  ## Measure what a flood for one app costs a lone caller of another, at a gate
 	$(BIN)/python -m bench.flood
 
+# Run it on a quiet machine.
+.PHONY: trace-picture
+trace-picture: $(VENV)/installed  ## Draw docs/trace.svg, the trace of a request
+	$(BIN)/python -m tests.e2e.trace_picture docs/trace.svg
+
 # ONLY="'*frozen*'": some scenarios. SCALE=0.5: shorter ones. POD_LIMITS=1: Envoy and gates at their pods' memory limits.
 # MARKDOWN=1: print the table of docs/reliability.md.
 RELIABILITY_FLAGS = $(if $(ONLY),--only $(ONLY)) $(if $(SCALE),--scale $(SCALE)) $(if $(POD_LIMITS),--pod-limits) \
