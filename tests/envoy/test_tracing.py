@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -11,7 +14,9 @@ import pytest
 import pytest_asyncio
 
 from atserving.errors import StartError
-from atserving.local.envoy_tracing import Export, with_tracing
+from atserving.local import commands
+from atserving.local.envoy import lay_out
+from atserving.local.envoy_tracing import COMPONENT, NAMES, Export, with_tracing
 from atserving.local.examples import ROOT
 from tests.envoy.rig import EVAL, Edge, eval_request
 from tests.otlp_receiver import OtlpReceiver, ReceivedSpan
@@ -154,6 +159,16 @@ async def test_a_mesh_without_the_variables_leaves_the_trace_to_its_caller() -> 
         line = await ask(edge, "off", f"traceparent: {SAMPLED}")
         assert line["traceparent"] == SAMPLED
         assert "tracing.opentelemetry" not in await edge.admin("/stats")
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_envoy_takes_the_bootstraps_for_kubernetes(name: str, tmp_path: Path) -> None:
+    lay_out(ROOT / "envoy", tmp_path / "envoy", None)
+    text = (COMPONENT / name).read_text().replace("/etc/envoy", str(tmp_path / "envoy"))
+    (tmp_path / name).write_text(text)
+    command = [str(commands.BIN / "envoy"), "--mode", "validate", "-c", str(tmp_path / name)]
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
