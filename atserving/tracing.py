@@ -247,7 +247,7 @@ def from_environment(
     """
     if not is_wanted():
         return None
-    follows, share = _sampler()
+    follows, share = sampler()
     try:
         from atserving import otlp
     except ImportError as error:
@@ -263,31 +263,32 @@ def from_environment(
     return tracer
 
 
-def is_wanted() -> bool:
+def is_wanted(environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether the variables ask for traces. Raises StartError."""
-    if variable("OTEL_SDK_DISABLED").lower() == "true":
+    if variable("OTEL_SDK_DISABLED", environ).lower() == "true":
         return False
-    exporter = variable("OTEL_TRACES_EXPORTER").lower()
+    exporter = variable("OTEL_TRACES_EXPORTER", environ).lower()
     if exporter not in ("", "otlp", "none"):
         raise StartError(f"OTEL_TRACES_EXPORTER is {exporter!r}, should be otlp or none")
     if exporter:
         return exporter == "otlp"
-    return bool(variable("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or variable("OTEL_EXPORTER_OTLP_ENDPOINT"))
+    return any(variable(f"OTEL_EXPORTER_OTLP_{kind}ENDPOINT", environ) for kind in ("TRACES_", ""))
 
 
-def variable(name: str) -> str:
+def variable(name: str, environ: Mapping[str, str] = os.environ) -> str:
     """Return a variable of the environment; empty if it is not set."""
-    return os.environ.get(name, "").strip()
+    return environ.get(name, "").strip()
 
 
-def _sampler() -> tuple[bool, float]:
-    name = variable("OTEL_TRACES_SAMPLER").lower() or "parentbased_always_on"
+def sampler(environ: Mapping[str, str] = os.environ) -> tuple[bool, float]:
+    """Return whether the decision of a parent holds, and the share of the other traces. Raises StartError."""
+    name = variable("OTEL_TRACES_SAMPLER", environ).lower() or "parentbased_always_on"
     if name not in _SAMPLERS:
         raise StartError(f"OTEL_TRACES_SAMPLER is {name!r}, should be one of {', '.join(_SAMPLERS)}")
     follows, share = _SAMPLERS[name]
     if share is not None:
         return follows, share
-    given = variable("OTEL_TRACES_SAMPLER_ARG") or "1"
+    given = variable("OTEL_TRACES_SAMPLER_ARG", environ) or "1"
     try:
         share = float(given)
     except ValueError:

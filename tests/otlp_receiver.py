@@ -177,7 +177,8 @@ def _handler(receiver: OtlpReceiver) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
+            length = self.headers["content-length"]
+            body = self.rfile.read(int(length)) if length else b"".join(iter(self._chunk, b""))
             if self.headers.get("content-encoding") == "gzip":
                 body = gzip.decompress(body)
             is_known = self.path == "/v1/traces"
@@ -190,6 +191,12 @@ def _handler(receiver: OtlpReceiver) -> type[BaseHTTPRequestHandler]:
             self.send_header("content-length", str(len(answer)))
             self.end_headers()
             self.wfile.write(answer)
+
+        def _chunk(self) -> bytes:
+            """Read a chunk: Envoy sends no length before."""
+            chunk = self.rfile.read(int(self.rfile.readline(), 16))
+            self.rfile.readline()
+            return chunk
 
         def log_message(self, *_: object) -> None:
             """Log nothing."""
