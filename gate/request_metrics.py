@@ -57,7 +57,7 @@ def _of_versions(apps: list[tuple[str, AppCounts]]) -> Iterator[Metric]:
         labels=[*_VERSION, "code"],
     )
     attempts = CounterMetricFamily(
-        "atserving_gate_attempts", "How often an instance was asked for a request.", labels=[*_VERSION, "instance"]
+        "atserving_gate_attempts", "How often an instance was asked for a request.", labels=[*_VERSION, "instance_id"]
     )
     given = CounterMetricFamily(
         "atserving_gate_split_requests", "Requests without a version that a version has answered.", labels=_VERSION

@@ -488,7 +488,7 @@ async def test_attempts_count_by_instance(mesh: Mesh) -> None:
     assert first.hold
     first.hold.set()
     await asking
-    assert (await scrape(mesh)).by("instance", "attempts_total", app="app", version="v1") == {"a": 1, "b": 1}
+    assert (await scrape(mesh)).by("instance_id", "attempts_total", app="app", version="v1") == {"a": 1, "b": 1}
 
 
 async def test_instances_that_are_gone_drop_out_after_a_while() -> None:
