@@ -197,9 +197,9 @@ pins: UPGRADE ?= --upgrade
 pins: $(VENV)/installed  ## Renew what the images install, docker/*.txt
 	sed -n -e 's/^requires = \["\(.*\)"\]/\1/p' -e 's/^ *\(uv[<>=].*\)/\1/p' pyproject.toml setup.cfg \
 		| $(PIN) $(PINS)/build.txt --python-version 3.11 -
-	$(PIN) $(PINS)/core.txt --python-version 3.11 --extra oidc --extra signatures setup.cfg
-	$(PIN) $(PINS)/cpu.txt --python-version 3.11 --extra cpu --extra signatures setup.cfg
-	$(PIN) $(PINS)/gpu.txt --python-version 3.12 --extra gpu --extra signatures setup.cfg
+	$(PIN) $(PINS)/core.txt --python-version 3.11 --extra oidc --extra signatures --extra tracing setup.cfg
+	$(PIN) $(PINS)/cpu.txt --python-version 3.11 --extra cpu --extra signatures --extra tracing setup.cfg
+	$(PIN) $(PINS)/gpu.txt --python-version 3.12 --extra gpu --extra signatures --extra tracing setup.cfg
 
 .PHONY: clean
 clean:  ## Remove the environment and what was built
