@@ -491,6 +491,17 @@ async def test_attempts_count_by_instance(mesh: Mesh) -> None:
     assert (await scrape(mesh)).by("instance", "attempts_total", app="app", version="v1") == {"a": 1, "b": 1}
 
 
+async def test_old_releases_without_an_instance_or_a_request_have_no_series(mesh: Mesh) -> None:
+    await mesh.add(Evaluator("a"))
+    await mesh.add(Evaluator("b"), "v2")
+    for number in range(2, 100):
+        publish(mesh, f"v{number}", "staging")
+    for version in ("v1", "v3"):
+        await ask(mesh, version=version)
+    shown = {each.labels["version"] for each in (await scrape(mesh)).labelled("instances")}
+    assert shown == {"v1", "v2", "v3"}
+
+
 async def test_instances_that_are_gone_drop_out_after_a_while() -> None:
     now_s, registered = 0.0, {"a", "b"}
     counts = RequestCounts(lambda _: {"v1"}, lambda _, __: registered, clock=lambda: now_s)
