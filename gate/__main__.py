@@ -29,6 +29,7 @@ from gate.dispatch import Dispatcher
 from gate.metrics import Metrics
 from gate.rate_limit_service import RateLimitService
 from gate.reporting import report
+from gate.request_counts import RequestCounts
 from gate.request_metrics import RequestMetrics
 from gate.router import Router
 from gate.server import EdgeService, ServingService
@@ -95,7 +96,7 @@ async def serve(settings: GateSettings) -> None:
     ServingService(dispatcher, settings.max_batch, held, callers).register(server)
     EdgeService(dispatcher, settings.max_batch, held, callers).register(server)
     following = asyncio.create_task(follower.run())
-    tending = asyncio.create_task(_tend(router))
+    tending = asyncio.create_task(_tend(router, dispatcher.counts))
     reporting = asyncio.create_task(report(settings.registries, shadows, tls))
     ready = False
     collectors = (RequestMetrics(dispatcher.counts, router), StateMetrics(server, follower, held, tracer))
@@ -137,10 +138,11 @@ async def _wait_synced(follower: ConfigFollower, wait_s: float) -> bool:
         raise StartError(f"no config within {wait_s:g} s: {follower.last_error}") from None
 
 
-async def _tend(router: Router[EvaluatorConnection]) -> None:
-    """Close the connections that the router no longer uses, once a second."""
+async def _tend(router: Router[EvaluatorConnection], counts: RequestCounts) -> None:
+    """Close the connections that the router no longer uses, once a second, and drop the counts of what is gone."""
     while True:
         await asyncio.sleep(_TEND_S)
+        counts.tidy()
         unused = [endpoint.take_connection() for endpoint in router.expired()]
         for connection in (*unused, *router.idle()):
             if connection:

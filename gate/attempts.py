@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import structlog
@@ -13,6 +14,7 @@ import structlog
 from atserving.errors import ResourceExhausted, ServingError, Unavailable
 from atserving.telemetry import trace_id
 from atserving.v1 import evaluator_pb2
+from gate.admission import admit
 from gate.answers import Answer, Slow, TransportError
 from gate.connection import EvaluatorConnection
 from gate.endpoint import Endpoint, Kind
@@ -174,10 +176,7 @@ class Attempts:
             self._stays = True
             return
         is_full = isinstance(self._refusal, ResourceExhausted) or isinstance(none_free, ResourceExhausted)
-        if is_full and self._wait_until_s is not None and time.monotonic() < self._wait_until_s:
-            # Those that waited for an instance all come to it at once.
-            await asyncio.sleep(random.uniform(*_FULL_STEP_S))  # noqa: S311 - they take turns
-            self._begin_again()
+        if is_full and self._wait_until_s is not None and await self._wait_for_room(self._wait_until_s):
             return
         # If the ready instances refused because they are full, that is the reason to give.
         if isinstance(self._refusal, ResourceExhausted):
@@ -191,6 +190,19 @@ class Attempts:
         await asyncio.sleep(_RECONNECT_STEP_S)
         self._tried.clear()
 
+    async def _wait_for_room(self, until_s: float) -> bool:
+        """Wait a moment; return whether there was time for it. Those that waited all come to an instance at once."""
+        left_s = until_s - time.monotonic()
+        if left_s <= 0:
+            return False
+        step_s = random.uniform(*_FULL_STEP_S)  # noqa: S311 - they take turns
+        with self._known_to_wait():
+            await asyncio.sleep(min(step_s, left_s))
+        if time.monotonic() >= until_s:
+            return False
+        self._begin_again()
+        return True
+
     async def _wait_for_instance(self, unready: ServingError) -> None:
         """Wait until an instance may be ready. Raises ``unready`` if the request is not to wait, or not any more."""
         route, waiting = self._route, self._router.waiting
@@ -198,30 +210,54 @@ class Attempts:
         if self._wait_until_s is None:
             for each in wanted:
                 each.without_instance += 1
-            self._wait_until_s = min(self._call.started + route.wait_s, self._deadline_s)
+        until_s = self._wait_until_s = min(self._call.started + route.wait_s, self._deadline_s)
         if not wanted or not route.wait_s:
             raise unready from None
+        self._check_wait(until_s, unready)
         size = self._task.size()
-        if time.monotonic() < self._wait_until_s and not waiting.has_room(route.app, size):
+        if not waiting.has_room(route.app, size):
             raise _because(unready, "too many requests wait for one") from None
         for each in wanted:
             each.waiting += 1
         try:
-            left_s = self._wait_until_s - time.monotonic()
-            await waiting.wait(route.app, size, min(left_s, _UNREACHED_STEP_S) if self._tried else left_s)
+            left_s = until_s - time.monotonic()
+            with self._known_to_wait():
+                await waiting.wait(route.app, size, min(left_s, _UNREACHED_STEP_S) if self._tried else left_s)
         finally:
             for each in wanted:
                 each.waiting -= 1
-        if time.monotonic() >= self._wait_until_s:
-            waited_s = round(time.monotonic() - self._call.started, 1)
-            raise _because(unready, f"the request has waited {waited_s} s") from None
+        self._check_wait(until_s, unready)
         self._begin_again()
 
+    def _check_wait(self, until_s: float, unready: ServingError) -> None:
+        if time.monotonic() >= until_s:
+            waited_s = round(time.monotonic() - self._call.started, 1)
+            raise _because(unready, f"the request has waited {waited_s} s") from None
+
+    @contextmanager
+    def _known_to_wait(self) -> Iterator[None]:
+        """Let the batch of the request know that it waits, during the block."""
+        if (waits := self._call.waits) is None:
+            yield
+            return
+        key = self._task.app, self._task.version
+        waits[key] += 1
+        try:
+            yield
+        finally:
+            waits[key] -= 1
+            if not waits[key]:
+                del waits[key]
+
     def _begin_again(self) -> None:
-        """Forget which instances were asked, and that they are full; the config may have changed. Raises NotFound."""
+        """Forget which instances were asked, and that they are full; the config may have changed.
+
+        Raises NotFound if the version is gone, and the refusal of a caller who may no longer call the app.
+        """
         self._tried.clear()
         self._refusal = None
-        self._route = self._router.route(self._task.app, self._task.version)
+        route = self._route = self._router.route(self._task.app, self._task.version)
+        admit(self._call.caller, route.app, route.metadata, route.default_metadata)
 
     def _ids(self) -> dict[str, str | None]:
         """Return the fields by which a line is found with the others of its request."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -52,6 +52,9 @@ class _Batch:
 
     A task that finds every instance full is no reason to tell the caller to come later, as long as the batch gets on:
     it waits until another task is done, or for a moment, and tries again.
+
+    While a task waits for an instance of its version, no other of that version begins: they would take the places of
+    tasks that have one.
     """
 
     alive = 0
@@ -67,7 +70,8 @@ class _Batch:
         record = call.record
         # What nobody exports or passes on needs no record.
         kept = record if record and (record.trace or record.state) else None
-        self._call = replace(call, batched=True, record=kept)
+        self._waits: Counter[tuple[str, str]] = Counter()
+        self._call = replace(call, batched=True, record=kept, waits=self._waits)
         self._tasks = tasks
         self._calls: dict[int, CallContext] = {}
         self._outcomes: list[EvalResult | ServingError | None] = [None] * len(tasks)
@@ -95,7 +99,10 @@ class _Batch:
 
     async def _work(self) -> None:
         while self._left:
-            index = self._left.popleft()
+            index = self._next()
+            if index is None:
+                await self._another_ends()
+                continue
             call = self._call_of(index)
             outcome = await self._outcome(self._tasks[index], call)
             if isinstance(outcome, ResourceExhausted):
@@ -130,6 +137,17 @@ class _Batch:
             traceparent = record.trace.traceparent() if record.trace else self._call.traceparent
             call = self._calls[index] = replace(self._call, record=record, traceparent=traceparent)
         return call
+
+    def _next(self) -> int | None:
+        """Return the next task to run; None if each is for a version for whose instance another task waits."""
+        if not self._waits:
+            return self._left.popleft()
+        for _ in range(len(self._left)):
+            task = self._tasks[index := self._left.popleft()]
+            if isinstance(task, ServingError) or (task.app, task.version) not in self._waits:
+                return index
+            self._left.append(index)
+        return None
 
     async def _outcome(self, task: Task | ServingError, call: CallContext) -> EvalResult | ServingError:
         if isinstance(task, ServingError):
@@ -169,9 +187,7 @@ class _Batch:
     async def _wait(self) -> None:
         """Wait until a task of the batch is done. One worker tries again after a moment in any case."""
         if self._tries:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(waiter)
-            await waiter
+            await self._another_ends()
             return
         self._tries = True
         try:
@@ -179,6 +195,11 @@ class _Batch:
             await asyncio.sleep(pause_s * max(1.0, _Batch.alive / _FEW_BATCHES))
         finally:
             self._tries = False
+
+    async def _another_ends(self) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        await waiter
 
     def _wake(self) -> None:
         if self._waiting:

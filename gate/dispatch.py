@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -80,6 +81,8 @@ class CallContext:
     started: float = field(default_factory=time.monotonic)
     batched: bool = False
     """Whether it is a task of a batch, which leaves room to other callers."""
+    waits: Counter[tuple[str, str]] | None = None
+    """How many tasks of its batch wait for an instance, by the app and version that they name; None without a batch."""
     headers: Headers | None = None
     """The headers of the request, one of which may be a key; a batch's are those of each of its tasks."""
     record: Record | None = None
