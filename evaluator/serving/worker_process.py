@@ -51,7 +51,7 @@ class WorkerProcess(FrameProtocol):
         self._writable = writable
         self._started: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._popen: subprocess.Popen[bytes] | None = None
-        self._tether: int | None = None
+        self._tether: tuple[int, ...] = ()
 
     @property
     def pid(self) -> int | None:
@@ -91,14 +91,13 @@ class WorkerProcess(FrameProtocol):
             raise StartError(f"net_init did not return within {timeout_s:g} s (model_params.init_timeout_s)") from None
 
     def _spawn(self, descriptors: list[int], output: int) -> None:
-        tethered, self._tether = os.pipe()
         policy = os.memfd_create("policy")
         try:
             os.write(policy, orjson.dumps(self._sandbox.policy))
             os.lseek(policy, 0, os.SEEK_SET)
             self._popen = subprocess.Popen(
                 [sys.executable, "-m", "evaluator.worker", *map(str, descriptors)],
-                pass_fds=[*descriptors, tethered],
+                pass_fds=descriptors,
                 stdin=policy,
                 env=self._sandbox.environment,
                 stdout=output,
@@ -106,9 +105,8 @@ class WorkerProcess(FrameProtocol):
                 # A session of its own keeps the terminal's signals away, and lets one signal kill its children too.
                 start_new_session=True,
             )
-            _kill_on_close(tethered, self._popen.pid)
+            self._tether = _tether(self._popen.pid)
         finally:
-            os.close(tethered)
             os.close(policy)
 
     def _count_tasks(self) -> None:
@@ -194,9 +192,9 @@ class WorkerProcess(FrameProtocol):
         if self._popen and self._popen.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._popen.pid, signal.SIGKILL)
-        if self._tether is not None:
-            os.close(self._tether)
-            self._tether = None
+        for end in self._tether:
+            os.close(end)
+        self._tether = ()
 
     def _end(self) -> None:
         if self._output:
@@ -209,12 +207,16 @@ class WorkerProcess(FrameProtocol):
                 self.transport.abort()
 
 
-def _kill_on_close(descriptor: int, group: int) -> None:
-    """Make the kernel kill a process group once the write end of a pipe is closed; ``descriptor`` is its read end.
+def _tether(group: int) -> tuple[int, int]:
+    """Return the ends of a pipe; once one is closed before the other, the kernel kills a process group.
 
-    The write end is this process's alone, so its death closes it. The group dies even if the worker is stopped, or if a
-    script holds the GIL. The worker has inherited the read end, and keeps it open.
+    Both are this process's alone, so its death closes them, one after the other. The group dies even if the worker is
+    stopped, or if a script holds the GIL. A script has neither end: it could take the signal off it.
     """
-    fcntl.fcntl(descriptor, fcntl.F_SETOWN, -group)
-    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
+    ends = os.pipe()
+    # It is the kernel's choice which it closes first.
+    for end in ends:
+        fcntl.fcntl(end, fcntl.F_SETOWN, -group)
+        fcntl.fcntl(end, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(end, fcntl.F_SETFL, fcntl.fcntl(end, fcntl.F_GETFL) | os.O_ASYNC)
+    return ends

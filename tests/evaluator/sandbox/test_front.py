@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,30 @@ async def test_front_that_is_the_first_process_is_left_with_no_dead_children(
         await until(lambda: [each.state for each in proc.every_process() if each.parent == process.pid].count("Z") == 0)
     finally:
         process.kill()
+
+
+async def test_script_does_not_outlive_a_front_that_is_killed(registry: Registry, tmp_path: Path) -> None:
+    publish(registry, "outliving", tmp_path)
+    with hostile(registry, "outliving") as one:
+        code = """
+        import fcntl
+        # The worker's own way to end.
+        os.killpg = lambda *_: time.sleep(1000)
+        for name in os.listdir("/proc/self/fd"):
+            for how in (os.O_RDONLY, os.O_WRONLY):
+                try:
+                    os.open(f"/proc/self/fd/{name}", how | os.O_NONBLOCK)
+                    fcntl.fcntl(int(name), fcntl.F_SETFL, os.O_NONBLOCK)
+                    fcntl.fcntl(int(name), fcntl.F_SETOWN, 0)
+                except OSError:
+                    pass
+        found = os.fork()
+        if not found:
+            while True: time.sleep(1000)
+        """
+        child = (await one.run(code))["found"]
+        os.kill(one.process.pid, signal.SIGKILL)
+        await until(lambda: not [each for each in proc.every_process() if each.pid == child and each.is_alive])
 
 
 @pytest.fixture
