@@ -18,11 +18,12 @@ from pathlib import Path
 import structlog
 
 from atserving.errors import StartError
+from evaluator.fetching.release import WORKSPACE_MARK
 
 log = structlog.get_logger()
 
 _PREFIX = "atserving-"
-_LOCK = ".atserving-workspace"
+_LOCK = WORKSPACE_MARK
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import orjson
 import pytest
 
 from atserving.local import commands
-from tests.evaluator.sandbox.attacks import hostile, publish
+from tests.evaluator.calling import ask, connected
+from tests.evaluator.sandbox.attacks import hostile, publish, request
 from tests.processes import Process, Registry, evaluator, start_evaluator
 
 ALL = ["environment", "limits", "files", "processes", "signals", "session"]
@@ -137,6 +138,32 @@ def test_script_gets_no_local_file_that_is_not_for_releases(registry: Registry, 
     said = refused_start(registry, f"local-{name}", "--qiniu", str(keys), "--local-files", str(releases))
     reason = "is in no folder of --local-files" if name == "elsewhere" else "is no file for releases"
     assert said == f"evaluator: custom_files.x {uris[name]}: {reason}"
+
+
+async def test_script_gets_no_other_file_by_a_link_that_it_turns_later(registry: Registry, tmp_path: Path) -> None:
+    keys, harmless, link = tmp_path / "keys.json", tmp_path / "harmless", tmp_path / "link"
+    keys.write_text('{"access_key": "access", "secret_key": "secret"}')
+    harmless.write_text("harmless")
+    link.symlink_to(harmless)
+    publish(registry, "turned", tmp_path, custom_files={"x": link.as_uri()})
+    with hostile(registry, "turned", "--qiniu", str(keys)) as one:
+        link.unlink()
+        link.symlink_to(keys)
+        async with connected(one.process) as connection:
+            await ask(connection, request("os._exit(1)"))
+        assert await one.run("found = Path(cfg['custom_files']['x']).read_text()") == {"found": "harmless"}
+
+
+async def test_release_names_no_file_that_a_script_has_written(registry: Registry, tmp_path: Path) -> None:
+    publish(registry, "planting", tmp_path)
+    with hostile(registry, "planting") as one:
+        planted = (await one.run("Path('planted').write_text(''); found = os.path.abspath('planted')"))["found"]
+        uri = Path(planted).as_uri()
+        publish(registry, "planted", tmp_path, custom_files={"x": uri})
+        assert (
+            refused_start(registry, "planted")
+            == f"evaluator: custom_files.x {uri}: is in the workspace of an evaluator"
+        )
 
 
 MOST_TASKS = 64 + 4 * (os.cpu_count() or 1)
