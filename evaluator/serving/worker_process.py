@@ -20,6 +20,8 @@ from atserving import link
 from atserving.errors import StartError
 from atserving.frame_protocol import FrameProtocol
 from evaluator.sandbox.decision import Sandbox
+from evaluator.serving import start_reply
+from evaluator.serving.start_reply import StartReply
 from evaluator.serving.task_count import TaskCount
 from evaluator.serving.worker_output import WorkerOutput
 from evaluator.worker.progress import Progress
@@ -49,7 +51,7 @@ class WorkerProcess(FrameProtocol):
         self._progress = progress
         self._replied = replied
         self._writable = writable
-        self._started: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._started: asyncio.Future[StartReply] = asyncio.get_running_loop().create_future()
         self._popen: subprocess.Popen[bytes] | None = None
         self._tether: tuple[int, ...] = ()
 
@@ -63,7 +65,7 @@ class WorkerProcess(FrameProtocol):
         """How much of an incomplete frame has arrived."""
         return self.reader.partial_bytes
 
-    async def start(self, start: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    async def start(self, start: dict[str, Any], timeout_s: float) -> StartReply:
         """Start the process with the frame ``start``, and return its start reply. Raises StartError."""
         ours, theirs = socket.socketpair()
         for each in (ours, theirs):
@@ -114,21 +116,19 @@ class WorkerProcess(FrameProtocol):
         if self._popen is None or self.ended.done():
             return
         if self._count.is_over(self._popen.pid):
-            self._killed_for = f"it has more than {self._sandbox.processes} processes and threads"
-            log.error("worker killed", reason=self._killed_for)
-            self.kill()
+            self._kill_for(f"it has more than {self._sandbox.processes} processes and threads")
             return
         self._counting = asyncio.get_running_loop().call_later(_COUNT_S, self._count_tasks)
 
-    async def _said(self) -> dict[str, Any]:
+    async def _said(self) -> StartReply:
         ends: list[asyncio.Future[Any]] = [self._started, self.ended]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not self._started.done():
             why = f": {self._killed_for}" if self._killed_for else ""
             raise StartError(f"the net's process ended while the net was loaded{why}")
         said = self._started.result()
-        if error := said.get("error"):
-            raise StartError(str(error))
+        if said.error:
+            raise StartError(said.error)
         return said
 
     def write(self, parts: list[link.Buffer]) -> None:
@@ -140,10 +140,7 @@ class WorkerProcess(FrameProtocol):
         if kind == link.REPLY:
             self._replied(link.read_reply(data, start, end))
         elif kind == link.START and not self._started.done():
-            try:
-                self._started.set_result(dict(orjson.loads(data[start:end])))
-            except (TypeError, ValueError):
-                raise link.Malformed("the start reply is no object") from None
+            self._started.set_result(start_reply.read(data[start:end]))
         else:
             raise link.Malformed(f"a frame of kind {kind}")
 
@@ -153,7 +150,7 @@ class WorkerProcess(FrameProtocol):
 
     def malformed(self, reason: str) -> None:
         # A script wrote to the socket itself.
-        self.kill()
+        self._kill_for(f"it broke the protocol: {reason}")
 
     def connection_lost(self, _: Exception | None) -> None:
         self.kill()
@@ -166,6 +163,11 @@ class WorkerProcess(FrameProtocol):
         self._kill_group()
         self._popen.wait()
         loop.call_later(_LAST_FRAMES_S, self._end)
+
+    def _kill_for(self, reason: str) -> None:
+        self._killed_for = reason
+        log.error("worker killed", reason=reason)
+        self.kill()
 
     def kill(self) -> None:
         """Kill the process and its group."""
