@@ -110,6 +110,42 @@ async def test_folders_of_a_script_that_are_very_deep_are_removed(
     assert os.listdir(workspaces) == []
 
 
+# Run a command as root without any of its rights.
+WITHOUT_ANY_RIGHTS = """
+import os, sys
+from evaluator.sandbox import enter, system
+
+system.prctl(system.PR_SET_NO_NEW_PRIVS, 1)
+none = enter._Capabilities((0, 0, 0), (0, 0, 0))
+system.call(enter._CAPSET, enter._Header(enter._CAPABILITIES_VERSION, 0), none)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+async def test_folders_of_a_script_that_nobody_may_read_are_removed(
+    registry: Registry, tmp_path: Path, workspaces: Path
+) -> None:
+    publish(registry, "unreadable", tmp_path)
+    command = commands.evaluator(registry.address, "unreadable", "v1", "--workspace", str(workspaces))
+    process = Process([sys.executable, "-c", WITHOUT_ANY_RIGHTS, *command])
+    process.start()
+    try:
+        code = """
+        os.makedirs("x/y")
+        os.mkdir("x/hidden", 0o300)
+        os.mkdir("x/hidden/closed", 0)
+        os.symlink("/", "x/hidden/root")
+        Path("x/hidden/file").touch()
+        """
+        process.logged("address", app="unreadable")
+        assert await Hostile(process).run(code) == {"found": None}
+        process.terminate()
+        assert await asyncio.to_thread(process.wait) == 0
+    finally:
+        process.kill()
+    assert os.listdir(workspaces) == []
+
+
 async def test_script_that_prints_without_end_neither_floods_the_log_nor_stops_the_front(
     registry: Registry, tmp_path: Path
 ) -> None:
