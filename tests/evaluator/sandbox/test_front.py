@@ -19,6 +19,7 @@ import pytest
 from atserving.local import commands, proc
 from atserving.local.examples import ROOT
 from tests.evaluator.calling import ask, connected
+from tests.evaluator.digits import digits_tar
 from tests.evaluator.sandbox.attacks import Hostile, hostile, publish, request
 from tests.processes import Process, Registry
 from tests.waiting import until
@@ -187,6 +188,12 @@ else:
 """
 
 
+def environment_of(process: Process) -> subprocess.CompletedProcess[str]:
+    """Read the environment of a process as another one of its user does."""
+    command = [sys.executable, "-c", WITHOUT_RIGHTS, str(process.pid)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.parametrize(("mode", "readable"), [("auto", False), ("off", True)])
 def test_process_of_the_same_user_can_not_read_a_front(
     registry: Registry, tmp_path: Path, mode: str, readable: bool
@@ -197,8 +204,21 @@ def test_process_of_the_same_user_can_not_read_a_front(
     process.start()
     try:
         process.logged("address", app=f"read-{mode}")
-        command = [sys.executable, "-c", WITHOUT_RIGHTS, str(process.pid)]
-        read = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        read = environment_of(process)
         assert (read.returncode == 0, "PermissionError" in read.stderr) == (readable, not readable)
+    finally:
+        process.kill()
+
+
+async def test_script_that_is_checked_can_not_read_the_check(tmp_path: Path) -> None:
+    script = "import sys, time\ndef net_init(cfg):\n    print('loading', file=sys.stderr)\n    time.sleep(1000)\n"
+    script += "def net_inference(model, args): ...\n"
+    digits_tar(tmp_path / "release.tar", **{"net.py": script.encode()})
+    check = [sys.executable, "-m", "evaluator", "check", str(tmp_path / "release.tar")]
+    process = Process([sys.executable, "-c", WITHOUT_RIGHTS, *check])
+    process.start()
+    try:
+        await until(lambda: "loading" in process.log_text())
+        assert "PermissionError" in environment_of(process).stderr
     finally:
         process.kill()
