@@ -168,6 +168,10 @@ def _instructions(machine: _Machine, families: tuple[int, ...]) -> Iterable[byte
     kind = (_argument(1), _step(_AND, _SOCKET_TYPE))
     paired = chain(*(_if(_EQUAL, each, then=_ALLOWED) for each in _PAIRED))
     yield from _where(machine.socketpair, _argument(0), *is_local, *kind, *paired, _return(unreachable))
+    # NETLINK_ROUTE is enough for the resolver of the C library. Others tell of the sockets and devices of the machine.
+    others = (_argument(2), *_unless(_EQUAL, 0, then=unreachable))
+    is_netlink = (_argument(0), _jump(_EQUAL, socket.AF_NETLINK, 0, len(others)))
+    yield from _where(machine.socket, *is_netlink, *others)
     allowed = (_if(_EQUAL, family, then=_ALLOWED) for family in families)
     yield from _where(machine.socket, _argument(0), *chain(*allowed), _return(unreachable))
     yield _return(_ALLOWED)

@@ -81,8 +81,9 @@ async def test_script_gets_the_network_if_it_asks_and_the_operator_allows_it(
         code = f"found = socket.create_connection(({host!r}, {port})).getpeername()[1]"
         assert await one.run(code) == {"found": int(port)}
         assert await one.run("found = socket.getaddrinfo('localhost', 80)[0][4][1]") == {"found": 80}
-        for family in ("AF_UNIX", "AF_VSOCK", "AF_PACKET"):
+        for family in ("AF_UNIX", "AF_VSOCK", "AF_PACKET", "AF_NETLINK, socket.SOCK_RAW, 4"):
             assert await one.run(f"socket.socket(socket.{family})") == {"refused": errno.EACCES}
+        assert await one.run("socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)") == {"found": None}
         assert (await status(one.process))["sandbox"]["network"] is True
 
 
