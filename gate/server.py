@@ -371,7 +371,7 @@ class EdgeService:
             reply(edge.write_error(error))
             return
         work = _batch(self._dispatcher, tasks, context, self._held)
-        _run(call, context, work, lambda results: reply(edge.write_batch(results)), _failing(reply))
+        _run(call, context, work, lambda results: reply(edge.write_batch(results, tasks)), _failing(reply))
 
 
 def _refuse_message(dispatcher: Dispatcher, call: Call, error: GrpcError | TooMany) -> None:

@@ -29,7 +29,7 @@ from atserving.v1 import evaluator_pb2
 from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
 from evaluator.fetching.host_rules import HostRules
 from evaluator.fetching.proxy import Proxy
-from evaluator.fetching.release import check_local_files, check_signature, fetch_release
+from evaluator.fetching.release import check_signature, fetch_release, with_local_files
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.net_config import NetConfig
 from evaluator.sandbox.decision import Sandbox, SandboxSettings
@@ -167,7 +167,7 @@ class _Life:
         self._digest = release.digest
         signed_by = check_signature(release, self._settings.trusted_keys)
         self._log.info("release loading", http_port=http_port, **({"signed_by": signed_by} if signed_by else {}))
-        check_local_files(release, self._settings.local_files, self._settings.own_files)
+        release = with_local_files(release, self._settings.local_files, self._settings.own_files)
         digests: dict[str, str] = {}
         config = await fetch_release(
             release, folder, self._settings.qiniu, digests, self._settings.proxy, copied=bool(signed_by)

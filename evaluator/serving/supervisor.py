@@ -15,7 +15,7 @@ import orjson
 import structlog
 
 from atserving import lifecycle, link, telemetry
-from atserving.errors import DeadlineExceeded, Internal, ServingError, StartError, Unavailable
+from atserving.errors import DeadlineExceeded, Internal, ServingError, Unavailable
 from atserving.v1 import evaluator_pb2
 from evaluator.net_config import NetConfig
 from evaluator.sandbox import decision
@@ -298,17 +298,14 @@ class WorkerSupervisor:
         }
         try:
             started = await process.start(start, self._init_timeout_s)
-            self.plan = Plan(**started["plan"])
-            self.gpu = gpu_state.checked(started["gpu"])
-            prepare_s, infer_s = started["longest_s"]
-            self._patience.learn_prepare(float(prepare_s))
-            self._patience.learn_infer(float(infer_s))
-        except (TypeError, KeyError, ValueError):
-            process.kill()
-            raise StartError("the worker sent a malformed start reply") from None
         except BaseException:
             process.kill()
             raise
+        self.plan = started.plan
+        self.gpu = gpu_state.checked(started.gpu)
+        prepare_s, infer_s = started.longest_s
+        self._patience.learn_prepare(prepare_s)
+        self._patience.learn_infer(infer_s)
         return process
 
     async def _serve(self, process: WorkerProcess) -> None:
