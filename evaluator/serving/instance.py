@@ -186,7 +186,7 @@ class _Life:
         settings, capacity, metrics = self._settings, self._capacity, self._metrics
         malloc.keep_freed()
         metrics.of_worker(worker)
-        if worker.gpu:
+        if config.use_device != "CPU" and worker.gpu:
             metrics.of_gpu(GpuReader(worker.gpu))
         worker.on_away = self._links.set_away
         metrics.of_capacity(capacity, self._held, lambda: len(self._links.links))

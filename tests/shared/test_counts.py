@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from atserving.counts import Counts, Distribution
+from atserving.counts import Counts, Distribution, latency_bounds
 
 BOUNDS = (0.0005, 0.1, 1.0, 30.0)
 VALUES = st.lists(st.one_of(st.sampled_from(BOUNDS), st.floats(0, 100)), max_size=20)
@@ -49,6 +50,15 @@ def test_exposition_is_that_of_the_client_library(statuses: list[int], fetch: li
             child.observe(value)
     own.register(Own(statuses, values))
     assert without_times(generate_latest(own)) == without_times(generate_latest(usual))
+
+
+def test_latencies_have_close_bounds_and_round_ones() -> None:
+    bounds = latency_bounds(0.001)
+    assert (bounds[0], bounds[-1]) == (0.001, 30.0)
+    assert max(after / before for before, after in pairwise(bounds)) < 1.67
+    # Alerts on latency need one at what they promise.
+    assert {0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0} <= set(bounds)
+    assert len(bounds) < 30
 
 
 def without_times(text: bytes) -> str:

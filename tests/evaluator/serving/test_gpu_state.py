@@ -18,7 +18,9 @@ from evaluator.serving.gpu_state import GpuReader, GpuState, checked, read
 from evaluator.serving.pipeline import Pipeline
 from tests.evaluator.runtime.test_gpu import on_gpu
 from tests.evaluator.serving.fronts import pipeline
+from tests.evaluator.serving.test_ops_http import samples
 from tests.metric_text import families
+from tests.processes import Registry, evaluator
 
 HEX = "8f1c2a3b00112233445566778899aabb"
 UUID = "8f1c2a3b-0011-2233-4455-66778899aabb"
@@ -112,6 +114,15 @@ def test_the_front_and_the_worker_import_nothing_of_nvml() -> None:
 )
 def test_a_worker_can_not_make_up_a_label(told: object, found: str) -> None:
     assert checked(told) == found
+
+
+@on_gpu
+async def test_an_instance_on_a_gpu_shows_it(registry: Registry) -> None:
+    registry.publish("on-gpu", custom_values={"net": "classify"}, use_device="GPU:0")
+    with evaluator(registry, "on-gpu") as process:
+        found = await samples(process)
+    gpu_name = f"GPU-{checked(gpu.uuid(0))}"
+    assert 0 < found["gpu_memory_used_bytes", gpu_name] <= found["gpu_memory_total_bytes", gpu_name]
 
 
 @on_gpu
