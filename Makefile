@@ -81,7 +81,7 @@ envoy: $(VENV)/installed  ## Generate Envoy's bootstraps for TLS and for tracing
 RULE := k8s/components/monitoring-operator/rules.yaml
 .PHONY: rules
 rules:  ## Generate the rules for the Prometheus operator from monitoring/rules.yaml (RUNBOOKS=)
-	$(if $(RUNBOOKS),sed -i 's|\(runbook_url:\) [^\#]*|\1 $(RUNBOOKS)|' monitoring/rules.yaml)
+	$(if $(RUNBOOKS),sed -i 's|\(runbook_url:\) [^\#]*|\1 $(RUNBOOKS)|' monitoring/rules.yaml monitoring/*_test.yaml)
 	printf '%s\n' '# Made from monitoring/rules.yaml: make rules' 'apiVersion: monitoring.coreos.com/v1' 'kind: PrometheusRule' \
 		'metadata:' '  name: atserving' 'spec:' > $(RULE)
 	sed -n -e '/^groups:/,$$ s/^./  &/' -e '/^  *groups:/,$$ p' monitoring/rules.yaml >> $(RULE)

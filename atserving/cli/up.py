@@ -31,7 +31,7 @@ The mesh serves {apps} at {url}{tls}. Try these in another terminal:
   curl -s {operators}/v1/apps/digits
 
 Operators' API: {operators}, and {registry} as gRPC.
-Metrics: prometheus --config.file {directory}/prometheus.yml
+Metrics: prometheus --config.file {directory}/prometheus.yml --storage.tsdb.path /tmp/prometheus
 
 {traces}Logs: {directory}/*.log. A process that dies is started again. Ctrl-C stops the mesh."""
 

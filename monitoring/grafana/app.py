@@ -70,7 +70,7 @@ def _now() -> list[Panel]:
         number(
             "Instances",
             "Registered instances of the chosen versions.",
-            "sum(max by (version) (atserving_registry_instances{VERSION}))",
+            "sum(max by (namespace, version) (atserving_registry_instances{VERSION}))",
             width=4,
         ),
         number(
@@ -181,7 +181,8 @@ def _stages() -> list[Panel]:
         ),
         lines(
             "In flight against capacity",
-            "By instance. All alike: start more. One alone: that instance is slow.",
+            "By instance. All alike: start more. One alone: that instance is slow. Low, and callers get a 429: requests"
+            " fetch, and their hosts are slow.",
             Query(_FULL, "{{version}} {{instance}}"),
             unit="percentunit",
             top=1,

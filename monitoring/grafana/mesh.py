@@ -254,7 +254,10 @@ def _instances() -> list[Panel]:
         lines(
             "Instances by state",
             "As the gates see them, the most of any gate. away, connecting, outdated for long: the instance is broken.",
-            Query("sum by (state) (max by (app, version, state) (atserving_gate_instances{APPS})) > 0", "{{state}}"),
+            Query(
+                "sum by (state) (max by (namespace, app, version, state) (atserving_gate_instances{APPS})) > 0",
+                "{{state}}",
+            ),
         ),
         lines(
             "In flight against capacity",
@@ -293,8 +296,10 @@ def _envoy() -> list[Panel]:
         ),
         lines(
             "Retries and overflow",
-            "Requests asked at another gate, those that found no healthy one, and those without room in the queue.",
+            "Requests asked at another gate, those that lost each gate that they asked, that found no healthy one, and"
+            " those without room in the queue.",
             Query(f"sum(rate(envoy_cluster_upstream_rq_retry{_GATES}[RATE]))", "retries"),
+            Query(f"sum(rate(envoy_cluster_upstream_rq_retry_limit_exceeded{_GATES}[RATE]))", "given up"),
             Query(f"sum(rate(envoy_cluster_upstream_cx_none_healthy{_GATES}[RATE]))", "no healthy gate"),
             Query(f"sum(rate(envoy_cluster_upstream_rq_pending_overflow{_GATES}[RATE]))", "overflow"),
             Query(f"sum(rate(envoy_http_downstream_rq_overload_close{_EDGE}[RATE]))", "short of memory"),

@@ -110,7 +110,7 @@ def _mirror() -> list[Panel]:
         lines(
             "Instances",
             "Registered instances of all versions, and those that left in 15 minutes.",
-            Query(f"sum(max by (app, version) ({_OWN}instances{{MESH}}))", "registered"),
+            Query(f"sum(max by (namespace, app, version) ({_OWN}instances{{MESH}}))", "registered"),
             Query(f"max(increase({_OWN}instances_gone_total{{MESH}}[15m]))", "gone"),
         ),
     ]

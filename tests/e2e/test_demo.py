@@ -127,6 +127,11 @@ async def test_up_serves_the_examples_until_it_is_interrupted() -> None:
     logs = re.search(r"^Logs: (\S+)/\*\.log", output, re.MULTILINE)
     assert logs
     assert {"gate.log", "gate-1.log"} <= set(os.listdir(logs[1]))
+    # The command of the docs, which keeps its data out of the checkout.
+    (documented,) = re.findall(
+        r"\$ (prometheus --config\.file .+)", (examples.ROOT / "docs" / "monitoring.md").read_text()
+    )
+    assert re.sub(r"/tmp/atserving-\w+", logs[1], documented, count=1) in output
     up.send_signal(signal.SIGINT)
     assert b"stopping" in await up.stdout.read()
     assert await up.wait() == 0

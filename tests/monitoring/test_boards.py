@@ -98,6 +98,15 @@ def test_every_series_is_named_by_labels_that_its_query_keeps(name: str) -> None
                 assert not by or any(label in kept.split(", ") for kept in by), f"{panel.title}: {label}"
 
 
+@boards
+def test_sums_of_what_several_processes_tell_keep_meshes_apart(name: str) -> None:
+    """All gates and registries tell of the same instances: the most of them counts, in each mesh."""
+    for panel in board_files.panels(name):
+        for target in panel.targets:
+            inner = re.search(r"^(?:sum|count).*max by \(([^)]*)\)", target.expression)
+            assert not inner or "namespace" in inner[1], f"{panel.title}: {target.expression}"
+
+
 def test_latency_shows_traces() -> None:
     for name in ("mesh", "app", "instance"):
         with_exemplars = [

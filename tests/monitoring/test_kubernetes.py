@@ -23,7 +23,9 @@ def test_the_operator_gets_the_same_rules() -> None:
 def test_grafana_gets_every_board() -> None:
     kustomization = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
     maps = {each["name"]: each["files"] for each in kustomization["configMapGenerator"]}
-    assert maps == {f"board-{each.stem}": [f"boards/{each.name}"] for each in (FOLDER / "boards").glob("*.json")}
+    boards = list((FOLDER / "boards").glob("*.json"))
+    # Grafana's sidecar writes the files of all ConfigMaps in a cluster into one folder.
+    assert maps == {f"board-{each.stem}": [f"atserving-{each.name}=boards/{each.name}"] for each in boards}
 
 
 async def test_a_prometheus_without_the_operator_gives_pods_the_labels_that_the_rules_use(tmp_path: Path) -> None:

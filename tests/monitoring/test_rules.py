@@ -34,6 +34,12 @@ def test_alerts_fire_when_they_should(tests: Path) -> None:
     promtool("test", "rules", tests)
 
 
+@pytest.mark.parametrize("tests", TESTS, ids=lambda each: each.name)
+def test_unit_tests_evaluate_the_groups_in_the_order_of_the_rules(tests: Path) -> None:
+    groups = [each["name"] for each in yaml.safe_load(RULES.read_text())["groups"]]
+    assert yaml.safe_load(tests.read_text())["group_eval_order"] == groups
+
+
 def test_promtool_accepts_the_shortened_rules(tmp_path: Path) -> None:
     text = shortened(RULES.read_text())
     assert "[5000ms]" in text
