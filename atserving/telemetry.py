@@ -12,6 +12,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -215,7 +216,9 @@ def _line(service: str, level: str, event: str, fields: Mapping[str, Any]) -> by
 def _write(lines: bytes, most: int = MOST_BYTES) -> None:
     if _writer:
         _writer.write(lines, most)
-    else:
+        return
+    # If nobody takes the log, nobody can be told.
+    with suppress(OSError):
         sys.stderr.buffer.write(lines)
         sys.stderr.buffer.flush()
 

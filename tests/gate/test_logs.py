@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -225,3 +226,11 @@ async def test_others_than_this_machine_change_and_see_nothing(registry: Registr
             async with session.get(f"http://{address}:{port}/metrics") as answer:
                 assert answer.status == 200
                 assert "atserving_gate_log_lines_dropped_total 0.0" in await answer.text()
+
+
+@pytest.mark.parametrize("flags", [("--log-requests", "1.5"), ("--log-requests", "nan"), ("--slow", "-1")])
+def test_wrong_shares_and_times_end_the_start(flags: tuple[str, str]) -> None:
+    command = [sys.executable, "-m", "gate", "--listen", "127.0.0.1:0", *flags]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    (line,) = run.stderr.splitlines()
+    assert (run.returncode, flags[0] in line) == (2, True), line
