@@ -65,7 +65,8 @@ class Audit:
         if not fields["operator"] and (actor := getattr(request, "actor", "")):
             fields["actor"] = actor[:_MOST_NAME_CHARS]
         if forwarded := context.header("x-forwarded-for"):
-            fields["forwarded_for"] = forwarded[:_MOST_NAME_CHARS]
+            # The last address is from Envoy; those before it are the caller's word.
+            fields["forwarded_for"] = forwarded[-_MOST_NAME_CHARS:]
         for name in ("validate_only", "force"):
             if getattr(request, name, False):
                 fields[name] = True

@@ -154,6 +154,14 @@ async def test_failed_calls_that_wrote_have_lines_in_a_flood(tmp_path: Path) -> 
     await until(lambda: '"count":80' in file.read_text(), what="the count of the others")
 
 
+async def test_address_that_envoy_has_added_is_kept(tmp_path: Path) -> None:
+    audit = Audit(file := tmp_path / "audit.log")
+    headers = Headers([("x-forwarded-for", "10.0.0.1, " * 100 + "192.0.2.7")])
+    audit.ended("CreateRelease", create("digits"), Context(headers), 200, "")
+    await until(lambda: file.read_text().endswith("\n"), what="the line")
+    assert json.loads(file.read_text())["forwarded_for"].endswith("10.0.0.1, 192.0.2.7")
+
+
 def test_line_that_was_cut_off_does_not_spoil_the_next_one(tmp_path: Path) -> None:
     for before, after in (('{"event": "on', '{"event": "on\n'), ("{", "{\n"), ("{}\n", "{}\n"), ("", "")):
         path = tmp_path / "audit.log"
