@@ -15,6 +15,7 @@ from typing import NamedTuple
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from atserving.cli.tables import printable
 from atserving.errors import StartError
 
 TIMEOUT_S = 2.0
@@ -84,8 +85,9 @@ def resolve(names: Iterable[str]) -> list[Target]:
         host, _, port = name.rpartition(":")
         try:
             found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        except OSError as error:
-            raise StartError(f"the target {name} has no address: {error.strerror}") from None
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or "no host can have this name"
+            raise StartError(f"the target {printable(name)} has no address: {reason}") from None
         for _, _, _, _, (address, *_) in found:
             shown = f"[{address}]:{port}" if ":" in str(address) else f"{address}:{port}"
             targets.setdefault(shown, Target(shown, shown))
@@ -102,7 +104,8 @@ def _scrape(target: Target) -> Scrape:
     try:
         with _opener.open(f"http://{target.address}/metrics", timeout=TIMEOUT_S) as response:
             text = _body(response).decode(errors="replace")
-    except (OSError, http.client.HTTPException) as error:
+    # ValueError: no host can have this name, or address.
+    except (OSError, http.client.HTTPException, ValueError) as error:
         return Scrape(target, failure=_reason(error))
     wanted = "\n".join(filter(_is_wanted, text.split("\n")))
     try:
