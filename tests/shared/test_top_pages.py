@@ -198,6 +198,34 @@ def test_terminals_without_a_screen_are_refused(terminal: str | None) -> None:
     assert "Traceback" not in text
 
 
+def test_screen_without_keys_waits_for_the_next_reading() -> None:
+    program = """
+import sys
+from atserving.cli.top import screen
+
+class Counted(screen._Screen):
+    drawn = 0
+    def _draw(self):
+        Counted.drawn += 1
+        super()._draw()
+
+def read(times=[]):
+    times.append(None)
+    if len(times) == 5:
+        sys.exit(0 if Counted.drawn < 20 else 3)
+
+screen._Screen = Counted
+screen.show(read, 0.1, "", instances=False)
+"""
+    main, side = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm"}
+    line = [sys.executable, "-c", program]
+    with subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=side, stderr=side, env=environment) as process:
+        os.close(side)
+        assert process.wait(60) == 0
+    os.close(main)
+
+
 def logs(text: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = folder / "log"
     path.write_text(text)

@@ -64,7 +64,12 @@ class _Screen:
             self._draw()
             while (left_s := next_s - time.monotonic()) > 0:
                 self._window.timeout(max(int(left_s * 1000), 1))
-                if not self._take(self._window.getch()):
+                key = self._window.getch()
+                if key == -1:
+                    # The time is over, or standard input is at its end and has no more keys.
+                    time.sleep(max(next_s - time.monotonic(), 0))
+                    break
+                if not self._take(key):
                     return
                 self._draw()
 
