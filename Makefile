@@ -73,8 +73,9 @@ proto: $(VENV)/installed  ## Generate stubs and Envoy's descriptor set from prot
 	$(BIN)/python proto/generate.py
 
 .PHONY: envoy
-envoy: $(VENV)/installed  ## Generate envoy/envoy-tls.yaml from envoy/envoy.yaml
+envoy: $(VENV)/installed  ## Generate Envoy's bootstraps for TLS and for tracing from envoy/envoy.yaml
 	$(BIN)/python -m atserving.local.envoy_tls
+	$(BIN)/python -m atserving.local.envoy_tracing --kubernetes
 
 # RUNBOOKS=https://...: the address of docs/alerts.md, as alerts name it.
 RULE := k8s/components/monitoring-operator/rules.yaml
@@ -103,6 +104,7 @@ k8s-render: $(VENV)/installed  ## Render the overlays and the example's evaluato
 	$(BIN)/atserving k8s evaluator digits v1 > build/k8s/digits-v1.yaml
 	$(BIN)/atserving k8s evaluator digits v1 --gpu > build/k8s/digits-v1-gpu.yaml
 	$(BIN)/atserving k8s evaluator digits v1 --tls > build/k8s/digits-v1-tls.yaml
+	$(BIN)/atserving k8s evaluator digits v1 --tracing > build/k8s/digits-v1-tracing.yaml
 	$(BIN)/atserving k8s certificate evaluator/digits > build/k8s/digits-certificate.yaml
 
 .PHONY: k8s-test
@@ -154,6 +156,11 @@ bench-registry: $(VENV)/installed  ## Measure a registry and a gate of a large m
 bench-flood: $(VENV)/installed  ## Measure what a flood for one app costs a lone caller of another, at a gate
 	$(BIN)/python -m bench.flood
 
+# Run it on a quiet machine.
+.PHONY: trace-picture
+trace-picture: $(VENV)/installed  ## Draw docs/trace.svg, the trace of a request
+	$(BIN)/python -m tests.e2e.trace_picture docs/trace.svg
+
 # ONLY="'*frozen*'": some scenarios. SCALE=0.5: shorter ones. POD_LIMITS=1: Envoy and gates at their pods' memory limits.
 # MARKDOWN=1: print the table of docs/reliability.md.
 RELIABILITY_FLAGS = $(if $(ONLY),--only $(ONLY)) $(if $(SCALE),--scale $(SCALE)) $(if $(POD_LIMITS),--pod-limits) \
@@ -190,9 +197,9 @@ pins: UPGRADE ?= --upgrade
 pins: $(VENV)/installed  ## Renew what the images install, docker/*.txt
 	sed -n -e 's/^requires = \["\(.*\)"\]/\1/p' -e 's/^ *\(uv[<>=].*\)/\1/p' pyproject.toml setup.cfg \
 		| $(PIN) $(PINS)/build.txt --python-version 3.11 -
-	$(PIN) $(PINS)/core.txt --python-version 3.11 --extra oidc --extra signatures setup.cfg
-	$(PIN) $(PINS)/cpu.txt --python-version 3.11 --extra cpu --extra signatures setup.cfg
-	$(PIN) $(PINS)/gpu.txt --python-version 3.12 --extra gpu --extra signatures setup.cfg
+	$(PIN) $(PINS)/core.txt --python-version 3.11 --extra oidc --extra signatures --extra tracing setup.cfg
+	$(PIN) $(PINS)/cpu.txt --python-version 3.11 --extra cpu --extra signatures --extra tracing setup.cfg
+	$(PIN) $(PINS)/gpu.txt --python-version 3.12 --extra gpu --extra signatures --extra tracing setup.cfg
 
 .PHONY: clean
 clean:  ## Remove the environment and what was built

@@ -34,7 +34,7 @@ MAGIC = b"ATSL"
 PREFACE = MAGIC + bytes([PROTOCOL])
 """The first bytes in both directions. The first four tell a link from HTTP/2 on the same port."""
 
-HELLO, CALL, CANCEL, REPLY, ALIVE, START, SETTINGS, AWAY = range(1, 9)
+HELLO, CALL, CANCEL, REPLY, ALIVE, START, SETTINGS, AWAY, TIMES = range(1, 10)
 """The kinds of frames.
 
 - HELLO: a ``Hello`` message. The gate names the instance that it wants; the instance answers with itself, or with a
@@ -44,6 +44,8 @@ HELLO, CALL, CANCEL, REPLY, ALIVE, START, SETTINGS, AWAY = range(1, 9)
 - REPLY: :data:`REPLY_HEAD` and a serialized ``InferResponse``. Each call gets one reply.
 - ALIVE: empty; both ends send it regularly.
 - START, SETTINGS: JSON, only between an instance and its worker (:mod:`evaluator.worker.channel`).
+- TIMES: when a worker did the work of the replies that follow (:mod:`evaluator.serving.report`); only to an instance
+  that traces requests.
 - AWAY: one byte. 1: the instance's worker is dead or stands still, so the gate should ask others first, and the
   instance refuses calls without :data:`STAY`. 0: it serves again. A gate hears of it before any such refusal.
 """
@@ -86,6 +88,7 @@ _TCP_NOTSENT_LOWAT = 25
 # Until a peer has named itself, its frames are short, and come soon.
 _MOST_HELLO_BYTES = 4096
 _HELLO_S = 10.0
+_MOST_U32 = (1 << 32) - 1
 _CALL = struct.Struct(HEAD.format + CALL_HEAD.format[1:])
 _REPLY = struct.Struct(HEAD.format + REPLY_HEAD.format[1:])
 
@@ -173,6 +176,15 @@ def reply_head(
         batch_size,
         leads,
     )
+
+
+def with_fetch(reply: Reply, fetch_us: int) -> Reply:
+    """Return a reply whose response says how long the instance has fetched. A long one is not copied for it."""
+    if len(reply.response) >= LONG_BYTES:
+        return reply
+    # Fields of a message may come in any order.
+    fetch = evaluator_pb2.InferResponse(fetch_us=min(fetch_us, _MOST_U32)).SerializeToString()
+    return reply._replace(response=b"".join((reply.response, fetch)))
 
 
 def read_reply(data: Buffer, start: int, end: int) -> Reply:

@@ -337,6 +337,7 @@ def check_release(
     for flag, given in (("--custom-values", custom_values), ("--model-params", model_params)):
         if given is not None and not isinstance(given, dict):
             raise click.BadParameter(f"{flag} should be a JSON object")
+    protect_front()
     # A termination then ends the worker too, and removes the workspace.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     values = (custom_values or {}) | ({"net": net} if net else {})

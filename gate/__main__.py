@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import structlog
 
-from atserving import lifecycle, malloc
+from atserving import lifecycle, malloc, tracing
 from atserving.cli import service
 from atserving.counting import MAX_REQUEST_BYTES
 from atserving.errors import StartError
@@ -29,6 +29,7 @@ from gate.dispatch import Dispatcher
 from gate.metrics import Metrics
 from gate.rate_limit_service import RateLimitService
 from gate.reporting import report
+from gate.request_counts import RequestCounts
 from gate.request_metrics import RequestMetrics
 from gate.router import Router
 from gate.server import EdgeService, ServingService
@@ -71,6 +72,7 @@ async def serve(settings: GateSettings) -> None:
     held = HeldBytes(settings.max_held_bytes)
     router = Router(partial(EvaluatorConnection, held=held, tls=tls))
     follower = ConfigFollower(settings.registries, router.apply, hold_s=settings.hold_s, cache=settings.cache, tls=tls)
+    tracer = tracing.from_environment("atserving-gate")
     server = Server(
         [serving_pb2.DESCRIPTOR.services_by_name["ServingService"]],
         MAX_REQUEST_BYTES,
@@ -83,7 +85,7 @@ async def serve(settings: GateSettings) -> None:
     rate_limits: RateLimitService | None = None
     if settings.rate_limit_service:
         rate_limits = RateLimitService(settings.rate_limit_service, settings.rate_limit_timeout_s)
-    dispatcher = Dispatcher(router, follower.synced, shadows, rate_limits)
+    dispatcher = Dispatcher(router, follower.synced, shadows, rate_limits, tracer)
     keys = CallerKeys(settings.caller_keys) if settings.caller_keys else None
     if keys and not (settings.edge_key or tls):
         raise StartError("--caller-keys needs --edge-key or TLS: else anybody could ask a gate who a caller is")
@@ -94,10 +96,10 @@ async def serve(settings: GateSettings) -> None:
     ServingService(dispatcher, settings.max_batch, held, callers).register(server)
     EdgeService(dispatcher, settings.max_batch, held, callers).register(server)
     following = asyncio.create_task(follower.run())
-    tending = asyncio.create_task(_tend(router))
+    tending = asyncio.create_task(_tend(router, dispatcher.counts))
     reporting = asyncio.create_task(report(settings.registries, shadows, tls))
     ready = False
-    collectors = (RequestMetrics(dispatcher.counts, router), StateMetrics(server, follower, held))
+    collectors = (RequestMetrics(dispatcher.counts, router), StateMetrics(server, follower, held, tracer))
     metrics = Metrics(shadows, dispatcher.turns, rate_limits, tls, collectors)
     ops = OpsServer(settings.http, {"/metrics": metrics.page}, lambda: server.is_serving)
     try:
@@ -121,6 +123,8 @@ async def serve(settings: GateSettings) -> None:
         await ops.stop()
         if rate_limits:
             await rate_limits.close()
+        if tracer:
+            await tracer.close()
         if ready:
             log.info("service stopped")
 
@@ -134,10 +138,11 @@ async def _wait_synced(follower: ConfigFollower, wait_s: float) -> bool:
         raise StartError(f"no config within {wait_s:g} s: {follower.last_error}") from None
 
 
-async def _tend(router: Router[EvaluatorConnection]) -> None:
-    """Close the connections that the router no longer uses, once a second."""
+async def _tend(router: Router[EvaluatorConnection], counts: RequestCounts) -> None:
+    """Close the connections that the router no longer uses, once a second, and drop the counts of what is gone."""
     while True:
         await asyncio.sleep(_TEND_S)
+        counts.tidy()
         unused = [endpoint.take_connection() for endpoint in router.expired()]
         for connection in (*unused, *router.idle()):
             if connection:

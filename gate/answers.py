@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from atserving.wire import Buffer
+from gate.record import Attempt
 from gate.responses import Response
 
 
@@ -33,6 +34,7 @@ class Answer(asyncio.Future[Response]):
     __slots__ = (
         "abandon",
         "asked_s",
+        "attempt",
         "deadline_s",
         "flags",
         "hedge_s",
@@ -50,6 +52,8 @@ class Answer(asyncio.Future[Response]):
     id: int
     abandon: Callable[[int], None]
     asked_s: float
+    attempt: Attempt | None
+    """Its record, if there is one."""
     sent_s: float
     """When it was sent, on the monotonic clock. A short call: when it was asked. A long one: when its last piece left,
     and the deadline before."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import structlog
@@ -13,6 +14,7 @@ import structlog
 from atserving.errors import ResourceExhausted, ServingError, Unavailable
 from atserving.telemetry import trace_id
 from atserving.v1 import evaluator_pb2
+from gate.admission import admit
 from gate.answers import Answer, Slow, TransportError
 from gate.connection import EvaluatorConnection
 from gate.endpoint import Endpoint, Kind
@@ -57,6 +59,7 @@ class Attempts:
         "_key",
         "_kind",
         "_lost",
+        "_record",
         "_refusal",
         "_route",
         "_router",
@@ -86,6 +89,7 @@ class Attempts:
         self._key = key
         self._deadline_s = deadline_s
         self._app_counts = counts
+        self._record = call.record
         # Why there is one more attempt.
         self._cause = ""
         self._tried: list[Endpoint[EvaluatorConnection]] = []
@@ -127,6 +131,8 @@ class Attempts:
                 self._failed(endpoint, broken)
                 continue
             except TimeoutError:
+                if self._record:
+                    self._record.failed(endpoint.instance, "timeout")
                 raise TimeoutError(endpoint.instance.version) from None
             if (error := error_of(response)) is None:
                 if self._refusal:
@@ -140,22 +146,25 @@ class Attempts:
     def _picked(self, endpoint: Endpoint[EvaluatorConnection]) -> None:
         self._tried.append(endpoint)
         self._app_counts.picked(endpoint.instance.version, endpoint.instance.id)
+        if self._record:
+            self._record.ask(endpoint.instance, self._cause, len(self._tried) - 1)
         if self._cause:
             self._app_counts.retries[self._cause] += 1
             self._cause = ""
 
     def _ask(self, endpoint: Endpoint[EvaluatorConnection], *, hedges: bool) -> Answer:
-        call, connection = self._call, endpoint.connection
+        call, connection, record = self._call, endpoint.connection, self._record
         return connection.ask(
             self._task.request,
             self._deadline_s,
             call.reqid,
-            call.traceparent,
+            record.traceparent(call.traceparent) if record else call.traceparent,
             self._task.body,
             stays=self._stays or connection.is_away,
             hedges=hedges,
             batched=self._kind.batched,
             fetches=self._kind.fetches,
+            attempt=record.attempts[-1] if record else None,
         )
 
     async def _try_again(self, none_free: ServingError) -> None:
@@ -167,10 +176,7 @@ class Attempts:
             self._stays = True
             return
         is_full = isinstance(self._refusal, ResourceExhausted) or isinstance(none_free, ResourceExhausted)
-        if is_full and self._wait_until_s is not None and time.monotonic() < self._wait_until_s:
-            # Those that waited for an instance all come to it at once.
-            await asyncio.sleep(random.uniform(*_FULL_STEP_S))  # noqa: S311 - they take turns
-            self._begin_again()
+        if is_full and self._wait_until_s is not None and await self._wait_for_room(self._wait_until_s):
             return
         # If the ready instances refused because they are full, that is the reason to give.
         if isinstance(self._refusal, ResourceExhausted):
@@ -184,6 +190,19 @@ class Attempts:
         await asyncio.sleep(_RECONNECT_STEP_S)
         self._tried.clear()
 
+    async def _wait_for_room(self, until_s: float) -> bool:
+        """Wait a moment; return whether there was time for it. Those that waited all come to an instance at once."""
+        left_s = until_s - time.monotonic()
+        if left_s <= 0:
+            return False
+        step_s = random.uniform(*_FULL_STEP_S)  # noqa: S311 - they take turns
+        with self._known_to_wait():
+            await asyncio.sleep(min(step_s, left_s))
+        if time.monotonic() >= until_s:
+            return False
+        self._begin_again()
+        return True
+
     async def _wait_for_instance(self, unready: ServingError) -> None:
         """Wait until an instance may be ready. Raises ``unready`` if the request is not to wait, or not any more."""
         route, waiting = self._route, self._router.waiting
@@ -191,30 +210,54 @@ class Attempts:
         if self._wait_until_s is None:
             for each in wanted:
                 each.without_instance += 1
-            self._wait_until_s = min(self._call.started + route.wait_s, self._deadline_s)
+        until_s = self._wait_until_s = min(self._call.started + route.wait_s, self._deadline_s)
         if not wanted or not route.wait_s:
             raise unready from None
+        self._check_wait(until_s, unready)
         size = self._task.size()
-        if time.monotonic() < self._wait_until_s and not waiting.has_room(route.app, size):
+        if not waiting.has_room(route.app, size):
             raise _because(unready, "too many requests wait for one") from None
         for each in wanted:
             each.waiting += 1
         try:
-            left_s = self._wait_until_s - time.monotonic()
-            await waiting.wait(route.app, size, min(left_s, _UNREACHED_STEP_S) if self._tried else left_s)
+            left_s = until_s - time.monotonic()
+            with self._known_to_wait():
+                await waiting.wait(route.app, size, min(left_s, _UNREACHED_STEP_S) if self._tried else left_s)
         finally:
             for each in wanted:
                 each.waiting -= 1
-        if time.monotonic() >= self._wait_until_s:
-            waited_s = round(time.monotonic() - self._call.started, 1)
-            raise _because(unready, f"the request has waited {waited_s} s") from None
+        self._check_wait(until_s, unready)
         self._begin_again()
 
+    def _check_wait(self, until_s: float, unready: ServingError) -> None:
+        if time.monotonic() >= until_s:
+            waited_s = round(time.monotonic() - self._call.started, 1)
+            raise _because(unready, f"the request has waited {waited_s} s") from None
+
+    @contextmanager
+    def _known_to_wait(self) -> Iterator[None]:
+        """Let the batch of the request know that it waits, during the block."""
+        if (waits := self._call.waits) is None:
+            yield
+            return
+        key = self._task.app, self._task.version
+        waits[key] += 1
+        try:
+            yield
+        finally:
+            waits[key] -= 1
+            if not waits[key]:
+                del waits[key]
+
     def _begin_again(self) -> None:
-        """Forget which instances were asked, and that they are full; the config may have changed. Raises NotFound."""
+        """Forget which instances were asked, and that they are full; the config may have changed.
+
+        Raises NotFound if the version is gone, and the refusal of a caller who may no longer call the app.
+        """
         self._tried.clear()
         self._refusal = None
-        self._route = self._router.route(self._task.app, self._task.version)
+        route = self._route = self._router.route(self._task.app, self._task.version)
+        admit(self._call.caller, route.app, route.metadata, route.default_metadata)
 
     def _ids(self) -> dict[str, str | None]:
         """Return the fields by which a line is found with the others of its request."""
@@ -228,6 +271,8 @@ class Attempts:
         self._broken_s = self._broken_s or time.monotonic()
         self._lost += error.reached
         self._cause = "lost" if error.reached else "unreachable"
+        if self._record:
+            self._record.failed(endpoint.instance, self._cause)
         if self._lost == MAX_LOST:
             raise Unavailable(
                 f"{self._lost} instances of app {self._task.app!r} were lost under this request",
@@ -242,12 +287,18 @@ class Attempts:
             raise refusal
         if refusal.retry_after_s and refusal.status == Unavailable.status and not self._stays:
             self._handed_back.append(endpoint)
-            self._cause = "away"
+            self._turned_away(endpoint, "away")
             return
         self._refusal = refusal
         is_full = refusal.status == ResourceExhausted.status
-        self._cause = "full" if is_full else "refused"
+        self._turned_away(endpoint, "full" if is_full else "refused")
         self._router.refused(endpoint, self._kind, refusal.retry_after_s or 0.0 if is_full else 0.0)
+
+    def _turned_away(self, endpoint: Endpoint[EvaluatorConnection], cause: str) -> None:
+        """Keep why an instance did not take the request."""
+        self._cause = cause
+        if self._record:
+            self._record.failed(endpoint.instance, cause)
 
     def _served_by(self, version: str) -> None:
         """Give the turn back to the version that had it, if another one serves because its instances are full."""

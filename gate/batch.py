@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -52,6 +52,9 @@ class _Batch:
 
     A task that finds every instance full is no reason to tell the caller to come later, as long as the batch gets on:
     it waits until another task is done, or for a moment, and tries again.
+
+    While a task waits for an instance of its version, no other of that version begins: they would take the places of
+    tasks that have one.
     """
 
     alive = 0
@@ -64,8 +67,13 @@ class _Batch:
         self._held = held
         self._bytes = 0
         self._is_full = False
-        self._call = replace(call, batched=True)
+        record = call.record
+        # What nobody exports or passes on needs no record.
+        kept = record if record and (record.trace or record.state) else None
+        self._waits: Counter[tuple[str, str]] = Counter()
+        self._call = replace(call, batched=True, record=kept, waits=self._waits)
         self._tasks = tasks
+        self._calls: dict[int, CallContext] = {}
         self._outcomes: list[EvalResult | ServingError | None] = [None] * len(tasks)
         self._left = deque(range(len(tasks)))
         self._running = 0
@@ -91,8 +99,12 @@ class _Batch:
 
     async def _work(self) -> None:
         while self._left:
-            index = self._left.popleft()
-            outcome = await self._outcome(self._tasks[index])
+            index = self._next()
+            if index is None:
+                await self._another_ends()
+                continue
+            call = self._call_of(index)
+            outcome = await self._outcome(self._tasks[index], call)
             if isinstance(outcome, ResourceExhausted):
                 if self._running or self._tries or time.monotonic() - self._got_on_s < _PATIENCE_S:
                     # Behind those of other apps, which may have room.
@@ -101,10 +113,11 @@ class _Batch:
                     continue
                 task = self._tasks[index]
                 assert isinstance(task, Task)
-                self._dispatcher.finished(task, self._call, End.of(outcome))
+                self._dispatcher.finished(task, call, End.of(outcome))
             else:
                 self._got_on_s = time.monotonic()
             self._outcomes[index] = outcome
+            self._calls.pop(index, None)
             self._wake()
             if isinstance(outcome, ServingError):
                 # A task that fails at once waits for nothing, and there may be a thousand in each of many batches.
@@ -113,7 +126,30 @@ class _Batch:
         while self._waiting:
             self._wake()
 
-    async def _outcome(self, task: Task | ServingError) -> EvalResult | ServingError:
+    def _call_of(self, index: int) -> CallContext:
+        """Return the context of a task, which is that of the batch unless each has a record."""
+        batch = self._call.record
+        if batch is None:
+            return self._call
+        call = self._calls.get(index)
+        if call is None:
+            record = batch.task()
+            traceparent = record.trace.traceparent() if record.trace else self._call.traceparent
+            call = self._calls[index] = replace(self._call, record=record, traceparent=traceparent)
+        return call
+
+    def _next(self) -> int | None:
+        """Return the next task to run; None if each is for a version for whose instance another task waits."""
+        if not self._waits:
+            return self._left.popleft()
+        for _ in range(len(self._left)):
+            task = self._tasks[index := self._left.popleft()]
+            if isinstance(task, ServingError) or (task.app, task.version) not in self._waits:
+                return index
+            self._left.append(index)
+        return None
+
+    async def _outcome(self, task: Task | ServingError, call: CallContext) -> EvalResult | ServingError:
         if isinstance(task, ServingError):
             self._dispatcher.counts.refused("", task.status, refusal_of(task))
             return task
@@ -123,11 +159,11 @@ class _Batch:
         if not turns.is_free():
             turn = asyncio.get_running_loop().create_future()
             # Others of the app do not wait behind its batches.
-            turns.wait(f"{self._dispatcher.owner(task, self._call)}/", partial(_give, turn))
+            turns.wait(f"{self._dispatcher.owner(task, call)}/", partial(_give, turn))
             await turn
         self._running += 1
         try:
-            answer = await self._dispatcher.eval(task, self._call)
+            answer = await self._dispatcher.eval(task, call)
         except ServingError as error:
             # Its frames would keep what they have worked with until the batch is answered.
             error.__context__ = None
@@ -151,9 +187,7 @@ class _Batch:
     async def _wait(self) -> None:
         """Wait until a task of the batch is done. One worker tries again after a moment in any case."""
         if self._tries:
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(waiter)
-            await waiter
+            await self._another_ends()
             return
         self._tries = True
         try:
@@ -161,6 +195,11 @@ class _Batch:
             await asyncio.sleep(pause_s * max(1.0, _Batch.alive / _FEW_BATCHES))
         finally:
             self._tries = False
+
+    async def _another_ends(self) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        await waiter
 
     def _wake(self) -> None:
         if self._waiting:

@@ -26,6 +26,7 @@ from gate.answers import Answer, Slow, TransportError
 from gate.bodies import Body
 from gate.instance_link import InstanceLink
 from gate.pace import Pace
+from gate.record import Attempt
 
 log = structlog.get_logger()
 
@@ -97,6 +98,7 @@ class EvaluatorConnection:
         hedges: bool = False,
         batched: bool = False,
         fetches: bool = False,
+        attempt: Attempt | None = None,
     ) -> Answer:
         """Return the future of the instance's response. Cancelling it also cancels the work on the instance.
 
@@ -105,6 +107,7 @@ class EvaluatorConnection:
         TransportError if the link breaks. Raises TransportError while there is no link.
         ``stays``: no other instance can take the call. ``hedges``: the future is :class:`Slow`, once, if the net is
         built in and answers far later than usual, or if the call stays at an instance that is away for long.
+        ``attempt`` gets the reply.
         """
         if self._down:
             self._wanted.set()
@@ -127,6 +130,7 @@ class EvaluatorConnection:
         answer.sent = False
         answer.waits = stays and self._said_away
         answer.held = 0
+        answer.attempt = attempt
         self._pending[id_] = answer
         self._outbox.append(answer)
         self._deadlines.add(deadline_s, id_)
@@ -244,7 +248,10 @@ class EvaluatorConnection:
             self._held.give(answer.held)
             if reply.outcome == link.RESULT and not (answer.held or answer.flags & link.FETCH):
                 self._pace.learn(time.monotonic() - answer.sent_s)
-            answer.set_result(responses.read(reply.response))
+            response = responses.read(reply.response)
+            if answer.attempt:
+                answer.attempt.replied(reply, response)
+            answer.set_result(response)
 
     def _abandon(self, id_: int) -> None:
         answer = self._pending.pop(id_, None)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -22,6 +23,7 @@ from atserving.errors import (
 )
 from atserving.http2_stream import Headers
 from atserving.telemetry import RequestLog, trace_id
+from atserving.tracing import Tracer
 from atserving.v1 import evaluator_pb2
 from gate.admission import Caller, admit
 from gate.attempts import Attempts
@@ -30,6 +32,7 @@ from gate.connection import EvaluatorConnection
 from gate.endpoint import Kind
 from gate.limits import CallerLimits, Limits, Use
 from gate.rate_limit_service import RateLimitService
+from gate.record import Record
 from gate.request_counts import LEFT, RequestCounts, refusal_of
 from gate.responses import Response
 from gate.router import Route, Router
@@ -72,13 +75,18 @@ class CallContext:
     reqid: str
     caller: Caller
     traceparent: str | None = None
+    """The caller's; with a trace of the gate's own, the one of that."""
     deadline: float | None = None
     """The caller's own deadline, in seconds of time.monotonic(); None without one."""
     started: float = field(default_factory=time.monotonic)
     batched: bool = False
     """Whether it is a task of a batch, which leaves room to other callers."""
+    waits: Counter[tuple[str, str]] | None = None
+    """How many tasks of its batch wait for an instance, by the app and version that they name; None without a batch."""
     headers: Headers | None = None
     """The headers of the request, one of which may be a key; a batch's are those of each of its tasks."""
+    record: Record | None = None
+    """What it meets, if it is traced, or if its caller wants to know."""
 
 
 @dataclass(frozen=True)
@@ -118,11 +126,13 @@ class Dispatcher:
         synced: asyncio.Event,
         shadows: Shadows,
         rate_limits: RateLimitService | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """``synced`` is set once the router has a config; before that, tasks wait for it.
 
-        ``rate_limits`` counts over all gates.
+        ``rate_limits`` counts over all gates. ``tracer`` begins the traces of requests; None: there are none.
         """
+        self.tracer = tracer
         self._router = router
         self._shadows = shadows
         self._synced = synced
@@ -184,6 +194,9 @@ class Dispatcher:
             counts.refusals[end.refusal] += 1
         else:
             counts.took(seconds, call.traceparent)
+        if call.record:
+            version = end.version or task.version[:_MOST_NAME_CHARS]
+            call.record.finished(call, seconds, task.app[:_MOST_NAME_CHARS], version, end)
 
     def rejected(self, call: CallContext, error: ServingError, app: str = "") -> None:
         """Log and count a request that is rejected before it becomes an eval."""
@@ -197,6 +210,16 @@ class Dispatcher:
             }
             self._requests.write("info", "request rejected", fields)
         self.counts.refused(app, error.status, refusal_of(error))
+        if call.record:
+            seconds = time.monotonic() - call.started
+            call.record.finished(call, seconds, app[:_MOST_NAME_CHARS], "", End.of(error))
+
+    @staticmethod
+    def batch_finished(call: CallContext, batch: asyncio.Task[Any]) -> None:
+        """Export the span of a batch that has ended; one that was rejected has exported it."""
+        if call.record and (batch.cancelled() or not batch.exception()):
+            seconds = time.monotonic() - call.started
+            call.record.finished(call, seconds, "", "", _LEFT if batch.cancelled() else End(""))
 
     def _asked(self, task: Task) -> str:
         """Return the version that a task names, for its counts; empty if it names none, or none that exists."""
@@ -211,6 +234,8 @@ class Dispatcher:
         if not self._synced.is_set():
             await self._wait_synced(call)
         route = self._admit(task, call)
+        if call.record and call.record.state:
+            task.request.tracestate = call.record.state
         kind = Kind(call.batched, self._check(task, call))
         key = b"" if route.version else _key(route, call)
         began_s = time.monotonic() if route.shadow else 0.0

@@ -7,19 +7,26 @@ text, so that integers of any size survive.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
 
 from atserving.counting import MAX_GROUP, TooMany, check_data, check_objects
-from atserving.errors import InvalidArgument, PayloadTooLarge, ServingError, Unauthenticated, UnsupportedMediaType
+from atserving.errors import (
+    Internal,
+    InvalidArgument,
+    PayloadTooLarge,
+    ServingError,
+    Unauthenticated,
+    UnsupportedMediaType,
+)
 from atserving.v1 import evaluator_pb2, serving_pb2
 from atserving.wire import LARGE_BYTES
 from gate.bodies import Body
 from gate.dispatch import EvalResult, Task
-from gate.responses import LargeResponse
+from gate.responses import LargeResponse, Response
 
 JSON = "application/json"
 BYTES = "application/octet-stream"
@@ -56,6 +63,8 @@ _EVAL = msgspec.json.Decoder(_Eval)
 _LARGE_EVAL = msgspec.json.Decoder(_LargeEval)
 _TASKS = msgspec.json.Decoder(list[msgspec.Raw])
 _TASK = msgspec.json.Decoder(_Task)
+_ANY = msgspec.json.Decoder(msgspec.Raw)
+_NO_JSON = Internal("the instance's response is malformed")
 
 
 @dataclass(frozen=True)
@@ -247,10 +256,33 @@ def retry_after(error: ServingError) -> str:
     return str(max(1, -int(-(error.retry_after_s or 0) // 1)))
 
 
-def write_batch(results: list[EvalResult | ServingError]) -> Reply:
-    """Return the response of a batch: one item for each task, in order."""
-    items = [_error_item(each) if isinstance(each, ServingError) else _item(each) for each in results]
+def write_batch(results: list[EvalResult | ServingError], tasks: Sequence[Task | ServingError] = ()) -> Reply:
+    """Return the response of a batch: one item for each of ``tasks``, in order.
+
+    A result that is no JSON would reach into the items beside it. If those may be another app's, it becomes an error.
+    """
+    apart = len({task.app for task in tasks if isinstance(task, Task)}) > 1
+    items = []
+    for each in results:
+        if isinstance(each, ServingError):
+            items.append(_error_item(each))
+        else:
+            items.append(_error_item(_NO_JSON) if apart and not _is_whole(each.response) else _item(each))
     return Reply(b"[" + b",".join(items) + b"]")
+
+
+def _is_whole(response: Response) -> bool:
+    """Return whether a result is one JSON document, or a stream."""
+    try:
+        if not isinstance(response, LargeResponse):
+            if response.result_json:
+                _ANY.decode(response.result_json)
+        elif not response.is_stream:
+            # A small one is text already.
+            _ANY.decode(str(response.result, "utf-8"))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return True
 
 
 def _item(answer: EvalResult) -> bytes:

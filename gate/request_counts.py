@@ -195,7 +195,7 @@ class RequestCounts:
         self._room = _Room(MOST_INSTANCES)
         self._unknown = _UnknownCounts(clock(), _Room(0))
         self._apps: dict[str, AppCounts] = {}
-        self._swept_s = clock()
+        self._swept_s = self._tidied_s = clock()
 
     def of(self, app: str) -> AppCounts:
         """Return the counts of an app."""
@@ -224,6 +224,13 @@ class RequestCounts:
         """Return the counts of each app; those of the unknown ones have an empty name."""
         self._forget(self._clock(), GONE_S)
         return [("", self._unknown), *self._apps.items()]
+
+    def tidy(self) -> None:
+        """Drop what the config has not had for a while, as a scrape does. Call it in case nobody scrapes."""
+        now_s = self._clock()
+        if now_s - self._tidied_s >= _SWEEP_S:
+            self._tidied_s = now_s
+            self._forget(now_s, GONE_S)
 
     def _forget(self, now_s: float, after_s: float) -> None:
         """Drop what the config has not had for so long."""

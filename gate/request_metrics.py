@@ -40,11 +40,14 @@ class RequestMetrics(Collector):
             "Instances of the apps that have had requests, by their state in this gate.",
             labels=[*_VERSION, "state"],
         )
-        for app, _ in apps:
+        for app, counts in apps:
             for version, share in self._router.shares(app).items():
                 asked.add_metric([app, version], share)
             for version in self._router.versions(app):
                 states = self._router.states(app, version)
+                # An app may have hundreds of old releases.
+                if version not in counts.versions and not any(states.values()):
+                    continue
                 for state in STATES:
                     instances.add_metric([app, version, state], states[state])
         yield from (asked, instances)
@@ -57,7 +60,7 @@ def _of_versions(apps: list[tuple[str, AppCounts]]) -> Iterator[Metric]:
         labels=[*_VERSION, "code"],
     )
     attempts = CounterMetricFamily(
-        "atserving_gate_attempts", "How often an instance was asked for a request.", labels=[*_VERSION, "instance"]
+        "atserving_gate_attempts", "How often an instance was asked for a request.", labels=[*_VERSION, "instance_id"]
     )
     given = CounterMetricFamily(
         "atserving_gate_split_requests", "Requests without a version that a version has answered.", labels=_VERSION

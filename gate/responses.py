@@ -19,6 +19,8 @@ class LargeResponse(NamedTuple):
     """The JSON document, in UTF-8, or the net's bytes."""
     is_stream: bool
     message: str
+    fetch_us: int = 0
+    """The microseconds for which the instance has fetched resources."""
 
 
 Response = InferResponse | LargeResponse
@@ -47,7 +49,9 @@ def _large(serialized: Buffer) -> LargeResponse | None:
     rest = InferResponse.FromString(bytes(serialized[end:]))
     if rest.WhichOneof("outcome"):
         return None
-    return LargeResponse(memoryview(serialized)[start:end], number == InferResponse.STREAM_FIELD_NUMBER, rest.message)
+    return LargeResponse(
+        memoryview(serialized)[start:end], number == InferResponse.STREAM_FIELD_NUMBER, rest.message, rest.fetch_us
+    )
 
 
 def error_of(response: Response) -> Error | None:

@@ -311,7 +311,7 @@ class Router(Generic[ConnectionT]):
             rooms = [[each for each in found if self._room(each, kind)] for found in with_away]
             ready = ready if any(ready) else with_away
         if not any(rooms):
-            raise self._none_free(route, versions, [each for found in ready for each in found], kind)
+            raise self._none_free(route, versions, is_full=any(ready))
         if len(versions) == 1 or not route.split:
             candidates = rooms[0]
         elif not turn:
@@ -386,9 +386,7 @@ class Router(Generic[ConnectionT]):
                 return [each for each in found if each.ejected_until <= now] or found
         return []
 
-    def _none_free(
-        self, route: Route, versions: tuple[str, ...], ready: list[Endpoint[ConnectionT]], kind: Kind
-    ) -> ServingError:
+    def _none_free(self, route: Route, versions: tuple[str, ...], *, is_full: bool) -> ServingError:
         if not versions:
             why = " with a weight above 0" if route.split and route.split.weights else ""
             return Unavailable(f"app {route.app!r} has no version in production{why}", refusal="unready")
@@ -396,7 +394,7 @@ class Router(Generic[ConnectionT]):
         what = f"app {route.app!r}"
         if route.version or one:
             what = f"version {versions[0]!r} of {what}" + (", which has this key," if one else "")
-        if any(self._room(each, kind) == 0 for each in ready):
+        if is_full:
             return ResourceExhausted(f"every instance of {what} is full", retry_after_s=1.0, refusal="full")
         outdated = sum(len(self._outdated.get((route.app, version), ())) for version in versions)
         why = f"; {outdated} have loaded other content than the release has now" if outdated else ""

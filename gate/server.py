@@ -27,6 +27,7 @@ from atserving.grpc_server import Server
 from atserving.grpc_status import grpc_status
 from atserving.held import HeldBytes
 from atserving.telemetry import request_id, trace_context, trace_id
+from atserving.tracing import Tracer
 from atserving.v1 import edge_pb2, evaluator_pb2, serving_pb2
 from atserving.wire import LARGE_BYTES, Buffer, cut_tail
 from gate import edge
@@ -34,6 +35,7 @@ from gate.batch import run_batch
 from gate.bodies import Body
 from gate.callers import Callers
 from gate.dispatch import CallContext, Dispatcher, EvalResult, Task
+from gate.record import TIMING, begin
 from gate.request_counts import LEFT
 from gate.responses import LargeResponse
 
@@ -50,15 +52,23 @@ _RESULTS = serving_pb2.BatchResponse.RESULTS_FIELD_NUMBER
 _ResultT = TypeVar("_ResultT")
 
 
-def read_call(call: Call, deadline: float | None, callers: Callers) -> CallContext:
-    """Read a call's headers. An invalid request id gives way to the edge's own."""
+def read_call(
+    call: Call, deadline: float | None, callers: Callers, tracer: Tracer | None = None, name: str = "eval"
+) -> CallContext:
+    """Read a call's headers. An invalid request id gives way to the edge's own. ``name`` is that of its span."""
+    traceparent = call.header("traceparent")
+    if tracer is None:
+        traceparent = trace_context(traceparent)
+    wanted = tracer or traceparent or call.headers.get(TIMING)
+    record = begin(call.headers, traceparent, tracer, name) if wanted else None
     return CallContext(
         reqid=request_id(call.header("x-reqid"), call.header("x-request-id")),
         caller=callers.of(call.headers),
-        traceparent=trace_context(call.header("traceparent")),
+        traceparent=record.trace.traceparent() if record and record.trace else traceparent,
         deadline=deadline,
         started=time.monotonic(),
         headers=call.headers,
+        record=record,
     )
 
 
@@ -99,6 +109,8 @@ def _take_turn(
     fail: Callable[[ServingError], None],
 ) -> None:
     if kept:
+        if context.record:
+            context.record.turn_s = time.monotonic()
         _run(call, context, dispatcher.eval(kept[0], context), answer, fail)
     else:
         dispatcher.counts.of(owner).count("", LEFT)
@@ -150,7 +162,7 @@ class ServingService:
     def eval(self, call: Call) -> None:
         app = ""
         try:
-            context = read_call(call, call.deadline(), self._callers)
+            context = read_call(call, call.deadline(), self._callers, self._dispatcher.tracer)
             is_large = call.size >= LARGE_BYTES
             task = _large_typed_eval(call) if is_large else None
             if task is None:
@@ -181,12 +193,13 @@ class ServingService:
 
     @staticmethod
     def _answer(call: Call, context: CallContext, result: EvalResult) -> None:
-        headers = (("x-reqid", context.reqid), ("x-serving-version", result.version))
+        headers = [("x-reqid", context.reqid), ("x-serving-version", result.version)]
+        _add_timing(headers, context)
         call.finish(*write_response(result), headers=headers)
 
     def batch(self, call: Call) -> None:
         try:
-            context = read_call(call, call.deadline(), self._callers)
+            context = read_call(call, call.deadline(), self._callers, self._dispatcher.tracer, "batch")
             message = call.take_message()
             check_repeated(message, self._max_batch, _TASKS, (self._max_batch * MAX_GROUP, _DATA))
             request = parsed(serving_pb2.BatchRequest(), message)
@@ -208,7 +221,9 @@ class ServingService:
             parts: list[Buffer] = []
             for each in map(write_response, results):
                 parts += (wire.field_head(_RESULTS, sum(map(len, each))), *each)
-            call.finish(*parts, headers=(("x-reqid", context.reqid),))
+            headers = [("x-reqid", context.reqid)]
+            _add_timing(headers, context)
+            call.finish(*parts, headers=headers)
 
         work = _batch(self._dispatcher, tasks, context, self._held)
         _run(call, context, work, answer, partial(_abort, call, context))
@@ -220,7 +235,10 @@ def _batch(
     async def run() -> list[EvalResult | ServingError]:
         # A batch waits for many evals at once, which takes a task.
         batch = run_batch(dispatcher, tasks, context, BATCH_CONCURRENCY, held)
-        return await asyncio.get_running_loop().create_task(batch)
+        running = asyncio.get_running_loop().create_task(batch)
+        if context.record:
+            running.add_done_callback(partial(dispatcher.batch_finished, context))
+        return await running
 
     return run()
 
@@ -280,7 +298,14 @@ def error_metadata(error: ServingError, context: CallContext) -> list[tuple[str,
         trailing.append(("retry-after", edge.retry_after(error)))
     trailing += edge.rate_limit(error)
     trailing += edge.challenge(error)
+    _add_timing(trailing, context)
     return trailing
+
+
+def _add_timing(headers: list[tuple[str, str]], context: CallContext) -> None:
+    """Add what took how long to the headers of an answer, if its caller asks for it."""
+    if context.record and context.record.is_timed:
+        headers.append(("server-timing", context.record.timing(context.started)))
 
 
 def _abort(call: Call, context: CallContext, error: ServingError) -> None:
@@ -311,7 +336,7 @@ class EdgeService:
 
     def eval(self, call: Call) -> None:
         # Envoy sends the deadline of no HTTP caller.
-        context = read_call(call, None, self._callers)
+        context = read_call(call, None, self._callers, self._dispatcher.tracer)
         reply = partial(_reply, call, context)
         app = ""
         try:
@@ -330,7 +355,7 @@ class EdgeService:
         _begin(self._dispatcher, task, call, context, lambda result: reply(edge.write_answer(result)), _failing(reply))
 
     def batch(self, call: Call) -> None:
-        context = read_call(call, None, self._callers)
+        context = read_call(call, None, self._callers, self._dispatcher.tracer, "batch")
         reply = partial(_reply, call, context)
         try:
             message = call.take_message()
@@ -346,7 +371,7 @@ class EdgeService:
             reply(edge.write_error(error))
             return
         work = _batch(self._dispatcher, tasks, context, self._held)
-        _run(call, context, work, lambda results: reply(edge.write_batch(results)), _failing(reply))
+        _run(call, context, work, lambda results: reply(edge.write_batch(results, tasks)), _failing(reply))
 
 
 def _refuse_message(dispatcher: Dispatcher, call: Call, error: GrpcError | TooMany) -> None:
@@ -407,4 +432,5 @@ def _failing(reply: Callable[[edge.Reply], None]) -> Callable[[ServingError], No
 
 def _reply(call: Call, context: CallContext, reply: edge.Reply) -> None:
     headers = [("content-type", reply.content_type), ("x-reqid", context.reqid), *reply.headers.items()]
+    _add_timing(headers, context)
     call.respond(reply.status, headers, reply.body)

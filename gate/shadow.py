@@ -173,7 +173,8 @@ class Shadows:
                 task.request,
                 asked_s + route.timeout_s,
                 f"{call.reqid}{SUFFIX}",
-                call.traceparent,
+                # No caller waits for the copy, so it is no part of the caller's trace, unless it is slow or fails.
+                call.traceparent and f"{call.traceparent[:-2]}00",
                 task.body,
                 batched=True,
                 fetches=fetches,

@@ -1,4 +1,4 @@
-"""The metrics of a gate's own state: its connections, its config, and the bytes that it holds."""
+"""The metrics of a gate's own state: its connections, its config, the bytes that it holds, its traces."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from prometheus_client.registry import Collector
 from atserving.follower import ConfigFollower
 from atserving.grpc_server import Server
 from atserving.held import HeldBytes
+from atserving.tracing import Tracer
 
 
 class StateMetrics(Collector):
     """The families of the state, for a scrape."""
 
-    def __init__(self, server: Server, follower: ConfigFollower, held: HeldBytes) -> None:
+    def __init__(self, server: Server, follower: ConfigFollower, held: HeldBytes, tracer: Tracer | None = None) -> None:
+        self._tracer = tracer
         self._server = server
         self._follower = follower
         self._held = held
@@ -37,3 +39,5 @@ class StateMetrics(Collector):
             "Connections that were one too many.",
             self._server.refused_connections,
         )
+        if self._tracer:
+            yield from self._tracer.families("atserving_gate")

@@ -89,14 +89,13 @@ async def _firing(prometheus: Prometheus) -> set[str]:
     return set(await prometheus.alerts())
 
 
-async def _until(prometheus: Prometheus, alert: str, fires: bool, limit_s: float) -> float:
-    """Wait until an alert fires, or does no longer; return how long it took. Raises SystemExit after the limit."""
+async def _until(prometheus: Prometheus, alert: str, fires: bool, limit_s: float) -> None:
+    """Wait until an alert fires, or does no longer. Raises SystemExit after the limit."""
     began = time.monotonic()
     while (alert in await _firing(prometheus)) is not fires:
         if time.monotonic() - began > limit_s:
             raise SystemExit(f"{alert} {'did not fire' if fires else 'did not end'} within {limit_s:g} s")
         await asyncio.sleep(_POLL_S)
-    return time.monotonic() - began
 
 
 async def _play(fault: Fault, stage: Stage, prometheus: Prometheus, folder: Path) -> Outcome:
@@ -105,13 +104,15 @@ async def _play(fault: Fault, stage: Stage, prometheus: Prometheus, folder: Path
     await asyncio.sleep(_BEFORE_S)
     broken = time.time()
     await fault.break_it(stage)
-    fired_s = await _until(prometheus, fault.alert, True, _FIRE_S)
+    await _until(prometheus, fault.alert, True, _FIRE_S)
+    fired_s = time.time() - broken
     others = await _firing(prometheus) - before - {fault.alert}
     # A picture shows the alert for a while.
     await asyncio.sleep(_AFTER_S)
     mended = time.time()
     await fault.mend_it(stage)
-    resolved_s = await _until(prometheus, fault.alert, False, _RESOLVE_S)
+    await _until(prometheus, fault.alert, False, _RESOLVE_S)
+    resolved_s = time.time() - mended
     await asyncio.sleep(_AFTER_S)
     begin, end = broken - _BEFORE_S, time.time()
     chosen = {**pictures.VALUES, "app": fault.app} if fault.board == "app" else pictures.VALUES

@@ -41,11 +41,13 @@ async def data_of(prometheus: Prometheus, panel: Panel, values: Mapping[str, str
 
 def _series(legend: str, series: Mapping[str, Any], begin: float) -> Series:
     labels = series["metric"]
-    name = re.sub(r"\{\{(\w+)\}\}", lambda label: labels.get(label[1], ""), legend).strip() or "(none)"
+    name = re.sub(r"\{\{(\w+)\}\}", lambda label: labels.get(label[1], ""), legend)
     known = {round(float(at) - begin): float(value) for at, value in series["values"]}
     # A second without a sample is a gap, not a line across it.
     times = range(min(known), max(known) + 1)
-    return Series(name, labels, list(times), [known.get(at, float("nan")) for at in times])
+    return Series(
+        " ".join(name.split()) or "(none)", labels, list(times), [known.get(at, float("nan")) for at in times]
+    )
 
 
 async def alerts(prometheus: Prometheus, begin: float, end: float, names: str = ".+") -> list[Mark]:

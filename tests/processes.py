@@ -230,9 +230,9 @@ class Gate(Process):
 class Evaluator(Process):
     """`python -m evaluator`, on any free port."""
 
-    def __init__(self, registry: str, app: str, version: str = "v1", *flags: str) -> None:
+    def __init__(self, registry: str, app: str, version: str = "v1", *flags: str, **environment: str) -> None:
         self.app = app
-        super().__init__(commands.evaluator(registry, app, version, *flags))
+        super().__init__(commands.evaluator(registry, app, version, *flags), environment=environment)
 
     def wait_serving(self) -> None:
         """Block until it is registered and serves."""
@@ -250,17 +250,19 @@ class Evaluator(Process):
         raise AssertionError("the evaluator has no worker")
 
 
-def start_evaluator(registry: str, app: str, version: str = "v1", *flags: str) -> Evaluator:
+def start_evaluator(registry: str, app: str, version: str = "v1", *flags: str, **environment: str) -> Evaluator:
     """Start an evaluator; ``registry`` is an address."""
-    process = Evaluator(registry, app, version, *flags)
+    process = Evaluator(registry, app, version, *flags, **environment)
     process.start()
     return process
 
 
 @contextmanager
-def evaluator(registry: Registry, app: str, version: str = "v1", *flags: str) -> Iterator[Evaluator]:
+def evaluator(
+    registry: Registry, app: str, version: str = "v1", *flags: str, **environment: str
+) -> Iterator[Evaluator]:
     """Run an evaluator that is registered and serves."""
-    process = start_evaluator(registry.address, app, version, *flags)
+    process = start_evaluator(registry.address, app, version, *flags, **environment)
     try:
         process.wait_serving()
         yield process

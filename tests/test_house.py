@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from atserving import __version__
-from atserving.local import envoy_tls
+from atserving.local import envoy_tls, envoy_tracing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,6 +107,11 @@ def test_generated_files_are_up_to_date(generated: Path) -> None:
 def test_the_bootstrap_with_tls_is_made_of_that_without() -> None:
     made = envoy_tls.with_tls((ROOT / "envoy" / "envoy.yaml").read_text())
     assert (ROOT / "envoy" / "envoy-tls.yaml").read_text() == made, "run make envoy"
+
+
+def test_the_bootstraps_with_tracing_are_made_of_those_without() -> None:
+    for name in envoy_tracing.NAMES:
+        assert (envoy_tracing.COMPONENT / name).read_text() == envoy_tracing.for_kubernetes(name), "run make envoy"
 
 
 def test_no_generated_file_is_left_over(generated: Path) -> None:

@@ -24,6 +24,7 @@ _TEMPLATE = ("deployment.yaml", "disruption.yaml")
 _ADAPTER, _KEDA = "prometheus-adapter", "keda"
 _PROMETHEUS = "http://prometheus.monitoring:9090"
 _GPU_PATCH, _TLS_PATCH = "components/gpu/evaluator.yaml", "components/tls/evaluator.yaml"
+_TRACING_PATCH = "components/tracing/pods.yaml"
 # After the grace period, until the pod is killed.
 _STOP_S = 10
 
@@ -153,6 +154,7 @@ _namespace = click.option(
 )
 @click.option("--qiniu", type=_object, metavar="SECRET", help="The Secret with the keys for qiniu:// in qiniu.json.")
 @click.option("--tls", is_flag=True, help="For a mesh with the component tls, and a Secret for the app's evaluators.")
+@click.option("--tracing", is_flag=True, help="For a mesh with the component tracing: export spans.")
 @_namespace
 def evaluator(
     app: str,
@@ -168,6 +170,7 @@ def evaluator(
     grace: int,
     qiniu: str | None,
     tls: bool,
+    tracing: bool,
     namespace: str,
 ) -> None:
     """Print the Deployment, PodDisruptionBudget and autoscaler of one version of an app.
@@ -203,6 +206,8 @@ def evaluator(
     if tls:
         secret = {"SECRET": secret_of(f"{EVALUATOR}/{app}")}
         deployment = jsonpatch.apply_patch(deployment, _filled(_read(_TLS_PATCH), secret))
+    if tracing:
+        deployment = jsonpatch.apply_patch(deployment, _read(_TRACING_PATCH))
     for each in (deployment, disruption, scaler):
         each["metadata"]["namespace"] = namespace
     pod = deployment["spec"]["template"]

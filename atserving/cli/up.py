@@ -33,10 +33,13 @@ The mesh serves {apps} at {url}{tls}. Try these in another terminal:
 Operators' API: {operators}, and {registry} as gRPC.
 Metrics: prometheus --config.file {directory}/prometheus.yml
 
-Logs: {directory}/*.log. A process that dies is started again. Ctrl-C stops the mesh."""
+{traces}Logs: {directory}/*.log. A process that dies is started again. Ctrl-C stops the mesh."""
 
 
-@click.command(help="Run the mesh in the foreground: etcd, registry, gate, evaluators of the examples and Envoy.")
+@click.command(
+    help="Run the mesh in the foreground: etcd, registry, gate, evaluators of the examples and Envoy. With "
+    "OTEL_EXPORTER_OTLP_ENDPOINT in the environment, all export traces."
+)
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="The edge's port; 0: any free one."
 )
@@ -86,6 +89,7 @@ async def _up(port: int, gates: int, callers: Path | None, tls: bool) -> None:
             files=mesh.files_url,
             registry=mesh.registry,
             operators=mesh.operators_url,
+            traces=f"Traces: exported to {mesh.export.url}.\n\n" if mesh.export else "",
             directory=mesh.directory,
             certificate=_certificate_variables(mesh),
             atserving=".venv/bin/atserving",

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from atserving.local.envoy_tracing import CLUSTER, Export, with_tracing
 from atserving.local.ports import Ports
 from atserving.loopback import HOSTS
 
@@ -53,13 +54,17 @@ def lay_out(source: Path, folder: Path, callers: Path | None, certificates: Path
         path.write_text(text)
 
 
-def local_bootstrap(folder: Path, ports: Ports, *, tls: bool = False, mesh_tls: bool = False) -> str:
+def local_bootstrap(
+    folder: Path, ports: Ports, *, tls: bool = False, mesh_tls: bool = False, export: Export | None = None
+) -> str:
     """Return the bootstrap in ``folder`` with the paths of the checkout and the ports of the local mesh.
 
     ``tls``: with the port for TLS, for which there is a certificate. ``mesh_tls``: Envoy speaks TLS with gates and
-    registries.
+    registries. ``export``: where Envoy's spans go.
     """
     text = (folder / ("envoy-tls.yaml" if mesh_tls else "envoy.yaml")).read_text().replace(_FOLDER, str(folder))
+    if export:
+        text = with_tracing(text, export)
     bootstrap = yaml.safe_load(text)
     # Any web page could send a POST to a port, and stop the process.
     admin = {"pipe": {"path": ADMIN_SOCKET}}
@@ -75,7 +80,7 @@ def local_bootstrap(folder: Path, ports: Ports, *, tls: bool = False, mesh_tls: 
         # All chains of a listener have the same filters.
         for each in listener["filter_chains"][0]["filters"]:
             _answer_only_loopback(each["typed_config"]["route_config"])
-    for cluster in resources["clusters"]:
+    for cluster in (each for each in resources["clusters"] if each["name"] != CLUSTER):
         gates = [_loopback(port) for port in ports.gates]
         upstreams = {"gate": gates, "admin": [admin], "registry": [_loopback(ports.registry)]}[cluster["name"]]
         endpoints = cluster["load_assignment"]["endpoints"][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ import orjson
 from atserving.errors import StartError
 from atserving.local import commands, envoy, examples
 from atserving.local.child import ChildProcess
+from atserving.local.envoy_tracing import Export
 from atserving.local.examples import ROOT, Example
 from atserving.local.folders import PREFIX, TARGETS_FILE
 from atserving.local.ports import Ports, check_free, free_ports
@@ -57,6 +59,7 @@ class Mesh:
         extra: Mapping[str, Sequence[str]] | None = None,
         callers: Path | None = None,
         tls: bool = False,
+        environment: Mapping[str, str] | None = None,
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         """``extra`` has more flags for processes, by name: a test shortens a lease with it.
@@ -64,6 +67,9 @@ class Mesh:
         ``callers`` is a folder with files of Envoy that say who a caller is, in place of those of the checkout.
 
         ``tls``: all processes speak TLS with each other, by the certificates of an authority of this mesh's own.
+
+        ``environment`` is added to that of all processes. With the variables that switch tracing on, Envoy exports
+        spans, too.
 
         ``tell`` gets a line whenever the start waits for something else.
         """
@@ -80,6 +86,9 @@ class Mesh:
         self._extra = extra or {}
         self._callers = callers
         self._with_tls = tls
+        self._environment = environment or {}
+        self.export = Export.from_environment({**os.environ, **self._environment})
+        """Where Envoy's spans go, None without tracing."""
         self.authority: Authority | None = None
         """The authority of a mesh with TLS."""
         self.tls: Tls | None = None
@@ -99,7 +108,7 @@ class Mesh:
             await asyncio.to_thread(self._certify)
         envoy.lay_out(ROOT / "envoy", self.directory / "envoy", self._callers, self._certificates(ENVOY))
         bootstrap = envoy.local_bootstrap(
-            self.directory / "envoy", self.ports, tls=self.has_tls, mesh_tls=self._with_tls
+            self.directory / "envoy", self.ports, tls=self.has_tls, mesh_tls=self._with_tls, export=self.export
         )
         (self.directory / "envoy.yaml").write_text(bootstrap)
         self._processes = self._group()
@@ -188,7 +197,8 @@ class Mesh:
         """Group the processes so that those that serve stop first, then the registry, then etcd."""
         stages: dict[str, list[ManagedProcess]] = {"etcd": [], "registry": [], "serving": []}
         for name, command in self._commands().items():
-            child = ChildProcess(command, self.directory / f"{name}.log", cwd=self.directory)
+            log = self.directory / f"{name}.log"
+            child = ChildProcess(command, log, cwd=self.directory, environment=self._environment)
             stages.get(name, stages["serving"]).append(ManagedProcess(name, child))
         return ProcessGroup(*stages.values())
 

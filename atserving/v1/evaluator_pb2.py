@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from atserving.v1 import serving_pb2 as atserving_dot_v1_dot_serving__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61tserving/v1/evaluator.proto\x12\x0c\x61tserving.v1\x1a\x1a\x61tserving/v1/serving.proto\"j\n\x05Hello\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x0f\n\x07refusal\x18\x04 \x01(\t\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\x10\n\x08\x62uilt_in\x18\x06 \x01(\x08\"g\n\x0cInferRequest\x12$\n\x04\x64\x61ta\x18\x01 \x03(\x0b\x32\x16.atserving.v1.Resource\x12\r\n\x05group\x18\x02 \x01(\x08\x12\x13\n\x0bparams_json\x18\x03 \x01(\t\x12\r\n\x05reqid\x18\x04 \x01(\t\"z\n\rInferResponse\x12\x15\n\x0bresult_json\x18\x01 \x01(\tH\x00\x12\x10\n\x06stream\x18\x02 \x01(\x0cH\x00\x12$\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x13.atserving.v1.ErrorH\x00\x12\x0f\n\x07message\x18\x04 \x01(\tB\t\n\x07outcome\"_\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06status\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\x03\x12\x0f\n\x07refused\x18\x05 \x01(\x08\"\x1c\n\x0eGetLoadRequest\x12\n\n\x02id\x18\x01 \x01(\t\"K\n\x04Load\x12\x11\n\tin_flight\x18\x01 \x01(\x05\x12\x10\n\x08\x66\x65tching\x18\x02 \x01(\x05\x12\x0c\n\x04\x61way\x18\x03 \x01(\x08\x12\x10\n\x08software\x18\x04 \x01(\t2\x91\x01\n\x10\x45valuatorService\x12@\n\x05Infer\x12\x1a.atserving.v1.InferRequest\x1a\x1b.atserving.v1.InferResponse\x12;\n\x07GetLoad\x12\x1c.atserving.v1.GetLoadRequest\x1a\x12.atserving.v1.Loadb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61tserving/v1/evaluator.proto\x12\x0c\x61tserving.v1\x1a\x1a\x61tserving/v1/serving.proto\"j\n\x05Hello\x12\x0b\n\x03\x61pp\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x0f\n\x07refusal\x18\x04 \x01(\t\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\x10\n\x08\x62uilt_in\x18\x06 \x01(\x08\"{\n\x0cInferRequest\x12$\n\x04\x64\x61ta\x18\x01 \x03(\x0b\x32\x16.atserving.v1.Resource\x12\r\n\x05group\x18\x02 \x01(\x08\x12\x13\n\x0bparams_json\x18\x03 \x01(\t\x12\r\n\x05reqid\x18\x04 \x01(\t\x12\x12\n\ntracestate\x18\x05 \x01(\t\"\x8c\x01\n\rInferResponse\x12\x15\n\x0bresult_json\x18\x01 \x01(\tH\x00\x12\x10\n\x06stream\x18\x02 \x01(\x0cH\x00\x12$\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x13.atserving.v1.ErrorH\x00\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x10\n\x08\x66\x65tch_us\x18\x05 \x01(\rB\t\n\x07outcome\"_\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06status\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\x03\x12\x0f\n\x07refused\x18\x05 \x01(\x08\"\x1c\n\x0eGetLoadRequest\x12\n\n\x02id\x18\x01 \x01(\t\"K\n\x04Load\x12\x11\n\tin_flight\x18\x01 \x01(\x05\x12\x10\n\x08\x66\x65tching\x18\x02 \x01(\x05\x12\x0c\n\x04\x61way\x18\x03 \x01(\x08\x12\x10\n\x08software\x18\x04 \x01(\t2\x91\x01\n\x10\x45valuatorService\x12@\n\x05Infer\x12\x1a.atserving.v1.InferRequest\x1a\x1b.atserving.v1.InferResponse\x12;\n\x07GetLoad\x12\x1c.atserving.v1.GetLoadRequest\x1a\x12.atserving.v1.Loadb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,15 +35,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO']._serialized_start=74
   _globals['_HELLO']._serialized_end=180
   _globals['_INFERREQUEST']._serialized_start=182
-  _globals['_INFERREQUEST']._serialized_end=285
-  _globals['_INFERRESPONSE']._serialized_start=287
-  _globals['_INFERRESPONSE']._serialized_end=409
-  _globals['_ERROR']._serialized_start=411
-  _globals['_ERROR']._serialized_end=506
-  _globals['_GETLOADREQUEST']._serialized_start=508
-  _globals['_GETLOADREQUEST']._serialized_end=536
-  _globals['_LOAD']._serialized_start=538
-  _globals['_LOAD']._serialized_end=613
-  _globals['_EVALUATORSERVICE']._serialized_start=616
-  _globals['_EVALUATORSERVICE']._serialized_end=761
+  _globals['_INFERREQUEST']._serialized_end=305
+  _globals['_INFERRESPONSE']._serialized_start=308
+  _globals['_INFERRESPONSE']._serialized_end=448
+  _globals['_ERROR']._serialized_start=450
+  _globals['_ERROR']._serialized_end=545
+  _globals['_GETLOADREQUEST']._serialized_start=547
+  _globals['_GETLOADREQUEST']._serialized_end=575
+  _globals['_LOAD']._serialized_start=577
+  _globals['_LOAD']._serialized_end=652
+  _globals['_EVALUATORSERVICE']._serialized_start=655
+  _globals['_EVALUATORSERVICE']._serialized_end=800
 # @@protoc_insertion_point(module_scope)

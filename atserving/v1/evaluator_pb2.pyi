@@ -74,12 +74,15 @@ class InferRequest(_message.Message):
     GROUP_FIELD_NUMBER: _builtins.int
     PARAMS_JSON_FIELD_NUMBER: _builtins.int
     REQID_FIELD_NUMBER: _builtins.int
+    TRACESTATE_FIELD_NUMBER: _builtins.int
     group: _builtins.bool
     """As in EvalRequest."""
     params_json: _builtins.str
     """As in EvalRequest."""
     reqid: _builtins.str
     """The request's id, for the logs, if no metadata and no link says it."""
+    tracestate: _builtins.str
+    """The W3C tracestate, at most 512 characters, if the request came with one and has a traceparent."""
     @_builtins.property
     def data(self) -> _containers.RepeatedCompositeFieldContainer[_serving_pb2.Resource]:
         """As in EvalRequest."""
@@ -91,10 +94,11 @@ class InferRequest(_message.Message):
         group: _builtins.bool = ...,
         params_json: _builtins.str = ...,
         reqid: _builtins.str = ...,
+        tracestate: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "group", b"group", "params_json", b"params_json", "reqid", b"reqid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "group", b"group", "params_json", b"params_json", "reqid", b"reqid", "tracestate", b"tracestate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -108,12 +112,15 @@ class InferResponse(_message.Message):
     STREAM_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    FETCH_US_FIELD_NUMBER: _builtins.int
     result_json: _builtins.str
     """The net's result, a JSON document."""
     stream: _builtins.bytes
     """The net's result, bytes."""
     message: _builtins.str
     """The net's message beside a result; mostly empty."""
+    fetch_us: _builtins.int
+    """The microseconds for which the instance fetched resources. 0: there were none, or the result is longer than 512 KiB."""
     @_builtins.property
     def error(self) -> Global___Error:
         """Why there is no result."""
@@ -125,10 +132,11 @@ class InferResponse(_message.Message):
         stream: _builtins.bytes = ...,
         error: Global___Error | None = ...,
         message: _builtins.str = ...,
+        fetch_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "result_json", b"result_json", "stream", b"stream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "message", b"message", "outcome", b"outcome", "result_json", b"result_json", "stream", b"stream"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "fetch_us", b"fetch_us", "message", b"message", "outcome", b"outcome", "result_json", b"result_json", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["result_json", "stream", "error"]  # noqa: Y015
     _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015

@@ -18,6 +18,7 @@ from atserving import hosts, uris
 from atserving.errors import InvalidArgument, ResourceUnreachable
 from atserving.uris import QiniuUri
 from evaluator.fetching.addresses import AddressPolicy, AddressRefused
+from evaluator.fetching.fetch_times import Fetch
 from evaluator.fetching.host_rules import ANY, HostRules
 from evaluator.fetching.proxy import Proxy
 from evaluator.fetching.sessions import Sessions
@@ -101,15 +102,15 @@ class HttpFetcher:
             if self._buckets:
                 stack.push_async_callback(self._buckets.close)
 
-    async def fetch(self, uri: str, budget: Budget) -> bytes:
-        """Fetch a resource and take its bytes from ``budget``.
+    async def fetch(self, uri: str, budget: Budget, one: Fetch | None = None) -> bytes:
+        """Fetch a resource and take its bytes from ``budget``. ``one`` takes note of a traced request's fetch.
 
         Raises InvalidArgument for errors of the request and ResourceUnreachable for errors of a host.
         """
         label = f"resource {uris.redacted(uri)}"
         try:
             async with asyncio.timeout(_TOTAL_S):
-                return await self._follow(await self._locate(uri, label), label, budget)
+                return await self._follow(await self._locate(uri, label), label, budget, one)
         except TimeoutError:
             raise ResourceUnreachable(f"{label} did not arrive within {_TOTAL_S:g} s") from None
         except AddressRefused as refused:
@@ -129,14 +130,22 @@ class HttpFetcher:
             raise InvalidArgument(f"{label}: requests may not read from this bucket")
         return await self._buckets.url(named, label)
 
-    async def _follow(self, url: URL, label: str, budget: Budget) -> bytes:
+    async def _follow(self, url: URL, label: str, budget: Budget, one: Fetch | None) -> bytes:
+        headers = one.headers if one else None
         for _ in range(_MAX_REDIRECTS + 1):
             if self._is_checked:
                 await self._check(url)
-            async with self._sessions.of(url).get(url, allow_redirects=False) as response:
+            if one:
+                one.ask(url.scheme, url.raw_host or "", url.port or 0)
+            async with self._sessions.of(url).get(url, allow_redirects=False, headers=headers) as response:
+                if one:
+                    one.status = response.status
                 location = response.headers.get("Location")
                 if response.status not in REDIRECTS or location is None:
-                    return await self._read(response, label, budget)
+                    body = await self._read(response, label, budget)
+                    if one:
+                        one.size = len(body)
+                    return body
                 url = _http_url(str(url.join(_url(location, label))), label)
         raise InvalidArgument(f"{label} redirects more than {_MAX_REDIRECTS} times")
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+import msgspec
+
 from atserving.config import Release
 from atserving.errors import StartError
 from evaluator.fetching.proxy import Proxy
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 MAX_FILE_BYTES = 4 << 30
 """The maximum size of a tar or a custom file."""
+
+WORKSPACE_MARK = ".atserving-workspace"
+"""The name of a file that is in the workspace of each evaluator, and that no script can remove."""
 
 _PART_BYTES = 1 << 20
 _KERNEL = ("/proc", "/sys", "/dev")
@@ -83,21 +88,29 @@ def check_signature(release: Release, trusted: TrustedKeys | None) -> str:
         raise StartError(f"{release.name} {release.version} may not run, see --trusted-keys: {error}") from None
 
 
-def check_local_files(release: Release, folders: Sequence[Path], own: Sequence[Path]) -> None:
-    """Raise StartError if a release names a local file that its net, which may show it to callers, must not have.
+def with_local_files(release: Release, folders: Sequence[Path], own: Sequence[Path]) -> Release:
+    """Return a release whose local files are named by their real paths: links may lead elsewhere later.
 
-    Such are the kernel's, the evaluator's ``own``, and those outside of ``folders``, if there are some.
+    Raises StartError if it names one that its net, which may show it to callers, must not have. Such are the kernel's,
+    the evaluator's ``own``, those in workspaces, and those outside of ``folders``, if there are some.
     """
-    uris = {"file": release.file, **{f"custom_files.{name}": uri for name, uri in release.custom_files.items()}}
-    for field, uri in uris.items():
+
+    def real(field: str, uri: str) -> str:
         bare, _ = _split_digest(uri, field)
         if not bare.startswith("file://"):
-            continue
+            return uri
         path = _local_path(bare, field).resolve()
         if any(path.is_relative_to(folder) for folder in _KERNEL) or path in {each.resolve() for each in own}:
             raise StartError(f"{field} {bare}: is no file for releases")
+        # A script there could lead the path elsewhere.
+        if any((folder / WORKSPACE_MARK).exists() for folder in path.parents):
+            raise StartError(f"{field} {bare}: is in the workspace of an evaluator")
         if folders and not any(path.is_relative_to(folder.resolve()) for folder in folders):
             raise StartError(f"{field} {bare}: is in no folder of --local-files")
+        return path.as_uri() + uri.removeprefix(bare)
+
+    custom_files = {name: real(f"custom_files.{name}", uri) for name, uri in release.custom_files.items()}
+    return msgspec.structs.replace(release, file=real("file", release.file), custom_files=custom_files)
 
 
 async def _fetch(

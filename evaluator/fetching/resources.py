@@ -11,6 +11,7 @@ from atserving import lifecycle, uris
 from atserving.errors import ResourceUnreachable
 from atserving.v1 import serving_pb2
 from evaluator.fetching.addresses import AddressPolicy
+from evaluator.fetching.fetch_times import Fetch, Fetches
 from evaluator.fetching.host_rules import ANY, HostRules
 from evaluator.fetching.proxy import Proxy
 from evaluator.limits import Budget, decode
@@ -72,15 +73,17 @@ class ResourceFetcher:
             task.add_done_callback(self._retiring.discard)
         self._http = self._opening = None
 
-    async def replace(self, resources: Sequence[serving_pb2.Resource], budget: Budget) -> None:
+    async def replace(
+        self, resources: Sequence[serving_pb2.Resource], budget: Budget, fetches: Fetches | None = None
+    ) -> None:
         """Replace the URIs of a request's resources by their bytes, several at a time. Raises as :meth:`fetch` does."""
         more = min(len(resources) - 1, _AT_A_TIME - 1, self._more)
         left = iter(resources)
         if more < 1:
-            await self._replace_each(left, budget)
+            await self._replace_each(left, budget, fetches)
             return
         self._more -= more
-        tasks = [asyncio.create_task(self._replace_each(left, budget)) for _ in range(1 + more)]
+        tasks = [asyncio.create_task(self._replace_each(left, budget, fetches)) for _ in range(1 + more)]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -89,13 +92,20 @@ class ResourceFetcher:
             tasks.clear()
             self._more += more
 
-    async def _replace_each(self, left: Iterable[serving_pb2.Resource], budget: Budget) -> None:
+    async def _replace_each(
+        self, left: Iterable[serving_pb2.Resource], budget: Budget, fetches: Fetches | None
+    ) -> None:
         for each in left:
-            each.body = await self.fetch(each.uri, budget)
+            if fetches and uris.scheme(each.uri) != "data":
+                with fetches.one() as one:
+                    each.body = await self.fetch(each.uri, budget, one)
+            else:
+                each.body = await self.fetch(each.uri, budget)
 
-    async def fetch(self, uri: str, budget: Budget | None = None) -> bytes:
+    async def fetch(self, uri: str, budget: Budget | None = None, one: Fetch | None = None) -> bytes:
         """Fetch a resource and take its bytes from ``budget``, the request's (None: this is its only resource).
 
+        ``one`` takes note of a traced request's fetch.
         Raises InvalidArgument for errors of the request and ResourceUnreachable for errors of a host.
         """
         budget = budget or Budget(self._max_bytes)
@@ -111,8 +121,8 @@ class ResourceFetcher:
                 raise ResourceUnreachable(f"the HTTP client could not be loaded: {error}") from None
             if self._opening is opening:
                 self._http = http
-            return await http.fetch(uri, budget)
-        return await self._http.fetch(uri, budget)
+            return await http.fetch(uri, budget, one)
+        return await self._http.fetch(uri, budget, one)
 
     async def _open(self) -> HttpFetcher:
         # In a thread, so that other requests go on.

@@ -13,6 +13,8 @@ MAX_BYTES = 4 << 30
 
 MAX_MEMBERS = 1000
 
+_EXECUTABLE = 0o100
+
 
 def unpack(tar: Path, folder: Path, max_bytes: int = MAX_BYTES) -> Mapping[str, Path]:
     """Unpack an uncompressed tar below ``folder`` and return the paths of its files by name.
@@ -53,6 +55,9 @@ def _unpack(archive: tarfile.TarFile, folder: Path, max_bytes: int) -> dict[str,
         archive.extract(member, folder, set_attrs=False, filter="data")
         if member.isreg():
             files[name] = folder / name
+            if member.mode & _EXECUTABLE:
+                # A script may not change modes itself.
+                files[name].chmod(0o755)
     return files
 
 

@@ -25,7 +25,9 @@ MAX_OPEN_FILES = 4096
 # Names and, with a star, starts of names. None of them is a secret, and libraries or their users need them.
 _VARIABLES = (
     *("PATH", "HOME", "LANG", "LANGUAGE", "LC_*", "TZ", "LD_LIBRARY_PATH", "LD_PRELOAD", "MALLOC_*", "GLIBC_TUNABLES"),
-    *("PYTHON*", "OMP_*", "KMP_*", "OPENBLAS_*", "MKL_*", "ORT_*", "OPENCV_*", "CUDA_*", "NVIDIA_*", "TF_*"),
+    *("PYTHON*", "OMP_*", "KMP_*", "OPENBLAS_*", "MKL_*", "ORT_*", "OPENCV_*", "CUDA_*"),
+    # There are others of this start, such as NVIDIA_API_KEY.
+    *("NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_REQUIRE_*", "NVIDIA_TF32_OVERRIDE"),
 )
 
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", "/nix/store")

@@ -25,14 +25,14 @@ class SupervisedCall:
     __slots__ = (
         "batched",
         "deadline_s",
-        "deaths",
+        "deaths_s",
         "ended",
         "id",
         "late_s",
         "reqid",
         "request",
-        "sent",
         "sent_bytes",
+        "sent_s",
         "stays",
         "taker",
     )
@@ -61,11 +61,12 @@ class SupervisedCall:
         """Whether it waits here while the instance is away, since its gate has no other."""
         self.batched = batched
         """Whether it is a task of a batch."""
-        self.sent = False
+        self.sent_s = 0.0
+        """When it was sent to the process that runs; 0: it waits here."""
         self.sent_bytes = 0
         """The bytes of the request that was sent, which the worker keeps even if the caller has left."""
-        self.deaths = 0
-        """How many worker processes died while they worked on it, or may have."""
+        self.deaths_s: tuple[float, ...] = ()
+        """When worker processes died that worked on it, or may have."""
         self.ended: asyncio.Event | None = None
         """Of a suspect: set when it has its outcome, or its caller has left."""
 

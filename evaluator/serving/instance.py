@@ -16,7 +16,7 @@ import msgspec
 import orjson
 import structlog
 
-from atserving import lifecycle, malloc, telemetry
+from atserving import lifecycle, malloc, telemetry, tracing
 from atserving.config import Instance, MalformedConfig, WorkerConfig, validate
 from atserving.errors import StartError
 from atserving.grpc_server import Server
@@ -24,11 +24,12 @@ from atserving.held import HeldBytes
 from atserving.hosts import Hosts
 from atserving.ops_http import OpsServer, Page
 from atserving.tls import EVALUATOR, GATE, REGISTRY, Tls, TlsFiles
+from atserving.tracing import Tracer
 from atserving.v1 import evaluator_pb2
 from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
 from evaluator.fetching.host_rules import HostRules
 from evaluator.fetching.proxy import Proxy
-from evaluator.fetching.release import check_local_files, check_signature, fetch_release
+from evaluator.fetching.release import check_signature, fetch_release, with_local_files
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.net_config import NetConfig
 from evaluator.sandbox.decision import Sandbox, SandboxSettings
@@ -42,6 +43,7 @@ from evaluator.serving.pipeline import Pipeline
 from evaluator.serving.registration import Registration
 from evaluator.serving.release_config import VersionConfigFollower
 from evaluator.serving.server import EvaluatorService
+from evaluator.serving.spans import Spans
 from evaluator.serving.status import State, Status
 from evaluator.serving.supervisor import WorkerSupervisor
 from evaluator.serving.workspace import workspace
@@ -115,7 +117,9 @@ class _Life:
         self._log = log.bind(app=settings.app, version=settings.version)
         self._capacity = Capacity(1)
         self._tls = tls = Tls(settings.tls, f"{EVALUATOR}/{settings.app}") if settings.tls else None
-        self._metrics = Metrics(settings.app, settings.version, tls)
+        self._id = secrets.token_hex(8)
+        self._tracer = tracing.from_environment("atserving-evaluator", {"service.instance.id": self._id})
+        self._metrics = Metrics(settings.app, settings.version, tls, self._tracer)
         self._follower = VersionConfigFollower(
             settings.registries, settings.app, settings.version, settings.config_cache, tls
         )
@@ -138,6 +142,7 @@ class _Life:
         pages: dict[str, Page] = {"/metrics": self._metrics.page, "/status": self._status.page}
         with workspace(settings.workspace, f"{settings.app}-{settings.version}") as folder:
             async with (
+                _exported(self._tracer),
                 OpsServer(settings.http, pages, lambda: self._server.is_serving) as ops,
                 _background(self._follower.run()) as following,
                 AsyncExitStack() as stack,
@@ -162,7 +167,7 @@ class _Life:
         self._digest = release.digest
         signed_by = check_signature(release, self._settings.trusted_keys)
         self._log.info("release loading", http_port=http_port, **({"signed_by": signed_by} if signed_by else {}))
-        check_local_files(release, self._settings.local_files, self._settings.own_files)
+        release = with_local_files(release, self._settings.local_files, self._settings.own_files)
         digests: dict[str, str] = {}
         config = await fetch_release(
             release, folder, self._settings.qiniu, digests, self._settings.proxy, copied=bool(signed_by)
@@ -171,7 +176,12 @@ class _Life:
         # Refuse wrong limits before the worker loads the net, which may take long.
         _check_held(config, self._settings.max_held_bytes)
         self._check_scripts(config)
-        worker = WorkerSupervisor(config, self._settings.max_held_bytes + _FRONT_BYTES, self._settings.sandbox)
+        worker = WorkerSupervisor(
+            config,
+            self._settings.max_held_bytes + _FRONT_BYTES,
+            self._settings.sandbox,
+            timed=self._tracer is not None,
+        )
         self._status.sandbox = worker.sandbox
         _log_sandbox(self._log, worker.sandbox)
         stack.push_async_callback(worker.close)
@@ -192,6 +202,8 @@ class _Life:
         worker.on_away = self._links.set_away
         metrics.of_capacity(capacity, self._held, lambda: len(self._links.links))
         policy = AddressPolicy(settings.allow_networks)
+        names = {"app": settings.app, "version": settings.version, "instance": self._id}
+        spans = Spans(self._tracer, worker, **names) if self._tracer else None
         async with (
             ResourceFetcher(config.limits.max_bytes, policy, settings.qiniu, proxy=settings.proxy) as fetcher,
             _background(worker.run()) as working,
@@ -205,8 +217,9 @@ class _Life:
                 capacity=capacity,
                 metrics=metrics,
                 held=self._held,
+                spans=spans,
             )
-            instance = await asyncio.to_thread(_instance, settings, port, self._loaded(config, worker))
+            instance = await asyncio.to_thread(_instance, settings, self._id, port, self._loaded(config, worker))
             self._service.serve(instance.id, pipeline, lambda: worker.is_away)
             self._links.serve(instance, pipeline, built_in=not config.script)
             registration = Registration(
@@ -245,6 +258,8 @@ class _Life:
                     self._follower.on_worker = lambda _: None
                     worker.configure(delay_s=0)
                     await self._drain(registration)
+                    if spans:
+                        spans.close()
 
     def _check_scripts(self, config: NetConfig) -> None:
         """Raise StartError if the release is a script and the worker config forbids those."""
@@ -322,14 +337,24 @@ def _plan(config: NetConfig, worker: WorkerSupervisor) -> dict[str, Any]:
     }
 
 
-def _instance(settings: InstanceSettings, port: int, loaded: Mapping[str, Any]) -> Instance:
+def _instance(settings: InstanceSettings, id_: str, port: int, loaded: Mapping[str, Any]) -> Instance:
     address = advertised_address(settings.advertise, settings.listen, port, settings.registries[0])
-    names = {"app": settings.app, "version": settings.version, "id": secrets.token_hex(8)}
+    names = {"app": settings.app, "version": settings.version, "id": id_}
     since = datetime.now(UTC).isoformat(timespec="seconds")
     try:
         return validate(Instance, {**names, "address": address, "capacity": 1, "since": since, **loaded})
     except MalformedConfig as error:
         raise StartError(f"gates can't use this address, see --advertise: {error}") from None
+
+
+@asynccontextmanager
+async def _exported(tracer: Tracer | None) -> AsyncIterator[None]:
+    """Export the spans that are left at the end of the block."""
+    try:
+        yield
+    finally:
+        if tracer:
+            await tracer.close()
 
 
 @asynccontextmanager

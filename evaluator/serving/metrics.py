@@ -15,6 +15,7 @@ from atserving.counts import Counts, Distribution, latency_bounds
 from atserving.held import HeldBytes
 from atserving.process_metrics import add_process
 from atserving.tls import Tls
+from atserving.tracing import Tracer
 from evaluator.serving.capacity import REFUSALS, Capacity
 from evaluator.serving.gpu_state import GpuReader, GpuState
 from evaluator.serving.supervisor import WorkerSupervisor
@@ -42,7 +43,8 @@ class _Labelled(CollectorRegistry):
 class Metrics(Collector):
     """The metrics of one instance; every name begins with ``atserving_evaluator_``, each with the app and version."""
 
-    def __init__(self, app: str, version: str, tls: Tls | None = None) -> None:
+    def __init__(self, app: str, version: str, tls: Tls | None = None, tracer: Tracer | None = None) -> None:
+        self._tracer = tracer
         self._registry = _Labelled({"app": app, "version": version})
         self._requests = Counts()
         self._refusals: Counter[str] = Counter()
@@ -92,6 +94,8 @@ class Metrics(Collector):
         )
         if self._gpu_state:
             yield from _of_gpu(self._gpu_state)
+        if self._tracer:
+            yield from self._tracer.families(_PREFIX)
 
     def of_worker(self, worker: WorkerSupervisor) -> None:
         """Count the worker's batches and restarts, and show its memory and CPU next to those of this process."""

@@ -14,7 +14,9 @@ from atserving import link, uris
 from atserving.errors import DeadlineExceeded, Internal, InvalidArgument, ServingError, Unavailable
 from atserving.held import LARGE_BYTES, HeldBytes
 from atserving.telemetry import RequestLog, request_id, trace_context, trace_id
+from atserving.tracing import Trace
 from atserving.v1 import evaluator_pb2
+from evaluator.fetching.fetch_times import Fetches
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.limits import Budget, Limits, check_request
 from evaluator.net_config import NetConfig
@@ -22,6 +24,7 @@ from evaluator.serving.calls import SupervisedCall
 from evaluator.serving.capacity import Capacity
 from evaluator.serving.link_server import Replier
 from evaluator.serving.metrics import Metrics
+from evaluator.serving.spans import Ended, Spans
 from evaluator.serving.supervisor import WorkerSupervisor
 
 log = structlog.get_logger()
@@ -44,7 +47,10 @@ class Pipeline:
         capacity: Capacity,
         metrics: Metrics,
         held: HeldBytes,
+        spans: Spans | None = None,
     ) -> None:
+        """Without ``spans``, trace nothing."""
+        self.spans = spans
         self.worker = worker
         self.held = held
         self.capacity = capacity
@@ -93,11 +99,13 @@ class Pipeline:
         check_request(request, self._built_in)
         return request
 
-    async def fetch(self, request: evaluator_pb2.InferRequest, hold: Callable[[int], None]) -> None:
+    async def fetch(
+        self, request: evaluator_pb2.InferRequest, hold: Callable[[int], None], fetches: Fetches | None = None
+    ) -> None:
         """Replace the URI of each resource by its bytes; ``hold`` counts them. Raises a ServingError."""
         # The worker checks the sizes of bodies.
         elsewhere = [each for each in request.data if each.HasField("uri")]
-        await self._fetcher.replace(elsewhere, Budget(self._limits.max_request_bytes, hold))
+        await self._fetcher.replace(elsewhere, Budget(self._limits.max_request_bytes, hold), fetches)
 
 
 class Request:
@@ -113,6 +121,7 @@ class Request:
         "_began_s",
         "_deadline_s",
         "_entered_s",
+        "_fetches",
         "_fetching",
         "_held_bytes",
         "_id",
@@ -121,6 +130,7 @@ class Request:
         "_replier",
         "_reqid",
         "_stays",
+        "_trace",
         "_traceparent",
         "_work",
         "ended",
@@ -144,6 +154,9 @@ class Request:
         self._ms: dict[str, float] = {}
         self._work: SupervisedCall | None = None
         self._fetching: asyncio.Task[None] | None = None
+        # Only of a request that fetches, or whose spans are exported.
+        self._trace: Trace | None = None
+        self._fetches: Fetches | None = None
 
     def begin(self, call: link.Call, held: int | None) -> None:
         """Begin the work. ``held`` bytes are counted for it already; None: it counts those of the call."""
@@ -172,10 +185,13 @@ class Request:
         self._held_bytes += count
 
     async def _fetch(self, request: evaluator_pb2.InferRequest, hosts: set[str]) -> None:
-        capacity = self._pipeline.capacity
+        capacity, spans = self._pipeline.capacity, self._pipeline.spans
+        if spans:
+            self._trace = spans.begin(self._traceparent, request.tracestate)
+            self._fetches = spans.fetches(self._trace)
         try:
             async with capacity.fetch(hosts, batched=self._batched):
-                await self._pipeline.fetch(request, self._hold)
+                await self._pipeline.fetch(request, self._hold, self._fetches)
             self._entered_s = time.monotonic()
             if self.ended:
                 capacity.leave(capacity.in_flight, self._entered_s)
@@ -184,6 +200,7 @@ class Request:
             self._ms["fetch_ms"] = round((self._entered_s - self._began_s) * 1000, 3)
             self._submit(request.SerializeToString())
         except Exception as error:
+            self._ms.setdefault("fetch_ms", round((time.monotonic() - self._began_s) * 1000, 3))
             self._fail(error)
 
     def _submit(self, serialized: link.Buffer) -> None:
@@ -205,9 +222,9 @@ class Request:
             if held and not self._replier.hold(held):
                 raise Unavailable("the instance holds as many bytes of unread answers as it can", refusal="memory")
         except Exception as failure:
-            self._fail(failure)
+            self._fail(failure, reply)
             return
-        self._end(reply, error, held)
+        self._end(reply, error, reply, held)
 
     def failed(self, error: ServingError) -> None:
         """Take an error in place of the worker's reply."""
@@ -231,18 +248,24 @@ class Request:
         if self._work:
             self._pipeline.worker.cancel(self._work)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: Exception, answer: link.Reply | None = None) -> None:
         if not isinstance(error, ServingError):
             self._pipeline.log.error("request failed", **self._ids(), exc_info=error)
             error = Internal("the evaluator failed")
         response = evaluator_pb2.InferResponse(error=error.to_proto()).SerializeToString()
-        self._end(link.Reply(self._id, link.ERROR, 0, 0, 0, 0, 0, 0, response), error)
+        self._end(link.Reply(self._id, link.ERROR, 0, 0, 0, 0, 0, 0, response), error, answer)
 
-    def _end(self, reply: link.Reply | None, error: ServingError | None, held: int = 0) -> None:
-        """Reply, count and log, once. Without a reply the caller has left. ``held`` bytes are counted for the reply."""
+    def _end(
+        self, reply: link.Reply | None, error: ServingError | None, answer: link.Reply | None = None, held: int = 0
+    ) -> None:
+        """Reply, count, log and trace, once. Without a reply the caller has left.
+
+        ``answer`` is the worker's reply, if there is one. ``held`` bytes are counted for the reply.
+        """
         if self.ended:
             return
         self.ended = True
+        work = self._work
         # What worked on it refers back to it, and would keep its body in memory.
         self._work = self._fetching = None
         pipeline, ms = self._pipeline, self._ms
@@ -253,16 +276,23 @@ class Request:
         if reply is None:
             code = status = _CALLER_GONE
         else:
+            if fetch_ms := ms.get("fetch_ms"):
+                reply = link.with_fetch(reply, round(fetch_ms * 1000))
             self._replier.reply(reply._replace(id=self._id), held)
-        seconds = time.monotonic() - self._began_s
+        now_s = time.monotonic()
+        seconds = now_s - self._began_s
         ms["total_ms"] = round(seconds * 1000, 3)
         pipeline.metrics.observe(status, ms, error.refusal if error else "", self._traceparent)
+        if (spans := pipeline.spans) and (trace := spans.wanted(self._trace, self._traceparent, seconds, error)):
+            self._trace = trace
+            times = self._began_s, self._entered_s, now_s
+            spans.export(trace, Ended(self._reqid, *times, status, error, answer, work, self._fetches))
         if pipeline.lines.wants(self._reqid, code, seconds):
             line: dict[str, object] = {"reqid": self._reqid, "code": code}
             if error:
                 line["reason"] = error.message
             line.update(ms)
-            if self._traceparent:
+            if self._traceparent or self._trace:
                 line.update(self._ids())
             pipeline.lines.write("info", "request finished", line)
 
@@ -273,6 +303,8 @@ class Request:
             traceparent = self._traceparent.decode(errors="replace")
             ids["traceparent"] = traceparent[:_MAX_TRACE_CHARS]
             ids["trace_id"] = trace_id(trace_context(traceparent))
+        if self._trace:
+            ids["trace_id"] = self._trace.trace_id
         return ids
 
 

@@ -11,6 +11,7 @@ from grpc import StatusCode
 from atserving import __version__, link
 from atserving.grpc_call import Call, GrpcError, parsed
 from atserving.grpc_server import Server
+from atserving.telemetry import trace_context
 from atserving.v1 import evaluator_pb2
 from evaluator.serving.pipeline import Pipeline, Request, fetches
 
@@ -66,7 +67,7 @@ class EvaluatorService:
                 # The caller has chosen this instance.
                 flags=link.STAY | (link.FETCH if fetches(request) else 0),
                 reqid=(call.header("x-reqid") or request.reqid).encode(),
-                traceparent=(call.header("traceparent") or "").encode(),
+                traceparent=(trace_context(call.header("traceparent")) or "").encode(),
                 request=call.message,
             ),
             replier,

@@ -15,7 +15,7 @@ import orjson
 import structlog
 
 from atserving import lifecycle, link, telemetry
-from atserving.errors import DeadlineExceeded, Internal, ServingError, StartError, Unavailable
+from atserving.errors import DeadlineExceeded, Internal, ServingError, Unavailable
 from atserving.v1 import evaluator_pb2
 from evaluator.net_config import NetConfig
 from evaluator.sandbox import decision
@@ -23,6 +23,7 @@ from evaluator.sandbox.decision import SandboxSettings
 from evaluator.serving import blame, gpu_state, patience
 from evaluator.serving.calls import Outcome, SupervisedCall, Taker, either
 from evaluator.serving.patience import Patience, Standstill
+from evaluator.serving.report import Report
 from evaluator.serving.window import Window
 from evaluator.serving.worker_process import WorkerProcess
 from evaluator.worker.plan import Plan
@@ -58,10 +59,12 @@ class WorkerSupervisor:
        refuses new ones, so that gates ask other instances. Calls whose gate has no other stay.
     """
 
-    def __init__(self, config: NetConfig, spare_bytes: int = 0, sandbox: SandboxSettings | None = None) -> None:
+    def __init__(
+        self, config: NetConfig, spare_bytes: int = 0, sandbox: SandboxSettings | None = None, *, timed: bool = False
+    ) -> None:
         """Start nothing yet. Raises StartError if ``model_params`` are wrong, or a script may not run.
 
-        The process leaves ``spare_bytes`` of the pod's memory to others.
+        The process leaves ``spare_bytes`` of the pod's memory to others. ``timed``: it tells when it did its work.
         """
         self.sandbox = decision.of_release(config, sandbox or SandboxSettings())
         """What the process may do."""
@@ -75,6 +78,11 @@ class WorkerSupervisor:
         """The supervisor calls this before it restarts the process."""
         self.on_away: Callable[[bool], None] = lambda _: None
         """The supervisor calls this with True before it hands calls back, and with False once the process serves."""
+        self.report: Report | None = None
+        """The times of the last replies, if the process tells them."""
+        self.last_away_s = 0.0, 0.0
+        """When the instance last went away, and when it last came back, on the monotonic clock."""
+        self._timed = timed
         self._config = config
         self._init_timeout_s = config.model_params.positive_number("init_timeout_s", _INIT_TIMEOUT_S)
         self._patience = Patience(config.model_params.positive_number("script_timeout_s", math.inf))
@@ -189,6 +197,17 @@ class WorkerSupervisor:
         return max(0, len(self._calls) - sum(len(each.ids) for each in running))
 
     @property
+    def replies(self) -> int:
+        """How many replies the processes have sent, with the one that a taker gets at the moment."""
+        return self._replies
+
+    def working(self, one: SupervisedCall) -> Running | None:
+        """Return what a thread of the process does for a call; None if it waits. This looks at all threads."""
+        if self._stopped:
+            return None
+        return next((each for each in self._progress.running() if one.id in each.ids), None)
+
+    @property
     def pid(self) -> int | None:
         """The process's id; None while there is no process."""
         return self._process.pid if self._process else None
@@ -205,7 +224,7 @@ class WorkerSupervisor:
         one.taker = None
         if one.ended:
             one.ended.set()
-        if one.sent:
+        if one.sent_s:
             # It may be running: wait for its end. It will not be sent again.
             one.request = b""
             self._cancelled.append(one.id)
@@ -240,7 +259,7 @@ class WorkerSupervisor:
             timeout_us = max(1, round(min(one.deadline_s - now_s, link.MAX_TIMEOUT_US / 1e6) * 1e6))
             flags = link.BATCHED if one.batched else 0
             parts += (link.call_head(one.id, timeout_us, flags, one.reqid, b"", len(one.request)), one.request)
-            self._window.enter(one)
+            self._window.enter(one, now_s)
         process.write(parts)
 
     def _take_reply(self, reply: link.Reply) -> None:
@@ -261,9 +280,12 @@ class WorkerSupervisor:
         if self._window.waiting and not self._flushing:
             self._flush_soon()
 
+    def _take_times(self, data: link.Buffer, start: int, end: int) -> None:
+        self.report = Report(self._replies, link.part(data, start, end))
+
     async def _begin(self) -> WorkerProcess:
         self._progress.clear()
-        process = WorkerProcess(self._progress, self._take_reply, self._flush_soon, self.sandbox)
+        process = WorkerProcess(self._progress, self._take_reply, self._take_times, self._flush_soon, self.sandbox)
         # A suspect runs alone, so its engine must not wait for a full batch.
         delay_s = 0 if self._suspects else self._delay_s
         start = {
@@ -272,20 +294,18 @@ class WorkerSupervisor:
             "delay_s": delay_s,
             "spare_bytes": self._spare_bytes,
             "log_level": telemetry.settings().level,
+            "timed": self._timed,
         }
         try:
             started = await process.start(start, self._init_timeout_s)
-            self.plan = Plan(**started["plan"])
-            self.gpu = gpu_state.checked(started["gpu"])
-            prepare_s, infer_s = started["longest_s"]
-            self._patience.learn_prepare(float(prepare_s))
-            self._patience.learn_infer(float(infer_s))
-        except (TypeError, KeyError, ValueError):
-            process.kill()
-            raise StartError("the worker sent a malformed start reply") from None
         except BaseException:
             process.kill()
             raise
+        self.plan = started.plan
+        self.gpu = gpu_state.checked(started.gpu)
+        prepare_s, infer_s = started.longest_s
+        self._patience.learn_prepare(prepare_s)
+        self._patience.learn_infer(infer_s)
         return process
 
     async def _serve(self, process: WorkerProcess) -> None:
@@ -311,20 +331,19 @@ class WorkerSupervisor:
         stuck, self._stuck = self._stuck, None
         running = [stuck] if stuck else self._progress.running()
         at_work = [one for each in running for id_ in each.ids if (one := self._calls.get(id_))]
-        judgement = blame.judge(
-            at_work, list(self._suspects), stuck=stuck is not None, killed=killed, now_s=time.monotonic()
-        )
+        now_s = time.monotonic()
+        judgement = blame.judge(at_work, list(self._suspects), stuck=stuck is not None, killed=killed, now_s=now_s)
         self._suspects = deque(judgement.suspects)
+        # If the process worked on no call, it may have died of reading one.
+        for one in at_work or [one for one in self._calls.values() if one.sent_s]:
+            one.deaths_s = (*one.deaths_s, now_s)
         self._fail(judgement.late, DeadlineExceeded("the net did not answer in time"))
         if judgement.guilty:
             log.error("worker crashed", reqid=judgement.guilty[0].reqid.decode())
             self._fail(judgement.guilty, Internal(_DIED))
-        # If the process worked on no call, it may have died of reading one.
-        for one in at_work or [one for one in self._calls.values() if one.sent]:
-            one.deaths += 1
         for one in self._calls.values():
-            one.sent = False
-        self._fail([one for one in self._calls.values() if one.deaths >= _MAX_DEATHS], Internal(_DIED))
+            one.sent_s = 0.0
+        self._fail([one for one in self._calls.values() if len(one.deaths_s) >= _MAX_DEATHS], Internal(_DIED))
         # Do not retry a request whose caller has left.
         for one in [one for one in self._calls.values() if one.taker is None]:
             del self._calls[one.id]
@@ -337,9 +356,10 @@ class WorkerSupervisor:
         """Tell gates to ask others, and hand back the calls that no process has worked on, except those to ``keep``."""
         if not self._away:
             self._away = True
+            self.last_away_s = time.monotonic(), 0.0
             self.on_away(True)
         # A call that was in a process that died may have killed it: it must not reach other instances.
-        others = [one for one in self._calls.values() if not (one.stays or one.deaths or one in keep)]
+        others = [one for one in self._calls.values() if not (one.stays or one.deaths_s or one in keep)]
         error = _is_away()
         handed_back = 0
         for one in others:
@@ -352,6 +372,7 @@ class WorkerSupervisor:
     def _come_back(self) -> None:
         if self._away:
             self._away = False
+            self.last_away_s = self.last_away_s[0], time.monotonic()
             self.on_away(False)
             log.info("instance back")
 
@@ -408,7 +429,7 @@ class WorkerSupervisor:
 
     def _is_overdue(self, now_s: float) -> bool:
         """Return whether the process has a call long past its deadline: it is stopped, or has lost its reader."""
-        return any(one.sent and one.deadline_s + patience.LEAST_S <= now_s for one in self._calls.values())
+        return any(one.sent_s and one.deadline_s + patience.LEAST_S <= now_s for one in self._calls.values())
 
     def _is_stuck(self, running: Running, now_s: float) -> bool:
         late_s = [one.late_s for id_ in running.ids if (one := self._calls.get(id_))]

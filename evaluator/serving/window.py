@@ -45,16 +45,16 @@ class Window:
                 size += len(one.request)
         return following
 
-    def enter(self, one: SupervisedCall) -> None:
-        """Count a call that is sent."""
-        one.sent = True
+    def enter(self, one: SupervisedCall, now_s: float) -> None:
+        """Count a call that is sent now."""
+        one.sent_s = now_s
         one.sent_bytes = len(one.request)
         self.sent += 1
         self._sent_bytes += one.sent_bytes
 
     def leave(self, one: SupervisedCall) -> None:
         """Count a call no more, which has its reply."""
-        if one.sent:
+        if one.sent_s:
             self.sent -= 1
             self._sent_bytes -= one.sent_bytes
 

@@ -20,6 +20,8 @@ from atserving import link
 from atserving.errors import StartError
 from atserving.frame_protocol import FrameProtocol
 from evaluator.sandbox.decision import Sandbox
+from evaluator.serving import start_reply
+from evaluator.serving.start_reply import StartReply
 from evaluator.serving.task_count import TaskCount
 from evaluator.serving.worker_output import WorkerOutput
 from evaluator.worker.progress import Progress
@@ -32,13 +34,20 @@ _COUNT_S = 0.1
 _LAST_FRAMES_S = 0.2
 
 Replied = Callable[[link.Reply], None]
+Timed = Callable[[link.Buffer, int, int], None]
 
 
 class WorkerProcess(FrameProtocol):
     """A worker process. ``ended`` is done once the process has ended; it never restarts."""
 
-    def __init__(self, progress: Progress, replied: Replied, writable: Callable[[], None], sandbox: Sandbox) -> None:
-        """Start nothing yet. ``replied`` is called with each reply, ``writable`` when the process reads again."""
+    def __init__(
+        self, progress: Progress, replied: Replied, timed: Timed, writable: Callable[[], None], sandbox: Sandbox
+    ) -> None:
+        """Start nothing yet.
+
+        ``replied`` is called with each reply, ``timed`` with the times of those to follow, if the process tells them,
+        ``writable`` when the process reads again.
+        """
         super().__init__()
         self._sandbox = sandbox
         self._count = TaskCount(sandbox.processes)
@@ -48,10 +57,11 @@ class WorkerProcess(FrameProtocol):
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._progress = progress
         self._replied = replied
+        self._timed = timed
         self._writable = writable
-        self._started: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._started: asyncio.Future[StartReply] = asyncio.get_running_loop().create_future()
         self._popen: subprocess.Popen[bytes] | None = None
-        self._tether: int | None = None
+        self._tether: tuple[int, ...] = ()
 
     @property
     def pid(self) -> int | None:
@@ -63,7 +73,7 @@ class WorkerProcess(FrameProtocol):
         """How much of an incomplete frame has arrived."""
         return self.reader.partial_bytes
 
-    async def start(self, start: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    async def start(self, start: dict[str, Any], timeout_s: float) -> StartReply:
         """Start the process with the frame ``start``, and return its start reply. Raises StartError."""
         ours, theirs = socket.socketpair()
         for each in (ours, theirs):
@@ -91,14 +101,13 @@ class WorkerProcess(FrameProtocol):
             raise StartError(f"net_init did not return within {timeout_s:g} s (model_params.init_timeout_s)") from None
 
     def _spawn(self, descriptors: list[int], output: int) -> None:
-        tethered, self._tether = os.pipe()
         policy = os.memfd_create("policy")
         try:
             os.write(policy, orjson.dumps(self._sandbox.policy))
             os.lseek(policy, 0, os.SEEK_SET)
             self._popen = subprocess.Popen(
                 [sys.executable, "-m", "evaluator.worker", *map(str, descriptors)],
-                pass_fds=[*descriptors, tethered],
+                pass_fds=descriptors,
                 stdin=policy,
                 env=self._sandbox.environment,
                 stdout=output,
@@ -106,9 +115,8 @@ class WorkerProcess(FrameProtocol):
                 # A session of its own keeps the terminal's signals away, and lets one signal kill its children too.
                 start_new_session=True,
             )
-            _kill_on_close(tethered, self._popen.pid)
+            self._tether = _tether(self._popen.pid)
         finally:
-            os.close(tethered)
             os.close(policy)
 
     def _count_tasks(self) -> None:
@@ -116,21 +124,19 @@ class WorkerProcess(FrameProtocol):
         if self._popen is None or self.ended.done():
             return
         if self._count.is_over(self._popen.pid):
-            self._killed_for = f"it has more than {self._sandbox.processes} processes and threads"
-            log.error("worker killed", reason=self._killed_for)
-            self.kill()
+            self._kill_for(f"it has more than {self._sandbox.processes} processes and threads")
             return
         self._counting = asyncio.get_running_loop().call_later(_COUNT_S, self._count_tasks)
 
-    async def _said(self) -> dict[str, Any]:
+    async def _said(self) -> StartReply:
         ends: list[asyncio.Future[Any]] = [self._started, self.ended]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not self._started.done():
             why = f": {self._killed_for}" if self._killed_for else ""
             raise StartError(f"the net's process ended while the net was loaded{why}")
         said = self._started.result()
-        if error := said.get("error"):
-            raise StartError(str(error))
+        if said.error:
+            raise StartError(said.error)
         return said
 
     def write(self, parts: list[link.Buffer]) -> None:
@@ -141,11 +147,10 @@ class WorkerProcess(FrameProtocol):
     def frame_received(self, kind: int, data: link.Buffer, start: int, end: int) -> None:
         if kind == link.REPLY:
             self._replied(link.read_reply(data, start, end))
+        elif kind == link.TIMES:
+            self._timed(data, start, end)
         elif kind == link.START and not self._started.done():
-            try:
-                self._started.set_result(dict(orjson.loads(data[start:end])))
-            except (TypeError, ValueError):
-                raise link.Malformed("the start reply is no object") from None
+            self._started.set_result(start_reply.read(data[start:end]))
         else:
             raise link.Malformed(f"a frame of kind {kind}")
 
@@ -155,7 +160,7 @@ class WorkerProcess(FrameProtocol):
 
     def malformed(self, reason: str) -> None:
         # A script wrote to the socket itself.
-        self.kill()
+        self._kill_for(f"it broke the protocol: {reason}")
 
     def connection_lost(self, _: Exception | None) -> None:
         self.kill()
@@ -168,6 +173,11 @@ class WorkerProcess(FrameProtocol):
         self._kill_group()
         self._popen.wait()
         loop.call_later(_LAST_FRAMES_S, self._end)
+
+    def _kill_for(self, reason: str) -> None:
+        self._killed_for = reason
+        log.error("worker killed", reason=reason)
+        self.kill()
 
     def kill(self) -> None:
         """Kill the process and its group."""
@@ -194,9 +204,9 @@ class WorkerProcess(FrameProtocol):
         if self._popen and self._popen.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._popen.pid, signal.SIGKILL)
-        if self._tether is not None:
-            os.close(self._tether)
-            self._tether = None
+        for end in self._tether:
+            os.close(end)
+        self._tether = ()
 
     def _end(self) -> None:
         if self._output:
@@ -209,12 +219,16 @@ class WorkerProcess(FrameProtocol):
                 self.transport.abort()
 
 
-def _kill_on_close(descriptor: int, group: int) -> None:
-    """Make the kernel kill a process group once the write end of a pipe is closed; ``descriptor`` is its read end.
+def _tether(group: int) -> tuple[int, int]:
+    """Return the ends of a pipe; once one is closed before the other, the kernel kills a process group.
 
-    The write end is this process's alone, so its death closes it. The group dies even if the worker is stopped, or if a
-    script holds the GIL. The worker has inherited the read end, and keeps it open.
+    Both are this process's alone, so its death closes them, one after the other. The group dies even if the worker is
+    stopped, or if a script holds the GIL. A script has neither end: it could take the signal off it.
     """
-    fcntl.fcntl(descriptor, fcntl.F_SETOWN, -group)
-    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
+    ends = os.pipe()
+    # It is the kernel's choice which it closes first.
+    for end in ends:
+        fcntl.fcntl(end, fcntl.F_SETOWN, -group)
+        fcntl.fcntl(end, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(end, fcntl.F_SETFL, fcntl.fcntl(end, fcntl.F_GETFL) | os.O_ASYNC)
+    return ends

@@ -18,11 +18,12 @@ from pathlib import Path
 import structlog
 
 from atserving.errors import StartError
+from evaluator.fetching.release import WORKSPACE_MARK
 
 log = structlog.get_logger()
 
 _PREFIX = "atserving-"
-_LOCK = ".atserving-workspace"
+_LOCK = WORKSPACE_MARK
 
 
 @contextmanager
@@ -83,11 +84,12 @@ def _remove(folder: Path) -> None:
 
 
 def _remove_tree(folder: str) -> None:
-    try:
+    with suppress(RecursionError):
         shutil.rmtree(folder, ignore_errors=True)
-    except RecursionError:
-        # A script has nested folders deeper than Python follows them.
-        subprocess.run(["rm", "-rf", "--", folder], check=False)
+    if os.path.lexists(folder):
+        # A script has nested folders deeper than Python follows them, or made some that their owner may not read.
+        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+            subprocess.run([*command, "--", folder], check=False, stderr=subprocess.DEVNULL)
 
 
 def _open_lock(folder: Path) -> int:

@@ -230,6 +230,7 @@ class Batcher:
         if item.cancelled or item.expires_s <= began_s:
             error = DeadlineExceeded("the deadline passed, or the caller has gone")
         else:
+            item.began_s = began_s
             self._progress.begin(thread, [item.id], preparing=True)
             try:
                 item.prepared = self._work.prepare(item)
@@ -283,6 +284,7 @@ class Batcher:
     def _after_failure(self, thread: int, items: Sequence[Item], error: Exception) -> None:
         if len(items) > 1:
             for item in items:
+                item.again = True
                 self._forward(thread, [item])
             return
         if not isinstance(error, ServingError):

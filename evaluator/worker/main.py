@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -54,6 +55,7 @@ class Worker:
         self._channel = channel.Channel(connection)
         self._progress = progress
         self._sending = threading.Lock()
+        self._timed = False
 
     def run(self) -> None:
         """Load the net, report the outcome, and answer calls until the front closes the socket."""
@@ -66,6 +68,7 @@ class Worker:
         except (EOFError, OSError):
             return
         apply(LogSettings(start["log_level"]))
+        self._timed = start["timed"]
         config = NetConfig.from_cfg(start["cfg"])
         try:
             most_bytes = memory_limit.chosen_bytes(config, start["spare_bytes"])
@@ -157,7 +160,7 @@ class Worker:
         self._report([ItemResult(Item(call.id, None, 0.0), memory_limit.exhausted())])
 
     def _report(self, results: Sequence[ItemResult]) -> None:
-        parts: list[link.Buffer] = []
+        parts: list[link.Buffer] = [_times(results)] if self._timed else []
         for result in results:
             if result.item.prepared and result.item.prepared.files:
                 result.item.prepared.files.remove()
@@ -306,6 +309,17 @@ def _reply(result: ItemResult, leads: bool) -> tuple[bytes, bytes]:
         len(response),
     )
     return head, response
+
+
+def _times(results: Sequence[ItemResult]) -> bytes:
+    """Return a TIMES frame: when the batch began, whether its requests run again, and when each was prepared.
+
+    In seconds of the monotonic clock, which the front has, too; 0: never.
+    """
+    first = results[0]
+    began_s = first.item.arrived_s + first.item.prepare_s + first.queue_s if first.batch_size else 0.0
+    prepared_s = [each.item.began_s for each in results]
+    return link.frame(link.TIMES, struct.pack(f"<d?{len(results)}d", began_s, first.item.again, *prepared_s))
 
 
 def _us(seconds: float) -> int:

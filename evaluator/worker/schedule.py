@@ -26,6 +26,10 @@ class Item:
     """Its caller has left; set during preparation, when the schedule can't remove it."""
     batched: bool = False
     """It is a task of a batch."""
+    began_s: float = 0.0
+    """When its preparation began; 0: it has not."""
+    again: bool = False
+    """The batch that it was in failed as a whole, so it runs again, alone."""
 
 
 @dataclass(slots=True)

@@ -229,8 +229,8 @@ def _versions() -> list[Panel]:
             "Attempts by instance",
             "How often gates picked each instance, by its id. Those of a version get alike; one that fails gets less.",
             Query(
-                "sum by (version, exported_instance) (rate(atserving_gate_attempts_total{VERSION}[RATE]))",
-                "{{version}} {{exported_instance}}",
+                "sum by (version, instance_id) (rate(atserving_gate_attempts_total{VERSION}[RATE]))",
+                "{{version}} {{instance_id}}",
             ),
             unit="reqps",
         ),

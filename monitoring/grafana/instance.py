@@ -111,8 +111,8 @@ def _requests() -> list[Panel]:
             "How often gates picked each instance of the version, by its id. One that gets less than others fails, or"
             " is full.",
             Query(
-                "sum by (version, exported_instance) (rate(atserving_gate_attempts_total{VERSION}[RATE]))",
-                "{{version}} {{exported_instance}}",
+                "sum by (version, instance_id) (rate(atserving_gate_attempts_total{VERSION}[RATE]))",
+                "{{version}} {{instance_id}}",
             ),
             unit="reqps",
         ),

@@ -28,6 +28,8 @@ _V1 = releases.digits("v1", 0)
 _ALONE = replace(_V1, app="alone")
 _OCTETS = {"content-type": "application/octet-stream"}
 _PAUSE_S = 0.1
+# So many answers in a row are from every gate: Envoy asks them in turn.
+_IN_A_ROW, _KNOWN_S = 8, 10.0
 _SETTINGS = "worker/app/quick/default"
 _WRITES = 40
 _FILLER_BYTES = 1 << 20
@@ -133,6 +135,7 @@ async def _cut_off(stage: Stage) -> None:
             await publish(mesh.registries[0], _ALONE.release())
             mesh.start_evaluator(_ALONE, "cut-off", registries=[each.address for each in ways])
             await mesh.until_listed(_ALONE, 1)
+            await _until_known(stage, _ALONE.app)
             asking = asyncio.create_task(_ask(stage, _ALONE.app))
             for way in ways:
                 way.cut()
@@ -148,6 +151,16 @@ async def _cut_off(stage: Stage) -> None:
         finally:
             await mesh.end("cut-off")
             await mesh.delete(f"eval/{_ALONE.app}/{_ALONE.version}")
+
+
+async def _until_known(stage: Stage, app: str) -> None:
+    """Wait until every gate knows an app. Raises TimeoutError."""
+    in_a_row = 0
+    async with asyncio.timeout(_KNOWN_S), aiohttp.ClientSession() as session:
+        while in_a_row < _IN_A_ROW:
+            async with session.post(f"{stage.mesh.edges[0]}/v1/eval/{app}", data=PICTURES[1], headers=_OCTETS) as each:
+                in_a_row = in_a_row + 1 if each.status == 200 else 0
+            await asyncio.sleep(_PAUSE_S)
 
 
 async def _ask(stage: Stage, app: str) -> tuple[int, int]:

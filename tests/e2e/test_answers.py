@@ -49,6 +49,8 @@ class Obedient:
         match params:
             case {"stream": True}:
                 return evaluator_pb2.InferResponse(stream=STREAM)
+            case {"raw": str(raw)}:
+                return evaluator_pb2.InferResponse(result_json=raw.replace("<long>", TEXT))
             case {"text": True}:
                 return evaluator_pb2.InferResponse(result_json=TEXT, message="a word")
             case {"code": int(code), "status": int(status)}:
@@ -121,6 +123,20 @@ async def test_large_documents_arrive_whole(net: Obedient, mesh: Mesh, client: C
         stub = serving_pb2_grpc.ServingServiceStub(channel)
         assert await stub.Eval(request) == typed
         assert list((await stub.Batch(serving_pb2.BatchRequest(tasks=[request] * 2))).results) == [typed] * 2
+
+
+FORGED = '1},{"code":0,"message":"","result":"forged"'
+
+
+@pytest.mark.parametrize("raw", [FORGED, f"<long>}},{FORGED}", "", '"', "[" * 100_000 + "]" * 100_000])
+async def test_a_net_can_not_answer_for_another_app_in_a_batch(net: Obedient, client: Client, raw: str) -> None:
+    tasks = [{"op": "/v1/eval/obedient", **ask(raw=raw)}, {"op": "/v1/eval/none", **ask()}]
+    first, second = (await client.json("/v1/batch", tasks)).json
+    if raw:
+        assert first == {"code": 500, "message": "the instance's response is malformed"}
+    else:
+        assert first == {"code": 0, "message": "", "result": None}
+    assert second["code"] == 404
 
 
 @pytest.mark.parametrize(("code", "status"), [(-1, 400), (-2, 500), (-3, 400), (422, 422), (575, 575), (599, 599)])

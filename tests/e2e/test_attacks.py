@@ -10,6 +10,7 @@ import base64
 import errno
 import json
 import re
+import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -122,15 +123,22 @@ class Target:
         host, _, port = address.rpartition(":")
         before = len(self.mesh.log(process))
         reasons: list[str] = []
+        # Lines of handshakes have the peer. A line of an earlier connection may come late.
+        own: set[str | None] = {None}
 
         async def refused() -> bool:
             with suppress(OSError):
-                reader, writer = await asyncio.open_connection(host, int(port), ssl=context, server_hostname="")
+                connection = socket.socket()
+                connection.setblocking(False)
+                await asyncio.get_running_loop().sock_connect(connection, (host, int(port)))
+                own.add("{}:{}".format(*connection.getsockname()))
+                reader, writer = await asyncio.open_connection(sock=connection, ssl=context, server_hostname="")
                 writer.write(sent)
                 await reader.read()
                 writer.close()
             lines = [json.loads(line) for line in self.mesh.log(process)[before:].splitlines() if line.startswith("{")]
-            reasons[:] = [each["reason"] for each in lines if each["event"] == "connection refused"]
+            refusals = [each for each in lines if each["event"] == "connection refused"]
+            reasons[:] = [each["reason"] for each in refusals if each.get("peer") in own]
             return bool(reasons)
 
         await until_async(refused, what=f"{process} refuses a connection")

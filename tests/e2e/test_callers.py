@@ -411,7 +411,7 @@ async def test_no_caller_is_taken_for_nobody_if_no_gate_answers(edge: Edge) -> N
         assert await edge.http(SIGNED_PATH, SIGNED_JSON, content_type=JSON, authorization=signed(edge)) == answer
         assert (await edge.grpc(authorization=signed(edge))).message == answer.message
         assert (await edge.http()).status == 200
-        assert "only Envoy may ask who a caller is" in edge.mesh.log("gate")
+        await until(lambda: "only Envoy may ask who a caller is" in edge.mesh.log("gate"))
     finally:
         await write(right, 200)
 

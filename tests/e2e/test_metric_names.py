@@ -29,7 +29,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 METRICS = Path(__file__).parents[2] / "docs" / "metrics.md"
 SECTIONS = {"evaluator": "An instance", "gate": "A gate", "registry": "A registry"}
 LABELS = {
-    *("app", "version", "instance", "code", "reason", "cause", "state", "stage", "outcome", "kind", "method"),
+    *("app", "version", "instance_id", "code", "reason", "cause", "state", "stage", "outcome", "kind", "method"),
     *("baseline", "of", "gpu", "le"),
 }
 MADE_UP = 10_000

@@ -140,6 +140,7 @@ async def test_settings_over_rest(rest: Rest) -> None:
         "fetch_allow": "LEVEL_BUILT_IN",
         "fetch_deny": "LEVEL_BUILT_IN",
         "scripts": "LEVEL_BUILT_IN",
+        "wait_for_instance": "LEVEL_BUILT_IN",
     }
     assert (await rest.call("DELETE", path)).status == 200
 

@@ -171,6 +171,11 @@ async def test_callers_and_their_resources(whole: Whole) -> None:
     assert await whole.ask(authorization=f"Bearer {marked('wrong token')}") in (200, 401)
     assert await whole.ask(authorization=f"Qiniu caller:{marked('wrong signature')}") == 401
     assert await whole.ask(x_serving_edge=marked("wrong edge key"), x_serving_uid="42") == 200
+    for path in ("/v1/eval/digits", "/nowhere"):
+        assert await whole.ask(f"{path}?token={marked('query of a call')}", x_api_key=marked("api key")) in (200, 404)
+    await until(lambda: '"path":"/nowhere' in whole.mesh.log("envoy"))
+    cookie, proxy = f"session={marked('cookie')}", f"Basic {marked('credentials for a proxy')}"
+    assert await whole.ask(cookie=cookie, proxy_authorization=proxy, x_api_key=marked("api key")) == 200
     user, query, fragment = marked("password in a uri"), marked("query of a uri"), marked("fragment of a uri")
     for uri in (
         f"http://ada:{user}@127.0.0.1:1/x?token={query}#{fragment}",
@@ -211,6 +216,9 @@ async def test_operators_and_releases(whole: Whole, tmp_path: Path) -> None:
         ("access", "show", "own"),
         ("ps",),
         ("operator", "list"),
+        ("doctor",),
+        ("app", "list"),
+        ("config", "check", str(tmp_path / "none")),
     ):
         whole.run(*words, token=token)
         whole.run(*words, token=marked("wrong operator token"))

@@ -6,7 +6,7 @@ import asyncio
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ import orjson
 import yaml
 
 from atserving.local import commands, envoy
+from atserving.local.envoy_tracing import Export
 from atserving.local.examples import ROOT
 from atserving.local.ports import Ports
 from tests.pod_memory import PodMemory
@@ -30,23 +31,32 @@ class Edge:
     """An async context manager: entering starts Envoy and the gates, and waits until every gate is healthy."""
 
     def __init__(
-        self, gates: int = 1, change: Callable[[Any], None] | None = None, memory: PodMemory | None = None
+        self,
+        gates: int = 1,
+        change: Callable[[Any], None] | None = None,
+        memory: PodMemory | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """``change`` may change the bootstrap: a test shortens a time with it. ``memory`` bounds that of Envoy."""
+        """``change`` may change the bootstrap: a test shortens a time with it. ``memory`` bounds that of Envoy.
+
+        ``environment`` is added to Envoy's, and may switch tracing on.
+        """
         self.ports = Ports.free(gates=gates)
         self.url = f"http://127.0.0.1:{self.ports.edge}"
         self.gates = [Process([sys.executable, "-m", "tests.envoy.fake_gate", str(port)]) for port in self.ports.gates]
         self._folder = tempfile.TemporaryDirectory(prefix="atserving-")
         path = Path(self._folder.name) / "envoy.yaml"
         self._admin = f"{self._folder.name}/{envoy.ADMIN_SOCKET}"
-        local = envoy.local_bootstrap(ROOT / "envoy", self.ports)
+        export = Export.from_environment(environment or {})
+        local = envoy.local_bootstrap(ROOT / "envoy", self.ports, export=export)
         bootstrap = yaml.safe_load(local.replace(envoy.ADMIN_SOCKET, self._admin))
         _answer_every_host(bootstrap)
         if change:
             change(bootstrap)
         path.write_text(yaml.safe_dump(bootstrap))
-        command = commands.envoy(path)
-        self.envoy = Process(memory.command(command) if memory else command)
+        # A line of its log is written at once.
+        command = commands.envoy(path, "--file-flush-interval-msec", "20")
+        self.envoy = Process(memory.command(command) if memory else command, environment=environment)
 
     async def __aenter__(self) -> Edge:
         for process in (*self.gates, self.envoy):

@@ -22,6 +22,7 @@ from atserving.held import HeldBytes
 from atserving.transport import channel
 from atserving.v1 import authorization_pb2, edge_pb2, evaluator_pb2, serving_pb2
 from gate import authorization, connection, pace, request_counts, turns
+from gate.__main__ import _tend
 from gate.admission import Caller
 from gate.authorization import Authorization
 from gate.batch import run_batch
@@ -488,7 +489,18 @@ async def test_attempts_count_by_instance(mesh: Mesh) -> None:
     assert first.hold
     first.hold.set()
     await asking
-    assert (await scrape(mesh)).by("instance", "attempts_total", app="app", version="v1") == {"a": 1, "b": 1}
+    assert (await scrape(mesh)).by("instance_id", "attempts_total", app="app", version="v1") == {"a": 1, "b": 1}
+
+
+async def test_old_releases_without_an_instance_or_a_request_have_no_series(mesh: Mesh) -> None:
+    await mesh.add(Evaluator("a"))
+    await mesh.add(Evaluator("b"), "v2")
+    for number in range(2, 100):
+        publish(mesh, f"v{number}", "staging")
+    for version in ("v1", "v3"):
+        await ask(mesh, version=version)
+    shown = {each.labels["version"] for each in (await scrape(mesh)).labelled("instances")}
+    assert shown == {"v1", "v2", "v3"}
 
 
 async def test_instances_that_are_gone_drop_out_after_a_while() -> None:
@@ -506,6 +518,25 @@ async def test_instances_that_are_gone_drop_out_after_a_while() -> None:
     assert shown() == {"a": 2, "b": 1}
     now_s += 1
     assert shown() == {"b": 1}
+
+
+async def test_what_is_gone_drops_out_of_a_gate_that_nobody_scrapes(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gate.__main__._TEND_S", 0.001)
+    now_s, versions = 0.0, {"v1", "v2"}
+    counts = RequestCounts(lambda _: versions, clock=lambda: now_s)
+    app = counts.of("app")
+    for version in ("v1", "v2"):
+        app.count(version, 200)
+    tending = asyncio.create_task(_tend(mesh.router, counts))
+    versions.remove("v2")
+    now_s += request_counts.GONE_S
+    await until(lambda: app.versions.keys() == {"v1"}, "the old version is forgotten")
+    versions.clear()
+    now_s += request_counts.GONE_S
+    await until(lambda: counts.of("app") is not app, "the app is forgotten")
+    tending.cancel()
 
 
 async def test_instances_above_the_bound_count_as_one_of_their_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 
 import msgspec
 import pytest
@@ -204,6 +206,18 @@ def test_instance_full_of_batches_still_takes_others(table: Table) -> None:
     with endpoint.hold():
         pass
     assert table.router.pick(route, kind=batched) is table.router.pick(route) is endpoint
+
+
+def test_instance_that_is_full_no_longer_when_the_reason_is_told_was_ready(table: Table) -> None:
+    table.put(release("v1"), instance("v1", "a"))
+    endpoint = table.pick("app", "v1")
+    for end in range(8):
+        # Each look at the clock is later than the one before.
+        table.router._clock = count().__next__
+        endpoint.full_until = end
+        for _ in range(8):
+            with suppress(ResourceExhausted):
+                assert table.pick("app", "v1") is endpoint
 
 
 def test_full_app_is_exhausted_and_gives_a_retry_delay(table: Table) -> None:

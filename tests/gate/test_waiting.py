@@ -9,8 +9,16 @@ from typing import Any
 
 import pytest
 
-from atserving.config import Release, WorkerConfig, release_key, worker_keys
-from atserving.errors import NotFound, ServingError, Unavailable
+from atserving.config import (
+    AppMetadata,
+    Release,
+    WorkerConfig,
+    app_metadata_key,
+    release_key,
+    validate,
+    worker_keys,
+)
+from atserving.errors import NotFound, ServingError, Unauthenticated, Unavailable
 from gate import waiting
 from gate.admission import Caller
 from gate.batch import run_batch
@@ -118,6 +126,36 @@ async def test_the_timeout_of_the_app_ends_the_wait_with_a_503_too(mesh: Mesh) -
     hold(mesh, timeout_s=0.05)
     error = await refused(mesh)
     assert (error.status, error.retry_after_s) == (503, 5.0)
+
+
+@pytest.mark.parametrize(("wait_s", "timeout_s"), [(0.3, 2 * PATIENCE_S), (2 * PATIENCE_S, 0.3)])
+async def test_a_request_that_has_waited_and_finds_all_full_until_the_end_is_told_so(
+    mesh: Mesh, wait_s: float, timeout_s: float
+) -> None:
+    hold(mesh, wait_s, timeout_s=timeout_s)
+    (asking,) = await held(mesh)
+    await mesh.add(Evaluator("a", FULL))
+    with pytest.raises(ServingError) as caught:
+        await asking
+    assert caught.value.status == 429
+    assert caught.value.retry_after_s
+
+
+async def test_a_shorter_wait_counts_for_those_that_wait(mesh: Mesh) -> None:
+    hold(mesh)
+    (asking,) = await held(mesh)
+    hold(mesh, 0.01)
+    with pytest.raises(Unavailable, match="the request has waited"):
+        await asking
+
+
+async def test_who_may_no_longer_call_the_app_waits_no_more(mesh: Mesh) -> None:
+    hold(mesh)
+    (asking,) = await held(mesh)
+    mesh.put(app_metadata_key("app"), validate(AppMetadata, {"public": False, "owner": {"uid": 7}}))
+    with pytest.raises(Unauthenticated):
+        await asking
+    assert len(mesh.router.waiting) == 0
 
 
 async def test_who_leaves_waits_no_more(mesh: Mesh) -> None:
@@ -243,9 +281,42 @@ async def test_the_tasks_of_a_batch_wait_too(mesh: Mesh) -> None:
     hold(mesh)
     tasks = [task() for _ in range(5)]
     batch = asyncio.create_task(run_batch(mesh.dispatcher, tasks, CallContext("r", Caller()), 2, mesh.held))
-    await until(lambda: waits(mesh) == 2, "as many as run at once wait")
+    await until(lambda: waits(mesh) == 1, "one of them waits, and the others behind it")
     await mesh.add(Evaluator("a"))
     assert [json_of(each) for each in await batch if isinstance(each, EvalResult)] == ['"a:"'] * 5
+
+
+async def test_the_tasks_of_a_batch_that_wait_hold_up_no_others(mesh: Mesh) -> None:
+    hold(mesh, key=ALL)
+    publish(mesh, version="v2", phase="staging")
+    publish(mesh, "other")
+    ready = [Evaluator("b"), Evaluator("c")]
+    await mesh.add(ready[0], "v2")
+    await mesh.add(ready[1], app="other")
+    tasks = [task() for _ in range(40)]
+    tasks += [each for _ in range(10) for each in (task(version="v2"), task("other"))]
+    batch = asyncio.create_task(run_batch(mesh.dispatcher, tasks, CallContext("r", Caller()), 2, mesh.held))
+    await until(lambda: all(len(each.received) == 10 for each in ready), "all others are done")
+    assert waits(mesh) == 1
+    await mesh.add(Evaluator("a"))
+    outcomes = [json_of(each) for each in await batch if isinstance(each, EvalResult)]
+    assert outcomes == ['"a:"'] * 40 + ['"b:"', '"c:"'] * 10
+
+
+async def test_the_tasks_of_a_batch_that_come_to_a_full_instance_hold_up_no_others(mesh: Mesh) -> None:
+    hold(mesh, key=ALL)
+    publish(mesh, "other")
+    tasks = [*[task() for _ in range(5)], *[task("other") for _ in range(5)]]
+    batch = asyncio.create_task(run_batch(mesh.dispatcher, tasks, CallContext("r", Caller()), 2, mesh.held))
+    await until(lambda: len(mesh.router.waiting) == 2, "one task of each app waits")
+    full = Evaluator("a", FULL)
+    await mesh.add(full)
+    await full.entered.wait()
+    other = Evaluator("b")
+    await mesh.add(other, app="other")
+    await until(lambda: len(other.received) == 5, "all others are done")
+    full.error = None
+    assert len([each for each in await batch if isinstance(each, EvalResult)]) == 10
 
 
 async def test_a_batch_ends_soon_after_the_wait(mesh: Mesh) -> None:

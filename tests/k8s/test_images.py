@@ -37,9 +37,9 @@ CONTEXT = Context(ROOT)
 IMAGES = ("gate", "registry", "evaluator", "evaluator-gpu")
 # Each file of pins: the Python that it is for, and the extras of setup.cfg that it must satisfy.
 PINS = {
-    "core": ("3.11", ["oidc", "signatures"]),
-    "cpu": ("3.11", ["evaluator", "cpu", "signatures"]),
-    "gpu": ("3.12", ["evaluator", "gpu", "signatures"]),
+    "core": ("3.11", ["oidc", "signatures", "tracing"]),
+    "cpu": ("3.11", ["evaluator", "cpu", "signatures", "tracing"]),
+    "gpu": ("3.12", ["evaluator", "gpu", "signatures", "tracing"]),
 }
 FILES = {"LICENSE", "README.md", "pyproject.toml", "setup.cfg"}
 FOLDERS = {"docker", "atserving", "evaluator", "gate", "k8s", "registry"}

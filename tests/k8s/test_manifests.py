@@ -33,6 +33,7 @@ EVALUATORS = (
 """Flags of evaluators that are checked beside each kustomization."""
 BASE, DEMO = K8S / "base", K8S / "overlays" / "demo"
 TLS, CERT_MANAGER = K8S / "components" / "tls", K8S / "components" / "cert-manager"
+TRACING = K8S / "components" / "tracing"
 
 
 def assert_passes(documents: list[Document]) -> None:
@@ -43,8 +44,9 @@ def assert_passes(documents: list[Document]) -> None:
 
 def evaluator_for(folder: Path, *used: Path, flags: str = "") -> list[Document]:
     """Return an evaluator beside a kustomization with these components."""
-    tls = TLS in used or uses(folder, TLS)
-    return evaluator("faces", "v1", *flags.split(), *(["--tls"] if tls else []))
+    wanted = {"--tls": TLS, "--tracing": TRACING}
+    more = [flag for flag, component in wanted.items() if component in used or uses(folder, component)]
+    return evaluator("faces", "v1", *flags.split(), *more)
 
 
 def _name(folder: Path) -> str:
@@ -99,7 +101,8 @@ def test_a_component_renders_before_there_are_evaluators(component: Path, tmp_pa
 
 
 def test_all_components_pass_together(tmp_path: Path) -> None:
-    more = [*evaluator("faces", "v1", "--tls"), *evaluator("faces", "v2", "--tls"), *certificate("evaluator/faces")]
+    versions = [each for version in ("v1", "v2") for each in evaluator("faces", version, "--tls", "--tracing")]
+    more = [*versions, *certificate("evaluator/faces")]
     assert_passes(with_components(BASE, components(), [*more, *certificate("operator/ada")], tmp_path))
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,7 +16,7 @@ import yaml
 
 from tests.k8s.manifests import K8S, evaluator
 from tests.processes import Gate, Process, Registry, running_registry, start_evaluator
-from tests.prometheus import Prometheus
+from tests.prometheus import Prometheus, program
 from tests.waiting import PATIENCE_S, until_async
 
 APP, CLOSED = "digits", "closed"
@@ -149,3 +150,42 @@ async def test_the_demand_follows_requests_that_are_served_but_no_strangers(mesh
     await until_async(is_open, what="the app is open")
     await mesh.until(demand, 1)
     await mesh.until(soon(demand), 0)
+
+
+_REFUSED = "atserving_gate_requests_without_instance_total"
+_SERVED = "atserving_gate_requests_total"
+
+
+@pytest.mark.parametrize(
+    ("series", "demand"),
+    [
+        pytest.param({}, {"5m": 0}, id="no gate is watched"),
+        pytest.param({_REFUSED: "0x20 1x80"}, {"5m": 0, "5m15s": 1, "7m": 1, "8m": 0}, id="a request"),
+        pytest.param({_SERVED: "_x21 1x80"}, {"5m": 0, "5m15s": 1, "7m": 1, "8m": 0}, id="the first answer"),
+        pytest.param(
+            {_REFUSED: "7x20 stale stale stale 7x60"}, {"5m": 0, "6m30s": 0, "7m15s": 0, "8m": 0}, id="failed scrapes"
+        ),
+        pytest.param({_REFUSED: "7x20 stale 0x10 1x60"}, {"5m": 0, "7m45s": 0, "8m15s": 1, "11m": 0}, id="a restart"),
+    ],
+)
+async def test_the_demand_is_a_change_of_counts(tmp_path: Path, series: dict[str, str], demand: dict[str, int]) -> None:
+    labels = f'{{namespace="atserving",app="{APP}",version="v2",pod="gate-1"}}'
+    query = of_keda("v2", "demand")
+    samples = {at: [{"labels": "{}", "value": value}] for at, value in demand.items()}
+    case = {
+        "interval": "15s",
+        "input_series": [{"series": name + labels, "values": values} for name, values in series.items()],
+        "promql_expr_test": [{"expr": query, "eval_time": at, "exp_samples": found} for at, found in samples.items()],
+    }
+    tests = tmp_path / "tests.yaml"
+    tests.write_text(yaml.safe_dump({"evaluation_interval": "15s", "tests": [case]}))
+    run = await asyncio.create_subprocess_exec(
+        program("promtool"),
+        "test",
+        "rules",
+        str(tests),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    text, _ = await run.communicate()
+    assert run.returncode == 0, text.decode()

@@ -26,10 +26,6 @@ WITHOUT_DATA = (
     # Nothing refuses, fails or waits in a mesh with this load.
     "atserving_gate_retries_total",
     'atserving_registry_calls_total{namespace=~".*", code!="200"}',
-    # Metrics that are not there yet.
-    "atserving_gate_requests_waiting_for_instance",
-    "atserving_gate_requests_without_instance_total",
-    "_log_lines_dropped_total",
 )
 """What of an expression tells that it needs no data here."""
 

@@ -82,10 +82,14 @@ KEYS = [
 ]
 
 
+FAR_S = 43_200
+
+
 def token(key: Key = RSA, algorithm: str = "RS256", kid: str = "rsa", headers: Any = None, **claims: Any) -> str:
     """Return a token of Ada, unless the claims say otherwise; a claim that is None is left out."""
     now_s = int(time.time())
-    usual = {"iss": URL, "aud": AUDIENCE, "sub": "ada@example.com", "iat": now_s, "exp": now_s + 600}
+    # Tests may run long after the tokens of this module were made.
+    usual = {"iss": URL, "aud": AUDIENCE, "sub": "ada@example.com", "iat": now_s, "exp": now_s + 2 * FAR_S}
     payload = {name: value for name, value in {**usual, **claims}.items() if value is not None}
     return jwt.encode(payload, key, algorithm, headers={"kid": kid, **(headers or {})})
 
@@ -160,8 +164,8 @@ NOW_S = int(time.time())
 NESTED = b'{"iss": "' + URL.encode() + b'", "sub": ' + b"[" * 4000 + b"]" * 4000 + b"}"
 BAD = {
     "expired": (token(exp=NOW_S - 60), "has expired"),
-    "not yet valid": (token(nbf=NOW_S + 600), "not valid yet"),
-    "from the future": (token(iat=NOW_S + 600), "not valid yet"),
+    "not yet valid": (token(nbf=NOW_S + FAR_S), "not valid yet"),
+    "from the future": (token(iat=NOW_S + FAR_S), "not valid yet"),
     "another issuer": (token(iss="https://evil.example"), "does not know this token"),
     "no issuer": (token(iss=None), "does not know this token"),
     "an issuer like ours": (token(iss=f"{URL}/"), "does not know this token"),

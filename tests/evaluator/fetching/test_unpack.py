@@ -35,6 +35,14 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
+def test_programs_are_executable_and_have_no_other_right(tmp_path: Path, folder: Path) -> None:
+    entries = {mode: entry(f"of-{mode:o}") for mode in (0o644, 0o755, 0o6777)}
+    for mode, (info, _) in entries.items():
+        info.mode = mode
+    files = unpack(write(tmp_path / "release.tar", *entries.values()), folder)
+    assert [files[f"of-{mode:o}"].stat().st_mode & 0o6111 for mode in entries] == [0, 0o111, 0o111]
+
+
 def test_files_are_unpacked_and_listed_by_name(tmp_path: Path, folder: Path) -> None:
     tar = write(
         tmp_path / "release.tar",

@@ -44,7 +44,8 @@ def host(registry: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         *("--workspace", str(folder / "workspaces"), "--qiniu", str(keys), "--sandbox=require"),
         *(f"--script-processes={MOST_TASKS}", f"--script-file={MOST_FILE_MIB}"),
     )
-    environment = {"MY_SECRET": SECRET, "ATSERVING_GRACE": "7", "LANG": "C.UTF-8"}
+    secrets = dict.fromkeys(("MY_SECRET", "NVIDIA_API_KEY", "TF_VAR_password", "TF_TOKEN_host"), SECRET)
+    environment = {**secrets, "ATSERVING_GRACE": "7", "LANG": "C.UTF-8"}
     with ExitStack() as stack:
         (folder / "custom").write_text("custom")
         for app in ("hostile", "other"):

@@ -14,7 +14,8 @@ import orjson
 import pytest
 
 from atserving.local import commands
-from tests.evaluator.sandbox.attacks import hostile, publish
+from tests.evaluator.calling import ask, connected
+from tests.evaluator.sandbox.attacks import hostile, publish, request
 from tests.processes import Process, Registry, evaluator, start_evaluator
 
 ALL = ["environment", "limits", "files", "processes", "signals", "session"]
@@ -80,8 +81,9 @@ async def test_script_gets_the_network_if_it_asks_and_the_operator_allows_it(
         code = f"found = socket.create_connection(({host!r}, {port})).getpeername()[1]"
         assert await one.run(code) == {"found": int(port)}
         assert await one.run("found = socket.getaddrinfo('localhost', 80)[0][4][1]") == {"found": 80}
-        for family in ("AF_UNIX", "AF_VSOCK", "AF_PACKET"):
+        for family in ("AF_UNIX", "AF_VSOCK", "AF_PACKET", "AF_NETLINK, socket.SOCK_RAW, 4"):
             assert await one.run(f"socket.socket(socket.{family})") == {"refused": errno.EACCES}
+        assert await one.run("socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)") == {"found": None}
         assert (await status(one.process))["sandbox"]["network"] is True
 
 
@@ -137,6 +139,32 @@ def test_script_gets_no_local_file_that_is_not_for_releases(registry: Registry, 
     said = refused_start(registry, f"local-{name}", "--qiniu", str(keys), "--local-files", str(releases))
     reason = "is in no folder of --local-files" if name == "elsewhere" else "is no file for releases"
     assert said == f"evaluator: custom_files.x {uris[name]}: {reason}"
+
+
+async def test_script_gets_no_other_file_by_a_link_that_it_turns_later(registry: Registry, tmp_path: Path) -> None:
+    keys, harmless, link = tmp_path / "keys.json", tmp_path / "harmless", tmp_path / "link"
+    keys.write_text('{"access_key": "access", "secret_key": "secret"}')
+    harmless.write_text("harmless")
+    link.symlink_to(harmless)
+    publish(registry, "turned", tmp_path, custom_files={"x": link.as_uri()})
+    with hostile(registry, "turned", "--qiniu", str(keys)) as one:
+        link.unlink()
+        link.symlink_to(keys)
+        async with connected(one.process) as connection:
+            await ask(connection, request("os._exit(1)"))
+        assert await one.run("found = Path(cfg['custom_files']['x']).read_text()") == {"found": "harmless"}
+
+
+async def test_release_names_no_file_that_a_script_has_written(registry: Registry, tmp_path: Path) -> None:
+    publish(registry, "planting", tmp_path)
+    with hostile(registry, "planting") as one:
+        planted = (await one.run("Path('planted').write_text(''); found = os.path.abspath('planted')"))["found"]
+        uri = Path(planted).as_uri()
+        publish(registry, "planted", tmp_path, custom_files={"x": uri})
+        assert (
+            refused_start(registry, "planted")
+            == f"evaluator: custom_files.x {uri}: is in the workspace of an evaluator"
+        )
 
 
 MOST_TASKS = 64 + 4 * (os.cpu_count() or 1)

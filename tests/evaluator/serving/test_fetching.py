@@ -11,6 +11,7 @@ import pytest
 
 from atserving import link
 from atserving.held import HeldBytes
+from atserving.local.ports import free_ports
 from atserving.v1.evaluator_pb2 import InferRequest, InferResponse
 from atserving.v1.serving_pb2 import Resource
 from evaluator.fetching.addresses import AddressPolicy, AllowedNetwork
@@ -64,12 +65,15 @@ class Replier:
 
     def __init__(self) -> None:
         self.errors: list[str] = []
+        self.fetch_us: list[int] = []
 
     def hold(self, count: int) -> bool:
         return True
 
     def reply(self, reply: link.Reply, held: int = 0) -> None:
-        self.errors.append(InferResponse.FromString(bytes(reply.response)).error.message)
+        response = InferResponse.FromString(bytes(reply.response))
+        self.errors.append(response.error.message)
+        self.fetch_us.append(response.fetch_us)
 
 
 async def test_no_spelling_of_a_slow_host_takes_the_places_of_others(script: Pipeline, host: Host) -> None:
@@ -124,6 +128,20 @@ async def test_large_groups_from_slow_hosts_leave_connections_to_others(script: 
     host.unblocked.set()
     await asyncio.gather(*fetching)
     assert {each.body for group in groups for each in group.data} == {b"ok"}
+
+
+async def test_a_reply_says_how_long_its_fetch_took_unless_it_is_long(script: Pipeline) -> None:
+    replier = Replier()
+    (port,) = free_ports(1)
+    script.begin(_call(Resource(uri=f"http://127.0.0.1:{port}/")), replier)
+    await until(lambda: replier.errors)
+    assert replier.fetch_us[0] > 0
+    short = link.Reply(1, link.RESULT, 0, 0, 0, 0, 1, 1, InferResponse(result_json="7").SerializeToString())
+    assert InferResponse.FromString(bytes(link.with_fetch(short, 1 << 40).response)) == InferResponse(
+        result_json="7", fetch_us=(1 << 32) - 1
+    )
+    long = short._replace(response=bytes(link.LONG_BYTES))
+    assert link.with_fetch(long, 7) is long
 
 
 def _call(*resources: Resource) -> link.Call:

@@ -19,6 +19,7 @@ from atserving.held import HeldBytes
 from atserving.v1.evaluator_pb2 import InferRequest
 from atserving.v1.serving_pb2 import Resource
 from evaluator.fetching.addresses import AddressPolicy
+from evaluator.fetching.fetch_times import Fetch
 from evaluator.fetching.resources import ResourceFetcher
 from evaluator.limits import Budget
 from evaluator.net_config import NetConfig
@@ -92,7 +93,7 @@ class Fetcher(ResourceFetcher):
         super().__init__(BODY_BYTES, AddressPolicy())
         self.budgets: list[weakref.ref[Budget]] = []
 
-    async def fetch(self, uri: str, budget: Budget | None = None) -> bytes:
+    async def fetch(self, uri: str, budget: Budget | None = None, one: Fetch | None = None) -> bytes:
         if uri.endswith("/missing"):
             await asyncio.sleep(0)
             raise InvalidArgument("its host answered 404")

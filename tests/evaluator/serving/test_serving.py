@@ -29,6 +29,7 @@ from tests.waiting import until, until_async
 
 IMAGES = DIGITS / "images"
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
 LOOPBACK = ("--allow-network", "127.0.0.0/8")
 
 
@@ -148,12 +149,13 @@ async def test_unreachable_host_gives_code_502(digits: Process) -> None:
 async def test_each_request_has_one_line_in_the_log(digits: Process) -> None:
     async with connected(digits) as evaluator:
         request = InferRequest(data=[DIGIT])
-        await ask(evaluator, request, reqid="one-line", traceparent="00-abc-def-01")
+        await ask(evaluator, request, reqid="one-line", traceparent=TRACEPARENT)
         await ask(evaluator, InferRequest(data=[Resource(body=b"x")]), reqid="bad-line")
     good, bad = digits.logged(reqid="one-line"), digits.logged(reqid="bad-line")
     stages = ["fetch_ms", "decode_ms", "queue_ms", "forward_ms", "total_ms"]
     assert all(good[stage] >= 0 for stage in stages)
-    assert (good["app"], good["version"], good["code"], good["traceparent"]) == ("digits", "v1", 0, "00-abc-def-01")
+    assert (good["app"], good["version"], good["code"], good["traceparent"]) == ("digits", "v1", 0, TRACEPARENT)
+    assert good["trace_id"] == "0af7651916cd43dd8448eb211c80319c"
     assert (bad["code"], bad["level"]) == (400, "info")
     assert "can't be decoded" in bad["reason"]
     assert sum("one-line" in line for line in digits.lines) == 1

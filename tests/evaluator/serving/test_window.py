@@ -40,7 +40,7 @@ class Sender:
         sent: list[SupervisedCall] = []
         while calls := self.window.next(PLAN, self.calls):
             for one in calls:
-                self.window.enter(one)
+                self.window.enter(one, 1.0)
             sent += calls
         return sent
 

@@ -16,6 +16,9 @@ PORTS = {
 }
 """The flags of each component that set a listening address, and the ports that they are for."""
 EVERYWHERE = "0.0.0.0"
+COLLECTOR = "traces"
+"""The Service that is a name for a collector of spans in another namespace."""
+COLLECTOR_PORTS = (4317, 4318)
 SCRAPED = "prometheus.io/port"
 """An annotation of a pod template: the port that has metrics."""
 
@@ -149,8 +152,11 @@ def serves(manifests: Manifests, pod: str | None, name: str, port: int) -> bool:
     """Whether a Service, or one pod behind it, exists and serves a port.
 
     A headless Service translates no ports: the pods behind it have to listen on the Service's own port.
+    A collector of spans is elsewhere.
     """
     service = manifests.find("Service", name)
+    if name == COLLECTOR and at(service, "spec", "type") == "ExternalName":
+        return port in COLLECTOR_PORTS
     workloads = manifests.behind(service) if service else []
     pods = [f"{each.name}-{number}" for each in workloads for number in range(manifests.replicas(each))]
     if not workloads or (pod is not None and pod not in pods):

@@ -11,6 +11,7 @@ from atserving.hosts import Address, Network
 from evaluator.fetching.addresses import _REFUSED, AddressPolicy
 
 from .arrows import FROM_OR_TO, is_inside, pods_of, ports_of, rules
+from .listens import COLLECTOR_PORTS
 from .model import Document, Manifests, Workload, at, list_at, title
 
 DNS_PORT = 53
@@ -79,12 +80,13 @@ def pods_can_ask_dns(manifests: Manifests) -> Iterator[str]:
             yield f"NetworkPolicies: none lets {pods} ask kube-dns, on port {DNS_PORT} (UDP and TCP)"
 
 
-def other_namespaces_give_dns_only(manifests: Manifests) -> Iterator[str]:
+def other_namespaces_give_dns_and_take_spans_only(manifests: Manifests) -> Iterator[str]:
     for policy, direction, _, rule in rules(manifests):
         for peer in list_at(rule, "to") if direction == "egress" else ():
             dns = peer == DNS_PEER and all(port == DNS_PORT for port, _ in ports_of(rule))
-            if "namespaceSelector" in peer and not dns:
-                yield f"{title(policy)}: its egress leads to another namespace, for more than to ask kube-dns"
+            spans = "podSelector" not in peer and all(port in COLLECTOR_PORTS for port, _ in ports_of(rule))
+            if "namespaceSelector" in peer and not (dns or spans):
+                yield f"{title(policy)}: its egress leads to another namespace, for more than DNS and spans"
 
 
 def only_the_edge_is_public(manifests: Manifests) -> Iterator[str]:
@@ -196,7 +198,7 @@ def _is_edge(pods: Workload, port: int | str, protocol: str) -> bool:
 RULES = (
     callers_reach_the_edge,
     pods_can_ask_dns,
-    other_namespaces_give_dns_only,
+    other_namespaces_give_dns_and_take_spans_only,
     only_the_edge_is_public,
     blocks_are_public,
     evaluators_reach_public_addresses,
