@@ -81,7 +81,8 @@ class LogWriter:
             if not self._ending:
                 self._ending = True
                 self._end.release()
-            while self._bytes and not self._hopeless:
+            # The thread tells at once what it has not told yet.
+            while (self._bytes or self._untold) and not self._hopeless:
                 before = self._bytes
                 # Each write notifies it.
                 self._written.wait(_END_S)

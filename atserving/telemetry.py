@@ -6,6 +6,7 @@ import atexit
 import io
 import json
 import logging
+import os
 import re
 import secrets
 import sys
@@ -97,6 +98,9 @@ def configure_logging(
     global _service, _writer
     _service = service
     if threaded and _writer is None:
+        if sys.__stderr__ is None:
+            # It is closed, so the next file or connection would get its number, and the lines.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         _writer = LogWriter(write_stderr, _dropped)
         sys.stderr = io.TextIOWrapper(_Text(), "utf-8", "backslashreplace", line_buffering=True)
         atexit.register(_end)
@@ -231,7 +235,6 @@ def _end() -> None:
     """Write the lines that wait. The process is about to end."""
     assert _writer
     _writer.flush()
-    assert sys.__stderr__
     sys.stderr = sys.__stderr__
 
 

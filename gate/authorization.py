@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import time
 from calendar import timegm
+from collections.abc import Mapping
 from urllib.parse import parse_qsl
 
 import structlog
@@ -13,7 +14,7 @@ from grpc import StatusCode
 from atserving.errors import Unauthenticated
 from atserving.grpc_call import Call, GrpcError, parsed
 from atserving.grpc_server import Server
-from atserving.telemetry import RequestLog
+from atserving.telemetry import RequestLog, trace_context, trace_id
 from atserving.v1 import authorization_pb2 as messages
 from gate.caller_keys import CallerKeys
 from gate.callers import GROUPS, QINIU, UID, Callers
@@ -58,7 +59,7 @@ class Authorization:
     def check(self, call: Call) -> None:
         if not self._callers.is_edge(call.headers):
             reason = "only Envoy may ask who a caller is, and this one shows no key of --edge-key"
-            self._rejected("", Unauthenticated.status, reason)
+            self._rejected({}, Unauthenticated.status, reason)
             call.abort(StatusCode.UNAUTHENTICATED, reason)
             return
         try:
@@ -71,15 +72,23 @@ class Authorization:
             uid, groups = self._caller(attributes)
             response = _admitted(uid, groups)
         except _Refused as refusal:
-            reqid = attributes.request.http.headers.get("x-reqid", "")
-            self._rejected(reqid, refusal.status, refusal.why)
+            self._rejected(attributes.request.http.headers, refusal.status, refusal.why)
             self._counts.refused("", refusal.status, refusal_of(refusal))
             response = _denied(refusal)
         call.finish(response.SerializeToString())
 
-    def _rejected(self, reqid: str, code: int, reason: str) -> None:
+    def _rejected(self, headers: Mapping[str, str], code: int, reason: str) -> None:
+        reqid = headers.get("x-reqid", "")
         if self._lines.wants(reqid, code, 0.0):
-            self._lines.write("info", "request rejected", {"reqid": reqid, "code": code, "reason": reason})
+            traceparent = trace_context(headers.get("traceparent"))
+            fields = {
+                "reqid": reqid,
+                "code": code,
+                "reason": reason,
+                "traceparent": traceparent,
+                "trace_id": trace_id(traceparent),
+            }
+            self._lines.write("info", "request rejected", fields)
 
     def _caller(self, attributes: messages.AttributeContext) -> tuple[int, tuple[str, ...]]:
         """Return the uid and the groups of a caller. Raises _Refused."""

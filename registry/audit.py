@@ -8,6 +8,7 @@ import os
 import stat
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from google.protobuf.message import Message
@@ -47,7 +48,8 @@ class Audit:
         if method.startswith(READS) and status not in _REFUSALS:
             return
         notes = context.notes
-        if status >= 400 and not self._has_room(known="operator" in notes):
+        # A call that fails may have written all the same: its deadline passed, or its caller left, just after that.
+        if status >= 400 and "keys" not in notes and not self._has_room(known="operator" in notes):
             return
         fields: dict[str, object] = {
             "method": method,
@@ -63,7 +65,8 @@ class Audit:
         if not fields["operator"] and (actor := getattr(request, "actor", "")):
             fields["actor"] = actor[:_MOST_NAME_CHARS]
         if forwarded := context.header("x-forwarded-for"):
-            fields["forwarded_for"] = forwarded[:_MOST_NAME_CHARS]
+            # The last address is from Envoy; those before it are the caller's word.
+            fields["forwarded_for"] = forwarded[-_MOST_NAME_CHARS:]
         for name in ("validate_only", "force"):
             if getattr(request, name, False):
                 fields[name] = True
@@ -119,6 +122,7 @@ class AuditFile:
             raise StartError(f"can't write {path} of --audit-log: {error.strerror}") from None
         if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             raise StartError(f"{path} of --audit-log is no regular file")
+        self._end_line()
 
     def write(self, data: memoryview) -> int:
         """Append lines, and return how many bytes were written. Raises OSError."""
@@ -142,6 +146,14 @@ class AuditFile:
             self._told_s = time.monotonic()
             fields = {"path": str(self._path), "reason": str(error.strerror)}
             telemetry.write_always("audit log failed", fields, "error")
+
+    def _end_line(self) -> None:
+        """End the last line, if a process was killed amid it: the next one would be part of it."""
+        with suppress(OSError), self._path.open("rb") as file:
+            if size := file.seek(0, os.SEEK_END):
+                file.seek(size - 1)
+                if file.read() != b"\n":
+                    os.write(self._descriptor, b"\n")
 
     def _opened(self) -> int:
         # Not blocking: a pipe without a reader would stop the start.

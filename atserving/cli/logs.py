@@ -66,9 +66,11 @@ def _of_request(reqid: str, file: BinaryIO) -> Iterator[dict[str, Any]]:
             continue
         # `kubectl logs --prefix` writes the pod before the line.
         start = raw.find(b"{")
-        with suppress(orjson.JSONDecodeError):
+        # TypeError: orjson reads deeper values than it writes. No process of ours logs any.
+        with suppress(orjson.JSONDecodeError, TypeError):
             line = orjson.loads(raw[max(start, 0) :])
             if isinstance(line, dict) and line.get("reqid") == reqid:
+                orjson.dumps(line)
                 yield line
 
 
@@ -78,18 +80,21 @@ def _moment(line: dict[str, Any]) -> datetime:
         found = datetime.fromisoformat(str(line.get("timestamp")))
     except ValueError:
         return _UNKNOWN
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
+    try:
+        return found.astimezone(UTC) if found.tzinfo else found.replace(tzinfo=UTC)
+    except OverflowError:
+        return _UNKNOWN
 
 
 def _text(line: dict[str, Any]) -> str:
     """Return a line for people: when, who, what, and then every other field that has a value."""
     moment = _moment(line)
-    time = "-" if moment == _UNKNOWN else f"{moment.astimezone(UTC):%H:%M:%S.%f}"[:-3]
+    time = "-" if moment == _UNKNOWN else f"{moment:%H:%M:%S.%f}"[:-3]
     level = str(line.get("level", "info"))
     # Envoy's lines have no event.
     event = printable(str(line.get("event") or f"{line.get('method', '')} {line.get('path', '')}".strip() or "-"))
     others = [
-        f"{name}={_value(value)}"
+        f"{printable(name)}={_value(value)}"
         for name, value in line.items()
         if name not in _FIRST and value not in ("", None) and not (name in ("method", "path") and "event" not in line)
     ]
@@ -98,5 +103,5 @@ def _text(line: dict[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    text = value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
+    text = value if isinstance(value, str) else orjson.dumps(value).decode()
     return printable(text) if text and " " not in text else repr(printable(text))

@@ -25,7 +25,8 @@ log_level_option = click.option(
 )
 
 
-def _number(context: click.Context, parameter: click.Parameter, value: float) -> float:
+def finite(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """Check that an option is a number, for its callback."""
     # Click takes nan for a number of any range.
     if not math.isfinite(value):
         raise click.BadParameter(f"{value} is no number", context, parameter)
@@ -35,7 +36,7 @@ def _number(context: click.Context, parameter: click.Parameter, value: float) ->
 log_requests_option = click.option(
     "--log-requests",
     type=click.FloatRange(0, 1),
-    callback=_number,
+    callback=finite,
     default=1.0,
     show_default=True,
     metavar="SHARE",
@@ -108,7 +109,7 @@ def seconds_option(name: str, default: float, text: str) -> Callable[[Any], Any]
 slow_option = click.option(
     "--slow",
     type=click.FloatRange(0),
-    callback=_number,
+    callback=finite,
     default=SLOW_S,
     show_default=True,
     metavar="SECONDS",

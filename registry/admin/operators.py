@@ -110,6 +110,7 @@ class OperatorStore:
             stored = await self._read()
             if tried and stored.has(name, tried[0]):
                 # It took effect, though no answer came.
+                intent.notes["revision"] = stored.revision(name) or stored.at
                 return tried[0], stored.revision(name)
             wanted = _decided(stored, name, intent, edit)
             admin = self._admin_left(stored, name, wanted)

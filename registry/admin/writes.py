@@ -100,6 +100,7 @@ class Writer:
             before, revision = await self._read(app)
             if tried and all(_current(before, key) == value for key, value in tried.items()):
                 # It took effect, though no answer came.
+                intent.notes["revision"] = max(before.revisions.get(key, 0) for key in tried) or revision
                 return before
             is_stale = bool(intent.etag) and intent.etag != etag_of(before)
             if is_stale and not attempt:
@@ -131,6 +132,7 @@ class Writer:
         """Let every registry and gate take the deletions that it holds back. Raises EtcdError."""
         lease = await self._client.grant(ACCEPT_S)
         words = [put(ACCEPT_KEY, Acceptance().to_json(), lease.id), put(NOTE_KEY, intent.note())]
+        intent.notes["keys"] = [ACCEPT_KEY]
         revision = (await self._client.txn([], words)).header.revision
         intent.notes["revision"] = revision
         log.warning("deletions accepted", revision=revision, actor=intent.actor, reason=intent.message)

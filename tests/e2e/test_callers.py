@@ -615,6 +615,20 @@ async def test_the_access_log_says_who_called_from_where(edge: Edge) -> None:
         assert (line["address"], line["uid"]) == ("127.0.0.1", uid)
 
 
+async def test_refusal_of_a_signature_has_the_id_of_its_trace(edge: Edge) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    bad = signed(edge, secret_key="another-key-of-some-length")
+    headers = {"authorization": bad, "traceparent": f"00-{trace}-b7ad6b7169203331-01", "x_reqid": "the-refused"}
+    assert (await edge.http(SIGNED_PATH, SIGNED_JSON, content_type=JSON, **headers)).status == 401
+
+    def logged() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in edge.mesh.log("gate").splitlines() if '"the-refused"' in line]
+
+    await until(lambda: bool(logged()))
+    (line,) = logged()
+    assert (line["event"], line["code"], line["trace_id"]) == ("request rejected", 401, trace)
+
+
 async def test_a_caller_has_limits(edge: Edge) -> None:
     await edge.rules(public=False)
     await edge.rules(public=True, max_requests_per_second=0.001)

@@ -152,6 +152,10 @@ async def test_targets_by_address(mesh: Mesh, tmp_path: Path) -> None:
         (("--target", "nowhere"), 2, "'nowhere' is not host:port"),
         (("--target", "no.such.host.invalid:80"), 1, "the target no.such.host.invalid:80 has no address"),
         (("--target", "127.0.0.1:1", "--once", "--interval", "0.2"), 1, "no process answers"),
+        (("--target", f"{'x' * 64}:80"), 1, ":80 has no address: no host can have this name"),
+        (("--target", "127.0.0.1:99999"), 2, "is not host:port"),
+        (("--interval", "nan", "--target", "127.0.0.1:1", "--once"), 2, "nan is no number"),
+        (("--interval", "1e30", "--target", "127.0.0.1:1", "--once"), 2, "is not in the range"),
         (("--targets", "missing.json"), 1, "can't read missing.json: No such file or directory"),
         (("--targets", "setup.py", "--target", "a:1"), 2, "exclude each other"),
     ],
@@ -161,6 +165,18 @@ async def test_wrong_targets(arguments: Sequence[str], status: int, said: str, t
     assert ended[0] == status
     assert said in ended[2]
     assert len(ended[2].splitlines()) <= 2
+
+
+async def test_wrong_addresses_in_a_file_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "targets.json"
+    wrong = ["[::1", "..:80", "", "a\nb:80", "127.0.0.1:port"]
+    file.write_text(json.dumps([{"targets": wrong, "labels": {"process": "\x1b[31mit"}}]))
+    status, _, err = await run(TOP, "--targets", str(file), "--once", "--interval", "0.2", tmp=tmp_path)
+    assert status == 1
+    *warnings, failure = err.splitlines()
+    assert len(warnings) == len(wrong)
+    assert all(each.startswith("warning: \\x1b[31mit (") for each in warnings)
+    assert failure.startswith("atserving: no process answers: \\x1b[31mit (")
 
 
 async def test_of_several_meshes_one_must_be_chosen(mesh: Mesh, tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ import os
 import sys
 
 import uvloop
+from grpc import StatusCode
 
 from atserving.grpc_call import Call
 from atserving.grpc_server import Server
 from atserving.held import HeldBytes
 from atserving.v1 import edge_pb2, serving_pb2
 
-POISON, NEVER, SLOW = b"poison", b"never", b"slow"
+POISON, NEVER, SLOW, REFUSED = b"poison", b"never", b"slow", b"refused"
 SLOW_S = 5.0
 SIZES = {b"large": 40 << 20, b"middle": 200 << 10}
 """How long the answers to these words are."""
@@ -42,6 +43,8 @@ def _typed(call: Call) -> None:
     slow = SLOW in bytes(call.message)
     if slow:
         asyncio.get_running_loop().call_later(SLOW_S, call.finish, SLOW)
+    elif REFUSED in bytes(call.message):
+        call.abort(StatusCode.NOT_FOUND, "unknown")
     elif not _obey(call):
         call.finish(b"")
 

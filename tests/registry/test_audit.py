@@ -15,6 +15,9 @@ import grpc
 import pytest
 
 from atserving.admin.v1 import admin_pb2, admin_pb2_grpc
+from atserving.http2_stream import Headers
+from atserving.rpc import Context
+from registry.audit import Audit, AuditFile
 from tests.processes import Registry, running_registry
 from tests.registry.test_operators import add, create
 from tests.waiting import until
@@ -135,6 +138,36 @@ async def test_flood_of_refusals_is_bounded_and_told(audited: Audited) -> None:
     await until(lambda: counted() == 300, what="each refusal has a line or is counted")
     lines = await audited.written(1)
     assert [line["operator"] for line in lines if line["code"] == 200] == ["ada"]
+
+
+async def test_failed_calls_that_wrote_have_lines_in_a_flood(tmp_path: Path) -> None:
+    """As of an operator whose deadline passes, or who leaves, just after the write."""
+    audit = Audit(file := tmp_path / "audit.log")
+    for number in range(100):
+        who = {"operator": "ada", "known_by": "token", "role": "admin"}
+        audit.ended("CreateRelease", create(f"app-{number}"), Context(Headers(), notes=who), 404, "no")
+    notes = {**who, "revision_before": 3, "keys": ["/ava/serving/eval/app-100/v1"], "revision": 5}
+    audit.ended("CreateRelease", create("app-100"), Context(Headers(), notes=notes), 504, "the deadline passed")
+    await until(lambda: '"app-100"' in file.read_text(), what="the line of the write")
+    assert file.read_text().count('"admin call"') == 21
+    audit.turn()
+    await until(lambda: '"count":80' in file.read_text(), what="the count of the others")
+
+
+async def test_address_that_envoy_has_added_is_kept(tmp_path: Path) -> None:
+    audit = Audit(file := tmp_path / "audit.log")
+    headers = Headers([("x-forwarded-for", "10.0.0.1, " * 100 + "192.0.2.7")])
+    audit.ended("CreateRelease", create("digits"), Context(headers), 200, "")
+    await until(lambda: file.read_text().endswith("\n"), what="the line")
+    assert json.loads(file.read_text())["forwarded_for"].endswith("10.0.0.1, 192.0.2.7")
+
+
+def test_line_that_was_cut_off_does_not_spoil_the_next_one(tmp_path: Path) -> None:
+    for before, after in (('{"event": "on', '{"event": "on\n'), ("{", "{\n"), ("{}\n", "{}\n"), ("", "")):
+        path = tmp_path / "audit.log"
+        path.write_text(before)
+        AuditFile(path)
+        assert path.read_text() == after
 
 
 async def test_file_that_is_moved_is_opened_again(audited: Audited) -> None:

@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
+
+from atserving.log_writer import LogWriter
 
 SETUP = """
 import asyncio, logging, os, sys, threading, time, structlog
@@ -107,6 +111,45 @@ def test_error_that_ends_a_process_comes_after_its_lines() -> None:
         _, text = process.communicate(timeout=60)
     assert parsed(text)[0]["event"] == "one"
     assert text.endswith("KeyError: 'two'\n")
+
+
+def test_last_lines_that_are_dropped_are_told_at_the_end() -> None:
+    """The end waits for the line that tells it, however late the thread comes to it."""
+    written: list[bytes] = []
+    began, go = threading.Event(), threading.Event()
+
+    def write(data: memoryview) -> int:
+        began.set()
+        go.wait(60)
+        written.append(bytes(data))
+        return len(data)
+
+    class Late(LogWriter):
+        def _pause(self, seconds: float) -> None:
+            time.sleep(0.2)
+
+    writer = Late(write, lambda count: b"dropped %d\n" % count)
+    writer.write(b"one\n")
+    began.wait(60)
+    writer.write(b"two\n", most=1)
+    threading.Timer(0.1, go.set).start()
+    writer.flush()
+    assert b"".join(written) == b"one\ndropped 1\n"
+
+
+def test_closed_standard_error_leaves_files_alone(tmp_path: Path) -> None:
+    program = (
+        SETUP
+        + f"""
+with open({str(tmp_path / "file")!r}, "w") as file:
+    log.info("one")
+    print("two", file=sys.stderr)
+    telemetry._writer.flush()
+"""
+    )
+    line = ["/bin/sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", program]
+    assert subprocess.run(line, timeout=60).returncode == 0
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_full_disk_does_not_keep_a_process_from_ending() -> None:

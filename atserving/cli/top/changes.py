@@ -109,8 +109,13 @@ def _reading(scrapes: Sequence[Scrape], before: Mapping[str, Mapping[Series, flo
     sums = _Sums(scrapes, before)
     instances = _instances(scrapes)
     by = "gate" if reading.processes["gate"] else "evaluator"
-    versions = {(app, version) for app, version, *_ in (each for each in sums.now if len(each) > 1)} | set(instances)
-    for app in sorted({app for app, _ in versions}):
+    versions: dict[str, set[str]] = defaultdict(set)
+    for app, version in {each[:2] for each in sums.now if len(each) > 1} | set(instances):
+        versions[app].add(version)
+    scopes: dict[_Scope, list[_Scope]] = defaultdict(list)
+    for scope in sums.now:
+        scopes[scope[:2]].append(scope)
+    for app in sorted(versions):
         load = _load(sums, (app,), seconds, by)
         if not app:
             # Requests for no known app.
@@ -118,11 +123,11 @@ def _reading(scrapes: Sequence[Scrape], before: Mapping[str, Mapping[Series, flo
                 reading.loads.append(load)
             continue
         reading.loads.append(load)
-        for version in sorted(version for each, version in versions if each == app and version):
+        for version in sorted(versions[app] - {""}):
             load = _load(sums, (app, version), seconds, by)
             load.ready, load.registered = instances.get((app, version), (None, None))
             reading.loads.append(load)
-            for scope in sorted(each for each in sums.now if each[:2] == (app, version) and len(each) == 3):
+            for scope in sorted(each for each in scopes[app, version] if len(each) == 3):
                 reading.loads.append(_load(sums, scope, seconds, "evaluator"))
     return reading
 
@@ -202,6 +207,8 @@ def _warnings(scrapes: Sequence[Scrape]) -> Iterator[str]:
     for each in scrapes:
         if each.failure:
             yield f"{each.target.name} ({each.target.address}): {each.failure}"
+        elif not each.kind:
+            yield f"{each.target.name} ({each.target.address}): it is no gate, evaluator or registry"
         elif each.values.get(Series("atserving_gate_config_followed", ())) == 0:
             yield f"{each.target.name} follows no registry"
         elif each.values.get(Series("atserving_registry_mirror_stale", ())) == 1:

@@ -14,6 +14,7 @@ import msgspec
 import orjson
 
 from atserving.cli.ops.options import flag
+from atserving.cli.service import finite
 from atserving.cli.tables import printable
 from atserving.cli.top import screen, tables
 from atserving.cli.top.changes import Changes, Reading, as_json
@@ -22,7 +23,7 @@ from atserving.errors import StartError
 from atserving.local.folders import TARGETS_FILE, local_meshes
 
 _JOBS = ("gate", "evaluator", "registry")
-_LEAST_S = 0.2
+_LEAST_S, _MOST_S = 0.2, 3600.0
 
 
 class _Group(msgspec.Struct):
@@ -55,7 +56,8 @@ class _Group(msgspec.Struct):
 )
 @flag(
     "--interval",
-    type=click.FloatRange(_LEAST_S),
+    type=click.FloatRange(_LEAST_S, _MOST_S),
+    callback=finite,
     default=2.0,
     show_default=True,
     metavar="SECONDS",
@@ -99,7 +101,8 @@ def top(
         if once or format_ == "table":
             break
     if not any(reading.processes.values()):
-        raise StartError(f"no process answers: {reading.warnings[0] if reading.warnings else 'there is no target'}")
+        why = printable(reading.warnings[0]) if reading.warnings else "there is no target"
+        raise StartError(f"no process answers: {why}")
 
 
 def _finder(names: Sequence[str], file: Path | None) -> Callable[[], list[Target]]:
@@ -107,7 +110,7 @@ def _finder(names: Sequence[str], file: Path | None) -> Callable[[], list[Target
     if names:
         for name in names:
             host, _, port = name.rpartition(":")
-            if not host or "/" in host or not port.isdecimal():
+            if not host or "/" in host or not (port.isdecimal() and 0 < int(port) < 65536):
                 raise click.BadParameter(f"{name!r} is not host:port", param_hint="--target")
         return lambda: resolve(names)
     chosen = file or _local()

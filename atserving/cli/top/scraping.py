@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,12 +13,18 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
+from atserving.cli.tables import printable
 from atserving.errors import StartError
 
 TIMEOUT_S = 2.0
 _MOST_AT_ONCE = 32
 _MOST_BYTES = 64 << 20
+_READ_BYTES = 1 << 16
+# Beyond it, numbers of this kind are not exact any more: no process has counted so far.
+_MOST = 2**53
+_MOST_CODE_CHARS = 9
 
 # The lines that the tables are made of. A gate of a thousand apps has many others.
 _WANTED = (
@@ -78,8 +85,9 @@ def resolve(names: Iterable[str]) -> list[Target]:
         host, _, port = name.rpartition(":")
         try:
             found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        except OSError as error:
-            raise StartError(f"the target {name} has no address: {error.strerror}") from None
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or "no host can have this name"
+            raise StartError(f"the target {printable(name)} has no address: {reason}") from None
         for _, _, _, _, (address, *_) in found:
             shown = f"[{address}]:{port}" if ":" in str(address) else f"{address}:{port}"
             targets.setdefault(shown, Target(shown, shown))
@@ -95,8 +103,9 @@ def scrape_all(targets: Sequence[Target]) -> list[Scrape]:
 def _scrape(target: Target) -> Scrape:
     try:
         with _opener.open(f"http://{target.address}/metrics", timeout=TIMEOUT_S) as response:
-            text = response.read(_MOST_BYTES).decode(errors="replace")
-    except (OSError, http.client.HTTPException) as error:
+            text = _body(response).decode(errors="replace")
+    # ValueError: no host can have this name, or address.
+    except (OSError, http.client.HTTPException, ValueError) as error:
         return Scrape(target, failure=_reason(error))
     wanted = "\n".join(filter(_is_wanted, text.split("\n")))
     try:
@@ -104,11 +113,35 @@ def _scrape(target: Target) -> Scrape:
             Series(sample.name, tuple(sorted(sample.labels.items()))): sample.value
             for family in text_string_to_metric_families(wanted + "\n")
             for sample in family.samples
+            if _is_sound(sample)
         }
-    except ValueError:
+    # The parser raises both for text that is none of metrics.
+    except (ValueError, IndexError):
         return Scrape(target, failure="it answers something else than metrics")
     kind = next((kind for prefix, kind in _KINDS.items() if f"\n{prefix}" in text), "")
     return Scrape(target, kind, values)
+
+
+def _body(response: http.client.HTTPResponse) -> bytes:
+    """Return the body. Raises TimeoutError if it comes too slowly, as a timeout of the socket is one of each read."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    parts = []
+    left = _MOST_BYTES
+    while left > 0 and (part := response.read1(_READ_BYTES)):
+        parts.append(part)
+        left -= len(part)
+        if time.monotonic() > deadline_s:
+            raise TimeoutError
+    return b"".join(parts)
+
+
+def _is_sound(sample: Sample) -> bool:
+    """Return whether the value is a number, and the status and the bound, if there are any, are numbers, too."""
+    code, bound = sample.labels.get("code", "0"), sample.labels.get("le", "0")
+    try:
+        return abs(sample.value) <= _MOST and code.isdecimal() and len(code) <= _MOST_CODE_CHARS and float(bound) >= 0
+    except ValueError:
+        return False
 
 
 def _is_wanted(line: str) -> bool:

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import curses
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from atserving.cli.tables import printable
 from atserving.cli.top import tables
 from atserving.cli.top.changes import Reading
+from atserving.errors import StartError
 
 _KEYS = "q: quit   i: instances   arrows, page up, page down: scroll"
 _TOP_LINES, _BOTTOM_LINES = 2, 1
 
 
 def show(read: Callable[[], Reading | None], interval_s: float, app: str, *, instances: bool) -> None:
-    """Draw what ``read`` returns, each interval, until the user presses q or Ctrl-C."""
+    """Draw what ``read`` returns, each interval, until the user presses q or Ctrl-C.
+
+    Raises StartError if the terminal can't be drawn on.
+    """
+    try:
+        curses.setupterm()
+        can_draw = bool(curses.tigetstr("cup"))
+    except curses.error:
+        can_draw = False
+    if not can_draw:
+        name = printable(os.environ.get("TERM", ""))
+        raise StartError(f"the terminal (TERM={name}) has no screen to draw on: --once prints a table")
     curses.wrapper(lambda window: _Screen(window, read, interval_s, app, instances).run())
 
 
@@ -37,9 +51,11 @@ class _Screen:
         self._reading: Reading | None = None
 
     def run(self) -> None:
-        curses.use_default_colors()
-        curses.curs_set(0)
-        if curses.has_colors():
+        # Some terminals have no colours, and some can't hide their cursor.
+        with suppress(curses.error):
+            curses.curs_set(0)
+        with suppress(curses.error):
+            curses.use_default_colors()
             curses.init_pair(1, curses.COLOR_RED, -1)
         self._draw()
         while True:
@@ -48,7 +64,12 @@ class _Screen:
             self._draw()
             while (left_s := next_s - time.monotonic()) > 0:
                 self._window.timeout(max(int(left_s * 1000), 1))
-                if not self._take(self._window.getch()):
+                key = self._window.getch()
+                if key == -1:
+                    # The time is over, or standard input is at its end and has no more keys.
+                    time.sleep(max(next_s - time.monotonic(), 0))
+                    break
+                if not self._take(key):
                     return
                 self._draw()
 

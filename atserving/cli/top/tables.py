@@ -38,10 +38,10 @@ def rows(reading: Reading, app: str = "", *, instances: bool = False) -> list[tu
 
 
 def _cells(load: Load) -> tuple[str, ...]:
-    name = load.app or _NO_APP
+    name = printable(load.app) or _NO_APP
     return (
         name if not load.version else "",
-        f"  {printable(load.instance)}" if load.instance else load.version,
+        f"  {printable(load.instance)}" if load.instance else printable(load.version),
         _ready(load),
         _rate(load.requests_per_s),
         _rate(load.errors_per_s),

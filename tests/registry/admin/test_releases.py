@@ -12,6 +12,8 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from atserving.admin.v1 import admin_pb2
 from atserving.config import PREFIX, app_routing_key, release_key, worker_keys
 from atserving.errors import Aborted, AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from atserving.http2_stream import Headers
+from atserving.rpc import Context
 from atserving.v1 import etcd_pb2
 from registry.etcd import EtcdUnavailable
 from tests.processes import Etcd
@@ -338,8 +340,12 @@ async def test_a_lost_answer_of_etcd_is_no_failure(operator: Operator, monkeypat
 
     monkeypatch.setattr(operator.client, "txn", losing)
     service, app = operator.service, operator.app
-    await service.set_alias(admin_pb2.SetAliasRequest(app=app, alias="next", version="v1"), CONTEXT)
+    context = Context(Headers())
+    await service.set_alias(admin_pb2.SetAliasRequest(app=app, alias="next", version="v1"), context)
     assert lost.pop()
+    # The audit log has the revision that it wrote all the same.
+    written = (await operator.client.get_below([app_routing_key(app)], []))[0][0].mod_revision
+    assert context.notes["revision"] == written > context.notes["revision_before"]
     await service.delete_alias(admin_pb2.DeleteAliasRequest(app=app, alias="next"), CONTEXT)
     assert lost.pop()
     etag = (await service.get_release(admin_pb2.GetReleaseRequest(app=app, version="v2"), CONTEXT)).etag
