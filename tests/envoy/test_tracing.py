@@ -39,7 +39,9 @@ def receiver() -> Iterator[OtlpReceiver]:
 async def edge(receiver: OtlpReceiver) -> AsyncIterator[Edge]:
     """An Envoy that samples what its callers sample, and nothing else."""
     environment = receiver.environment(
-        OTEL_TRACES_SAMPLER="parentbased_always_off", OTEL_RESOURCE_ATTRIBUTES="service.instance.id=envoy-7"
+        OTEL_TRACES_SAMPLER="parentbased_always_off",
+        OTEL_RESOURCE_ATTRIBUTES="service.instance.id=envoy-7",
+        OTEL_EXPORTER_OTLP_HEADERS="x-token=%25REQ(X-REQID)%25",
     )
     async with Edge(environment=environment) as edge:
         yield edge
@@ -79,6 +81,12 @@ async def test_a_sampled_request_has_a_span_between_its_caller_and_the_gate(edge
     assert span.attributes["http.status_code"] == "200"
     # The log has what the gate gets.
     assert line["traceparent"] == f"00-{TRACE}-{span.span_id}-01"
+
+
+async def test_a_header_for_the_collector_arrives_as_it_is(edge: Edge, receiver: OtlpReceiver) -> None:
+    await ask(edge, "header", f"traceparent: {SAMPLED}")
+    await span_of(receiver, "header")
+    assert "%REQ(X-REQID)%" in [headers.get("x-token") for headers in receiver.headers]
 
 
 async def test_a_request_that_is_not_sampled_has_no_span_but_goes_on_with_its_trace(
@@ -122,7 +130,7 @@ async def test_spans_go_over_http_with_headers_and_by_the_sampler_alone(receiver
         "http/protobuf",
         OTEL_TRACES_SAMPLER="traceidratio",
         OTEL_TRACES_SAMPLER_ARG="0",
-        OTEL_EXPORTER_OTLP_HEADERS="authorization=Basic%20aGk=,x-tenant=nets",
+        OTEL_EXPORTER_OTLP_HEADERS="authorization=Basic%20aGk=,x-tenant=5%25 of nets",
         OTEL_SERVICE_NAME="our-edge",
     )
     async with Edge(environment=environment) as edge:
@@ -135,7 +143,7 @@ async def test_spans_go_over_http_with_headers_and_by_the_sampler_alone(receiver
     assert (span.service, span.parent_id, span.trace_state) == ("our-edge", CALLER, "a=1")
     assert "refused" not in [each.attributes.get("atserving.reqid") for each in receiver.spans]
     headers = next(each for each in receiver.headers if "x-tenant" in each)
-    assert (headers["authorization"], headers["x-tenant"]) == ("Basic aGk=", "nets")
+    assert (headers["authorization"], headers["x-tenant"]) == ("Basic aGk=", "5% of nets")
 
 
 async def test_envoy_starts_and_serves_without_its_collector_and_bounds_what_one_holds() -> None:
@@ -191,6 +199,8 @@ async def test_tracing_is_off_unless_it_is_wanted(environment: dict[str, str]) -
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:port"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "token"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "token=a%0ab"),
+        ("OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", "/etc/envoy.crt"),
         ("OTEL_TRACES_SAMPLER", "jaeger_remote"),
         ("OTEL_TRACES_SAMPLER_ARG", "1.5"),
         ("OTEL_TRACES_SAMPLER_ARG", "nan"),

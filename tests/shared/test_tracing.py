@@ -352,6 +352,13 @@ def test_without_the_variables_nothing_of_opentelemetry_is_imported() -> None:
         ({"OTEL_EXPORTER_OTLP_TIMEOUT": "soon"}, "OTEL_EXPORTER_OTLP_TIMEOUT is 'soon'"),
         ({"OTEL_EXPORTER_OTLP_COMPRESSION": "zip"}, "OTEL_EXPORTER_OTLP_COMPRESSION is 'zip'"),
         ({"OTEL_EXPORTER_OTLP_CERTIFICATE": "/missing.pem"}, "OTEL_EXPORTER_OTLP_CERTIFICATE is '/missing.pem'"),
+        ({"OTEL_EXPORTER_OTLP_CERTIFICATE": __file__}, "OTEL_EXPORTER_OTLP_CERTIFICATE has no usable certificate"),
+        ({"OTEL_EXPORTER_OTLP_CLIENT_KEY": __file__}, "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE is not"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://the collector:4317"}, "OTEL_EXPORTER_OTLP_ENDPOINT is"),
+        ({"OTEL_EXPORTER_OTLP_TIMEOUT": "1e300"}, "OTEL_EXPORTER_OTLP_TIMEOUT is '1e300'"),
+        ({"OTEL_BSP_MAX_QUEUE_SIZE": 20 * "9"}, "OTEL_BSP_MAX_QUEUE_SIZE is"),
+        ({"OTEL_BSP_SCHEDULE_DELAY": "1e300"}, "OTEL_BSP_SCHEDULE_DELAY is '1e300'"),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "team=a,test"}, "OTEL_RESOURCE_ATTRIBUTES should have the form name=value"),
     ],
 )
 def test_a_wrong_variable_is_named_at_the_start(
@@ -363,6 +370,26 @@ def test_a_wrong_variable_is_named_at_the_start(
     with pytest.raises(StartError) as error:
         tracing.from_environment("atserving-test")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_EXPORTER_OTLP_HEADERS", "Bearer hidden"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "authorization: Bearer hidden"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20hidden%0d%0aother"),
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "authorization=hidd\u00e8n,other=hidden"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://user:hidden@collector:4318"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://user:hidden@collector:port"),
+    ],
+)
+def test_a_wrong_variable_does_not_show_its_secret(name: str, value: str) -> None:
+    code = "from atserving import errors, tracing\ntry:\n    tracing.from_environment('x', slow_s=1)\n"
+    code += "except errors.StartError as error:\n    print(error)"
+    environment = {"OTEL_TRACES_EXPORTER": "otlp", "PYTHONPATH": ":".join(sys.path), name: value}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith(f"{name} should have ")
+    assert "hidden" not in run.stdout + run.stderr
 
 
 def test_a_missing_package_is_named_at_the_start(tmp_path: Path) -> None:
