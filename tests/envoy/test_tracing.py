@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import orjson
 import pytest
 import pytest_asyncio
 
+from atserving import tracing
 from atserving.errors import StartError
 from atserving.local import commands
 from atserving.local.envoy import lay_out
 from atserving.local.envoy_tracing import COMPONENT, NAMES, Export, with_tracing
 from atserving.local.examples import ROOT
+from atserving.otlp import SpanSink
+from atserving.tracing import Tracer
 from tests.envoy.rig import EVAL, Edge, eval_request
 from tests.otlp_receiver import OtlpReceiver, ReceivedSpan
 from tests.waiting import until
@@ -144,6 +148,17 @@ async def test_spans_go_over_http_with_headers_and_by_the_sampler_alone(receiver
     assert "refused" not in [each.attributes.get("atserving.reqid") for each in receiver.spans]
     headers = next(each for each in receiver.headers if "x-tenant" in each)
     assert (headers["authorization"], headers["x-tenant"]) == ("Basic aGk=", "5% of nets")
+
+
+async def test_envoy_and_the_services_sample_the_same_share_of_traces(receiver: OtlpReceiver) -> None:
+    environment = receiver.environment(OTEL_TRACES_SAMPLER="traceidratio", OTEL_TRACES_SAMPLER_ARG="0.3")
+    follows, share = tracing.sampler(environment)
+    tracer = Tracer(cast(SpanSink, None), 1.0, follows=follows, share=share)
+    async with Edge(environment=environment) as edge:
+        for number in range(40):
+            given = f"00-{secrets.token_hex(16)}-{CALLER}-01"
+            line = await ask(edge, f"share-{number}", f"traceparent: {given}")
+            assert line["traceparent"].endswith(f"-0{tracer.begin(given).is_sampled:d}"), given
 
 
 async def test_envoy_starts_and_serves_without_its_collector_and_bounds_what_one_holds() -> None:

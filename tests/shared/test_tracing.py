@@ -166,8 +166,8 @@ async def test_the_variables_name_the_service(receiver: OtlpReceiver, monkeypatc
         ("parentbased_traceidratio", "1", None, True),
         ("traceidratio", "0", SAMPLED, False),
         ("traceidratio", "1", UNSAMPLED, True),
-        ("traceidratio", "0.6", UNSAMPLED, True),  # its lower half begins with 0x8448, 0.517
-        ("traceidratio", "0.5", SAMPLED, False),
+        ("traceidratio", "0.79", UNSAMPLED, True),  # its first eight bytes are 0.775
+        ("traceidratio", "0.77", SAMPLED, False),
     ],
 )
 async def test_the_sampler_decides(
