@@ -227,6 +227,10 @@ def _otlp() -> SpanExporter:
             return GrpcExporter(headers=headers)
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
 
+        if variables.setting("CERTIFICATE")[1]:
+            # Its client would take these instead.
+            for each in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+                os.environ.pop(each, None)
         return HttpExporter(headers=headers)
     except ImportError:
         raise

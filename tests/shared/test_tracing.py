@@ -14,7 +14,9 @@ from prometheus_client.core import Metric
 
 from atserving import telemetry, tracing
 from atserving.errors import StartError
+from atserving.local.authority import Authority
 from atserving.local.ports import free_ports
+from atserving.tls import ENVOY, GATE
 from atserving.tracing import Event, Kind, Link, Span, Trace, Tracer
 from tests.otlp_receiver import OtlpReceiver
 from tests.waiting import until
@@ -390,6 +392,22 @@ def test_a_wrong_variable_does_not_show_its_secret(name: str, value: str) -> Non
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.startswith(f"{name} should have ")
     assert "hidden" not in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
+async def test_a_collector_with_tls_takes_spans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, protocol: str) -> None:
+    authority, stranger = Authority(tmp_path / "authority"), Authority(tmp_path / "stranger")
+    # As many images have it, for everything that asks by HTTP.
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(stranger.issue(GATE).ca))
+    own = authority.issue(GATE)
+    files = {"CERTIFICATE": own.ca, "CLIENT_CERTIFICATE": own.cert, "CLIENT_KEY": own.key}
+    variables = {f"OTEL_EXPORTER_OTLP_{name}": str(path) for name, path in files.items()}
+    with OtlpReceiver(authority.issue(ENVOY, ["127.0.0.1"])) as receiver:
+        tracer = make(monkeypatch, receiver.environment(protocol, **variables))
+        trace = tracer.begin(SAMPLED)
+        tracer.export(trace, [span(tracer, trace)])
+        await receiver.traced(TRACE_ID, "eval")
+        await tracer.close()
 
 
 def test_a_missing_package_is_named_at_the_start(tmp_path: Path) -> None:
