@@ -53,10 +53,11 @@ def sink(service: str, attributes: Mapping[str, str]) -> SpanSink:
         **attributes,
     }
     _unset_empty()
+    variables.check()
     # OpenTelemetry logs what it does not like.
     reasons = _Reasons()
     # Of two with the same name, the later one counts.
-    resource = Resource.create(ours).merge(_resource())
+    resource = Resource.create(ours).merge(OTELResourceDetector().detect())
     exporter = _Exporter(_otlp(), reasons)
     most = variables.number("OTEL_BSP_MAX_QUEUE_SIZE", 2048)
     batch = variables.number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", min(512, most))
@@ -64,14 +65,6 @@ def sink(service: str, attributes: Mapping[str, str]) -> SpanSink:
         raise StartError(f"OTEL_BSP_MAX_EXPORT_BATCH_SIZE is {batch}, more than OTEL_BSP_MAX_QUEUE_SIZE, {most}")
     delay_ms = variables.number("OTEL_BSP_SCHEDULE_DELAY", 5000)
     return SpanSink(BatchSpanProcessor(exporter, most, delay_ms, batch, 30_000), exporter, resource, most)
-
-
-def _resource() -> Resource:
-    """Return what the variable says of the process."""
-    name = "OTEL_RESOURCE_ATTRIBUTES"
-    if not all("=" in each for each in filter(str.strip, variable(name).split(","))):
-        raise StartError(f"{name} should have the form name=value,name=value")
-    return OTELResourceDetector().detect()
 
 
 class SpanSink:
@@ -218,12 +211,15 @@ class _Reasons(logging.Handler):
 
 
 def _otlp() -> SpanExporter:
-    protocol, headers = variables.protocol(), variables.headers()
-    _check(protocol)
+    headers = variables.headers()
     try:
-        if protocol == "grpc":
+        if variables.protocol() == "grpc":
             from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
 
+            if variables.setting("COMPRESSION")[1].lower() == "none":
+                # It knows no other word for it than no variable.
+                for each in _COMPRESSIONS:
+                    os.environ.pop(each, None)
             return GrpcExporter(headers=headers)
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
 
@@ -236,20 +232,6 @@ def _otlp() -> SpanExporter:
         raise
     except Exception as error:
         raise StartError(f"the exporter of traces does not take the variables OTEL_EXPORTER_OTLP_*: {error}") from None
-
-
-def _check(protocol: str) -> None:
-    """Check what the exporters read. Raises StartError."""
-    variables.endpoint()
-    variables.check_timeout()
-    variables.check_files()
-    name, compression = variables.setting("COMPRESSION")
-    if compression.lower() not in ("", "none", "gzip", "deflate")[: 3 if protocol == "grpc" else 4]:
-        raise StartError(f"{name} is {compression!r}, should be gzip or none")
-    if compression.lower() == "none" and protocol == "grpc":
-        # That exporter knows no other word for it than no variable.
-        for each in _COMPRESSIONS:
-            os.environ.pop(each, None)
 
 
 def _unset_empty() -> None:

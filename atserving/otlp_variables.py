@@ -85,17 +85,6 @@ def number(name: str, default: int, environ: Mapping[str, str] = os.environ) -> 
     return int(text)
 
 
-def check_timeout(environ: Mapping[str, str] = os.environ) -> None:
-    """Check the seconds for an export."""
-    name, text = setting("TIMEOUT", environ)
-    try:
-        is_time = not text or 0 < float(text) <= _MOST
-    except ValueError:
-        is_time = False
-    if not is_time:
-        raise StartError(f"{name} is {text!r}, should be a number of seconds above 0")
-
-
 def own_certificate(environ: Mapping[str, str] = os.environ) -> tuple[str, str] | None:
     """Return the files with the certificate and the key to show the collector; None without."""
     name, certificate = setting("CLIENT_CERTIFICATE", environ)
@@ -106,8 +95,28 @@ def own_certificate(environ: Mapping[str, str] = os.environ) -> tuple[str, str] 
     return (certificate, key) if certificate else None
 
 
-def check_files(environ: Mapping[str, str] = os.environ) -> None:
-    """Check the files for a collector with TLS."""
+def check(environ: Mapping[str, str] = os.environ) -> None:
+    """Check what the exporters of gates and evaluators read themselves, and that they will take the rest."""
+    used = protocol(environ)
+    endpoint(environ)
+    headers(environ)
+    name, value = setting("COMPRESSION", environ)
+    if value.lower() not in ("", "none", "gzip", "deflate")[: 3 if used == "grpc" else 4]:
+        raise StartError(f"{name} is {value!r}, should be gzip or none")
+    name, value = setting("TIMEOUT", environ)
+    try:
+        is_time = not value or 0 < float(value) <= _MOST
+    except ValueError:
+        is_time = False
+    if not is_time:
+        raise StartError(f"{name} is {value!r}, should be a number of seconds above 0")
+    name = "OTEL_RESOURCE_ATTRIBUTES"
+    if not all("=" in each for each in filter(str.strip, variable(name, environ).split(","))):
+        raise StartError(f"{name} should have the form name=value,name=value")
+    _check_files(environ)
+
+
+def _check_files(environ: Mapping[str, str]) -> None:
     context = ssl.create_default_context()
     own = own_certificate(environ)
     for kind in ("CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY"):

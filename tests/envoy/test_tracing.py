@@ -20,6 +20,7 @@ from atserving.local import commands
 from atserving.local.envoy import lay_out
 from atserving.local.envoy_tracing import COMPONENT, NAMES, Export, with_tracing
 from atserving.local.examples import ROOT
+from atserving.local.mesh import Mesh
 from atserving.otlp import SpanSink
 from atserving.tracing import Tracer
 from tests.envoy.rig import EVAL, Edge, eval_request
@@ -226,6 +227,21 @@ async def test_a_wrong_variable_is_named(name: str, value: str) -> None:
     wanted = {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_TRACES_SAMPLER": "traceidratio"}
     with pytest.raises(StartError, match=name):
         Export.from_environment({**wanted, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_EXPORTER_OTLP_HEADERS", "token"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "zip"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "soon"),
+        ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/missing.pem"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "test"),
+    ],
+)
+async def test_a_local_mesh_starts_nothing_with_a_wrong_variable(name: str, value: str) -> None:
+    with pytest.raises(StartError, match=name):
+        Mesh(environment={"OTEL_TRACES_EXPORTER": "otlp", name: value})
 
 
 async def test_a_collector_with_tls_is_checked_by_its_name() -> None:
