@@ -34,6 +34,9 @@ MAGIC = b"ATSL"
 PREFACE = MAGIC + bytes([PROTOCOL])
 """The first bytes in both directions. The first four tell a link from HTTP/2 on the same port."""
 
+MOST_U32 = (1 << 32) - 1
+"""The most that a field of a head may be, such as the microseconds of a stage."""
+
 HELLO, CALL, CANCEL, REPLY, ALIVE, START, SETTINGS, AWAY, TIMES = range(1, 10)
 """The kinds of frames.
 
@@ -88,7 +91,6 @@ _TCP_NOTSENT_LOWAT = 25
 # Until a peer has named itself, its frames are short, and come soon.
 _MOST_HELLO_BYTES = 4096
 _HELLO_S = 10.0
-_MOST_U32 = (1 << 32) - 1
 _CALL = struct.Struct(HEAD.format + CALL_HEAD.format[1:])
 _REPLY = struct.Struct(HEAD.format + REPLY_HEAD.format[1:])
 
@@ -183,7 +185,7 @@ def with_fetch(reply: Reply, fetch_us: int) -> Reply:
     if len(reply.response) >= LONG_BYTES:
         return reply
     # Fields of a message may come in any order.
-    fetch = evaluator_pb2.InferResponse(fetch_us=min(fetch_us, _MOST_U32)).SerializeToString()
+    fetch = evaluator_pb2.InferResponse(fetch_us=min(fetch_us, MOST_U32)).SerializeToString()
     return reply._replace(response=b"".join((reply.response, fetch)))
 
 

@@ -15,8 +15,6 @@ import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from urllib.parse import urlsplit
 
 import structlog
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -26,6 +24,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
 from atserving import __version__
+from atserving import otlp_variables as variables
 from atserving.errors import StartError
 from atserving.tracing import Span, Trace, variable
 
@@ -41,11 +40,7 @@ _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _SCOPE = InstrumentationScope("atserving", __version__)
 _KINDS = (SpanKind.INTERNAL, SpanKind.SERVER, SpanKind.CLIENT)
 _NO_ERROR = Status(StatusCode.UNSET)
-_ENDPOINTS = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
-_PROTOCOLS = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"
 _COMPRESSIONS = "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", "OTEL_EXPORTER_OTLP_COMPRESSION"
-_TIMEOUTS = "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_EXPORTER_OTLP_TIMEOUT"
-_FILES = ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
 
 
 def sink(service: str, attributes: Mapping[str, str]) -> SpanSink:
@@ -58,14 +53,17 @@ def sink(service: str, attributes: Mapping[str, str]) -> SpanSink:
         **attributes,
     }
     _unset_empty()
+    variables.check()
+    # OpenTelemetry logs what it does not like.
+    reasons = _Reasons()
     # Of two with the same name, the later one counts.
     resource = Resource.create(ours).merge(OTELResourceDetector().detect())
-    exporter = _Exporter(_otlp())
-    most = _number("OTEL_BSP_MAX_QUEUE_SIZE", 2048)
-    batch = _number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", min(512, most))
+    exporter = _Exporter(_otlp(), reasons)
+    most = variables.number("OTEL_BSP_MAX_QUEUE_SIZE", 2048)
+    batch = variables.number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", min(512, most))
     if batch > most:
         raise StartError(f"OTEL_BSP_MAX_EXPORT_BATCH_SIZE is {batch}, more than OTEL_BSP_MAX_QUEUE_SIZE, {most}")
-    delay_ms = _number("OTEL_BSP_SCHEDULE_DELAY", 5000)
+    delay_ms = variables.number("OTEL_BSP_SCHEDULE_DELAY", 5000)
     return SpanSink(BatchSpanProcessor(exporter, most, delay_ms, batch, 30_000), exporter, resource, most)
 
 
@@ -150,9 +148,9 @@ class SpanSink:
 class _Exporter(SpanExporter):
     """Counts what an exporter exports, and logs in place of it."""
 
-    def __init__(self, exporter: SpanExporter) -> None:
+    def __init__(self, exporter: SpanExporter, reasons: _Reasons) -> None:
         self._exporter = exporter
-        self._reasons = _Reasons()
+        self._reasons = reasons
         # A thread of its own does not have the fields of every line.
         self._log = log.bind(**structlog.contextvars.get_contextvars())
         self._logged_s = -LOG_S
@@ -213,76 +211,33 @@ class _Reasons(logging.Handler):
 
 
 def _otlp() -> SpanExporter:
-    protocol = _first(_PROTOCOLS, "grpc")
-    if protocol[1] not in ("grpc", "http/protobuf"):
-        raise StartError(f"{protocol[0]} is {protocol[1]!r}, should be grpc or http/protobuf")
-    _check(protocol[1])
+    headers = variables.headers()
     try:
-        if protocol[1] == "grpc":
+        if variables.protocol() == "grpc":
             from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
 
-            return GrpcExporter()
+            if variables.setting("COMPRESSION")[1].lower() == "none":
+                # It knows no other word for it than no variable.
+                for each in _COMPRESSIONS:
+                    os.environ.pop(each, None)
+            return GrpcExporter(headers=headers)
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
 
-        return HttpExporter()
+        if variables.setting("CERTIFICATE")[1]:
+            # Its client would take these instead.
+            for each in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+                os.environ.pop(each, None)
+        return HttpExporter(headers=headers)
     except ImportError:
         raise
     except Exception as error:
         raise StartError(f"the exporter of traces does not take the variables OTEL_EXPORTER_OTLP_*: {error}") from None
 
 
-def _check(protocol: str) -> None:
-    """Check what the exporters read. Raises StartError."""
-    name, endpoint = _first(_ENDPOINTS)
-    if endpoint:
-        try:
-            url = urlsplit(endpoint)
-            is_url = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-        except ValueError:
-            is_url = False
-        if not is_url:
-            example = "http://collector:4317" if protocol == "grpc" else "http://collector:4318"
-            raise StartError(f"{name} is {endpoint!r}, should be a URL such as {example}")
-    name, compression = _first(_COMPRESSIONS)
-    if compression.lower() not in ("", "none", "gzip", "deflate")[: 3 if protocol == "grpc" else 4]:
-        raise StartError(f"{name} is {compression!r}, should be gzip or none")
-    if compression.lower() == "none" and protocol == "grpc":
-        # That exporter knows no other word for it than no variable.
-        for each in _COMPRESSIONS:
-            os.environ.pop(each, None)
-    name, timeout = _first(_TIMEOUTS)
-    if timeout:
-        _positive(name, timeout)
-    for kind in _FILES:
-        name, path = _first((f"OTEL_EXPORTER_OTLP_TRACES_{kind}", f"OTEL_EXPORTER_OTLP_{kind}"))
-        if path and not Path(path).is_file():
-            raise StartError(f"{name} is {path!r}, which is no file")
-
-
 def _unset_empty() -> None:
     """Unset empty variables: the standard takes them as unset, but not all of OpenTelemetry's code does."""
     for name in [each for each in os.environ if each.startswith("OTEL_") and not variable(each)]:
         del os.environ[name]
-
-
-def _first(names: Sequence[str], default: str = "") -> tuple[str, str]:
-    """Return the first of the variables that is set, and its value."""
-    return next(((name, value) for name in names if (value := variable(name))), (names[-1], default))
-
-
-def _positive(name: str, value: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise StartError(f"{name} is {value!r}, should be a number above 0")
-    return number
-
-
-def _number(name: str, default: int) -> int:
-    value = variable(name)
-    return max(1, int(_positive(name, value))) if value else default
 
 
 def _text(value: str) -> str:

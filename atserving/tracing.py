@@ -43,6 +43,9 @@ _NO_TRACE, _NO_SPAN = 32 * "0", 16 * "0"
 _SAMPLED = frozenset("13579bdf")
 _UNSAMPLED = frozenset(b"02468ace")
 
+# What a share of traces is counted in.
+_PARTS = 1_000_000
+
 # The name of each sampler: whether it takes over the decision of a parent, and the share of the other traces.
 _SAMPLERS: dict[str, tuple[bool, float | None]] = {
     "always_on": (False, 1.0),
@@ -138,9 +141,7 @@ class Tracer:
         self._sink = sink
         self._slow_s = slow_s
         self._follows = follows
-        # As OpenTelemetry's sampler for a share does it, so that processes agree.
-        self._below = round(share * (1 << 64))
-        self._share = share
+        self._below = round(share * _PARTS)
         # Ids of spans need not be random, only unlike all others.
         self._ids = itertools.count(random.getrandbits(62) + 1)
         self._tail = _Bucket(TAIL_RATE)
@@ -157,7 +158,8 @@ class Tracer:
         return Trace(trace_id, "", next(self._ids), self._decides(trace_id))
 
     def _decides(self, trace_id: str) -> bool:
-        return int(trace_id[16:], 16) < self._below
+        # As Envoy's sampler does it, so that a mesh agrees. OpenTelemetry's samplers differ between languages.
+        return int.from_bytes(bytes.fromhex(trace_id[:16]), "little") % _PARTS < self._below
 
     def settle(self, settings: telemetry.LogSettings) -> None:
         """Take over from when on a request is slow."""

@@ -238,8 +238,8 @@ def _stages(attempt: Attempt) -> list[tuple[str, float]]:
     if not attempt.stages or attempt.outcome not in _ANSWERS:
         return [("instance", ((attempt.ended_s or time.monotonic()) - attempt.began_s) * 1e3)]
     decode_us, queue_us, forward_us, postprocess_us, batch_size = attempt.stages
-    stages = [("fetch", attempt.fetch_us), ("decode", decode_us)]
+    stages = [("fetch", attempt.fetch_us), ("decode", decode_us), ("queue", queue_us)]
     if batch_size:
-        stages += [("queue", queue_us), ("forward", forward_us), ("post", postprocess_us)]
+        stages += [("forward", forward_us), ("post", postprocess_us)]
     # A stage that a request did not reach is left out.
     return [(name, us / 1e3) for name, us in stages if us or (batch_size and name != "fetch")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import ssl
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1 import trace_pb2
 
+from atserving.tls import TlsFiles
 from tests.waiting import until
 
 
@@ -74,7 +76,9 @@ class ReceivedSpan:
 class OtlpReceiver:
     """Collects what is exported to it; a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: TlsFiles | None = None) -> None:
+        """``tls``: its certificate and key, and the authority of those who may call."""
+        self._scheme = "https" if tls else "http"
         self._lock = threading.Lock()
         self._spans: list[ReceivedSpan] = []
         self.requests: list[ExportTraceServiceRequest] = []
@@ -83,8 +87,17 @@ class OtlpReceiver:
         """The headers or metadata of each message; names in lower case."""
         self._grpc = grpc.server(ThreadPoolExecutor(4))
         add_TraceServiceServicer_to_server(_Servicer(self), self._grpc)  # type: ignore[no-untyped-call]
-        self._grpc_port = self._grpc.add_insecure_port("127.0.0.1:0")
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        if tls:
+            key, certificate, authority = (path.read_bytes() for path in (tls.key, tls.cert, tls.ca))
+            credentials = grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=True)
+            self._grpc_port = self._grpc.add_secure_port("127.0.0.1:0", credentials)
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(tls.ca))
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.load_cert_chain(tls.cert, tls.key)
+            self._http.socket = context.wrap_socket(self._http.socket, server_side=True)
+        else:
+            self._grpc_port = self._grpc.add_insecure_port("127.0.0.1:0")
         self._http.daemon_threads = True
         self._serving = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
@@ -102,7 +115,7 @@ class OtlpReceiver:
         """Return variables that let a process export to this receiver soon, and ``others``."""
         address = self.grpc_address if protocol == "grpc" else self.http_address
         return {
-            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{address}",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"{self._scheme}://{address}",
             "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
             "OTEL_BSP_SCHEDULE_DELAY": "50",
             **others,

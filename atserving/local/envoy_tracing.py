@@ -13,10 +13,11 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import yaml
 
+from atserving import otlp_variables as variables
 from atserving import tracing
 from atserving.errors import StartError
 from atserving.local.examples import ROOT
@@ -44,7 +45,6 @@ _RUNTIME = "\n      static_layer:\n"
 CLUSTER = "traces"
 """The name of the collector's cluster."""
 
-_PORTS = {"grpc": 4317, "http/protobuf": 4318}
 # A collector that takes exports and answers none holds so many. Envoy drops the spans that come after.
 _MOST_EXPORTS = 16
 _TIMEOUT = "10s"
@@ -81,25 +81,21 @@ class Export:
         """Read the settings, None if they switch tracing off. Raises StartError."""
         if not tracing.is_wanted(environ):
             return None
-        protocol = _otlp(environ, "PROTOCOL") or "grpc"
-        if protocol not in _PORTS:
-            raise StartError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}, should be one of {', '.join(_PORTS)}")
-        http = protocol != "grpc"
-        certificate, key = _otlp(environ, "CLIENT_CERTIFICATE"), _otlp(environ, "CLIENT_KEY")
+        http = variables.protocol(environ) != "grpc"
         honours_parent, share = tracing.sampler(environ)
         return cls(
             service=environ.get("OTEL_SERVICE_NAME") or "atserving-envoy",
-            url=_url(environ, http),
+            url=variables.endpoint(environ),
             http=http,
-            headers=_headers(_otlp(environ, "HEADERS")),
-            authority=_otlp(environ, "CERTIFICATE") or None,
-            own=(certificate, key) if certificate and key else None,
+            headers=variables.headers(environ),
+            authority=variables.setting("CERTIFICATE", environ)[1] or None,
+            own=variables.own_certificate(environ),
             share=share,
             honours_parent=honours_parent,
             with_resource=bool(environ.get("OTEL_RESOURCE_ATTRIBUTES")),
-            delay_ms=_number(environ, "OTEL_BSP_SCHEDULE_DELAY", 5000),
-            batch=_number(environ, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512),
-            queue=_number(environ, "OTEL_BSP_MAX_QUEUE_SIZE", 2048),
+            delay_ms=variables.number("OTEL_BSP_SCHEDULE_DELAY", 5000, environ),
+            batch=variables.number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512, environ),
+            queue=variables.number("OTEL_BSP_MAX_QUEUE_SIZE", 2048, environ),
         )
 
 
@@ -144,7 +140,10 @@ def _tracer(export: Export) -> dict[str, Any]:
     if export.http:
         tracer["http_service"] = {
             "http_uri": {"uri": export.url, "cluster": CLUSTER, "timeout": _TIMEOUT},
-            "request_headers_to_add": [{"header": {"key": k, "value": v}} for k, v in export.headers.items()],
+            # A percent sign stands for itself only twice. In the metadata it does so alone.
+            "request_headers_to_add": [
+                {"header": {"key": key, "value": value.replace("%", "%%")}} for key, value in export.headers.items()
+            ],
         }
     else:
         tracer["grpc_service"] = {
@@ -172,7 +171,7 @@ def _sampler_config(kind: str, name: str, **settings: Any) -> dict[str, Any]:
 def _cluster(export: Export) -> dict[str, Any]:
     """Return the cluster of the collector. Envoy starts and serves without it."""
     parts = urlsplit(export.url)
-    port = parts.port or _PORTS["http/protobuf" if export.http else "grpc"]
+    port = parts.port or variables.PORTS["http/protobuf" if export.http else "grpc"]
     address = {"socket_address": {"address": parts.hostname, "port_value": port}}
     cluster: dict[str, Any] = {
         "name": CLUSTER,
@@ -212,41 +211,6 @@ def _tls(export: Export, host: str) -> dict[str, Any]:
     kind = f"{_TYPE}extensions.transport_sockets.tls.v3.UpstreamTlsContext"
     config = {"@type": kind, "sni": host, "common_tls_context": context}
     return {"name": "envoy.transport_sockets.tls", "typed_config": config}
-
-
-def _otlp(environ: Mapping[str, str], name: str) -> str:
-    """Return a setting of the exporter of traces, from its own variable or from that for all exporters."""
-    own = tracing.variable(f"OTEL_EXPORTER_OTLP_TRACES_{name}", environ)
-    return own or tracing.variable(f"OTEL_EXPORTER_OTLP_{name}", environ)
-
-
-def _url(environ: Mapping[str, str], http: bool) -> str:
-    own = tracing.variable("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", environ)
-    url = _otlp(environ, "ENDPOINT")
-    url = url or f"http://localhost:{_PORTS['http/protobuf' if http else 'grpc']}"
-    try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid:
-        raise StartError(f"OTEL_EXPORTER_OTLP_ENDPOINT is {url!r}, should be http://HOST:PORT or https://HOST:PORT")
-    return url if own or not http else f"{url.rstrip('/')}/v1/traces"
-
-
-def _headers(text: str) -> dict[str, str]:
-    """Return the headers in ``name=value,name=value``, with values as in URLs."""
-    pairs = [each.partition("=") for each in text.split(",") if each.strip()]
-    if not all(separator and name.strip() for name, separator, _ in pairs):
-        raise StartError("OTEL_EXPORTER_OTLP_HEADERS should have the form name=value,name=value")
-    return {unquote(name.strip()).lower(): unquote(value.strip()) for name, _, value in pairs}
-
-
-def _number(environ: Mapping[str, str], name: str, default: int) -> int:
-    text = tracing.variable(name, environ) or str(default)
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 31):
-        raise StartError(f"{name} is {text!r}, should be a whole number above 0")
-    return int(text)
 
 
 def for_kubernetes(name: str) -> str:

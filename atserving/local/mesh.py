@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import orjson
 
+from atserving import otlp_variables
 from atserving.errors import StartError
 from atserving.local import commands, envoy, examples
 from atserving.local.child import ChildProcess
@@ -87,8 +88,12 @@ class Mesh:
         self._callers = callers
         self._with_tls = tls
         self._environment = environment or {}
-        self.export = Export.from_environment({**os.environ, **self._environment})
+        environ = {**os.environ, **self._environment}
+        self.export = Export.from_environment(environ)
         """Where Envoy's spans go, None without tracing."""
+        if self.export:
+            # Else its processes would end one by one, again and again.
+            otlp_variables.check(environ)
         self.authority: Authority | None = None
         """The authority of a mesh with TLS."""
         self.tls: Tls | None = None

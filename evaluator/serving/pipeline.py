@@ -210,6 +210,10 @@ class Request:
 
     def answered(self, reply: link.Reply) -> None:
         """Take the worker's reply."""
+        # A request waits here before it waits in the worker, which knows only of its own queue.
+        waited_us = round((self._work.sent_s - self._entered_s) * 1e6) if self._work else 0
+        queue_us = min(reply.queue_us + max(0, waited_us), link.MOST_U32)
+        reply = reply._replace(id=self._id, queue_us=queue_us)
         ms = self._ms
         ms["decode_ms"] = reply.decode_us / 1000
         if reply.batch_size:
@@ -278,7 +282,7 @@ class Request:
         else:
             if fetch_ms := ms.get("fetch_ms"):
                 reply = link.with_fetch(reply, round(fetch_ms * 1000))
-            self._replier.reply(reply._replace(id=self._id), held)
+            self._replier.reply(reply, held)
         now_s = time.monotonic()
         seconds = now_s - self._began_s
         ms["total_ms"] = round(seconds * 1000, 3)

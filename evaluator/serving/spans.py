@@ -68,7 +68,7 @@ class Spans:
         self._names = {f"atserving.{name}": value for name, value in names.items()}
         # The standard variable; hosts of resources are the only ones outside the mesh.
         propagators = variable("OTEL_PROPAGATORS") or "tracecontext"
-        self._tells_hosts = "tracecontext" in propagators.split(",")
+        self._tells_hosts = "tracecontext" in (each.strip() for each in propagators.split(","))
         self._batch: Batch | None = None
         self._waiting: dict[Batch, asyncio.TimerHandle] = {}
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import orjson
 import pytest
 import pytest_asyncio
 
+from atserving import tracing
 from atserving.errors import StartError
 from atserving.local import commands
 from atserving.local.envoy import lay_out
 from atserving.local.envoy_tracing import COMPONENT, NAMES, Export, with_tracing
 from atserving.local.examples import ROOT
+from atserving.local.mesh import Mesh
+from atserving.otlp import SpanSink
+from atserving.tracing import Tracer
 from tests.envoy.rig import EVAL, Edge, eval_request
 from tests.otlp_receiver import OtlpReceiver, ReceivedSpan
 from tests.waiting import until
@@ -39,7 +44,9 @@ def receiver() -> Iterator[OtlpReceiver]:
 async def edge(receiver: OtlpReceiver) -> AsyncIterator[Edge]:
     """An Envoy that samples what its callers sample, and nothing else."""
     environment = receiver.environment(
-        OTEL_TRACES_SAMPLER="parentbased_always_off", OTEL_RESOURCE_ATTRIBUTES="service.instance.id=envoy-7"
+        OTEL_TRACES_SAMPLER="parentbased_always_off",
+        OTEL_RESOURCE_ATTRIBUTES="service.instance.id=envoy-7",
+        OTEL_EXPORTER_OTLP_HEADERS="x-token=%25REQ(X-REQID)%25",
     )
     async with Edge(environment=environment) as edge:
         yield edge
@@ -79,6 +86,12 @@ async def test_a_sampled_request_has_a_span_between_its_caller_and_the_gate(edge
     assert span.attributes["http.status_code"] == "200"
     # The log has what the gate gets.
     assert line["traceparent"] == f"00-{TRACE}-{span.span_id}-01"
+
+
+async def test_a_header_for_the_collector_arrives_as_it_is(edge: Edge, receiver: OtlpReceiver) -> None:
+    await ask(edge, "header", f"traceparent: {SAMPLED}")
+    await span_of(receiver, "header")
+    assert "%REQ(X-REQID)%" in [headers.get("x-token") for headers in receiver.headers]
 
 
 async def test_a_request_that_is_not_sampled_has_no_span_but_goes_on_with_its_trace(
@@ -122,7 +135,7 @@ async def test_spans_go_over_http_with_headers_and_by_the_sampler_alone(receiver
         "http/protobuf",
         OTEL_TRACES_SAMPLER="traceidratio",
         OTEL_TRACES_SAMPLER_ARG="0",
-        OTEL_EXPORTER_OTLP_HEADERS="authorization=Basic%20aGk=,x-tenant=nets",
+        OTEL_EXPORTER_OTLP_HEADERS="authorization=Basic%20aGk=,x-tenant=5%25 of nets",
         OTEL_SERVICE_NAME="our-edge",
     )
     async with Edge(environment=environment) as edge:
@@ -135,7 +148,18 @@ async def test_spans_go_over_http_with_headers_and_by_the_sampler_alone(receiver
     assert (span.service, span.parent_id, span.trace_state) == ("our-edge", CALLER, "a=1")
     assert "refused" not in [each.attributes.get("atserving.reqid") for each in receiver.spans]
     headers = next(each for each in receiver.headers if "x-tenant" in each)
-    assert (headers["authorization"], headers["x-tenant"]) == ("Basic aGk=", "nets")
+    assert (headers["authorization"], headers["x-tenant"]) == ("Basic aGk=", "5% of nets")
+
+
+async def test_envoy_and_the_services_sample_the_same_share_of_traces(receiver: OtlpReceiver) -> None:
+    environment = receiver.environment(OTEL_TRACES_SAMPLER="traceidratio", OTEL_TRACES_SAMPLER_ARG="0.3")
+    follows, share = tracing.sampler(environment)
+    tracer = Tracer(cast(SpanSink, None), 1.0, follows=follows, share=share)
+    async with Edge(environment=environment) as edge:
+        for number in range(40):
+            given = f"00-{secrets.token_hex(16)}-{CALLER}-01"
+            line = await ask(edge, f"share-{number}", f"traceparent: {given}")
+            assert line["traceparent"].endswith(f"-0{tracer.begin(given).is_sampled:d}"), given
 
 
 async def test_envoy_starts_and_serves_without_its_collector_and_bounds_what_one_holds() -> None:
@@ -191,6 +215,8 @@ async def test_tracing_is_off_unless_it_is_wanted(environment: dict[str, str]) -
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:port"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "token"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "token=a%0ab"),
+        ("OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", "/etc/envoy.crt"),
         ("OTEL_TRACES_SAMPLER", "jaeger_remote"),
         ("OTEL_TRACES_SAMPLER_ARG", "1.5"),
         ("OTEL_TRACES_SAMPLER_ARG", "nan"),
@@ -201,6 +227,21 @@ async def test_a_wrong_variable_is_named(name: str, value: str) -> None:
     wanted = {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_TRACES_SAMPLER": "traceidratio"}
     with pytest.raises(StartError, match=name):
         Export.from_environment({**wanted, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_EXPORTER_OTLP_HEADERS", "token"),
+        ("OTEL_EXPORTER_OTLP_COMPRESSION", "zip"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "soon"),
+        ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/missing.pem"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "test"),
+    ],
+)
+async def test_a_local_mesh_starts_nothing_with_a_wrong_variable(name: str, value: str) -> None:
+    with pytest.raises(StartError, match=name):
+        Mesh(environment={"OTEL_TRACES_EXPORTER": "otlp", name: value})
 
 
 async def test_a_collector_with_tls_is_checked_by_its_name() -> None:

@@ -14,7 +14,9 @@ from prometheus_client.core import Metric
 
 from atserving import telemetry, tracing
 from atserving.errors import StartError
+from atserving.local.authority import Authority
 from atserving.local.ports import free_ports
+from atserving.tls import ENVOY, GATE
 from atserving.tracing import Event, Kind, Link, Span, Trace, Tracer
 from tests.otlp_receiver import OtlpReceiver
 from tests.waiting import until
@@ -166,8 +168,8 @@ async def test_the_variables_name_the_service(receiver: OtlpReceiver, monkeypatc
         ("parentbased_traceidratio", "1", None, True),
         ("traceidratio", "0", SAMPLED, False),
         ("traceidratio", "1", UNSAMPLED, True),
-        ("traceidratio", "0.6", UNSAMPLED, True),  # its lower half begins with 0x8448, 0.517
-        ("traceidratio", "0.5", SAMPLED, False),
+        ("traceidratio", "0.79", UNSAMPLED, True),  # its first eight bytes are 0.775
+        ("traceidratio", "0.77", SAMPLED, False),
     ],
 )
 async def test_the_sampler_decides(
@@ -352,6 +354,13 @@ def test_without_the_variables_nothing_of_opentelemetry_is_imported() -> None:
         ({"OTEL_EXPORTER_OTLP_TIMEOUT": "soon"}, "OTEL_EXPORTER_OTLP_TIMEOUT is 'soon'"),
         ({"OTEL_EXPORTER_OTLP_COMPRESSION": "zip"}, "OTEL_EXPORTER_OTLP_COMPRESSION is 'zip'"),
         ({"OTEL_EXPORTER_OTLP_CERTIFICATE": "/missing.pem"}, "OTEL_EXPORTER_OTLP_CERTIFICATE is '/missing.pem'"),
+        ({"OTEL_EXPORTER_OTLP_CERTIFICATE": __file__}, "OTEL_EXPORTER_OTLP_CERTIFICATE has no usable certificate"),
+        ({"OTEL_EXPORTER_OTLP_CLIENT_KEY": __file__}, "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE is not"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://the collector:4317"}, "OTEL_EXPORTER_OTLP_ENDPOINT is"),
+        ({"OTEL_EXPORTER_OTLP_TIMEOUT": "1e300"}, "OTEL_EXPORTER_OTLP_TIMEOUT is '1e300'"),
+        ({"OTEL_BSP_MAX_QUEUE_SIZE": 20 * "9"}, "OTEL_BSP_MAX_QUEUE_SIZE is"),
+        ({"OTEL_BSP_SCHEDULE_DELAY": "1e300"}, "OTEL_BSP_SCHEDULE_DELAY is '1e300'"),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "team=a,test"}, "OTEL_RESOURCE_ATTRIBUTES should have the form name=value"),
     ],
 )
 def test_a_wrong_variable_is_named_at_the_start(
@@ -363,6 +372,42 @@ def test_a_wrong_variable_is_named_at_the_start(
     with pytest.raises(StartError) as error:
         tracing.from_environment("atserving-test")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OTEL_EXPORTER_OTLP_HEADERS", "Bearer hidden"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "authorization: Bearer hidden"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "authorization=Bearer%20hidden%0d%0aother"),
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "authorization=hidd\u00e8n,other=hidden"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://user:hidden@collector:4318"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://user:hidden@collector:port"),
+    ],
+)
+def test_a_wrong_variable_does_not_show_its_secret(name: str, value: str) -> None:
+    code = "from atserving import errors, tracing\ntry:\n    tracing.from_environment('x', slow_s=1)\n"
+    code += "except errors.StartError as error:\n    print(error)"
+    environment = {"OTEL_TRACES_EXPORTER": "otlp", "PYTHONPATH": ":".join(sys.path), name: value}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith(f"{name} should have ")
+    assert "hidden" not in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
+async def test_a_collector_with_tls_takes_spans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, protocol: str) -> None:
+    authority, stranger = Authority(tmp_path / "authority"), Authority(tmp_path / "stranger")
+    # As many images have it, for everything that asks by HTTP.
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(stranger.issue(GATE).ca))
+    own = authority.issue(GATE)
+    files = {"CERTIFICATE": own.ca, "CLIENT_CERTIFICATE": own.cert, "CLIENT_KEY": own.key}
+    variables = {f"OTEL_EXPORTER_OTLP_{name}": str(path) for name, path in files.items()}
+    with OtlpReceiver(authority.issue(ENVOY, ["127.0.0.1"])) as receiver:
+        tracer = make(monkeypatch, receiver.environment(protocol, **variables))
+        trace = tracer.begin(SAMPLED)
+        tracer.export(trace, [span(tracer, trace)])
+        await receiver.traced(TRACE_ID, "eval")
+        await tracer.close()
 
 
 def test_a_missing_package_is_named_at_the_start(tmp_path: Path) -> None:
