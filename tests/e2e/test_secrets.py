@@ -236,7 +236,7 @@ async def test_operators_and_releases(whole: Whole, tmp_path: Path) -> None:
     failing.start()
     assert failing.wait() == 1
     await until(lambda: "changes from here on" in watching.log_text())
-    watching.send(signal.SIGINT)
+    watching.send(signal.SIGTERM)
     watching.wait()
     check(whole)
 

@@ -152,20 +152,18 @@ def index() -> None:
 @pytest.mark.usefixtures("index")
 def test_pins_are_the_packages_that_setup_cfg_needs(tmp_path: Path) -> None:
     """Resolving them again, without upgrades, changes no file; the GPU's included."""
-    shutil.copytree(ROOT / "docker", tmp_path / "docker")
-    make = [
-        "make",
-        "-o",
-        f"{sys.prefix}/installed",
-        "pins",
-        "UPGRADE=",
-        f"PINS={tmp_path}/docker",
-        f"VENV={sys.prefix}",
-    ]
-    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=False)
+    # uv writes the project's metadata anew, which commands of other tests read in the checkout.
+    copy = tmp_path / "checkout"
+    copy.mkdir()
+    for name in (*FILES, "Makefile"):
+        shutil.copy(ROOT / name, copy)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    make = ["make", "-o", f"{sys.prefix}/installed", "pins", "UPGRADE=", f"VENV={sys.prefix}"]
+    done = subprocess.run(make, cwd=copy, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for path in (ROOT / "docker").iterdir():
-        assert (tmp_path / "docker" / path.name).read_text() == path.read_text()
+        assert (copy / "docker" / path.name).read_text() == path.read_text()
 
 
 @pytest.mark.usefixtures("index")
