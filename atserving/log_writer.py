@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 MOST_BYTES = 4 << 20
-"""The most bytes of lines that wait. What is over it is dropped and counted."""
+"""The most bytes of lines that wait. Lines above it are dropped and counted."""
 
 # Between two writes: many lines leave in one, and the thread wakes at most so often. Each time costs as much as some
 # lines, so a shorter pause would cost slow traffic.

@@ -42,7 +42,7 @@ _UUID_CHARS = 36
 
 @dataclass(frozen=True)
 class LogSettings:
-    """What a process logs."""
+    """The level, the share of requests and the time that decide which lines a process writes."""
 
     level: str = "info"
     """The least severe level."""

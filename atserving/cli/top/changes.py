@@ -22,9 +22,9 @@ _Name = tuple[str, str]
 
 @dataclass
 class Load:
-    """What an app, a version or an instance has done between two readings, and does now.
+    """The work of an app, a version or an instance between two readings, and its state at the second.
 
-    What cannot be known is None: quantiles without a request, and the work of instances whose metrics are not read.
+    A field without a value is None: quantiles without a request, and the work of instances whose metrics are not read.
     """
 
     app: str

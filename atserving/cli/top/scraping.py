@@ -68,7 +68,7 @@ class Series(NamedTuple):
 
 @dataclass
 class Scrape:
-    """What a process has answered."""
+    """The answer of a process, or the reason why there is none."""
 
     target: Target
     kind: str = ""
