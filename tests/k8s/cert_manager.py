@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
-from typing import Any
 
-import jsonschema
-
+from . import schemas
 from .checks.model import Document, at
+from .schemas import list_, object_
 
 API = "cert-manager.io/v1"
 
@@ -20,16 +19,8 @@ _DURATION = {"type": "string", "pattern": "^([0-9]+h)?([0-9]+m)?([0-9]+s)?$", "m
 _USAGES = ["digital signature", "key encipherment", "cert sign", "crl sign", "server auth", "client auth"]
 
 
-def _object(required: tuple[str, ...], **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "required": list(required), "properties": properties, "additionalProperties": False}
-
-
-def _list(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items, "minItems": 1}
-
-
-_SECRET = _object(("secretName",), secretName=_NAME)
-_KEY = _object(
+_SECRET = object_(("secretName",), secretName=_NAME)
+_KEY = object_(
     (),
     algorithm={"enum": ["RSA", "ECDSA", "Ed25519"]},
     encoding={"enum": ["PKCS1", "PKCS8"]},
@@ -37,15 +28,15 @@ _KEY = _object(
     size={"type": "integer"},
 )
 _SPECS = {
-    "Issuer": _object((), ca=_SECRET, selfSigned=_object(())) | {"minProperties": 1, "maxProperties": 1},
-    "Certificate": _object(
+    "Issuer": object_((), ca=_SECRET, selfSigned=object_(())) | {"minProperties": 1, "maxProperties": 1},
+    "Certificate": object_(
         ("secretName", "issuerRef"),
         secretName=_NAME,
-        issuerRef=_object(("name",), name=_NAME, kind={"enum": ["Issuer", "ClusterIssuer"]}, group={"type": "string"}),
+        issuerRef=object_(("name",), name=_NAME, kind={"enum": ["Issuer", "ClusterIssuer"]}, group={"type": "string"}),
         commonName={"type": "string", "minLength": 1, "maxLength": 64},
-        dnsNames=_list(_NAME),
-        uris=_list({"type": "string", "pattern": "^[a-z]+://"}),
-        usages=_list({"enum": _USAGES}),
+        dnsNames=list_(_NAME),
+        uris=list_({"type": "string", "pattern": "^[a-z]+://"}),
+        usages=list_({"enum": _USAGES}),
         isCA={"type": "boolean"},
         duration=_DURATION,
         renewBefore=_DURATION,
@@ -56,19 +47,8 @@ _SPECS = {
 
 def refused(document: Document) -> str | None:
     """Return what cert-manager refuses in one of its objects."""
-    if document["kind"] not in _SPECS:
-        return f"has no kind {document['kind']} in {API}"
-    schema = _object(
-        ("apiVersion", "kind", "metadata", "spec"),
-        apiVersion={"const": API},
-        kind={},
-        metadata={"type": "object"},
-        spec=_SPECS[document["kind"]],
-    )
-    try:
-        jsonschema.validate(document, schema)
-    except jsonschema.ValidationError as error:
-        return f"{'.'.join(str(each) for each in error.absolute_path)}: {error.message}"
+    if reason := schemas.refused(document, API, _SPECS):
+        return reason
     duration, before = (_time(at(document, "spec", each)) for each in ("duration", "renewBefore"))
     if duration is not None and duration < timedelta(hours=1):
         return f"spec.duration: {duration} is less than an hour"
