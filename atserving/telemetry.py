@@ -29,7 +29,7 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 SLOW_S = 1.0
 """From so many seconds on a request is slow, unless the process is told otherwise."""
 
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _REQID = re.compile(r"[\x21-\x7e]{1,128}")
 
 # Of lines of requests and of workers. The rest is for those that are rare and worth more.

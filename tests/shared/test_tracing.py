@@ -197,21 +197,21 @@ async def test_a_share_of_traces_is_sampled(receiver: OtlpReceiver, monkeypatch:
     await tracer.close()
 
 
-@pytest.mark.parametrize(
-    "malformed",
-    [
-        "",
-        "no trace",
-        f"00-{TRACE_ID}-{PARENT}",
-        f"00-{TRACE_ID.upper()}-{PARENT}-01",
-        f"ff-{TRACE_ID}-{PARENT}-01",
-        f"00-{'0' * 32}-{PARENT}-01",
-        f"00-{TRACE_ID}-{'0' * 16}-01",
-        f"00-{TRACE_ID}-{PARENT}-01-more",
-        f"00-{TRACE_ID}-{PARENT}-0g",
-        f"01-{TRACE_ID}-{PARENT}-01more",
-    ],
+MALFORMED = (
+    "",
+    "no trace",
+    f"00-{TRACE_ID}-{PARENT}",
+    f"00-{TRACE_ID.upper()}-{PARENT}-01",
+    f"ff-{TRACE_ID}-{PARENT}-01",
+    f"00-{'0' * 32}-{PARENT}-01",
+    f"00-{TRACE_ID}-{'0' * 16}-01",
+    f"00-{TRACE_ID}-{PARENT}-01-more",
+    f"00-{TRACE_ID}-{PARENT}-0g",
+    f"01-{TRACE_ID}-{PARENT}-01more",
 )
+
+
+@pytest.mark.parametrize("malformed", MALFORMED)
 async def test_a_malformed_traceparent_begins_a_new_trace(
     receiver: OtlpReceiver, monkeypatch: pytest.MonkeyPatch, malformed: str
 ) -> None:
@@ -221,6 +221,12 @@ async def test_a_malformed_traceparent_begins_a_new_trace(
     assert trace.trace_id not in (TRACE_ID, "0" * 32)
     assert tracer.begin(trace.traceparent()).trace_id == trace.trace_id
     await tracer.close()
+
+
+@pytest.mark.parametrize("malformed", MALFORMED)
+def test_a_malformed_traceparent_is_not_passed_on_without_traces(malformed: str) -> None:
+    assert telemetry.trace_context(malformed) is None
+    assert telemetry.trace_context(f"00-{TRACE_ID}-{PARENT}-01") == f"00-{TRACE_ID}-{PARENT}-01"
 
 
 async def test_a_traceparent_of_a_later_version_is_taken_as_far_as_it_is_known(
