@@ -86,7 +86,7 @@ class CallContext:
     headers: Headers | None = None
     """The headers of the request, one of which may be a key; a batch's are those of each of its tasks."""
     record: Record | None = None
-    """What it meets, if it is traced, or if its caller wants to know."""
+    """The record of its attempts, if it is traced, or if its caller asks for the times."""
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Attempt:
 
 
 class Record:
-    """What one request meets: an eval, a batch, or an eval that is a task of a batch."""
+    """The attempts and times of one request: an eval, a batch, or an eval that is a task of a batch."""
 
     __slots__ = ("attempts", "is_task", "is_timed", "name", "state", "trace", "tracer", "turn_s")
 

@@ -1,1 +1,1 @@
-"""What watches a mesh: rules and boards, and the tools that make and try them."""
+"""Rules and boards that watch a mesh, and the tools that make and try them."""

@@ -1,4 +1,4 @@
-"""What the files of the boards ask Prometheus: their panels, and expressions with the variables filled in."""
+"""The panels in the files of the boards, and their expressions for Prometheus with the variables filled in."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Fault:
 
     name: str
     what: str
-    """What breaks, in the words of the table."""
+    """The fault, in the words of the table."""
     alert: str
     board: str
     panels: tuple[str, ...]

@@ -39,7 +39,7 @@ _NUMBER_W, _LINES_W, _HEIGHT = 4, 10, 8
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the alerts did about a fault."""
+    """The alerts that fired for a fault, and when."""
 
     fault: Fault
     fired_s: float
