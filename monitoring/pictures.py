@@ -19,7 +19,7 @@ from tests.prometheus import Prometheus
 
 _DOCS = Path(__file__).resolve().parents[1] / "docs"
 VALUES = {"namespace": ".*", "app": ".*", "version": ".*", "instance": ".*", "__rate_interval": "5s"}
-"""What a reader of a board chooses: all. `digits` on the boards that show one app."""
+"""The choices of a reader of a board: all. `digits` on the boards that show one app."""
 ONE_APP = {**VALUES, "app": "digits"}
 
 

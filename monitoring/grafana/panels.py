@@ -303,7 +303,7 @@ def _targets(queries: Sequence[Query]) -> list[prometheus.Dataquery]:
 
 
 def _filled(expression: str) -> str:
-    """Return an expression with its selectors. What keeps the instance keeps its pod, too: that names it to people."""
+    """Return an expression with its selectors. Beside the label ``instance`` it keeps the pod, which people know."""
     expression = re.sub(r"\bby \(([^)]*)\binstance\b", r"by (\1pod, instance", expression)
     for name, labels in _SELECTORS.items():
         expression = expression.replace(name, labels)

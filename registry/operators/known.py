@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 READS = ("Get", "List", "Watch")
-"""What the methods that change nothing begin with."""
+"""The beginnings of the names of methods that change nothing."""
 
 _OPERATORS = ("PutOperator", "DeleteOperator")
 _BEARER = "bearer "

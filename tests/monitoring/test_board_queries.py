@@ -27,7 +27,7 @@ WITHOUT_DATA = (
     "atserving_gate_retries_total",
     'atserving_registry_calls_total{namespace=~".*", code!="200"}',
 )
-"""What of an expression tells that it needs no data here."""
+"""The parts of an expression that tell that it needs no data here."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
